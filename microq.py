@@ -84,16 +84,6 @@ Map of the file: 1 errors, 2 values, 3 encoding, 4 Redis, 5 transitions, 6 job,
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    # `python -m microq` runs this file as __main__, and a job that imports microq would load it a
-    # second time.  So hand over to the importable module at once, under whatever name it has.
-    import importlib
-    import pathlib
-    import sys
-
-    _name = __spec__.name if __spec__ else pathlib.Path(__file__).stem
-    sys.exit(importlib.import_module(_name).main())
-
 import argparse
 import asyncio
 import atexit
@@ -130,10 +120,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-import redis.exceptions
-from redis import Redis
+from redis import Redis, RedisCluster, exceptions
+
+if __name__ == "__main__":
+    # `python -m microq` runs this file as __main__, and a job that imports microq would load it a
+    # second time.  So hand over to the importable module at once, under whatever name it has.
+    _name = __spec__.name if __spec__ else Path(__file__).stem
+    sys.exit(importlib.import_module(_name).main())
 
 __version__ = "0.1.0"
 # fmt: off
@@ -157,10 +152,11 @@ BACKOFF_CAP = 5.0  # seconds between attempts to reach a server that went away
 
 log = logging.getLogger("microq")
 Func = Callable[..., Any] | str  # a function, or its dotted name
+Command = tuple[Any, ...]  # a Redis command: its name and arguments
 
 # ---- 1. Errors -----------------------------------------------------------------------------------
-# All derive from MicroqError, but for the timeout of a job, which the job's
-# own `except Exception` must not swallow.
+# All derive from MicroqError, but for the timeout of a job, which the job's own `except Exception`
+# must not swallow.
 
 
 class MicroqError(Exception):
@@ -183,7 +179,7 @@ class DeserializationError(MicroqError):
     """A stored call, option or result can't be read back."""
 
 
-class ServerUnavailable(MicroqError, redis.exceptions.ConnectionError):
+class ServerUnavailable(MicroqError, exceptions.ConnectionError):
     """No usable answer from Redis; the call may or may not have reached it."""
 
 
@@ -196,24 +192,20 @@ class _Interrupt(BaseException):
 
 
 # ---- 2. Values -----------------------------------------------------------------------------------
-# Plain records without Redis and without a clock.  Each checks what it is
-# given, so that a mistake shows where it is made and nothing is stored.
+# Plain records without Redis and without a clock.  Each checks what it is given, so that a mistake
+# shows where it is made and nothing is stored.
 
 
 class JobStatus(str, enum.Enum):
-    """Where a job stands: in the container of that name, but for those with a comment."""
+    """Where a job stands, in RQ's words: the names of the containers, and a few more.
 
-    CREATED = "created"  # made by create_job(), not stored yet
-    QUEUED = "queued"
-    STARTED = "started"
-    SCHEDULED = "scheduled"
-    DEFERRED = "deferred"
-    FINISHED = "finished"
-    FAILED = "failed"
-    STOPPED = "stopped"  # in the container `failed`
-    CANCELED = "canceled"
-    RATE_LIMITED = "rate_limited"  # a word of RQ's, not used
-    READY_TO_ENQUEUE = "ready_to_enqueue"  # likewise
+    A job is created when it is not stored yet, and stopped in the container `failed`.
+    """
+
+    QUEUED, STARTED, SCHEDULED, DEFERRED = "queued", "started", "scheduled", "deferred"
+    FINISHED, FAILED, CANCELED = "finished", "failed", "canceled"
+    CREATED, STOPPED = "created", "stopped"
+    RATE_LIMITED, READY_TO_ENQUEUE = "rate_limited", "ready_to_enqueue"
 
     __str__ = str.__str__
 
@@ -221,10 +213,7 @@ class JobStatus(str, enum.Enum):
 class ResultType(str, enum.Enum):
     """How an execution ended."""
 
-    SUCCESSFUL = "successful"
-    FAILED = "failed"
-    STOPPED = "stopped"
-    RETRIED = "retried"
+    SUCCESSFUL, FAILED, STOPPED, RETRIED = "successful", "failed", "stopped", "retried"
     MAX_RETRIES_EXCEEDED = "max_retries_exceeded"
 
 
@@ -249,17 +238,24 @@ def _seconds(value: Any, name: str, special: tuple[int, ...] = ()) -> float:
     return float(value)
 
 
-def _rule(times: Any, interval: Any, **options: float | None) -> bytes:
-    """Return the rule of a Retry or Repeat as the script `settle` reads it."""
-    if isinstance(times, bool) or not isinstance(times, int):
-        raise TypeError(f"give a whole number of times, not {times!r}")
-    if times < 1:
-        raise ValueError(f"times={times}: give 1 or more, or leave the option out")
+def _rule(times: Any, interval: Any, **more: Any) -> bytes:
+    """Return the rule of a Retry or Repeat as the script `settle` reads it, once it makes sense."""
     several = isinstance(interval, Iterable) and not isinstance(interval, str)
     waits = [_seconds(each, "interval", (0,)) for each in (interval if several else [interval])]
+    limits = {"times": (1, 1e9), "backoff": (1, 1000), "jitter": (0, 1)}
+    for name, (least, most) in limits.items():
+        value = {"times": times, **more}.get(name, least)
+        if isinstance(value, bool) or not isinstance(
+            value, int if name == "times" else int | float
+        ):
+            raise TypeError(f"{name}={value!r}: give a number")
+        if not least <= value <= most:
+            raise ValueError(f"{name}={value!r}: give {least} to {most:g}")
+    if more.get("cap") is not None:
+        more["cap"] = _seconds(more["cap"], "max_interval")
     if not waits:
         raise ValueError("interval is empty; leave it out for no delay")
-    given = {name: value for name, value in options.items() if value}
+    given = {name: value for name, value in more.items() if value}
     return json.dumps({"max": times, "interval": waits, **given}).encode()
 
 
@@ -284,17 +280,13 @@ class Retry:
     max_interval: float | None = None
     jitter: float = 0.0
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.backoff, int | float) or not 1 <= self.backoff <= 1000:
-            raise ValueError(f"Retry.backoff={self.backoff!r}: give a factor from 1 to 1000")
-        if not isinstance(self.jitter, int | float) or not 0 <= self.jitter <= 1:
-            raise ValueError(f"Retry.jitter={self.jitter!r}: give a share from 0 to 1")
-        self.rule()
-
     def rule(self) -> bytes:
-        cap = None if self.max_interval is None else _seconds(self.max_interval, "max_interval")
-        more = {"backoff": self.backoff, "cap": cap, "jitter": self.jitter}
+        """Return what is stored of it; TypeError or ValueError if it makes no sense."""
+        more = {"backoff": self.backoff, "cap": self.max_interval, "jitter": self.jitter}
         return _rule(self.max, self.interval, front=self.enqueue_at_front, **more)
+
+    def __post_init__(self) -> None:
+        self.rule()
 
 
 @dataclass(frozen=True)
@@ -304,11 +296,12 @@ class Repeat:
     times: int
     interval: float | Sequence[float] = 0
 
+    def rule(self) -> bytes:
+        """Return what is stored of it; TypeError or ValueError if it makes no sense."""
+        return _rule(self.times, self.interval)
+
     def __post_init__(self) -> None:
         self.rule()
-
-    def rule(self) -> bytes:
-        return _rule(self.times, self.interval)
 
 
 @dataclass(frozen=True)
@@ -340,42 +333,22 @@ class Result:
     execution_ended_at: datetime
 
     Type = ResultType
-
     created_at = property(lambda self: self.execution_ended_at)
     worker_name = property(lambda self: self.execution_id.rpartition(".")[0])
 
 
 # ---- 3. Encoding ---------------------------------------------------------------------------------
-# What is stored is made of plain strings, numbers and the serializer's bytes.
-# No class of this module is among them, since a vendored copy has another name.
-
-
-class Serializer(Protocol):
-    """Anything with dumps(object) -> bytes and loads(bytes) -> object."""
-
-    def dumps(self, obj: Any, /) -> bytes: ...
-
-    def loads(self, data: bytes, /) -> Any: ...
-
-
-class _ScriptPickler(pickle.Pickler):
-    """Names what a script defines by the module that another process can import."""
-
-    def reducer_override(self, obj: Any) -> Any:
-        name = getattr(obj, "__qualname__", None)
-        if inspect.ismodule(obj):
-            return importlib.import_module, (_adopt_main() or obj.__name__,)
-        if isinstance(name, str) and getattr(obj, "__module__", None) == "__main__":
-            *owners, last = name.split(".")
-            return getattr, (functools.reduce(getattr, owners, sys.modules["__main__"]), last)
-        return NotImplemented
+# What is stored is made of plain strings, numbers and the serializer's bytes.  No class of this
+# module is among them, since a vendored copy has another name.
 
 
 class PickleSerializer:
     """The default: any picklable value.  Only for a Redis that you trust."""
 
+    loads = staticmethod(pickle.loads)
+
     @staticmethod
-    def dumps(obj: Any, /) -> bytes:
+    def dumps(obj: Any) -> bytes:
         data = pickle.dumps(obj, protocol=pickle.HIGHEST_PROTOCOL)
         if b"__main__" in data:
             buffer = io.BytesIO()
@@ -383,46 +356,50 @@ class PickleSerializer:
             data = buffer.getvalue()
         return data
 
-    loads = staticmethod(pickle.loads)
+
+class _ScriptPickler(pickle.Pickler):
+    """Names what a script defines by the module that another process can import."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if inspect.ismodule(obj):
+            return importlib.import_module, (_adopt_main() or obj.__name__,)
+        if getattr(obj, "__module__", None) == "__main__" and hasattr(obj, "__qualname__"):
+            *owners, last = obj.__qualname__.split(".")
+            return getattr, (functools.reduce(getattr, owners, sys.modules["__main__"]), last)
+        return NotImplemented
 
 
 class JSONSerializer:
     """JSON: a tuple arrives as a list, a key as a str; nothing is ever executed."""
 
-    @staticmethod
-    def dumps(obj: Any, /) -> bytes:
-        return json.dumps(obj, separators=(",", ":")).encode()
-
     loads = staticmethod(json.loads)
+    dumps = staticmethod(lambda obj: json.dumps(obj, separators=(",", ":")).encode())
 
 
-def _serializer(choice: Any) -> Serializer:
+def _serializer(choice: Any) -> Any:
     """Return the serializer of that name, or `choice` itself."""
-    if choice is None or isinstance(choice, str):
-        named = {None: PickleSerializer, "pickle": PickleSerializer, "json": JSONSerializer}
-        choice = named.get(choice) or (_find(choice) if choice and "." in choice else choice)
-    if not callable(getattr(choice, "dumps", None)) or not hasattr(choice, "loads"):
-        raise TypeError(
-            f"serializer={choice!r}: give 'pickle', 'json', or an object with "
-            "dumps(object) -> bytes and loads(bytes) -> object"
-        )
-    serializer: Serializer = choice
-    return serializer
+    found = {None: PickleSerializer, "pickle": PickleSerializer, "json": JSONSerializer}.get(choice)
+    if found is None and isinstance(choice, str) and "." in choice:
+        found = _find(choice)
+    found = found or choice
+    if not (callable(getattr(found, "dumps", None)) and callable(getattr(found, "loads", None))):
+        shape = "an object with dumps(object) -> bytes and loads(bytes) -> object"
+        raise TypeError(f"serializer={choice!r}: give 'pickle', 'json' or {shape}")
+    return found
 
 
-def _loads(serializer: Serializer, data: bytes, what: str) -> Any:
+def _loads(serializer: Any, data: bytes, what: str) -> Any:
     try:
         return serializer.loads(data)
     except Exception as error:
-        raise DeserializationError(
-            f"{what} can't be read ({type(error).__name__}: {error}); is the code the same, and "
-            "the serializer of the queue and of the worker?"
-        ) from error
+        hint = "is the code the same, and the serializer of the queue and of the worker?"
+        text = f"{what} can't be read ({type(error).__name__}: {error}); {hint}"
+        raise DeserializationError(text) from error
 
 
-def _dumps(serializer: Serializer, value: Any, what: str) -> bytes:
+def _dumps(serializer: Any, value: Any, what: str) -> bytes:
     try:
-        data: Any = serializer.dumps(value)
+        data = serializer.dumps(value)
     except Exception as error:
         raise TypeError(f"{what} can't be serialized: {type(error).__name__}: {error}") from error
     return data if isinstance(data, bytes) else str(data).encode()
@@ -443,24 +420,17 @@ def _adopt_main() -> str | None:
     return name
 
 
-def _func_name(func: Callable[..., Any]) -> str:
+def _func_name(func: Any) -> str:
     """Return the dotted name by which a worker finds `func`; ValueError if it could not."""
     module, qualname = getattr(func, "__module__", None) or "builtins", func.__qualname__
     if module == "__main__" and not (module := _adopt_main() or ""):
-        raise ValueError(
-            f"{qualname} was defined at a prompt, where no worker can import it; put it in a file"
-        )
+        raise ValueError(f"{qualname} was defined at a prompt; workers can only import files")
     name = f"{module}.{qualname}"
-    try:
-        found = _find(name)
-    except (ImportError, AttributeError):
-        found = None
-    if found is not func:
-        raise ValueError(
-            f"a worker can't import {name}; enqueue a function that stands at the top level of a "
-            "module (no lambda, no local function), or give its dotted name"
-        )
-    return name
+    with contextlib.suppress(ImportError, AttributeError):
+        if _find(name) is func:
+            return name
+    remedy = "enqueue what stands at the top level of a module (no lambda, no local function)"
+    raise ValueError(f"a worker can't import {name}; {remedy}, or give its dotted name")
 
 
 def _find(name: str) -> Any:
@@ -474,14 +444,12 @@ def _find(name: str) -> Any:
         try:
             module = sys.modules.get(path) or importlib.import_module(path)
         except ModuleNotFoundError as error:
-            if error.name and f"{path}.".startswith(f"{error.name}."):
-                continue  # perhaps a class within a module: try a shorter name
-            raise
-        return functools.reduce(getattr, parts[cut:], module)
-    raise ModuleNotFoundError(
-        f"no module {parts[0]!r} for {name!r}; was the worker started in the right directory, or "
-        "with the right --path?"
-    )
+            if not f"{path}.".startswith(f"{error.name}."):
+                raise  # it is there, but lacks something itself; else try a shorter name
+        else:
+            return functools.reduce(getattr, parts[cut:], module)
+    hint = "was the worker started in the right directory, or with the right --path?"
+    raise ModuleNotFoundError(f"no module {parts[0]!r} for {name!r}; {hint}")
 
 
 def _utc(at: float) -> datetime:
@@ -489,49 +457,39 @@ def _utc(at: float) -> datetime:
 
 
 def _delay_until(moment: datetime) -> float:
-    """Return the seconds from now to `moment`, at least 0.
+    """Return the seconds from now to `moment`; ValueError for a naive or past datetime.
 
-    Raises ValueError for a naive datetime, and for one that is more than a minute in the past
-    (less may be the difference of two clocks).
+    Less than a minute in the past may be the difference of two clocks, and counts as now.
     """
     if not isinstance(moment, datetime):
         raise TypeError(f"give a datetime, not {moment!r}")
     if moment.tzinfo is None:
-        raise ValueError(
-            f"{moment} has no time zone; make it aware, as datetime.now(timezone.utc) is, or with "
-            ".astimezone() for local time"
-        )
+        remedy = "take datetime.now(timezone.utc), or .astimezone() for local time"
+        raise ValueError(f"{moment} has no time zone; {remedy}")
     if (seconds := moment.timestamp() - time.time()) < -60:
         raise ValueError(f"{moment} is in the past; use enqueue() to run a job now")
     return max(0.0, seconds)
 
 
 # ---- 4. Redis ------------------------------------------------------------------------------------
-# The one place that talks to the server.  A script's KEYS are the prefixes of queues, "microq:{q}:":
-# a prefix carries the hash tag, so the call finds its Cluster slot, and a script appends the names
-# in the table above to it.  Replies are bytes, whatever the connection decodes; the commands of one
-# call travel in one round trip.
+# The one place that talks to the server.  A script's KEYS are prefixes of queues, "microq:{q}:": it
+# carries the hash tag, so the call finds its Cluster slot, and the script appends the names in the
+# table above to it.  Replies are bytes, whatever the connection decodes; the commands of one call
+# travel in one round trip.
 
-SCRIPTS: dict[str, Script] = {}
+SCRIPTS: dict[str, Script] = {}  # by SHA1
 _QUEUES = "microq:queues"
+_from_url = functools.cache(Redis.from_url)
 
 
 def _prefix(queue: str) -> str:
     """Return what all keys of `queue` begin with; ValueError if the name gives no slot."""
-    if not isinstance(queue, str) or not queue:
-        raise ValueError(f"a queue's name is a non-empty string, not {queue!r}")
-    if re.fullmatch(r"\{[^{}\s]+\}[^{}\s]+", queue):
+    if isinstance(queue, str) and re.fullmatch(r"\{[^{}\s]+\}[^{}\s]+", queue):
         return f"microq:{queue}:"
-    if re.search(r"[{}\s]", queue):
-        raise ValueError(
-            f"queue name {queue!r}: no white space, and braces only around a tag at the front, as "
-            "in '{mail}high'"
-        )
-    return f"microq:{{{queue}}}:"
-
-
-def _worker_key(name: str) -> str:
-    return f"microq:worker:{name}"
+    if isinstance(queue, str) and re.fullmatch(r"[^{}\s]+", queue):
+        return f"microq:{{{queue}}}:"
+    rule = "no white space, and braces only around a tag at the front, as in '{mail}high'"
+    raise ValueError(f"queue name {queue!r}: a non-empty string, {rule}")
 
 
 class Script:
@@ -543,20 +501,19 @@ class Script:
         self.sha = hashlib.sha1(self.lua.encode()).hexdigest()
         SCRIPTS[self.sha] = self
 
-    def __call__(self, prefixes: str | Sequence[str], *args: Any) -> tuple[Any, ...]:
+    def __call__(self, prefixes: str | Sequence[str], *args: Any) -> Command:
         """Return the command that runs the script."""
         keys = [prefixes] if isinstance(prefixes, str) else prefixes
         return ("EVALSHA", self.sha, len(keys), *keys, *args)
 
 
-def _spelled_out(command: tuple[Any, ...]) -> tuple[Any, ...]:
+def _spelled_out(command: Command) -> Command:
     """Return the command with the text of its script, which works on any server."""
-    if command[0] != "EVALSHA":
-        return command
-    return ("EVAL", SCRIPTS[command[1]].lua, *command[2:])
+    script = SCRIPTS.get(command[1])
+    return ("EVAL", script.lua, *command[2:]) if script else command
 
 
-def _send(connection: Redis, *commands: tuple[Any, ...]) -> list[Any]:
+def _send(connection: Redis, *commands: Command) -> list[Any]:
     """Run the commands in one round trip and return their replies.
 
     Where the server does not know a script yet, everything is sent once more with the texts; each
@@ -565,13 +522,19 @@ def _send(connection: Redis, *commands: tuple[Any, ...]) -> list[Any]:
     try:
         try:
             return _round_trip(connection, commands)
-        except redis.exceptions.NoScriptError:
+        except exceptions.NoScriptError:
             return _round_trip(connection, [_spelled_out(each) for each in commands])
-    except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError) as error:
-        raise ServerUnavailable(_advice(connection, error)) from error
+    except (exceptions.ConnectionError, exceptions.TimeoutError) as error:
+        known = getattr(getattr(connection, "connection_pool", None), "connection_kwargs", {})
+        place = known.get("path") or f"{known.get('host', '?')}:{known.get('port', '?')}"
+        remedy = "start one (redis-server), name one by --url or $MICROQ_URL, or use the embedded "
+        remedy += "one (pip install 'microq[embedded]', microq.embedded())"
+        if isinstance(error, exceptions.AuthenticationError):
+            remedy = "check user and password in the URL (redis://user:password@host)"
+        raise ServerUnavailable(f"no answer from Redis at {place}: {error}; {remedy}") from error
 
 
-def _round_trip(connection: Redis, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+def _round_trip(connection: Redis, commands: Sequence[Command]) -> list[Any]:
     if len(commands) == 1:
         return [connection.execute_command(*commands[0], NEVER_DECODE=True)]
     with connection.pipeline(transaction=False) as pipe:
@@ -584,31 +547,12 @@ def _ask(connection: Redis, *command: Any) -> Any:
     return _send(connection, command)[0]
 
 
-def _advice(connection: Redis, error: Exception) -> str:
-    """Say what went wrong between us and the server, and what to do about it."""
-    known = getattr(getattr(connection, "connection_pool", None), "connection_kwargs", {})
-    place = known.get("path") or f"{known.get('host', '?')}:{known.get('port', '?')}"
-    if isinstance(error, redis.exceptions.AuthenticationError):
-        remedy = "check user and password in the URL (redis://user:password@host)"
-    elif isinstance(error, redis.exceptions.BusyLoadingError):
-        remedy = "it loads its data; try again in a moment"
-    else:
-        remedy = (
-            "start one (`redis-server`), name another with --url or $MICROQ_URL, or use the "
-            "embedded one (pip install 'microq[embedded]', microq.embedded())"
-        )
-    return f"no answer from Redis at {place}: {error}; {remedy}"
-
-
-_from_url = functools.cache(Redis.from_url)
-
-
 def _connect(connection: Redis | None = None) -> Redis:
     """Return `connection`, or one to $MICROQ_URL, else $REDIS_URL, else localhost."""
     if connection is None:
         url = os.environ.get("MICROQ_URL") or os.environ.get("REDIS_URL")
         return _from_url(url or "redis://localhost:6379")
-    if not hasattr(connection, "execute_command"):
+    if not isinstance(connection, Redis | RedisCluster):
         raise TypeError(f"connection takes a redis.Redis, not {connection!r}")
     return connection
 
@@ -908,13 +852,9 @@ _current_job: contextvars.ContextVar[Job | None] = contextvars.ContextVar("job",
 
 
 def _field(name: str, default: float | None, doc: str) -> Any:
-    """Make an attribute that reads a number, or for a name in *_at a time, from the hash."""
-
-    def read(job: Job) -> Any:
-        value = job._number(name)
-        return default if value is None else _utc(value) if name.endswith("_at") else value
-
-    return property(read, doc=doc)
+    """Make an attribute that reads a number from the hash."""
+    value = lambda job: default if (number := job._number(name)) is None else number  # noqa: E731
+    return property(value, doc=doc)
 
 
 def _is(status: JobStatus) -> Any:
@@ -933,14 +873,10 @@ class Job:
         self._status = JobStatus.CREATED
         self._execution: Execution | None = None
         self._meta: dict[str, Any] | None = None
-        self._call: tuple[Any, ...] | None = None
 
     @classmethod
     def fetch(cls, id: str, connection: Redis | None = None, serializer: Any = None) -> Job:
-        """Return the job of this id, whatever queue it is in; two round trips.
-
-        Raises NoSuchJobError.
-        """
+        """Return the job of this id, whatever queue it is in, or raise NoSuchJobError."""
         if job := cls.fetch_many([id], connection, serializer)[0]:
             return job
         raise NoSuchJobError(f"no job {id!r} in any queue: never stored, deleted, or expired")
@@ -953,7 +889,7 @@ class Job:
 
         Two round trips, however many ids and queues there are.
         """
-        ids, queues = [_checked_id(id) for id in ids], Queue.all(connection, serializer)
+        ids, queues = [_id_of(id) for id in ids], Queue.all(connection, serializer)
         jobs = _look([cls(id, queue, {}) for id in ids for queue in queues])
         found = {job.id: job for job in jobs}
         return [found.get(id) for id in ids]
@@ -969,15 +905,29 @@ class Job:
             raise NoSuchJobError(f"job {self.id!r} is no longer in {self.origin!r}")
 
     def _take_in(self, status: bytes, token: bytes, heartbeat: bytes, pairs: list[bytes]) -> None:
-        self._fields = _pairs(pairs)
-        self._meta = self._call = self._execution = None
+        self._fields, self._meta = _pairs(pairs), None
+        self.__dict__.pop("_call", None)
         stopped = status == b"failed" and self._ended[3:] == [ResultType.STOPPED]
         self._status = JobStatus.STOPPED if stopped else JobStatus(status.decode())
-        if token:
-            beat = _utc(float(heartbeat)) if heartbeat else None
-            self._execution = Execution(self, token.decode(), beat)
+        beat = _utc(float(heartbeat)) if heartbeat else None
+        self._execution = Execution(self, token.decode(), beat) if token else None
 
     # -- the call
+
+    @functools.cached_property
+    def _call(self) -> tuple[Any, ...]:
+        """The function's (args, kwargs, instance or None)."""
+        call: Any = ((), {})
+        what = f"the call of job {self.id}"
+        if "args" in self._fields:
+            call = _loads(self.serializer, self._fields["args"], what)
+        if not isinstance(call, list | tuple) or len(call) not in (2, 3):
+            raise DeserializationError(f"{what} is no (args, kwargs)")
+        return (*call, None)
+
+    args = property(lambda self: tuple(self._call[0]))
+    kwargs = property(lambda self: dict(self._call[1]))
+    instance = property(lambda self: self._call[2], doc="Whose method it is, or None.")
 
     @property
     def func_name(self) -> str:
@@ -987,35 +937,18 @@ class Job:
         return self._text("func")
 
     @property
-    def func(self) -> Callable[..., Any]:
+    def func(self) -> Any:
         """The function itself, imported if need be."""
         owner, _, name = self.func_name.rpartition(".")
-        found: Any = _find(self.func_name) if owner else getattr(self.instance, name)
+        found = _find(self.func_name) if owner else getattr(self.instance, name)
         if not callable(found):
             raise TypeError(f"{self.func_name} is no function, but {found!r}")
-        return found  # type: ignore[no-any-return]
+        return found
 
-    @property
-    def _loaded_call(self) -> tuple[Any, ...]:
-        """The function's (args, kwargs, instance or None)."""
-        if self._call is None:
-            call: Any = ((), {})
-            what = f"the call of job {self.id}"
-            if "args" in self._fields:
-                call = _loads(self.serializer, self._fields["args"], what)
-            if not isinstance(call, list | tuple) or len(call) not in (2, 3):
-                raise DeserializationError(f"{what} is no (args, kwargs)")
-            self._call = (*call, None)
-        return self._call
-
-    args = property(lambda self: tuple(self._loaded_call[0]))
-    kwargs = property(lambda self: dict(self._loaded_call[1]))
-    instance = property(lambda self: self._loaded_call[2], doc="Whose method it is, or None.")
-
-    @property
-    def description(self) -> str:
-        """The description it was given, else the call as one would write it."""
-        return self._text("description") or self.get_call_string()
+    def perform(self) -> Any:
+        """Call the function here and now, and return what it returns."""
+        value = self.func(*self.args, **self.kwargs)
+        return asyncio.run(value) if inspect.iscoroutine(value) else value
 
     def get_call_string(self) -> str:
         """Return the call as source text, each argument cut to 75 characters."""
@@ -1023,48 +956,9 @@ class Job:
         words += [f"{name}={_short(value)}" for name, value in self.kwargs.items()]
         return f"{self.func_name}({', '.join(words)})"
 
-    def perform(self) -> Any:
-        """Call the function here and now, and return what it returns."""
-        value = self.func(*self.args, **self.kwargs)
-        return asyncio.run(value) if inspect.iscoroutine(value) else value
+    description = property(lambda self: self._text("description") or self.get_call_string())
 
     # -- options and times
-
-    def _text(self, name: str) -> str:
-        return self._fields.get(name, b"").decode(errors="replace")
-
-    def _number(self, name: str) -> float | None:
-        try:
-            return float(self._fields[name]) if self._fields.get(name) else None
-        except ValueError:
-            raise self._garbled(name) from None
-
-    def _rule(self, name: str) -> dict[str, Any]:
-        """Return the rule of a Retry or Repeat; without one, {"interval": None}."""
-        if name not in self._fields:
-            return {"interval": None}
-        try:
-            rule: dict[str, Any] = json.loads(self._fields[name])
-            _rule(rule["max"], rule["interval"])
-        except (ValueError, TypeError, KeyError):
-            raise self._garbled(name) from None
-        return rule
-
-    @property
-    def _ended(self) -> list[str]:
-        """Words: execution, started_at, seconds, and a type unless it was successful."""
-        words = self._text("ended").split()
-        if len(words) in (1, 2):
-            raise self._garbled("ended")
-        return words
-
-    def _garbled(self, name: str) -> DeserializationError:
-        value = _short(self._fields[name])
-        return DeserializationError(f"field {name!r} of job {self.id} is garbled: {value}")
-
-    def _left(self, name: str, counter: str) -> int | None:
-        rule = self._rule(name)
-        return rule["max"] - int(self._number(counter) or 0) if "max" in rule else None
 
     timeout = _field("timeout", DEFAULT_TIMEOUT, "Seconds a run may take; -1 for no limit.")
     result_ttl = _field("result_ttl", None, "Seconds to keep a result; None: the worker's default.")
@@ -1077,20 +971,24 @@ class Job:
         lambda self: self._left("repeat", "repeats"), doc="None without Repeat."
     )
     repeat_intervals = property(lambda self: self._rule("repeat")["interval"])
-    created_at = _field("created_at", None, "When it was stored; None if it was not yet.")
+
+    @property
+    def created_at(self) -> datetime | None:
+        """When it was stored; None while it was not."""
+        at = self._number("created_at")
+        return _utc(at) if at else None
 
     @property
     def enqueued_at(self) -> datetime | None:
         """When it was last put into the queue; None while it never was."""
-        at = self._number("enqueued_at" if "enqueued_at" in self._fields else "created_at")
-        return _utc(at) if at else None
+        at = self._number("enqueued_at")
+        return _utc(at) if at else None if "enqueued_at" in self._fields else self.created_at
 
     @property
     def started_at(self) -> datetime | None:
         """When the current, or else the last run began."""
-        if self._execution:
-            return self._execution.created_at
-        return _utc(float(self._ended[1])) if self._ended else None
+        at = self._execution.token.split()[1] if self._execution else "".join(self._ended[1:2])
+        return _utc(float(at)) if at else None
 
     @property
     def ended_at(self) -> datetime | None:
@@ -1107,6 +1005,41 @@ class Job:
     def last_heartbeat(self) -> datetime | None:
         """When the worker that runs it was last heard of."""
         return self._execution.last_heartbeat if self._execution else None
+
+    def _text(self, name: str) -> str:
+        return self._fields.get(name, b"").decode(errors="replace")
+
+    def _number(self, name: str) -> float | None:
+        try:
+            return float(self._fields[name]) if self._fields.get(name) else None
+        except ValueError:
+            raise self._garbled(name) from None
+
+    def _rule(self, name: str) -> dict[str, Any]:
+        """Return the rule of a Retry or Repeat; without one, {"interval": None}."""
+        try:
+            rule: dict[str, Any] = json.loads(self._fields.get(name, b'{"interval": null}'))
+            if name in self._fields:
+                _rule(rule["max"], rule["interval"])
+            return rule
+        except (ValueError, TypeError, KeyError):
+            raise self._garbled(name) from None
+
+    def _left(self, name: str, counter: str) -> int | None:
+        rule = self._rule(name)
+        return rule["max"] - int(self._number(counter) or 0) if "max" in rule else None
+
+    @property
+    def _ended(self) -> list[str]:
+        """Words: execution, started_at, seconds, and a type unless it was successful."""
+        words = self._text("ended").split()
+        if len(words) in (1, 2):
+            raise self._garbled("ended")
+        return words
+
+    def _garbled(self, name: str) -> DeserializationError:
+        value = _short(self._fields[name])
+        return DeserializationError(f"field {name!r} of job {self.id} is garbled: {value}")
 
     # -- status
 
@@ -1282,7 +1215,9 @@ def _short(value: Any) -> str:
     return text if len(text) <= 75 else f"{text[:72]}..."
 
 
-def _checked_id(id: Any) -> str:
+def _id_of(job: Any) -> str:
+    """Return the id of a job, or the id itself once it was checked."""
+    id = job.id if isinstance(job, Job) else job
     if not isinstance(id, str):
         raise TypeError(f"a job's id is a string, not {type(id).__name__} {id!r}")
     if not re.fullmatch(r"[A-Za-z0-9_-]+", id):
@@ -1344,17 +1279,19 @@ class Registry:
         self.queue, self.container = queue, container
         self.key = f"{queue.prefix}{container}"
 
-    @property
-    def _live(self) -> str:
-        """The least score that counts: the record of an ended job expires."""
-        return "-inf" if self.container in ("scheduled", "deferred") else f"({time.time()}"
+    def _command(self, list_: str, hash_: str, zset: str, *limit: Any) -> Command:
+        """Return the command for this type of container; only live records of a zset count."""
+        if self.container in ("queued", "started"):
+            return (list_ if self.container == "queued" else hash_, self.key)
+        low = "-inf" if self.container in ("scheduled", "deferred") else f"({time.time()}"
+        bounds = ("+inf", low) if "REV" in zset else (low, "+inf")
+        return (zset, self.key, *bounds, *limit)
 
-    def _count(self) -> tuple[Any, ...]:
-        lengths = {"queued": ("LLEN", self.key), "started": ("HLEN", self.key)}
-        return lengths.get(self.container, ("ZCOUNT", self.key, self._live, "+inf"))
+    def _size(self) -> Command:
+        return self._command("LLEN", "HLEN", "ZCOUNT")
 
     def __len__(self) -> int:
-        return int(_ask(self.queue.connection, *self._count()))
+        return int(_ask(self.queue.connection, *self._size()))
 
     count = property(__len__)
 
@@ -1371,15 +1308,11 @@ class Registry:
 
         Scheduled jobs are in the order of their times, ended ones in that of their expiry.
         """
-        count = -1 if end < 0 else end - start + 1
+        limit = "LIMIT", start, -1 if end < 0 else end - start + 1
+        zset = "ZREVRANGEBYSCORE" if desc else "ZRANGEBYSCORE"
+        command = self._command("LRANGE", "HKEYS", zset, *limit)
         if self.container == "queued":
-            command: tuple[Any, ...] = ("LRANGE", self.key, start, end)
-        elif self.container == "started":
-            command = ("HKEYS", self.key)
-        elif desc:
-            command = ("ZREVRANGEBYSCORE", self.key, "+inf", self._live, "LIMIT", start, count)
-        else:
-            command = ("ZRANGEBYSCORE", self.key, self._live, "+inf", "LIMIT", start, count)
+            command += (start, end)
         ids = [id.decode() for id in _ask(self.queue.connection, *command)]
         if self.container == "started":
             ids = sorted(ids, reverse=desc)[start : end + 1 or None]
@@ -1549,7 +1482,7 @@ class Queue:
             fields["repeat"] = repeat.rule()
         if job_id is None:
             return Job(secrets.token_urlsafe(16), self, fields)
-        return Job(_checked_id(job_id), self, fields, secrets.token_urlsafe(6))
+        return Job(_id_of(job_id), self, fields, secrets.token_urlsafe(6))
 
     def _encode_call(self, func: Any, args: Any, kwargs: Any) -> dict[str, bytes]:
         """Return the fields `func` and `args`, of a function that a worker can find."""
@@ -1636,7 +1569,7 @@ class Queue:
 
     def fetch_job(self, job_id: str) -> Job | None:
         """Return the job of this id if it is of this queue, else None."""
-        found = _look([Job(_checked_id(job_id), self, {})])
+        found = _look([Job(_id_of(job_id), self, {})])
         return found[0] if found else None
 
     def get_job_position(self, job: Job | str) -> int | None:
@@ -1690,10 +1623,6 @@ class Queue:
 
     def __repr__(self) -> str:
         return f"Queue({self.name!r})"
-
-
-def _id_of(job: Job | str) -> str:
-    return job.id if isinstance(job, Job) else _checked_id(job)
 
 
 def _enqueue_words(job: Job, at_front: bool, delay: float) -> list[Any]:
@@ -1820,9 +1749,9 @@ _CRASHES = json.dumps({"max": MAX_CRASHES - 1, "interval": [0], "front": True})
 # What passes by itself: no server, one that loads, a fail-over, memory that is full.
 _OUTAGES = (
     ServerUnavailable,
-    redis.exceptions.ReadOnlyError,
-    redis.exceptions.OutOfMemoryError,
-    redis.exceptions.ClusterError,
+    exceptions.ReadOnlyError,
+    exceptions.OutOfMemoryError,
+    exceptions.ClusterError,
 )
 
 
@@ -1991,7 +1920,7 @@ class Worker:
             self._waiting = False
         except _Interrupt:
             self._waiting = False
-        except redis.exceptions.RedisError as error:
+        except exceptions.RedisError as error:
             self._waiting = False
             self._ear.close()
             log.warning("waiting for work: %s", error)
@@ -2011,10 +1940,10 @@ class Worker:
         """Sign off: whatever is still held goes back to the front of its queue."""
         self._ear.close()
         sign_off = BEAT(self._prefixes, self.name, 0, _CRASHES, DEFAULT_FAILURE_TTL)
-        keys = [("DEL", _worker_key(self.name)), ("DEL", self._inbox)]
+        keys = [("DEL", f"microq:worker:{self.name}"), ("DEL", self._inbox)]
         try:
             _send(self.connection, sign_off, *keys)
-        except redis.exceptions.RedisError as error:
+        except exceptions.RedisError as error:
             log.warning("signing off: %s", error)
         log.info("worker %s stopped", self.name)
 
@@ -2032,7 +1961,7 @@ class Worker:
         self._burst, self._patience = True, time.monotonic() + self.lease
         if kind is not None:  # leave the rest to others
             self._stopping_since = time.monotonic()
-        with contextlib.suppress(redis.exceptions.RedisError):
+        with contextlib.suppress(exceptions.RedisError):
             _send(self.connection, ("RPUSH", self._inbox, "look"), ("EXPIRE", self._inbox, 60))
         assert self._thread is not None
         self._thread.join()
@@ -2067,7 +1996,7 @@ class Worker:
                 at, due, _ = _ask(self.connection, *promotion)
                 ahead = float(due) - float(at) if due else 1.0
                 self._next_promotion = now + min(1.0, max(0.0, ahead))
-        except redis.exceptions.RedisError as error:
+        except exceptions.RedisError as error:
             log.warning("heartbeat: %s", error)
             return 1.0
         scheduling = self._scheduler and self._busy
@@ -2077,7 +2006,7 @@ class Worker:
     def _beat(self) -> None:
         """Renew the lease, and do the house-keeping that comes with it."""
         self._next_beat = time.monotonic() + self.lease / 3
-        key = _worker_key(self.name)
+        key = f"microq:worker:{self.name}"
         about = {
             "hostname": socket.gethostname(),
             "pid": os.getpid(),
@@ -2217,7 +2146,7 @@ class _Ear:
         dead_at = self._asked_at + self.SECONDS + 5
         if not self._line.can_read(timeout=max(0.0, min(seconds, dead_at - time.monotonic()))):
             if time.monotonic() >= dead_at:
-                raise redis.exceptions.TimeoutError("the server has gone silent")
+                raise exceptions.TimeoutError("the server has gone silent")
             return False
         self._asked_at = None
         return self._line.read_response(disable_decoding=True) is not None
@@ -2286,7 +2215,7 @@ def embedded(dir: str | os.PathLike[str] | None = None) -> Redis:
         connection = Redis(unix_socket_path=str(home / "redis.sock"))
         try:
             connection.ping()
-        except redis.exceptions.ConnectionError:
+        except exceptions.ConnectionError:
             connection = _start_server(home, private=False)
     atexit.register(_step_out, connection, home, os.getpid())
     return connection
@@ -2340,7 +2269,7 @@ def _start_server(home: Path, private: bool) -> Redis:
     connection = Redis(unix_socket_path=str(path))
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline and server.poll() is None:
-        with contextlib.suppress(redis.exceptions.ConnectionError):  # or it loads its file
+        with contextlib.suppress(exceptions.ConnectionError):  # or it loads its file
             if path.exists() and connection.ping():
                 return connection
         time.sleep(0.01)
@@ -2351,7 +2280,7 @@ def _step_out(connection: Redis, home: Path, pid: int) -> None:
     """Shut the server of a directory down, unless somebody else still uses it."""
     if os.getpid() != pid:
         return
-    with contextlib.suppress(redis.exceptions.RedisError, OSError), _locked(home):
+    with contextlib.suppress(exceptions.RedisError, OSError), _locked(home):
         connection.connection_pool.disconnect()
         for _ in range(10):  # our other connections may take a moment to be gone
             if len(connection.client_list()) == 1:
@@ -2426,13 +2355,13 @@ def _info(options: argparse.Namespace) -> None:
     print(f"{'queue':20}", *(f"{container:>9}" for container in _CONTAINERS))
     names = set()
     for queue in [queues[name] for name in options.queues] or queues.values():
-        counts = [Registry(queue, container)._count() for container in _CONTAINERS]
+        counts = [Registry(queue, container)._size() for container in _CONTAINERS]
         *counts, workers = _send(connection, *counts, ("HKEYS", f"{queue.prefix}workers"))
         print(f"{queue.name:20}", *(f"{count:9}" for count in counts))
         names |= {name.decode() for name in workers}
     for name in sorted(names):
         fields = ("queues", "successful_job_count", "failed_job_count")
-        on, good, bad = _ask(connection, "HMGET", _worker_key(name), *fields)
+        on, good, bad = _ask(connection, "HMGET", f"microq:worker:{name}", *fields)
         if on:
             tally = f"{good.decode()} succeeded, {bad.decode()} failed"
             print(f"worker {name} on {on.decode()}: {tally}")
@@ -2531,7 +2460,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
         options.command(options)
-    except (MicroqError, redis.exceptions.RedisError, TypeError, ValueError) as error:
+    except (MicroqError, exceptions.RedisError, TypeError, ValueError) as error:
         print(f"microq: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
