@@ -55,7 +55,6 @@ Queues that one worker serves on a Cluster share a slot by naming the tag: "{mai
     microq:worker:<name>        hash    who and where; expires with the lease
     microq:{q}:queued           list    ids ready to run, the next one first
     microq:{q}:wake             list    at most one token: "there may be work"
-    microq:{q}:inbox:<name>     list    messages to a worker; expires
     microq:{q}:scheduled        zset    ids by the time they are due
     microq:{q}:started          hash    id -> "<execution> <started_at>"
     microq:{q}:workers          hash    worker -> "<heartbeat_at> <lease> <claim>"
@@ -75,7 +74,7 @@ Fields of a job's hash; only what differs from the default is stored
     retries, repeats, crashes           how often so far
     ended                               "<execution> <started_at> <seconds> [<type>]"
     result                              the serialized return value, or the traceback
-    nonce                               tells a second enqueue of an id from a resent one
+    nonce, moved                        tell a second enqueue or move from one that was sent again
     waited                              somebody waits for the first result
 
 Map of the file: 1 errors, 2 values, 3 encoding, 4 Redis, 5 transitions, 6 job,
@@ -146,6 +145,7 @@ DEFAULT_RESULT_TTL = 500.0  # seconds a result is kept (RQ's default)
 DEFAULT_FAILURE_TTL = 365 * 86400.0  # a failed job is kept for a year (RQ's default)
 LEASE = 15.0  # seconds; three heartbeats
 KILL_GRACE = 5.0  # seconds between the exception in a job over its time and SIGKILL
+MAX_RESULT = 64 << 20  # bytes; Redis cuts the connection at 512 MB (proto-max-bulk-len)
 MAX_CRASHES = 3  # a job that killed its worker so often is failed
 CHUNK = 1000  # jobs per script call, which keeps a script near 10 ms
 BACKOFF_CAP = 5.0  # seconds between attempts to reach a server that went away
@@ -481,6 +481,13 @@ SCRIPTS: dict[str, Script] = {}  # by SHA1
 _QUEUES = "microq:queues"
 _from_url = functools.cache(Redis.from_url)
 
+# What passes by itself: no server, one that loads, a fail-over, a disk or memory that is full.
+_OUTAGES = (
+    exceptions.ConnectionError, exceptions.TimeoutError, exceptions.ReadOnlyError,
+    exceptions.OutOfMemoryError, exceptions.ClusterError, exceptions.RedisClusterException,
+)  # fmt: skip
+_TROUBLE = "NOREPLICAS|MISCONF|BUSY |MASTERDOWN|CLUSTERDOWN|TRYAGAIN|READONLY|OOM "
+
 
 def _prefix(queue: str) -> str:
     """Return what all keys of `queue` begin with; ValueError if the name gives no slot."""
@@ -524,7 +531,9 @@ def _send(connection: Redis, *commands: Command) -> list[Any]:
             return _round_trip(connection, commands)
         except exceptions.NoScriptError:
             return _round_trip(connection, [_spelled_out(each) for each in commands])
-    except (exceptions.ConnectionError, exceptions.TimeoutError) as error:
+    except (exceptions.RedisError, exceptions.RedisClusterException) as error:
+        if not isinstance(error, _OUTAGES) and not re.search(_TROUBLE, str(error)):
+            raise
         known = getattr(getattr(connection, "connection_pool", None), "connection_kwargs", {})
         place = known.get("path") or f"{known.get('host', '?')}:{known.get('port', '?')}"
         remedy = "start one (redis-server), name one by --url or $MICROQ_URL, or use the embedded "
@@ -625,24 +634,24 @@ local function record(job, ended, result)
   call('HSET', job, 'ended', ended)
   if result ~= '' then call('HSET', job, 'result', result)
   elseif old[2] then call('HDEL', job, 'result') end
-  if old[3] and call('HDEL', job, 'waited') then call('PUBLISH', job, 'ended') end
+  if old[3] and call('HDEL', job, 'waited') then redis.pcall('PUBLISH', job, 'ended') end
 end
 
 -- Count one more run by a rule: 'retry', 'repeat' or 'crash'.  Returns the seconds to wait, nil
 -- when there were enough, and whether to go to the front.
 local function next_delay(job, rule, policy, chance)
-  if rule == '' then return nil end
   local counter = ({retry = 'retries', ['repeat'] = 'repeats', crash = 'crashes'})[rule]
   local count = tonumber(call('HGET', job, counter)) or 0
   policy = cjson.decode(policy ~= '' and policy or call('HGET', job, rule))
   if count >= policy.max then return nil end
-  if rule == 'repeat' then call('HDEL', job, 'retries', 'crashes') end
-  call('HSET', job, counter, count + 1)
-  if policy.front then call('HSET', job, 'at_front', 1) end
   local list = policy.interval
   local delay = list[math.min(count + 1, #list)]
     * (policy.backoff or 1) ^ math.max(0, count + 1 - #list)
-  return math.min(delay, policy.cap or 1e10) * (1 - (policy.jitter or 0) * chance), policy.front
+  delay = math.min(delay, policy.cap or 1e10) * (1 - (policy.jitter or 0) * chance)
+  call('HSET', job, counter, count + 1)
+  if rule == 'repeat' then call('HDEL', job, 'retries', 'crashes') end
+  if policy.front then call('HSET', job, 'at_front', 1) end
+  return delay, policy.front
 end
 
 -- started -> queued | scheduled while the job's own rule, or else `policy`, allows it; after that
@@ -655,7 +664,9 @@ local function settle(q, at, id, execution, ended, result, again, last, containe
     local was = call('HGET', job, 'ended') or ''  -- ours, if this is the call sent again
     return string.sub(was, 1, #ended) == ended and (place(q, id) or 'gone') or 'lost'
   end
-  local delay, front = next_delay(job, rule, policy, chance)
+  local ruled, delay, front = rule ~= '', nil, nil
+  if ruled then ruled, delay, front = pcall(next_delay, job, rule, policy, chance) end
+  if not ruled then delay = nil end  -- no rule, or one that makes no sense
   call('HDEL', q .. 'started', id)
   record(job, ended .. (delay and again or last), result)
   if not delay then file(q, id, container, ttl, at)
@@ -718,31 +729,42 @@ local function promote(q)
   return at
 end
 local function hold(i, q, id, execution)
-  local hash = redis.pcall('HGETALL', q .. 'job:' .. id)
+  local job = q .. 'job:' .. id
+  local hash = redis.pcall('HGETALL', job)
   if hash.err or #hash == 0 then return end  -- it expired in the queue, or is no job
-  call('PERSIST', q .. 'job:' .. id)
+  for k = 1, #hash, 2 do
+    if hash[k] == 'ttl' then keep(job, -1) end
+    -- An id used again may stand here for an earlier life, which expired.
+    if hash[k] == 'nonce' and place(q, id) ~= 'queued' then return end
+  end
   call('HSET', q .. 'started', id, execution)
   claimed[#claimed + 1] = {i, id, execution, hash}
 end
+local dues, tried = {}, {}
 for i, q in ipairs(KEYS) do
-  local due = promote(q)
-  if due and due < (next_due or math.huge) then next_due = due end
+  dues[i] = promote(q)
+  if dues[i] and dues[i] < (next_due or math.huge) then next_due = dues[i] end
   local last = tonumber(string.match(call('HGET', q .. 'workers', worker) or '0', '%d+$'))
   local started = number == last and n > 0 and call('HGETALL', q .. 'started') or {}
   for k = 1, #started, 2 do
-    if string.match(started[k + 1], '^%S+') == name then hold(i, q, started[k], started[k + 1]) end
+    local id, execution = started[k], started[k + 1]
+    if string.match(execution, '^%S+') == name then
+      claimed[#claimed + 1] = {i, id, execution, call('HGETALL', q .. 'job:' .. id)}
+    end
   end
-  local before, tries = #claimed, 0
-  while number > last and #claimed < n and tries < 100 do
-    local ids = call('LPOP', q .. 'queued', n - #claimed)
-    if not ids then break end
-    for _, id in ipairs(ids) do hold(i, q, id, name .. ' ' .. stamp(at)) end
-    tries = tries + 1
-  end
-  if #claimed > before and number > last then
+  if number > last then
     call('HSET', q .. 'workers', worker, stamp(at) .. ' ' .. lease .. ' ' .. number)
+    for _ = 1, 100 do
+      local ids = #claimed < n and call('LPOP', q .. 'queued', n - #claimed)
+      if not ids then break end
+      tried[i] = true
+      for _, id in ipairs(ids) do hold(i, q, id, name .. ' ' .. stamp(at)) end
+    end
   end
-  if tries > 0 and (call('LLEN', q .. 'queued') > 0 or due and due < at + lease) then wake(q) end
+end
+for i, q in ipairs(KEYS) do  -- what we leave behind is for others to see
+  local soon = dues[i] and dues[i] < at + lease
+  if (#claimed > 0 or tried[i]) and (soon or call('LLEN', q .. 'queued') > 0) then wake(q) end
 end
 return {stamp(at), next_due and stamp(next_due) or '', claimed}
 """)
@@ -763,24 +785,28 @@ return replies
 
 BEAT = Script("""
 -- beat: renew the lease of `worker` on its queues; a lease of 0 signs it off, and what it holds goes
--- back to the front.  Then what any worker does for all: settle, as crashed, the jobs of workers
--- whose lease has ended, sweep what expired, and mend a token that was lost with its taker.
--- Returns the names of the dead workers.
-local worker, lease, policy, failure_ttl = unpack(ARGV)
+-- back to the front; `fresh` says that it has just begun, so what its name holds was lost.  Then
+-- what any worker does for all: settle, as crashed, the jobs of workers whose lease has ended, sweep
+-- what expired, and mend a token that was lost with its taker.  Returns the names of the dead.
+local worker, lease, fresh, policy, failure_ttl = unpack(ARGV)
 local at, dead = now(), {}
 for _, q in ipairs(KEYS) do
   local seats, over = call('HGETALL', q .. 'workers'), {}
+  local number, judge = '0', false
   for i = 1, #seats, 2 do
-    local beat, its_lease = string.match(seats[i + 1], '^(%S+) (%S+)')
-    if seats[i] ~= worker and beat + its_lease < at then
-      over[seats[i]], dead[#dead + 1] = true, seats[i]
-    end
+    local beat, its_lease, its_number = string.match(seats[i + 1], '^(%S+) (%S+) (%d+)$')
+    local late = beat + its_lease < at
+    if seats[i] == worker and fresh == '' then number, judge = its_number, not late
+    elseif late or seats[i] == worker then over[seats[i]] = true end
   end
-  if lease == '0' then over[worker] = true else
-    local number = string.match(call('HGET', q .. 'workers', worker) or '0', '%d+$')
-    call('HSET', q .. 'workers', worker, stamp(at) .. ' ' .. lease .. ' ' .. number)
+  if not judge then over = {[worker] = over[worker]} end  -- after an outage all of us are late
+  for name in pairs(over) do
+    dead[#dead + 1] = name
+    call('HDEL', q .. 'workers', name)
   end
-  local started = next(over) and call('HGETALL', q .. 'started') or {}
+  if lease == '0' then call('HDEL', q .. 'workers', worker)
+  else call('HSET', q .. 'workers', worker, stamp(at) .. ' ' .. lease .. ' ' .. number) end
+  local started = (next(over) or lease == '0') and call('HGETALL', q .. 'started') or {}
   for i = 1, #started, 2 do
     local id, execution = started[i], started[i + 1]
     local name, since = string.match(execution, '^(.*)%.%d+ (%S+)$')
@@ -794,33 +820,37 @@ for _, q in ipairs(KEYS) do
         'crash', policy, 0)
     end
   end
-  for name in pairs(over) do call('HDEL', q .. 'workers', name) end
   for _, name in ipairs({'finished', 'failed', 'canceled'}) do
     local old = call('ZCOUNT', q .. name, '-inf', stamp(at))
     if old > 0 then call('ZREMRANGEBYRANK', q .. name, 0, math.min(old, 10000) - 1) end
   end
   local due = call('ZRANGE', q .. 'scheduled', 0, 0, 'WITHSCORES')[2]
-  if call('LLEN', q .. 'queued') > 0 or due and tonumber(due) < at + lease then wake(q) end
+  local soon = due and (lease == '0' or tonumber(due) < at + lease)
+  if soon or call('LLEN', q .. 'queued') > 0 then wake(q) end
 end
 return dead
 """)
 
 MOVE = Script("""
 -- move: a job in one of the containers `from` -> queued, canceled or gone.  Returns where it was, ''
--- if it does not exist.  A run in progress goes on, but its result is refused.
-local q, id, from, to, front, failure_ttl = KEYS[1], unpack(ARGV)
+-- if it does not exist.  A run in progress goes on, but its result is refused.  `nonce` tells a call
+-- that was sent again.
+local q, id, from, to, front, failure_ttl, nonce = KEYS[1], unpack(ARGV)
 local job, at, was = q .. 'job:' .. id, now(), place(q, id)
+local moved = was and string.match(call('HGET', job, 'moved') or '', '^' .. nonce .. ' (.*)')
+if moved then return moved end
 if not was and to == 'gone' then call('LREM', q .. 'queued', 1, id) end  -- it had a ttl
 if not was or not string.find(from, was, 1, true) then return was or '' end
 if was == 'started' then call('HDEL', q .. was, id)
 elseif was == 'queued' then call('LREM', q .. was, 1, id)
 else call('ZREM', q .. was, id) end
+if to ~= 'gone' then call('HSET', job, 'moved', nonce .. ' ' .. was) end
 if to == 'queued' then
   call('HDEL', job, 'retries', 'repeats', 'crashes')
   ready(q, id, front == '1', at)
 elseif to == 'canceled' then file(q, id, to, failure_ttl, at)
 else call('DEL', job, job .. ':results') end
-call('PUBLISH', job, to)
+redis.pcall('PUBLISH', job, to)
 return was
 """)
 
@@ -855,6 +885,17 @@ def _field(name: str, default: float | None, doc: str) -> Any:
     """Make an attribute that reads a number from the hash."""
     value = lambda job: default if (number := job._number(name)) is None else number  # noqa: E731
     return property(value, doc=doc)
+
+
+def _time(read: Callable[[Job], Any], doc: str) -> Any:
+    """Make an attribute of seconds, or the sum of words of them: aware UTC, None for none."""
+
+    def moment(job: Job) -> datetime | None:
+        at = read(job)
+        at = sum(map(float, at)) if isinstance(at, list) else at
+        return _utc(at) if at else None
+
+    return property(moment, doc=doc)
 
 
 def _is(status: JobStatus) -> Any:
@@ -905,7 +946,7 @@ class Job:
             raise NoSuchJobError(f"job {self.id!r} is no longer in {self.origin!r}")
 
     def _take_in(self, status: bytes, token: bytes, heartbeat: bytes, pairs: list[bytes]) -> None:
-        self._fields, self._meta = _pairs(pairs), None
+        self._fields, self._meta, self._nonce = _pairs(pairs), None, secrets.token_urlsafe(6)
         self.__dict__.pop("_call", None)
         stopped = status == b"failed" and self._ended[3:] == [ResultType.STOPPED]
         self._status = JobStatus.STOPPED if stopped else JobStatus(status.decode())
@@ -972,34 +1013,16 @@ class Job:
     )
     repeat_intervals = property(lambda self: self._rule("repeat")["interval"])
 
-    @property
-    def created_at(self) -> datetime | None:
-        """When it was stored; None while it was not."""
-        at = self._number("created_at")
-        return _utc(at) if at else None
+    created_at = _time(lambda job: job._number("created_at"), "When it was stored.")
+    started_at = _time(lambda job: job._words[1:2], "When the current, or else the last run began.")
+    ended_at = _time(lambda job: job._ended[1:3], "When the last run ended.")
+    worker_name = property(lambda self: "".join(self._words[:1]).rpartition(".")[0] or None)
 
     @property
     def enqueued_at(self) -> datetime | None:
         """When it was last put into the queue; None while it never was."""
         at = self._number("enqueued_at")
         return _utc(at) if at else None if "enqueued_at" in self._fields else self.created_at
-
-    @property
-    def started_at(self) -> datetime | None:
-        """When the current, or else the last run began."""
-        at = self._execution.token.split()[1] if self._execution else "".join(self._ended[1:2])
-        return _utc(float(at)) if at else None
-
-    @property
-    def ended_at(self) -> datetime | None:
-        """When the last run ended; None while none did."""
-        return _utc(float(self._ended[1]) + float(self._ended[2])) if self._ended else None
-
-    @property
-    def worker_name(self) -> str | None:
-        """Who runs it, or ran it last."""
-        id = self._execution.id if self._execution else "".join(self._ended[:1])
-        return id.rpartition(".")[0] or None
 
     @property
     def last_heartbeat(self) -> datetime | None:
@@ -1030,8 +1053,13 @@ class Job:
         return rule["max"] - int(self._number(counter) or 0) if "max" in rule else None
 
     @property
+    def _words(self) -> list[str]:
+        """Execution and started_at of the run in progress, else of the last one."""
+        return self._execution.token.split() if self._execution else self._ended
+
+    @property
     def _ended(self) -> list[str]:
-        """Words: execution, started_at, seconds, and a type unless it was successful."""
+        """Execution, started_at, seconds, and a type unless it was successful; of the last run."""
         words = self._text("ended").split()
         if len(words) in (1, 2):
             raise self._garbled("ended")
@@ -1056,8 +1084,7 @@ class Job:
 
     def get_position(self) -> int | None:
         """Return how many jobs are before this one; None if it does not wait.  O(n)."""
-        position: int | None = _ask(self.connection, "LPOS", f"{self.queue.prefix}queued", self.id)
-        return position
+        return self.queue.get_job_position(self)
 
     def get_executions(self) -> list[Execution]:
         """Return the run in progress, as a list of one; an empty list if there is none."""
@@ -1164,8 +1191,8 @@ class Job:
             self._move(" ".join(_CONTAINERS), "gone")
 
     def _move(self, allowed: str, to: str, at_front: bool = False) -> None:
-        move = MOVE(self.queue.prefix, self.id, allowed, to, int(at_front), DEFAULT_FAILURE_TTL)
-        was = _ask(self.connection, *move).decode()
+        words = (self.id, allowed, to, int(at_front), DEFAULT_FAILURE_TTL, secrets.token_hex(4))
+        was = _ask(self.connection, *MOVE(self.queue.prefix, *words)).decode()
         if not was:
             raise NoSuchJobError(f"there is no job {self.id!r} in queue {self.origin!r}")
         if was not in allowed.split():
@@ -1247,27 +1274,23 @@ def requeue_job(job_id: str, connection: Redis | None = None) -> Job:
 # raises has stored nothing.
 
 _CONTAINERS = ["queued", "started", "scheduled", "deferred", "finished", "failed", "canceled"]
-_OPTIONS = {"result_ttl", "ttl", "failure_ttl", "description", "job_id", "meta", "retry", "repeat"}
+# The options of a job: the type of the value; for durations, what may be given beside a positive one.
+_OPTIONS: dict[str, Any] = {
+    "timeout": (-1,), "result_ttl": (-1, 0), "failure_ttl": (-1, 0), "ttl": (), "description": str,
+    "job_id": str, "meta": dict, "retry": Retry, "repeat": Repeat,
+}  # fmt: skip
 _NOT_OPTIONS = {"depends_on", "on_success", "on_failure", "on_stopped", "rate_limit", "webhooks"}
 # Fields that an earlier life of a job leaves, and that a new one does not begin with.
 _HISTORY = {
-    "created_at",
-    "enqueued_at",
-    "ended",
-    "result",
-    "retries",
-    "repeats",
-    "crashes",
-    "nonce",
-}
+    "created_at", "enqueued_at", "ended", "result", "retries", "repeats", "crashes", "nonce", "moved",
+    "waited",
+}  # fmt: skip
 
 
 class EnqueueData(NamedTuple):
     """A call and its options, for enqueue_many(); made by Queue.prepare_data()."""
 
-    func: Func
-    args: Sequence[Any] | None
-    kwargs: dict[str, Any] | None
+    call: tuple[Func, Any, Any]
     at_front: bool
     options: dict[str, Any]
 
@@ -1410,9 +1433,9 @@ class Queue:
         """Sort keywords into options and the function's own, and enqueue."""
         if refused := sorted(_NOT_OPTIONS & kwargs.keys()):
             raise TypeError(f"{refused[0]} is no option; pass the function's own in kwargs={{}}")
-        options = {name: kwargs.pop(name) for name in _OPTIONS & kwargs.keys()}
-        if "job_timeout" in kwargs:
-            options["timeout"] = kwargs.pop("job_timeout")
+        names = _OPTIONS.keys() & kwargs.keys() - {"timeout"}
+        options = {name: kwargs.pop(name) for name in names}
+        options["timeout"] = kwargs.pop("job_timeout", None)
         at_front, pipeline = kwargs.pop("at_front", False), kwargs.pop("pipeline", None)
         if "args" in kwargs or "kwargs" in kwargs:
             own = kwargs.pop("args", None), kwargs.pop("kwargs", None)
@@ -1435,7 +1458,7 @@ class Queue:
         func: Func, args: Any = None, kwargs: Any = None, at_front: bool = False, **options: Any
     ) -> EnqueueData:
         """Return a call with the options of create_job(), for enqueue_many()."""
-        return EnqueueData(func, args, kwargs, at_front, options)
+        return EnqueueData((func, args, kwargs), at_front, options)
 
     def enqueue_many(self, job_datas: Iterable[EnqueueData], pipeline: Any = None) -> list[Job]:
         """Store many calls, and return their jobs in the same order.
@@ -1445,44 +1468,38 @@ class Queue:
         jobs: list[Job] = []
         rest = iter(job_datas)
         while chunk := list(itertools.islice(rest, CHUNK)):
-            made = [(self.create_job(*data[:3], **data.options), data.at_front) for data in chunk]
+            made = [(self.create_job(*data.call, **data.options), data.at_front) for data in chunk]
             self._store(made, pipeline)
             jobs += [job for job, _ in made]
         return jobs
 
-    def create_job(
-        self, func: Func, args: Any = None, kwargs: Any = None, *,
-        timeout: Any = None, result_ttl: Any = None, ttl: Any = None, failure_ttl: Any = None,
-        description: str | None = None, job_id: str | None = None,
-        meta: dict[str, Any] | None = None, retry: Retry | None = None,
-        repeat: Repeat | None = None,
-    ) -> Job:  # fmt: skip
+    def create_job(self, func: Func, args: Any = None, kwargs: Any = None, **options: Any) -> Job:
         """Return a job that is not stored yet; enqueue_job() or schedule_job() do that.
 
         The options are those of enqueue(), with `timeout` for job_timeout.
         """
-        for option, type in ((retry, Retry), (repeat, Repeat), (meta, dict)):
-            if option is not None and not isinstance(option, type):
-                raise TypeError(f"give a {type.__name__}, not {option!r}")
         fields = self._encode_call(func, args, kwargs)
-        if timeout is None:
-            timeout = self.default_timeout if self.default_timeout != DEFAULT_TIMEOUT else None
-        given = {"timeout": (timeout, (-1,)), "ttl": (ttl, ())}
-        given |= {"result_ttl": (result_ttl, (-1, 0)), "failure_ttl": (failure_ttl, (-1, 0))}
-        for name, (value, special) in given.items():
-            if value is not None:
-                fields[name] = f"{_seconds(value, name, special):.15g}".encode()
-        if description:
-            fields["description"] = str(description).encode()
-        if meta:
-            fields["meta"] = _dumps(self.serializer, meta, "meta")
-        if retry:
-            fields["retry"] = retry.rule()
-        if repeat:
-            fields["repeat"] = repeat.rule()
-        if job_id is None:
+        if self.default_timeout != DEFAULT_TIMEOUT:
+            fields["timeout"] = f"{self.default_timeout:.15g}".encode()
+        for name, value in options.items():
+            kind = _OPTIONS.get(name)
+            if kind is None:
+                raise TypeError(f"{name!r} is no option; there are: {', '.join(_OPTIONS)}")
+            if value is None:
+                continue
+            if isinstance(kind, tuple):
+                fields[name] = f"{_seconds(value, name, kind):.15g}".encode()
+            elif not isinstance(value, kind):
+                raise TypeError(f"{name} takes a {kind.__name__}, not {value!r}")
+            elif isinstance(value, Retry | Repeat):
+                fields[name] = value.rule()
+            elif name == "meta":
+                fields[name] = _dumps(self.serializer, value, "meta")
+            elif name == "description":
+                fields[name] = value.encode()
+        if options.get("job_id") is None:
             return Job(secrets.token_urlsafe(16), self, fields)
-        return Job(_id_of(job_id), self, fields, secrets.token_urlsafe(6))
+        return Job(_id_of(options["job_id"]), self, fields, secrets.token_urlsafe(6))
 
     def _encode_call(self, func: Any, args: Any, kwargs: Any) -> dict[str, bytes]:
         """Return the fields `func` and `args`, of a function that a worker can find."""
@@ -1574,7 +1591,8 @@ class Queue:
 
     def get_job_position(self, job: Job | str) -> int | None:
         """Return how many jobs are before this one; None if it does not wait here.  O(n)."""
-        return Job(_id_of(job), self, {}).get_position()
+        position: int | None = _ask(self.connection, "LPOS", f"{self.prefix}queued", _id_of(job))
+        return position
 
     started_job_registry, scheduled_job_registry = _registry("started"), _registry("scheduled")
     finished_job_registry, failed_job_registry = _registry("finished"), _registry("failed")
@@ -1603,15 +1621,18 @@ class Queue:
             raise InvalidJobOperation(f"queue {self.name!r} still has jobs; empty it first")
         for registry in registries:
             self._clear(registry)
-        leftovers = [f"{self.prefix}{name}" for name in (*_CONTAINERS, "wake", "workers")]
-        _send(self.connection, ("SREM", _QUEUES, self.name), ("DEL", *leftovers))
+        expired = [("ZREMRANGEBYSCORE", each.key, "-inf", time.time()) for each in registries[4:]]
+        _send(
+            self.connection, *expired, ("SREM", _QUEUES, self.name), ("DEL", f"{self.prefix}wake")
+        )
         self._known = False
 
     def _clear(self, registry: Registry) -> int:
         """Delete the jobs of a container by the thousand; those that join later stay."""
         count, ids, container = 0, registry.get_job_ids(), registry.container
         for i in range(0, len(ids), CHUNK):
-            moves = [MOVE(self.prefix, id, container, "gone", 0, 0) for id in ids[i : i + CHUNK]]
+            some = ids[i : i + CHUNK]
+            moves = [MOVE(self.prefix, id, container, "gone", 0, 0, "") for id in some]
             count += _send(self.connection, *moves).count(container.encode())
         return count
 
@@ -1658,6 +1679,8 @@ def perform(execution: Execution) -> Outcome:
             return Outcome(ResultType.RETRIED, seconds=seconds, retry=value)
         try:
             payload = b"" if value is None else _dumps(job.serializer, value, "the result")
+            if len(payload) > MAX_RESULT:
+                raise TypeError(f"its result of {len(payload)} bytes is too large to store")
         except TypeError as error:
             text = f"the job ran, but {error}\nresult: {_short(value)}\n"
             return Outcome(ResultType.FAILED, text.encode(), seconds, final=True)
@@ -1746,14 +1769,6 @@ _CRASHES = json.dumps({"max": MAX_CRASHES - 1, "interval": [0], "front": True})
 # Without work it blocks on the wake lists of its queues.  In fork mode the loop stays in a parent
 # that runs no user code and has no threads; in-process, a thread beats while a job runs.
 
-# What passes by itself: no server, one that loads, a fail-over, memory that is full.
-_OUTAGES = (
-    ServerUnavailable,
-    exceptions.ReadOnlyError,
-    exceptions.OutOfMemoryError,
-    exceptions.ClusterError,
-)
-
 
 class Worker:
     """Runs the jobs of queues, those of the first queue before those of the second.
@@ -1806,8 +1821,7 @@ class Worker:
         self.total_working_time = 0.0  # seconds
         self._birth = time.time()
         self._prefixes = [queue.prefix for queue in self.queues]
-        self._inbox = f"{self._prefixes[0]}inbox:{self.name}"
-        self._ear = _Ear(connection, [self._inbox, *(f"{q}wake" for q in self._prefixes)])
+        self._ear = _Ear(connection, [f"{prefix}wake" for prefix in self._prefixes])
         self._number = 0  # of the last claim
         self._claimed: deque[Execution] = deque()
         self._busy = self._waiting = self._burst = self._scheduler = False
@@ -1838,10 +1852,12 @@ class Worker:
         it up, and it will run again.  Raises ServerUnavailable if there is no server at the start;
         later it waits for one to come back.
         """
-        _set_up_log(logging_level)
+        if logging_level is not None:  # does nothing to logging that is set up already
+            logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+            log.setLevel(logging_level)
         self._burst, self._scheduler = self._burst or burst, with_scheduler
         _adopt_main()
-        self._beat()
+        self._beat(fresh="fresh")
         log.info("worker %s (pid %d), microq %s", self.name, os.getpid(), __version__)
         log.info("listening on %s", ", ".join(queue.name for queue in self.queues))
         try:
@@ -1857,6 +1873,9 @@ class Worker:
         last: tuple[Execution, Outcome] | None = None
         count, idle_since = 0, time.monotonic()
         while True:
+            over = (
+                self._burst or count == max_jobs
+            )  # before the claim: what comes after is too late
             due = self._exchange(last, claim=count != max_jobs)
             last = None
             if self._claimed and self._stopping_since is None:
@@ -1864,7 +1883,7 @@ class Worker:
                 last = execution, self._run(execution)
                 count, idle_since = count + 1, time.monotonic()
                 continue
-            over = self._burst or count == max_jobs or self._stopping_since is not None
+            over = over or count == max_jobs or self._stopping_since is not None
             if over or time.monotonic() >= idle_since + max_idle_time:
                 return count > 0
             self._wait(min(due, idle_since + max_idle_time))
@@ -1898,7 +1917,7 @@ class Worker:
         while True:
             try:
                 return _send(self.connection, *commands)
-            except _OUTAGES as error:
+            except ServerUnavailable as error:
                 if time.monotonic() >= self._patience:
                     raise
                 pause = delay * random.uniform(0.5, 1)  # so that not all return at once
@@ -1907,15 +1926,17 @@ class Worker:
                 delay = min(2 * delay, BACKOFF_CAP)
 
     def _wait(self, until: float) -> None:
-        """Block until there may be work: a token, a message, a signal, or `until`."""
+        """Block until there may be work: a token, a signal, or `until`."""
         try:
             self._waiting = True
-            while self._stopping_since is None:
+            while self._stopping_since is None and not self._burst:
                 left = until - time.monotonic()
                 if left <= 0:
                     self._ear.close()  # else it might take a token that we don't act on
                     break
-                if self._ear.hears(min(left, self._tick()) if self.fork else left):
+                # A thread gets no signals: it looks at `_burst` now and then.
+                nap = self._tick() if self.fork else 0.1 if self._thread else left
+                if self._ear.hears(min(left, nap)):
                     break
             self._waiting = False
         except _Interrupt:
@@ -1930,7 +1951,7 @@ class Worker:
         now = time.monotonic()
         if self._stopping_since is None:
             self._stopping_since, self._patience = now, now + self.lease
-            log.info("%s: finishing the current job; again to give it up", _signal_name(signum))
+            log.info("signal %d: finishing the current job; again to give it up", signum)
             if self._waiting:
                 raise _Interrupt
         elif now - self._stopping_since >= 1:  # less is one Ctrl-C that came twice
@@ -1939,10 +1960,9 @@ class Worker:
     def _leave(self) -> None:
         """Sign off: whatever is still held goes back to the front of its queue."""
         self._ear.close()
-        sign_off = BEAT(self._prefixes, self.name, 0, _CRASHES, DEFAULT_FAILURE_TTL)
-        keys = [("DEL", f"microq:worker:{self.name}"), ("DEL", self._inbox)]
+        sign_off = BEAT(self._prefixes, self.name, 0, "", _CRASHES, DEFAULT_FAILURE_TTL)
         try:
-            _send(self.connection, sign_off, *keys)
+            _send(self.connection, sign_off, ("DEL", f"microq:worker:{self.name}"))
         except exceptions.RedisError as error:
             log.warning("signing off: %s", error)
         log.info("worker %s stopped", self.name)
@@ -1951,7 +1971,7 @@ class Worker:
 
     def __enter__(self) -> Worker:
         self.fork = False  # a process must not fork beside running threads
-        self._beat()  # raises here, not in the thread, if there is no server
+        len(self.queues[0])  # raises here, not in the thread, if there is no server
         work = functools.partial(self.work, logging_level=None)
         self._thread = threading.Thread(target=work, name=f"worker {self.name}")
         self._thread.start()
@@ -1961,8 +1981,6 @@ class Worker:
         self._burst, self._patience = True, time.monotonic() + self.lease
         if kind is not None:  # leave the rest to others
             self._stopping_since = time.monotonic()
-        with contextlib.suppress(exceptions.RedisError):
-            _send(self.connection, ("RPUSH", self._inbox, "look"), ("EXPIRE", self._inbox, 60))
         assert self._thread is not None
         self._thread.join()
 
@@ -1982,8 +2000,12 @@ class Worker:
         thread = threading.Thread(target=tick, name="heartbeat", daemon=True)
         if not self.fork:
             thread.start()
-        yield
-        over.set()
+        try:
+            yield
+        finally:
+            over.set()
+            if not self.fork:
+                thread.join()  # a beat after we signed off would sign us on
 
     def _tick(self) -> float:
         """Do what is due now; return the seconds until something will be."""
@@ -2003,9 +2025,8 @@ class Worker:
         soonest = min(self._next_beat, self._next_promotion) if scheduling else self._next_beat
         return max(0.0, soonest - time.monotonic())
 
-    def _beat(self) -> None:
+    def _beat(self, fresh: str = "") -> None:
         """Renew the lease, and do the house-keeping that comes with it."""
-        self._next_beat = time.monotonic() + self.lease / 3
         key = f"microq:worker:{self.name}"
         about = {
             "hostname": socket.gethostname(),
@@ -2023,8 +2044,9 @@ class Worker:
             ("HSET", key, *itertools.chain(*about.items())),
             ("PEXPIRE", key, int(self.lease * 1000)),
             ("SADD", _QUEUES, *(queue.name for queue in self.queues)),
-            BEAT(self._prefixes, self.name, self.lease, _CRASHES, DEFAULT_FAILURE_TTL),
+            BEAT(self._prefixes, self.name, self.lease, fresh, _CRASHES, DEFAULT_FAILURE_TTL),
         )
+        self._next_beat = time.monotonic() + self.lease / 3
         for name in dead:
             log.warning("worker %s is silent; its jobs run again", name.decode())
 
@@ -2075,7 +2097,9 @@ class Worker:
             text = f"killed, {KILL_GRACE:g} s after its timeout of {limit:g} s had no effect"
             return Outcome(ResultType.FAILED, text.encode(), seconds)
         code = child.exitcode or 0
-        cause = f"was killed by {_signal_name(-code)}" if code < 0 else f"exited with status {code}"
+        cause = f"exited with status {code}"
+        if code < 0:
+            cause = f"was killed by signal {-code} ({signal.strsignal(-code)})"
         crash = f"the process that ran this job for worker {self.name} {cause}"
         return Outcome(ResultType.FAILED, seconds=seconds, crash=crash)
 
@@ -2090,7 +2114,7 @@ class Worker:
             log.warning(f"%s: {text}", job.origin, job.id)
             return
         verdict = "OK" if well else "to be run again" if outcome.retry else "FAILED"
-        reason = outcome.crash or _last_line(outcome.payload.decode(errors="replace"))
+        *_, reason = [outcome.crash, *outcome.payload.decode(errors="replace").splitlines()]
         why = "" if well or outcome.retry else f": {reason}"
         place, _, due = place.partition(" ")
         when = f" at {datetime.fromtimestamp(float(due)):%H:%M:%S}" if due else ""
@@ -2108,6 +2132,9 @@ def _child(execution: Execution, sender: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sender.send(perform(execution))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # whatever threads the job has left
 
 
 class SimpleWorker(Worker):
@@ -2128,19 +2155,18 @@ class _Ear:
     def __init__(self, connection: Redis, keys: Sequence[str]) -> None:
         self.connection = connection
         self.keys = keys
-        self._pool: Any = None
         self._line: Any = None
         self._asked_at: float | None = None
 
     def hears(self, seconds: float) -> bool:
-        """Wait up to `seconds`; True if there is a token or a message."""
+        """Wait up to `seconds`; True if there is a token."""
         if self._asked_at is None:
             if self._line is None:
                 node: Any = self.connection
-                if not hasattr(node, "connection_pool"):  # a RedisCluster
+                if isinstance(node, RedisCluster):
                     node = node.get_redis_connection(node.get_node_from_key(self.keys[0]))
-                self._pool = node.connection_pool
-                self._line = self._pool.get_connection()
+                pool = node.connection_pool
+                self._line = pool.connection_class(**pool.connection_kwargs)
             self._line.send_command("BLPOP", *self.keys, self.SECONDS)
             self._asked_at = time.monotonic()
         dead_at = self._asked_at + self.SECONDS + 5
@@ -2155,8 +2181,7 @@ class _Ear:
         """Take the call back: what arrives from now on is for others."""
         if self._line is not None:
             self._line.disconnect()
-            self._pool.release(self._line)
-            self._line = self._asked_at = None
+            self._asked_at = None
 
 
 @contextlib.contextmanager
@@ -2172,33 +2197,13 @@ def _signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
             signal.signal(number, old)
 
 
-def _signal_name(number: int) -> str:
-    known = {each.value: each.name for each in signal.Signals}
-    return known.get(number, f"signal {number}")
-
-
-def _last_line(text: str) -> str:
-    return (text.strip().splitlines() or [""])[-1]
-
-
-def _set_up_log(level: str | int | None) -> None:
-    """Write microq's log to stderr, unless the program has set up logging itself."""
-    if level is None:
-        return
-    if not log.hasHandlers():
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-        log.addHandler(handler)
-        log.propagate = False
-    log.setLevel(level)
-
-
 # ---- 10. Embedded server -------------------------------------------------------------------------
 # A private server on a unix socket, for a machine that has none.  The server of a directory is
 # shared by the processes of its user that name the directory: the first one starts it, the last one
 # to leave shuts it down, a lock file keeps the two apart.  Without a directory it is ours alone.
 
 _private_servers: list[subprocess.Popen[bytes]] = []  # their inputs stay open as long as we live
+_joined: dict[Path, Redis] = {}  # connections to the servers of directories
 
 
 def embedded(dir: str | os.PathLike[str] | None = None) -> Redis:
@@ -2212,13 +2217,15 @@ def embedded(dir: str | os.PathLike[str] | None = None) -> Redis:
     home = Path(dir).expanduser().resolve()
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _locked(home):
-        connection = Redis(unix_socket_path=str(home / "redis.sock"))
-        try:
-            connection.ping()
-        except exceptions.ConnectionError:
-            connection = _start_server(home, private=False)
-    atexit.register(_step_out, connection, home, os.getpid())
-    return connection
+        if home not in _joined:
+            with socket.socket(socket.AF_UNIX) as probe:
+                there = len(str(home)) < 90 and probe.connect_ex(str(home / "redis.sock")) == 0
+            _joined[home] = Redis(unix_socket_path=str(home / "redis.sock"))
+            if not there:
+                _joined[home] = _start_server(home, private=False)
+            _joined[home].ping()  # holds a connection, which tells others that we are here
+            atexit.register(_step_out, _joined[home], home, os.getpid())
+    return _joined[home]
 
 
 @contextlib.contextmanager
@@ -2400,9 +2407,9 @@ def _demo(options: argparse.Namespace) -> None:
     Worker(queue).work(max_idle_time=2, with_scheduler=True)
     print("\nWhat became of them:\n")
     for what, job in jobs.items():
-        results = job.results()
-        value = results[0].return_value or _last_line(results[0].exc_string or "")
-        print(f"  {job.get_status():9} {len(results)} run(s)  {value!s:33} {what}")
+        result, runs = job.latest_result(), len(job.results())
+        value = result and (result.return_value or (result.exc_string or "").split("\n")[-2])
+        print(f"  {job.get_status():9} {runs} run(s)  {value!s:33} {what}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -132,7 +132,6 @@ def containers(redis, prefix=Q):
 def key_pattern(key: str) -> str:
     key = re.sub(r"\{[^}]*\}[^:]*", "{q}", key)
     key = re.sub(r"worker:.*", "worker:<name>", key)
-    key = re.sub(r"inbox:.*", "inbox:<name>", key)
     return re.sub(r"job:[^:]+", "job:<id>", key)
 
 
@@ -150,8 +149,6 @@ def check_invariants(redis):
         if pattern == "microq:{q}:job:<id>":
             prefix, id = key.split(b"job:")
             jobs[prefix, id] = 0
-        if pattern.startswith("microq:{q}:inbox"):
-            assert redis.ttl(key) > 0
     for prefix in {prefix for prefix, _ in jobs}:
         for ids in containers(redis, prefix.decode()).values():
             jobs.update((prefix, id) for id in ids if (prefix, id) in jobs)
@@ -318,8 +315,10 @@ def settle(
 
 
 def beat(queue, worker="other", lease=15):
-    crashes = microq._CRASHES
-    return microq._ask(queue.connection, *microq.BEAT(queue.prefix, worker, lease, crashes, 100))
+    """Beat twice: a worker judges others once it knows that it is alive itself."""
+    command = microq.BEAT(queue.prefix, worker, lease, "", microq._CRASHES, 100)
+    first, second = microq._send(queue.connection, command, command)
+    return first + second
 
 
 # ---- The docstring -------------------------------------------------------------------------------
@@ -394,7 +393,17 @@ def test_a_rule_that_makes_no_sense_is_refused(make, error):
 
 @pytest.mark.parametrize(
     ("given", "seconds"),
-    [(5, 5), (0.5, 0.5), ("90", 90), ("1.5s", 1.5), ("5m", 300), ("2H", 7200), ("1d", 86400), (timedelta(minutes=1), 60), (-1, -1)],
+    [
+        (5, 5),
+        (0.5, 0.5),
+        ("90", 90),
+        ("1.5s", 1.5),
+        ("5m", 300),
+        ("2H", 7200),
+        ("1d", 86400),
+        (timedelta(minutes=1), 60),
+        (-1, -1),
+    ],
 )
 def test_a_duration_is_seconds_or_says_its_unit(given, seconds):
     assert microq._seconds(given, "x", (-1,)) == seconds
@@ -571,6 +580,23 @@ def test_connections_are_checked():
         Queue(connection="redis://localhost")
 
 
+@pytest.mark.parametrize("trouble", ["NOREPLICAS x", "MISCONF x", "BUSY x", "LOADING x"])
+def test_trouble_that_passes_is_waited_out(redis, queue, monkeypatch, trouble):
+    job, send, fails = queue.enqueue(add), microq._round_trip, [2]
+
+    def troubled(connection, commands):
+        if fails[0] and any(microq.SETTLE.sha in command for command in commands):
+            fails[0] -= 1
+            raise redis_py.exceptions.ResponseError(f"Command # 1 of pipeline: {trouble}")
+        return send(connection, commands)
+
+    if trouble.startswith("LOADING"):
+        monkeypatch.setattr(microq, "_TROUBLE", "LOADING")
+    monkeypatch.setattr(microq, "_round_trip", troubled)
+    work(queue)
+    assert job.is_finished and fails == [0]
+
+
 def test_scripts_are_sent_again_to_a_server_that_lost_them(redis, queue):
     job = queue.enqueue(add, 1)
     redis.script_flush()
@@ -606,6 +632,63 @@ def test_a_claim_that_arrives_late_takes_nothing(redis, queue):
     assert claim(queue, number=2)
     assert claim(queue, number=1) == []
     assert len(queue) == 1
+
+
+def test_a_claim_that_arrives_late_takes_nothing_even_if_it_found_nothing(redis, queue):
+    assert claim(queue, number=5) == claim(queue, number=6) == []
+    queue.enqueue(add)
+    assert claim(queue, number=5) == [] and len(queue) == 1
+
+
+def test_an_id_used_again_after_it_expired_in_the_queue_runs_once(redis, queue):
+    queue.enqueue(add, job_id="a", ttl=0.02)
+    time.sleep(0.05)
+    queue.enqueue(add, job_id="a")
+    assert queue.job_ids == ["a", "a"]  # the first is a left-over
+    assert len(claim(queue, "w1")) == 1 and claim(queue, "w2") == []
+    queue.enqueue(add, job_id="b", ttl=0.02)
+    time.sleep(0.05)
+    queue.enqueue_in(60, add, job_id="b")
+    assert claim(queue, "w3") == [] and queue.fetch_job("b").is_scheduled
+
+
+def test_a_claim_leaves_a_token_for_what_it_leaves_behind(redis):
+    first, second = Queue("{t}a", redis), Queue("{t}b", redis)
+    second.enqueue(add)
+    first.enqueue(add)
+    redis.delete(first.prefix + "wake", second.prefix + "wake")  # one worker has taken both
+    command = microq.CLAIM([first.prefix, second.prefix], "w", 1, 15, 1)
+    assert len(microq._ask(redis, *command)[2]) == 1
+    assert redis.llen(second.prefix + "wake") == 1
+
+
+def test_a_rule_that_makes_no_sense_to_the_script_ends_the_job(redis, queue):
+    for number, policy in enumerate(("{", '{"max": 3, "interval": ["x"]}', '{"max": 3}'), 1):
+        job = queue.enqueue(add)
+        [(_, execution)] = claim(queue, number=number)
+        options = {"rule": "retry", "policy": policy, "container": "failed"}
+        assert settle(queue, job.id, execution, **options) == "failed"
+        assert job.is_failed and not redis.hexists(f"{Q}job:{job.id}", "retries")
+
+
+def test_a_worker_restarted_under_its_name_counts_the_crash_and_goes_on(redis, queue):
+    lost = queue.enqueue(add)
+    for number in (1, 22, 23):
+        claim(queue, "w1", number=number)
+    after = queue.enqueue(add)
+    assert SimpleWorker(queue, name="w1").work(burst=True, logging_level=None)
+    assert lost.is_finished and after.is_finished
+    assert [result.type for result in lost.results()] == ["successful", "retried"]
+
+
+def test_after_an_outage_nobody_is_judged_by_one_who_was_late_himself(redis, queue):
+    queue.enqueue(add)
+    claim(queue, "busy", lease=0.01)
+    beat(queue, "late", lease=0.01)
+    time.sleep(0.02)
+    command = microq.BEAT(queue.prefix, "late", 15, "", microq._CRASHES, 100)
+    assert microq._ask(redis, *command) == []
+    assert microq._ask(redis, *command) == [b"busy"]
 
 
 def test_settle_sent_twice_records_one_result(redis, queue):
@@ -665,7 +748,19 @@ def test_signing_off_gives_back_without_a_crash(redis, queue):
     assert redis.hkeys(Q + "workers") == []
 
 
-def test_moves_sent_twice_happen_once(redis, queue):
+def test_a_move_sent_twice_is_one_move(redis, queue):
+    job = queue.enqueue(add)
+    for allowed, to, was in (
+        ("queued", "canceled", b"queued"),
+        ("canceled", "queued", b"canceled"),
+    ):
+        command = microq.MOVE(queue.prefix, job.id, allowed, to, 0, 100, f"nonce{to}")
+        assert microq._send(redis, command, command) == [was, was]
+    claim(queue)
+    assert microq._ask(redis, *command) == b"canceled" and job.is_started  # late, and ignored
+
+
+def test_moves_that_are_not_allowed_change_nothing(redis, queue):
     job = queue.enqueue(add)
     job.cancel()
     with pytest.raises(InvalidJobOperation, match="is canceled"):
@@ -1093,6 +1188,7 @@ def test_a_result_that_cannot_be_serialized_fails_the_job_without_a_retry(queue,
         ("timeout", b"soon", "'timeout' of job"),
         ("retry", b"{", "'retry' of job"),
         ("retry", b'{"max": 3, "interval": []}', "'retry' of job"),
+        ("retry", b'{"max": 3, "interval": ["x"]}', "'retry' of job"),
         ("repeat", b"[]", "'repeat' of job"),
         ("meta", b"garbage", None),
         ("created_at", b"x", None),
@@ -1206,6 +1302,32 @@ def test_a_job_that_kills_its_process_is_failed_at_the_third_time(queue, func, r
     Worker(queue).work(burst=True, logging_level=None)
     assert job.is_failed and re.search(reason, job.latest_result().exc_string)
     assert len(job.results()) == 3 and after.is_finished
+
+
+def leave_a_thread():
+    threading.Thread(target=time.sleep, args=(20,)).start()
+    return "left"
+
+
+def test_a_job_that_leaves_a_thread_does_not_hold_the_worker(queue):
+    job, began = queue.enqueue(leave_a_thread), time.monotonic()
+    Worker(queue).work(burst=True, logging_level=None)
+    assert job.return_value() == "left" and time.monotonic() - began < 5
+
+
+def test_a_result_that_is_too_large_fails_the_job(queue, monkeypatch):
+    monkeypatch.setattr(microq, "MAX_RESULT", 100)
+    job = queue.enqueue(add, "x" * 200, "")
+    work(queue)
+    assert job.is_failed and "too large" in job.latest_result().exc_string
+
+
+def test_a_worker_that_ends_by_an_error_stops_beating(redis, queue, monkeypatch):
+    worker, before = SimpleWorker(queue, lease=0.3), threading.active_count()
+    monkeypatch.setattr(worker, "_loop", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        worker.work(logging_level=None)
+    assert threading.active_count() == before and redis.hlen(Q + "workers") == 0
 
 
 def test_a_job_that_leaves_children_or_closes_files_does_not_hold_the_worker(queue):
@@ -1376,15 +1498,15 @@ def test_enqueue_is_one_round_trip(server, redis):
 
 
 def test_a_worker_makes_one_round_trip_per_job(server, redis):
-    connection = redis_py.Redis.from_url(server.url)
-    queue = Queue(connection=connection)
-    trips = []
-    for count in (10, 60):
+    """By the server's count of reads, which now and then has one too many: hence the least of 3."""
+    queue = Queue(connection=redis_py.Redis.from_url(server.url))
+    least = {}
+    for count in [10, 60] * 3:
         queue.enqueue_many([Queue.prepare_data(add, (i,)) for i in range(count)])
         before = reads(redis)
         work(queue)
-        trips.append(reads(redis) - before)
-    assert trips[1] - trips[0] <= 50, trips
+        least[count] = min(reads(redis) - before, least.get(count, 1000))
+    assert least[60] - least[10] <= 50, least
     queue.delete()
 
 
