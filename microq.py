@@ -197,9 +197,8 @@ class _Interrupt(BaseException):
 
 
 class JobStatus(str, enum.Enum):
-    """Where a job stands, in RQ's words: the names of the containers, and a few more.
-
-    A job is created when it is not stored yet, and stopped in the container `failed`."""
+    """Where a job stands, in RQ's words: the names of the containers, and a few more. A job is
+    created when it is not stored yet, and stopped in the container `failed`."""
 
     QUEUED, STARTED, SCHEDULED, DEFERRED = "queued", "started", "scheduled", "deferred"
     FINISHED, FAILED, CANCELED = "finished", "failed", "canceled"
@@ -218,7 +217,6 @@ class ResultType(str, enum.Enum):
 
 def _seconds(value: Any, name: str, special: tuple[int, ...] = ()) -> float:
     """Return a duration in seconds: a number, a timedelta, "90", "30s", "5m", "2h" or "1d".
-
     `special` lists values beside the positive ones that have a meaning, as -1 for "no limit".
     Raises TypeError or ValueError, which name the option."""
     if isinstance(value, timedelta):
@@ -298,10 +296,9 @@ class Repeat(_Rule):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended, as `perform` saw it.
-
-    `payload` is the serialized return value, or the traceback in UTF-8.  `retry` is the rule that
-    the job itself returned.  `final` forbids a retry.  `crash` says how the job's process died."""
+    """How a run ended, as `perform` saw it. `payload` is the serialized return value, or the
+    traceback in UTF-8.  `retry` is the rule that the job itself returned.  `final` forbids a retry.
+    `crash` says how the job's process died."""
 
     type: ResultType
     payload: bytes = b""
@@ -417,10 +414,9 @@ def _dumps(serializer: Any, value: Any, what: str) -> bytes:
 
 
 def _adopt_main() -> str | None:
-    """Return the name by which a worker can import the script that runs.
-
-    It is entered under that name here too, so that the process of the script never loads a second
-    copy.  None at a prompt, and for `python -m microq`, which has no functions of its own."""
+    """Return the name by which a worker can import the script that runs. It is entered under that
+    name here too, so that the process of the script never loads a second copy.  None at a prompt,
+    and for `python -m microq`, which has no functions of its own."""
     main = sys.modules["__main__"]
     file, spec = getattr(main, "__file__", None) or "", getattr(main, "__spec__", None)
     if not os.path.isfile(file) or os.path.samefile(file, __file__):
@@ -444,9 +440,8 @@ def _func_name(func: Any) -> str:
 
 
 def _find(name: str) -> Any:
-    """Return the object of a dotted name, importing its module.
-
-    Raises ImportError or AttributeError, which name what is missing."""
+    """Return the object of a dotted name, importing its module. Raises ImportError or
+    AttributeError, which name what is missing."""
     parts = name.split(".")
     for cut in range(len(parts) - 1, 0, -1):
         path = ".".join(parts[:cut])
@@ -466,9 +461,8 @@ def _utc(at: float) -> datetime:
 
 
 def _delay_until(moment: datetime) -> float:
-    """Return the seconds from now to `moment`; ValueError for a naive or past datetime.
-
-    Less than a minute in the past may be the difference of two clocks, and counts as now."""
+    """Return the seconds from now to `moment`; ValueError for a naive or past datetime. Less than a
+    minute in the past may be the difference of two clocks, and counts as now."""
     if not isinstance(moment, datetime):
         raise TypeError(f"give a datetime, not {moment!r}")
     if moment.tzinfo is None:
@@ -529,10 +523,9 @@ def _spelled_out(command: Command) -> Command:
 
 
 def _send(connection: Redis, *commands: Command) -> list[Any]:
-    """Run the commands in one round trip and return their replies.
-
-    Where the server does not know a script yet, everything is sent once more with the texts; each
-    script may be sent twice without harm.  Raises ServerUnavailable if there is no answer."""
+    """Run the commands in one round trip and return their replies. Where the server does not know a
+    script yet, everything is sent once more with the texts; each script may be sent twice without
+    harm.  Raises ServerUnavailable if there is no answer."""
     try:
         try:
             return _round_trip(connection, commands)
@@ -583,49 +576,58 @@ def _connect(connection: Redis | None = None) -> Redis:
 
 _PRELUDE = """--!df flags=allow-undeclared-keys
 local call = redis.call
-
+local ENDED = {finished = 1, failed = 1, canceled = 1}
+local function stamp(at) return string.format('%.6f', at) end
 local function now()  -- the server's time in seconds
   local time = call('TIME')
   return tonumber(time[1]) + tonumber(time[2]) / 1e6
 end
-local function stamp(at) return string.format('%.6f', at) end
-local function seconds(text, default)  -- a number that Redis takes for a time to live
-  local number = tonumber(text)
-  return number and math.abs(number) < 1e10 and number or tonumber(default)
-end
-
 local function wake(q)  -- one blocked worker goes to look, unless a token says so already
   if call('EXISTS', q .. 'wake') == 0 then call('RPUSH', q .. 'wake', 1) end
 end
-
+local function ttl_of(job, name, default)  -- a garbled number is not for EXPIRE
+  local ttl = tonumber(call('HGET', job, name))
+  return ttl and math.abs(ttl) < 1e10 and ttl or tonumber(default)
+end
 local function keep(job, ttl)  -- let a job's record expire in `ttl` seconds; negative: never
   for _, key in ipairs({job, job .. ':results'}) do
     if ttl < 0 then call('PERSIST', key) else call('PEXPIRE', key, math.ceil(ttl * 1000)) end
   end
 end
-
 local function ready(q, id, front, at)  -- ... -> queued, where its ttl begins
   local job = q .. 'job:' .. id
   call('HSET', job, 'enqueued_at', stamp(at))
-  keep(job, seconds(call('HGET', job, 'ttl'), -1))
+  keep(job, ttl_of(job, 'ttl', -1))
   call(front and 'LPUSH' or 'RPUSH', q .. 'queued', id)
   wake(q)
 end
-
 local function later(q, id, due)  -- ... -> scheduled; if it is the next one, set the alarm
   call('ZADD', q .. 'scheduled', stamp(due), id)
   if call('ZRANGE', q .. 'scheduled', 0, 0)[1] == id then wake(q) end
 end
-
+local function promote(q, at)  -- scheduled -> queued, what is due; returns when the next one will be
+  for _ = 1, 100 do
+    local id, due = unpack(call('ZRANGE', q .. 'scheduled', 0, 0, 'WITHSCORES'))
+    if not id or tonumber(due) > at then return tonumber(due) end
+    call('ZREM', q .. 'scheduled', id)
+    local job = q .. 'job:' .. id
+    if call('EXISTS', job) == 1 then ready(q, id, call('HGET', job, 'at_front'), at) end
+  end
+  return at
+end
 local function file(q, id, container, default, at)  -- ... -> an end; kept for: 0 not, -1 for ever
   local job = q .. 'job:' .. id
-  local own = call('HGET', job, container == 'finished' and 'result_ttl' or 'failure_ttl')
-  local ttl = seconds(own, default)
+  local ttl = ttl_of(job, container == 'finished' and 'result_ttl' or 'failure_ttl', default)
   if ttl == 0 then return call('DEL', job, job .. ':results') end
   call('ZADD', q .. container, ttl < 0 and '+inf' or stamp(at + ttl), id)
   keep(job, ttl)
 end
-
+local function sweep(q, at, most)  -- forget ended jobs whose record has expired
+  for name in pairs(ENDED) do
+    local old = call('ZCOUNT', q .. name, '-inf', stamp(at))
+    if old > 0 then call('ZREMRANGEBYRANK', q .. name, 0, math.min(old, most) - 1) end
+  end
+end
 local function place(q, id)  -- the container a job is in; nil if there is no such job
   if call('EXISTS', q .. 'job:' .. id) == 0 then return nil end
   if call('HEXISTS', q .. 'started', id) == 1 then return 'started' end
@@ -634,17 +636,14 @@ local function place(q, id)  -- the container a job is in; nil if there is no su
   end
   return 'queued'
 end
-
--- Store a result, and tell who waits for it; the one before joins the list, which keeps nine.
-local function record(job, ended, result)
+local function record(job, ended, result)  -- store a result; the one before joins the list of nine
   local old = call('HMGET', job, 'ended', 'result', 'waited')
   if old[1] then
     call('RPUSH', job .. ':results', old[1] .. '\\n' .. (old[2] or ''))
     call('LTRIM', job .. ':results', -9, -1)
   end
-  call('HSET', job, 'ended', ended)
-  if result ~= '' then call('HSET', job, 'result', result)
-  elseif old[2] then call('HDEL', job, 'result') end
+  call('HSET', job, 'ended', ended, 'result', result)
+  if result == '' then call('HDEL', job, 'result') end
   if old[3] and call('HDEL', job, 'waited') then redis.pcall('PUBLISH', job, 'ended') end
 end
 
@@ -676,25 +675,19 @@ local function settle(q, at, id, execution, ended, result, last, ttl, rule, poli
   end
   local ruled, delay, front = rule ~= '', nil, nil
   if ruled then ruled, delay, front = pcall(next_delay, job, rule, policy, chance) end
-  if not ruled then delay = nil end  -- no rule, or one that makes no sense
   call('HDEL', q .. 'started', id)
-  record(job, ended .. (delay and last ~= '' and ' retried' or last), result)
-  if not delay then file(q, id, container, ttl, at)
-  elseif delay <= 0 then ready(q, id, front, at)
-  else later(q, id, at + delay) end
-  if not delay then return container end
-  return delay <= 0 and 'queued' or 'scheduled ' .. stamp(at + delay)
-end
-
-local function promote(q, at)  -- scheduled -> queued, what is due; returns when the next one will be
-  for _ = 1, 100 do
-    local id, due = unpack(call('ZRANGE', q .. 'scheduled', 0, 0, 'WITHSCORES'))
-    if not id or tonumber(due) > at then return tonumber(due) end
-    call('ZREM', q .. 'scheduled', id)
-    local job = q .. 'job:' .. id
-    if call('EXISTS', job) == 1 then ready(q, id, call('HGET', job, 'at_front'), at) end
+  if not ruled or not delay then  -- no rule, one that makes no sense, or it is used up
+    record(job, ended .. last, result)
+    file(q, id, container, ttl, at)
+    return container
   end
-  return at
+  record(job, ended .. (last ~= '' and ' retried' or ''), result)
+  if delay <= 0 then
+    ready(q, id, front, at)
+    return 'queued'
+  end
+  later(q, id, at + delay)
+  return 'scheduled ' .. stamp(at + delay)
 end
 """
 
@@ -707,8 +700,7 @@ local at, i, fresh = now(), 2, {}
 while ARGV[i] do
   local id, nonce, status = ARGV[i], ARGV[i + 1], place(q, ARGV[i])
   local again = nonce ~= '' and call('HGET', q .. 'job:' .. id, 'nonce') ~= nonce
-  local ended = status == 'finished' or status == 'failed' or status == 'canceled'
-  if not status or again and ended then fresh[#fresh + 1] = i
+  if not status or again and ENDED[status] then fresh[#fresh + 1] = i
   elseif again then return {'taken', id, status} end
   i = i + 5 + ARGV[i + 4]
 end
@@ -716,7 +708,7 @@ for _, i in ipairs(fresh) do
   local id, nonce, front, ttl, words = unpack(ARGV, i, i + 4)
   local job = q .. 'job:' .. id
   if nonce ~= '' then  -- a chosen id may have a record of its last life
-    for _, name in ipairs({'finished', 'failed', 'canceled'}) do call('ZREM', q .. name, id) end
+    for name in pairs(ENDED) do call('ZREM', q .. name, id) end
     call('DEL', job, job .. ':results')
     call('HSET', job, 'nonce', nonce)
   end
@@ -787,10 +779,7 @@ local q, at, replies = KEYS[1], now(), {}
 for i = 1, #ARGV, 9 do
   replies[#replies + 1] = settle(q, at, unpack(ARGV, i, i + 8))
 end
-for _, name in ipairs({'finished', 'failed'}) do  -- sweep at least as many as went in
-  local old = call('ZRANGEBYSCORE', q .. name, '-inf', stamp(at), 'LIMIT', 0, #replies + 1)
-  if #old > 0 then call('ZREM', q .. name, unpack(old)) end
-end
+sweep(q, at, #replies + 1)
 return replies
 """)
 
@@ -831,10 +820,7 @@ for _, q in ipairs(KEYS) do
       settle(q, at, id, execution, ended, reason, ' failed', failure_ttl, 'crash', policy, 0)
     end
   end
-  for _, name in ipairs({'finished', 'failed', 'canceled'}) do
-    local old = call('ZCOUNT', q .. name, '-inf', stamp(at))
-    if old > 0 then call('ZREMRANGEBYRANK', q .. name, 0, math.min(old, 10000) - 1) end
-  end
+  sweep(q, at, 10000)
   local due = promote(q, at)
   if due and due < (next_due or math.huge) then next_due = due end
   local soon = due and (lease == '0' or due < at + lease)
@@ -927,9 +913,8 @@ class Job:
     def fetch_many(
         cls, ids: Iterable[str], connection: Redis | None = None, serializer: Any = None
     ) -> list[Job | None]:
-        """Return the jobs of these ids in the same order, None for each that is missing.
-
-        Two round trips, however many ids and queues there are."""
+        """Return the jobs of these ids in the same order, None for each that is missing. Two round
+        trips, however many ids and queues there are."""
         ids, queues = [_id_of(id) for id in ids], Queue.all(connection, serializer)
         jobs = _look([cls(id, queue, {}) for id in ids for queue in queues])
         found = {job.id: job for job in jobs}
@@ -1072,10 +1057,9 @@ class Job:
         return [self._execution] if self._execution else []
 
     def latest_result(self, timeout: float = 0) -> Result | None:
-        """Return how the last run ended; None if none has.
-
-        With a `timeout`, wait up to so many seconds for the first result.  The server sends word,
-        nobody polls; the wait takes a connection of its own."""
+        """Return how the last run ended; None if none has. With a `timeout`, wait up to so many
+        seconds for the first result.  The server sends word, nobody polls; the wait takes a
+        connection of its own."""
         results, there = self.results(), 1
         if not results and timeout > 0:
             deadline = time.monotonic() + timeout
@@ -1130,15 +1114,13 @@ class Job:
             raise NoSuchJobError(f"job {self.id!r} is gone; its meta was not saved")
 
     def cancel(self) -> None:
-        """See to it that the job doesn't run; a run in progress is not recorded.
-
-        Raises InvalidJobOperation if the job has ended already."""
+        """See to it that the job doesn't run; a run in progress is not recorded. Raises
+        InvalidJobOperation if the job has ended already."""
         self._move("queued started scheduled deferred", "canceled")
 
     def requeue(self, at_front: bool = False) -> None:
-        """Put a job that has ended into its queue again, with all its retries before it.
-
-        Its results are kept.  Raises InvalidJobOperation if it has not ended."""
+        """Put a job that has ended into its queue again, with all its retries before it. Its
+        results are kept.  Raises InvalidJobOperation if it has not ended."""
         self._move("finished failed canceled", "queued", at_front)
 
     def delete(self) -> None:
@@ -1284,7 +1266,6 @@ class Registry:
 
     def get_job_ids(self, start: int = 0, end: int = -1, desc: bool = False) -> list[str]:
         """Return ids `start` to `end`, both included and from 0; an end of -1 is the last.
-
         Scheduled jobs are in the order of their times, ended ones in that of their expiry."""
         limit = "LIMIT", start, -1 if end < 0 else end - start + 1
         zset = "ZREVRANGEBYSCORE" if desc else "ZRANGEBYSCORE"
@@ -1297,9 +1278,8 @@ class Registry:
         return ids
 
     def requeue(self, job: Job | str, at_front: bool = False) -> Job:
-        """Put a job of this registry into the queue again, and return it.
-
-        Raises InvalidJobOperation if it is not here, NoSuchJobError if nowhere."""
+        """Put a job of this registry into the queue again, and return it. Raises
+        InvalidJobOperation if it is not here, NoSuchJobError if nowhere."""
         found = Job(_id_of(job), self.queue, {})
         found._move(self.container, "queued", at_front)
         found.refresh()
@@ -1421,9 +1401,8 @@ class Queue:
         return EnqueueData((func, args, kwargs), at_front, options)
 
     def enqueue_many(self, job_datas: Iterable[EnqueueData], pipeline: Any = None) -> list[Job]:
-        """Store many calls, and return their jobs in the same order.
-
-        One round trip per 1,000 jobs.  A call that raises may have stored earlier thousands."""
+        """Store many calls, and return their jobs in the same order. One round trip per 1,000 jobs.
+        A call that raises may have stored earlier thousands."""
         jobs: list[Job] = []
         rest = iter(job_datas)
         while chunk := list(itertools.islice(rest, CHUNK)):
@@ -1433,9 +1412,8 @@ class Queue:
         return jobs
 
     def create_job(self, func: Func, args: Any = None, kwargs: Any = None, **options: Any) -> Job:
-        """Return a job that is not stored yet; enqueue_job() or schedule_job() do that.
-
-        The options are those of enqueue(), with `timeout` for job_timeout."""
+        """Return a job that is not stored yet; enqueue_job() or schedule_job() do that. The options
+        are those of enqueue(), with `timeout` for job_timeout."""
         fields = self._encode_call(func, args, kwargs)
         if self.default_timeout != DEFAULT_TIMEOUT:
             fields["timeout"] = f"{self.default_timeout:.15g}".encode()
@@ -1555,9 +1533,8 @@ class Queue:
     deferred_job_registry, canceled_job_registry = _registry("deferred"), _registry("canceled")
 
     def remove(self, job: Job | str) -> None:
-        """Delete a job that waits here.
-
-        Raises InvalidJobOperation if it does not wait, NoSuchJobError if it is not here."""
+        """Delete a job that waits here. Raises InvalidJobOperation if it does not wait,
+        NoSuchJobError if it is not here."""
         Registry(self, "queued").remove(job)
 
     def empty(self) -> int:
@@ -1565,9 +1542,8 @@ class Queue:
         return Registry(self, "queued").empty()
 
     def delete(self, delete_jobs: bool = True) -> None:
-        """Delete the queue with its jobs in all states.
-
-        With delete_jobs=False it must be empty: raises InvalidJobOperation if not."""
+        """Delete the queue with its jobs in all states. With delete_jobs=False it must be empty:
+        raises InvalidJobOperation if not."""
         registries = [Registry(self, container) for container in _CONTAINERS]
         if not delete_jobs and any(len(registry) for registry in registries):
             raise InvalidJobOperation(f"queue {self.name!r} still has jobs; empty it first")
@@ -1641,10 +1617,9 @@ def perform(execution: Execution) -> Outcome:
 
 @contextlib.contextmanager
 def _deadline(seconds: float) -> Iterator[None]:
-    """Raise JobTimeoutException in the block when it takes longer than `seconds`; -1: never.
-
-    In the main thread it comes from SIGALRM.  In others it is an asynchronous exception, which
-    takes effect between two bytecodes."""
+    """Raise JobTimeoutException in the block when it takes longer than `seconds`; -1: never. In the
+    main thread it comes from SIGALRM.  In others it is an asynchronous exception, which takes
+    effect between two bytecodes."""
     message = f"the job ran longer than its timeout of {seconds:g} s"
     if seconds < 0:
         yield
@@ -1826,9 +1801,8 @@ class Worker:
             self._wait(min(due, idle_since + max_idle_time))
 
     def _exchange(self, last: tuple[Execution, Outcome] | None, claim: bool) -> float:
-        """Settle the last outcome and claim the next job, in one round trip.
-
-        Return when the next scheduled job is due; infinity if there is none."""
+        """Settle the last outcome and claim the next job, in one round trip. Return when the next
+        scheduled job is due; infinity if there is none."""
         commands = [_settlement(*last, self.default_result_ttl)] if last else []
         claim = claim and self._stopping_since is None and not self._claimed
         if claim:
@@ -2071,10 +2045,9 @@ class SimpleWorker(Worker):
 
 
 class _Ear:
-    """The connection on which a worker blocks in BLPOP.
-
-    The time to wait is measured here: a server that has nothing else to do looks at its clock only
-    every 1/hz seconds, so its own timeout comes up to 0.1 s late.  close() takes the call back."""
+    """The connection on which a worker blocks in BLPOP. The time to wait is measured here: a server
+    that has nothing else to do looks at its clock only every 1/hz seconds, so its own timeout comes
+    up to 0.1 s late.  close() takes the call back."""
 
     SECONDS = 10  # after which the server answers in any case: is it still there?
 
@@ -2135,10 +2108,9 @@ _joined: dict[Path, Redis] = {}  # connections to the servers of directories
 
 
 def embedded(dir: str | os.PathLike[str] | None = None) -> Redis:
-    """Return a connection to a private server, started if need be.
-
-    With a directory, jobs survive in its append-only file; without one, all is gone when this
-    process ends.  Raises ServerUnavailable if there is no server program, or it does not start."""
+    """Return a connection to a private server, started if need be. With a directory, jobs survive
+    in its append-only file; without one, all is gone when this process ends.  Raises
+    ServerUnavailable if there is no server program, or it does not start."""
     if dir is None:
         return _start_server(Path(tempfile.mkdtemp(prefix="microq-")), private=True)
     home = Path(dir).expanduser().resolve()
