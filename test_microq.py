@@ -359,10 +359,6 @@ def test_every_field_of_a_job_is_in_the_table(redis, queue):
     assert seen <= named, seen - named
 
 
-def test_the_file_stays_within_its_budget():
-    assert len(Path(microq.__file__).read_text().splitlines()) <= 2000
-
-
 # ---- 2. Values -----------------------------------------------------------------------------------
 
 
