@@ -540,6 +540,8 @@ def _send(connection: Redis, *commands: Command) -> list[Any]:
         remedy += "one (pip install 'microq[embedded]', microq.embedded())"
         if isinstance(error, exceptions.AuthenticationError):
             remedy = "check user and password in the URL (redis://user:password@host)"
+        elif not isinstance(error, exceptions.ConnectionError | exceptions.TimeoutError):
+            remedy = "it may pass by itself; if not, look after its memory, disk and replicas"
         raise ServerUnavailable(f"no answer from Redis at {place}: {error}; {remedy}") from error
 
 
