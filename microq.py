@@ -247,12 +247,8 @@ class _Rule:
         if not waits:
             raise ValueError("interval is empty; leave it out for no delay")
         object.__setattr__(self, "interval", waits)
-        for name, least, most in (
-            ("max", 1, 1e9),
-            ("times", 1, 1e9),
-            ("backoff", 1, 1e3),
-            ("jitter", 0, 1),
-        ):
+        limits = {"max": (1, 1e9), "times": (1, 1e9), "backoff": (1, 1e3), "jitter": (0, 1)}
+        for name, (least, most) in limits.items():
             value = getattr(self, name, least)
             kind = int if name in ("max", "times") else int | float
             if isinstance(value, bool) or not isinstance(value, kind):
@@ -1226,7 +1222,9 @@ _OPTIONS: dict[str, Any] = {
     "timeout": (-1,), "result_ttl": (-1, 0), "failure_ttl": (-1, 0), "ttl": (), "description": str,
     "job_id": str, "meta": dict, "retry": Retry, "repeat": Repeat,
 }  # fmt: skip
-_NOT_OPTIONS = {"depends_on", "on_success", "on_failure", "on_stopped", "rate_limit", "webhooks"}
+_NOT_OPTIONS = {
+    "depends_on", "on_success", "on_failure", "on_stopped", "rate_limit", "unique", "webhooks",
+}  # fmt: skip
 _CALL = {"func", "args", *_OPTIONS}  # the fields that a job begins its life with
 
 
