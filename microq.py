@@ -724,9 +724,9 @@ return stamp(at)
 
 CLAIM = Script("""
 -- claim: queued -> started, for the claim `number` of `worker`, up to n jobs from the queues in
--- order; before that scheduled -> queued.  Returns the time, the time of the next scheduled job or
--- '', and {queue, id, execution, hash} for each job.  A number seen before returns what it holds,
--- an older one nothing.
+-- order; before that scheduled -> queued.  Returns the time, the time of the next scheduled job (or
+-- now, if there may be more to claim, or ''), and {queue, id, execution, hash} for each job.  A
+-- number seen before returns what it holds, an older one nothing.
 local worker, number, lease, n = ARGV[1], tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4])
 local at, next_due, claimed = now(), nil, {}
 local name = worker .. '.' .. number
@@ -766,6 +766,7 @@ for i, q in ipairs(KEYS) do
 end
 for i, q in ipairs(KEYS) do  -- what we leave behind is for others to see
   local soon = dues[i] and dues[i] < at + lease
+  if tried[i] and #claimed == 0 and call('LLEN', q .. 'queued') > 0 then next_due = at end
   if (#claimed > 0 or tried[i]) and (soon or call('LLEN', q .. 'queued') > 0) then wake(q) end
 end
 return {stamp(at), next_due and stamp(next_due) or '', claimed}
@@ -1741,7 +1742,6 @@ class Worker:
         self._claimed: deque[Execution] = deque()
         self._busy = self._waiting = self._burst = self._scheduler = False
         self._stopping_since: float | None = None  # by the monotonic clock, like all below
-        self._patience = float("inf")  # until when an outage is waited out
         self._next_beat = 0.0
         self._thread: threading.Thread | None = None
 
@@ -1778,7 +1778,7 @@ class Worker:
         finally:
             self._leave()
             self._claimed.clear()
-            self._burst, self._stopping_since, self._patience = False, None, float("inf")
+            self._burst, self._stopping_since = False, None
 
     def _loop(self, max_jobs: int | None, max_idle_time: float) -> bool:
         last: tuple[Execution, Outcome] | None = None
@@ -1797,6 +1797,8 @@ class Worker:
                 self._busy = False
                 count, idle_since = count + 1, time.monotonic()
                 continue
+            if due <= time.monotonic():
+                continue  # one script does not do it all
             over = over or count == max_jobs or self._stopping_since is not None
             if over or time.monotonic() >= idle_since + max_idle_time:
                 return count > 0
@@ -1825,12 +1827,13 @@ class Worker:
 
     def _insist(self, *commands: tuple[Any, ...]) -> list[Any]:
         """Run commands, as often as it takes until the server is there to do it."""
-        delay = 0.1
+        delay, began = 0.1, time.monotonic()
         while True:
             try:
                 return _send(self.connection, *commands)
             except ServerUnavailable as error:
-                if time.monotonic() >= self._patience:
+                leaving = self._stopping_since is not None or (self._burst and self._thread)
+                if leaving and time.monotonic() - began > self.lease:
                     raise
                 pause = delay * random.uniform(0.5, 1)  # so that not all return at once
                 log.warning("%s; trying again in %.1f s", error, pause)
@@ -1851,7 +1854,7 @@ class Worker:
                     nap = self._tick() if self.fork else 0.1 if self._thread else left
                     if self._ear.hears(min(left, nap)):
                         break
-            except exceptions.RedisError as error:
+            except (exceptions.RedisError, exceptions.RedisClusterException) as error:
                 self._ear.close()
                 log.warning("waiting for work: %s", error)
                 time.sleep(random.uniform(0.5, 1))
@@ -1861,7 +1864,7 @@ class Worker:
     def _on_signal(self, signum: int, frame: Any) -> None:
         now = time.monotonic()
         if self._stopping_since is None:
-            self._stopping_since, self._patience = now, now + self.lease
+            self._stopping_since = now
             log.info("signal %d: finishing the current job; again to give it up", signum)
             if self._waiting:
                 raise _Interrupt
@@ -1887,7 +1890,7 @@ class Worker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *details: Any) -> None:
-        self._burst, self._patience = True, time.monotonic() + self.lease
+        self._burst = True
         if kind is not None:  # leave the rest to others
             self._stopping_since = time.monotonic()
         assert self._thread is not None
@@ -1968,10 +1971,10 @@ class Worker:
                 pause = min(self._tick(), max(0.0, kill_at - time.monotonic()), longest)
                 for source in multiprocessing.connection.wait(sources, pause) or []:
                     sources.remove(source)  # it says one thing only: the outcome, or the end
-                    with contextlib.suppress(EOFError):
+                    with contextlib.suppress(EOFError, OSError):  # it died
                         outcome = receiver.recv() if source is receiver else outcome
             if outcome is None and receiver in sources and receiver.poll():
-                with contextlib.suppress(EOFError):
+                with contextlib.suppress(EOFError, OSError):  # it died
                     outcome = receiver.recv()
         except _Interrupt:
             child.kill()
@@ -2070,7 +2073,7 @@ class _Ear:
         """Take the call back: what arrives from now on is for others."""
         if self._line is not None:
             self._line.disconnect()
-        self._dead_at = None
+        self._line = self._dead_at = None
 
 
 @contextlib.contextmanager
@@ -2094,7 +2097,7 @@ def _signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
 _servers: list[
     subprocess.Popen[bytes]
 ] = []  # the inputs of private ones stay open as long as we live
-_joined: dict[Path, Redis] = {}  # connections to the servers of directories
+_joined: dict[Path, tuple[Redis, Any]] = {}  # the servers of directories: connection, lock
 
 
 def embedded(dir: str | os.PathLike[str] | None = None) -> Redis:
@@ -2107,16 +2110,31 @@ def embedded(dir: str | os.PathLike[str] | None = None) -> Redis:
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     if home not in _joined:
         lock = open(home / "lock", "w")  # noqa: SIM115  held until the process ends
-        while home not in _joined:
-            with contextlib.suppress(BlockingIOError):  # nobody is here, or somebody is
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if not _listens(home):
-                    _start_server(home, private=False)
-            fcntl.flock(lock, fcntl.LOCK_SH)
-            if _listens(home):
-                _joined[home] = Redis(unix_socket_path=str(home / "redis.sock"))
-        atexit.register(_step_out, home, lock, os.getpid())
-    return _joined[home]
+        try:
+            while home not in _joined:
+                with contextlib.suppress(BlockingIOError):  # nobody is here, or somebody is
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if not _listens(home):
+                        _start_server(home, private=False)
+                fcntl.flock(lock, fcntl.LOCK_SH)
+                if _listens(home):
+                    _joined[home] = Redis(unix_socket_path=str(home / "redis.sock")), lock
+        except BaseException:
+            lock.close()
+            raise
+        atexit.register(_step_out, home, os.getpid())
+    return _joined[home][0]
+
+
+def _hold_on() -> None:
+    """In a forked child, hold a lock of its own: the one it was born with ends with its parent."""
+    for home, (connection, lock) in _joined.items():
+        lock.close()
+        _joined[home] = connection, open(home / "lock", "w")  # noqa: SIM115
+        fcntl.flock(_joined[home][1], fcntl.LOCK_SH)
+
+
+os.register_at_fork(after_in_child=_hold_on)
 
 
 def _listens(home: Path) -> bool:
@@ -2156,18 +2174,20 @@ def _start_server(home: Path, private: bool) -> Redis:
     while server.poll() is None and time.monotonic() < deadline:
         if _listens(home):
             connection = Redis(unix_socket_path=str(path))
-            connection.ping()  # it may have to load its file first
-            return connection
+            with contextlib.suppress(exceptions.BusyLoadingError):
+                connection.ping()
+                return connection
         time.sleep(0.01)
     raise ServerUnavailable(f"the server did not start; see {home / 'log'}")
 
 
-def _step_out(home: Path, lock: Any, pid: int) -> None:
+def _step_out(home: Path, pid: int) -> None:
     """Shut the server of a directory down, unless somebody else still uses it."""
     with contextlib.suppress(exceptions.RedisError, OSError):
         if os.getpid() == pid:
+            connection, lock = _joined[home]
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.kill(_joined[home].info("server")["process_id"], signal.SIGTERM)
+            os.kill(connection.info("server")["process_id"], signal.SIGTERM)
             while _listens(home):
                 time.sleep(0.01)
 

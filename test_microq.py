@@ -1050,6 +1050,14 @@ def test_a_job_that_waits_too_long_is_dropped(redis, queue):
     assert queue.empty() == 0 and redis.llen(Q + "queued") == 0
 
 
+def test_expired_jobs_do_not_hide_the_live_ones_behind_them(redis, queue):
+    queue.enqueue_many([Queue.prepare_data(add, ttl=0.02)] * 250)
+    live = queue.enqueue(add)
+    time.sleep(0.05)
+    work(queue)
+    assert live.is_finished and redis.llen(Q + "queued") == 0
+
+
 def test_result_ttl_and_failure_ttl_bound_the_record(redis, queue):
     gone, kept = queue.enqueue(add, result_ttl=0), queue.enqueue(add, result_ttl=-1)
     default, failed = queue.enqueue(add), queue.enqueue(fail, failure_ttl=60)
@@ -1304,6 +1312,23 @@ def test_a_job_that_kills_its_process_is_failed_at_the_third_time(queue, func, r
 def leave_a_thread():
     threading.Thread(target=time.sleep, args=(20,)).start()
     return "left"
+
+
+def die_while_it_reports():
+    """Be killed in the middle of a message to the parent."""
+    import inspect
+
+    frame = inspect.currentframe()
+    while "sender" not in frame.f_locals:
+        frame = frame.f_back
+    os.write(frame.f_locals["sender"].fileno(), (1000).to_bytes(4, "big") + b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_child_killed_in_the_middle_of_its_report_is_a_crash(queue):
+    job = queue.enqueue(die_while_it_reports)
+    Worker(queue).work(burst=True, logging_level=None)
+    assert job.is_failed and "killed by signal 9" in job.latest_result().exc_string
 
 
 def test_a_job_that_leaves_a_thread_does_not_hold_the_worker(queue):
@@ -1571,6 +1596,27 @@ def test_processes_share_the_server_of_a_directory(tmp_path):
     assert subprocess.run(command, cwd=HERE, timeout=20).returncode == 0
     third = run_script(code + f"print(q.fetch_job({id!r}).return_value())")
     assert third.stdout.strip() == "2"  # it survived in the file
+
+
+def test_a_failed_start_leaves_no_lock_and_a_child_keeps_its_server(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(microq, "_start_server", lambda *_, **__: 1 / 0)
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError):
+                microq.embedded(tmp_path / "a")
+    home = tmp_path / "b"
+    code = f"""
+        import os, sys, time, microq
+        connection = microq.embedded({str(home)!r})
+        if os.fork() == 0:
+            time.sleep(0.5)
+            print(connection.ping())
+            sys.stdout.flush()
+            os.kill(connection.info("server")["process_id"], 15)
+            os._exit(0)
+        time.sleep(0.2)
+    """
+    assert run_script(textwrap.dedent(code)).stdout == "True\n"
 
 
 def test_a_directory_that_no_socket_fits_in_is_refused(tmp_path):
