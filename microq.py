@@ -38,7 +38,7 @@ the container is its status.
     script    from        to                    guard, and what if it does not hold
     enqueue   (new)       queued, scheduled     the id is free, else 'taken'
     claim     queued      started               the claim's number is new, else as before
-              scheduled   queued                the job is due
+              scheduled   queued                the job is due; beat does this too
     settle    started     finished, failed      the execution holds the job, else 'lost'
               started     queued, scheduled     likewise, and a retry or repeat is left
     beat      started     queued, failed        the lease of the job's worker has ended
