@@ -1793,11 +1793,11 @@ def test_what_was_defined_at_a_prompt_is_refused(server, redis):
     assert "defined at a prompt" in shown.stderr and redis.dbsize() == 0
 
 
-def test_sigterm_finishes_the_current_job(redis, queue, start_worker):
+def test_sigterm_finishes_the_current_job(redis, queue, start_worker, tmp_path):
     for words in ([], ["--in-process"]):
-        worker = start_worker(*words)
-        jobs = [queue.enqueue(sleep, 0.5), queue.enqueue(sleep, 0.5)]
-        wait_until(lambda jobs=jobs: jobs[0].is_started)
+        worker, log = start_worker(*words), tmp_path / f"log{len(words)}"
+        jobs = [queue.enqueue(append_then_sleep, str(log), 0.5), queue.enqueue(sleep, 0.5)]
+        wait_until(log.exists)  # it runs: to be claimed is not enough
         worker.terminate()
         worker.communicate(timeout=10)
         assert worker.returncode == 0
