@@ -30,7 +30,7 @@ the container is its status.
                              v          claim      |    settle
     --------------------> QUEUED ---------------> STARTED ---------> FINISHED
      enqueue               ^   ^                   | |
-                           |   |   settle, beat    | | settle
+                           |   |   settle, beat,   | | settle
                            |   `-------------------' v
                            `--------------------- FAILED, CANCELED, FINISHED
                               move (requeue)
@@ -42,6 +42,7 @@ the container is its status.
     settle    started     finished, failed      the execution holds the job, else 'lost'
               started     queued, scheduled     likewise, and a retry or repeat is left
     beat      started     queued, failed        the lease of the job's worker has ended
+    release   started     queued                the worker that holds the job says so
     move      not ended   canceled              the job is where it is said to be,
               ended       queued                else where it is
               any         (gone)
@@ -52,7 +53,9 @@ Keys.  {q} is the queue's name in braces, so that a queue lives in one slot of a
 Queues that one worker serves on a Cluster share a slot by naming the tag: "{mail}high".
 
     microq:queues               set     names of all queues
-    microq:worker:<name>        hash    who and where; expires with the lease
+    microq:suspended            string  while it exists, workers claim nothing
+    microq:worker:<name>        string  who and where, as JSON; expires with the lease
+    microq:inbox:<name>         list    commands for a worker, or for a pool of them
     microq:{q}:queued           list    ids ready to run, the next one first
     microq:{q}:wake             list    at most one token: "there may be work"
     microq:{q}:scheduled        zset    ids by the time they are due
@@ -70,7 +73,7 @@ Fields of a job's hash; only what differs from the default is stored
     func, args                          dotted name; serialized (args, kwargs[, instance]), or, for
                                         no arguments, "()" after the name
     created_at, enqueued_at             the second only when it is another time
-    timeout, ttl, result_ttl, failure_ttl, description, at_front, meta  options
+    timeout, ttl, result_ttl, failure_ttl, description, at_front, meta, max_crashes  options
     retry, repeat                       JSON {"max", "interval": [..], ..}
     retries, repeats, crashes           how often so far
     ended                               "<execution> <started_at> <seconds> [<type>]"
@@ -79,7 +82,7 @@ Fields of a job's hash; only what differs from the default is stored
     waited                              somebody waits for the first result
 
 Map of the file: 1 errors, 2 values, 3 encoding, 4 Redis, 5 transitions, 6 job,
-7 queue, 8 running a job, 9 worker, 10 embedded server, 11 command line.
+7 queue, 8 running a job, 9 worker, 10 supervision, 11 embedded server, 12 command line.
 """
 
 from __future__ import annotations
@@ -100,12 +103,15 @@ import io
 import itertools
 import json
 import logging
-import multiprocessing.connection
+import math
+import mmap
 import os
 import pickle
+import platform
 import random
 import re
 import secrets
+import select
 import shutil
 import signal
 import socket
@@ -117,12 +123,21 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from redis import Redis, RedisCluster, exceptions
+from redis.backoff import NoBackoff
+from redis.retry import Retry as RedisRetry
+
+try:
+    from setproctitle import setproctitle as _title  # type: ignore[import-not-found]
+except ImportError:  # then processes keep their name
+
+    def _title(title: str) -> None: ...
+
 
 if __name__ == "__main__":
     # `python -m microq` runs this file as __main__, and a job that imports microq would load it a
@@ -136,8 +151,10 @@ __all__ = [
     "DeserializationError", "DuplicateJobError", "EnqueueData", "Execution", "InvalidJobOperation",
     "JSONSerializer", "Job", "JobStatus", "JobTimeoutException", "MicroqError", "NoSuchJobError",
     "PickleSerializer", "Queue", "Registry", "Repeat", "Result", "Retry", "ServerUnavailable",
-    "SimpleWorker", "Worker", "__version__", "cancel_job", "embedded", "get_current_job", "main",
-    "requeue_job",
+    "SimpleWorker", "StopRequested", "Worker", "WorkerPool", "WorkerStatus", "__version__",
+    "cancel_job", "embedded", "get_current_job", "is_suspended", "main", "requeue_job", "resume",
+    "send_command", "send_kill_horse_command", "send_shutdown_command", "send_stop_job_command",
+    "suspend",
 ]
 # fmt: on
 
@@ -147,7 +164,8 @@ DEFAULT_FAILURE_TTL = 365 * 86400.0  # a failed job is kept for a year (RQ's def
 LEASE = 15.0  # seconds; three heartbeats
 KILL_GRACE = 5.0  # seconds between the exception in a job over its time and SIGKILL
 MAX_RESULT = 64 << 20  # bytes; Redis cuts the connection at 512 MB (proto-max-bulk-len)
-MAX_CRASHES = 3  # a job that killed its worker so often is failed
+MAX_CRASHES = 2  # a job that killed its worker runs again so often; the next time it is failed
+SILENCE = 10.0  # seconds without an answer after which a worker gives a connection up
 CHUNK = 1000  # jobs per script call, which keeps a script near 10 ms
 BACKOFF_CAP = 5.0  # seconds between attempts to reach a server that went away
 
@@ -188,8 +206,12 @@ class JobTimeoutException(BaseException):
     """Raised in a job that runs beyond its timeout; not an Exception on purpose."""
 
 
+class StopRequested(BaseException):
+    """Raised in a job that runs in-process, when it is stopped by a command."""
+
+
 class _Interrupt(BaseException):
-    """Raised by a signal: it ends a worker's wait, or gives up the job that runs."""
+    """Raised by a second signal: the job that runs is given up."""
 
 
 # ---- 2. Values -----------------------------------------------------------------------------------
@@ -205,6 +227,14 @@ class JobStatus(str, enum.Enum):
     FINISHED, FAILED, CANCELED = "finished", "failed", "canceled"
     CREATED, STOPPED = "created", "stopped"
     RATE_LIMITED, READY_TO_ENQUEUE = "rate_limited", "ready_to_enqueue"
+
+    __str__ = str.__str__
+
+
+class WorkerStatus(str, enum.Enum):
+    """What a worker does, in RQ's words."""
+
+    STARTED, SUSPENDED, BUSY, IDLE = "started", "suspended", "busy", "idle"
 
     __str__ = str.__str__
 
@@ -293,16 +323,17 @@ class Repeat(_Rule):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended, as `perform` saw it. `payload` is the serialized return value, or the
-    traceback in UTF-8.  `retry` is the rule that the job itself returned.  `final` forbids a retry.
-    `crash` says how the job's process died."""
+    """How a run ended.
+
+    payload - the serialized return value, or the traceback in UTF-8
+    rule    - what may have the job run again: 'repeat', 'retry', 'crash', 'interrupt'; '' nothing
+    policy  - the Retry behind the rule as JSON, that of the job"""
 
     type: ResultType
     payload: bytes = b""
     seconds: float = 0.0
-    retry: Retry | None = None
-    final: bool = False
-    crash: str = ""
+    rule: str = ""
+    policy: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -519,7 +550,7 @@ def _spelled_out(command: Command) -> Command:
     return ("EVAL", script.lua, *command[2:]) if script else command
 
 
-def _send(connection: Redis, *commands: Command) -> list[Any]:
+def _send(connection: Any, *commands: Command) -> list[Any]:
     """Run the commands in one round trip and return their replies. Where the server does not know a
     script yet, everything is sent once more with the texts; each script may be sent twice without
     harm.  Raises ServerUnavailable if there is no answer."""
@@ -531,7 +562,8 @@ def _send(connection: Redis, *commands: Command) -> list[Any]:
     except (exceptions.RedisError, exceptions.RedisClusterException) as error:
         if not isinstance(error, _OUTAGES) and not re.search(_TROUBLE, str(error)):
             raise
-        known = getattr(getattr(connection, "connection_pool", None), "connection_kwargs", {})
+        client = getattr(connection, "connection", connection)
+        known = getattr(getattr(client, "connection_pool", None), "connection_kwargs", {})
         place = known.get("path") or f"{known.get('host', '?')}:{known.get('port', '?')}"
         remedy = "start one (redis-server), name one by --url or $MICROQ_URL, or use the embedded "
         remedy += "one (pip install 'microq[embedded]', microq.embedded())"
@@ -542,13 +574,67 @@ def _send(connection: Redis, *commands: Command) -> list[Any]:
         raise ServerUnavailable(f"no answer from Redis at {place}: {error}; {remedy}") from error
 
 
-def _round_trip(connection: Redis, commands: Sequence[Command]) -> list[Any]:
+class _Line:
+    """One connection like those of a client, to the node that holds `key`.  It bears a server that
+    is silent for SILENCE seconds, leaves trying again to its user, and reads bytes."""
+
+    def __init__(self, connection: Redis, key: str = "") -> None:
+        self.connection, self.key = connection, key
+        self.wire: Any = None
+
+    def send(self, *commands: Command) -> None:
+        if self.wire is None:
+            node: Any = self.connection
+            if isinstance(node, RedisCluster):
+                node = node.get_redis_connection(node.get_node_from_key(self.key))
+            pool = node.connection_pool
+            limits = {"socket_timeout": SILENCE, "socket_connect_timeout": SILENCE}
+            once = {"retry": RedisRetry(NoBackoff(), 0)}
+            self.wire = pool.connection_class(**pool.connection_kwargs | limits | once)
+        self.wire.send_packed_command(self.wire.pack_commands(commands), check_health=False)
+
+    def receive(self) -> Any:
+        return self.wire.read_response(disable_decoding=True)
+
+    def exchange(self, commands: Sequence[Command]) -> list[Any]:
+        """Run the commands in one round trip; the first error among the replies is raised."""
+        replies: list[Any] = []
+        try:
+            self.send(*commands)
+            for _ in commands:
+                try:
+                    replies.append(self.receive())
+                except exceptions.ResponseError as error:
+                    replies.append(error)
+        finally:
+            if len(replies) < len(commands):
+                self.close()
+        for reply in replies:
+            if isinstance(reply, Exception):
+                raise reply
+        return replies
+
+    def close(self) -> None:
+        if self.wire is not None:
+            self.wire.disconnect()
+        self.wire = None
+
+
+def _own(connection: Redis) -> Any:
+    """Return a connection of one's own; on a Cluster, where commands go to many, the client."""
+    return connection if isinstance(connection, RedisCluster) else _Line(connection)
+
+
+def _round_trip(connection: Any, commands: Sequence[Command]) -> list[Any]:
+    if isinstance(connection, _Line):
+        return connection.exchange(commands)
     if len(commands) == 1:
         return [connection.execute_command(*commands[0], NEVER_DECODE=True)]
     with connection.pipeline(transaction=False) as pipe:
         for command in commands:
             pipe.execute_command(*command, NEVER_DECODE=True)
-        return pipe.execute()
+        replies: list[Any] = pipe.execute()
+        return replies
 
 
 def _ask(connection: Redis, *command: Any) -> Any:
@@ -646,18 +732,22 @@ local function record(job, ended, result)  -- store a result; the one before joi
   if old[3] and call('HDEL', job, 'waited') then redis.pcall('PUBLISH', job, 'ended') end
 end
 
--- Count one more run by a rule: 'retry', 'repeat' or 'crash'.  Returns the seconds to wait, nil
--- when there were enough, and whether to go to the front.
+-- Count one more run by a rule: 'retry', 'repeat', 'crash', or 'interrupt', which has no count.
+-- Returns the seconds to wait, nil when there were enough, and whether to go to the front.
 local function next_delay(job, rule, policy, chance)
   local counter = ({retry = 'retries', ['repeat'] = 'repeats', crash = 'crashes'})[rule]
-  local count = tonumber(call('HGET', job, counter)) or 0
+  local count = counter and tonumber(call('HGET', job, counter)) or 0
   policy = cjson.decode(policy ~= '' and policy or call('HGET', job, rule))
-  if count >= (policy.max or policy.times) then return nil end
+  local max = policy.max or policy.times
+  if rule == 'crash' or not counter then
+    max = tonumber(call('HGET', job, 'max_crashes')) or max
+  end
+  if count >= max then return nil end
   local list = policy.interval
   local delay = list[math.min(count + 1, #list)]
     * (policy.backoff or 1) ^ math.min(99, math.max(0, count + 1 - #list))
   delay = math.min(delay, policy.max_interval or 1e10) * (1 - (policy.jitter or 0) * chance)
-  call('HSET', job, counter, count + 1)
+  if counter then call('HSET', job, counter, count + 1) end
   if rule == 'repeat' then call('HDEL', job, 'retries', 'crashes') end
   if policy.enqueue_at_front then call('HSET', job, 'at_front', 1) end
   return delay, policy.enqueue_at_front
@@ -784,37 +874,34 @@ return replies
 """)
 
 BEAT = Script("""
--- beat: renew the lease of `worker` on its queues; a lease of 0 signs it off, and what it holds
--- goes back to the front; `fresh` says that it has just begun, so what its name holds was lost.
--- Then what any worker does for all: settle, as crashed, the jobs of workers whose lease has ended,
--- sweep what expired, promote what is due, and mend a token that was lost with its taker.  Returns
--- the names of the dead, the time, and the time of the next scheduled job or ''.
+-- beat: renew the lease of `worker` on its queues; `fresh` says that it has just begun, so what its
+-- name holds was lost.  Then what any worker does for all: settle, as crashed, the jobs of workers
+-- whose lease has ended, sweep what expired, promote what is due, and mend a token that was lost
+-- with its taker.  Returns the names of the dead, the time, the time of the next scheduled job or
+-- '', and whether the worker was known.
 local worker, lease, fresh, policy, failure_ttl = unpack(ARGV)
-local at, dead, next_due = now(), {}, nil
+local at, dead, next_due, known = now(), {}, nil, 1
 for _, q in ipairs(KEYS) do
   local seats, over = call('HGETALL', q .. 'workers'), {}
-  local number, judge = '0', false
+  local number, judge = nil, false
   for i = 1, #seats, 2 do
     local beat, its_lease, its_number = string.match(seats[i + 1], '^(%S+) (%S+) (%d+)$')
     local late = beat + its_lease < at
     if seats[i] == worker and fresh == '' then number, judge = its_number, not late
     elseif late or seats[i] == worker then over[seats[i]] = true end
   end
+  if not number then known = 0 end
   if not judge then over = {[worker] = over[worker]} end  -- after an outage all of us are late
   for name in pairs(over) do
     dead[#dead + 1] = name
     call('HDEL', q .. 'workers', name)
   end
-  if lease == '0' then call('HDEL', q .. 'workers', worker)
-  else call('HSET', q .. 'workers', worker, stamp(at) .. ' ' .. lease .. ' ' .. number) end
-  local started = (next(over) or lease == '0') and call('HGETALL', q .. 'started') or {}
+  call('HSET', q .. 'workers', worker, stamp(at) .. ' ' .. lease .. ' ' .. (number or '0'))
+  local started = next(over) and call('HGETALL', q .. 'started') or {}
   for i = 1, #started, 2 do
     local id, execution = started[i], started[i + 1]
     local name, since = string.match(execution, '^(.*)%.%d+ (%S+)$')
-    if name == worker and lease == '0' then
-      call('HDEL', q .. 'started', id)
-      call('LPUSH', q .. 'queued', id)
-    elseif over[name] then
+    if over[name] then
       local ended = string.format('%s %.6f', execution, at - since)
       local reason = 'worker ' .. name .. ' died while it ran this job'
       settle(q, at, id, execution, ended, reason, ' failed', failure_ttl, 'crash', policy, 0)
@@ -823,10 +910,32 @@ for _, q in ipairs(KEYS) do
   sweep(q, at, 10000)
   local due = promote(q, at)
   if due and due < (next_due or math.huge) then next_due = due end
-  local soon = due and (lease == '0' or due < at + lease)
-  if soon or call('LLEN', q .. 'queued') > 0 then wake(q) end
+  if due and due < at + lease or call('LLEN', q .. 'queued') > 0 then wake(q) end
 end
-return {dead, stamp(at), next_due and stamp(next_due) or ''}
+return {dead, stamp(at), next_due and stamp(next_due) or '', known}
+""")
+
+RELEASE = Script("""
+-- release: started -> queued, at the front, whatever `worker` holds; nothing is counted.  `number`
+-- is the last claim that a dead child of it can have sent: one that arrives late takes nothing; ''
+-- signs the worker off.  Returns how many jobs there were.
+local worker, lease, number = unpack(ARGV)
+local count = 0
+for _, q in ipairs(KEYS) do
+  local started = call('HGETALL', q .. 'started')
+  for i = 1, #started, 2 do
+    if string.match(started[i + 1], '^(.*)%.%d+ ') == worker then
+      call('HDEL', q .. 'started', started[i])
+      call('LPUSH', q .. 'queued', started[i])
+      count = count + 1
+    end
+  end
+  if number == '' then call('HDEL', q .. 'workers', worker)
+  else call('HSET', q .. 'workers', worker, stamp(now()) .. ' ' .. lease .. ' ' .. number) end
+  -- It listened for these two.
+  if call('EXISTS', q .. 'queued', q .. 'scheduled') > 0 then wake(q) end
+end
+return count
 """)
 
 MOVE = Script("""
@@ -903,6 +1012,7 @@ class Job:
         self._nonce = nonce
         self._status = JobStatus.CREATED
         self._execution: Execution | None = None
+        self._strike: Any = None  # raises an exception in the job while it runs here
         self._meta: dict[str, Any] | None = None
 
     @classmethod
@@ -980,7 +1090,7 @@ class Job:
     def perform(self) -> Any:
         """Call the function here and now, and return what it returns."""
         value = self.func(*self.args, **self.kwargs)
-        return asyncio.run(value) if inspect.iscoroutine(value) else value
+        return _run_coroutine(value) if inspect.iscoroutine(value) else value
 
     def get_call_string(self) -> str:
         """Return the call as source text, each argument cut to 75 characters."""
@@ -1194,8 +1304,8 @@ def _id_of(job: Any) -> str:
     id = job.id if isinstance(job, Job) else job
     if not isinstance(id, str):
         raise TypeError(f"a job's id is a string, not {type(id).__name__} {id!r}")
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", id):
-        raise ValueError(f"job id {id!r}: use letters, digits, '_' and '-' only")
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,200}", id):
+        raise ValueError(f"job id {id!r}: use up to 200 letters, digits, '_' and '-'")
     return id
 
 
@@ -1224,7 +1334,7 @@ _CONTAINERS = ["queued", "started", "scheduled", "deferred", "finished", "failed
 # The options of a job: a type; for durations, what may be given beside a positive number.
 _OPTIONS: dict[str, Any] = {
     "timeout": (-1,), "result_ttl": (-1, 0), "failure_ttl": (-1, 0), "ttl": (), "description": str,
-    "job_id": str, "meta": dict, "retry": Retry, "repeat": Repeat,
+    "job_id": str, "meta": dict, "retry": Retry, "repeat": Repeat, "max_crashes": int,
 }  # fmt: skip
 _NOT_OPTIONS = {
     "depends_on", "on_success", "on_failure", "on_stopped", "rate_limit", "unique", "webhooks",
@@ -1354,6 +1464,7 @@ class Queue:
         meta        - a dict of your own to travel along, {}
         retry       - a Retry, none
         repeat      - a Repeat, none
+        max_crashes - how often to run it again after its worker died, 2; 0: at most once
         pipeline    - a redis-py pipeline to carry the command, which you execute, none
 
         One round trip.  Raises ValueError or TypeError for a bad option or an argument that can't
@@ -1428,14 +1539,16 @@ class Queue:
                 continue
             if isinstance(kind, tuple):
                 fields[name] = f"{_seconds(value, name, kind):.15g}".encode()
-            elif not isinstance(value, kind):
+            elif not isinstance(value, kind) or value is True:
                 raise TypeError(f"{name} takes a {kind.__name__}, not {value!r}")
             elif isinstance(value, Retry | Repeat):
                 fields[name] = value.to_json()
             elif name == "meta":
                 fields[name] = _dumps(self.serializer, value, "meta")
-            elif name == "description":
-                fields[name] = value.encode()
+            elif name == "max_crashes" and value < 0:
+                raise ValueError(f"max_crashes={value}: give 0 or more")
+            elif name != "job_id":
+                fields[name] = str(value).encode()
         if options.get("job_id") is None:
             return Job(secrets.token_urlsafe(16), self, fields, nonce="")
         return Job(_id_of(options["job_id"]), self, fields)
@@ -1586,63 +1699,92 @@ def _enqueue_words(job: Job, at_front: bool, delay: float) -> list[Any]:
 # _settlement() turns an Outcome into the one transition that records it.
 
 
-def perform(execution: Execution) -> Outcome:
-    """Run a job under its timeout, and return how that ended."""
+def perform(execution: Execution, handlers: Iterable[Callable[..., Any]] = ()) -> Outcome:
+    """Run a job under its timeout, and return how that ended.  If it raised, the handlers are told
+    (job, type, exception, traceback), until one returns False."""
     job, began = execution.job, time.perf_counter()
     token = _current_job.set(job)
     try:
         if log.isEnabledFor(logging.INFO):
             log.info("%s: %s (%s)", job.origin, " ".join(job.description.split()), job.id)
         job._rule("retry"), job._rule("repeat")  # garbled ones must show before the job runs
-        with _deadline(job.timeout):
+        with _deadline(job):
             value = job.perform()
         seconds = time.perf_counter() - began
         if isinstance(value, Retry):
-            return Outcome(ResultType.RETRIED, seconds=seconds, retry=value)
+            return Outcome(ResultType.RETRIED, b"", seconds, "retry", value.to_json())
         try:
             payload = b"" if value is None else _dumps(job.serializer, value, "the result")
             if len(payload) > MAX_RESULT:
                 raise TypeError(f"its result of {len(payload)} bytes is too large to store")
         except TypeError as error:
             text = f"result: {_short(value)}\nthe job ran, but {error}\n"
-            return Outcome(ResultType.FAILED, text.encode(), seconds, final=True)
-        return Outcome(ResultType.SUCCESSFUL, payload, seconds)
+            return Outcome(ResultType.FAILED, text.encode(), seconds)
+        return Outcome(ResultType.SUCCESSFUL, payload, seconds, "repeat")
     except _Interrupt:
-        raise
+        return _given_up(time.perf_counter() - began)
+    except StopRequested:
+        return Outcome(ResultType.STOPPED, _STOPPED, time.perf_counter() - began)
     except BaseException as error:  # SystemExit too: a job must not end its worker
         seconds = time.perf_counter() - began
         text = "".join(traceback.format_exception(error))
-        final = isinstance(error, DeserializationError)
-        return Outcome(ResultType.FAILED, text.encode(errors="replace"), seconds, final=final)
+        rule = "" if isinstance(error, DeserializationError) else "retry"
+        _tell(handlers, job, error)
+        return Outcome(ResultType.FAILED, text.encode(errors="replace"), seconds, rule)
     finally:
         _current_job.reset(token)
 
 
+def _tell(handlers: Iterable[Callable[..., Any]], job: Job, error: BaseException) -> None:
+    for handler in handlers:
+        try:
+            again = handler(job, type(error), error, error.__traceback__)
+        except Exception:
+            log.exception("exception handler %r failed for job %s", handler, job.id)
+        else:
+            if again is not None and not again:
+                break
+
+
+_STOPPED = b"stopped by a command"
+_CRASHES = Retry(MAX_CRASHES, 0, enqueue_at_front=True).to_json()
+
+
+def _given_up(seconds: float) -> Outcome:
+    """Return the outcome of a run that ends because its worker is to end at once."""
+    return Outcome(ResultType.FAILED, b"its worker was shut down", seconds, "interrupt", _CRASHES)
+
+
 @contextlib.contextmanager
-def _deadline(seconds: float) -> Iterator[None]:
-    """Raise JobTimeoutException in the block when it takes longer than `seconds`; -1: never. In the
+def _deadline(job: Job) -> Iterator[None]:
+    """Raise JobTimeoutException in the block when it takes longer than the job's timeout.  In the
     main thread it comes from SIGALRM.  In others it is an asynchronous exception, which takes
-    effect between two bytecodes."""
-    if seconds < 0:
-        yield
-        return
+    effect between two bytecodes.  Meanwhile job._strike(exception) raises another one in it, from
+    any thread."""
+    seconds, thread = job.timeout, threading.get_ident()
     main = threading.current_thread() is threading.main_thread()
     lock, over = threading.Lock(), False
-    thread = ctypes.c_ulong(threading.get_ident())
+    reason: type[BaseException] = JobTimeoutException
     interrupt = ctypes.pythonapi.PyThreadState_SetAsyncExc
 
-    def strike(*details: Any) -> None:
-        if main:
-            raise JobTimeoutException
+    def strike(why: type[BaseException] = JobTimeoutException) -> None:
+        nonlocal reason
         with lock:
-            if not over:
-                interrupt(thread, ctypes.py_object(JobTimeoutException))
+            if main and not over:
+                reason = why
+                signal.pthread_kill(thread, signal.SIGALRM)
+            elif not over:
+                interrupt(ctypes.c_ulong(thread), ctypes.py_object(why))
 
+    def on_alarm(*details: Any) -> None:
+        raise reason
+
+    job._strike = strike
+    timer = threading.Timer(seconds, strike) if seconds > 0 and not main else None
     if main:
-        before = signal.signal(signal.SIGALRM, strike)
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-    else:
-        timer = threading.Timer(seconds, strike)
+        before = signal.signal(signal.SIGALRM, on_alarm)
+        signal.setitimer(signal.ITIMER_REAL, max(0.0, seconds))
+    elif timer:
         timer.daemon = True
         timer.start()
     try:
@@ -1653,50 +1795,197 @@ def _deadline(seconds: float) -> Iterator[None]:
     finally:
         if main:
             signal.setitimer(signal.ITIMER_REAL, 0)
+            with lock:
+                over = True
             signal.signal(signal.SIGALRM, before)
         else:
             with lock:
                 over = True
-                interrupt(thread, None)  # one that is pending must not hit later code
-            timer.cancel()
+                interrupt(
+                    ctypes.c_ulong(thread), None
+                )  # one that is pending must not hit later code
+            if timer:
+                timer.cancel()
+
+
+_thread = threading.local()  # its `loop`, with the process that it was made in
+
+
+def _run_coroutine(coroutine: Any) -> Any:
+    """Run it on the event loop of this thread, made if need be.  Tasks it leaves are cancelled."""
+    pid, loop = getattr(_thread, "loop", (None, None))
+    if loop is None or pid != os.getpid():
+        loop = asyncio.new_event_loop()
+        _thread.loop = os.getpid(), loop
+    try:
+        return loop.run_until_complete(coroutine)
+    finally:
+        if left := asyncio.all_tasks(loop):
+            for task in left:
+                task.cancel()
+            loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+
+
+def _close_event_loop() -> None:
+    pid, loop = getattr(_thread, "loop", (None, None))
+    if loop and pid == os.getpid():
+        del _thread.loop
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.run_until_complete(loop.shutdown_default_executor())
+        loop.close()
 
 
 def _settlement(execution: Execution, outcome: Outcome, result_ttl: float) -> Command:
     """Return the command that records an outcome: exactly one transition."""
-    job, well = execution.job, outcome.type is ResultType.SUCCESSFUL
+    job, rule, policy = execution.job, outcome.rule, outcome.policy
+    if not policy and job._fields and rule not in job._fields:
+        rule = ""  # the job has no such rule
+    last, ttl = f" {outcome.type.value}", DEFAULT_FAILURE_TTL
+    if outcome.type is ResultType.SUCCESSFUL:
+        last, ttl = "", result_ttl
+    elif outcome.type is ResultType.RETRIED:
+        last = " max_retries_exceeded"
     ended = f"{execution.token} {outcome.seconds:.6f}"
-    rule, last, ttl = "repeat", "", result_ttl
-    policy: str | bytes = ""
-    if not well:
-        rule, last, ttl = "retry", " failed", DEFAULT_FAILURE_TTL
-    if outcome.crash:
-        rule, policy = "crash", _CRASHES
-    elif outcome.retry:
-        policy, last = outcome.retry.to_json(), " max_retries_exceeded"
-    elif rule not in job._fields or outcome.final:
-        rule = ""
-    words = (ended, outcome.crash or outcome.payload, last, ttl, rule, policy, random.random())
+    words = (ended, outcome.payload, last, ttl, rule, policy, random.random())
     return SETTLE(job.queue.prefix, job.id, execution.token, *words)
 
 
-_CRASHES = Retry(MAX_CRASHES - 1, 0, enqueue_at_front=True).to_json()
-
 # ---- 9. Worker -----------------------------------------------------------------------------------
 # One loop: settle the last outcome and claim the next job in one round trip, run it, again.
-# Without work it blocks on the wake lists of its queues.  In fork mode the loop stays in a parent
-# that runs no user code and has no threads; in-process, a thread beats while a job runs.
+# Without work it blocks on the wake lists of its queues.  The loop runs in this process or in a
+# child.  Beside it, in a thread or in the parent, a keeper beats for it and hears commands: see
+# section 10.  The two share a slate, and a bell ends the other's wait.
+
+
+class _Slate(ctypes.Structure):
+    """What a loop tells its keeper, and the reverse, in memory that both processes share.  Times
+    are those of the monotonic clock."""
+
+    _fields_ = (
+        ("kill_at", ctypes.c_double),  # when the job that runs must have ended; 0: none runs
+        ("began", ctypes.c_double),  # when it, or else the process, began
+        ("due", ctypes.c_double),  # when the next scheduled job is due
+        ("seconds", ctypes.c_double),  # spent in jobs so far
+        ("number", ctypes.c_uint64),  # of the last claim
+        ("count", ctypes.c_uint64),  # of runs so far; those that went well; those that failed
+        ("good", ctypes.c_uint64),
+        ("bad", ctypes.c_uint64),
+        ("stopping", ctypes.c_bool),  # the keeper's wish: finish the current job and end
+        ("suspended", ctypes.c_bool),  # the keeper's wish: claim nothing
+        ("phase", ctypes.c_char),  # of a child: r(uns), e(nded), n(ext one, please)
+        ("text", ctypes.c_char * 1000),  # "<index of the queue> <job id> <execution> <started_at>"
+    )
+
+    @classmethod
+    def shared(cls) -> _Slate:
+        return cls.from_buffer(mmap.mmap(-1, ctypes.sizeof(cls)))
+
+
+def _restore_files() -> bool:
+    """Open what a job has closed of stdin, stdout and stderr, lest a socket takes the place.
+    Return whether there was any."""
+    lost = False
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            lost = True
+    return lost
+
+
+class _Bell:
+    """A pair of sockets: who watches it is woken by ring(), in whatever thread or process."""
+
+    def __init__(self) -> None:
+        self.rope, self.clapper = socket.socketpair()
+        self.rope.setblocking(False)
+        self.clapper.setblocking(False)
+
+    def ring(self) -> None:
+        with contextlib.suppress(OSError):  # it is full, so it rings already
+            self.rope.send(b"!")
+
+    def heard(self) -> bool:
+        """Silence it; False if nobody is left who could ring it."""
+        with contextlib.suppress(BlockingIOError):
+            return self.clapper.recv(4096) != b""
+        return True
+
+    def watch(self, seconds: float, *others: Any) -> bool:
+        """Wait up to `seconds`; True if it rang, False for the others (sockets) or nothing."""
+        poll = select.poll()
+        for file in (self.clapper, *others):
+            poll.register(file, select.POLLIN)
+        ready = poll.poll(max(0.0, min(seconds, 3600)) * 1000)
+        return any(number == self.clapper.fileno() for number, _ in ready)
+
+
+class _Ear(_Line):
+    """The connection on which a process blocks in BLPOP.
+
+    The time to wait is measured here: a server that has nothing else to do looks at its clock only
+    every 1/hz seconds, so its own timeout comes up to 0.1 s late.  close() takes the call back."""
+
+    SECONDS = 10  # after which the server answers in any case: is it still there?
+
+    def __init__(self, connection: Redis, keys: Sequence[str]) -> None:
+        super().__init__(connection, keys[0])
+        self.keys = keys
+        self._dead_at: float | None = None  # of a call that waits for its answer
+
+    def hears(self, seconds: float, bell: _Bell) -> bytes | None:
+        """Wait up to `seconds` for an element of one of the lists; None if the bell rang first."""
+        until = time.monotonic() + seconds
+        while True:
+            if self._dead_at is None:
+                self.send(("BLPOP", *self.keys, self.SECONDS))
+                self._dead_at = time.monotonic() + self.SECONDS + SILENCE
+            if self.wire.can_read(timeout=0):
+                self._dead_at, found = None, self.receive()
+                if found:
+                    return bytes(found[1])
+                continue
+            now = time.monotonic()
+            if now >= self._dead_at:
+                raise exceptions.TimeoutError("the server has gone silent")
+            if now >= until or bell.watch(min(until, self._dead_at) - now, self.wire._sock):
+                return None
+
+    def close(self) -> None:
+        super().close()
+        self._dead_at = None
+
+
+def _new_name() -> str:
+    """Return a name for a worker; a short one keeps the record of a result compact."""
+    host = re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname())[:15]
+    return f"{host}.{os.getpid()}.{secrets.token_hex(2)}"
+
+
+def _function(func: Any) -> Any:
+    """Return a function that was given as such, or by its dotted name."""
+    found = _find(func) if isinstance(func, str) else func
+    if not callable(found):
+        raise TypeError(f"give a function or its dotted name, not {func!r}")
+    return found
 
 
 class Worker:
     """Runs the jobs of queues, those of the first queue before those of the second.
 
-    queues             - Queue objects or names; on a Cluster, of one slot
-    name               - unique among workers, <host>.<pid>.<random>
-    connection         - a redis.Redis, that of the first Queue
-    fork               - whether each job runs in a process of its own, yes
-    serializer         - for queues given by name, 'pickle'
-    default_result_ttl - seconds, for jobs that have no result_ttl, 500
-    lease              - seconds of silence after which its jobs are given to others, 15
+    queues                   - Queue objects or names; on a Cluster, of one slot
+    name                     - unique among workers, <host>.<pid>.<random>
+    connection               - a redis.Redis, that of the first Queue
+    fork                     - whether jobs run in a child process, yes
+    jobs_per_fork            - jobs after which the child is replaced, 1000; 1: one child per job
+    serializer               - for queues given by name, 'pickle'
+    default_result_ttl       - seconds, for jobs that have no result_ttl, 500
+    lease                    - seconds of silence after which its jobs are given to others, 15
+    exception_handlers       - functions (job, type, exception, traceback), called in turn when a
+                               job raised; one that returns False is the last, []
+    work_horse_killed_handler - function (job, pid, wait status, resource usage), called in the
+                               parent when a job's process died, none
 
     As a context manager it works in a thread for the life of the block, in-process; leaving the
     block waits until nothing is queued."""
@@ -1705,8 +1994,9 @@ class Worker:
 
     def __init__(
         self, queues: Queue | str | Sequence[Queue | str], name: str | None = None,
-        connection: Redis | None = None, *, fork: bool | None = None, serializer: Any = None,
-        default_result_ttl: Any = DEFAULT_RESULT_TTL, lease: Any = LEASE,
+        connection: Redis | None = None, *, fork: bool | None = None, jobs_per_fork: int = 1000,
+        serializer: Any = None, default_result_ttl: Any = DEFAULT_RESULT_TTL, lease: Any = LEASE,
+        exception_handlers: Any = (), work_horse_killed_handler: Func | None = None,
     ) -> None:  # fmt: skip
         several = [queues] if isinstance(queues, Queue | str) else list(queues)
         if not several:
@@ -1718,289 +2008,275 @@ class Worker:
             each if isinstance(each, Queue) else Queue(each, connection, serializer=serializer)
             for each in several
         ]
-        # A short name keeps the record of a result compact.
-        host = re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname())[:15]
-        self.name = f"{host}.{os.getpid()}.{secrets.token_hex(2)}" if name is None else name
-        if not re.fullmatch(r"[\w.:@-]+", self.name):
+        self.name = name or _new_name()
+        if not re.fullmatch(r"[\w.:@-]{1,200}", self.name):
             raise ValueError(f"worker name {self.name!r}: use letters, digits and '_.:@-'")
         self.default_result_ttl = _seconds(default_result_ttl, "default_result_ttl", (-1, 0))
         self.lease = _seconds(lease, "lease")
         self.fork = type(self).fork if fork is None else fork
-        self.successful_job_count = self.failed_job_count = 0
-        self.total_working_time = 0.0  # seconds
-        self._birth = time.time()
+        if not isinstance(jobs_per_fork, int) or jobs_per_fork < 1:
+            raise ValueError(f"jobs_per_fork={jobs_per_fork!r}: give a positive number")
+        self.jobs_per_fork = jobs_per_fork
+        handlers = exception_handlers or ()
+        handlers = [handlers] if callable(handlers) or isinstance(handlers, str) else handlers
+        self._handlers = [_function(each) for each in handlers]
+        self._killed_handler = work_horse_killed_handler and _function(work_horse_killed_handler)
+        self.hostname, self.pid = socket.gethostname(), os.getpid()
+        self.version, self.python_version = __version__, platform.python_version()
+        self.birth_date = self.last_heartbeat = _utc(time.time())
+        self._slate = _Slate()
         self._prefixes = [queue.prefix for queue in self.queues]
-        self._ear = _Ear(connection, [f"{prefix}wake" for prefix in self._prefixes])
-        self._number = 0  # of the last claim
         self._claimed: deque[Execution] = deque()
-        self._busy = self._waiting = self._burst = self._scheduler = False
-        self._stopping_since: float | None = None  # by the monotonic clock, like all below
-        self._next_beat = 0.0
-        self._thread: threading.Thread | None = None
+        self._current: Execution | None = None
+        self._thread: Any = None
+
+    key = property(lambda self: f"microq:worker:{self.name}")
+    successful_job_count = property(lambda self: self._slate.good)
+    failed_job_count = property(lambda self: self._slate.bad)
+    total_working_time = property(lambda self: self._slate.seconds, doc="Seconds.")
+
+    @classmethod
+    def all(cls, connection: Redis | None = None, queue: Queue | None = None) -> list[Worker]:
+        """Return the workers that are alive, those of `queue` only if it is given, by name."""
+        found = (cls.find_by_key(key, connection) for key in cls.all_keys(connection, queue))
+        return [worker for worker in found if worker]
+
+    @classmethod
+    def all_keys(cls, connection: Redis | None = None, queue: Queue | None = None) -> list[str]:
+        """Return the keys of the workers that all() returns."""
+        queues = [queue] if queue else Queue.all(connection)
+        asked = [("HKEYS", f"{each.prefix}workers") for each in queues]
+        names = set().union(*_send(queues[0].connection, *asked)) if queues else set()
+        return sorted(f"microq:worker:{name.decode()}" for name in names)
+
+    @classmethod
+    def count(cls, connection: Redis | None = None, queue: Queue | None = None) -> int:
+        """Return how many workers are alive."""
+        return len(cls.all(connection, queue))
+
+    @classmethod
+    def find_by_key(cls, key: str, connection: Redis | None = None) -> Worker | None:
+        """Return the worker of this name, or key; None if it is not alive.  Its counts are those
+        of its last heartbeat, up to a second old while it is busy."""
+        name, connection = key.removeprefix("microq:worker:"), _connect(connection)
+        record = _ask(connection, "GET", f"microq:worker:{name}")
+        if not record:
+            return None
+        about = json.loads(record)
+        worker = cls(about["queues"], name, connection, lease=about["lease"], fork=about["fork"])
+        for each in ("hostname", "pid", "version", "python_version"):
+            setattr(worker, each, about[each])
+        worker.birth_date, worker.last_heartbeat = _utc(about["birth"]), _utc(about["beat"])
+        for each in ("good", "bad", "seconds"):
+            setattr(worker._slate, each, about[each])
+        return worker
+
+    def get_current_job(self) -> Job | None:
+        """Return the job that the worker holds; None if there is none."""
+        started = _send(
+            self.connection, *[("HGETALL", f"{each}started") for each in self._prefixes]
+        )
+        for queue, flat in zip(self.queues, started, strict=True):
+            for id, token in _pairs(flat).items():
+                if Execution(Job(id, queue, {}), token.decode()).worker_name == self.name:
+                    return queue.fetch_job(id)
+        return None
+
+    def get_current_job_id(self) -> str | None:
+        """Return the id of the job that the worker holds; None if there is none."""
+        return getattr(self.get_current_job(), "id", None)
+
+    def get_state(self) -> WorkerStatus:
+        """Return whether it is busy, suspended or idle."""
+        if self.get_current_job():
+            return WorkerStatus.BUSY
+        return WorkerStatus.SUSPENDED if is_suspended(self.connection) else WorkerStatus.IDLE
+
+    state = property(get_state)
+
+    def queue_names(self) -> list[str]:
+        """Return the names of its queues, in their order."""
+        return [queue.name for queue in self.queues]
 
     def work(
         self, burst: bool = False, logging_level: str | int | None = "INFO",
         max_jobs: int | None = None, max_idle_time: float | None = None,
-        with_scheduler: bool = False,
+        with_scheduler: bool = False, dequeue_strategy: str = "default",
     ) -> bool:  # fmt: skip
         """Run jobs until told to stop, and return whether there were any.
 
-        burst          - stop when the queues are empty
-        logging_level  - of microq's log, set up on stderr unless you did that; None: leave it
-        max_jobs       - stop after so many
-        max_idle_time  - stop after so many seconds without a job
-        with_scheduler - put jobs that are due into the queue even while busy
+        burst            - stop when the queues are empty
+        logging_level    - of microq's log, set up on stderr unless you did that; None: leave it
+        max_jobs         - stop after so many
+        max_idle_time    - stop after so many seconds without a job
+        with_scheduler   - put jobs that are due into the queue even while busy
+        dequeue_strategy - 'default': a queue is served before those behind it; 'round_robin': the
+                           queue that was served goes to the end; 'random': by chance, each time
 
         SIGINT or SIGTERM finishes the current job; a second one, at least a second later, gives
         it up, and it will run again.  Raises ServerUnavailable if there is no server at the start;
         later it waits for one to come back."""
-        if logging_level is not None:  # does nothing to logging that is set up already
-            logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-            log.setLevel(logging_level)
-        self._burst, self._scheduler = self._burst or burst, with_scheduler
-        _adopt_main()
-        self._beat(fresh="fresh")
-        log.info("worker %s (pid %d), microq %s", self.name, os.getpid(), __version__)
-        log.info("listening on %s", ", ".join(queue.name for queue in self.queues))
-        try:
-            with _signals(self._on_signal), self._ticking():
-                return self._loop(max_jobs, max_idle_time or float("inf"))
-        except _Interrupt:
-            log.warning("cold shutdown: the current job is given up and will run again")
-            raise SystemExit(1) from None
-        finally:
-            self._leave()
-            self._claimed.clear()
-            self._burst, self._stopping_since = False, None
+        limits = max_jobs, max_idle_time
+        keeper = _Keeper(self.name, [self], burst, *limits, with_scheduler, dequeue_strategy)
+        return keeper.run(logging_level)
 
-    def _loop(self, max_jobs: int | None, max_idle_time: float) -> bool:
+    def _prepare(
+        self, keeper: _Keeper, burst: bool, max_jobs: int | None, max_idle_time: float | None,
+        strategy: str,
+    ) -> None:  # fmt: skip
+        """Get ready for a loop, here or in a child."""
+        if strategy not in ("default", "round_robin", "random"):
+            raise ValueError(f"dequeue_strategy={strategy!r}: default, round_robin or random")
+        before, self._slate, self._bell = self._slate, _Slate.shared(), _Bell()
+        for name in ("good", "bad", "seconds"):
+            setattr(self._slate, name, getattr(before, name))
+        self._keeper, self._burst = keeper, burst
+        self._strategy, self._serving = strategy, list(self.queues)
+        self._max_jobs, self._max_idle_time = max_jobs or math.inf, max_idle_time or math.inf
+        self._slate.due = self._most = math.inf
+        self._claimed.clear()
+        # Of the child: its pid, when the next one may start, and whether there is none; what its
+        # slate said when it was killed, and with which outcome; what is to be sent after its death,
+        # and what is to be logged then.
+        self._pid, self._start_at, self._ended = 0, 0.0, False
+        self._verdict: tuple[bytes, Outcome] | None = None
+        self._owed: list[Command] = []
+        self._lost: tuple[Execution, Outcome] | None = None
+
+    def _about(self, inbox: str) -> str:
+        """Return what others may know of it, as JSON."""
+        slate = self._slate
+        return json.dumps({
+            "inbox": inbox, "queues": self.queue_names(), "hostname": self.hostname,
+            "pid": self.pid, "version": self.version, "python_version": self.python_version,
+            "birth": self.birth_date.timestamp(), "beat": time.time(), "lease": self.lease,
+            "fork": self.fork, "good": slate.good, "bad": slate.bad, "seconds": slate.seconds,
+        })  # fmt: skip
+
+    def _open(self) -> None:
+        """Make the connections of a process: nothing is shared over a fork."""
+        self._server: Any = _own(self.connection)
+        self._ear = _Ear(self.connection, [f"{prefix}wake" for prefix in self._prefixes])
+
+    def _close(self) -> None:
+        for line in (self._server, self._ear):
+            if isinstance(line, _Line):
+                line.close()
+        _close_event_loop()
+
+    def _loop(self) -> None:
+        """Run jobs until there is a reason to stop, and leave it in slate.phase."""
+        slate, idle_since = self._slate, time.monotonic()
         last: tuple[Execution, Outcome] | None = None
-        count, idle_since = 0, time.monotonic()
         while True:
-            over = self._burst or count == max_jobs  # as it was before the claim
-            due = self._exchange(last, claim=count != max_jobs)
-            last = None
-            if self._claimed and self._stopping_since is None:
-                execution = self._claimed.popleft()
-                self._busy = True
-                if self._scheduler:
-                    self._next_beat = min(self._next_beat, due, time.monotonic() + 1)
-                run = self._perform_in_fork if self.fork else perform
-                last = execution, run(execution)
-                self._busy = False
-                count, idle_since = count + 1, time.monotonic()
+            worn, done = slate.count >= self._most, slate.count >= self._max_jobs
+            over = self._burst or worn or done  # as it was before the claim
+            slate.due = self._exchange(last, claim=not (worn or done))
+            last, slate.kill_at = None, 0
+            if self._claimed and not slate.stopping:
+                last = self._run(self._claimed.popleft())
+                slate.count, idle_since = slate.count + 1, time.monotonic()
                 continue
-            if due <= time.monotonic():
+            if slate.due <= time.monotonic():
                 continue  # one script does not do it all
-            over = over or count == max_jobs or self._stopping_since is not None
-            if over or time.monotonic() >= idle_since + max_idle_time:
-                return count > 0
-            self._wait(min(due, idle_since + max_idle_time))
+            over = over or slate.stopping or time.monotonic() >= idle_since + self._max_idle_time
+            if over:
+                slate.phase = b"n" if worn and not (done or slate.stopping) else b"e"
+                return
+            self._wait(min(slate.due, idle_since + self._max_idle_time))
 
     def _exchange(self, last: tuple[Execution, Outcome] | None, claim: bool) -> float:
         """Settle the last outcome and claim the next job, in one round trip. Return when the next
         scheduled job is due; infinity if there is none."""
+        slate = self._slate
         commands = [_settlement(*last, self.default_result_ttl)] if last else []
-        claim = claim and self._stopping_since is None and not self._claimed
+        claim = claim and not (slate.stopping or slate.suspended)
         if claim:
-            self._number += 1
-            commands.append(CLAIM(self._prefixes, self.name, self._number, self.lease, 1))
+            slate.number += 1
+            if self._strategy == "random":
+                random.shuffle(self._serving)
+            prefixes = [queue.prefix for queue in self._serving]
+            commands.append(CLAIM(prefixes, self.name, slate.number, self.lease, 1))
         replies = self._insist(*commands) if commands else []
         if last:
             self._report(*last, replies[0][0].decode())
         if not claim:
-            return float("inf")
+            return math.inf
         at, due, claimed = replies[-1]
         for index, id, token, pairs in claimed:
-            job = Job(id.decode(), self.queues[index - 1], _pairs(pairs))
+            job = Job(id.decode(), self._serving[index - 1], _pairs(pairs))
             job._status = JobStatus.STARTED
             job._execution = Execution(job, token.decode(), _utc(float(at)))
             self._claimed.append(job._execution)
-        return time.monotonic() + float(due) - float(at) if due else float("inf")
+            if self._strategy == "round_robin":
+                self._serving = self._serving[index:] + self._serving[:index]
+        return time.monotonic() + float(due) - float(at) if due else math.inf
 
     def _insist(self, *commands: Command) -> list[Any]:
         """Run commands, as often as it takes until the server is there to do it."""
-        delay, began = 0.1, time.monotonic()
+        backoff, began = _Backoff(), time.monotonic()
         while True:
             try:
-                return _send(self.connection, *commands)
+                return _send(self._server, *commands)
             except ServerUnavailable as error:
-                leaving = self._stopping_since is not None or (self._burst and self._thread)
+                leaving = self._slate.stopping or (self._burst and self._thread)
                 if leaving and time.monotonic() - began > self.lease:
                     raise
-                pause = delay * random.uniform(0.5, 1)  # so that not all return at once
+                pause = backoff.next()
                 log.warning("%s; trying again in %.1f s", error, pause)
                 time.sleep(pause)
-                delay = min(2 * delay, BACKOFF_CAP)
+
+    def _run(self, execution: Execution) -> tuple[Execution, Outcome]:
+        """Perform a job, while the slate says so."""
+        slate, job, limit = self._slate, execution.job, DEFAULT_TIMEOUT
+        with contextlib.suppress(DeserializationError):  # perform() will say so
+            limit = job.timeout
+        slate.text = f"{self.queues.index(job.queue)} {job.id} {execution.token}".encode()
+        slate.began = time.monotonic()
+        slate.kill_at = slate.began + limit + KILL_GRACE if limit > 0 else math.inf
+        self._current = execution
+        if self.fork:
+            _title(f"microq {self.name}: {job.origin} {job.id}")
+        outcome = perform(execution, self._handlers)
+        self._current, slate.kill_at = None, math.inf  # to be settled, however long that takes
+        if self.fork and _restore_files():
+            self._most = 0  # rather a new process
+        return execution, outcome
 
     def _wait(self, until: float) -> None:
-        """Block until there may be work: a token, a signal, or `until`."""
-        with contextlib.suppress(_Interrupt):
-            try:
-                self._waiting = True
-                while self._stopping_since is None and not self._burst:
-                    left = until - time.monotonic()
-                    if left <= 0:
-                        self._ear.close()  # else it might take a token that we don't act on
-                        break
-                    # A thread gets no signals: it looks at `_burst` now and then.
-                    nap = self._tick() if self.fork else 0.1 if self._thread else left
-                    if self._ear.hears(min(left, nap)):
-                        break
-            except (exceptions.RedisError, exceptions.RedisClusterException) as error:
-                self._ear.close()
-                log.warning("waiting for work: %s", error)
-                time.sleep(random.uniform(0.5, 1))
-            self._waiting = False
-        self._waiting = False
-
-    def _on_signal(self, signum: int, frame: Any) -> None:
-        now = time.monotonic()
-        if self._stopping_since is None:
-            self._stopping_since = now
-            log.info("signal %d: finishing the current job; again to give it up", signum)
-            if self._waiting:
-                raise _Interrupt
-        elif now - self._stopping_since >= 1:  # less is one Ctrl-C that came twice
-            raise _Interrupt
-
-    def _leave(self) -> None:
-        """Sign off: whatever is still held goes back to the front of its queue."""
-        self._ear.close()
-        sign_off = BEAT(self._prefixes, self.name, 0, "", _CRASHES, DEFAULT_FAILURE_TTL)
+        """Block until there may be work: a token, the bell, or `until`."""
+        if self.fork:
+            _title(f"microq {self.name}: idle")
+        heard, seconds = None, until - time.monotonic()
         try:
-            _send(self.connection, sign_off, ("DEL", f"microq:worker:{self.name}"))
-        except exceptions.RedisError as error:
-            log.warning("signing off: %s", error)
-        log.info("worker %s stopped", self.name)
-
-    def __enter__(self) -> Worker:
-        self.fork = False  # a process must not fork beside running threads
-        len(self.queues[0])  # raises here, not in the thread, if there is no server
-        work = functools.partial(self.work, logging_level=None)
-        self._thread = threading.Thread(target=work, name=f"worker {self.name}")
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *details: Any) -> None:
-        self._burst = True
-        if kind is not None:  # leave the rest to others
-            self._stopping_since = time.monotonic()
-        assert self._thread is not None
-        self._thread.join()
-
-    @contextlib.contextmanager
-    def _ticking(self) -> Iterator[None]:
-        """In-process, tick in a thread beside the job that runs."""
-        over = threading.Event()
-        # A scheduler must notice that a job began, and that another fell due meanwhile.
-        nap = 0.05 if self._scheduler else self.lease
-
-        def tick() -> None:
-            while not over.wait(min(nap, self._tick())):
-                pass
-
-        thread = threading.Thread(target=tick, name="heartbeat", daemon=True)
-        if not self.fork:
-            thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            if not self.fork:
-                thread.join()  # a beat after we signed off would sign us on
-
-    def _tick(self) -> float:
-        """Beat if it is time, and return the seconds until it will be."""
-        try:
-            if time.monotonic() >= self._next_beat:
-                self._beat()
-            return max(0.0, self._next_beat - time.monotonic())
-        except exceptions.RedisError as error:
-            log.warning("heartbeat: %s", error)
-            return 1.0
-
-    def _beat(self, fresh: str = "") -> None:
-        """Renew the lease, and do the house-keeping that comes with it; promote what is due."""
-        key = f"microq:worker:{self.name}"
-        about = {
-            "hostname": socket.gethostname(), "pid": os.getpid(), "birth": self._birth,
-            "queues": ",".join(queue.name for queue in self.queues), "version": __version__,
-            "successful_job_count": self.successful_job_count,
-            "failed_job_count": self.failed_job_count,
-            "total_working_time": round(self.total_working_time, 3),
-        }  # fmt: skip
-        *_, (dead, at, due) = _send(
-            self.connection,
-            ("HSET", key, *itertools.chain(*about.items())),
-            ("PEXPIRE", key, int(self.lease * 1000)),
-            ("SADD", _QUEUES, *(queue.name for queue in self.queues)),
-            BEAT(self._prefixes, self.name, self.lease, fresh, _CRASHES, DEFAULT_FAILURE_TTL),
-        )
-        pause = self.lease / 3
-        if self._scheduler and self._busy:
-            pause = min(pause, 1.0, max(0.01, float(due) - float(at)) if due else 1.0)
-        self._next_beat = time.monotonic() + pause
-        for name in dead:
-            log.warning("worker %s is silent; its jobs run again", name.decode())
-
-    def _perform_in_fork(self, execution: Execution) -> Outcome:
-        """Run a job in a child, which sends back its Outcome; else tell how it died."""
-        began, limit = time.monotonic(), DEFAULT_TIMEOUT
-        with contextlib.suppress(DeserializationError):  # then the child says so
-            limit = execution.job.timeout
-        kill_at = began + limit + KILL_GRACE if limit > 0 else float("inf")
-        outcome: Outcome | None = None
-        receiver, sender = _FORK.Pipe(duplex=False)
-        child = _FORK.Process(target=_child, args=(execution, sender))
-        child.start()
-        sender.close()
-        sources: list[Any] = [receiver, child.sentinel]
-        try:
-            while outcome is None and (
-                child.is_alive() or (receiver in sources and receiver.poll())
-            ):
-                if time.monotonic() >= kill_at:
-                    child.kill()
-                longest = 1.0 if sources else 0.02
-                pause = min(self._tick(), max(0.0, kill_at - time.monotonic()), longest)
-                for source in multiprocessing.connection.wait(sources, pause) or []:
-                    sources.remove(source)  # it says one thing only: the outcome, or the end
-                    with contextlib.suppress(EOFError, OSError):  # it died
-                        outcome = receiver.recv() if source is receiver else outcome
-        except _Interrupt:
-            child.kill()
-            raise
-        finally:
-            receiver.close()
-            child.join()
-        if outcome:
-            return outcome
-        seconds = time.monotonic() - began
-        if time.monotonic() >= kill_at:
-            text = f"killed, {KILL_GRACE:g} s after its timeout of {limit:g} s had no effect"
-            return Outcome(ResultType.FAILED, text.encode(), seconds)
-        code = child.exitcode or 0
-        cause = f"exited with status {code}"
-        if code < 0:
-            cause = f"was killed by signal {-code} ({signal.strsignal(-code)})"
-        crash = f"the process that ran this job for worker {self.name} {cause}"
-        return Outcome(ResultType.FAILED, seconds=seconds, crash=crash)
+            if not self.fork:  # else signals are for the parent
+                self._keeper.attend(self._bell)
+            if self._slate.suspended:
+                self._bell.watch(seconds)
+            else:
+                heard = self._ear.hears(seconds, self._bell)
+        except (exceptions.RedisError, exceptions.RedisClusterException, OSError) as error:
+            log.warning("waiting for work: %s", error)
+            self._bell.watch(random.uniform(0.5, 1))
+        if heard is None:
+            self._ear.close()  # else it might take a token that we don't act on
+        if not self._bell.heard():  # our parent died
+            self._slate.stopping = True
 
     def _report(self, execution: Execution, outcome: Outcome, place: str) -> None:
         """Log and count what became of a job, which is now at `place`."""
         job, well = execution.job, outcome.type is ResultType.SUCCESSFUL
-        self.total_working_time += outcome.seconds
-        self.successful_job_count += well
-        self.failed_job_count += outcome.type is ResultType.FAILED
+        self._slate.seconds += outcome.seconds
+        self._slate.good += well
+        self._slate.bad += outcome.type is ResultType.FAILED
         if place == "lost":
             text = (
                 "%s: job %s is no longer ours (it was taken away meanwhile); its result is dropped"
             )
             return log.warning(text, job.origin, job.id)
-        mild = well or outcome.retry
-        verdict = "OK" if well else "to be run again" if outcome.retry else "FAILED"
-        *_, reason = [outcome.crash, *outcome.payload.decode(errors="replace").splitlines()]
+        verdicts = {"successful": "OK", "failed": "FAILED", "retried": "to be run again"}
+        verdict, mild = verdicts.get(outcome.type, "stopped"), outcome.type != ResultType.FAILED
+        *_, reason = ["", *outcome.payload.decode(errors="replace").splitlines()]
         place, _, due = place.partition(" ")
         then = "; runs again" if place in ("queued", "scheduled") else ""
         then += f" at {datetime.fromtimestamp(float(due)):%H:%M:%S}" if due else ""
@@ -2009,18 +2285,20 @@ class Worker:
             logging.INFO if mild else logging.ERROR, line + ("" if mild else f": {reason}") + then
         )
 
+    def __enter__(self) -> Worker:
+        self.fork = False  # a process must not fork beside running threads
+        len(self.queues[0])  # raises here, not in the thread, if there is no server
+        work = _Keeper(self.name, [self]).run
+        self._thread = threading.Thread(target=work, args=(None,), name=f"worker {self.name}")
+        self._thread.start()
+        return self
 
-_FORK = multiprocessing.get_context("fork")
-
-
-def _child(execution: Execution, sender: Any) -> None:
-    """Run a job in a forked process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    sender.send(perform(execution))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # whatever threads the job has left
+    def __exit__(self, kind: type[BaseException] | None, *details: Any) -> None:
+        self._burst = True
+        self._bell.ring()
+        if kind is not None:  # leave the rest to others
+            self._keeper.stop()
+        self._thread.join()
 
 
 class SimpleWorker(Worker):
@@ -2029,59 +2307,458 @@ class SimpleWorker(Worker):
     fork = False
 
 
-class _Ear:
-    """The connection on which a worker blocks in BLPOP.
+# ---- 10. Supervision -----------------------------------------------------------------------------
+# A keeper sees to it that workers stay alive in Redis and under control: it renews their leases,
+# hears commands, and, where they run in children, starts, watches, kills and replaces these.  It
+# runs no code of users, so a job that holds the GIL or crashes harms its own process only.
 
-    The time to wait is measured here: a server that has nothing else to do looks at its clock only
-    every 1/hz seconds, so its own timeout comes up to 0.1 s late.  close() takes the call back."""
 
-    SECONDS = 10  # after which the server answers in any case: is it still there?
+class _Backoff:
+    """Pauses before further attempts to reach a server, each about twice as long, up to a cap."""
 
-    def __init__(self, connection: Redis, keys: Sequence[str]) -> None:
-        self.connection, self.keys = connection, keys
-        self._line: Any = None
-        self._dead_at: float | None = None  # of a call that waits for its answer
+    def __init__(self) -> None:
+        self.seconds = 0.1
 
-    def hears(self, seconds: float) -> bool:
-        """Wait up to `seconds`; True if there is a token."""
-        if self._line is None:
-            node: Any = self.connection
-            if isinstance(node, RedisCluster):
-                node = node.get_redis_connection(node.get_node_from_key(self.keys[0]))
-            pool = node.connection_pool
-            self._line = pool.connection_class(**pool.connection_kwargs)
-        if self._dead_at is None:
-            self._line.send_command("BLPOP", *self.keys, self.SECONDS)
-            self._dead_at = time.monotonic() + self.SECONDS + 5
-        left = max(0.0, min(seconds, self._dead_at - time.monotonic()))
-        if self._line.can_read(timeout=left):
-            self._dead_at = None
-            return self._line.read_response(disable_decoding=True) is not None
-        if time.monotonic() >= self._dead_at:
-            raise exceptions.TimeoutError("the server has gone silent")
-        return False
+    def next(self) -> float:
+        pause = self.seconds * random.uniform(0.5, 1)  # so that not all return at once
+        self.seconds = min(2 * self.seconds, BACKOFF_CAP)
+        return pause
 
-    def close(self) -> None:
-        """Take the call back: what arrives from now on is for others."""
-        if self._line is not None:
-            self._line.disconnect()
-        self._line = self._dead_at = None
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)
 
 
 @contextlib.contextmanager
-def _signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Let `handler` have SIGINT and SIGTERM in the block; only the main thread can."""
-    main = threading.current_thread() is threading.main_thread()
-    numbers = [signal.SIGINT, signal.SIGTERM] if main else []
-    before = {number: signal.signal(number, handler) for number in numbers}
+def _signals_restored() -> Iterator[None]:
+    """Leave the handling of signals as it was before the block, if it is ours to change."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before, descriptor = [*map(signal.getsignal, _SIGNALS)], signal.set_wakeup_fd(-1)
     try:
         yield
     finally:
-        for number, old in before.items():
-            signal.signal(number, old)
+        signal.set_wakeup_fd(descriptor)
+        for number, handler in zip(_SIGNALS, before, strict=True):
+            signal.signal(number, handler)
 
 
-# ---- 10. Embedded server -------------------------------------------------------------------------
+class _Keeper:
+    """Keeps the loops of workers: that of one in this process, or those of several in children."""
+
+    def __init__(
+        self, name: str, workers: Sequence[Worker], burst: bool = False,
+        max_jobs: int | None = None, max_idle_time: float | None = None,
+        with_scheduler: bool = False, dequeue_strategy: str = "default",
+    ) -> None:  # fmt: skip
+        self.name, self.workers, self.scheduler = name, workers, with_scheduler
+        self.forks, self.lease = workers[0].fork, min(worker.lease for worker in workers)
+        self.connection = workers[0].connection
+        self.bell = _Bell()
+        for worker in workers:
+            worker._prepare(self, burst, max_jobs, max_idle_time, dequeue_strategy)
+        self.over = self.cold = False
+        self.stopping_since: float | None = None
+        self.beaten_at, self.backoff, self.silent_until = 0.0, _Backoff(), 0.0
+        self.unknown = True  # whether the server must be told the names of the queues
+
+    def run(self, logging_level: str | int | None) -> bool:
+        """Work until told to stop; True if there were any jobs."""
+        if self.forks and threading.current_thread() is not threading.main_thread():
+            raise RuntimeError("a worker in a thread can't fork; give it fork=False")
+        if logging_level is not None:  # does nothing to logging that is set up already
+            logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+            log.setLevel(logging_level)
+        _adopt_main()
+        self.server = _own(self.connection)
+        self.ear = _Ear(self.connection, [f"microq:inbox:{self.name}"])
+        self.beat(fresh="fresh")
+        names = ", ".join(queue.name for queue in self.workers[0].queues)
+        log.info("worker %s (pid %d), microq %s", self.name, os.getpid(), __version__)
+        log.info("listening on %s", names)
+        if self.forks:
+            _title(f"microq {self.name}")
+        try:
+            with _signals_restored():
+                self.attend(self.bell if self.forks else self.workers[0]._bell)
+                self.watch() if self.forks else self.run_here(self.workers[0])
+        except _Interrupt:
+            pass  # at an odd moment
+        finally:
+            self.leave()
+        if self.cold:
+            log.warning("cold shutdown: what was running will run again")
+            raise SystemExit(1)
+        return any(worker._slate.count for worker in self.workers)
+
+    def run_here(self, worker: Worker) -> None:
+        """Run the loop of a worker in this thread, and keep it in another."""
+        thread = threading.Thread(target=self.watch, name=f"keeper {self.name}", daemon=True)
+        thread.start()
+        try:
+            worker._open()
+            worker._loop()
+        finally:
+            self.over = True
+            self.bell.ring()
+            thread.join()  # a beat after we signed off would sign us on
+            worker._close()
+
+    def watch(self) -> None:
+        """Keep the workers until all have ended."""
+        while not self.over:
+            wake_at = [time.monotonic() + (0.1 if self.scheduler else 1.0)]
+            try:
+                if self.forks:
+                    wake_at += map(self.supervise, self.workers)
+                    self.over = all(worker._ended for worker in self.workers)
+                wake_at.append(self.next_beat())
+                if wake_at[-1] <= time.monotonic():
+                    self.beat()
+                elif not self.over:
+                    self.listen(min(wake_at) - time.monotonic())
+            except (exceptions.RedisError, exceptions.RedisClusterException, OSError) as error:
+                pause = self.backoff.next()
+                self.silent_until = time.monotonic() + pause
+                log.warning("keeping %s: %s; trying again in %.1f s", self.name, error, pause)
+
+    def next_beat(self) -> float:
+        """Return when to beat: each second while a job runs, so that others see what we do."""
+        slates = [worker._slate for worker in self.workers]
+        busy = any(slate.kill_at for slate in slates)
+        at = self.beaten_at + min(self.lease / 3, 1.0 if busy else math.inf)
+        if busy and self.scheduler:
+            at = min(at, *(slate.due for slate in slates))
+        return max(at, self.silent_until)
+
+    def beat(self, fresh: str = "") -> None:
+        """Renew the leases, and do the house-keeping that comes with it; promote what is due."""
+        commands: list[Command] = []
+        for worker in self.workers:
+            commands.append(
+                ("SET", worker.key, worker._about(self.name), "PX", int(self.lease * 1000))
+            )
+            words = (worker.name, worker.lease, fresh, _CRASHES, DEFAULT_FAILURE_TTL)
+            commands.append(BEAT(worker._prefixes, *words))
+        if self.unknown:
+            names = [queue.name for queue in self.workers[0].queues]
+            commands.append(("SADD", _QUEUES, *names))
+        *replies, suspended = _send(self.server, *commands, ("PTTL", _SUSPENDED))
+        self.beaten_at, self.backoff, self.unknown = time.monotonic(), _Backoff(), False
+        for worker, (dead, at, due, known) in zip(self.workers, replies[1::2], strict=False):
+            worker._slate.due = self.beaten_at + float(due) - float(at) if due else math.inf
+            self.unknown |= not known and not fresh
+            for name in dead:
+                log.warning("worker %s is silent; its jobs run again", name.decode())
+        if (suspended != -2) is not self.workers[0]._slate.suspended:
+            log.info("suspended" if suspended != -2 else "resumed")
+            for worker in self.workers:
+                worker._slate.suspended = suspended != -2
+                worker._bell.ring()
+        if suspended > 0:  # look again when it ends
+            self.beaten_at = min(self.beaten_at, self.beaten_at + suspended / 1000 - self.lease / 3)
+
+    def listen(self, seconds: float) -> None:
+        """Wait for commands, for the bell, or until something is to be done."""
+        if time.monotonic() < self.silent_until:
+            self.bell.watch(seconds)
+        elif command := self.ear.hears(seconds, self.bell):
+            self.obey(command)
+        self.bell.heard()
+
+    def obey(self, text: bytes) -> None:
+        """Do what a command says."""
+        try:
+            words = json.loads(text)
+            command, target = words["command"], words["worker"]
+            worker = {worker.name: worker for worker in self.workers}[target]
+        except (ValueError, KeyError, TypeError):
+            return log.warning("no command: %s", _short(text))
+        log.info("told to %s", text.decode())
+        *_, id, _, _ = [*worker._slate.text.decode().split(), "", "", ""][-4:]
+        if command == "shutdown":
+            self.stop()
+        elif command == "suspension":
+            self.beaten_at = 0.0  # the next beat reads it
+        elif command == "stop-job" and worker._slate.kill_at and id == words.get("job_id"):
+            self.kill(worker, Outcome(ResultType.STOPPED, b"stopped by a command"))
+        elif command == "kill-horse" and worker._slate.kill_at:
+            self.kill(worker, Outcome(ResultType.FAILED, b"killed by a command"))
+
+    def kill(self, worker: Worker, verdict: Outcome) -> None:
+        """End the job that runs, with this outcome."""
+        if self.forks:
+            worker._verdict = worker._slate.text, verdict
+            for kill in (os.killpg, os.kill):  # its own children, too
+                with contextlib.suppress(OSError):
+                    kill(worker._pid, signal.SIGKILL)
+        elif (current := worker._current) and verdict.type is ResultType.STOPPED:
+            current.job._strike(StopRequested)
+
+    def supervise(self, worker: Worker) -> float:
+        """Reap, kill or start the child of a worker; return when to look again."""
+        slate, now = worker._slate, time.monotonic()
+        if worker._pid:
+            self.reap(worker)
+        if worker._pid:
+            if self.cold:
+                self.kill(worker, _given_up(now - slate.began))
+            elif 0 < slate.kill_at <= now:
+                text = f"killed, {KILL_GRACE:g} s after its timeout had no effect"
+                self.kill(worker, Outcome(ResultType.FAILED, text.encode(), rule="retry"))
+            return slate.kill_at or math.inf
+        if worker._owed and now >= self.silent_until:
+            self.pay(worker)
+        since = self.stopping_since
+        if slate.phase == b"e" or slate.stopping:
+            late = since is not None and now - since > self.lease  # its lease ends by itself
+            worker._ended = not worker._owed or late
+        elif not worker._owed and now >= worker._start_at:
+            self.start(worker)
+        waits = not worker._pid and not worker._ended
+        return max(worker._start_at, self.silent_until) if waits else math.inf
+
+    def start(self, worker: Worker) -> None:
+        """Fork a child that runs the loop of a worker."""
+        slate, parent = worker._slate, os.getpid()
+        slate.phase, slate.began = b"r", time.monotonic()
+        _flush()
+        worker._pid = os.fork()
+        if worker._pid:
+            return
+        try:
+            _be_child(parent)
+            self.ear.close()
+            for bell in (self.bell, *(each._bell for each in self.workers)):
+                bell.rope.close()  # so that the death of the parent is heard
+            worker._open()
+            worker._most = slate.count + worker.jobs_per_fork
+            worker._loop()
+            worker._close()
+        except BaseException:
+            log.exception("worker %s", worker.name)
+            slate.phase = b"r"
+        finally:
+            _flush()
+            os._exit(slate.phase == b"r")  # whatever threads the jobs have left
+
+    def reap(self, worker: Worker) -> None:
+        """See whether the child has died, and note what is to be done then."""
+        pid, status, usage = os.wait4(worker._pid, os.WNOHANG)
+        if not pid:
+            return
+        slate, verdict = worker._slate, worker._verdict
+        worker._pid, worker._verdict = 0, None
+        worker._start_at = 0.0
+        if status == 0 and slate.phase != b"r":
+            return  # it has settled everything
+        code = os.waitstatus_to_exitcode(status)
+        cause = f"exited with status {code}"
+        if code < 0:
+            cause = f"was killed by signal {-code} ({signal.strsignal(-code)})"
+        release = RELEASE(worker._prefixes, worker.name, worker.lease, slate.number)
+        worker._owed = [release]
+        if not slate.kill_at:
+            log.warning("the idle process %d of worker %s %s", pid, worker.name, cause)
+            worker._start_at = time.monotonic() + 1
+            return
+        index, id, token = slate.text.decode().split(" ", 2)
+        job = Job(id, worker.queues[int(index)], {})
+        seconds = time.monotonic() - slate.began
+        memory = usage.ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10)
+        text = f"the process that ran this job for worker {worker.name} {cause}; "
+        text += f"its peak memory was {memory:.0f} MB"
+        outcome = Outcome(ResultType.FAILED, text.encode(), seconds, "crash", _CRASHES)
+        if verdict and verdict[0] == slate.text:
+            outcome = replace(verdict[1], seconds=seconds)
+        elif verdict or slate.stopping:  # another job was meant
+            outcome = _given_up(seconds)
+        slate.kill_at = 0
+        worker._lost = Execution(job, token), outcome
+        worker._owed.insert(0, _settlement(*worker._lost, 0))
+        if worker._killed_handler and outcome.rule == "crash":
+            try:
+                worker._killed_handler(job.queue.fetch_job(id), pid, status, usage)
+            except Exception:
+                log.exception("work_horse_killed_handler failed for job %s", id)
+
+    def pay(self, worker: Worker) -> None:
+        """Tell the server of a child that died."""
+        replies = _send(self.server, *worker._owed)
+        if worker._lost:
+            worker._report(*worker._lost, replies[0][0].decode())
+        worker._owed, worker._lost = [], None
+
+    def stop(self) -> None:
+        """Have the workers finish their current jobs, and end."""
+        self.stopping_since = self.stopping_since or time.monotonic()
+        for worker in self.workers:
+            worker._slate.stopping = True
+            worker._bell.ring()
+        self.bell.ring()
+
+    def on_signal(self, number: int, frame: Any) -> None:
+        now = time.monotonic()
+        if number == signal.SIGCHLD:
+            pass  # it has rung the bell
+        elif self.stopping_since is None:
+            log.info("signal %d: finishing the current job; again to give it up", number)
+            self.stop()
+        elif now - self.stopping_since >= 1:  # less is one Ctrl-C that came twice
+            self.cold = True
+            if not self.forks:
+                raise _Interrupt
+
+    def attend(self, bell: _Bell) -> None:
+        """Let signals come here and ring the bell, even if a job took them; if they come at all."""
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS if self.forks else _SIGNALS[:2]:
+                signal.signal(number, self.on_signal)
+            signal.set_wakeup_fd(bell.rope.fileno(), warn_on_full_buffer=False)
+
+    def leave(self) -> None:
+        """Sign off: whatever is still held goes back to the front of its queue."""
+        self.ear.close()
+        commands: list[Command] = [("DEL", worker.key) for worker in self.workers]
+        commands += [RELEASE(each._prefixes, each.name, self.lease, "") for each in self.workers]
+        try:
+            _send(self.server, *commands)
+        except exceptions.RedisError as error:
+            log.warning("signing off: %s", error)
+        if isinstance(self.server, _Line):
+            self.server.close()
+        log.info("worker %s stopped", self.name)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+
+
+def _be_child(parent: int) -> None:
+    """Make a forked process one that dies with its parent, leaves signals to it, and is the first
+    that the kernel kills when memory runs out."""
+    pid = os.getpid()
+
+    def on_signal(number: int, frame: Any) -> None:
+        if os.getpid() != pid:  # what a job has forked ends as usual
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    os.setpgid(0, 0)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; elsewhere the bell tells
+        with contextlib.suppress(OSError):
+            Path("/proc/self/oom_score_adj").write_text("500")
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+class WorkerPool:
+    """Several workers, each in a process of its own, under one parent.
+
+    queues, connection - as for Worker, like further options
+    num_workers        - how many, 1
+    worker_class       - Worker, or a class derived from it
+    name               - of the pool; its workers are <name>-1, <name>-2, .."""
+
+    def __init__(
+        self, queues: Any, connection: Redis | None = None, num_workers: int = 1,
+        worker_class: type[Worker] = Worker, name: str | None = None, **options: Any,
+    ) -> None:  # fmt: skip
+        if not isinstance(num_workers, int) or num_workers < 1:
+            raise ValueError(f"num_workers={num_workers!r}: give a positive number")
+        self.name = name or _new_name()
+        options["fork"] = True
+        names = [
+            f"{self.name}-{i + 1}" if num_workers > 1 else self.name for i in range(num_workers)
+        ]
+        self.worker_dict = {
+            each: worker_class(queues, each, connection, **options) for each in names
+        }
+        self._keeper: _Keeper | None = None
+
+    number_of_active_workers = property(
+        lambda self: sum(bool(worker._pid) for worker in self.worker_dict.values())
+    )
+
+    def start(
+        self, burst: bool = False, logging_level: str | int | None = "INFO", **limits: Any
+    ) -> bool:
+        """Run jobs until told to stop; see Worker.work(), whose limits are those of each worker."""
+        self._keeper = _Keeper(self.name, [*self.worker_dict.values()], burst, **limits)
+        return self._keeper.run(logging_level)
+
+    def stop_workers(self) -> None:
+        """Have the workers finish their current jobs, and end; for another thread."""
+        if self._keeper:
+            self._keeper.stop()
+
+
+_SUSPENDED = "microq:suspended"
+
+
+def send_command(connection: Redis | None, worker_name: str, command: str, **details: Any) -> None:
+    """Tell a worker something; it hears within a second or so.  Raises ValueError if no worker of
+    this name is alive."""
+    record = _ask(_connect(connection), "GET", f"microq:worker:{worker_name}")
+    if not record:
+        raise ValueError(f"no worker {worker_name!r} is alive; see Worker.all()")
+    inbox = f"microq:inbox:{json.loads(record)['inbox']}"
+    words = json.dumps({"command": command, "worker": worker_name, **details})
+    # What nobody takes, because the worker died meanwhile, goes after a minute.
+    _send(_connect(connection), ("RPUSH", inbox, words), ("EXPIRE", inbox, 60))
+
+
+def send_shutdown_command(connection: Redis | None, worker_name: str) -> None:
+    """Have a worker finish its current job and end, with all workers of its pool."""
+    send_command(connection, worker_name, "shutdown")
+
+
+def send_kill_horse_command(connection: Redis | None, worker_name: str) -> None:
+    """Kill the process that runs a worker's current job, which fails; a Retry runs it again."""
+    send_command(connection, worker_name, "kill-horse")
+
+
+def send_stop_job_command(connection: Redis | None, job_id: str, serializer: Any = None) -> None:
+    """Stop a job that runs: it ends as stopped, and is not run again.  Raises NoSuchJobError, or
+    InvalidJobOperation if it does not run."""
+    job = Job.fetch(job_id, connection, serializer)
+    if job._status is not JobStatus.STARTED:
+        raise InvalidJobOperation(f"job {job_id!r} is {job._status}; only a started one is stopped")
+    send_command(connection, job.worker_name, "stop-job", job_id=job_id)
+
+
+def suspend(connection: Redis | None = None, ttl: int | None = None) -> None:
+    """Have all workers start no more jobs, for `ttl` seconds or until resume()."""
+    limit = () if ttl is None else ("PX", int(_seconds(ttl, "ttl") * 1000))
+    _ask(_connect(connection), "SET", _SUSPENDED, 1, *limit)
+    _look_again(connection)
+
+
+def resume(connection: Redis | None = None) -> None:
+    """Have all workers go on."""
+    _ask(_connect(connection), "DEL", _SUSPENDED)
+    _look_again(connection)
+
+
+def is_suspended(connection: Redis | None = None) -> bool:
+    """Tell whether suspend() is in force."""
+    return bool(_ask(_connect(connection), "EXISTS", _SUSPENDED))
+
+
+def _look_again(connection: Redis | None) -> None:
+    for key in Worker.all_keys(connection):
+        with contextlib.suppress(ValueError):  # it died meanwhile
+            send_command(connection, key.removeprefix("microq:worker:"), "suspension")
+
+
+# ---- 11. Embedded server -------------------------------------------------------------------------
 # A private server on a unix socket, for a machine that has none.  The server of a directory is
 # shared by the processes of its user that name the directory: the first one starts it, the last one
 # to leave shuts it down.  Each holds a lock in the meantime.  Without a directory it is ours alone.
@@ -2188,7 +2865,7 @@ def _step_out(home: Path, pid: int) -> None:
                 time.sleep(0.01)
 
 
-# ---- 11. Command line ----------------------------------------------------------------------------
+# ---- 12. Command line ----------------------------------------------------------------------------
 # One function per command; main() parses, calls it, and turns an error into one line.
 
 
@@ -2201,11 +2878,37 @@ def _server_of(options: argparse.Namespace) -> Redis:
 def _worker(options: argparse.Namespace) -> None:
     sys.path[:0] = options.path
     where, queues = _server_of(options), options.queues or ["default"]
-    more = {"serializer": options.serializer, "default_result_ttl": options.results_ttl}
-    worker = Worker(queues, options.name, where, fork=not options.in_process, **more)
+    more = {
+        "serializer": options.serializer, "default_result_ttl": options.results_ttl,
+        "lease": options.lease, "jobs_per_fork": options.jobs_per_fork,
+        "exception_handlers": options.exception_handler,
+    }  # fmt: skip
     level = "DEBUG" if options.verbose else "WARNING" if options.quiet else options.logging_level
-    limits = options.max_jobs, options.max_idle_time
-    worker.work(options.burst, level.upper(), *limits, options.with_scheduler)
+    limits = {
+        "max_jobs": options.max_jobs, "max_idle_time": options.max_idle_time,
+        "with_scheduler": options.with_scheduler, "dequeue_strategy": options.dequeue_strategy,
+    }  # fmt: skip
+    if options.pid:
+        Path(options.pid).write_text(f"{os.getpid()}\n")
+    if options.in_process:
+        SimpleWorker(queues, options.name, where, **more).work(
+            options.burst, level.upper(), **limits
+        )
+    else:
+        pool = WorkerPool(queues, where, options.processes, name=options.name, **more)
+        pool.start(options.burst, level.upper(), **limits)
+
+
+def _worker_pool(options: argparse.Namespace) -> None:
+    _worker(options)
+
+
+def _suspend(options: argparse.Namespace) -> None:
+    suspend(_server_of(options), options.duration)
+
+
+def _resume(options: argparse.Namespace) -> None:
+    resume(_server_of(options))
 
 
 def _argument(text: str) -> tuple[str, Any]:
@@ -2249,19 +2952,14 @@ def _info(options: argparse.Namespace) -> None:
         there = ", ".join(queues) or "none"
         raise ValueError(f"no queue {', '.join(sorted(unknown))}; there are: {there}")
     print(f"{'queue':20}", *(f"{container:>9}" for container in _CONTAINERS))
-    names = set()
     for queue in [queues[name] for name in options.queues] or queues.values():
-        counts = [Registry(queue, container)._size() for container in _CONTAINERS]
-        *counts, workers = _send(connection, *counts, ("HKEYS", f"{queue.prefix}workers"))
+        counts = _send(connection, *(Registry(queue, each)._size() for each in _CONTAINERS))
         print(f"{queue.name:20}", *(f"{count:9}" for count in counts))
-        names |= {name.decode() for name in workers}
-    fields = ("queues", "successful_job_count", "failed_job_count")
-    asked = [("HMGET", f"microq:worker:{name}", *fields) for name in sorted(names)]
-    for name, about in zip(sorted(names), _send(connection, *asked) if asked else [], strict=True):
-        on, good, bad = (value and value.decode() for value in about)
-        if on:
-            print(f"worker {name} on {on}: {good} succeeded, {bad} failed")
-    print(f"{len(queues)} queues, {len(names)} workers")
+    workers = Worker.all(connection)
+    for worker in workers:
+        tally = f"{worker.successful_job_count} succeeded, {worker.failed_job_count} failed"
+        print(f"worker {worker.name} on {','.join(worker.queue_names())}: {worker.state}, {tally}")
+    print(f"{len(queues)} queues, {len(workers)} workers")
 
 
 def _demo_add(a: int, b: int) -> int:
@@ -2309,7 +3007,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(function: Callable[[argparse.Namespace], None], help: str) -> Any:
-        sub = commands.add_parser(function.__name__[1:], help=help, description=help)
+        name = function.__name__[1:].replace("_", "-")
+        sub = commands.add_parser(name, help=help, description=help)
         sub.set_defaults(command=function)
         add = sub.add_argument
         if function is not _demo:
@@ -2320,19 +3019,32 @@ def _parser() -> argparse.ArgumentParser:
             add("-S", "--serializer", help="pickle (default), json or a dotted name")
         return add
 
-    add = command(_worker, "run jobs")
-    add("queues", nargs="*", metavar="QUEUE", help="in order of priority, default")
-    add("-n", "--name", help="of the worker; unique")
-    add("-b", "--burst", action="store_true", help="stop when the queues are empty")
-    add("-s", "--with-scheduler", action="store_true", help="be on time even while busy")
-    add("--in-process", action="store_true", help="don't fork: faster, no protection")
-    add("--max-jobs", type=int, metavar="N", help="stop after so many")
-    add("--max-idle-time", type=float, metavar="S", help="stop after so long without any")
-    add("--results-ttl", default=DEFAULT_RESULT_TTL, metavar="S", help="default 500")
-    add("-P", "--path", action="append", default=["."], help="where to import from, .")
-    add("--logging-level", default="INFO", metavar="LEVEL", help="default INFO")
-    add("-v", "--verbose", action="store_true", help="the same as --logging-level DEBUG")
-    add("-q", "--quiet", action="store_true", help="the same as --logging-level WARNING")
+    for function, help, short in (
+        (_worker, "run jobs", "--processes"), (_worker_pool, "run jobs in several processes", "-n"),
+    ):  # fmt: skip
+        add = command(function, help)
+        add("queues", nargs="*", metavar="QUEUE", help="in order of priority, default")
+        add(short, "--num-workers", type=int, default=1, dest="processes", metavar="N",
+            help="how many run jobs at a time, 1")  # fmt: skip
+        add(*["-n", "--name"][function is not _worker :], help="of the worker; unique")
+        add("-b", "--burst", action="store_true", help="stop when the queues are empty")
+        add("-s", "--with-scheduler", action="store_true", help="be on time even while busy")
+        add("--in-process", action="store_true", help="don't fork: no protection")
+        add("--jobs-per-fork", type=int, default=1000, metavar="N",
+            help="replace a process after so many, 1000")  # fmt: skip
+        add("--lease", default=LEASE, metavar="S",
+            help="its jobs are given to others after so long a silence, 15")  # fmt: skip
+        add("--max-jobs", type=int, metavar="N", help="stop after so many")
+        add("--max-idle-time", type=float, metavar="S", help="stop after so long without any")
+        add("-ds", "--dequeue-strategy", default="default", metavar="WORD",
+            help="default, round_robin or random")  # fmt: skip
+        add("--results-ttl", default=DEFAULT_RESULT_TTL, metavar="S", help="default 500")
+        add("--exception-handler", action="append", metavar="NAME", help="a dotted name")
+        add("-P", "--path", action="append", default=["."], help="where to import from, .")
+        add("--pid", metavar="FILE", help="write the process id there")
+        add("--logging-level", default="INFO", metavar="LEVEL", help="default INFO")
+        add("-v", "--verbose", action="store_true", help="the same as --logging-level DEBUG")
+        add("-q", "--quiet", action="store_true", help="the same as --logging-level WARNING")
 
     add = command(_enqueue, "store a job, and print its id")
     add("function", help="its dotted name")
@@ -2349,6 +3061,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--quiet", action="store_true", help="don't print the id")
 
     command(_info, "show queues and workers")("queues", nargs="*", metavar="QUEUE")
+    command(_suspend, "have all workers pause")("--duration", metavar="S", help="no limit")
+    command(_resume, "have them go on")
     command(_demo, "see it work, on a private server")
     return parser
 

@@ -131,12 +131,14 @@ def containers(redis, prefix=Q):
 
 def key_pattern(key: str) -> str:
     key = re.sub(r"\{[^}]*\}[^:]*", "{q}", key)
-    key = re.sub(r"worker:.*", "worker:<name>", key)
+    key = re.sub(r"(worker|inbox):.*", r"\1:<name>", key)
     return re.sub(r"job:[^:]+", "job:<id>", key)
 
 
 def table_of_keys():
-    return dict(re.findall(r"^    (microq:\S+) +(set|hash|list|zset) ", microq.__doc__, re.M))
+    return dict(
+        re.findall(r"^    (microq:\S+) +(set|hash|list|zset|string) ", microq.__doc__, re.M)
+    )
 
 
 def check_invariants(redis):
@@ -337,7 +339,7 @@ def test_the_map_of_the_file_names_its_sections():
     text = Path(microq.__file__).read_text()
     sections = re.findall(r"^# ---- (\d+\. [\w ]+?) -+$", text, re.M)
     shown = re.search(r"Map of the file: (.*)\.\n", microq.__doc__, re.S)[1]
-    assert len(sections) == 11
+    assert len(sections) == 12
     for section in sections:
         assert section.replace(".", "").lower() in " ".join(shown.split()).lower()
 
@@ -734,7 +736,8 @@ def test_a_job_that_killed_its_worker_three_times_is_failed(redis, queue):
 def test_signing_off_gives_back_without_a_crash(redis, queue):
     job = queue.enqueue(add)
     claim(queue, "w")
-    beat(queue, "w", lease=0)
+    for _ in "12":
+        microq._ask(queue.connection, *microq.RELEASE(queue.prefix, "w", 15, ""))
     assert job.is_queued and not redis.hexists(f"{Q}job:{job.id}", "crashes")
     assert redis.hkeys(Q + "workers") == []
 
@@ -1314,23 +1317,6 @@ def leave_a_thread():
     return "left"
 
 
-def die_while_it_reports():
-    """Be killed in the middle of a message to the parent."""
-    import inspect
-
-    frame = inspect.currentframe()
-    while "sender" not in frame.f_locals:
-        frame = frame.f_back
-    os.write(frame.f_locals["sender"].fileno(), (1000).to_bytes(4, "big") + b"half")
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_a_child_killed_in_the_middle_of_its_report_is_a_crash(queue):
-    job = queue.enqueue(die_while_it_reports)
-    Worker(queue).work(burst=True, logging_level=None)
-    assert job.is_failed and "killed by signal 9" in job.latest_result().exc_string
-
-
 def test_a_job_that_leaves_a_thread_does_not_hold_the_worker(queue):
     job, began = queue.enqueue(leave_a_thread), time.monotonic()
     Worker(queue).work(burst=True, logging_level=None)
@@ -1361,7 +1347,8 @@ def test_a_job_that_leaves_children_or_closes_files_does_not_hold_the_worker(que
     began = time.monotonic()
     Worker(queue).work(burst=True, logging_level=None)
     assert time.monotonic() - began < 2.5
-    assert left.return_value() == "left" and after.is_finished and closed.is_failed
+    assert left.return_value() == "left" and after.is_finished
+    assert closed.return_value() == "closed"
 
 
 # ---- 9. Worker -----------------------------------------------------------------------------------
