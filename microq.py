@@ -2222,9 +2222,7 @@ class Worker:
                 leaving = self._slate.stopping or (self._burst and self._thread)
                 if leaving and time.monotonic() - began > self.lease:
                     raise
-                pause = backoff.next()
-                log.warning("%s; trying again in %.1f s", error, pause)
-                time.sleep(pause)
+                time.sleep(backoff.after(error, f"worker {self.name}"))
 
     def _run(self, execution: Execution) -> tuple[Execution, Outcome]:
         """Perform a job, while the slate says so."""
@@ -2314,14 +2312,18 @@ class SimpleWorker(Worker):
 
 
 class _Backoff:
-    """Pauses before further attempts to reach a server, each about twice as long, up to a cap."""
+    """Pauses before further attempts to reach a server: none at first, since the connection may
+    just have been cut, then each about twice as long, up to a cap."""
 
     def __init__(self) -> None:
-        self.seconds = 0.1
+        self.seconds = 0.0
 
-    def next(self) -> float:
+    def after(self, error: Exception, what: str) -> float:
+        """Return the next pause in seconds."""
         pause = self.seconds * random.uniform(0.5, 1)  # so that not all return at once
-        self.seconds = min(2 * self.seconds, BACKOFF_CAP)
+        if pause:
+            log.warning("%s: %s; trying again in %.1f s", what, error.__cause__ or error, pause)
+        self.seconds = min(2 * self.seconds, BACKOFF_CAP) or 0.1
         return pause
 
 
@@ -2418,9 +2420,8 @@ class _Keeper:
                 elif not self.over:
                     self.listen(min(wake_at) - time.monotonic())
             except (exceptions.RedisError, exceptions.RedisClusterException, OSError) as error:
-                pause = self.backoff.next()
+                pause = self.backoff.after(error, f"keeper of {self.name}")
                 self.silent_until = time.monotonic() + pause
-                log.warning("keeping %s: %s; trying again in %.1f s", self.name, error, pause)
 
     def next_beat(self) -> float:
         """Return when to beat: each second while a job runs, so that others see what we do."""
@@ -2448,7 +2449,7 @@ class _Keeper:
         for worker, (dead, at, due, known) in zip(self.workers, replies[1::2], strict=False):
             worker._slate.due = self.beaten_at + float(due) - float(at) if due else math.inf
             self.unknown |= not known and not fresh
-            for name in dead:
+            for name in set(dead):
                 log.warning("worker %s is silent; its jobs run again", name.decode())
         if (suspended != -2) is not self.workers[0]._slate.suspended:
             log.info("suspended" if suspended != -2 else "resumed")
