@@ -133,7 +133,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry as RedisRetry
 
 try:
-    from setproctitle import setproctitle as _title  # type: ignore[import-not-found]
+    from setproctitle import setproctitle as _title
 except ImportError:  # then processes keep their name
 
     def _title(title: str) -> None: ...
@@ -2029,6 +2029,13 @@ class Worker:
         self._claimed: deque[Execution] = deque()
         self._current: Execution | None = None
         self._thread: Any = None
+        # Of the child: its pid, when the next one may start, and whether there is none; what its
+        # slate said when it was killed, and with which outcome; what is to be sent after its death,
+        # and what is to be logged then.
+        self._pid, self._start_at, self._ended = 0, 0.0, False
+        self._verdict: tuple[bytes, Outcome] | None = None
+        self._owed: list[Command] = []
+        self._lost: tuple[Execution, Outcome] | None = None
 
     key = property(lambda self: f"microq:worker:{self.name}")
     successful_job_count = property(lambda self: self._slate.good)
@@ -2076,10 +2083,10 @@ class Worker:
         started = _send(
             self.connection, *[("HGETALL", f"{each}started") for each in self._prefixes]
         )
-        for queue, flat in zip(self.queues, started, strict=True):
-            for id, token in _pairs(flat).items():
-                if Execution(Job(id, queue, {}), token.decode()).worker_name == self.name:
-                    return queue.fetch_job(id)
+        for queue, executions in zip(self.queues, started, strict=True):
+            for id, token in executions.items():
+                if token.decode().rpartition(".")[0].rpartition(".")[0] == self.name:
+                    return queue.fetch_job(id.decode())
         return None
 
     def get_current_job_id(self) -> str | None:
@@ -2135,13 +2142,6 @@ class Worker:
         self._max_jobs, self._max_idle_time = max_jobs or math.inf, max_idle_time or math.inf
         self._slate.due = self._most = math.inf
         self._claimed.clear()
-        # Of the child: its pid, when the next one may start, and whether there is none; what its
-        # slate said when it was killed, and with which outcome; what is to be sent after its death,
-        # and what is to be logged then.
-        self._pid, self._start_at, self._ended = 0, 0.0, False
-        self._verdict: tuple[bytes, Outcome] | None = None
-        self._owed: list[Command] = []
-        self._lost: tuple[Execution, Outcome] | None = None
 
     def _about(self, inbox: str) -> str:
         """Return what others may know of it, as JSON."""
@@ -2363,6 +2363,7 @@ class _Keeper:
         self.stopping_since: float | None = None
         self.beaten_at, self.backoff, self.silent_until = 0.0, _Backoff(), 0.0
         self.unknown = True  # whether the server must be told the names of the queues
+        self.told = 0.0  # the seconds of work that the last beat told
 
     def run(self, logging_level: str | int | None) -> bool:
         """Work until told to stop; True if there were any jobs."""
@@ -2424,9 +2425,10 @@ class _Keeper:
                 self.silent_until = time.monotonic() + pause
 
     def next_beat(self) -> float:
-        """Return when to beat: each second while a job runs, so that others see what we do."""
+        """Return when to beat: each second while jobs run, so that others see what we do."""
         slates = [worker._slate for worker in self.workers]
         busy = any(slate.kill_at for slate in slates)
+        busy = busy or self.told != sum(slate.seconds for slate in slates)
         at = self.beaten_at + min(self.lease / 3, 1.0 if busy else math.inf)
         if busy and self.scheduler:
             at = min(at, *(slate.due for slate in slates))
@@ -2435,6 +2437,7 @@ class _Keeper:
     def beat(self, fresh: str = "") -> None:
         """Renew the leases, and do the house-keeping that comes with it; promote what is due."""
         commands: list[Command] = []
+        told = sum(worker._slate.seconds for worker in self.workers)
         for worker in self.workers:
             commands.append(
                 ("SET", worker.key, worker._about(self.name), "PX", int(self.lease * 1000))
@@ -2446,6 +2449,7 @@ class _Keeper:
             commands.append(("SADD", _QUEUES, *names))
         *replies, suspended = _send(self.server, *commands, ("PTTL", _SUSPENDED))
         self.beaten_at, self.backoff, self.unknown = time.monotonic(), _Backoff(), False
+        self.told = told
         for worker, (dead, at, due, known) in zip(self.workers, replies[1::2], strict=False):
             worker._slate.due = self.beaten_at + float(due) - float(at) if due else math.inf
             self.unknown |= not known and not fresh
@@ -2469,22 +2473,24 @@ class _Keeper:
 
     def obey(self, text: bytes) -> None:
         """Do what a command says."""
+        log.info("keeper of %s is told: %s", self.name, text.decode(errors="replace"))
         try:
             words = json.loads(text)
-            command, target = words["command"], words["worker"]
-            worker = {worker.name: worker for worker in self.workers}[target]
+            command = words["command"]
+            worker = {worker.name: worker for worker in self.workers}[words["worker"]]
         except (ValueError, KeyError, TypeError):
-            return log.warning("no command: %s", _short(text))
-        log.info("told to %s", text.decode())
-        *_, id, _, _ = [*worker._slate.text.decode().split(), "", "", ""][-4:]
+            return log.warning("that is no command")
+        running = worker._slate.text.split()[1].decode() if worker._slate.kill_at else None
         if command == "shutdown":
             self.stop()
         elif command == "suspension":
             self.beaten_at = 0.0  # the next beat reads it
-        elif command == "stop-job" and worker._slate.kill_at and id == words.get("job_id"):
-            self.kill(worker, Outcome(ResultType.STOPPED, b"stopped by a command"))
-        elif command == "kill-horse" and worker._slate.kill_at:
-            self.kill(worker, Outcome(ResultType.FAILED, b"killed by a command"))
+        elif command == "stop-job" and running == words.get("job_id"):
+            self.kill(worker, Outcome(ResultType.STOPPED, _STOPPED))
+        elif command == "kill-horse" and running:
+            self.kill(worker, Outcome(ResultType.FAILED, b"killed by a command", rule="retry"))
+        elif command not in ("stop-job", "kill-horse"):
+            log.warning("that is no command")
 
     def kill(self, worker: Worker, verdict: Outcome) -> None:
         """End the job that runs, with this outcome."""

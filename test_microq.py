@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import http.server
 import importlib.util
 import json
@@ -43,7 +44,15 @@ from microq import (
     ServerUnavailable,
     SimpleWorker,
     Worker,
+    WorkerPool,
     get_current_job,
+    is_suspended,
+    resume,
+    send_command,
+    send_kill_horse_command,
+    send_shutdown_command,
+    send_stop_job_command,
+    suspend,
 )
 
 HERE = Path(__file__).parent
@@ -1554,7 +1563,618 @@ def test_a_job_costs_redis_few_bytes(redis, queue):
     assert queued <= 250 and finished <= (350 if modern else 400), (queued, finished)
 
 
-# ---- 10. Embedded server -------------------------------------------------------------------------
+# ---- 10. Supervision -----------------------------------------------------------------------------
+
+
+def stay(path, seconds=30):
+    """Write down who runs this, and stay."""
+    append(path, f"{os.getpid()} {os.getppid()}")
+    time.sleep(seconds)
+    return "stayed"
+
+
+def people(path, count=1):
+    """Wait for the `count`th run of stay(), and return its (pid, parent)."""
+    path = Path(path)
+    lines = wait_until(lambda: path.exists() and len(path.read_text().split("\n")) > count and path)
+    pid, parent = lines.read_text().splitlines()[count - 1].split()
+    return int(pid), int(parent)
+
+
+def is_alive(pid):
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def logged(worker):
+    """End a worker, and return its log."""
+    worker.terminate()
+    return worker.communicate(timeout=10)[1]
+
+
+def test_the_job_of_a_killed_child_runs_again_within_a_second(queue, start_worker, tmp_path):
+    worker, log = start_worker(), tmp_path / "log"
+    job = queue.enqueue(stay, str(log))
+    pid, parent = people(log)
+    assert parent == worker.pid
+    killed = time.monotonic()
+    os.kill(pid, signal.SIGKILL)
+    second, _ = people(log, 2)
+    assert time.monotonic() - killed < 1 and second != pid
+    os.kill(second, signal.SIGKILL)
+    os.kill(people(log, 3)[0], signal.SIGKILL)
+    wait_until(lambda: job.is_failed)
+    reason = job.latest_result().exc_string
+    assert "killed by signal 9" in reason and re.search(r"peak memory was [1-9]\d* MB", reason)
+    assert job.worker_name in reason and len(job.results()) == 3
+    assert Queue.all(queue.connection) and worker.poll() is None
+    assert queue.enqueue(add, 1).latest_result(timeout=5).return_value == 1
+    assert reason in logged(worker)
+
+
+def test_a_killed_parent_takes_its_children_along(server, redis, queue, start_worker, tmp_path):
+    """SIGKILL of the whole worker, forking: within two leases another one runs its job."""
+    victim, log = start_worker("--lease", "1"), tmp_path / "log"
+    job = queue.enqueue(stay, str(log))
+    pid, _ = people(log)
+    other = start_worker("--lease", "1", "--in-process")
+    victim.kill()
+    killed = time.monotonic()
+    wait_until(lambda: not is_alive(pid), 1)
+    _, parent = people(log, 2)
+    assert time.monotonic() - killed < 2 and parent == os.getpid()
+    wait_until(lambda: job.number_of_retries == 0)
+    send_stop_job_command(redis, job.id)
+    wait_until(lambda: job.is_stopped)
+    assert other.poll() is None
+
+
+@pytest.mark.parametrize(("limit", "runs"), [(0, 1), (1, 2), (None, 3)])
+def test_a_job_runs_again_after_a_crash_as_often_as_it_may(queue, limit, runs):
+    job = queue.enqueue(kill_self, max_crashes=limit)
+    Worker(queue).work(burst=True, logging_level=None)
+    assert job.is_failed and len(job.results()) == runs
+
+
+def test_at_most_once_means_that_even_after_a_cold_shutdown(redis, queue, start_worker, tmp_path):
+    for number, words in enumerate([[], ["--in-process"]]):
+        worker, log = start_worker(*words), tmp_path / f"log{number}"
+        job = queue.enqueue(stay, str(log), max_crashes=0)
+        waits = queue.enqueue(add)
+        people(log)
+        worker.terminate()
+        time.sleep(1.1)
+        logged(worker)
+        assert worker.returncode == 1
+        assert job.is_failed and "shut down" in job.latest_result().exc_string
+        assert waits.is_queued
+        queue.empty()
+
+
+def test_a_dead_worker_has_no_second_try_at_a_job_that_runs_at_most_once(queue):
+    job = queue.enqueue(add, max_crashes=0)
+    claim(queue, "dead", lease=0.01)
+    time.sleep(0.02)
+    assert beat(queue) == [b"dead"] and job.is_failed
+
+
+def test_a_claim_of_a_dead_child_that_arrives_late_takes_nothing(redis, queue):
+    """Else nobody would ever run what it takes: the worker lives on, with another child."""
+    job = queue.enqueue(add)
+    claim(queue, "w", number=1)
+    for _ in "12":
+        microq._ask(redis, *microq.RELEASE(queue.prefix, "w", 15, 2))
+    assert claim(queue, "w", number=2) == [] and job.is_queued
+    assert [id for id, _ in claim(queue, "w", number=3)] == [job.id]
+
+
+def test_a_worker_that_was_stopped_too_long_loses_its_job(redis, queue, start_worker, tmp_path):
+    """Parent and child sleep through their lease; what they report then is refused, and logged."""
+    sleeper, log = start_worker("--lease", "0.5"), tmp_path / "log"
+    job = queue.enqueue(stay, str(log), 1)
+    pid, parent = people(log)
+    for each in (parent, pid):
+        os.kill(each, signal.SIGSTOP)
+    other = start_worker("--lease", "0.5")
+    people(log, 2)
+    for each in (pid, parent):
+        os.kill(each, signal.SIGCONT)
+    wait_until(lambda: job.is_finished)
+    good = [each for each in job.results() if each.type == "successful"]
+    later = queue.enqueue(add, 1)
+    assert later.latest_result(timeout=5).return_value == 1
+    logged(other)
+    assert "is no longer ours" in logged(sleeper)
+    assert len(good) == 1 and job.is_finished and len(job.results()) == 2
+
+
+def hold_the_gil():
+    lock = ctypes.create_string_buffer(64)  # of zeros: a mutex that is free
+    for _ in "12":
+        ctypes.PyDLL(None).pthread_mutex_lock(lock)  # C code that signals don't end
+
+
+def wait_for_ever():
+    with contextlib.suppress(Exception):
+        lock = threading.Lock()
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+        lock.acquire()
+        lock.acquire()
+
+
+@pytest.mark.parametrize("func", [hold_the_gil, wait_for_ever, stubborn])
+def test_a_job_stuck_where_no_exception_reaches_is_killed_on_time(queue, monkeypatch, func):
+    monkeypatch.setattr(microq, "KILL_GRACE", 0.3)
+    args = (30,) if func is stubborn else ()
+    job, after = queue.enqueue(func, *args, job_timeout=0.2), queue.enqueue(add, 1)
+    began = time.monotonic()
+    Worker(queue).work(burst=True, logging_level=None)
+    assert time.monotonic() - began < 3 and after.is_finished and job.is_failed
+    assert "after its timeout" in job.latest_result().exc_string and len(job.results()) == 1
+
+
+def test_a_job_killed_for_its_time_is_retried_if_it_has_a_retry(queue, monkeypatch):
+    monkeypatch.setattr(microq, "KILL_GRACE", 0.1)
+    job = queue.enqueue(stubborn, 30, job_timeout=0.1, retry=Retry(1))
+    Worker(queue).work(burst=True, logging_level=None)
+    assert job.is_failed and len(job.results()) == 2
+
+
+def segfault():
+    ctypes.string_at(0)
+
+
+def print_megabytes():
+    for _ in range(50):
+        print("x" * 100_000)
+    return "printed"
+
+
+def take_signals():
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_IGN)
+    signal.set_wakeup_fd(-1)
+    return "taken"
+
+
+def abort():
+    os.abort()
+
+
+def test_jobs_that_misbehave_leave_the_worker_working(queue, start_worker):
+    worker = start_worker()
+    crashes = [queue.enqueue(func, max_crashes=0) for func in (segfault, os_exit, abort)]
+    good = [
+        queue.enqueue(f) for f in (leave_children, print_megabytes, close_all_files, take_signals)
+    ]
+    last = queue.enqueue(spin, 5, job_timeout=0.2)
+    assert "timeout" in last.latest_result(timeout=10).exc_string
+    reasons = [job.latest_result().exc_string for job in crashes]
+    for reason, word in zip(reasons, ["signal 11", "status 3", "signal 6"], strict=True):
+        assert word in reason
+    assert [job.return_value() for job in good] == ["left", "printed", "closed", "taken"]
+    after = queue.enqueue(add, 1)
+    assert after.latest_result(timeout=5).return_value == 1
+    logged(worker)
+    assert worker.returncode == 0
+
+
+def test_a_worker_in_process_gets_its_signals_back(queue, start_worker):
+    worker = start_worker("--in-process")
+    assert queue.enqueue(take_signals).latest_result(timeout=5).return_value == "taken"
+    time.sleep(0.1)
+    logged(worker)
+    assert worker.returncode == 0
+
+
+MEMORY = Path("/sys/fs/cgroup/memory")
+
+
+def eat_memory(group):
+    """Join a group of limited memory, and take more."""
+    Path(group, "cgroup.procs").write_text(str(os.getpid()))
+    hoard = []
+    while True:
+        hoard.append(bytearray(1 << 20))
+
+
+@pytest.mark.skipif(not os.access(MEMORY / "cgroup.procs", os.W_OK), reason="needs cgroups, root")
+def test_a_job_that_the_kernel_kills_for_its_memory_is_failed(queue):
+    group = MEMORY / f"microq-{os.getpid()}"
+    group.mkdir()
+    try:
+        (group / "memory.limit_in_bytes").write_text(str(100 << 20))
+        job, after = queue.enqueue(eat_memory, str(group)), queue.enqueue(add, 1)
+        Worker(queue).work(burst=True, logging_level=None)
+        assert job.is_failed and after.is_finished and len(job.results()) == 3
+        megabytes = re.search("signal 9.* memory was (\\d+) MB", job.latest_result().exc_string)
+        assert int(megabytes[1]) > 50
+    finally:
+        group.rmdir()
+
+
+def pid_of_parent():
+    return os.getpid(), os.getppid()
+
+
+def test_a_child_is_replaced_after_its_jobs(queue):
+    jobs = [queue.enqueue(pid_of_parent) for _ in range(5)]
+    Worker(queue, jobs_per_fork=2).work(burst=True, logging_level=None)
+    pids = [job.return_value()[0] for job in jobs]
+    assert [pids.count(pid) for pid in dict.fromkeys(pids)] == [2, 2, 1]
+    assert {job.return_value()[1] for job in jobs} == {os.getpid()}
+    with pytest.raises(ValueError, match="jobs_per_fork"):
+        Worker(queue, jobs_per_fork=0)
+
+
+def test_what_a_job_forks_ends_as_usual_by_sigterm(queue):
+    job = queue.enqueue(end_a_process)
+    Worker(queue).work(burst=True, logging_level=None)
+    assert job.return_value() == -signal.SIGTERM
+
+
+def end_a_process():
+    import multiprocessing
+
+    process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(20,))
+    process.start()
+    time.sleep(0.2)  # a signal that comes while it is born would be lost
+    process.terminate()
+    process.join(5)
+    return process.exitcode
+
+
+async def loop_id():
+    await asyncio.sleep(0)
+    asyncio.get_running_loop().create_task(asyncio.sleep(30))
+    return id(asyncio.get_running_loop()), len(asyncio.all_tasks())
+
+
+async def sleep_async(seconds):
+    await asyncio.sleep(seconds)
+
+
+def test_coroutines_share_an_event_loop_and_leave_no_tasks(queue, run):
+    first, slow = queue.enqueue(loop_id), queue.enqueue(sleep_async, 20, job_timeout=0.2)
+    second = queue.enqueue(loop_id)
+    run()
+    assert first.return_value() == second.return_value() and first.return_value()[1] == 2
+    assert "timeout" in slow.latest_result().exc_string
+
+
+# Commands
+
+
+@pytest.fixture(params=[[], ["--in-process"]], ids=["fork", "in-process"])
+def busy_worker(request, queue, start_worker, tmp_path):
+    """A worker whose job stays; (its process, its name, the job)."""
+    process = start_worker("--name", "bee", *request.param)
+    job = queue.enqueue(stay, str(tmp_path / "log"))
+    people(tmp_path / "log")
+    return process, "bee", job
+
+
+def test_a_job_is_stopped_by_command_and_not_retried(redis, queue, busy_worker):
+    _, _, job = busy_worker
+    began = time.monotonic()
+    send_stop_job_command(redis, job.id)
+    wait_until(lambda: job.is_stopped)
+    assert time.monotonic() - began < 1
+    assert job.latest_result().type == "stopped" and len(queue.failed_job_registry) == 1
+    assert queue.enqueue(add, 1).latest_result(timeout=5).return_value == 1
+    with pytest.raises(InvalidJobOperation, match="only a started one"):
+        send_stop_job_command(redis, job.id)
+    with pytest.raises(NoSuchJobError):
+        send_stop_job_command(redis, "nobody")
+
+
+def test_a_worker_is_shut_down_by_command(redis, queue, start_worker, tmp_path):
+    for number, words in enumerate([[], ["--in-process"]]):
+        worker, log = start_worker("--name", "bee", *words), tmp_path / f"log{number}"
+        job = queue.enqueue(stay, str(log), 0.5)
+        people(log)
+        waits = queue.enqueue(add)
+        send_shutdown_command(redis, "bee")
+        worker.communicate(timeout=5)
+        assert worker.returncode == 0 and job.is_finished and waits.is_queued
+        queue.empty()
+    with pytest.raises(ValueError, match="no worker 'bee'"):
+        send_shutdown_command(redis, "bee")
+
+
+def test_a_horse_is_killed_by_command(redis, queue, start_worker, tmp_path):
+    start_worker("--name", "bee")
+    job = queue.enqueue(stay, str(tmp_path / "log"), retry=Retry(1))
+    for count in (1, 2):
+        people(tmp_path / "log", count)
+        send_kill_horse_command(redis, "bee")
+    wait_until(lambda: job.is_failed)
+    assert "killed by a command" in job.latest_result().exc_string
+
+
+def test_commands_that_are_none_are_logged(redis, queue, start_worker):
+    worker = start_worker("--name", "bee")
+    redis.rpush("microq:inbox:bee", "{", '["a"]', '{"command": "x"}')
+    send_command(redis, "bee", "dance")
+    send_kill_horse_command(redis, "bee")  # it has none
+    time.sleep(0.3)
+    job = queue.enqueue(add, 1)
+    assert job.latest_result(timeout=5).return_value == 1
+    time.sleep(0.2)
+    assert logged(worker).count("no command") == 4
+
+
+def test_suspended_workers_start_no_jobs(redis, queue, start_worker):
+    for words in ([], ["--in-process"]):
+        worker = start_worker("--name", "bee", *words)
+        suspend(redis)
+        assert is_suspended(redis)
+        time.sleep(0.3)
+        job = queue.enqueue(add, 1)
+        assert job.latest_result(timeout=0.5) is None and job.is_queued
+        bee = Worker.find_by_key("bee", redis)
+        assert bee.state == "suspended"
+        resume(redis)
+        began = time.monotonic()
+        assert job.latest_result(timeout=5).return_value == 1
+        assert time.monotonic() - began < 1 and not is_suspended(redis)
+        suspend(redis, ttl=1)
+        time.sleep(0.1)
+        job = queue.enqueue(add, 2)
+        assert job.latest_result(timeout=0.5) is None
+        assert job.latest_result(timeout=2).return_value == 2
+        logged(worker)
+    suspend(redis)
+    job = queue.enqueue(add)
+    assert not SimpleWorker(queue).work(burst=True, logging_level=None) and job.is_queued
+    resume(redis)
+    with pytest.raises(ValueError):
+        suspend(redis, ttl=0)
+
+
+def test_workers_are_found_and_tell_what_they_do(redis, queue, busy_worker):
+    process, _, job = busy_worker
+    assert Worker.count(redis) == Worker.count(redis, queue) == 1
+    assert Worker.count(redis, Queue("other", redis)) == 0
+    assert Worker.all_keys(redis) == ["microq:worker:bee"]
+    [bee] = Worker.all(redis)
+    assert (bee.name, bee.pid, bee.queue_names()) == ("bee", process.pid, ["default"])
+    assert bee.hostname == socket.gethostname() and bee.version == microq.__version__
+    assert bee.state == "busy" and bee.get_current_job() == job
+    assert bee.get_current_job_id() == job.id
+    send_stop_job_command(redis, job.id)
+    for func in (add, fail, spin):
+        queue.enqueue(func, *([0.3] if func is spin else []))
+    wait_until(lambda: Worker.find_by_key(bee.key, redis).failed_job_count == 1, 3)
+    wait_until(lambda: Worker.find_by_key(bee.key, redis).successful_job_count == 2, 3)
+    bee = Worker.find_by_key("bee", redis)
+    assert bee.total_working_time > 0.3 and bee.state == "idle" and bee.get_current_job() is None
+    assert bee.birth_date < bee.last_heartbeat <= datetime.now(timezone.utc)
+    assert Worker.find_by_key("nobody", redis) is None
+
+
+def test_a_pool_runs_jobs_at_the_same_time(redis, queue, start_worker, tmp_path):
+    process = start_worker("--processes", "3", "--name", "hive", "--pid", str(tmp_path / "pid"))
+    assert (tmp_path / "pid").read_text() == f"{process.pid}\n"
+    assert [worker.name for worker in Worker.all(redis)] == ["hive-1", "hive-2", "hive-3"]
+    jobs = [queue.enqueue(stay, str(tmp_path / f"log{i}"), 1) for i in range(3)]
+    pids = {people(tmp_path / f"log{i}")[0] for i in range(3)}
+    assert len(pids) == 3
+    send_stop_job_command(redis, jobs[0].id)
+    wait_until(lambda: jobs[0].is_stopped)
+    wait_until(lambda: jobs[1].is_finished and jobs[2].is_finished)
+    send_shutdown_command(redis, "hive-2")
+    process.communicate(timeout=5)
+    assert process.returncode == 0 and Worker.count(redis) == 0
+
+
+def test_a_pool_starts_from_a_program(redis, queue):
+    jobs = [queue.enqueue(pid_of_parent) for _ in range(4)]
+    pool = WorkerPool([queue], redis, num_workers=2)
+    assert len(pool.worker_dict) == 2 and pool.number_of_active_workers == 0
+    assert pool.start(burst=True, logging_level=None)
+    assert all(job.is_finished for job in jobs)
+    assert sum(worker.successful_job_count for worker in pool.worker_dict.values()) == 4
+    assert not pool.start(burst=True, logging_level=None)
+    with pytest.raises(ValueError, match="num_workers"):
+        WorkerPool([queue], redis, 0)
+
+
+def test_a_worker_in_a_thread_cannot_fork(queue):
+    errors = []
+
+    def work():
+        try:
+            Worker(queue).work(burst=True)
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert "fork=False" in errors[0]
+
+
+# Handlers and strategies
+
+
+def first_handler(job, kind, error, trace):
+    job.meta["told"] = [kind.__name__, str(error), bool(trace)]
+    job.save_meta()
+
+
+def last_handler(job, *details):
+    return False
+
+
+def bad_handler(job, *details):
+    raise KeyError("handler")
+
+
+def never_handler(job, *details):
+    job.meta["told"] = "too much"
+    job.save_meta()
+
+
+def test_exception_handlers_are_told_until_one_says_no(redis, queue, run):
+    job = queue.enqueue(fail, "ouch")
+    handlers = [bad_handler, "test_microq.first_handler", last_handler, never_handler]
+    for fork in (True, False):
+        job = queue.enqueue(fail, "ouch")
+        worker = Worker(queue, fork=fork, exception_handlers=handlers)
+        worker.work(burst=True, logging_level=None)
+        assert job.is_failed and job.get_meta()["told"] == ["ValueError", "ouch", True]
+    with pytest.raises(TypeError, match="dotted name"):
+        Worker(queue, exception_handlers=[7])
+
+
+def test_the_handler_of_killed_horses_is_told(queue):
+    told = []
+    job = queue.enqueue(kill_self, max_crashes=0)
+    worker = Worker(queue, work_horse_killed_handler=lambda *details: told.append(details))
+    worker.work(burst=True, logging_level=None)
+    [(same, pid, status, usage)] = told
+    assert same == job and pid > 0 and os.WTERMSIG(status) == 9 and usage.ru_maxrss > 0
+
+
+@pytest.mark.parametrize(
+    ("strategy", "order"), [("default", "aaabbb"), ("round_robin", "ababab"), ("random", None)]
+)
+def test_queues_are_served_by_strategy(redis, strategy, order):
+    queues = [Queue("a", redis), Queue("b", redis)]
+    jobs = [queue.enqueue(add) for queue in queues for _ in range(3)]
+    SimpleWorker(queues).work(burst=True, logging_level=None, dequeue_strategy=strategy)
+    jobs.sort(key=lambda job: job.latest_result().execution_started_at)
+    served = "".join(job.origin for job in jobs)
+    assert sorted(served) == list("aaabbb") and (order is None or served == order)
+    with pytest.raises(ValueError, match="round_robin"):
+        SimpleWorker(queues).work(burst=True, dequeue_strategy="fair")
+
+
+def test_processes_have_titles_where_setproctitle_is_installed(queue, start_worker, tmp_path):
+    pytest.importorskip("setproctitle")
+    worker = start_worker("--name", "bee")
+    job = queue.enqueue(stay, str(tmp_path / "log"), 0.5)
+    pid, parent = people(tmp_path / "log")
+    titles = [Path(f"/proc/{each}/cmdline").read_bytes().decode() for each in (pid, parent)]
+    assert f"microq bee: default {job.id}" in titles[0] and "microq bee" in titles[1]
+    assert worker.poll() is None
+
+
+# Trouble with Redis
+
+
+class Proxy:
+    """Stands between clients and the server: can go silent, or lose replies."""
+
+    def __init__(self, path, target):
+        self.path, self.target, self.silent, self.lose = str(path), str(target), False, 0
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(self.path)
+        self.listener.listen(50)
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        while True:
+            client, _ = self.listener.accept()
+            server = socket.socket(socket.AF_UNIX)
+            server.connect(self.target)
+            for ends in ((client, server, False), (server, client, True)):
+                threading.Thread(target=self.carry, args=ends, daemon=True).start()
+
+    def carry(self, source, target, replies):
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                if self.silent:
+                    return  # it neither answers nor closes
+                if replies and self.lose and b"microq" not in data and len(data) > 40:
+                    self.lose -= 1
+                    break  # the script was run, but the answer is lost
+                target.sendall(data)
+        with contextlib.suppress(OSError):
+            source.shutdown(socket.SHUT_RDWR)
+            target.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize("fork", [True, False])
+def test_a_silent_network_is_left_for_a_new_connection(server, redis, queue, tmp_path, fork):
+    proxy = Proxy(tmp_path / "p", server.path)
+    code = f"""
+        import redis, microq
+        microq.SILENCE, microq._Ear.SECONDS = 0.5, 0.5
+        connection = redis.Redis(unix_socket_path={proxy.path!r})
+        microq.Worker('default', connection=connection, fork={fork}, lease=1).work()
+    """
+    worker = start_script(textwrap.dedent(code))
+    try:
+        assert queue.enqueue(add, 1).latest_result(timeout=5).return_value == 1
+        proxy.silent = True
+        time.sleep(0.3)
+        job = queue.enqueue(add, 2)
+        time.sleep(0.3)
+        proxy.silent = False
+        assert job.latest_result(timeout=8).return_value == 2
+    finally:
+        worker.terminate()
+        assert worker.wait(10) == 0
+
+
+@pytest.mark.parametrize("fork", [True, False])
+def test_lost_replies_neither_lose_nor_double_a_job(server, redis, queue, tmp_path, fork):
+    proxy, log = Proxy(tmp_path / "p", server.path), tmp_path / "log"
+    connection = redis_py.Redis(unix_socket_path=proxy.path)
+    jobs = [
+        queue.enqueue(append_then_sleep, str(log), 0.02, i, repeat=Repeat(1)) for i in range(20)
+    ]
+
+    def harm():
+        wait_until(log.exists)
+        proxy.lose = 15
+
+    threading.Thread(target=harm).start()
+    Worker("default", connection=connection, fork=fork).work(burst=True, logging_level=None)
+    assert proxy.lose == 0
+    assert sorted(map(int, log.read_text().split())) == sorted([*range(20)] * 2)
+    assert all(job.is_finished and len(job.results()) == 2 for job in jobs)
+
+
+def test_a_server_that_pauses_is_waited_for(redis, queue, start_worker):
+    start_worker()
+    redis.execute_command("CLIENT", "PAUSE", 700, "ALL")
+    assert queue.enqueue(add, 1).latest_result(timeout=5).return_value == 1
+
+
+def test_a_server_that_refuses_writes_is_waited_for(redis, queue, start_worker, tmp_path):
+    """-OOM and -READONLY; what has ended meanwhile is settled afterwards."""
+    worker, log = start_worker("--lease", "2"), tmp_path / "log"
+    for trouble in ("memory", "replica"):
+        job = queue.enqueue(stay, str(log), 0.3)
+        people(log, 1 + (trouble == "replica"))
+        if trouble == "memory":
+            redis.config_set("maxmemory", 1)
+            time.sleep(0.8)
+            redis.config_set("maxmemory", 0)
+        else:
+            redis.execute_command("REPLICAOF", "127.0.0.1", "1")
+            time.sleep(0.8)
+            redis.execute_command("REPLICAOF", "NO", "ONE")
+        assert wait_until(lambda job=job: job.is_finished) and len(job.results()) == 1
+    assert "trying again" in logged(worker)
+
+
+def test_the_torture_in_short():
+    """Kills, stops, cuts and restarts for some seconds; bench/torture.py does it at length."""
+    command = [sys.executable, HERE / "bench" / "torture.py", "microq", "--seconds", "10"]
+    command += ["--seed", "20", "--server", server_program(), "--lease", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "lost 0, unexplained 0, doubled 0" in done.stdout
+
+
+# ---- 11. Embedded server -------------------------------------------------------------------------
 
 
 def test_a_private_server_ends_with_its_process(tmp_path):
@@ -1611,7 +2231,7 @@ def test_a_directory_that_no_socket_fits_in_is_refused(tmp_path):
         microq.embedded(tmp_path / ("long" * 30))
 
 
-# ---- 11. Command line, and whole processes -------------------------------------------------------
+# ---- 12. Command line, and whole processes -------------------------------------------------------
 
 
 def start_script(code, **options):
@@ -1824,8 +2444,8 @@ def test_the_jobs_of_a_killed_worker_run_again(server, redis, queue, tmp_path):
     assert job.is_finished and [r.type for r in job.results()] == ["successful", "retried"]
 
 
-def append_then_sleep(path, seconds):
-    append(path)
+def append_then_sleep(path, seconds, text="x"):
+    append(path, text)
     time.sleep(seconds)
 
 

@@ -1,5 +1,5 @@
 """RQ 3.0, configured to recover as fast as its options allow: maintenance and heartbeats each 5 s
-(its defaults are 600 and 30), one worker with the scheduler, and a Retry for every job, since RQ
+(its defaults are 600 and 30), all workers with the scheduler, and a Retry for every job, since RQ
 fails a job whose worker died unless it has one."""
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def worker_commands(url, queues, lease):
     worker = [sys.executable, "-m", "rq.cli", "worker", *queues, "-u", url]
     worker += ["--maintenance-interval", "5", "--job-monitoring-interval", "5"]
     simple = ["-w", "rq.worker.SimpleWorker"]
-    return [[*worker, "--with-scheduler"], worker, worker, [*worker, *simple]]
+    worker += ["--with-scheduler"]
+    return [worker, worker, worker, [*worker, *simple]]
 
 
 def is_idle(connection, queues):

@@ -3,13 +3,14 @@
     python bench/torture.py microq --seconds 300 --seed 1
     python bench/torture.py rq --seconds 300 --seed 1
 
-A producer enqueues jobs (immediate, delayed, retrying, repeating, and jobs that enqueue others) on
-three queues.  Workers of several kinds run them.  Meanwhile an adversary, seeded, kills children and
-parents, stops and continues processes, cuts connections, and kills and restarts the server, whose
-append-only file is synced at every write.  Killed workers are started again, as systemd would do.
+A producer enqueues jobs (immediate, delayed, retrying, repeating, and jobs that enqueue others)
+on three queues.  Workers of several kinds run them.  Meanwhile an adversary, seeded, kills children
+and parents, stops and continues processes, cuts connections, and kills and restarts the server,
+whose append-only file is synced at every write.  Killed workers are started again, as systemd would
+do.
 
-The jobs write what they do to a file outside Redis; from it, and from what the queue says at the end,
-the checker finds
+The jobs write what they do to a file outside Redis; from it, and from what the queue says at the
+end, the checker finds
 
     lost        accepted, but it neither ran to its end nor is visible as failed
     unexplained ran to its end more often than asked, though no execution of it was interrupted (its
@@ -84,7 +85,7 @@ def offer(adapter, connection, id, queue, kind, arguments):
     write("accepted", id)
 
 
-# ---- The server, the workers, and those who live with them ----------------------------------------
+# ---- The server, the workers, and those who live with them ---------------------------------------
 
 
 class Server:
@@ -218,7 +219,7 @@ class Adversary:
         return True
 
 
-# ---- The run ---------------------------------------------------------------------------------------
+# ---- The run -------------------------------------------------------------------------------------
 
 
 def produce(adapter, url, dice, rate, over):
@@ -242,56 +243,54 @@ def read(history):
     return events
 
 
-def check(events, adversary, statuses, results):
-    """Judge by the history; return the figures."""
-    begun = defaultdict(list)  # pid -> times at which it began a job
-    for lines in events.values():
-        for what, *rest in lines:
-            if what == "begin":
-                begun[rest[1]].append(rest[-1])
-    for times in begun.values():
-        times.sort()
+class Checker:
+    """Judges by the history and by what the adversary did."""
 
-    def harm(pid, parent, since):
-        """Return when the execution that a process began at `since` was interrupted, or None."""
-        until = next((t for t in begun[pid] if t > since), float("inf"))
-        times = adversary.hits[pid] + adversary.hits[parent]
-        return min((t for t in times if since - 0.01 <= t <= until), default=None)
+    def __init__(self, events, adversary, statuses, results):
+        self.events, self.adversary = events, adversary
+        self.statuses, self.results = statuses, results
+        self.begun = defaultdict(list)  # pid -> times at which it began a job
+        for lines in events.values():
+            for what, *rest in lines:
+                if what == "begin":
+                    self.begun[rest[1]].append(rest[-1])
+        self.figures, self.again = Counter(), []
+        for id, lines in events.items():
+            if any(what == "accepted" for what, *_ in lines):
+                self.judge(id, lines)
+        self.figures["longest"] = round(max(self.again, default=0), 2)
 
-    figures, again = Counter(), []
-    for id, lines in events.items():
+    def harm(self, pid, parent, since):
+        """Tell whether the execution that a process began at `since` was interrupted."""
+        until = min((t for t in self.begun[pid] if t > since), default=float("inf"))
+        times = self.adversary.hits[pid] + self.adversary.hits[parent]
+        return any(since - 0.01 <= t <= until for t in times)
+
+    def judge(self, id, lines):
         by = defaultdict(list)
         for what, *rest in lines:
             by[what].append(rest)
-        if not by["accepted"]:
-            continue
-        figures["jobs"] += 1
-        kind = by["asks"][0][0]
+        kind, figures = by["asks"][0][0], self.figures
         asked = len(by["asks"]) * (3 if kind == "repeat" else 1)
         begins = sorted(by["begin"], key=lambda line: line[-1])
-        harmed = [(line, harm(*line[1:])) for line in begins]
         ended = {line[0] for line in by["end"]}
-        figures["runs"] += len(begins)
-        figures["interrupted"] += sum(when is not None for _, when in harmed)
-        figures["completed"] += bool(ended)
-        figures["failed"] += statuses.get(id) == "failed"
-        if not ended and statuses.get(id) != "failed":
-            figures["lost"] += 1
-            print(f"lost: {id} {kind} is {statuses.get(id)}: {lines}")
-        figures["repeated"] += len(ended) > asked
-        if len(ended) - asked > sum(when is not None for _, when in harmed):
-            figures["unexplained"] += 1
-            print(f"unexplained: {id} {kind}: {lines}")
-        if results.get(id, 0) > asked:
-            figures["doubled"] += 1
-            print(f"doubled: {id} {kind}: {results[id]} results")
-        for line, _ in harmed:
-            hits = [t for pid in line[1:3] for t in adversary.kills[pid] if t >= line[-1] - 0.01]
-            if line[0] not in ended and hits:
-                later = [other[-1] for other in begins if other[-1] > min(hits)]
-                again += [min(later) - min(hits)] if later else []
-    figures["longest"] = round(max(again, default=0), 2)
-    return figures
+        interrupted = sum(self.harm(*line[1:]) for line in begins)
+        failed, results = self.statuses.get(id) == "failed", self.results.get(id, 0)
+        verdict = {
+            "jobs": 1, "runs": len(begins), "interrupted": interrupted, "failed": failed,
+            "completed": bool(ended), "repeated": len(ended) > asked,
+            "lost": not ended and not failed,
+            "unexplained": len(ended) - asked > interrupted, "doubled": results > asked,
+        }  # fmt: skip
+        figures.update(verdict)
+        for word in ("lost", "unexplained", "doubled"):
+            if verdict[word]:
+                print(f"{word}: {id} {kind} is {self.statuses.get(id)}, {results}: {lines}")
+        for line in begins:
+            kills = [t for pid in line[1:3] for t in self.adversary.kills[pid] if t >= line[-1]]
+            later = [other[-1] for other in begins if kills and other[-1] > min(kills)]
+            if line[0] not in ended and later:
+                self.again.append(min(later) - min(kills))
 
 
 def torture(name, seconds, seed, lease, patience, program, home):
@@ -331,7 +330,7 @@ def torture(name, seconds, seed, lease, patience, program, home):
             workers.end()
         events = read(history)
         statuses, results = adapter.outcome(connection, [*events])
-        figures = check(events, adversary, statuses, results)
+        figures = Checker(events, adversary, statuses, results).figures
         figures["drained"] = calm >= 5
         faults = adapter.faults(connection)
         server.kill()
