@@ -164,10 +164,9 @@ DEFAULT_FAILURE_TTL = 365 * 86400.0  # a failed job is kept for a year (RQ's def
 LEASE = 15.0  # seconds; three heartbeats
 KILL_GRACE = 5.0  # seconds between the exception in a job over its time and SIGKILL
 MAX_RESULT = 64 << 20  # bytes; Redis cuts the connection at 512 MB (proto-max-bulk-len)
+MAX_TRACEBACK = 100_000  # characters; the end tells most
 MAX_CRASHES = 2  # a job that killed its worker runs again so often; the next time it is failed
-SILENCE = 10.0  # seconds without an answer after which a worker gives a connection up
 CHUNK = 1000  # jobs per script call, which keeps a script near 10 ms
-BACKOFF_CAP = 5.0  # seconds between attempts to reach a server that went away
 
 log = logging.getLogger("microq")
 Func = Callable[..., Any] | str  # a function, or its dotted name
@@ -576,10 +575,10 @@ def _send(connection: Any, *commands: Command) -> list[Any]:
 
 class _Line:
     """One connection like those of a client, to the node that holds `key`.  It bears a server that
-    is silent for SILENCE seconds, leaves trying again to its user, and reads bytes."""
+    is silent for `silence` seconds, leaves trying again to its user, and reads bytes."""
 
-    def __init__(self, connection: Redis, key: str = "") -> None:
-        self.connection, self.key = connection, key
+    def __init__(self, connection: Redis, silence: float, key: str = "") -> None:
+        self.connection, self.silence, self.key = connection, silence, key
         self.wire: Any = None
 
     def send(self, *commands: Command) -> None:
@@ -588,7 +587,7 @@ class _Line:
             if isinstance(node, RedisCluster):
                 node = node.get_redis_connection(node.get_node_from_key(self.key))
             pool = node.connection_pool
-            limits = {"socket_timeout": SILENCE, "socket_connect_timeout": SILENCE}
+            limits = {"socket_timeout": self.silence, "socket_connect_timeout": self.silence}
             once = {"retry": RedisRetry(NoBackoff(), 0)}
             self.wire = pool.connection_class(**pool.connection_kwargs | limits | once)
         self.wire.send_packed_command(self.wire.pack_commands(commands), check_health=False)
@@ -610,7 +609,10 @@ class _Line:
             if len(replies) < len(commands):
                 self.close()
         for reply in replies:
-            if isinstance(reply, Exception):
+            if isinstance(reply, exceptions.NoScriptError):
+                raise reply
+            if isinstance(reply, Exception):  # READONLY: the address may lead elsewhere by now
+                self.close()
                 raise reply
         return replies
 
@@ -620,9 +622,9 @@ class _Line:
         self.wire = None
 
 
-def _own(connection: Redis) -> Any:
+def _own(connection: Redis, silence: float) -> Any:
     """Return a connection of one's own; on a Cluster, where commands go to many, the client."""
-    return connection if isinstance(connection, RedisCluster) else _Line(connection)
+    return connection if isinstance(connection, RedisCluster) else _Line(connection, silence)
 
 
 def _round_trip(connection: Any, commands: Sequence[Command]) -> list[Any]:
@@ -732,8 +734,9 @@ local function record(job, ended, result)  -- store a result; the one before joi
   if old[3] and call('HDEL', job, 'waited') then redis.pcall('PUBLISH', job, 'ended') end
 end
 
--- Count one more run by a rule: 'retry', 'repeat', 'crash', or 'interrupt', which has no count.
--- Returns the seconds to wait, nil when there were enough, and whether to go to the front.
+-- Ask a rule for one more run: 'retry', 'repeat', 'crash', or 'interrupt', which has no count.
+-- Returns the seconds to wait, nil when there were enough; whether to go to the front; and the
+-- counter and its value.
 local function next_delay(job, rule, policy, chance)
   local counter = ({retry = 'retries', ['repeat'] = 'repeats', crash = 'crashes'})[rule]
   local count = counter and tonumber(call('HGET', job, counter)) or 0
@@ -747,10 +750,7 @@ local function next_delay(job, rule, policy, chance)
   local delay = list[math.min(count + 1, #list)]
     * (policy.backoff or 1) ^ math.min(99, math.max(0, count + 1 - #list))
   delay = math.min(delay, policy.max_interval or 1e10) * (1 - (policy.jitter or 0) * chance)
-  if counter then call('HSET', job, counter, count + 1) end
-  if rule == 'repeat' then call('HDEL', job, 'retries', 'crashes') end
-  if policy.enqueue_at_front then call('HSET', job, 'at_front', 1) end
-  return delay, policy.enqueue_at_front
+  return delay, policy.enqueue_at_front, counter, count + 1
 end
 
 -- started -> queued | scheduled while the job's own rule, or else `policy`, allows it; after that
@@ -762,14 +762,19 @@ local function settle(q, at, id, execution, ended, result, last, ttl, rule, poli
     local was = call('HGET', job, 'ended') or ''  -- ours, if this is the call sent again
     return string.sub(was, 1, #ended) == ended and (place(q, id) or 'gone') or 'lost'
   end
-  local ruled, delay, front = rule ~= '', nil, nil
-  if ruled then ruled, delay, front = pcall(next_delay, job, rule, policy, chance) end
+  local ruled, delay, front, counter, count = rule ~= '', nil, nil, nil, nil
+  if ruled then
+    ruled, delay, front, counter, count = pcall(next_delay, job, rule, policy, chance)
+  end
   call('HDEL', q .. 'started', id)
   if not ruled or not delay then  -- no rule, one that makes no sense, or it is used up
     record(job, ended .. last, result)
     file(q, id, container, ttl, at)
     return container
   end
+  if counter then call('HSET', job, counter, count) end
+  if rule == 'repeat' then call('HDEL', job, 'retries', 'crashes') end
+  if front then call('HSET', job, 'at_front', 1) end
   record(job, ended .. (last ~= '' and ' retried' or ''), result)
   if delay <= 0 then
     ready(q, id, front, at)
@@ -874,37 +879,42 @@ return replies
 """)
 
 BEAT = Script("""
--- beat: renew the lease of `worker` on its queues; `fresh` says that it has just begun, so what its
--- name holds was lost.  Then what any worker does for all: settle, as crashed, the jobs of workers
--- whose lease has ended, sweep what expired, promote what is due, and mend a token that was lost
--- with its taker.  Returns the names of the dead, the time, the time of the next scheduled job or
--- '', and whether the worker was known.
-local worker, lease, fresh, policy, failure_ttl = unpack(ARGV)
-local at, dead, next_due, known = now(), {}, nil, 1
+-- beat: renew the lease of `worker` on its queues.  `state` is 'fresh' if it has just begun, so
+-- that what its name holds was lost; 'judge' if it has beaten in time for a lease: then it settles,
+-- as crashed, the jobs of workers whose lease has ended.  (After an outage all of them are late.)
+-- What it has held for a lease beside `holds`, its last claim, came back with older data, and is
+-- released.  Then what any worker does for all: sweep what expired, promote what is due, and mend
+-- a token that was lost with its taker.  Returns the names of the dead, the time, the time of the
+-- next scheduled job or '', and whether the worker was known and in time.
+local worker, lease, state, holds, policy, failure_ttl = unpack(ARGV)
+local at, dead, next_due, fit = now(), {}, nil, 1
 for _, q in ipairs(KEYS) do
-  local seats, over = call('HGETALL', q .. 'workers'), {}
-  local number, judge = nil, false
+  local seats, over, number = call('HGETALL', q .. 'workers'), {}, nil
   for i = 1, #seats, 2 do
     local beat, its_lease, its_number = string.match(seats[i + 1], '^(%S+) (%S+) (%d+)$')
     local late = beat + its_lease < at
-    if seats[i] == worker and fresh == '' then number, judge = its_number, not late
+    if seats[i] == worker and state ~= 'fresh' then number = not late and its_number
     elseif late or seats[i] == worker then over[seats[i]] = true end
   end
-  if not number then known = 0 end
-  if not judge then over = {[worker] = over[worker]} end  -- after an outage all of us are late
+  if not number then fit = 0 end
+  if not number or state ~= 'judge' then over = {[worker] = over[worker]} end
   for name in pairs(over) do
     dead[#dead + 1] = name
     call('HDEL', q .. 'workers', name)
   end
-  call('HSET', q .. 'workers', worker, stamp(at) .. ' ' .. lease .. ' ' .. (number or '0'))
-  local started = next(over) and call('HGETALL', q .. 'started') or {}
+  local last = string.match(call('HGET', q .. 'workers', worker) or '0', '%d+$')
+  call('HSET', q .. 'workers', worker, stamp(at) .. ' ' .. lease .. ' ' .. last)
+  local started = call('HGETALL', q .. 'started')
   for i = 1, #started, 2 do
     local id, execution = started[i], started[i + 1]
-    local name, since = string.match(execution, '^(.*)%.%d+ (%S+)$')
+    local name, claim, since = string.match(execution, '^(.*)%.(%d+) (%S+)$')
     if over[name] then
       local ended = string.format('%s %.6f', execution, at - since)
       local reason = 'worker ' .. name .. ' died while it ran this job'
       settle(q, at, id, execution, ended, reason, ' failed', failure_ttl, 'crash', policy, 0)
+    elseif name == worker and claim ~= holds and since + lease < at then
+      call('HDEL', q .. 'started', id)
+      call('LPUSH', q .. 'queued', id)
     end
   end
   sweep(q, at, 10000)
@@ -912,7 +922,7 @@ for _, q in ipairs(KEYS) do
   if due and due < (next_due or math.huge) then next_due = due end
   if due and due < at + lease or call('LLEN', q .. 'queued') > 0 then wake(q) end
 end
-return {dead, stamp(at), next_due and stamp(next_due) or '', known}
+return {dead, stamp(at), next_due and stamp(next_due) or '', fit}
 """)
 
 RELEASE = Script("""
@@ -1727,7 +1737,7 @@ def perform(execution: Execution, handlers: Iterable[Callable[..., Any]] = ()) -
         return Outcome(ResultType.STOPPED, _STOPPED, time.perf_counter() - began)
     except BaseException as error:  # SystemExit too: a job must not end its worker
         seconds = time.perf_counter() - began
-        text = "".join(traceback.format_exception(error))
+        text = "".join(traceback.format_exception(error))[-MAX_TRACEBACK:]
         rule = "" if isinstance(error, DeserializationError) else "retry"
         _tell(handlers, job, error)
         return Outcome(ResultType.FAILED, text.encode(errors="replace"), seconds, rule)
@@ -1872,7 +1882,7 @@ class _Slate(ctypes.Structure):
         ("bad", ctypes.c_uint64),
         ("stopping", ctypes.c_bool),  # the keeper's wish: finish the current job and end
         ("suspended", ctypes.c_bool),  # the keeper's wish: claim nothing
-        ("phase", ctypes.c_char),  # of a child: r(uns), e(nded), n(ext one, please)
+        ("phase", ctypes.c_char),  # of a child: r(uns), e(nded), n(ext one, please), g(ave up)
         ("text", ctypes.c_char * 1000),  # "<index of the queue> <job id> <execution> <started_at>"
     )
 
@@ -1929,18 +1939,24 @@ class _Ear(_Line):
 
     SECONDS = 10  # after which the server answers in any case: is it still there?
 
-    def __init__(self, connection: Redis, keys: Sequence[str]) -> None:
-        super().__init__(connection, keys[0])
+    def __init__(self, connection: Redis, silence: float, keys: Sequence[str]) -> None:
+        super().__init__(connection, silence, keys[0])
         self.keys = keys
         self._dead_at: float | None = None  # of a call that waits for its answer
 
     def hears(self, seconds: float, bell: _Bell) -> bytes | None:
         """Wait up to `seconds` for an element of one of the lists; None if the bell rang first."""
-        until = time.monotonic() + seconds
+        try:
+            return self._hears(time.monotonic() + seconds, bell)
+        except BaseException:
+            self.close()
+            raise
+
+    def _hears(self, until: float, bell: _Bell) -> bytes | None:
         while True:
             if self._dead_at is None:
                 self.send(("BLPOP", *self.keys, self.SECONDS))
-                self._dead_at = time.monotonic() + self.SECONDS + SILENCE
+                self._dead_at = time.monotonic() + self.SECONDS + self.silence
             if self.wire.can_read(timeout=0):
                 self._dead_at, found = None, self.receive()
                 if found:
@@ -2013,6 +2029,9 @@ class Worker:
             raise ValueError(f"worker name {self.name!r}: use letters, digits and '_.:@-'")
         self.default_result_ttl = _seconds(default_result_ttl, "default_result_ttl", (-1, 0))
         self.lease = _seconds(lease, "lease")
+        # Of a server that does not answer, and between attempts: so that all workers are back, when
+        # it is, before one of them may judge the others.
+        self._patience = self.lease / 3
         self.fork = type(self).fork if fork is None else fork
         if not isinstance(jobs_per_fork, int) or jobs_per_fork < 1:
             raise ValueError(f"jobs_per_fork={jobs_per_fork!r}: give a positive number")
@@ -2027,7 +2046,8 @@ class Worker:
         self._slate = _Slate()
         self._prefixes = [queue.prefix for queue in self.queues]
         self._claimed: deque[Execution] = deque()
-        self._current: Execution | None = None
+        self._current: Execution | None = None  # what runs
+        self._last: tuple[Execution, Outcome] | None = None  # what ran, and is not settled yet
         self._thread: Any = None
         # Of the child: its pid, when the next one may start, and whether there is none; what its
         # slate said when it was killed, and with which outcome; what is to be sent after its death,
@@ -2155,8 +2175,9 @@ class Worker:
 
     def _open(self) -> None:
         """Make the connections of a process: nothing is shared over a fork."""
-        self._server: Any = _own(self.connection)
-        self._ear = _Ear(self.connection, [f"{prefix}wake" for prefix in self._prefixes])
+        wakes = [f"{prefix}wake" for prefix in self._prefixes]
+        self._server: Any = _own(self.connection, self._patience)
+        self._ear = _Ear(self.connection, self._patience, wakes)
 
     def _close(self) -> None:
         for line in (self._server, self._ear):
@@ -2167,14 +2188,13 @@ class Worker:
     def _loop(self) -> None:
         """Run jobs until there is a reason to stop, and leave it in slate.phase."""
         slate, idle_since = self._slate, time.monotonic()
-        last: tuple[Execution, Outcome] | None = None
         while True:
             worn, done = slate.count >= self._most, slate.count >= self._max_jobs
             over = self._burst or worn or done  # as it was before the claim
-            slate.due = self._exchange(last, claim=not (worn or done))
-            last, slate.kill_at = None, 0
+            slate.due = self._exchange(claim=not (worn or done))
+            slate.kill_at = 0
             if self._claimed and not slate.stopping:
-                last = self._run(self._claimed.popleft())
+                self._last = self._run(self._claimed.popleft())
                 slate.count, idle_since = slate.count + 1, time.monotonic()
                 continue
             if slate.due <= time.monotonic():
@@ -2182,13 +2202,15 @@ class Worker:
             over = over or slate.stopping or time.monotonic() >= idle_since + self._max_idle_time
             if over:
                 slate.phase = b"n" if worn and not (done or slate.stopping) else b"e"
+                if self._claimed:  # too late to run them
+                    self._insist(RELEASE(self._prefixes, self.name, self.lease, slate.number))
                 return
             self._wait(min(slate.due, idle_since + self._max_idle_time))
 
-    def _exchange(self, last: tuple[Execution, Outcome] | None, claim: bool) -> float:
+    def _exchange(self, claim: bool) -> float:
         """Settle the last outcome and claim the next job, in one round trip. Return when the next
         scheduled job is due; infinity if there is none."""
-        slate = self._slate
+        slate, last = self._slate, self._last
         commands = [_settlement(*last, self.default_result_ttl)] if last else []
         claim = claim and not (slate.stopping or slate.suspended)
         if claim:
@@ -2198,7 +2220,12 @@ class Worker:
             prefixes = [queue.prefix for queue in self._serving]
             commands.append(CLAIM(prefixes, self.name, slate.number, self.lease, 1))
         replies = self._insist(*commands) if commands else []
+        if last and not replies:
+            text = f"its result of {len(last[1].payload)} bytes is too large for the connection"
+            self._last = last[0], Outcome(ResultType.FAILED, text.encode(), last[1].seconds)
+            return self._exchange(claim)
         if last:
+            self._last = None
             self._report(*last, replies[0][0].decode())
         if not claim:
             return math.inf
@@ -2213,12 +2240,18 @@ class Worker:
         return time.monotonic() + float(due) - float(at) if due else math.inf
 
     def _insist(self, *commands: Command) -> list[Any]:
-        """Run commands, as often as it takes until the server is there to do it."""
-        backoff, began = _Backoff(), time.monotonic()
+        """Run commands, as often as it takes until the server is there to do it.  Return nothing
+        if it is there, but something large to be settled has ended the connection five times."""
+        backoff, began, refused = _Backoff(self._patience), time.monotonic(), 0
         while True:
             try:
                 return _send(self._server, *commands)
             except ServerUnavailable as error:
+                if self._last and len(self._last[1].payload) > 1 << 16:
+                    with contextlib.suppress(ServerUnavailable):
+                        refused += _send(self._server, ("PING",)) != []
+                    if refused >= 5 and isinstance(error.__cause__, exceptions.ConnectionError):
+                        return []
                 leaving = self._slate.stopping or (self._burst and self._thread)
                 if leaving and time.monotonic() - began > self.lease:
                     raise
@@ -2235,7 +2268,10 @@ class Worker:
         self._current = execution
         if self.fork:
             _title(f"microq {self.name}: {job.origin} {job.id}")
+        pid = os.getpid()
         outcome = perform(execution, self._handlers)
+        if os.getpid() != pid:
+            os._exit(0)  # the job has forked, and the child came out of it, too
         self._current, slate.kill_at = None, math.inf  # to be settled, however long that takes
         if self.fork and _restore_files():
             self._most = 0  # rather a new process
@@ -2315,15 +2351,15 @@ class _Backoff:
     """Pauses before further attempts to reach a server: none at first, since the connection may
     just have been cut, then each about twice as long, up to a cap."""
 
-    def __init__(self) -> None:
-        self.seconds = 0.0
+    def __init__(self, cap: float) -> None:
+        self.seconds, self.cap = 0.0, cap
 
     def after(self, error: Exception, what: str) -> float:
         """Return the next pause in seconds."""
         pause = self.seconds * random.uniform(0.5, 1)  # so that not all return at once
         if pause:
             log.warning("%s: %s; trying again in %.1f s", what, error.__cause__ or error, pause)
-        self.seconds = min(2 * self.seconds, BACKOFF_CAP) or 0.1
+        self.seconds = min(2 * self.seconds or 0.1, self.cap)
         return pause
 
 
@@ -2361,9 +2397,10 @@ class _Keeper:
             worker._prepare(self, burst, max_jobs, max_idle_time, dequeue_strategy)
         self.over = self.cold = False
         self.stopping_since: float | None = None
-        self.beaten_at, self.backoff, self.silent_until = 0.0, _Backoff(), 0.0
+        self.beaten_at, self.backoff, self.silent_until = 0.0, _Backoff(self.lease / 3), 0.0
         self.unknown = True  # whether the server must be told the names of the queues
         self.told = 0.0  # the seconds of work that the last beat told
+        self.healthy_since = 0.0  # since when we have beaten in time
 
     def run(self, logging_level: str | int | None) -> bool:
         """Work until told to stop; True if there were any jobs."""
@@ -2373,9 +2410,10 @@ class _Keeper:
             logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
             log.setLevel(logging_level)
         _adopt_main()
-        self.server = _own(self.connection)
-        self.ear = _Ear(self.connection, [f"microq:inbox:{self.name}"])
-        self.beat(fresh="fresh")
+        patience = self.workers[0]._patience
+        self.server = _own(self.connection, patience)
+        self.ear = _Ear(self.connection, patience, [f"microq:inbox:{self.name}"])
+        self.beat("fresh")
         names = ", ".join(queue.name for queue in self.workers[0].queues)
         log.info("worker %s (pid %d), microq %s", self.name, os.getpid(), __version__)
         log.info("listening on %s", names)
@@ -2386,7 +2424,7 @@ class _Keeper:
                 self.attend(self.bell if self.forks else self.workers[0]._bell)
                 self.watch() if self.forks else self.run_here(self.workers[0])
         except _Interrupt:
-            pass  # at an odd moment
+            pass  # between jobs, or in a handler of a job that failed
         finally:
             self.leave()
         if self.cold:
@@ -2410,19 +2448,29 @@ class _Keeper:
     def watch(self) -> None:
         """Keep the workers until all have ended."""
         while not self.over:
-            wake_at = [time.monotonic() + (0.1 if self.scheduler else 1.0)]
-            try:
-                if self.forks:
-                    wake_at += map(self.supervise, self.workers)
-                    self.over = all(worker._ended for worker in self.workers)
-                wake_at.append(self.next_beat())
-                if wake_at[-1] <= time.monotonic():
-                    self.beat()
-                elif not self.over:
-                    self.listen(min(wake_at) - time.monotonic())
-            except (exceptions.RedisError, exceptions.RedisClusterException, OSError) as error:
-                pause = self.backoff.after(error, f"keeper of {self.name}")
-                self.silent_until = time.monotonic() + pause
+            wake_at = time.monotonic() + (0.1 if self.scheduler else 1.0)
+            for worker in self.workers if self.forks else ():
+                wake_at = min(wake_at, self.attempt(self.supervise, worker))
+            ended = self.forks and all(each._ended for each in self.workers)
+            self.over = self.over or ended
+            wake_at = min(wake_at, self.attempt(self.beat_in_time))
+            if not self.over:
+                self.attempt(self.listen, wake_at)
+
+    def attempt(self, step: Callable[..., Any], *words: Any) -> float:
+        """Take a step, and return what it returns, or when to try again: nothing may end us."""
+        try:
+            return step(*words) or math.inf
+        except Exception as error:
+            pause = self.backoff.after(error, f"keeper of {self.name}")
+            self.silent_until = time.monotonic() + pause
+            return self.silent_until
+
+    def beat_in_time(self) -> float:
+        if self.next_beat() <= time.monotonic():
+            fit = time.monotonic() - self.healthy_since >= self.lease
+            self.beat("judge" if fit else "")
+        return self.next_beat()
 
     def next_beat(self) -> float:
         """Return when to beat: each second while jobs run, so that others see what we do."""
@@ -2434,7 +2482,7 @@ class _Keeper:
             at = min(at, *(slate.due for slate in slates))
         return max(at, self.silent_until)
 
-    def beat(self, fresh: str = "") -> None:
+    def beat(self, state: str) -> None:
         """Renew the leases, and do the house-keeping that comes with it; promote what is due."""
         commands: list[Command] = []
         told = sum(worker._slate.seconds for worker in self.workers)
@@ -2442,17 +2490,21 @@ class _Keeper:
             commands.append(
                 ("SET", worker.key, worker._about(self.name), "PX", int(self.lease * 1000))
             )
-            words = (worker.name, worker.lease, fresh, _CRASHES, DEFAULT_FAILURE_TTL)
+            holds = worker._slate.number if worker._slate.kill_at else ""
+            words = (worker.name, worker.lease, state, holds, _CRASHES, DEFAULT_FAILURE_TTL)
             commands.append(BEAT(worker._prefixes, *words))
+        if state == "fresh":
+            commands.append(("DEL", self.ear.keys[0]))  # words for an earlier one of this name
         if self.unknown:
             names = [queue.name for queue in self.workers[0].queues]
             commands.append(("SADD", _QUEUES, *names))
         *replies, suspended = _send(self.server, *commands, ("PTTL", _SUSPENDED))
-        self.beaten_at, self.backoff, self.unknown = time.monotonic(), _Backoff(), False
-        self.told = told
-        for worker, (dead, at, due, known) in zip(self.workers, replies[1::2], strict=False):
+        self.beaten_at, self.unknown, self.told = time.monotonic(), False, told
+        self.backoff = _Backoff(self.lease / 3)
+        for worker, (dead, at, due, fit) in zip(self.workers, replies[1::2], strict=False):
             worker._slate.due = self.beaten_at + float(due) - float(at) if due else math.inf
-            self.unknown |= not known and not fresh
+            if not fit:  # we were late, or the server has lost its data, or is another one
+                self.unknown, self.healthy_since = state != "fresh", time.monotonic()
             for name in set(dead):
                 log.warning("worker %s is silent; its jobs run again", name.decode())
         if (suspended != -2) is not self.workers[0]._slate.suspended:
@@ -2463,8 +2515,9 @@ class _Keeper:
         if suspended > 0:  # look again when it ends
             self.beaten_at = min(self.beaten_at, self.beaten_at + suspended / 1000 - self.lease / 3)
 
-    def listen(self, seconds: float) -> None:
+    def listen(self, until: float) -> None:
         """Wait for commands, for the bell, or until something is to be done."""
+        seconds = until - time.monotonic()
         if time.monotonic() < self.silent_until:
             self.bell.watch(seconds)
         elif command := self.ear.hears(seconds, self.bell):
@@ -2480,27 +2533,31 @@ class _Keeper:
             worker = {worker.name: worker for worker in self.workers}[words["worker"]]
         except (ValueError, KeyError, TypeError):
             return log.warning("that is no command")
-        running = worker._slate.text.split()[1].decode() if worker._slate.kill_at else None
+        text = worker._slate.text if worker._slate.kill_at else b""
+        running = text.split()[1].decode() if text else None
         if command == "shutdown":
             self.stop()
         elif command == "suspension":
             self.beaten_at = 0.0  # the next beat reads it
         elif command == "stop-job" and running == words.get("job_id"):
-            self.kill(worker, Outcome(ResultType.STOPPED, _STOPPED))
+            self.kill(worker, text, Outcome(ResultType.STOPPED, _STOPPED))
         elif command == "kill-horse" and running:
-            self.kill(worker, Outcome(ResultType.FAILED, b"killed by a command", rule="retry"))
+            killed = Outcome(ResultType.FAILED, b"killed by a command", rule="retry")
+            self.kill(worker, text, killed)
         elif command not in ("stop-job", "kill-horse"):
             log.warning("that is no command")
 
-    def kill(self, worker: Worker, verdict: Outcome) -> None:
-        """End the job that runs, with this outcome."""
+    def kill(self, worker: Worker, text: bytes, verdict: Outcome) -> None:
+        """End the job that `text` on the slate tells of, with this outcome."""
         if self.forks:
-            worker._verdict = worker._slate.text, verdict
+            worker._verdict = text, verdict
             for kill in (os.killpg, os.kill):  # its own children, too
                 with contextlib.suppress(OSError):
                     kill(worker._pid, signal.SIGKILL)
-        elif (current := worker._current) and verdict.type is ResultType.STOPPED:
-            current.job._strike(StopRequested)
+        elif verdict.type is ResultType.STOPPED and (current := worker._current):
+            strike = current.job._strike if current.token.encode() in text else None
+            if strike:
+                strike(StopRequested)
 
     def supervise(self, worker: Worker) -> float:
         """Reap, kill or start the child of a worker; return when to look again."""
@@ -2509,10 +2566,10 @@ class _Keeper:
             self.reap(worker)
         if worker._pid:
             if self.cold:
-                self.kill(worker, _given_up(now - slate.began))
+                self.kill(worker, slate.text, _given_up(0))
             elif 0 < slate.kill_at <= now:
                 text = f"killed, {KILL_GRACE:g} s after its timeout had no effect"
-                self.kill(worker, Outcome(ResultType.FAILED, text.encode(), rule="retry"))
+                self.kill(worker, slate.text, Outcome(ResultType.FAILED, text.encode(), 0, "retry"))
             return slate.kill_at or math.inf
         if worker._owed and now >= self.silent_until:
             self.pay(worker)
@@ -2530,7 +2587,12 @@ class _Keeper:
         slate, parent = worker._slate, os.getpid()
         slate.phase, slate.began = b"r", time.monotonic()
         _flush()
-        worker._pid = os.fork()
+        try:
+            worker._pid = os.fork()
+        except OSError as error:  # too many processes, or too little memory
+            log.error("no process for worker %s: %s", worker.name, error)
+            worker._start_at = time.monotonic() + 1
+            return
         if worker._pid:
             return
         try:
@@ -2542,12 +2604,15 @@ class _Keeper:
             worker._most = slate.count + worker.jobs_per_fork
             worker._loop()
             worker._close()
+        except ServerUnavailable as error:  # told to stop, it did not wait longer
+            log.warning("worker %s gives up: %s", worker.name, error.__cause__)
+            slate.phase = b"g"
         except BaseException:
             log.exception("worker %s", worker.name)
             slate.phase = b"r"
         finally:
             _flush()
-            os._exit(slate.phase == b"r")  # whatever threads the jobs have left
+            os._exit(slate.phase not in (b"e", b"n"))  # whatever threads the jobs have left
 
     def reap(self, worker: Worker) -> None:
         """See whether the child has died, and note what is to be done then."""
@@ -2557,7 +2622,7 @@ class _Keeper:
         slate, verdict = worker._slate, worker._verdict
         worker._pid, worker._verdict = 0, None
         worker._start_at = 0.0
-        if status == 0 and slate.phase != b"r":
+        if status == 0 and slate.phase in (b"e", b"n"):
             return  # it has settled everything
         code = os.waitstatus_to_exitcode(status)
         cause = f"exited with status {code}"
@@ -2578,7 +2643,7 @@ class _Keeper:
         outcome = Outcome(ResultType.FAILED, text.encode(), seconds, "crash", _CRASHES)
         if verdict and verdict[0] == slate.text:
             outcome = replace(verdict[1], seconds=seconds)
-        elif verdict or slate.stopping:  # another job was meant
+        elif verdict or slate.phase == b"g":  # another job was meant; or see start()
             outcome = _given_up(seconds)
         slate.kill_at = 0
         worker._lost = Execution(job, token), outcome
@@ -2626,8 +2691,17 @@ class _Keeper:
     def leave(self) -> None:
         """Sign off: whatever is still held goes back to the front of its queue."""
         self.ear.close()
-        commands: list[Command] = [("DEL", worker.key) for worker in self.workers]
-        commands += [RELEASE(each._prefixes, each.name, self.lease, "") for each in self.workers]
+        commands: list[Command] = [("DEL", self.ear.keys[0])]
+        for worker in self.workers:
+            if worker._pid:  # an error brought us here
+                os.kill(worker._pid, signal.SIGKILL)
+                os.waitpid(worker._pid, 0)
+            if worker._current:
+                worker._last = worker._current, _given_up(0)
+            if worker._last:
+                worker._owed.append(_settlement(*worker._last, worker.default_result_ttl))
+            commands += [("DEL", worker.key), *worker._owed]
+            commands.append(RELEASE(worker._prefixes, worker.name, worker.lease, ""))
         try:
             _send(self.server, *commands)
         except exceptions.RedisError as error:

@@ -324,7 +324,7 @@ def settle(queue, id, execution, *, rule="", policy="", last="", chance=0, twice
 
 def beat(queue, worker="other", lease=15):
     """Beat twice: a worker judges others once it knows that it is alive itself."""
-    command = microq.BEAT(queue.prefix, worker, lease, "", microq._CRASHES, 100)
+    command = microq.BEAT(queue.prefix, worker, lease, "judge", "", microq._CRASHES, 100)
     first, second = microq._send(queue.connection, command, command)
     return first[0] + second[0]
 
@@ -690,9 +690,32 @@ def test_after_an_outage_nobody_is_judged_by_one_who_was_late_himself(redis, que
     claim(queue, "busy", lease=0.01)
     beat(queue, "late", lease=0.01)
     time.sleep(0.02)
-    command = microq.BEAT(queue.prefix, "late", 15, "", microq._CRASHES, 100)
+    command = microq.BEAT(queue.prefix, "late", 15, "judge", "", microq._CRASHES, 100)
     assert microq._ask(redis, *command)[0] == []
     assert microq._ask(redis, *command)[0] == [b"busy"]
+
+
+def test_what_came_back_with_older_data_is_given_back_by_the_worker_that_holds_it(redis, queue):
+    """As after a fail-over to a replica that was behind: `started` names a run that has ended."""
+    job, current = queue.enqueue(add), queue.enqueue(add)
+    claim(queue, "w", number=1, lease=0.01)
+    claim(queue, "w", number=2, lease=0.01)
+    time.sleep(0.02)
+    command = microq.BEAT(queue.prefix, "w", 0.01, "", 2, microq._CRASHES, 100)
+    microq._send(redis, command, command)
+    assert job.is_queued and current.is_started
+
+
+@pytest.mark.parametrize("rule", [{"retry": Retry(3)}, {"repeat": Repeat(3)}])
+def test_a_rule_is_kept_when_memory_is_full(redis, queue, rule):
+    job = queue.enqueue(add if "repeat" in rule else fail, **rule)
+    [(_, execution)] = claim(queue)
+    redis.config_set("maxmemory", 1)
+    try:
+        last = "" if "repeat" in rule else " failed"
+        assert settle(queue, job.id, execution, rule=next(iter(rule)), last=last) == "queued"
+    finally:
+        redis.config_set("maxmemory", 0)
 
 
 def test_settle_sent_twice_records_one_result(redis, queue):
@@ -2104,7 +2127,7 @@ def test_a_silent_network_is_left_for_a_new_connection(server, redis, queue, tmp
     proxy = Proxy(tmp_path / "p", server.path)
     code = f"""
         import redis, microq
-        microq.SILENCE, microq._Ear.SECONDS = 0.5, 0.5
+        microq._Ear.SECONDS = 0.5
         connection = redis.Redis(unix_socket_path={proxy.path!r})
         microq.Worker('default', connection=connection, fork={fork}, lease=1).work()
     """
@@ -2139,6 +2162,65 @@ def test_lost_replies_neither_lose_nor_double_a_job(server, redis, queue, tmp_pa
     assert proxy.lose == 0
     assert sorted(map(int, log.read_text().split())) == sorted([*range(20)] * 2)
     assert all(job.is_finished and len(job.results()) == 2 for job in jobs)
+
+
+def test_a_result_that_the_connection_does_not_carry_fails_its_job(server, redis, queue):
+    redis.config_set("client-query-buffer-limit", 1 << 20)
+    try:
+        job, after = queue.enqueue(large), queue.enqueue(add)
+        Worker(queue).work(burst=True, logging_level=None)
+    finally:
+        redis.config_set("client-query-buffer-limit", 1 << 30)
+    assert job.is_failed and "too large" in job.latest_result().exc_string and after.is_finished
+
+
+def large():
+    return "x" * (2 << 20)
+
+
+def test_commands_are_heard_after_the_connection_was_cut(redis, queue, start_worker):
+    worker = start_worker("--name", "bee")
+    redis.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+    time.sleep(0.3)
+    send_shutdown_command(redis, "bee")
+    worker.communicate(timeout=3)
+    assert worker.returncode == 0
+
+
+def test_commands_to_a_dead_worker_are_not_for_the_next_of_its_name(redis, queue, start_worker):
+    worker = start_worker("--name", "bee")
+    worker.kill()
+    worker.communicate()
+    send_shutdown_command(redis, "bee")
+    redis.delete(Q + "workers")
+    worker = start_worker("--name", "bee")
+    assert queue.enqueue(add, 1).latest_result(timeout=5).return_value == 1
+    time.sleep(0.2)
+    assert worker.poll() is None
+
+
+def fork_and_fall_through():
+    return os.fork() == 0
+
+
+def test_a_job_that_returns_twice_is_recorded_once(queue):
+    jobs = [queue.enqueue(fork_and_fall_through), *(queue.enqueue(pid_of_parent) for _ in "123")]
+    Worker(queue).work(burst=True, logging_level=None)
+    assert jobs[0].return_value() is False
+    assert len({job.return_value()[0] for job in jobs[1:]}) == 1
+
+
+def test_a_fork_that_fails_is_tried_again_while_the_others_are_kept(redis, queue, monkeypatch):
+    forks, fork = [], os.fork
+
+    def fails_at_first():
+        forks.append(1)
+        return fork() if len(forks) > 1 else os.listdir("/nowhere")
+
+    monkeypatch.setattr(os, "fork", fails_at_first)
+    job = queue.enqueue(add)
+    Worker(queue).work(burst=True, logging_level=None)
+    assert job.is_finished and len(forks) == 2
 
 
 def test_a_server_that_pauses_is_waited_for(redis, queue, start_worker):

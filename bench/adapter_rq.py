@@ -1,6 +1,6 @@
 """RQ 3.0, configured to recover as fast as its options allow: maintenance and heartbeats each 5 s
-(its defaults are 600 and 30), all workers with the scheduler, and a Retry for every job, since RQ
-fails a job whose worker died unless it has one."""
+(its defaults are 600 and 30), a look at the clock while idle each 15 s (405), all workers with the
+scheduler, and a Retry for every job, since RQ fails a job whose worker died unless it has one."""
 
 from __future__ import annotations
 
@@ -35,7 +35,14 @@ def enqueue(connection, queue, id, kind, arguments):
 
 def worker_commands(url, queues, lease):
     worker = [sys.executable, "-m", "rq.cli", "worker", *queues, "-u", url]
-    worker += ["--maintenance-interval", "5", "--job-monitoring-interval", "5"]
+    worker += [
+        "--maintenance-interval",
+        "5",
+        "--job-monitoring-interval",
+        "5",
+        "--worker-ttl",
+        "30",
+    ]
     simple = ["-w", "rq.worker.SimpleWorker"]
     worker += ["--with-scheduler"]
     return [worker, worker, worker, [*worker, *simple]]
