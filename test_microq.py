@@ -1655,6 +1655,21 @@ def test_a_killed_parent_takes_its_children_along(server, redis, queue, start_wo
     assert other.poll() is None
 
 
+def test_a_deploy_that_loses_patience_loses_no_job(queue, start_worker, tmp_path):
+    """SIGTERM to all processes, as systemd sends it, and SIGKILL when the grace is over."""
+    worker, log = start_worker("--lease", "1"), tmp_path / "log"
+    jobs = [queue.enqueue(stay, str(log), 2), queue.enqueue(add)]
+    everybody = people(log)
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for pid in everybody:
+            os.kill(pid, number)
+        time.sleep(0.5)
+    assert worker.communicate() and jobs[0].is_started
+    start_worker("--lease", "1")
+    wait_until(lambda: all(job.is_finished for job in jobs))
+    assert len(log.read_text().splitlines()) == 2
+
+
 @pytest.mark.parametrize(("limit", "runs"), [(0, 1), (1, 2), (None, 3)])
 def test_a_job_runs_again_after_a_crash_as_often_as_it_may(queue, limit, runs):
     job = queue.enqueue(kill_self, max_crashes=limit)
