@@ -2956,40 +2956,25 @@ def _server_of(options: argparse.Namespace) -> Redis:
     return Redis.from_url(options.url) if options.url else _connect()
 
 
+def _pick(options: argparse.Namespace, names: str) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in names.split()}
+
+
 def _worker(options: argparse.Namespace) -> None:
     sys.path[:0] = options.path
     where, queues = _server_of(options), options.queues or ["default"]
-    more = {
-        "serializer": options.serializer, "default_result_ttl": options.results_ttl,
-        "lease": options.lease, "jobs_per_fork": options.jobs_per_fork,
-        "exception_handlers": options.exception_handler,
-    }  # fmt: skip
-    level = "DEBUG" if options.verbose else "WARNING" if options.quiet else options.logging_level
-    limits = {
-        "max_jobs": options.max_jobs, "max_idle_time": options.max_idle_time,
-        "with_scheduler": options.with_scheduler, "dequeue_strategy": options.dequeue_strategy,
-    }  # fmt: skip
+    names = "name serializer default_result_ttl lease jobs_per_fork exception_handlers"
+    more = _pick(options, names)
     if options.pid:
         Path(options.pid).write_text(f"{os.getpid()}\n")
+    run: Callable[..., bool]
     if options.in_process:
-        SimpleWorker(queues, options.name, where, **more).work(
-            options.burst, level.upper(), **limits
-        )
+        run = SimpleWorker(queues, connection=where, **more).work
     else:
-        pool = WorkerPool(queues, where, options.processes, name=options.name, **more)
-        pool.start(options.burst, level.upper(), **limits)
-
-
-def _worker_pool(options: argparse.Namespace) -> None:
-    _worker(options)
-
-
-def _suspend(options: argparse.Namespace) -> None:
-    suspend(_server_of(options), options.duration)
-
-
-def _resume(options: argparse.Namespace) -> None:
-    resume(_server_of(options))
+        run = WorkerPool(queues, where, options.processes, **more).start
+    level = "DEBUG" if options.verbose else "WARNING" if options.quiet else options.logging_level
+    limits = _pick(options, "max_jobs max_idle_time with_scheduler dequeue_strategy")
+    run(options.burst, level.upper(), **limits)
 
 
 def _argument(text: str) -> tuple[str, Any]:
@@ -3005,23 +2990,18 @@ def _argument(text: str) -> tuple[str, Any]:
 
 def _enqueue(options: argparse.Namespace) -> None:
     pairs = [_argument(text) for text in options.arguments]
+    args, kwargs = [value for name, value in pairs if not name], dict(p for p in pairs if p[0])
     queue = Queue(options.queue, _server_of(options), serializer=options.serializer)
-    retry = options.retry_interval or options.retry_max
-    retry = retry and Retry(options.retry_max or 1, options.retry_interval or 0)
-    names = ["timeout", "result_ttl", "ttl", "failure_ttl", "description", "job_id"]
-    job = queue.create_job(
-        options.function,
-        [value for name, value in pairs if not name],
-        {name: value for name, value in pairs if name},
-        retry=retry or None,
-        **{name: getattr(options, name) for name in names},
-    )
+    more = _pick(options, "job_timeout result_ttl ttl failure_ttl description job_id at_front")
+    if options.retry_max or options.retry_interval:
+        more["retry"] = Retry(options.retry_max or 1, options.retry_interval or 0)
     delay = -1.0
     if options.schedule_at:
         delay = _delay_until(datetime.fromisoformat(options.schedule_at).astimezone())
     elif options.schedule_in:
         delay = _seconds(options.schedule_in, "--schedule-in")
-    queue._store([(job, options.at_front)], None, delay)
+    more |= {"args": args, "kwargs": kwargs}
+    job = queue._enqueue_with_options(delay, options.function, (), more)
     if not options.quiet:
         print(job.id)
 
@@ -3043,14 +3023,6 @@ def _info(options: argparse.Namespace) -> None:
     print(f"{len(queues)} queues, {len(workers)} workers")
 
 
-def _demo_add(a: int, b: int) -> int:
-    return a + b
-
-
-def _demo_fail() -> None:
-    raise ValueError("this job always fails")
-
-
 def _demo_flaky() -> str:
     job = get_current_job()
     if job and job.number_of_retries < 2:
@@ -3063,32 +3035,31 @@ def _demo(options: argparse.Namespace) -> None:
     print("A private server is running, and holds these jobs in the queue 'demo':\n")
     backoff = Retry(max=3, interval=0.5, backoff=2, jitter=0.1)
     jobs = {
-        "succeeds": queue.enqueue(_demo_add, 2, 3),
-        "fails": queue.enqueue(_demo_fail),
+        "succeeds": queue.enqueue(pow, 2, 3),
+        "fails": queue.enqueue(divmod, 1, 0),
         "fails twice, retried with backoff": queue.enqueue(_demo_flaky, retry=backoff),
-        "repeated twice, 1 s apart": queue.enqueue(_demo_add, 1, 1, repeat=Repeat(2, interval=1)),
-        "delayed by 3 s": queue.enqueue_in(3, _demo_add, 20, 22),
+        "repeated twice, 1 s apart": queue.enqueue(max, 1, 2, repeat=Repeat(2, interval=1)),
+        "delayed by 3 s": queue.enqueue_in(3, sum, [20, 22]),
     }
     for what, job in jobs.items():
-        print(f"  {job.id}  {job.description:27}  {what}")
+        print(f"  {job.id}  {job.description:22}  {what}")
     print("\nA worker runs them, and stops when it was idle for 2 seconds:\n", flush=True)
     Worker(queue).work(max_idle_time=2, with_scheduler=True)
     print("\nWhat became of them:\n")
     for what, job in jobs.items():
-        results = job.results()
-        value = results and (
-            results[0].return_value or (results[0].exc_string or "").split("\n")[-2]
-        )
-        print(f"  {job.get_status():9} {len(results)} run(s)  {value!s:33} {what}")
+        last, *older = job.results()
+        value = last.return_value or str(last.exc_string).splitlines()[-1]
+        print(f"  {job.get_status():9} {len(older) + 1} run(s)  {value!s:46} {what}")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python -m {__name__}", description="Jobs on Redis.")
     parser.add_argument("--version", action="version", version=f"microq {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    flag: dict[str, Any] = {"action": "store_true"}
+    number: dict[str, Any] = {"type": int, "metavar": "N"}
 
-    def command(function: Callable[[argparse.Namespace], None], help: str) -> Any:
-        name = function.__name__[1:].replace("_", "-")
+    def command(name: str, function: Callable[[argparse.Namespace], None], help: str) -> Any:
         sub = commands.add_parser(name, help=help, description=help)
         sub.set_defaults(command=function)
         add = sub.add_argument
@@ -3100,51 +3071,54 @@ def _parser() -> argparse.ArgumentParser:
             add("-S", "--serializer", help="pickle (default), json or a dotted name")
         return add
 
-    for function, help, short in (
-        (_worker, "run jobs", "--processes"), (_worker_pool, "run jobs in several processes", "-n"),
-    ):  # fmt: skip
-        add = command(function, help)
+    for name, help, short, names in (
+        ("worker", "run jobs", "--processes", ["-n", "--name"]),
+        ("worker-pool", "run jobs in several processes", "-n", ["--name"]),
+    ):
+        add = command(name, _worker, help)
         add("queues", nargs="*", metavar="QUEUE", help="in order of priority, default")
-        add(short, "--num-workers", type=int, default=1, dest="processes", metavar="N",
-            help="how many run jobs at a time, 1")  # fmt: skip
-        add(*["-n", "--name"][function is not _worker :], help="of the worker; unique")
-        add("-b", "--burst", action="store_true", help="stop when the queues are empty")
-        add("-s", "--with-scheduler", action="store_true", help="be on time even while busy")
-        add("--in-process", action="store_true", help="don't fork: no protection")
-        add("--jobs-per-fork", type=int, default=1000, metavar="N",
-            help="replace a process after so many, 1000")  # fmt: skip
-        add("--lease", default=LEASE, metavar="S",
-            help="its jobs are given to others after so long a silence, 15")  # fmt: skip
-        add("--max-jobs", type=int, metavar="N", help="stop after so many")
+        several = "how many run jobs at a time, 1"
+        add(short, "--num-workers", dest="processes", default=1, **number, help=several)
+        add(*names, help="of the worker; unique")
+        add("-b", "--burst", **flag, help="stop when the queues are empty")
+        add("-s", "--with-scheduler", **flag, help="be on time even while busy")
+        add("--in-process", **flag, help="don't fork: no protection")
+        add("--jobs-per-fork", default=1000, **number, help="replace a process after so many, 1000")
+        add("--lease", default=LEASE, metavar="S", help="silence that costs it its jobs, 15")
+        add("--max-jobs", **number, help="stop after so many")
         add("--max-idle-time", type=float, metavar="S", help="stop after so long without any")
-        add("-ds", "--dequeue-strategy", default="default", metavar="WORD",
-            help="default, round_robin or random")  # fmt: skip
-        add("--results-ttl", default=DEFAULT_RESULT_TTL, metavar="S", help="default 500")
-        add("--exception-handler", action="append", metavar="NAME", help="a dotted name")
+        strategy = "default, round_robin or random"
+        add("-ds", "--dequeue-strategy", default="default", metavar="WORD", help=strategy)
+        ttl = {"dest": "default_result_ttl", "default": DEFAULT_RESULT_TTL}
+        add("--results-ttl", **ttl, metavar="S", help="default 500")
+        handlers = {"dest": "exception_handlers", "action": "append"}
+        add("--exception-handler", **handlers, metavar="NAME", help="a dotted name")
         add("-P", "--path", action="append", default=["."], help="where to import from, .")
         add("--pid", metavar="FILE", help="write the process id there")
         add("--logging-level", default="INFO", metavar="LEVEL", help="default INFO")
-        add("-v", "--verbose", action="store_true", help="the same as --logging-level DEBUG")
-        add("-q", "--quiet", action="store_true", help="the same as --logging-level WARNING")
+        add("-v", "--verbose", **flag, help="the same as --logging-level DEBUG")
+        add("-q", "--quiet", **flag, help="the same as --logging-level WARNING")
 
-    add = command(_enqueue, "store a job, and print its id")
+    add = command("enqueue", _enqueue, "store a job, and print its id")
     add("function", help="its dotted name")
     add("arguments", nargs="*", help="value, name=value, :json or name:=json")
     add("-q", "--queue", default="default")
-    for option in ("timeout", "result-ttl", "ttl", "failure-ttl", "schedule-in"):
-        add(f"--{option}", metavar="S", help="seconds, or 5m, 2h, 1d")
+    add("--timeout", dest="job_timeout", metavar="S", help="seconds, or 5m, 2h, 1d")
+    for option in ("result-ttl", "ttl", "failure-ttl", "schedule-in"):
+        add(f"--{option}", metavar="S", help="likewise")
     add("--schedule-at", metavar="TIME", help="ISO 8601; local time unless it says")
     add("--description")
     add("--job-id")
-    add("--at-front", action="store_true")
-    add("--retry-max", type=int, metavar="N")
+    add("--at-front", **flag)
+    add("--retry-max", **number)
     add("--retry-interval", action="append", metavar="S", help="once, or for each retry")
-    add("--quiet", action="store_true", help="don't print the id")
+    add("--quiet", **flag, help="don't print the id")
 
-    command(_info, "show queues and workers")("queues", nargs="*", metavar="QUEUE")
-    command(_suspend, "have all workers pause")("--duration", metavar="S", help="no limit")
-    command(_resume, "have them go on")
-    command(_demo, "see it work, on a private server")
+    command("info", _info, "show queues and workers")("queues", nargs="*", metavar="QUEUE")
+    pause = lambda options: suspend(_server_of(options), options.duration)  # noqa: E731
+    command("suspend", pause, "have all workers pause")("--duration", metavar="S", help="no limit")
+    command("resume", lambda options: resume(_server_of(options)), "have them go on")
+    command("demo", _demo, "see it work, on a private server")
     return parser
 
 
