@@ -347,9 +347,8 @@ class Result:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\S+ \d+\.\d+ \d+\.\d+( [a-z_]+)?", self.ended):
-            raise DeserializationError(
-                f"the result of job {self.job_id} is garbled: {self.ended!r}"
-            )
+            text = f"the result of job {self.job_id} is garbled: {self.ended!r}"
+            raise DeserializationError(text)
 
     type = property(lambda self: ResultType([*self.ended.split(), "successful"][3]))
     job_id = property(lambda self: self.job.id)
@@ -520,12 +519,10 @@ _TROUBLE = "NOREPLICAS|MISCONF|BUSY |MASTERDOWN|CLUSTERDOWN|TRYAGAIN|READONLY|OO
 
 def _prefix(queue: str) -> str:
     """Return what all keys of `queue` begin with; ValueError if the name gives no slot."""
-    if isinstance(queue, str) and re.fullmatch(r"\{[^{}\s]+\}[^{}\s]+", queue):
-        return f"microq:{queue}:"
-    if isinstance(queue, str) and re.fullmatch(r"[^{}\s]+", queue):
-        return f"microq:{{{queue}}}:"
-    rule = "no white space, and braces only around a tag at the front, as in '{mail}high'"
-    raise ValueError(f"queue name {queue!r}: a non-empty string, {rule}")
+    if not isinstance(queue, str) or not re.fullmatch(r"(\{[^{}\s]+\})?[^{}\s]+", queue):
+        rule = "no white space, and braces only around a tag at the front, as in '{mail}high'"
+        raise ValueError(f"queue name {queue!r}: a non-empty string, {rule}")
+    return f"microq:{queue}:" if queue[0] == "{" else f"microq:{{{queue}}}:"
 
 
 class Script:
@@ -1123,19 +1120,13 @@ class Job:
     retry_intervals = property(lambda self: self._retry and list(self._retry.interval))
     repeats_left = property(lambda self: self._repeat and self._repeat.times - self._repeats)
     repeat_intervals = property(lambda self: self._repeat and list(self._repeat.interval))
-    _last = property(
-        lambda self: Result(self, self._text("ended"), b"") if self._text("ended") else None
-    )
+    _last = property(lambda self: (was := self._text("ended")) and Result(self, was, b""))
+    _run = property(lambda self: self._execution or self._last)  # the current, or else the last
     created_at = property(lambda self: (at := self._number("created_at")) and _utc(at))
+    started_at = property(lambda self: getattr(self._run, "execution_started_at", None))
     ended_at = property(lambda self: getattr(self._last, "execution_ended_at", None))
     last_heartbeat = property(lambda self: getattr(self._execution, "last_heartbeat", None))
-    worker_name = property(lambda self: getattr(self._execution or self._last, "worker_name", None))
-
-    @property
-    def started_at(self) -> datetime | None:
-        """When the current, or else the last run began."""
-        began = self._execution.created_at if self._execution else None
-        return began or getattr(self._last, "execution_started_at", None)
+    worker_name = property(lambda self: getattr(self._run, "worker_name", None))
 
     @property
     def enqueued_at(self) -> datetime | None:
@@ -1204,11 +1195,8 @@ class Job:
 
     def results(self) -> list[Result]:
         """Return how the last runs ended, the latest first; ten are kept."""
-        commands = (
-            ("LRANGE", f"{self._key}:results", 0, -1),
-            ("HMGET", self._key, "ended", "result"),
-        )
-        older, (ended, payload) = _send(self.connection, *commands)
+        ask = ("LRANGE", f"{self._key}:results", 0, -1), ("HMGET", self._key, "ended", "result")
+        older, (ended, payload) = _send(self.connection, *ask)
         records = [record.partition(b"\n")[::2] for record in older]
         records += [(ended, payload or b"")] if ended else []
         return [Result(self, ended.decode(), payload) for ended, payload in reversed(records)]
@@ -1288,6 +1276,7 @@ class Execution:
     job_id = property(lambda self: self.job.id)
     worker_name = property(lambda self: self.id.rpartition(".")[0])
     created_at = property(lambda self: _utc(float(self.token.partition(" ")[2])))  # its beginning
+    execution_started_at = created_at
 
 
 def _look(jobs: Sequence[Job]) -> list[Job]:
@@ -1673,10 +1662,10 @@ class Queue:
             raise InvalidJobOperation(f"queue {self.name!r} still has jobs; empty it first")
         for registry in registries:
             registry.empty()
-        expired = [("ZREMRANGEBYSCORE", each.key, "-inf", time.time()) for each in registries[4:]]
-        _send(
-            self.connection, *expired, ("SREM", _QUEUES, self.name), ("DEL", f"{self.prefix}wake")
-        )
+        rest: list[Command]
+        rest = [("ZREMRANGEBYSCORE", each.key, "-inf", time.time()) for each in registries[4:]]
+        rest += [("SREM", _QUEUES, self.name), ("DEL", f"{self.prefix}wake")]
+        _send(self.connection, *rest)
         self._known = False
 
     def __eq__(self, other: object) -> bool:
@@ -1811,9 +1800,7 @@ def _deadline(job: Job) -> Iterator[None]:
         else:
             with lock:
                 over = True
-                interrupt(
-                    ctypes.c_ulong(thread), None
-                )  # one that is pending must not hit later code
+                interrupt(ctypes.c_ulong(thread), None)  # a pending one must not hit later code
             if timer:
                 timer.cancel()
 
@@ -2100,10 +2087,8 @@ class Worker:
 
     def get_current_job(self) -> Job | None:
         """Return the job that the worker holds; None if there is none."""
-        started = _send(
-            self.connection, *[("HGETALL", f"{each}started") for each in self._prefixes]
-        )
-        for queue, executions in zip(self.queues, started, strict=True):
+        asked = [("HGETALL", f"{prefix}started") for prefix in self._prefixes]
+        for queue, executions in zip(self.queues, _send(self.connection, *asked), strict=True):
             for id, token in executions.items():
                 if token.decode().rpartition(".")[0].rpartition(".")[0] == self.name:
                     return queue.fetch_job(id.decode())
@@ -2304,20 +2289,18 @@ class Worker:
         self._slate.good += well
         self._slate.bad += outcome.type is ResultType.FAILED
         if place == "lost":
-            text = (
-                "%s: job %s is no longer ours (it was taken away meanwhile); its result is dropped"
-            )
+            text = "%s: job %s was taken away from us meanwhile; its result is dropped"
             return log.warning(text, job.origin, job.id)
         verdicts = {"successful": "OK", "failed": "FAILED", "retried": "to be run again"}
-        verdict, mild = verdicts.get(outcome.type, "stopped"), outcome.type != ResultType.FAILED
-        *_, reason = ["", *outcome.payload.decode(errors="replace").splitlines()]
+        verdict = verdicts.get(outcome.type, "stopped")
+        text = f"{job.origin}: job {verdict} ({job.id}), {outcome.seconds:.3f} s"
+        if failed := outcome.type is ResultType.FAILED:
+            *_, reason = ["", *outcome.payload.decode(errors="replace").splitlines()]
+            text += f": {reason}"
         place, _, due = place.partition(" ")
-        then = "; runs again" if place in ("queued", "scheduled") else ""
-        then += f" at {datetime.fromtimestamp(float(due)):%H:%M:%S}" if due else ""
-        line = f"{job.origin}: job {verdict} ({job.id}), {outcome.seconds:.3f} s"
-        log.log(
-            logging.INFO if mild else logging.ERROR, line + ("" if mild else f": {reason}") + then
-        )
+        text += "; runs again" if place in ("queued", "scheduled") else ""
+        text += f" at {datetime.fromtimestamp(float(due)):%H:%M:%S}" if due else ""
+        log.log(logging.ERROR if failed else logging.INFO, text)
 
     def __enter__(self) -> Worker:
         self.fork = False  # a process must not fork beside running threads
@@ -2487,9 +2470,8 @@ class _Keeper:
         commands: list[Command] = []
         told = sum(worker._slate.seconds for worker in self.workers)
         for worker in self.workers:
-            commands.append(
-                ("SET", worker.key, worker._about(self.name), "PX", int(self.lease * 1000))
-            )
+            about = worker._about(self.name)
+            commands.append(("SET", worker.key, about, "PX", int(self.lease * 1000)))
             holds = worker._slate.number if worker._slate.kill_at else ""
             words = (worker.name, worker.lease, state, holds, _CRASHES, DEFAULT_FAILURE_TTL)
             commands.append(BEAT(worker._prefixes, *words))
@@ -2756,23 +2738,20 @@ class WorkerPool:
             raise ValueError(f"num_workers={num_workers!r}: give a positive number")
         self.name = name or _new_name()
         options["fork"] = True
-        names = [
-            f"{self.name}-{i + 1}" if num_workers > 1 else self.name for i in range(num_workers)
-        ]
-        self.worker_dict = {
-            each: worker_class(queues, each, connection, **options) for each in names
-        }
+        numbers = range(1, num_workers + 1)
+        names = [f"{self.name}-{i}" for i in numbers] if num_workers > 1 else [self.name]
+        make = functools.partial(worker_class, queues, connection=connection, **options)
+        self._workers = [make(name=name) for name in names]
         self._keeper: _Keeper | None = None
 
-    number_of_active_workers = property(
-        lambda self: sum(bool(worker._pid) for worker in self.worker_dict.values())
-    )
+    worker_dict = property(lambda self: {each.name: each for each in self._workers})
+    number_of_active_workers = property(lambda self: sum(bool(w._pid) for w in self._workers))
 
     def start(
         self, burst: bool = False, logging_level: str | int | None = "INFO", **limits: Any
     ) -> bool:
         """Run jobs until told to stop; see Worker.work(), whose limits are those of each worker."""
-        self._keeper = _Keeper(self.name, [*self.worker_dict.values()], burst, **limits)
+        self._keeper = _Keeper(self.name, self._workers, burst, **limits)
         return self._keeper.run(logging_level)
 
     def stop_workers(self) -> None:
