@@ -218,8 +218,7 @@ class _Interrupt(BaseException):
 
 
 class JobStatus(str, enum.Enum):
-    """Where a job stands, in RQ's words: the names of the containers, and a few more. A job is
-    created when it is not stored yet, and stopped in the container `failed`."""
+    """Where a job stands, in RQ's words; created: not stored yet; stopped: a way to be failed."""
 
     QUEUED, STARTED, SCHEDULED, DEFERRED = "queued", "started", "scheduled", "deferred"
     FINISHED, FAILED, CANCELED = "finished", "failed", "canceled"
@@ -465,8 +464,7 @@ def _func_name(func: Any) -> str:
 
 
 def _find(name: str) -> Any:
-    """Return the object of a dotted name, importing its module. Raises ImportError or
-    AttributeError, which name what is missing."""
+    """Import what a dotted name means.  ImportError or AttributeError name what is missing."""
     parts = name.split(".")
     for cut in range(len(parts) - 1, 0, -1):
         path = ".".join(parts[:cut])
@@ -594,6 +592,8 @@ class _Line:
 
     def exchange(self, commands: Sequence[Command]) -> list[Any]:
         """Run the commands in one round trip; the first error among the replies is raised."""
+        if isinstance(self.connection, RedisCluster):  # they may go to several nodes
+            return _round_trip(self.connection, commands)
         replies: list[Any] = []
         try:
             self.send(*commands)
@@ -617,11 +617,6 @@ class _Line:
         if self.wire is not None:
             self.wire.disconnect()
         self.wire = None
-
-
-def _own(connection: Redis, silence: float) -> Any:
-    """Return a connection of one's own; on a Cluster, where commands go to many, the client."""
-    return connection if isinstance(connection, RedisCluster) else _Line(connection, silence)
 
 
 def _round_trip(connection: Any, commands: Sequence[Command]) -> list[Any]:
@@ -662,10 +657,7 @@ _PRELUDE = """--!df flags=allow-undeclared-keys
 local call = redis.call
 local ENDED = {finished = 1, failed = 1, canceled = 1}
 local function stamp(at) return string.format('%.6f', at) end
-local function now()  -- the server's time in seconds
-  local time = call('TIME')
-  return tonumber(time[1]) + tonumber(time[2]) / 1e6
-end
+local function now() local time = call('TIME') return time[1] + time[2] / 1e6 end  -- seconds
 local function wake(q)  -- one blocked worker goes to look, unless a token says so already
   if call('EXISTS', q .. 'wake') == 0 then call('RPUSH', q .. 'wake', 1) end
 end
@@ -735,6 +727,7 @@ end
 -- Returns the seconds to wait, nil when there were enough; whether to go to the front; and the
 -- counter and its value.
 local function next_delay(job, rule, policy, chance)
+  if rule == '' then return nil end
   local counter = ({retry = 'retries', ['repeat'] = 'repeats', crash = 'crashes'})[rule]
   local count = counter and tonumber(call('HGET', job, counter)) or 0
   policy = cjson.decode(policy ~= '' and policy or call('HGET', job, rule))
@@ -759,10 +752,7 @@ local function settle(q, at, id, execution, ended, result, last, ttl, rule, poli
     local was = call('HGET', job, 'ended') or ''  -- ours, if this is the call sent again
     return string.sub(was, 1, #ended) == ended and (place(q, id) or 'gone') or 'lost'
   end
-  local ruled, delay, front, counter, count = rule ~= '', nil, nil, nil, nil
-  if ruled then
-    ruled, delay, front, counter, count = pcall(next_delay, job, rule, policy, chance)
-  end
+  local ruled, delay, front, counter, count = pcall(next_delay, job, rule, policy, chance)
   call('HDEL', q .. 'started', id)
   if not ruled or not delay then  -- no rule, one that makes no sense, or it is used up
     record(job, ended .. last, result)
@@ -1352,6 +1342,8 @@ class EnqueueData(NamedTuple):
 class Registry:
     """The ids of a queue's jobs in one container; reading it changes nothing."""
 
+    count = property(lambda self: len(self))
+
     def __init__(self, queue: Queue, container: str) -> None:
         self.queue, self.container = queue, container
         self.key = f"{queue.prefix}{container}"
@@ -1369,8 +1361,6 @@ class Registry:
 
     def __len__(self) -> int:
         return int(_ask(self.queue.connection, *self._size()))
-
-    count = property(__len__)
 
     def __bool__(self) -> bool:
         return True
@@ -1407,12 +1397,10 @@ class Registry:
 
     def empty(self) -> int:
         """Delete the jobs of this registry, by the thousand, and return how many they were."""
-        count, ids = 0, self.get_job_ids()
-        while ids:
-            words = (self.container, "gone", 0, 0, "")
-            moves = [MOVE(self.queue.prefix, id, *words) for id in ids[:CHUNK]]
+        words, ids, count = (self.container, "gone", 0, 0, ""), self.get_job_ids(), 0
+        for start in range(0, len(ids), CHUNK):
+            moves = [MOVE(self.queue.prefix, id, *words) for id in ids[start : start + CHUNK]]
             count += _send(self.queue.connection, *moves).count(self.container.encode())
-            del ids[:CHUNK]
         return count
 
 
@@ -1420,8 +1408,8 @@ def _registry(container: str) -> Any:
     return property(lambda queue: Registry(queue, container))
 
 
-class Queue:
-    """A named queue of jobs.
+class Queue(Registry):
+    """A named queue of jobs, and the registry of those that wait in it.
 
     connection      - a redis.Redis; $MICROQ_URL, else $REDIS_URL, else localhost:6379
     default_timeout - seconds a job may run, 180; -1 for no limit
@@ -1433,11 +1421,11 @@ class Queue:
         is_async: bool = True, serializer: Any = None,
     ) -> None:  # fmt: skip
         self.name, self.prefix = name, _prefix(name)
-        self.connection = _connect(connection)
+        super().__init__(self, "queued")
+        self.connection, self.serializer = _connect(connection), _serializer(serializer)
         timeout = DEFAULT_TIMEOUT if default_timeout is None else default_timeout
         self.default_timeout = _seconds(timeout, "default_timeout", (-1,))
         self.is_async = is_async
-        self.serializer = _serializer(serializer)
         self._known = False  # whether this object has entered its name in the server
 
     @classmethod
@@ -1611,19 +1599,12 @@ class Queue:
             SimpleWorker(self).work(burst=True, logging_level=None)
             _look([job for job, _ in jobs])
 
-    def __len__(self) -> int:
-        return len(Registry(self, "queued"))
-
-    def __bool__(self) -> bool:
-        return True
-
-    count = property(__len__)
     is_empty = lambda self: len(self) == 0  # noqa: E731
 
-    def get_job_ids(self, offset: int = 0, length: int = -1) -> list[str]:
+    def get_job_ids(self, offset: int = 0, length: int = -1) -> list[str]:  # type: ignore[override]
         """Return the ids of `length` jobs that wait, the next one first; -1 for all."""
         last = offset + length - 1 if length >= 0 else -1
-        return Registry(self, "queued").get_job_ids(offset, last) if length else []
+        return super().get_job_ids(offset, last) if length else []
 
     def get_jobs(self, offset: int = 0, length: int = -1) -> list[Job]:
         """Return the jobs of get_job_ids().  Two round trips, however many they are."""
@@ -1644,15 +1625,6 @@ class Queue:
     started_job_registry, scheduled_job_registry = _registry("started"), _registry("scheduled")
     finished_job_registry, failed_job_registry = _registry("finished"), _registry("failed")
     deferred_job_registry, canceled_job_registry = _registry("deferred"), _registry("canceled")
-
-    def remove(self, job: Job | str) -> None:
-        """Delete a job that waits here. Raises InvalidJobOperation if it does not wait,
-        NoSuchJobError if it is not here."""
-        Registry(self, "queued").remove(job)
-
-    def empty(self) -> int:
-        """Delete all jobs that wait in this queue, and return how many they were."""
-        return Registry(self, "queued").empty()
 
     def delete(self, delete_jobs: bool = True) -> None:
         """Delete the queue with its jobs in all states. With delete_jobs=False it must be empty:
@@ -1855,8 +1827,7 @@ def _settlement(execution: Execution, outcome: Outcome, result_ttl: float) -> Co
 
 
 class _Slate(ctypes.Structure):
-    """What a loop tells its keeper, and the reverse, in memory that both processes share.  Times
-    are those of the monotonic clock."""
+    """What a loop tells its keeper, and the reverse, in shared memory.  Times are monotonic."""
 
     _fields_ = (
         ("kill_at", ctypes.c_double),  # when the job that runs must have ended; 0: none runs
@@ -1873,14 +1844,9 @@ class _Slate(ctypes.Structure):
         ("text", ctypes.c_char * 1000),  # "<index of the queue> <job id> <execution> <started_at>"
     )
 
-    @classmethod
-    def shared(cls) -> _Slate:
-        return cls.from_buffer(mmap.mmap(-1, ctypes.sizeof(cls)))
-
 
 def _restore_files() -> bool:
-    """Open what a job has closed of stdin, stdout and stderr, lest a socket takes the place.
-    Return whether there was any."""
+    """Open what a job closed of stdin, stdout and stderr, and tell whether there was any."""
     lost = False
     for number in (0, 1, 2):
         try:
@@ -1933,27 +1899,24 @@ class _Ear(_Line):
 
     def hears(self, seconds: float, bell: _Bell) -> bytes | None:
         """Wait up to `seconds` for an element of one of the lists; None if the bell rang first."""
+        until = time.monotonic() + seconds
         try:
-            return self._hears(time.monotonic() + seconds, bell)
+            while True:
+                if self._dead_at is None:
+                    self.send(("BLPOP", *self.keys, self.SECONDS))
+                    self._dead_at = time.monotonic() + self.SECONDS + self.silence
+                now = time.monotonic()
+                if self.wire.can_read(timeout=0):
+                    self._dead_at, found = None, self.receive()
+                    if found:
+                        return bytes(found[1])
+                elif now >= self._dead_at:
+                    raise exceptions.TimeoutError("the server has gone silent")
+                elif now >= until or bell.watch(min(until, self._dead_at) - now, self.wire._sock):
+                    return None
         except BaseException:
             self.close()
             raise
-
-    def _hears(self, until: float, bell: _Bell) -> bytes | None:
-        while True:
-            if self._dead_at is None:
-                self.send(("BLPOP", *self.keys, self.SECONDS))
-                self._dead_at = time.monotonic() + self.SECONDS + self.silence
-            if self.wire.can_read(timeout=0):
-                self._dead_at, found = None, self.receive()
-                if found:
-                    return bytes(found[1])
-                continue
-            now = time.monotonic()
-            if now >= self._dead_at:
-                raise exceptions.TimeoutError("the server has gone silent")
-            if now >= until or bell.watch(min(until, self._dead_at) - now, self.wire._sock):
-                return None
 
     def close(self) -> None:
         super().close()
@@ -2036,13 +1999,10 @@ class Worker:
         self._current: Execution | None = None  # what runs
         self._last: tuple[Execution, Outcome] | None = None  # what ran, and is not settled yet
         self._thread: Any = None
-        # Of the child: its pid, when the next one may start, and whether there is none; what its
-        # slate said when it was killed, and with which outcome; what is to be sent after its death,
-        # and what is to be logged then.
-        self._pid, self._start_at, self._ended = 0, 0.0, False
+        # Of the child: its pid, whether its death is still to be told to the server, and when the
+        # next one may start; what its slate said when it was killed, and with which outcome.
+        self._pid, self._died, self._start_at = 0, False, 0.0
         self._verdict: tuple[bytes, Outcome] | None = None
-        self._owed: list[Command] = []
-        self._lost: tuple[Execution, Outcome] | None = None
 
     key = property(lambda self: f"microq:worker:{self.name}")
     successful_job_count = property(lambda self: self._slate.good)
@@ -2128,24 +2088,25 @@ class Worker:
         SIGINT or SIGTERM finishes the current job; a second one, at least a second later, gives
         it up, and it will run again.  Raises ServerUnavailable if there is no server at the start;
         later it waits for one to come back."""
-        limits = max_jobs, max_idle_time
-        keeper = _Keeper(self.name, [self], burst, *limits, with_scheduler, dequeue_strategy)
-        return keeper.run(logging_level)
+        limits = max_jobs, max_idle_time, dequeue_strategy
+        return _Keeper(self.name, [self], burst, with_scheduler, *limits).run(logging_level)
 
     def _prepare(
-        self, keeper: _Keeper, burst: bool, max_jobs: int | None, max_idle_time: float | None,
-        strategy: str,
+        self, keeper: _Keeper, burst: bool, max_jobs: int | None = None,
+        max_idle_time: float | None = None, dequeue_strategy: str = "default",
     ) -> None:  # fmt: skip
         """Get ready for a loop, here or in a child."""
-        if strategy not in ("default", "round_robin", "random"):
-            raise ValueError(f"dequeue_strategy={strategy!r}: default, round_robin or random")
-        before, self._slate, self._bell = self._slate, _Slate.shared(), _Bell()
+        if dequeue_strategy not in (words := ["default", "round_robin", "random"]):
+            raise ValueError(f"dequeue_strategy={dequeue_strategy!r}: use one of {words}")
+        before, self._bell = self._slate, _Bell()
+        self._slate = _Slate.from_buffer(mmap.mmap(-1, ctypes.sizeof(_Slate)))
         for name in ("good", "bad", "seconds"):
             setattr(self._slate, name, getattr(before, name))
         self._keeper, self._burst = keeper, burst
-        self._strategy, self._serving = strategy, list(self.queues)
+        self._strategy, self._serving = dequeue_strategy, list(self.queues)
         self._max_jobs, self._max_idle_time = max_jobs or math.inf, max_idle_time or math.inf
         self._slate.due = self._most = math.inf
+        self._start_at = 0.0
         self._claimed.clear()
 
     def _about(self, inbox: str) -> str:
@@ -2161,13 +2122,12 @@ class Worker:
     def _open(self) -> None:
         """Make the connections of a process: nothing is shared over a fork."""
         wakes = [f"{prefix}wake" for prefix in self._prefixes]
-        self._server: Any = _own(self.connection, self._patience)
+        self._server = _Line(self.connection, self._patience)
         self._ear = _Ear(self.connection, self._patience, wakes)
 
     def _close(self) -> None:
-        for line in (self._server, self._ear):
-            if isinstance(line, _Line):
-                line.close()
+        self._server.close()
+        self._ear.close()
         _close_event_loop()
 
     def _loop(self) -> None:
@@ -2289,7 +2249,7 @@ class Worker:
         self._slate.good += well
         self._slate.bad += outcome.type is ResultType.FAILED
         if place == "lost":
-            text = "%s: job %s was taken away from us meanwhile; its result is dropped"
+            text = "%s: job %s is no longer ours (it was taken away); its result is dropped"
             return log.warning(text, job.origin, job.id)
         verdicts = {"successful": "OK", "failed": "FAILED", "retried": "to be run again"}
         verdict = verdicts.get(outcome.type, "stopped")
@@ -2352,16 +2312,12 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)
 @contextlib.contextmanager
 def _signals_restored() -> Iterator[None]:
     """Leave the handling of signals as it was before the block, if it is ours to change."""
-    if threading.current_thread() is not threading.main_thread():
+    with contextlib.ExitStack() as after:
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                after.callback(signal.signal, number, signal.getsignal(number))
+            after.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(-1))
         yield
-        return
-    before, descriptor = [*map(signal.getsignal, _SIGNALS)], signal.set_wakeup_fd(-1)
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(descriptor)
-        for number, handler in zip(_SIGNALS, before, strict=True):
-            signal.signal(number, handler)
 
 
 class _Keeper:
@@ -2369,15 +2325,14 @@ class _Keeper:
 
     def __init__(
         self, name: str, workers: Sequence[Worker], burst: bool = False,
-        max_jobs: int | None = None, max_idle_time: float | None = None,
-        with_scheduler: bool = False, dequeue_strategy: str = "default",
+        with_scheduler: bool = False, *limits: Any, **more_limits: Any,
     ) -> None:  # fmt: skip
         self.name, self.workers, self.scheduler = name, workers, with_scheduler
         self.forks, self.lease = workers[0].fork, min(worker.lease for worker in workers)
         self.connection = workers[0].connection
         self.bell = _Bell()
         for worker in workers:
-            worker._prepare(self, burst, max_jobs, max_idle_time, dequeue_strategy)
+            worker._prepare(self, burst, *limits, **more_limits)
         self.over = self.cold = False
         self.stopping_since: float | None = None
         self.beaten_at, self.backoff, self.silent_until = 0.0, _Backoff(self.lease / 3), 0.0
@@ -2394,7 +2349,7 @@ class _Keeper:
             log.setLevel(logging_level)
         _adopt_main()
         patience = self.workers[0]._patience
-        self.server = _own(self.connection, patience)
+        self.server = _Line(self.connection, patience)
         self.ear = _Ear(self.connection, patience, [f"microq:inbox:{self.name}"])
         self.beat("fresh")
         names = ", ".join(queue.name for queue in self.workers[0].queues)
@@ -2434,7 +2389,7 @@ class _Keeper:
             wake_at = time.monotonic() + (0.1 if self.scheduler else 1.0)
             for worker in self.workers if self.forks else ():
                 wake_at = min(wake_at, self.attempt(self.supervise, worker))
-            ended = self.forks and all(each._ended for each in self.workers)
+            ended = all(each._start_at == math.inf for each in self.workers)
             self.over = self.over or ended
             wake_at = min(wake_at, self.attempt(self.beat_in_time))
             if not self.over:
@@ -2516,7 +2471,7 @@ class _Keeper:
         except (ValueError, KeyError, TypeError):
             return log.warning("that is no command")
         text = worker._slate.text if worker._slate.kill_at else b""
-        running = text.split()[1].decode() if text else None
+        running = text and text.split()[1].decode()
         if command == "shutdown":
             self.stop()
         elif command == "suspension":
@@ -2553,16 +2508,15 @@ class _Keeper:
                 text = f"killed, {KILL_GRACE:g} s after its timeout had no effect"
                 self.kill(worker, slate.text, Outcome(ResultType.FAILED, text.encode(), 0, "retry"))
             return slate.kill_at or math.inf
-        if worker._owed and now >= self.silent_until:
-            self.pay(worker)
-        since = self.stopping_since
+        if worker._died and now >= self.silent_until:
+            self.mourn(worker)
         if slate.phase == b"e" or slate.stopping:
-            late = since is not None and now - since > self.lease  # its lease ends by itself
-            worker._ended = not worker._owed or late
-        elif not worker._owed and now >= worker._start_at:
+            late = now - (self.stopping_since or now) > self.lease  # its lease ends by itself
+            if late or not worker._died:
+                worker._start_at = math.inf
+        elif not worker._died and now >= worker._start_at:
             self.start(worker)
-        waits = not worker._pid and not worker._ended
-        return max(worker._start_at, self.silent_until) if waits else math.inf
+        return math.inf if worker._pid else max(worker._start_at, self.silent_until)
 
     def start(self, worker: Worker) -> None:
         """Fork a child that runs the loop of a worker."""
@@ -2602,16 +2556,13 @@ class _Keeper:
         if not pid:
             return
         slate, verdict = worker._slate, worker._verdict
-        worker._pid, worker._verdict = 0, None
-        worker._start_at = 0.0
+        worker._pid, worker._verdict, worker._start_at = 0, None, 0.0
         if status == 0 and slate.phase in (b"e", b"n"):
             return  # it has settled everything
-        code = os.waitstatus_to_exitcode(status)
-        cause = f"exited with status {code}"
+        cause = f"exited with status {(code := os.waitstatus_to_exitcode(status))}"
         if code < 0:
             cause = f"was killed by signal {-code} ({signal.strsignal(-code)})"
-        release = RELEASE(worker._prefixes, worker.name, worker.lease, slate.number)
-        worker._owed = [release]
+        worker._died = True
         if not slate.kill_at:
             log.warning("the idle process %d of worker %s %s", pid, worker.name, cause)
             worker._start_at = time.monotonic() + 1
@@ -2628,20 +2579,22 @@ class _Keeper:
         elif verdict or slate.phase == b"g":  # another job was meant; or see start()
             outcome = _given_up(seconds)
         slate.kill_at = 0
-        worker._lost = Execution(job, token), outcome
-        worker._owed.insert(0, _settlement(*worker._lost, 0))
+        worker._last = Execution(job, token), outcome
         if worker._killed_handler and outcome.rule == "crash":
             try:
                 worker._killed_handler(job.queue.fetch_job(id), pid, status, usage)
             except Exception:
                 log.exception("work_horse_killed_handler failed for job %s", id)
 
-    def pay(self, worker: Worker) -> None:
+    def mourn(self, worker: Worker) -> None:
         """Tell the server of a child that died."""
-        replies = _send(self.server, *worker._owed)
-        if worker._lost:
-            worker._report(*worker._lost, replies[0][0].decode())
-        worker._owed, worker._lost = [], None
+        last = worker._last
+        settle = [_settlement(*last, worker.default_result_ttl)] if last else []
+        release = RELEASE(worker._prefixes, worker.name, worker.lease, worker._slate.number)
+        reply, *_ = _send(self.server, *settle, release)
+        if last:
+            worker._report(*last, reply[0].decode())
+        worker._last, worker._died = None, False
 
     def stop(self) -> None:
         """Have the workers finish their current jobs, and end."""
@@ -2681,15 +2634,14 @@ class _Keeper:
             if worker._current:
                 worker._last = worker._current, _given_up(0)
             if worker._last:
-                worker._owed.append(_settlement(*worker._last, worker.default_result_ttl))
-            commands += [("DEL", worker.key), *worker._owed]
-            commands.append(RELEASE(worker._prefixes, worker.name, worker.lease, ""))
+                commands.append(_settlement(*worker._last, worker.default_result_ttl))
+            release = RELEASE(worker._prefixes, worker.name, worker.lease, "")
+            commands += [("DEL", worker.key), release]
         try:
             _send(self.server, *commands)
         except exceptions.RedisError as error:
             log.warning("signing off: %s", error)
-        if isinstance(self.server, _Line):
-            self.server.close()
+        self.server.close()
         log.info("worker %s stopped", self.name)
 
 
