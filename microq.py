@@ -1342,8 +1342,6 @@ class EnqueueData(NamedTuple):
 class Registry:
     """The ids of a queue's jobs in one container; reading it changes nothing."""
 
-    count = property(lambda self: len(self))
-
     def __init__(self, queue: Queue, container: str) -> None:
         self.queue, self.container = queue, container
         self.key = f"{queue.prefix}{container}"
@@ -1361,6 +1359,8 @@ class Registry:
 
     def __len__(self) -> int:
         return int(_ask(self.queue.connection, *self._size()))
+
+    count = property(__len__)
 
     def __bool__(self) -> bool:
         return True
@@ -2119,6 +2119,11 @@ class Worker:
             "fork": self.fork, "good": slate.good, "bad": slate.bad, "seconds": slate.seconds,
         })  # fmt: skip
 
+    def _farewell(self, number: Any) -> list[Command]:
+        """Return what settles the last outcome, and gives back whatever else it holds."""
+        settle = [_settlement(*self._last, self.default_result_ttl)] if self._last else []
+        return [*settle, RELEASE(self._prefixes, self.name, self.lease, number)]
+
     def _open(self) -> None:
         """Make the connections of a process: nothing is shared over a fork."""
         wakes = [f"{prefix}wake" for prefix in self._prefixes]
@@ -2588,12 +2593,9 @@ class _Keeper:
 
     def mourn(self, worker: Worker) -> None:
         """Tell the server of a child that died."""
-        last = worker._last
-        settle = [_settlement(*last, worker.default_result_ttl)] if last else []
-        release = RELEASE(worker._prefixes, worker.name, worker.lease, worker._slate.number)
-        reply, *_ = _send(self.server, *settle, release)
-        if last:
-            worker._report(*last, reply[0].decode())
+        reply, *_ = _send(self.server, *worker._farewell(worker._slate.number))
+        if worker._last:
+            worker._report(*worker._last, reply[0].decode())
         worker._last, worker._died = None, False
 
     def stop(self) -> None:
@@ -2633,10 +2635,7 @@ class _Keeper:
                 os.waitpid(worker._pid, 0)
             if worker._current:
                 worker._last = worker._current, _given_up(0)
-            if worker._last:
-                commands.append(_settlement(*worker._last, worker.default_result_ttl))
-            release = RELEASE(worker._prefixes, worker.name, worker.lease, "")
-            commands += [("DEL", worker.key), release]
+            commands += [("DEL", worker.key), *worker._farewell("")]
         try:
             _send(self.server, *commands)
         except exceptions.RedisError as error:
