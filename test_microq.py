@@ -1334,6 +1334,13 @@ def test_a_job_that_ignores_its_timeout_is_killed(queue, monkeypatch):
     assert job.is_failed and "killed" in job.latest_result().exc_string and after.is_finished
 
 
+def test_a_worker_works_more_than_once(queue):
+    worker = Worker(queue)
+    for _ in range(2):
+        job = queue.enqueue(add, 1)
+        assert worker.work(burst=True, logging_level=None) and job.is_finished
+
+
 @pytest.mark.parametrize(
     ("func", "reason"), [(kill_self, "SIGKILL|Killed"), (os_exit, "status 3")], ids=["kill", "exit"]
 )
@@ -2302,6 +2309,12 @@ def test_processes_share_the_server_of_a_directory(tmp_path):
     assert third.stdout.strip() == "2"  # it survived in the file
 
 
+def test_the_server_of_a_directory_ends_after_a_sigkill_of_its_last_user(tmp_path):
+    code = f"import microq, os; microq.embedded({str(tmp_path)!r}); os.kill(os.getpid(), 9)"
+    assert start_script(code).wait(20) == -signal.SIGKILL
+    wait_until(lambda: not (tmp_path / "redis.sock").exists())
+
+
 def test_a_failed_start_leaves_no_lock_and_a_child_keeps_its_server(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(microq, "_start_server", lambda *_, **__: 1 / 0)
@@ -2609,6 +2622,12 @@ def test_the_demo_shows_it_all_and_ends_by_itself():
     assert status == 0, log
     assert shown.count("finished") == 4 and shown.count("failed") == 1 and "42" in shown
     assert "runs again at" in log and "listening on demo" in log
+
+
+def test_a_worker_pool_takes_the_options_of_a_worker(server, redis, queue):
+    job = Queue(connection=redis, serializer="json").enqueue(add, 1)
+    words = ["worker-pool", "--burst", "-n", "2", "-S", "json", "--url", server.url]
+    assert microq_command(*words)[0] == 0 and job.is_finished
 
 
 def test_json_is_json():
