@@ -242,6 +242,8 @@ class ResultType(str, enum.Enum):
     SUCCESSFUL, FAILED, STOPPED, RETRIED = "successful", "failed", "stopped", "retried"
     MAX_RETRIES_EXCEEDED = "max_retries_exceeded"
 
+    __str__ = str.__str__
+
 
 def _seconds(value: Any, name: str, special: tuple[int, ...] = ()) -> float:
     """Return a duration in seconds: a number, a timedelta, "90", "30s", "5m", "2h" or "1d".
@@ -2564,10 +2566,10 @@ class _Keeper:
         worker._pid, worker._verdict, worker._start_at = 0, None, 0.0
         if status == 0 and slate.phase in (b"e", b"n"):
             return  # it has settled everything
-        cause = f"exited with status {(code := os.waitstatus_to_exitcode(status))}"
+        worker._died, code = True, os.waitstatus_to_exitcode(status)
+        cause = f"exited with status {code}"
         if code < 0:
             cause = f"was killed by signal {-code} ({signal.strsignal(-code)})"
-        worker._died = True
         if not slate.kill_at:
             log.warning("the idle process %d of worker %s %s", pid, worker.name, cause)
             worker._start_at = time.monotonic() + 1
@@ -2631,8 +2633,9 @@ class _Keeper:
         commands: list[Command] = [("DEL", self.ear.keys[0])]
         for worker in self.workers:
             if worker._pid:  # an error brought us here
-                os.kill(worker._pid, signal.SIGKILL)
-                os.waitpid(worker._pid, 0)
+                with contextlib.suppress(OSError):
+                    os.kill(worker._pid, signal.SIGKILL)
+                    os.waitpid(worker._pid, 0)
             if worker._current:
                 worker._last = worker._current, _given_up(0)
             commands += [("DEL", worker.key), *worker._farewell("")]
@@ -2799,9 +2802,11 @@ def embedded(dir: str | os.PathLike[str] | None = None) -> Redis:
     ServerUnavailable if there is no server program, or it does not start."""
     home = Path(tempfile.mkdtemp(prefix="microq-") if dir is None else dir).expanduser().resolve()
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    lock = usher = None
+    lock, usher, deadline = None, None, time.monotonic() + 30
     try:
         while home not in _joined:
+            if time.monotonic() > deadline:
+                raise ServerUnavailable(f"the server of {home} died; end all who still use it")
             lock = lock or open(home / "lock", "w")  # noqa: SIM115  held until the process ends
             with contextlib.suppress(BlockingIOError):  # nobody is here, or somebody is
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -2810,6 +2815,8 @@ def embedded(dir: str | os.PathLike[str] | None = None) -> Redis:
             fcntl.flock(lock, fcntl.LOCK_SH)
             if _listens(home):
                 _joined[home] = Redis(unix_socket_path=_socket_of(home)), lock, usher
+            else:
+                time.sleep(0.02)
     except BaseException:
         if lock:
             lock.close()

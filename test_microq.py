@@ -1421,7 +1421,7 @@ def test_a_worker_that_makes_no_sense_is_refused(redis, arguments):
 def test_a_worker_in_the_background_finishes_what_is_queued(redis, queue):
     with Worker(queue) as worker:
         jobs = [queue.enqueue(sleep, 0.01) for _ in range(10)]
-        assert worker.name.encode() in redis.hkeys(Q + "workers")
+        assert wait_until(lambda: worker.name.encode() in redis.hkeys(Q + "workers"))
     assert all(job.is_finished for job in jobs)
     with pytest.raises(KeyError), Worker(queue):
         jobs = [queue.enqueue(sleep, 0.2) for _ in range(5)]
