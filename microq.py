@@ -122,7 +122,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -165,6 +165,10 @@ KILL_GRACE = 5.0  # seconds between the exception in a job over its time and SIG
 MAX_RESULT = 64 << 20  # bytes; Redis cuts the connection at 512 MB (proto-max-bulk-len)
 MAX_TRACEBACK = 100_000  # characters; the end tells most
 MAX_CRASHES = 2  # a job that killed its worker runs again so often; the next time it is failed
+LARGE = 1 << 16  # bytes; a result that may be too much for a connection
+FLUSH = 0.005  # seconds after which outcomes are settled at the next end of a job
+RELIEF = 0.05  # seconds after which a job is slow, so that nothing waits for it
+MAX_BATCH = 128  # jobs claimed at once
 CHUNK = 1000  # jobs per script call, which keeps a script near 10 ms
 
 log = logging.getLogger("microq")
@@ -320,8 +324,7 @@ class Repeat(_Rule):
     interval: float | Sequence[float] = 0
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """How a run ended.
 
     payload - the serialized return value, or the traceback in UTF-8
@@ -467,6 +470,9 @@ def _func_name(func: Any) -> str:
 
 def _find(name: str) -> Any:
     """Import what a dotted name means.  ImportError or AttributeError name what is missing."""
+    owner, _, last = name.rpartition(".")
+    with contextlib.suppress(KeyError, AttributeError):
+        return getattr(sys.modules[owner], last)  # as it mostly is
     parts = name.split(".")
     for cut in range(len(parts) - 1, 0, -1):
         path = ".".join(parts[:cut])
@@ -667,10 +673,10 @@ local function ttl_of(job, name, default)  -- a garbled number is not for EXPIRE
   local ttl = tonumber(call('HGET', job, name))
   return ttl and math.abs(ttl) < 1e10 and ttl or tonumber(default)
 end
-local function keep(job, ttl)  -- let a job's record expire in `ttl` seconds; negative: never
-  for _, key in ipairs({job, job .. ':results'}) do
-    if ttl < 0 then call('PERSIST', key) else call('PEXPIRE', key, math.ceil(ttl * 1000)) end
-  end
+local keep
+function keep(job, ttl, only)  -- let a record expire in `ttl` seconds; negative: never
+  if ttl < 0 then call('PERSIST', job) else call('PEXPIRE', job, math.ceil(ttl * 1000)) end
+  if not only then keep(job .. ':results', ttl, true) end
 end
 local function ready(q, id, front, at)  -- ... -> queued, where its ttl begins
   local job = q .. 'job:' .. id
@@ -693,9 +699,8 @@ local function promote(q, at)  -- scheduled -> queued, what is due; returns when
   end
   return at
 end
-local function file(q, id, container, default, at)  -- ... -> an end; kept for: 0 not, -1 for ever
+local function file(q, id, container, ttl, at)  -- ... -> an end, kept for: 0 not, -1 for ever
   local job = q .. 'job:' .. id
-  local ttl = ttl_of(job, container == 'finished' and 'result_ttl' or 'failure_ttl', default)
   if ttl == 0 then return call('DEL', job, job .. ':results') end
   call('ZADD', q .. container, ttl < 0 and '+inf' or stamp(at + ttl), id)
   keep(job, ttl)
@@ -714,15 +719,23 @@ local function place(q, id)  -- the container a job is in; nil if there is no su
   end
   return 'queued'
 end
-local function record(job, ended, result)  -- store a result; the one before joins the list of nine
-  local old = call('HMGET', job, 'ended', 'result', 'waited')
+
+-- Store a result; the one before joins the list of nine.  Returns whether there was one, and the
+-- seconds to keep it all, by the option `name` or else `ttl`.
+local function record(job, ended, result, name, ttl)
+  local old = call('HMGET', job, 'ended', 'result', 'waited', name)
   if old[1] then
     call('RPUSH', job .. ':results', old[1] .. '\\n' .. (old[2] or ''))
     call('LTRIM', job .. ':results', -9, -1)
   end
-  call('HSET', job, 'ended', ended, 'result', result)
-  if result == '' then call('HDEL', job, 'result') end
+  if result ~= '' then call('HSET', job, 'ended', ended, 'result', result)
+  else
+    call('HSET', job, 'ended', ended)
+    if old[2] then call('HDEL', job, 'result') end
+  end
   if old[3] and call('HDEL', job, 'waited') then redis.pcall('PUBLISH', job, 'ended') end
+  local own = tonumber(old[4] or nil)
+  return old[1], own and math.abs(own) < 1e10 and own or tonumber(ttl)
 end
 
 -- Ask a rule for one more run: 'retry', 'repeat', 'crash', or 'interrupt', which has no count.
@@ -746,31 +759,56 @@ local function next_delay(job, rule, policy, chance)
 end
 
 -- started -> queued | scheduled while the job's own rule, or else `policy`, allows it; after that
--- -> finished or, with a type in `last`, failed.  `last` completes `ended` for a run that has no
--- successor.  Returns where the job is now, with the time that it is due, or 'lost'.
-local function settle(q, at, id, execution, ended, result, last, ttl, rule, policy, chance)
-  local job, container = q .. 'job:' .. id, last == '' and 'finished' or 'failed'
-  if call('HGET', q .. 'started', id) ~= execution then
-    local was = call('HGET', job, 'ended') or ''  -- ours, if this is the call sent again
-    return string.sub(was, 1, #ended) == ended and (place(q, id) or 'gone') or 'lost'
+-- -> finished or, with a type in `last`, failed; for runs of 9 `words` each: id, execution, ended,
+-- result, last, ttl, rule, policy, chance.  `last` completes `ended` for a run that has no
+-- successor.  Returns where each job is now, with the time that it is due, or 'lost'.
+local function settle(q, at, words)
+  local ids, ours, places, filed, stamps = {}, {}, {}, {finished = {}, failed = {}}, {}
+  for w = 1, #words, 9 do ids[#ids + 1] = words[w] end
+  local holders = call('HMGET', q .. 'started', unpack(ids))
+  for i, id in ipairs(ids) do
+    if holders[i] == words[9 * i - 7] then ours[#ours + 1] = id end
   end
-  local ruled, delay, front, counter, count = pcall(next_delay, job, rule, policy, chance)
-  call('HDEL', q .. 'started', id)
-  if not ruled or not delay then  -- no rule, one that makes no sense, or it is used up
-    record(job, ended .. last, result)
-    file(q, id, container, ttl, at)
-    return container
+  if #ours > 0 then call('HDEL', q .. 'started', unpack(ours)) end
+  for i, id in ipairs(ids) do
+    local w, job, to, delay, front, counter, count = 9 * i - 8, q .. 'job:' .. id, 'finished'
+    local ended, result, last, ttl = words[w + 2], words[w + 3], words[w + 4], words[w + 5]
+    local rule, ruled, old = words[w + 6], nil, nil
+    if holders[i] ~= words[w + 1] then
+      local was = call('HGET', job, 'ended') or ''  -- ours, if this is the call sent again
+      to = string.sub(was, 1, #ended) == ended and (place(q, id) or 'gone') or 'lost'
+    else
+      if rule ~= '' then
+        ruled, delay, front, counter, count =
+          pcall(next_delay, job, rule, words[w + 7], words[w + 8])
+      end
+      if ruled and delay then
+        if counter then call('HSET', job, counter, count) end
+        if rule == 'repeat' then call('HDEL', job, 'retries', 'crashes') end
+        if front then call('HSET', job, 'at_front', 1) end
+        record(job, ended .. (last ~= '' and ' retried' or ''), result, 'ttl', 0)
+        to = delay <= 0 and 'queued' or 'scheduled ' .. stamp(at + delay)
+        if delay <= 0 then ready(q, id, front, at) else later(q, id, at + delay) end
+      else  -- no rule, one that makes no sense, or it is used up
+        local option = 'result_ttl'
+        if last ~= '' then to, option = 'failed', 'failure_ttl' end
+        old, ttl = record(job, ended .. last, result, option, ttl)
+        if ttl == 0 then call('DEL', job, job .. ':results')
+        else
+          local list = filed[to]
+          keep(job, ttl, not old)
+          stamps[ttl] = stamps[ttl] or (ttl < 0 and '+inf' or stamp(at + ttl))
+          list[#list + 1] = stamps[ttl]
+          list[#list + 1] = id
+        end
+      end
+    end
+    places[i] = to
   end
-  if counter then call('HSET', job, counter, count) end
-  if rule == 'repeat' then call('HDEL', job, 'retries', 'crashes') end
-  if front then call('HSET', job, 'at_front', 1) end
-  record(job, ended .. (last ~= '' and ' retried' or ''), result)
-  if delay <= 0 then
-    ready(q, id, front, at)
-    return 'queued'
+  for name, list in pairs(filed) do
+    if #list > 0 then call('ZADD', q .. name, unpack(list)) end
   end
-  later(q, id, at + delay)
-  return 'scheduled ' .. stamp(at + delay)
+  return places
 end
 """
 
@@ -809,22 +847,36 @@ return stamp(at)
 CLAIM = Script("""
 -- claim: queued -> started, for the claim `number` of `worker`, up to n jobs from the queues in
 -- order; before that scheduled -> queued.  Returns the time, the time of the next scheduled job (or
--- now, if there may be more to claim, or ''), and {queue, id, execution, hash} for each job.  A
+-- now, if there may be more to claim, or ''), the execution, and {queue, id, hash} for each job.  A
 -- number seen before returns what it holds, an older one nothing.
 local worker, number, lease, n = ARGV[1], tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4])
 local at, next_due, claimed = now(), nil, {}
 local name = worker .. '.' .. number
-local function hold(i, q, id, execution)
-  local job = q .. 'job:' .. id
-  local hash = redis.pcall('HGETALL', job)
-  if hash.err or #hash == 0 then return end  -- it expired in the queue, or is no job
-  for k = 1, #hash, 2 do
-    if hash[k] == 'ttl' then keep(job, -1) end
-    -- An id used again may stand here for an earlier life, which expired.
-    if hash[k] == 'nonce' and place(q, id) ~= 'queued' then return end
+local execution, full = name .. ' ' .. stamp(at), false
+-- Hold `ids`, popped from a queue, as far as they are jobs.  One that has crashed, or runs at most
+-- once, is claimed alone, since a crash is blamed on all that a worker holds.
+local function hold(i, q, ids)
+  local entries = {}
+  for k, id in ipairs(ids) do
+    local job, alone, valid = q .. 'job:' .. id, false, true
+    local hash = redis.pcall('HGETALL', job)
+    if hash.err or #hash == 0 then valid, hash = false, {} end  -- it expired, or is no job
+    for f = 1, #hash, 2 do
+      if hash[f] == 'ttl' then keep(job, -1, true)
+      elseif hash[f] == 'crashes' or hash[f] == 'max_crashes' then alone = true
+      -- An id used again may stand here for an earlier life, which expired.
+      elseif hash[f] == 'nonce' and place(q, id) ~= 'queued' then valid = false end
+    end
+    full = full or valid and alone
+    local rest = full and (#claimed > 0 and k or k + 1) or math.huge
+    if valid and rest ~= k then
+      entries[#entries + 1], entries[#entries + 2] = id, execution
+      claimed[#claimed + 1] = {i, id, hash}
+    end
+    for back = #ids, rest, -1 do call('LPUSH', q .. 'queued', ids[back]) end
+    if full then break end
   end
-  call('HSET', q .. 'started', id, execution)
-  claimed[#claimed + 1] = {i, id, execution, hash}
+  if #entries > 0 then call('HSET', q .. 'started', unpack(entries)) end
 end
 local dues, tried = {}, {}
 for i, q in ipairs(KEYS) do
@@ -833,18 +885,19 @@ for i, q in ipairs(KEYS) do
   local last = tonumber(string.match(call('HGET', q .. 'workers', worker) or '0', '%d+$'))
   local started = number == last and call('HGETALL', q .. 'started') or {}
   for k = 1, #started, 2 do
-    local id, execution = started[k], started[k + 1]
-    if string.match(execution, '^%S+') == name then
-      claimed[#claimed + 1] = {i, id, execution, call('HGETALL', q .. 'job:' .. id)}
+    local id = started[k]
+    if string.match(started[k + 1], '^%S+') == name then
+      execution = started[k + 1]
+      claimed[#claimed + 1] = {i, id, call('HGETALL', q .. 'job:' .. id)}
     end
   end
   if number > last then
     call('HSET', q .. 'workers', worker, stamp(at) .. ' ' .. lease .. ' ' .. number)
     for _ = 1, 100 do
-      local ids = #claimed < n and call('LPOP', q .. 'queued', n - #claimed)
+      local ids = #claimed < n and not full and call('LPOP', q .. 'queued', n - #claimed)
       if not ids then break end
       tried[i] = true
-      for _, id in ipairs(ids) do hold(i, q, id, name .. ' ' .. stamp(at)) end
+      hold(i, q, ids)
     end
   end
 end
@@ -853,18 +906,15 @@ for i, q in ipairs(KEYS) do  -- what we leave behind is for others to see
   if tried[i] and #claimed == 0 and call('LLEN', q .. 'queued') > 0 then next_due = at end
   if (#claimed > 0 or tried[i]) and (soon or call('LLEN', q .. 'queued') > 0) then wake(q) end
 end
-return {stamp(at), next_due and stamp(next_due) or '', claimed}
+return {stamp(at), next_due and stamp(next_due) or '', execution, claimed}
 """)
 
 SETTLE = Script("""
--- settle: started -> where the outcome takes it, for jobs of 9 words each, those that the function
+-- settle: started -> where the outcome takes it, for runs of 9 words each, those that the function
 -- above takes.  Returns a list of what became of them.
-local q, at, replies = KEYS[1], now(), {}
-for i = 1, #ARGV, 9 do
-  replies[#replies + 1] = settle(q, at, unpack(ARGV, i, i + 8))
-end
-sweep(q, at, #replies + 1)
-return replies
+local q, at = KEYS[1], now()
+sweep(q, at, #ARGV / 9 + 1)
+return settle(q, at, ARGV)
 """)
 
 BEAT = Script("""
@@ -893,19 +943,21 @@ for _, q in ipairs(KEYS) do
   end
   local last = string.match(call('HGET', q .. 'workers', worker) or '0', '%d+$')
   call('HSET', q .. 'workers', worker, stamp(at) .. ' ' .. lease .. ' ' .. last)
-  local started = call('HGETALL', q .. 'started')
+  local started, crashed = call('HGETALL', q .. 'started'), {}
   for i = 1, #started, 2 do
     local id, execution = started[i], started[i + 1]
     local name, claim, since = string.match(execution, '^(.*)%.(%d+) (%S+)$')
     if over[name] then
       local ended = string.format('%s %.6f', execution, at - since)
       local reason = 'worker ' .. name .. ' died while it ran this job'
-      settle(q, at, id, execution, ended, reason, ' failed', failure_ttl, 'crash', policy, 0)
+      local words = {id, execution, ended, reason, ' failed', failure_ttl, 'crash', policy, 0}
+      for _, word in ipairs(words) do crashed[#crashed + 1] = word end
     elseif name == worker and claim ~= holds and since + lease < at then
       call('HDEL', q .. 'started', id)
       call('LPUSH', q .. 'queued', id)
     end
   end
+  if #crashed > 0 then settle(q, at, crashed) end
   sweep(q, at, 10000)
   local due = promote(q, at)
   if due and due < (next_due or math.huge) then next_due = due end
@@ -915,17 +967,20 @@ return {dead, stamp(at), next_due and stamp(next_due) or '', fit}
 """)
 
 RELEASE = Script("""
--- release: started -> queued, at the front, whatever `worker` holds; nothing is counted.  `number`
--- is the last claim that a dead child of it can have sent: one that arrives late takes nothing; ''
--- signs the worker off.  Returns how many jobs there were.
+-- release: started -> queued, at the front, what `worker` holds, or of it only the jobs named after
+-- `number`; nothing is counted.  `number` is the last claim that a dead child of it can have sent:
+-- one that arrives late takes nothing; '' signs the worker off.  Returns how many jobs there were.
 local worker, lease, number = unpack(ARGV)
-local count = 0
+local count, named = 0, {}
+for i = #ARGV, 4, -1 do named[#named + 1] = ARGV[i] end
 for _, q in ipairs(KEYS) do
-  local started = call('HGETALL', q .. 'started')
-  for i = 1, #started, 2 do
-    if string.match(started[i + 1], '^(.*)%.%d+ ') == worker then
-      call('HDEL', q .. 'started', started[i])
-      call('LPUSH', q .. 'queued', started[i])
+  local ids = #named > 0 and named or call('HKEYS', q .. 'started')
+  local holders = #ids > 0 and call('HMGET', q .. 'started', unpack(ids)) or {}
+  for i, id in ipairs(ids) do
+    local name, claim = string.match(holders[i] or '', '^(.*)%.(%d+) ')
+    if name == worker and (number == '' or tonumber(claim) <= tonumber(number)) then
+      call('HDEL', q .. 'started', id)
+      call('LPUSH', q .. 'queued', id)
       count = count + 1
     end
   end
@@ -954,7 +1009,7 @@ if to ~= 'gone' then call('HSET', job, 'moved', nonce .. ' ' .. was) end
 if to == 'queued' then
   call('HDEL', job, 'retries', 'repeats', 'crashes')
   ready(q, id, front == '1', at)
-elseif to == 'canceled' then file(q, id, to, failure_ttl, at)
+elseif to == 'canceled' then file(q, id, to, ttl_of(job, 'failure_ttl', failure_ttl), at)
 else call('DEL', job, job .. ':results') end
 redis.pcall('PUBLISH', job, to)
 return was
@@ -1011,8 +1066,10 @@ class Job:
         self._nonce = nonce
         self._status = JobStatus.CREATED
         self._execution: Execution | None = None
-        self._strike: Any = None  # raises an exception in the job while it runs here
+        self._leash: _Leash | None = None  # while it runs here
+        self._began: float | None = None  # when its run here began, by the server's clock
         self._meta: dict[str, Any] | None = None
+        self._decoded: tuple[Any, ...] | None = None  # the call, once it was asked for
 
     @classmethod
     def fetch(cls, id: str, connection: Redis | None = None, serializer: Any = None) -> Job:
@@ -1044,24 +1101,25 @@ class Job:
 
     def _take_in(self, status: bytes, token: bytes, heartbeat: bytes, pairs: list[bytes]) -> None:
         self._fields, self._meta, self._nonce = _pairs(pairs), None, None
-        self.__dict__.pop("_call", None)
+        self._decoded = None
         stopped = status == b"failed" and self._text("ended").endswith(" stopped")
         self._status = JobStatus.STOPPED if stopped else JobStatus(status.decode())
         beat = _utc(float(heartbeat)) if heartbeat else None
         self._execution = Execution(self, token.decode(), beat) if token else None
 
-    @functools.cached_property
+    @property
     def _call(self) -> tuple[Any, ...]:
         """The function's (args, kwargs, instance or None)."""
-        call: Any = ((), {})
-        what = f"the call of job {self.id}"
-        if "args" in self._fields:
-            call = _loads(self.serializer, self._fields["args"], what)
-        elif not self._text("func").endswith("()"):
-            raise DeserializationError(f"job {self.id} has lost its field 'args'")
-        if not isinstance(call, list | tuple) or len(call) not in (2, 3):
-            raise DeserializationError(f"{what} is no (args, kwargs)")
-        return (*call, None)
+        if self._decoded is None:
+            call: Any = ((), {})
+            if "args" in self._fields:
+                call = _loads(self.serializer, self._fields["args"], f"the call of job {self.id}")
+            elif not self._fields.get("func", b"").endswith(b"()"):
+                raise DeserializationError(f"job {self.id} has lost its field 'args'")
+            if not isinstance(call, list | tuple) or len(call) not in (2, 3):
+                raise DeserializationError(f"the call of job {self.id} is no (args, kwargs)")
+            self._decoded = (*call, None)
+        return self._decoded
 
     args = property(lambda self: tuple(self._call[0]))
     kwargs = property(lambda self: dict(self._call[1]))
@@ -1073,22 +1131,24 @@ class Job:
         if "func" not in self._fields:
             raise DeserializationError(f"job {self.id} has lost its field 'func'")
         name = self._text("func").removesuffix("()")
-        if not re.fullmatch(r"[^\s.]*(\.[^\s.]+)+", name):
+        if "." not in name:
             raise self._garbled("func")
         return name
 
     @property
     def func(self) -> Any:
         """The function itself, imported if need be."""
-        owner, _, name = self.func_name.rpartition(".")
-        found = _find(self.func_name) if owner else getattr(self.instance, name)
+        full_name = self.func_name
+        owner, _, name = full_name.rpartition(".")
+        found = _find(full_name) if owner else getattr(self.instance, name)
         if not callable(found):
-            raise TypeError(f"{self.func_name} is no function, but {found!r}")
+            raise TypeError(f"{full_name} is no function, but {found!r}")
         return found
 
     def perform(self) -> Any:
         """Call the function here and now, and return what it returns."""
-        value = self.func(*self.args, **self.kwargs)
+        args, kwargs, _ = self._call[:3]
+        value = self.func(*args, **kwargs)
         return _run_coroutine(value) if inspect.iscoroutine(value) else value
 
     def get_call_string(self) -> str:
@@ -1130,17 +1190,19 @@ class Job:
         return self._fields.get(name, b"").decode(errors="replace")
 
     def _number(self, name: str) -> float | None:
-        if not (text := self._text(name)):
+        if not self._fields.get(name):
             return None
+        text = self._text(name)
         if not re.fullmatch(r"-?\d{1,10}(\.\d+)?(e-\d+)?", text):
             raise self._garbled(name)
         return float(text)
 
     def _rule(self, name: str) -> Any:
         """Return the job's Retry or Repeat; None if it has none."""
+        if name not in self._fields:
+            return None
         try:
-            kind = {"retry": Retry, "repeat": Repeat}[name]
-            return kind(**json.loads(self._fields[name])) if name in self._fields else None
+            return {"retry": Retry, "repeat": Repeat}[name](**json.loads(self._fields[name]))
         except (ValueError, TypeError):
             raise self._garbled(name) from None
 
@@ -1256,7 +1318,7 @@ class Job:
         return f"<Job {self.id} {self._text('func')} in {self.origin!r}>"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Execution:
     """One run of a job, in progress."""
 
@@ -1681,8 +1743,12 @@ def perform(execution: Execution, handlers: Iterable[Callable[..., Any]] = ()) -
         if log.isEnabledFor(logging.INFO):
             log.info("%s: %s (%s)", job.origin, " ".join(job.description.split()), job.id)
         job._rule("retry"), job._rule("repeat")  # garbled ones must show before the job runs
-        with _deadline(job):
+        leash = job._leash = _leash()
+        leash.begin(job.timeout)
+        try:
             value = job.perform()
+        finally:
+            leash.end()
         seconds = time.perf_counter() - began
         if isinstance(value, Retry):
             return Outcome(ResultType.RETRIED, b"", seconds, "retry", value.to_json())
@@ -1700,6 +1766,8 @@ def perform(execution: Execution, handlers: Iterable[Callable[..., Any]] = ()) -
         return Outcome(ResultType.STOPPED, _STOPPED, time.perf_counter() - began)
     except BaseException as error:  # SystemExit too: a job must not end its worker
         seconds = time.perf_counter() - began
+        if isinstance(error, JobTimeoutException):
+            error.args = (f"the job ran longer than its timeout of {job.timeout:g} s",)
         text = "".join(traceback.format_exception(error))[-MAX_TRACEBACK:]
         rule = "" if isinstance(error, DeserializationError) else "retry"
         _tell(handlers, job, error)
@@ -1723,63 +1791,102 @@ _STOPPED = b"stopped by a command"
 _CRASHES = Retry(MAX_CRASHES, 0, enqueue_at_front=True).to_json()
 
 
+def _too_large(outcome: Outcome) -> Outcome:
+    """Return what to settle in place of an outcome that the connection does not carry."""
+    if len(outcome.payload) <= LARGE:
+        return outcome
+    text = f"its result of {len(outcome.payload)} bytes is too large for the connection"
+    return Outcome(ResultType.FAILED, text.encode(), outcome.seconds)
+
+
 def _given_up(seconds: float) -> Outcome:
     """Return the outcome of a run that ends because its worker is to end at once."""
     return Outcome(ResultType.FAILED, b"its worker was shut down", seconds, "interrupt", _CRASHES)
 
 
-@contextlib.contextmanager
-def _deadline(job: Job) -> Iterator[None]:
-    """Raise JobTimeoutException in the block when it takes longer than the job's timeout.  In the
-    main thread it comes from SIGALRM.  In others it is an asynchronous exception, which takes
-    effect between two bytecodes.  Meanwhile job._strike(exception) raises another one in it, from
-    any thread."""
-    seconds, thread = job.timeout, threading.get_ident()
-    main = threading.current_thread() is threading.main_thread()
-    lock, over = threading.Lock(), False
-    reason: type[BaseException] = JobTimeoutException
-    interrupt = ctypes.pythonapi.PyThreadState_SetAsyncExc
+class _Leash:
+    """Ends the job that runs in a thread, by an exception: at its deadline, or on strike().
 
-    def strike(why: type[BaseException] = JobTimeoutException) -> None:
-        nonlocal reason
-        with lock:
-            if main and not over:
-                reason = why
-                signal.pthread_kill(thread, signal.SIGALRM)
-            elif not over:
-                interrupt(ctypes.c_ulong(thread), ctypes.py_object(why))
+    In the main thread the exception comes from SIGALRM, whose timer is only set where no earlier
+    alarm is set, so that most jobs cost no system call.  In others it is an asynchronous exception,
+    which takes effect between two bytecodes."""
 
-    def on_alarm(*details: Any) -> None:
-        raise reason
+    def __init__(self) -> None:
+        self.ident = threading.get_ident()
+        self.main = threading.current_thread() is threading.main_thread()
+        self.lock = threading.Lock()
+        self.deadline = 0.0  # of the job that runs; 0: there is none
+        self.reason: type[BaseException] | None = None  # why it is to end before
+        self.alarm_at, self.handler = math.inf, self.on_alarm
+        self.timer: threading.Timer | None = None
 
-    job._strike = strike
-    timer = threading.Timer(seconds, strike) if seconds > 0 and not main else None
-    if main:
-        before = signal.signal(signal.SIGALRM, on_alarm)
+    def begin(self, seconds: float) -> None:
+        """Let the job that begins have so many seconds; -1: all the time."""
+        now, self.reason = time.monotonic(), None
+        self.deadline = now + seconds if seconds > 0 else math.inf
+        if not self.main:
+            if seconds > 0:
+                self.timer = threading.Timer(seconds, self.strike, [JobTimeoutException])
+                self.timer.daemon = True
+                self.timer.start()
+            return
+        if self.deadline < self.alarm_at:
+            self.set_alarm(seconds)
+
+    def hold(self) -> None:
+        """Take the alarm back, should a job have taken it."""
+        if self.main:
+            if signal.getsignal(signal.SIGALRM) is not self.handler:
+                signal.signal(signal.SIGALRM, self.handler)
+            if not signal.getitimer(signal.ITIMER_REAL)[0]:
+                self.alarm_at = math.inf
+
+    def set_alarm(self, seconds: float) -> None:
+        self.alarm_at = time.monotonic() + seconds if seconds > 0 else math.inf
         signal.setitimer(signal.ITIMER_REAL, max(0.0, seconds))
-    elif timer:
-        timer.daemon = True
-        timer.start()
-    try:
-        yield
-    except JobTimeoutException as error:
-        error.args = (f"the job ran longer than its timeout of {seconds:g} s",)
-        raise
-    finally:
-        if main:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            with lock:
-                over = True
-            signal.signal(signal.SIGALRM, before)
-        else:
-            with lock:
-                over = True
-                interrupt(ctypes.c_ulong(thread), None)  # a pending one must not hit later code
-            if timer:
-                timer.cancel()
+
+    def on_alarm(self, *details: Any) -> None:
+        now, self.alarm_at = time.monotonic(), math.inf
+        if self.deadline and self.reason:
+            raise self.reason
+        if self.deadline and now >= self.deadline:
+            raise JobTimeoutException
+        if self.deadline:  # the alarm was that of an earlier job
+            self.set_alarm(self.deadline - now if self.deadline < math.inf else -1)
+
+    def strike(self, reason: type[BaseException]) -> None:
+        """End the job that runs; for another thread."""
+        with self.lock:
+            if self.deadline and self.main:
+                self.reason = reason
+                signal.pthread_kill(self.ident, signal.SIGALRM)
+            elif self.deadline:
+                self.interrupt(ctypes.py_object(reason))
+
+    def interrupt(self, reason: Any) -> None:
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.ident), reason)
+
+    def end(self) -> None:
+        """The job has ended: from here on nothing strikes."""
+        if self.main:
+            self.deadline = 0.0
+            return
+        with self.lock:
+            self.deadline = 0.0
+            self.interrupt(None)  # one that is pending must not hit later code
+        if self.timer:
+            self.timer.cancel()
 
 
-_thread = threading.local()  # its `loop`, with the process that it was made in
+def _leash() -> _Leash:
+    """Return the leash of this thread."""
+    if not hasattr(_thread, "leash"):
+        _thread.leash = _Leash()
+    leash: _Leash = _thread.leash
+    return leash
+
+
+_thread = threading.local()  # its `leash`; its `loop`, with the process that it was made in
 
 
 def _run_coroutine(coroutine: Any) -> Any:
@@ -1807,7 +1914,7 @@ def _close_event_loop() -> None:
 
 
 def _settlement(execution: Execution, outcome: Outcome, result_ttl: float) -> Command:
-    """Return the command that records an outcome: exactly one transition."""
+    """Return the words that have `settle` record an outcome: exactly one transition."""
     job, rule, policy = execution.job, outcome.rule, outcome.policy
     if not policy and job._fields and rule not in job._fields:
         rule = ""  # the job has no such rule
@@ -1816,16 +1923,19 @@ def _settlement(execution: Execution, outcome: Outcome, result_ttl: float) -> Co
         last, ttl = "", result_ttl
     elif outcome.type is ResultType.RETRIED:
         last = " max_retries_exceeded"
-    ended = f"{execution.token} {outcome.seconds:.6f}"
-    words = (ended, outcome.payload, last, ttl, rule, policy, random.random())
-    return SETTLE(job.queue.prefix, job.id, execution.token, *words)
+    name, _, claimed_at = execution.token.partition(" ")
+    ended = f"{name} {job._began or float(claimed_at):.6f} {outcome.seconds:.6f}"
+    chance = random.random() if rule else 0
+    return (job.id, execution.token, ended, outcome.payload, last, ttl, rule, policy, chance)
 
 
 # ---- 9. Worker -----------------------------------------------------------------------------------
-# One loop: settle the last outcome and claim the next job in one round trip, run it, again.
-# Without work it blocks on the wake lists of its queues.  The loop runs in this process or in a
-# child.  Beside it, in a thread or in the parent, a keeper beats for it and hears commands: see
-# section 10.  The two share a slate, and a bell ends the other's wait.
+# One loop: settle what is done and claim what is next in one round trip, run it, again.  While jobs
+# are tiny, it claims more of them at once, and settles them together: the round trip is what costs.
+# A job that turns out slow is relieved of the others within 0.1 s.  Without work the loop blocks on
+# the wake lists of its queues.  It runs in this process or in a child.  Beside it, in a thread or in
+# the parent, a keeper beats for it and hears commands: see section 10.  The two share a slate, and a
+# bell ends the other's wait.
 
 
 class _Slate(ctypes.Structure):
@@ -1999,7 +2109,9 @@ class Worker:
         self._prefixes = [queue.prefix for queue in self.queues]
         self._claimed: deque[Execution] = deque()
         self._current: Execution | None = None  # what runs
-        self._last: tuple[Execution, Outcome] | None = None  # what ran, and is not settled yet
+        self._done: list[tuple[Execution, Outcome]] = []  # what ran, and is not settled yet
+        self._lock = threading.RLock()  # over these three, between the loop and its relief
+        self._relief: threading.Thread | None = None
         self._thread: Any = None
         # Of the child: its pid, whether its death is still to be told to the server, and when the
         # next one may start; what its slate said when it was killed, and with which outcome.
@@ -2109,6 +2221,8 @@ class Worker:
         self._max_jobs, self._max_idle_time = max_jobs or math.inf, max_idle_time or math.inf
         self._slate.due = self._most = math.inf
         self._start_at = 0.0
+        self._batch = 1  # how many jobs to claim at once
+        self._claimed_at = self._claim_stamp = 0.0  # by our clock, and by the server's
         self._claimed.clear()
 
     def _about(self, inbox: str) -> str:
@@ -2123,8 +2237,8 @@ class Worker:
 
     def _farewell(self, number: Any) -> list[Command]:
         """Return what settles the last outcome, and gives back whatever else it holds."""
-        settle = [_settlement(*self._last, self.default_result_ttl)] if self._last else []
-        return [*settle, RELEASE(self._prefixes, self.name, self.lease, number)]
+        release = RELEASE(self._prefixes, self.name, self.lease, number)
+        return [*self._settlements(), release]
 
     def _open(self) -> None:
         """Make the connections of a process: nothing is shared over a fork."""
@@ -2144,10 +2258,9 @@ class Worker:
             worn, done = slate.count >= self._most, slate.count >= self._max_jobs
             over = self._burst or worn or done  # as it was before the claim
             slate.due = self._exchange(claim=not (worn or done))
-            slate.kill_at = 0
             if self._claimed and not slate.stopping:
-                self._last = self._run(self._claimed.popleft())
-                slate.count, idle_since = slate.count + 1, time.monotonic()
+                self._run_claimed()
+                idle_since = time.monotonic()
                 continue
             if slate.due <= time.monotonic():
                 continue  # one script does not do it all
@@ -2155,51 +2268,155 @@ class Worker:
             if over:
                 slate.phase = b"n" if worn and not (done or slate.stopping) else b"e"
                 if self._claimed:  # too late to run them
-                    self._insist(RELEASE(self._prefixes, self.name, self.lease, slate.number))
+                    self._insist(self._release())
                 return
             self._wait(min(slate.due, idle_since + self._max_idle_time))
 
     def _exchange(self, claim: bool) -> float:
-        """Settle the last outcome and claim the next job, in one round trip. Return when the next
-        scheduled job is due; infinity if there is none."""
-        slate, last = self._slate, self._last
-        commands = [_settlement(*last, self.default_result_ttl)] if last else []
-        claim = claim and not (slate.stopping or slate.suspended)
-        if claim:
-            slate.number += 1
-            if self._strategy == "random":
-                random.shuffle(self._serving)
-            prefixes = [queue.prefix for queue in self._serving]
-            commands.append(CLAIM(prefixes, self.name, slate.number, self.lease, 1))
-        replies = self._insist(*commands) if commands else []
-        if last and not replies:
-            text = f"its result of {len(last[1].payload)} bytes is too large for the connection"
-            self._last = last[0], Outcome(ResultType.FAILED, text.encode(), last[1].seconds)
-            return self._exchange(claim)
-        if last:
-            self._last = None
-            self._report(*last, replies[0][0].decode())
-        if not claim:
-            return math.inf
-        at, due, claimed = replies[-1]
-        for index, id, token, pairs in claimed:
-            job = Job(id.decode(), self._serving[index - 1], _pairs(pairs))
-            job._status = JobStatus.STARTED
-            job._execution = Execution(job, token.decode(), _utc(float(at)))
-            self._claimed.append(job._execution)
-            if self._strategy == "round_robin":
+        """Settle what is done and, if nothing is claimed, claim the next jobs, in one round trip.
+        Return when the next scheduled job is due; infinity if there is none."""
+        slate = self._slate
+        with self._lock:
+            commands = self._settlements()
+            claim = claim and not (slate.stopping or slate.suspended or self._claimed)
+            if claim:
+                slate.number += 1
+                if self._strategy == "random":
+                    random.shuffle(self._serving)
+                prefixes = [queue.prefix for queue in self._serving]
+                most = min(self._max_jobs, self._most) - slate.count
+                most = min(most, self._batch if self._strategy == "default" else 1)
+                commands.append(CLAIM(prefixes, self.name, slate.number, self.lease, int(most)))
+            replies = self._insist(*commands) if commands else []
+            if commands and not replies:
+                self._done = [(each, _too_large(outcome)) for each, outcome in self._done]
+                return 0.0
+            self._settled(replies)
+            if not claim:
+                return math.inf
+            at, due, token, claimed = replies[-1]
+            token, beat = token.decode(), _utc(float(at))
+            self._claim_stamp = float(token.partition(" ")[2])
+            for index, id, pairs in claimed:
+                job = Job(id.decode(), self._serving[index - 1], _pairs(pairs))
+                job._status = JobStatus.STARTED
+                job._execution = Execution(job, token, beat)
+                self._claimed.append(job._execution)
+            if self._strategy == "round_robin" and claimed:
                 self._serving = self._serving[index:] + self._serving[:index]
-        return time.monotonic() + float(due) - float(at) if due else math.inf
+            self._claimed_at = time.monotonic()
+            if len(claimed) > 1 and self._relief is None:
+                self._relief = threading.Thread(target=self._relieve, daemon=True)
+                self._relief.start()
+        return self._claimed_at + float(due) - float(at) if due else math.inf
+
+    def _settlements(self) -> list[Command]:
+        """Return the commands that settle what is done, one for each queue."""
+        words: dict[str, list[Any]] = {}
+        for execution, outcome in self._done:
+            settlement = _settlement(execution, outcome, self.default_result_ttl)
+            words.setdefault(execution.job.queue.prefix, []).extend(settlement)
+        return [SETTLE(prefix, *each) for prefix, each in words.items()]
+
+    def _settled(self, replies: list[Any]) -> None:
+        """Report what became of it, by the replies to these commands."""
+        runs: dict[str, list[tuple[Execution, Outcome]]] = {}
+        for run in self._done:
+            runs.setdefault(run[0].job.queue.prefix, []).append(run)
+        self._done = []
+        for of_a_queue, places in zip(runs.values(), replies, strict=False):
+            for run, place in zip(of_a_queue, places, strict=True):
+                self._report(*run, place.decode())
+        self._slate.kill_at = 0
+
+    def _release(self) -> Command:
+        """Return the command that gives back what is claimed and has not begun."""
+        ids = [execution.job.id for execution in self._claimed]
+        self._claimed.clear()
+        return RELEASE(self._prefixes, self.name, self.lease, self._slate.number, *ids)
+
+    def _run_claimed(self) -> None:
+        """Run what is claimed, until it is time to settle; choose the size of the next batch."""
+        slate, size, longest = self._slate, len(self._claimed), 0.0
+        _leash().hold()
+        while self._claimed and not slate.stopping and slate.count < self._most:
+            with self._lock:
+                if not self._claimed:  # given back meanwhile
+                    break
+                execution = self._claimed.popleft()
+                self._begin(execution)
+            outcome = self._run(execution)
+            with self._lock:
+                self._done.append((execution, outcome))
+                self._current, slate.kill_at = None, math.inf  # until it is settled
+            slate.count += 1
+            longest = max(longest, outcome.seconds)
+            if time.monotonic() - self._claimed_at > FLUSH:
+                break
+        took = time.monotonic() - self._claimed_at
+        if longest > FLUSH or took > 2 * FLUSH:
+            self._batch = 1 if longest > FLUSH else max(1, size // 2)
+        elif size == self._batch and took < FLUSH / 2:
+            self._batch = min(2 * size, MAX_BATCH)
+        if self._claimed and len(self.queues) > 1:  # a job of a higher queue may be waiting
+            self._insist(self._release())
+
+    def _begin(self, execution: Execution) -> None:
+        """Show on the slate what runs from now on."""
+        slate, job = self._slate, execution.job
+        try:
+            limit = job.timeout
+        except DeserializationError:  # perform() will say so
+            limit = DEFAULT_TIMEOUT
+        index = self._prefixes.index(job.queue.prefix)
+        slate.text = f"{index} {job.id} {execution.token}".encode()
+        slate.began = time.monotonic()
+        job._began = self._claim_stamp + slate.began - self._claimed_at
+        slate.kill_at = slate.began + limit + KILL_GRACE if limit > 0 else math.inf
+        self._current = execution
+        if self.fork:
+            _title(f"microq {self.name}: {job.origin} {job.id}")
+
+    def _run(self, execution: Execution) -> Outcome:
+        """Perform a job, and mend what it has done to this process."""
+        pid = os.getpid()
+        outcome = perform(execution, self._handlers)
+        if os.getpid() != pid:
+            os._exit(0)  # the job has forked, and the child came out of it, too
+        if self.fork and _restore_files():
+            self._most = 0  # rather a new process
+        return outcome
+
+    def _relieve(self) -> None:
+        """While there are batches: when a job turns out slow, settle what was done before it, and
+        give back what was claimed behind it."""
+        while True:
+            time.sleep(RELIEF)
+            with self._lock:
+                if time.monotonic() - self._claimed_at > 20 * RELIEF and not self._claimed:
+                    self._relief = None
+                    return
+                slow = self._current and time.monotonic() - self._slate.began > RELIEF
+                if not slow or not (self._claimed or self._done):
+                    continue
+                behind = [self._release()] if self._claimed else []
+                kill_at = self._slate.kill_at
+                try:
+                    self._settled(_send(self._server, *self._settlements(), *behind))
+                except (exceptions.RedisError, OSError) as error:
+                    log.warning("worker %s: %s", self.name, error)
+                self._slate.kill_at = kill_at
 
     def _insist(self, *commands: Command) -> list[Any]:
         """Run commands, as often as it takes until the server is there to do it.  Return nothing
         if it is there, but something large to be settled has ended the connection five times."""
         backoff, began, refused = _Backoff(self._patience), time.monotonic(), 0
+        large = max((len(outcome.payload) for _, outcome in self._done), default=0) > LARGE
         while True:
             try:
                 return _send(self._server, *commands)
             except ServerUnavailable as error:
-                if self._last and len(self._last[1].payload) > 1 << 16:
+                if large:
                     with contextlib.suppress(ServerUnavailable):
                         refused += _send(self._server, ("PING",)) != []
                     if refused >= 5 and isinstance(error.__cause__, exceptions.ConnectionError):
@@ -2208,26 +2425,6 @@ class Worker:
                 if leaving and time.monotonic() - began > self.lease:
                     raise
                 time.sleep(backoff.after(error, f"worker {self.name}"))
-
-    def _run(self, execution: Execution) -> tuple[Execution, Outcome]:
-        """Perform a job, while the slate says so."""
-        slate, job, limit = self._slate, execution.job, DEFAULT_TIMEOUT
-        with contextlib.suppress(DeserializationError):  # perform() will say so
-            limit = job.timeout
-        slate.text = f"{self.queues.index(job.queue)} {job.id} {execution.token}".encode()
-        slate.began = time.monotonic()
-        slate.kill_at = slate.began + limit + KILL_GRACE if limit > 0 else math.inf
-        self._current = execution
-        if self.fork:
-            _title(f"microq {self.name}: {job.origin} {job.id}")
-        pid = os.getpid()
-        outcome = perform(execution, self._handlers)
-        if os.getpid() != pid:
-            os._exit(0)  # the job has forked, and the child came out of it, too
-        self._current, slate.kill_at = None, math.inf  # to be settled, however long that takes
-        if self.fork and _restore_files():
-            self._most = 0  # rather a new process
-        return execution, outcome
 
     def _wait(self, until: float) -> None:
         """Block until there may be work: a token, the bell, or `until`."""
@@ -2255,6 +2452,8 @@ class Worker:
         self._slate.seconds += outcome.seconds
         self._slate.good += well
         self._slate.bad += outcome.type is ResultType.FAILED
+        if well and place != "lost" and not log.isEnabledFor(logging.INFO):
+            return None
         if place == "lost":
             text = "%s: job %s is no longer ours (it was taken away); its result is dropped"
             return log.warning(text, job.origin, job.id)
@@ -2313,7 +2512,7 @@ class _Backoff:
         return pause
 
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD, signal.SIGALRM)
 
 
 @contextlib.contextmanager
@@ -2324,6 +2523,7 @@ def _signals_restored() -> Iterator[None]:
             for number in _SIGNALS:
                 after.callback(signal.signal, number, signal.getsignal(number))
             after.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(-1))
+            after.callback(signal.setitimer, signal.ITIMER_REAL, 0)
         yield
 
 
@@ -2498,10 +2698,10 @@ class _Keeper:
             for kill in (os.killpg, os.kill):  # its own children, too
                 with contextlib.suppress(OSError):
                     kill(worker._pid, signal.SIGKILL)
-        elif verdict.type is ResultType.STOPPED and (current := worker._current):
-            strike = current.job._strike if current.token.encode() in text else None
-            if strike:
-                strike(StopRequested)
+        elif (current := worker._current) and verdict.type is ResultType.STOPPED:
+            leash = current.job._leash if current.job.id.encode() in text.split() else None
+            if leash:
+                leash.strike(StopRequested)
 
     def supervise(self, worker: Worker) -> float:
         """Reap, kill or start the child of a worker; return when to look again."""
@@ -2582,11 +2782,11 @@ class _Keeper:
         text += f"its peak memory was {memory:.0f} MB"
         outcome = Outcome(ResultType.FAILED, text.encode(), seconds, "crash", _CRASHES)
         if verdict and verdict[0] == slate.text:
-            outcome = replace(verdict[1], seconds=seconds)
+            outcome = verdict[1]._replace(seconds=seconds)
         elif verdict or slate.phase == b"g":  # another job was meant; or see start()
             outcome = _given_up(seconds)
         slate.kill_at = 0
-        worker._last = Execution(job, token), outcome
+        worker._done = [(Execution(job, token), outcome)]
         if worker._killed_handler and outcome.rule == "crash":
             try:
                 worker._killed_handler(job.queue.fetch_job(id), pid, status, usage)
@@ -2595,10 +2795,8 @@ class _Keeper:
 
     def mourn(self, worker: Worker) -> None:
         """Tell the server of a child that died."""
-        reply, *_ = _send(self.server, *worker._farewell(worker._slate.number))
-        if worker._last:
-            worker._report(*worker._last, reply[0].decode())
-        worker._last, worker._died = None, False
+        worker._settled(_send(self.server, *worker._farewell(worker._slate.number)))
+        worker._died = False
 
     def stop(self) -> None:
         """Have the workers finish their current jobs, and end."""
@@ -2623,7 +2821,7 @@ class _Keeper:
     def attend(self, bell: _Bell) -> None:
         """Let signals come here and ring the bell, even if a job took them; if they come at all."""
         if threading.current_thread() is threading.main_thread():
-            for number in _SIGNALS if self.forks else _SIGNALS[:2]:
+            for number in _SIGNALS[: 3 if self.forks else 2]:
                 signal.signal(number, self.on_signal)
             signal.set_wakeup_fd(bell.rope.fileno(), warn_on_full_buffer=False)
 
@@ -2637,7 +2835,7 @@ class _Keeper:
                     os.kill(worker._pid, signal.SIGKILL)
                     os.waitpid(worker._pid, 0)
             if worker._current:
-                worker._last = worker._current, _given_up(0)
+                worker._done.append((worker._current, _given_up(0)))
             commands += [("DEL", worker.key), *worker._farewell("")]
         try:
             _send(self.server, *commands)

@@ -310,8 +310,8 @@ def work(queue, **options):
 def claim(queue, worker="w", number=1, lease=15, n=1):
     """Claim by hand; return [(id, execution)]."""
     command = microq.CLAIM(queue.prefix, worker, number, lease, n)
-    _, _, claimed = microq._ask(queue.connection, *command)
-    return [(id.decode(), execution.decode()) for _, id, execution, _ in claimed]
+    _, _, execution, claimed = microq._ask(queue.connection, *command)
+    return [(id.decode(), execution.decode()) for _, id, _ in claimed]
 
 
 def settle(queue, id, execution, *, rule="", policy="", last="", chance=0, twice=False):
@@ -662,7 +662,7 @@ def test_a_claim_leaves_a_token_for_what_it_leaves_behind(redis):
     first.enqueue(add)
     redis.delete(first.prefix + "wake", second.prefix + "wake")  # one worker has taken both
     command = microq.CLAIM([first.prefix, second.prefix], "w", 1, 15, 1)
-    assert len(microq._ask(redis, *command)[2]) == 1
+    assert len(microq._ask(redis, *command)[3]) == 1
     assert redis.llen(second.prefix + "wake") == 1
 
 
@@ -1489,6 +1489,52 @@ def test_connections_that_are_cut_do_not_stop_a_worker(redis, queue):
             assert queue.enqueue(add, 1).latest_result(timeout=5).return_value == 1
 
 
+@pytest.mark.parametrize("words", [[], ["--in-process"]], ids=["fork", "in-process"])
+def test_what_waits_behind_a_slow_job_is_given_back(queue, start_worker, words):
+    """And what was done before it is settled: nothing is held back by it."""
+    jobs = [queue.enqueue(add, i) for i in range(300)]  # so that many are claimed at once
+    slow, *behind = queue.enqueue(sleep, 1), *(queue.enqueue(add, i) for i in range(3))
+    worker = start_worker(*words)
+    wait_until(lambda: slow.is_started and queue.job_ids == [job.id for job in behind])
+    wait_until(lambda: jobs[-1].is_finished, 0.3)
+    assert slow.is_started
+    wait_until(lambda: behind[-1].is_finished)
+    assert all(len(job.results()) == 1 for job in [*jobs, slow, *behind])
+    logged(worker)
+
+
+def test_a_suspect_is_claimed_alone_and_the_innocent_are_not_blamed(redis, queue):
+    """A crash of a whole worker is blamed on all that it held, so a suspect must be alone."""
+    jobs = [queue.enqueue(add, i) for i in range(4)]
+    redis.hset(f"{Q}job:{jobs[2].id}", "crashes", 1)
+    once = queue.enqueue(add, max_crashes=0)
+    claims = [[id for id, _ in claim(queue, number=number, n=10)] for number in (1, 2, 3, 4)]
+    ids = [job.id for job in jobs]
+    assert claims == [ids[:2], ids[2:3], ids[3:], [once.id]]
+
+
+def test_a_child_that_dies_gives_back_what_it_had_claimed_behind(queue):
+    jobs = [queue.enqueue(add, i) for i in range(60)]
+    killer = queue.enqueue(kill_self)
+    jobs += [queue.enqueue(add, i) for i in range(60)]
+    Worker(queue).work(burst=True, logging_level=None)
+    assert killer.is_failed and len(killer.results()) == 3
+    assert all(job.is_finished for job in jobs)
+    assert not any(job._fields.get("crashes") for job in jobs)
+
+
+def test_a_claim_by_name_is_released_only_while_it_is_held(redis, queue):
+    jobs = [queue.enqueue(add, i) for i in range(3)]
+    claim(queue, number=1, n=3)
+    words = ("w", 15, 1, jobs[1].id, jobs[2].id)
+    for _ in "12":
+        microq._ask(redis, *microq.RELEASE(queue.prefix, *words))
+    assert queue.job_ids == [jobs[1].id, jobs[2].id] and jobs[0].is_started
+    claim(queue, number=2, n=3)
+    microq._ask(redis, *microq.RELEASE(queue.prefix, *words))  # it comes late
+    assert all(job.is_started for job in jobs)
+
+
 # ---- Properties of cost --------------------------------------------------------------------------
 
 
@@ -1532,6 +1578,17 @@ def cost(redis, call):
     before = reads(redis)
     call()
     return reads(redis) - before - 1
+
+
+def test_tiny_jobs_share_round_trips(server, redis):
+    """Claims grow while jobs are tiny, and outcomes are settled together."""
+    queue = Queue(connection=redis_py.Redis.from_url(server.url))
+    queue.enqueue_many([Queue.prepare_data(add, (i,)) for i in range(1000)])
+    before = reads(redis)
+    work(queue)
+    assert reads(redis) - before < 150
+    assert len(queue.finished_job_registry) == 1000
+    queue.delete()
 
 
 def test_enqueue_is_one_round_trip(server, redis):

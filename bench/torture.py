@@ -14,7 +14,8 @@ end, the checker finds
 
     lost        accepted, but it neither ran to its end nor is visible as failed
     unexplained ran to its end more often than asked, though no execution of it was interrupted (its
-                process or the parent killed or stopped before that process began another job)
+                process or the parent killed or stopped before that process began another job, or
+                within 0.1 s)
     doubled     results recorded more often than asked
 
 and for microq that each job is in one container and no key is left that the layout does not name.
@@ -261,8 +262,9 @@ class Checker:
         self.figures["longest"] = round(max(self.again, default=0), 2)
 
     def harm(self, pid, parent, since):
-        """Tell whether the execution that a process began at `since` was interrupted."""
-        until = min((t for t in self.begun[pid] if t > since), default=float("inf"))
+        """Tell whether the execution that a process began at `since` was interrupted: it, or what
+        follows until its end is recorded, which may take a moment."""
+        until = min((t for t in self.begun[pid] if t > since + 0.1), default=float("inf"))
         times = self.adversary.hits[pid] + self.adversary.hits[parent]
         return any(since - 0.01 <= t <= until for t in times)
 
