@@ -1931,11 +1931,11 @@ def _settlement(execution: Execution, outcome: Outcome, result_ttl: float) -> Co
 
 # ---- 9. Worker -----------------------------------------------------------------------------------
 # One loop: settle what is done and claim what is next in one round trip, run it, again.  While jobs
-# are tiny, it claims more of them at once, and settles them together: the round trip is what costs.
+# are tiny, it claims more at once, and settles them together, since the round trip is what costs.
 # A job that turns out slow is relieved of the others within 0.1 s.  Without work the loop blocks on
-# the wake lists of its queues.  It runs in this process or in a child.  Beside it, in a thread or in
-# the parent, a keeper beats for it and hears commands: see section 10.  The two share a slate, and a
-# bell ends the other's wait.
+# the wake lists of its queues.  It runs in this process or in a child; beside it, in a thread or
+# in the parent, a keeper beats for it and hears commands: see section 10.  The two share a slate,
+# and a bell ends the other's wait.
 
 
 class _Slate(ctypes.Structure):
