@@ -584,7 +584,8 @@ class _Line:
         self.connection, self.silence, self.key = connection, silence, key
         self.wire: Any = None
 
-    def send(self, *commands: Command) -> None:
+    def open(self) -> Any:
+        """Return the connection, made if need be; it connects by itself."""
         if self.wire is None:
             node: Any = self.connection
             if isinstance(node, RedisCluster):
@@ -593,33 +594,13 @@ class _Line:
             limits = {"socket_timeout": self.silence, "socket_connect_timeout": self.silence}
             options = pool.connection_kwargs | limits | {"retry": _ONCE}
             self.wire = pool.connection_class(**options)
-        self.wire.send_packed_command(self.wire.pack_commands(commands), check_health=False)
-
-    def receive(self) -> Any:
-        return self.wire.read_response(disable_decoding=True)
+        return self.wire
 
     def exchange(self, commands: Sequence[Command]) -> list[Any]:
-        """Run the commands in one round trip; the first error among the replies is raised."""
+        """Run the commands in one round trip."""
         if isinstance(self.connection, RedisCluster):  # they may go to several nodes
             return _round_trip(self.connection, commands)
-        replies: list[Any] = []
-        try:
-            self.send(*commands)
-            for _ in commands:
-                try:
-                    replies.append(self.receive())
-                except exceptions.ResponseError as error:
-                    replies.append(error)
-        finally:
-            if len(replies) < len(commands):
-                self.close()
-        for reply in replies:
-            if isinstance(reply, exceptions.NoScriptError):
-                raise reply
-            if isinstance(reply, Exception):  # READONLY: the address may lead elsewhere by now
-                self.close()
-                raise reply
-        return replies
+        return _talk(self.open(), commands)
 
     def close(self) -> None:
         if self.wire is not None:
@@ -627,15 +608,46 @@ class _Line:
         self.wire = None
 
 
+def _talk(wire: Any, commands: Sequence[Command]) -> list[Any]:
+    """Run commands over a connection; the first error among the replies is raised.  The connection
+    is closed where something is left in it, or after -READONLY, as its address may lead elsewhere
+    by now."""
+    replies: list[Any] = []
+    try:
+        wire.send_packed_command(wire.pack_commands(commands), check_health=False)
+        for _ in commands:
+            try:
+                replies.append(wire.read_response(disable_decoding=True))
+            except exceptions.ResponseError as error:
+                replies.append(error)
+        for reply in replies:
+            if isinstance(reply, Exception):
+                raise reply
+        return replies
+    except exceptions.NoScriptError:
+        raise
+    except BaseException:
+        wire.disconnect()
+        raise
+
+
 def _round_trip(connection: Any, commands: Sequence[Command]) -> list[Any]:
     if isinstance(connection, _Line):
         return connection.exchange(commands)
-    if len(commands) == 1:
-        return [connection.execute_command(*commands[0], NEVER_DECODE=True)]
+    if not isinstance(connection, RedisCluster) and connection.connection is None:
+        # What redis-py does around a command costs as much as the round trip; so do without.
+        pool = connection.connection_pool
+        wire = pool.get_connection()
+        try:
+            talk, again = functools.partial(_talk, wire, commands), lambda error: None
+            replies: list[Any] = wire.retry.call_with_retry(talk, again)
+            return replies
+        finally:
+            pool.release(wire)
     with connection.pipeline(transaction=False) as pipe:
         for command in commands:
             pipe.execute_command(*command, NEVER_DECODE=True)
-        replies: list[Any] = pipe.execute()
+        replies = pipe.execute()
         return replies
 
 
@@ -2015,11 +2027,14 @@ class _Ear(_Line):
         try:
             while True:
                 if self._dead_at is None:
-                    self.send(("BLPOP", *self.keys, self.SECONDS))
+                    wire = self.open()
+                    blpop = wire.pack_command("BLPOP", *self.keys, self.SECONDS)
+                    wire.send_packed_command(blpop, check_health=False)
                     self._dead_at = time.monotonic() + self.SECONDS + self.silence
                 now = time.monotonic()
                 if self.wire.can_read(timeout=0):
-                    self._dead_at, found = None, self.receive()
+                    found = self.wire.read_response(disable_decoding=True)
+                    self._dead_at = None
                     if found:
                         return bytes(found[1])
                 elif now >= self._dead_at:
@@ -2161,9 +2176,11 @@ class Worker:
 
     def get_current_job(self) -> Job | None:
         """Return the job that the worker holds; None if there is none."""
-        asked = [("HGETALL", f"{prefix}started") for prefix in self._prefixes]
-        for queue, executions in zip(self.queues, _send(self.connection, *asked), strict=True):
-            for id, token in executions.items():
+        keys = [f"{prefix}started" for prefix in self._prefixes]
+        asked = [(command, key) for key in keys for command in ("HKEYS", "HVALS")]
+        replies = iter(_send(self.connection, *asked))
+        for queue, ids, tokens in zip(self.queues, replies, replies, strict=True):
+            for id, token in zip(ids, tokens, strict=True):
                 if token.decode().rpartition(".")[0].rpartition(".")[0] == self.name:
                     return queue.fetch_job(id.decode())
         return None
