@@ -129,6 +129,7 @@ from typing import Any, NamedTuple
 
 from redis import Redis, RedisCluster, exceptions
 from redis.backoff import NoBackoff
+from redis.connection import SSLConnection
 from redis.retry import Retry as RedisRetry
 
 try:
@@ -2234,6 +2235,9 @@ class Worker:
         for name in ("good", "bad", "seconds"):
             setattr(self._slate, name, getattr(before, name))
         self._keeper, self._burst = keeper, burst
+        self._server = _Line(self.connection, self._patience)
+        wakes = [f"{prefix}wake" for prefix in self._prefixes]
+        self._ear = _Ear(self.connection, self._patience, wakes)
         self._strategy, self._serving = dequeue_strategy, list(self.queues)
         self._max_jobs, self._max_idle_time = max_jobs or math.inf, max_idle_time or math.inf
         self._slate.due = self._most = math.inf
@@ -2258,15 +2262,13 @@ class Worker:
         return [*self._settlements(), release]
 
     def _open(self) -> None:
-        """Make the connections of a process: nothing is shared over a fork."""
-        wakes = [f"{prefix}wake" for prefix in self._prefixes]
-        self._server = _Line(self.connection, self._patience)
-        self._ear = _Ear(self.connection, self._patience, wakes)
-
-    def _close(self) -> None:
-        self._server.close()
-        self._ear.close()
-        _close_event_loop()
+        """Connect, in the process that runs the loop or before it is forked: a child that ends well
+        leaves its connection to the next one, where no state of TLS goes with it."""
+        if not isinstance(self.connection, RedisCluster):
+            with contextlib.suppress(exceptions.RedisError, OSError):  # the loop will try again
+                wire = self._server.open()
+                if not isinstance(wire, SSLConnection):
+                    wire.connect()
 
     def _loop(self) -> None:
         """Run jobs until there is a reason to stop, and leave it in slate.phase."""
@@ -2599,13 +2601,12 @@ class _Keeper:
         thread = threading.Thread(target=self.watch, name=f"keeper {self.name}", daemon=True)
         thread.start()
         try:
-            worker._open()
             worker._loop()
         finally:
             self.over = True
             self.bell.ring()
             thread.join()  # a beat after we signed off would sign us on
-            worker._close()
+            _close_event_loop()
 
     def watch(self) -> None:
         """Keep the workers until all have ended."""
@@ -2746,6 +2747,8 @@ class _Keeper:
         """Fork a child that runs the loop of a worker."""
         slate, parent = worker._slate, os.getpid()
         slate.phase, slate.began = b"r", time.monotonic()
+        worker._open()
+        wire = worker._server.wire
         _flush()
         try:
             worker._pid = os.fork()
@@ -2760,19 +2763,20 @@ class _Keeper:
             self.ear.close()
             for bell in (self.bell, *(each._bell for each in self.workers)):
                 bell.rope.close()  # so that the death of the parent is heard
-            worker._open()
             worker._most = slate.count + worker.jobs_per_fork
             worker._loop()
-            worker._close()
+            worker._ear.close()
+            _close_event_loop()
+            status = _LINE_LOST if worker._server.wire is not wire else 0
         except ServerUnavailable as error:  # told to stop, it did not wait longer
             log.warning("worker %s gives up: %s", worker.name, error.__cause__)
-            slate.phase = b"g"
+            slate.phase, status = b"g", 1
         except BaseException:
             log.exception("worker %s", worker.name)
-            slate.phase = b"r"
+            slate.phase, status = b"r", 1
         finally:
             _flush()
-            os._exit(slate.phase not in (b"e", b"n"))  # whatever threads the jobs have left
+            os._exit(status)  # whatever threads the jobs have left
 
     def reap(self, worker: Worker) -> None:
         """See whether the child has died, and note what is to be done then."""
@@ -2781,9 +2785,12 @@ class _Keeper:
             return
         slate, verdict = worker._slate, worker._verdict
         worker._pid, worker._verdict, worker._start_at = 0, None, 0.0
-        if status == 0 and slate.phase in (b"e", b"n"):
+        code = os.waitstatus_to_exitcode(status)
+        if code != 0 or slate.phase == b"r":
+            worker._server.close()
+        if code in (0, _LINE_LOST) and slate.phase in (b"e", b"n"):
             return  # it has settled everything
-        worker._died, code = True, os.waitstatus_to_exitcode(status)
+        worker._died = True
         cause = f"exited with status {code}"
         if code < 0:
             cause = f"was killed by signal {-code} ({signal.strsignal(-code)})"
@@ -2854,12 +2861,18 @@ class _Keeper:
             if worker._current:
                 worker._done.append((worker._current, _given_up(0)))
             commands += [("DEL", worker.key), *worker._farewell("")]
+            worker._server.close()
+            worker._ear.close()
         try:
             _send(self.server, *commands)
         except exceptions.RedisError as error:
             log.warning("signing off: %s", error)
         self.server.close()
         log.info("worker %s stopped", self.name)
+
+
+_LINE_LOST = 3  # exit status of a child that ended well, but not its connection
+_PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
 def _flush() -> None:
@@ -2883,10 +2896,10 @@ def _be_child(parent: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
     os.setpgid(0, 0)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; elsewhere the bell tells
-        with contextlib.suppress(OSError):
-            Path("/proc/self/oom_score_adj").write_text("500")
+    if _PRCTL:
+        _PRCTL(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; elsewhere the bell tells
+        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+            file.write("500")
     if os.getppid() != parent:
         os._exit(1)
 
