@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import redis
 
-from microq import DuplicateJobError, Job, Queue, Repeat, Retry
+from microq import DuplicateJobError, Job, Queue, Repeat, Retry, Worker
+
+HERE = Path(__file__).resolve().parent
 
 
 def connect(url):
@@ -63,3 +69,59 @@ def faults(connection):
     except AssertionError as error:
         return [str(error)]
     return []
+
+
+# ---- For measure.py ------------------------------------------------------------------------------
+
+
+def queue_of(url, _queues={}):  # noqa: B006  one for each URL
+    return _queues.setdefault(url, Queue("bench", connect(url)))
+
+
+def enqueue_one(url, func):
+    return queue_of(url).enqueue(func)
+
+
+def enqueue_each(url, count):
+    queue = queue_of(url)
+    for _ in range(count):
+        queue.enqueue("measure.noop")
+
+
+def enqueue_bulk(url, count, func="measure.noop"):
+    queue_of(url).enqueue_many(Queue.prepare_data(func) for _ in range(count))
+
+
+def waiting(url):
+    return len(queue_of(url))
+
+
+def finished(url):
+    return len(queue_of(url).finished_job_registry)
+
+
+def clear(url):
+    queue_of(url).delete()
+
+
+def drain(url, mode):
+    """Run what is queued: in this process, in one child, or in a child per job."""
+    options = {"fork": mode != "in-process", "jobs_per_fork": 1 if mode == "fork-per-job" else 1000}
+    Worker(queue_of(url), **options).work(burst=True, logging_level="WARNING")
+
+
+@contextlib.contextmanager
+def worker(url):
+    """An idle worker process, with the default options."""
+    command = [sys.executable, "-m", "microq", "worker", "bench", "-u", url, "-q", "-P", HERE]
+    process = subprocess.Popen(command, cwd=HERE.parent)
+    try:
+        time.sleep(1)
+        yield
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def result_of(job):
+    return job.latest_result(timeout=5).return_value

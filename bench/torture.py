@@ -90,12 +90,12 @@ def offer(adapter, connection, id, queue, kind, arguments):
 
 
 class Server:
-    def __init__(self, home, program):
+    def __init__(self, home, program, *options):
         self.path = str(home / "s")
         self.url = f"unix://{self.path}"
         self.command = [program, "--port", "0", "--unixsocket", self.path, "--dir", str(home)]
-        self.command += ["--save", "", "--appendonly", "yes", "--appendfsync", "always"]
-        self.command += ["--logfile", str(home / "log")]
+        options = options or ("--appendonly", "yes", "--appendfsync", "always")
+        self.command += ["--save", "", "--logfile", str(home / "log"), *options]
         self.start()
 
     def start(self):
