@@ -778,16 +778,16 @@ end
 local function settle(q, at, words)
   local ids, ours, places, filed, stamps = {}, {}, {}, {finished = {}, failed = {}}, {}
   for w = 1, #words, 9 do ids[#ids + 1] = words[w] end
-  local holders = call('HMGET', q .. 'started', unpack(ids))
+  local holders, mine = call('HMGET', q .. 'started', unpack(ids)), {}
   for i, id in ipairs(ids) do
-    if holders[i] == words[9 * i - 7] then ours[#ours + 1] = id end
+    if holders[i] == words[9 * i - 7] and not mine[id] then mine[id], ours[#ours + 1] = i, id end
   end
   if #ours > 0 then call('HDEL', q .. 'started', unpack(ours)) end
   for i, id in ipairs(ids) do
     local w, job, to, delay, front, counter, count = 9 * i - 8, q .. 'job:' .. id, 'finished'
     local ended, result, last, ttl = words[w + 2], words[w + 3], words[w + 4], words[w + 5]
     local rule, ruled, old = words[w + 6], nil, nil
-    if holders[i] ~= words[w + 1] then
+    if mine[id] ~= i then
       local was = call('HGET', job, 'ended') or ''  -- ours, if this is the call sent again
       to = string.sub(was, 1, #ended) == ended and (place(q, id) or 'gone') or 'lost'
     else
@@ -865,23 +865,25 @@ CLAIM = Script("""
 local worker, number, lease, n = ARGV[1], tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4])
 local at, next_due, claimed = now(), nil, {}
 local name = worker .. '.' .. number
-local execution, full = name .. ' ' .. stamp(at), false
--- Hold `ids`, popped from a queue, as far as they are jobs.  One that has crashed, or runs at most
--- once, is claimed alone, since a crash is blamed on all that a worker holds.
+local execution, full, seen, size = name .. ' ' .. stamp(at), false, {}, 0
+-- Hold `ids`, popped from a queue, as far as they are jobs, up to a megabyte.  One that has
+-- crashed, or runs at most once, is claimed alone: a crash is blamed on all that a worker holds.
 local function hold(i, q, ids)
   local entries = {}
   for k, id in ipairs(ids) do
     local job, alone, valid = q .. 'job:' .. id, false, true
     local hash = redis.pcall('HGETALL', job)
-    if hash.err or #hash == 0 then valid, hash = false, {} end  -- it expired, or is no job
+    if hash.err or #hash == 0 or seen[job] then valid, hash = false, {} end  -- it is no job
+    seen[job] = true
     for f = 1, #hash, 2 do
+      size = size + #hash[f + 1]
       if hash[f] == 'ttl' then keep(job, -1, true)
       elseif hash[f] == 'crashes' or hash[f] == 'max_crashes' then alone = true
       -- An id used again may stand here for an earlier life, which expired.
       elseif hash[f] == 'nonce' and place(q, id) ~= 'queued' then valid = false end
     end
-    full = full or valid and alone
-    local rest = full and (#claimed > 0 and k or k + 1) or math.huge
+    full = full or valid and (alone or size > 1048576)
+    local rest = full and (alone and #claimed > 0 and k or k + 1) or math.huge
     if valid and rest ~= k then
       entries[#entries + 1], entries[#entries + 2] = id, execution
       claimed[#claimed + 1] = {i, id, hash}
@@ -934,7 +936,7 @@ BEAT = Script("""
 -- beat: renew the lease of `worker` on its queues.  `state` is 'fresh' if it has just begun, so
 -- that what its name holds was lost; 'judge' if it has beaten in time for a lease: then it settles,
 -- as crashed, the jobs of workers whose lease has ended.  (After an outage all of them are late.)
--- What it has held for a lease beside `holds`, its last claim, came back with older data, and is
+-- What it has held for a lease from a claim before `holds` came back with older data, and is
 -- released.  Then what any worker does for all: sweep what expired, promote what is due, and mend
 -- a token that was lost with its taker.  Returns the names of the dead, the time, the time of the
 -- next scheduled job or '', and whether the worker was known and in time.
@@ -950,14 +952,11 @@ for _, q in ipairs(KEYS) do
   end
   if not number then fit = 0 end
   if not number or state ~= 'judge' then over = {[worker] = over[worker]} end
-  for name in pairs(over) do
-    dead[#dead + 1] = name
-    call('HDEL', q .. 'workers', name)
-  end
-  local last = string.match(call('HGET', q .. 'workers', worker) or '0', '%d+$')
-  call('HSET', q .. 'workers', worker, stamp(at) .. ' ' .. lease .. ' ' .. last)
+  local seat = not over[worker] and call('HGET', q .. 'workers', worker) or '0'
+  seat = stamp(at) .. ' ' .. lease .. ' ' .. string.match(seat, '%d+$')
+  call('HSET', q .. 'workers', worker, seat)
   local started, crashed = call('HGETALL', q .. 'started'), {}
-  for i = 1, #started, 2 do
+  for i = #started - 1, 1, -2 do  -- from the end, so that the first is at the front again
     local id, execution = started[i], started[i + 1]
     local name, claim, since = string.match(execution, '^(.*)%.(%d+) (%S+)$')
     if over[name] then
@@ -965,12 +964,17 @@ for _, q in ipairs(KEYS) do
       local reason = 'worker ' .. name .. ' died while it ran this job'
       local words = {id, execution, ended, reason, ' failed', failure_ttl, 'crash', policy, 0}
       for _, word in ipairs(words) do crashed[#crashed + 1] = word end
-    elseif name == worker and claim ~= holds and since + lease < at then
+      if #crashed > 4000 then crashed = settle(q, at, crashed) and {} end
+    elseif name == worker and tonumber(claim) < tonumber(holds) and since + lease < at then
       call('HDEL', q .. 'started', id)
       call('LPUSH', q .. 'queued', id)
     end
   end
   if #crashed > 0 then settle(q, at, crashed) end
+  for name in pairs(over) do
+    dead[#dead + 1] = name
+    if name ~= worker then call('HDEL', q .. 'workers', name) end
+  end
   sweep(q, at, 10000)
   local due = promote(q, at)
   if due and due < (next_due or math.huge) then next_due = due end
@@ -980,25 +984,29 @@ return {dead, stamp(at), next_due and stamp(next_due) or '', fit}
 """)
 
 RELEASE = Script("""
--- release: started -> queued, at the front, what `worker` holds, or of it only the jobs named after
--- `number`; nothing is counted.  `number` is the last claim that a dead child of it can have sent:
--- one that arrives late takes nothing; '' signs the worker off.  Returns how many jobs there were.
+-- release: started -> queued, at the front, what `worker` holds by claims up to `number`, or of it
+-- only the jobs named; nothing is counted.  Without names, `number` is the last claim that a dead
+-- child of it can have sent: one that arrives late takes nothing; '' signs the worker off.  Returns
+-- how many jobs there were.
 local worker, lease, number = unpack(ARGV)
-local count, named = 0, {}
-for i = #ARGV, 4, -1 do named[#named + 1] = ARGV[i] end
+local count, named = 0, ARGV[4] and {} or nil
+for i = 4, #ARGV do named[ARGV[i]] = true end
 for _, q in ipairs(KEYS) do
-  local ids = #named > 0 and named or call('HKEYS', q .. 'started')
-  local holders = #ids > 0 and call('HMGET', q .. 'started', unpack(ids)) or {}
-  for i, id in ipairs(ids) do
-    local name, claim = string.match(holders[i] or '', '^(.*)%.(%d+) ')
-    if name == worker and (number == '' or tonumber(claim) <= tonumber(number)) then
+  local started = call('HGETALL', q .. 'started')
+  for i = #started - 1, 1, -2 do  -- from the end, so that the first is at the front again
+    local id, name, claim = started[i], string.match(started[i + 1], '^(.*)%.(%d+) ')
+    local late = number ~= '' and tonumber(claim) > tonumber(number)
+    if name == worker and not late and (not named or named[id]) then
       call('HDEL', q .. 'started', id)
       call('LPUSH', q .. 'queued', id)
       count = count + 1
     end
   end
+  local last = tonumber(string.match(call('HGET', q .. 'workers', worker) or '0', '%d+$'))
   if number == '' then call('HDEL', q .. 'workers', worker)
-  else call('HSET', q .. 'workers', worker, stamp(now()) .. ' ' .. lease .. ' ' .. number) end
+  elseif not named and last < tonumber(number) then
+    call('HSET', q .. 'workers', worker, stamp(now()) .. ' ' .. lease .. ' ' .. number)
+  end
   -- It listened for these two.
   if call('EXISTS', q .. 'queued', q .. 'scheduled') > 0 then wake(q) end
 end
@@ -1079,7 +1087,7 @@ class Job:
         self._nonce = nonce
         self._status = JobStatus.CREATED
         self._execution: Execution | None = None
-        self._leash: _Leash | None = None  # while it runs here
+        self._strike: Any = None  # raises an exception in it while it runs here
         self._began: float | None = None  # when its run here began, by the server's clock
         self._meta: dict[str, Any] | None = None
         self._decoded: tuple[Any, ...] | None = None  # the call, once it was asked for
@@ -1756,8 +1764,8 @@ def perform(execution: Execution, handlers: Iterable[Callable[..., Any]] = ()) -
         if log.isEnabledFor(logging.INFO):
             log.info("%s: %s (%s)", job.origin, " ".join(job.description.split()), job.id)
         job._rule("retry"), job._rule("repeat")  # garbled ones must show before the job runs
-        leash = job._leash = _leash()
-        leash.begin(job.timeout)
+        leash = _leash()
+        job._strike = leash.begin(job.timeout)
         try:
             value = job.perform()
         finally:
@@ -1828,31 +1836,30 @@ class _Leash:
         self.ident = threading.get_ident()
         self.main = threading.current_thread() is threading.main_thread()
         self.lock = threading.Lock()
+        self.run = 0  # counts the jobs, so that nothing strikes the next one
         self.deadline = 0.0  # of the job that runs; 0: there is none
-        self.reason: type[BaseException] | None = None  # why it is to end before
+        self.struck: tuple[int, type[BaseException]] | None = None  # a run, and why it is to end
         self.alarm_at, self.handler = math.inf, self.on_alarm
         self.timer: threading.Timer | None = None
 
-    def begin(self, seconds: float) -> None:
-        """Let the job that begins have so many seconds; -1: all the time."""
-        now, self.reason = time.monotonic(), None
+    def begin(self, seconds: float) -> Callable[[type[BaseException]], None]:
+        """Give the job that begins so many seconds; -1: no limit.  Return what strikes it."""
+        now, self.run = time.monotonic(), self.run + 1
         self.deadline = now + seconds if seconds > 0 else math.inf
+        strike = functools.partial(self.strike, self.run)
         if not self.main:
             if seconds > 0:
-                self.timer = threading.Timer(seconds, self.strike, [JobTimeoutException])
+                self.timer = threading.Timer(seconds, strike, [JobTimeoutException])
                 self.timer.daemon = True
                 self.timer.start()
-            return
-        if self.deadline < self.alarm_at:
+            return strike
+        if signal.getsignal(signal.SIGALRM) is not self.handler:  # a job took it
+            signal.signal(signal.SIGALRM, self.handler)
+        left, interval = signal.getitimer(signal.ITIMER_REAL)
+        unset = self.alarm_at < math.inf and abs(now + left - self.alarm_at) > 0.01
+        if self.deadline < self.alarm_at or unset or interval:
             self.set_alarm(seconds)
-
-    def hold(self) -> None:
-        """Take the alarm back, should a job have taken it."""
-        if self.main:
-            if signal.getsignal(signal.SIGALRM) is not self.handler:
-                signal.signal(signal.SIGALRM, self.handler)
-            if not signal.getitimer(signal.ITIMER_REAL)[0]:
-                self.alarm_at = math.inf
+        return strike
 
     def set_alarm(self, seconds: float) -> None:
         self.alarm_at = time.monotonic() + seconds if seconds > 0 else math.inf
@@ -1860,20 +1867,20 @@ class _Leash:
 
     def on_alarm(self, *details: Any) -> None:
         now, self.alarm_at = time.monotonic(), math.inf
-        if self.deadline and self.reason:
-            raise self.reason
+        if self.deadline and self.struck and self.struck[0] == self.run:
+            raise self.struck[1]
         if self.deadline and now >= self.deadline:
             raise JobTimeoutException
         if self.deadline:  # the alarm was that of an earlier job
             self.set_alarm(self.deadline - now if self.deadline < math.inf else -1)
 
-    def strike(self, reason: type[BaseException]) -> None:
-        """End the job that runs; for another thread."""
+    def strike(self, run: int, reason: type[BaseException]) -> None:
+        """End a job, if it still runs; for another thread."""
         with self.lock:
             if self.deadline and self.main:
-                self.reason = reason
+                self.struck = run, reason
                 signal.pthread_kill(self.ident, signal.SIGALRM)
-            elif self.deadline:
+            elif self.deadline and self.run == run:
                 self.interrupt(ctypes.py_object(reason))
 
     def interrupt(self, reason: Any) -> None:
@@ -1959,7 +1966,8 @@ class _Slate(ctypes.Structure):
         ("began", ctypes.c_double),  # when it, or else the process, began
         ("due", ctypes.c_double),  # when the next scheduled job is due
         ("seconds", ctypes.c_double),  # spent in jobs so far
-        ("number", ctypes.c_uint64),  # of the last claim
+        ("number", ctypes.c_uint64),  # of the last claim; of the first that may still hold jobs
+        ("holds", ctypes.c_uint64),
         ("count", ctypes.c_uint64),  # of runs so far; those that went well; those that failed
         ("good", ctypes.c_uint64),
         ("bad", ctypes.c_uint64),
@@ -2126,7 +2134,8 @@ class Worker:
         self._claimed: deque[Execution] = deque()
         self._current: Execution | None = None  # what runs
         self._done: list[tuple[Execution, Outcome]] = []  # what ran, and is not settled yet
-        self._lock = threading.RLock()  # over these three, between the loop and its relief
+        self._behind: list[Execution] = []  # what was claimed, and is to be given back
+        self._lock = threading.RLock()  # over these four, between the loop and its relief
         self._relief: threading.Thread | None = None
         self._thread: Any = None
         # Of the child: its pid, whether its death is still to be told to the server, and when the
@@ -2241,6 +2250,7 @@ class Worker:
         self._strategy, self._serving = dequeue_strategy, list(self.queues)
         self._max_jobs, self._max_idle_time = max_jobs or math.inf, max_idle_time or math.inf
         self._slate.due = self._most = math.inf
+        self._done, self._behind, self._current = [], [], None
         self._start_at = 0.0
         self._batch = 1  # how many jobs to claim at once
         self._claimed_at = self._claim_stamp = 0.0  # by our clock, and by the server's
@@ -2259,7 +2269,7 @@ class Worker:
     def _farewell(self, number: Any) -> list[Command]:
         """Return what settles the last outcome, and gives back whatever else it holds."""
         release = RELEASE(self._prefixes, self.name, self.lease, number)
-        return [*self._settlements(), release]
+        return [*self._debts(), release]
 
     def _open(self) -> None:
         """Connect, in the process that runs the loop or before it is forked: a child that ends well
@@ -2287,7 +2297,8 @@ class Worker:
             if over:
                 slate.phase = b"n" if worn and not (done or slate.stopping) else b"e"
                 if self._claimed:  # too late to run them
-                    self._insist(self._release())
+                    self._give_back()
+                    self._exchange(claim=False)
                 return
             self._wait(min(slate.due, idle_since + self._max_idle_time))
 
@@ -2296,7 +2307,7 @@ class Worker:
         Return when the next scheduled job is due; infinity if there is none."""
         slate = self._slate
         with self._lock:
-            commands = self._settlements()
+            commands = self._debts()
             claim = claim and not (slate.stopping or slate.suspended or self._claimed)
             if claim:
                 slate.number += 1
@@ -2310,7 +2321,8 @@ class Worker:
             if commands and not replies:
                 self._done = [(each, _too_large(outcome)) for each, outcome in self._done]
                 return 0.0
-            self._settled(replies)
+            self._paid(replies)
+            slate.kill_at, slate.holds = 0, slate.number + (not self._claimed)
             if not claim:
                 return math.inf
             at, due, token, claimed = replies[-1]
@@ -2321,43 +2333,47 @@ class Worker:
                 job._status = JobStatus.STARTED
                 job._execution = Execution(job, token, beat)
                 self._claimed.append(job._execution)
+            slate.holds = slate.number + (not claimed)
             if self._strategy == "round_robin" and claimed:
                 self._serving = self._serving[index:] + self._serving[:index]
             self._claimed_at = time.monotonic()
             if len(claimed) > 1 and self._relief is None:
-                self._relief = threading.Thread(target=self._relieve, daemon=True)
+                self._relief = threading.Thread(target=self._relieve, name="relief", daemon=True)
                 self._relief.start()
         return self._claimed_at + float(due) - float(at) if due else math.inf
 
-    def _settlements(self) -> list[Command]:
-        """Return the commands that settle what is done, one for each queue."""
-        words: dict[str, list[Any]] = {}
+    def _debts(self) -> list[Command]:
+        """Return the commands that settle what is done and give back what is not to run here."""
+        done: dict[str, list[Any]] = {}
+        behind: dict[str, list[Any]] = {}
         for execution, outcome in self._done:
             settlement = _settlement(execution, outcome, self.default_result_ttl)
-            words.setdefault(execution.job.queue.prefix, []).extend(settlement)
-        return [SETTLE(prefix, *each) for prefix, each in words.items()]
+            done.setdefault(execution.job.queue.prefix, []).extend(settlement)
+        for execution in self._behind:
+            behind.setdefault(execution.job.queue.prefix, []).append(execution.job.id)
+        words = (self.name, self.lease, self._slate.number)
+        release = [RELEASE(prefix, *words, *ids) for prefix, ids in behind.items()]
+        return [SETTLE(prefix, *runs) for prefix, runs in done.items()] + release
 
-    def _settled(self, replies: list[Any]) -> None:
+    def _paid(self, replies: list[Any]) -> None:
         """Report what became of it, by the replies to these commands."""
         runs: dict[str, list[tuple[Execution, Outcome]]] = {}
         for run in self._done:
             runs.setdefault(run[0].job.queue.prefix, []).append(run)
-        self._done = []
+        self._done, self._behind = [], []
         for of_a_queue, places in zip(runs.values(), replies, strict=False):
             for run, place in zip(of_a_queue, places, strict=True):
                 self._report(*run, place.decode())
-        self._slate.kill_at = 0
 
-    def _release(self) -> Command:
-        """Return the command that gives back what is claimed and has not begun."""
-        ids = [execution.job.id for execution in self._claimed]
-        self._claimed.clear()
-        return RELEASE(self._prefixes, self.name, self.lease, self._slate.number, *ids)
+    def _give_back(self) -> None:
+        """Run nothing more of what is claimed; it is released with the next exchange."""
+        with self._lock:
+            self._behind += self._claimed
+            self._claimed.clear()
 
     def _run_claimed(self) -> None:
         """Run what is claimed, until it is time to settle; choose the size of the next batch."""
         slate, size, longest = self._slate, len(self._claimed), 0.0
-        _leash().hold()
         while self._claimed and not slate.stopping and slate.count < self._most:
             with self._lock:
                 if not self._claimed:  # given back meanwhile
@@ -2377,8 +2393,8 @@ class Worker:
             self._batch = 1 if longest > FLUSH else max(1, size // 2)
         elif size == self._batch and took < FLUSH / 2:
             self._batch = min(2 * size, MAX_BATCH)
-        if self._claimed and len(self.queues) > 1:  # a job of a higher queue may be waiting
-            self._insist(self._release())
+        if len(self.queues) > 1 or slate.count >= self._most:
+            self._give_back()  # a job of a higher queue may be waiting, or a new process
 
     def _begin(self, execution: Execution) -> None:
         """Show on the slate what runs from now on."""
@@ -2409,22 +2425,23 @@ class Worker:
     def _relieve(self) -> None:
         """While there are batches: when a job turns out slow, settle what was done before it, and
         give back what was claimed behind it."""
+        backoff, silent_until = _Backoff(self._patience), 0.0
         while True:
             time.sleep(RELIEF)
             with self._lock:
-                if time.monotonic() - self._claimed_at > 20 * RELIEF and not self._claimed:
+                now, held = time.monotonic(), self._claimed or self._behind or self._done
+                if not held and now - self._claimed_at > 20 * RELIEF:
                     self._relief = None
                     return
-                slow = self._current and time.monotonic() - self._slate.began > RELIEF
-                if not slow or not (self._claimed or self._done):
+                slow = self._current and now - self._slate.began > RELIEF
+                if not slow or not held or now < silent_until:
                     continue
-                behind = [self._release()] if self._claimed else []
-                kill_at = self._slate.kill_at
+                self._give_back()
                 try:
-                    self._settled(_send(self._server, *self._settlements(), *behind))
-                except (exceptions.RedisError, OSError) as error:
-                    log.warning("worker %s: %s", self.name, error)
-                self._slate.kill_at = kill_at
+                    self._paid(_send(self._server, *self._debts()))
+                    backoff = _Backoff(self._patience)
+                except Exception as error:  # the loop will send it again
+                    silent_until = now + backoff.after(error, f"relief of worker {self.name}")
 
     def _insist(self, *commands: Command) -> list[Any]:
         """Run commands, as often as it takes until the server is there to do it.  Return nothing
@@ -2652,9 +2669,8 @@ class _Keeper:
         for worker in self.workers:
             about = worker._about(self.name)
             commands.append(("SET", worker.key, about, "PX", int(self.lease * 1000)))
-            holds = worker._slate.number if worker._slate.kill_at else ""
-            words = (worker.name, worker.lease, state, holds, _CRASHES, DEFAULT_FAILURE_TTL)
-            commands.append(BEAT(worker._prefixes, *words))
+            words = (worker.lease, state, worker._slate.holds, _CRASHES, DEFAULT_FAILURE_TTL)
+            commands.append(BEAT(worker._prefixes, worker.name, *words))
         if state == "fresh":
             commands.append(("DEL", self.ear.keys[0]))  # words for an earlier one of this name
         if self.unknown:
@@ -2717,9 +2733,9 @@ class _Keeper:
                 with contextlib.suppress(OSError):
                     kill(worker._pid, signal.SIGKILL)
         elif (current := worker._current) and verdict.type is ResultType.STOPPED:
-            leash = current.job._leash if current.job.id.encode() in text.split() else None
-            if leash:
-                leash.strike(StopRequested)
+            strike = current.job._strike if current.job.id.encode() in text.split() else None
+            if strike:
+                strike(StopRequested)
 
     def supervise(self, worker: Worker) -> float:
         """Reap, kill or start the child of a worker; return when to look again."""
@@ -2819,7 +2835,7 @@ class _Keeper:
 
     def mourn(self, worker: Worker) -> None:
         """Tell the server of a child that died."""
-        worker._settled(_send(self.server, *worker._farewell(worker._slate.number)))
+        worker._paid(_send(self.server, *worker._farewell(worker._slate.number)))
         worker._died = False
 
     def stop(self) -> None:
@@ -2858,7 +2874,7 @@ class _Keeper:
                 with contextlib.suppress(OSError):
                     os.kill(worker._pid, signal.SIGKILL)
                     os.waitpid(worker._pid, 0)
-            if worker._current:
+            if worker._current and worker._current not in [run[0] for run in worker._done]:
                 worker._done.append((worker._current, _given_up(0)))
             commands += [("DEL", worker.key), *worker._farewell("")]
             worker._server.close()

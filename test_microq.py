@@ -1513,6 +1513,123 @@ def test_a_suspect_is_claimed_alone_and_the_innocent_are_not_blamed(redis, queue
     assert claims == [ids[:2], ids[2:3], ids[3:], [once.id]]
 
 
+def test_an_id_that_stands_twice_in_the_queue_runs_once(redis, queue):
+    """It may: its first life expired there, and the second one came."""
+    warm = [queue.enqueue(add) for _ in range(7)]
+    queue.enqueue(add, job_id="x", ttl=0.02)
+    time.sleep(0.05)
+    job = queue.enqueue(add, 1, job_id="x")
+    assert queue.job_ids[-2:] == ["x", "x"]
+    work(queue)
+    assert len(job.results()) == 1 and warm[-1].is_finished
+
+
+def test_settle_counts_an_id_once(redis, queue):
+    job = queue.enqueue(add)
+    [(id, execution)] = claim(queue)
+    words = (id, execution, f"{execution} 0.5", "", "", 500, "", "", 0)
+    given_up = (
+        id,
+        execution,
+        f"{execution} 0",
+        "",
+        " failed",
+        500,
+        "interrupt",
+        microq._CRASHES,
+        0,
+    )
+    microq._ask(redis, *microq.SETTLE(queue.prefix, *words, *given_up))
+    assert job.is_finished and len(job.results()) == 1 and len(queue) == 0
+
+
+def test_queues_may_have_the_same_id(redis):
+    """What is given back behind a slow job is that of its own queue."""
+    high, low = Queue("high", redis), Queue("low", redis)
+    warm = [high.enqueue(add) for _ in range(3)]
+    jobs = [high.enqueue(sleep, 0.3, job_id="daily"), low.enqueue(add, job_id="daily")]
+    SimpleWorker([high, low]).work(burst=True, logging_level=None)
+    assert all(job.is_finished and len(job.results()) == 1 for job in [*warm, *jobs])
+
+
+def test_many_jobs_of_dead_workers_are_given_back_at_once(redis, queue):
+    queue.enqueue_many([Queue.prepare_data(add)] * 9000)
+    for number in range(9):
+        claim(queue, f"dead{number}", n=1000, lease=0.01)
+    time.sleep(0.02)
+    first = queue.started_job_registry.get_job_ids()
+    assert len(beat(queue)) == 9 and len(queue) == len(first) == 9000
+    queue.delete()
+
+
+def test_what_is_given_back_is_in_order_again(redis, queue):
+    jobs = [queue.enqueue(add, i) for i in range(5)]
+    claim(queue, "w", n=5)
+    microq._ask(redis, *microq.RELEASE(queue.prefix, "w", 15, ""))
+    assert queue.job_ids == [job.id for job in jobs]
+    claim(queue, "dead", n=5, lease=0.01)
+    time.sleep(0.02)
+    beat(queue)
+    assert queue.job_ids == [job.id for job in jobs]
+
+
+def close_stdin():
+    os.close(0)
+
+
+def test_a_job_that_closes_a_standard_file_does_not_hold_the_batch(queue):
+    jobs = [queue.enqueue(add) for _ in range(7)]
+    jobs += [queue.enqueue(close_stdin), *(queue.enqueue(add) for _ in range(20))]
+    Worker(queue).work(burst=True, logging_level=None)
+    assert all(job.is_finished for job in jobs)
+
+
+@pytest.mark.parametrize("seconds", [0, 1000])
+def test_the_timeout_holds_even_if_a_job_took_the_alarm(queue, run, seconds):
+    jobs = [queue.enqueue(add) for _ in range(7)]
+    jobs += [queue.enqueue(signal.alarm, seconds), queue.enqueue(take_signals)]
+    late = queue.enqueue(sleep, 5, job_timeout=0.3)
+    began = time.monotonic()
+    run()
+    assert late.is_failed and time.monotonic() - began < 3
+
+
+def test_a_strike_hits_only_the_job_that_was_meant():
+    leash = microq._Leash()
+    before = signal.getsignal(signal.SIGALRM)
+    try:
+        strike = leash.begin(-1)
+        leash.end()
+        leash.begin(-1)
+        strike(microq.StopRequested)
+        time.sleep(0.05)
+        leash.end()
+        strike = leash.begin(-1)
+        with pytest.raises(microq.StopRequested):
+            strike(microq.StopRequested)
+            time.sleep(5)
+        leash.end()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_relief_that_meets_a_cut_connection_comes_again(queue, monkeypatch):
+    cuts, talk = [], microq._talk
+
+    def cut_once(wire, commands):
+        if threading.current_thread().name == "relief" and not cuts:
+            cuts.append(1)
+            raise redis_py.exceptions.ConnectionError("cut")
+        return talk(wire, commands)
+
+    monkeypatch.setattr(microq, "_talk", cut_once)
+    jobs = [queue.enqueue(add) for _ in range(7)]
+    slow, *behind = queue.enqueue(sleep, 1), *(queue.enqueue(add, i) for i in range(3))
+    with Worker(queue):
+        wait_until(lambda: slow.is_started and queue.job_ids == [job.id for job in behind])
+    assert cuts and all(len(job.results()) == 1 for job in [*jobs, slow, *behind])
+
+
 def test_a_child_that_dies_gives_back_what_it_had_claimed_behind(queue):
     jobs = [queue.enqueue(add, i) for i in range(60)]
     killer = queue.enqueue(kill_self)

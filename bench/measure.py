@@ -43,7 +43,7 @@ def timed(call, *words):
     return time.perf_counter() - began
 
 
-# ---- Questions: (adapter, url, count) -> figures ---------------------------------------------------
+# ---- Questions: (adapter, url, count) -> figures -------------------------------------------------
 
 
 def enqueue(adapter, url, count):
@@ -110,7 +110,7 @@ def memory(adapter, url, count):
     return {"bytes queued": queued, "bytes finished": finished}
 
 
-# ---- Floors ----------------------------------------------------------------------------------------
+# ---- Floors --------------------------------------------------------------------------------------
 
 
 def floor(adapter, url, count):
