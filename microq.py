@@ -830,29 +830,34 @@ ENQUEUE = Script("""
 -- words, words of the hash.  Returns the time, or {'taken', id, status} if one of them has not
 -- ended: then none is stored.
 local q, delay = KEYS[1], tonumber(ARGV[1])
-local at, i, fresh = now(), 2, {}
+local at, i, starts, keys, fresh, back = now(), 2, {}, {}, {}, {}
 while ARGV[i] do
-  local id, nonce, status = ARGV[i], ARGV[i + 1], place(q, ARGV[i])
-  local again = nonce ~= '' and call('HGET', q .. 'job:' .. id, 'nonce') ~= nonce
-  if not status or again and ENDED[status] then fresh[#fresh + 1] = i
-  elseif again then return {'taken', id, status} end
+  starts[#starts + 1], keys[#keys + 1] = i, q .. 'job:' .. ARGV[i]
   i = i + 5 + ARGV[i + 4]
 end
-for _, i in ipairs(fresh) do
+local known, created_at = call('EXISTS', unpack(keys)) > 0, stamp(at)
+for k, i in ipairs(starts) do
+  local id, nonce, status = ARGV[i], ARGV[i + 1], known and place(q, ARGV[i])
+  local again = status and nonce ~= '' and call('HGET', keys[k], 'nonce') ~= nonce
+  if not status or again and ENDED[status] then fresh[#fresh + 1] = k
+  elseif again then return {'taken', id, status} end
+end
+for _, k in ipairs(fresh) do
+  local i, job = starts[k], keys[k]
   local id, nonce, front, ttl, words = unpack(ARGV, i, i + 4)
-  local job = q .. 'job:' .. id
   if nonce ~= '' then  -- a chosen id may have a record of its last life
     for name in pairs(ENDED) do call('ZREM', q .. name, id) end
     call('DEL', job, job .. ':results')
     call('HSET', job, 'nonce', nonce)
   end
-  call('HSET', job, 'created_at', stamp(at), unpack(ARGV, i + 5, i + 4 + words))
+  call('HSET', job, 'created_at', created_at, unpack(ARGV, i + 5, i + 4 + words))
   if delay >= 0 then later(q, id, at + delay)
   else
     if ttl ~= '' then call('PEXPIRE', job, math.ceil(ttl * 1000)) end
-    call(front == '1' and 'LPUSH' or 'RPUSH', q .. 'queued', id)
+    if front == '1' then call('LPUSH', q .. 'queued', id) else back[#back + 1] = id end
   end
 end
+if #back > 0 then call('RPUSH', q .. 'queued', unpack(back)) end
 if delay < 0 then wake(q) end
 return stamp(at)
 """)

@@ -25,7 +25,7 @@ sys.path.insert(0, str(HERE))
 
 from torture import Server  # noqa: E402
 
-QUESTIONS = {  # question: jobs for microq and for the others, who are slower
+QUESTIONS = {  # question: jobs for microq and the faster ones, and for RQ
     "enqueue": (3000, 1000), "bulk": (20000, 3000), "drain": (20000, 600),
     "drain_fork": (20000, 200), "drain_1ms": (1000, 300), "fork_per_job": (200, 100),
     "latency": (100, 100), "memory": (2000, 1000),
@@ -52,7 +52,7 @@ def rounds(options, server):
         for question in ["floor", *options.questions]:
             for adapter in options.adapters if question != "floor" else ["microq"]:
                 ours, theirs = QUESTIONS.get(question, (3000, 3000))
-                count = ours if adapter == "microq" else theirs
+                count = theirs if adapter == "rq" else ours
                 python = pythons.get(adapter, sys.executable)
                 figures = measure(python, adapter, question, server.url, count)
                 values |= {(adapter, question, name): value for name, value in figures.items()}
