@@ -2013,6 +2013,10 @@ class _Bell:
             return self.clapper.recv(4096) != b""
         return True
 
+    def close(self) -> None:
+        self.rope.close()
+        self.clapper.close()
+
     def watch(self, seconds: float, *others: Any) -> bool:
         """Wait up to `seconds`; True if it rang, False for the others (sockets) or nothing."""
         poll = select.poll()
@@ -2882,13 +2886,14 @@ class _Keeper:
             if worker._current and worker._current not in [run[0] for run in worker._done]:
                 worker._done.append((worker._current, _given_up(0)))
             commands += [("DEL", worker.key), *worker._farewell("")]
-            worker._server.close()
-            worker._ear.close()
+            for each in (worker._server, worker._ear, worker._bell):
+                each.close()
         try:
             _send(self.server, *commands)
         except exceptions.RedisError as error:
             log.warning("signing off: %s", error)
         self.server.close()
+        self.bell.close()
         log.info("worker %s stopped", self.name)
 
 
