@@ -1973,6 +1973,7 @@ class _Slate(ctypes.Structure):
         ("seconds", ctypes.c_double),  # spent in jobs so far
         ("number", ctypes.c_uint64),  # of the last claim; of the first that may still hold jobs
         ("holds", ctypes.c_uint64),
+        ("batch", ctypes.c_uint64),  # how many jobs to claim at once
         ("count", ctypes.c_uint64),  # of runs so far; those that went well; those that failed
         ("good", ctypes.c_uint64),
         ("bad", ctypes.c_uint64),
@@ -2258,10 +2259,9 @@ class Worker:
         self._ear = _Ear(self.connection, self._patience, wakes)
         self._strategy, self._serving = dequeue_strategy, list(self.queues)
         self._max_jobs, self._max_idle_time = max_jobs or math.inf, max_idle_time or math.inf
-        self._slate.due = self._most = math.inf
+        self._slate.due, self._slate.batch, self._most = math.inf, 1, math.inf
         self._done, self._behind, self._current = [], [], None
         self._start_at = 0.0
-        self._batch = 1  # how many jobs to claim at once
         self._claimed_at = self._claim_stamp = 0.0  # by our clock, and by the server's
         self._claimed.clear()
 
@@ -2324,7 +2324,7 @@ class Worker:
                     random.shuffle(self._serving)
                 prefixes = [queue.prefix for queue in self._serving]
                 most = min(self._max_jobs, self._most) - slate.count
-                most = min(most, self._batch if self._strategy == "default" else 1)
+                most = min(most, slate.batch if self._strategy == "default" else 1)
                 commands.append(CLAIM(prefixes, self.name, slate.number, self.lease, int(most)))
             replies = self._insist(*commands) if commands else []
             if commands and not replies:
@@ -2399,9 +2399,9 @@ class Worker:
                 break
         took = time.monotonic() - self._claimed_at
         if longest > FLUSH or took > 2 * FLUSH:
-            self._batch = 1 if longest > FLUSH else max(1, size // 2)
-        elif size == self._batch and took < FLUSH / 2:
-            self._batch = min(2 * size, MAX_BATCH)
+            slate.batch = 1 if longest > FLUSH else max(1, size // 2)
+        elif size == slate.batch and took < FLUSH / 2:
+            slate.batch = min(2 * size, MAX_BATCH)
         if len(self.queues) > 1 or slate.count >= self._most:
             self._give_back()  # a job of a higher queue may be waiting, or a new process
 
@@ -2418,7 +2418,7 @@ class Worker:
         job._began = self._claim_stamp + slate.began - self._claimed_at
         slate.kill_at = slate.began + limit + KILL_GRACE if limit > 0 else math.inf
         self._current = execution
-        if self.fork:
+        if self.fork and slate.batch == 1:  # else it would change all the time
             _title(f"microq {self.name}: {job.origin} {job.id}")
 
     def _run(self, execution: Execution) -> Outcome:
