@@ -2860,6 +2860,7 @@ class _Keeper:
         if number == signal.SIGCHLD:
             pass  # it has rung the bell
         elif self.stopping_since is None:
+            self.stopping_since = now  # before the log, which may take its time
             log.info("signal %d: finishing the current job; again to give it up", number)
             self.stop()
         elif now - self.stopping_since >= 1:  # less is one Ctrl-C that came twice
