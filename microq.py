@@ -2652,7 +2652,9 @@ class _Keeper:
             return step(*words) or math.inf
         except Exception as error:
             pause = self.backoff.after(error, f"keeper of {self.name}")
-            self.silent_until = time.monotonic() + pause
+            # Others may not be back yet: for a lease we judge none of them.
+            self.healthy_since = time.monotonic()
+            self.silent_until = self.healthy_since + pause
             return self.silent_until
 
     def beat_in_time(self) -> float:
