@@ -2295,12 +2295,13 @@ class Worker:
         while True:
             worn, done = slate.count >= self._most, slate.count >= self._max_jobs
             over = self._burst or worn or done  # as it was before the claim
-            slate.due = self._exchange(claim=not (worn or done))
+            # The slate is for the keeper, whose own answer may be older.
+            slate.due = due = self._exchange(claim=not (worn or done))
             if self._claimed and not slate.stopping:
                 self._run_claimed()
                 idle_since = time.monotonic()
                 continue
-            if slate.due <= time.monotonic():
+            if due <= time.monotonic():
                 continue  # one script does not do it all
             over = over or slate.stopping or time.monotonic() >= idle_since + self._max_idle_time
             if over:
@@ -2309,7 +2310,7 @@ class Worker:
                     self._give_back()
                     self._exchange(claim=False)
                 return
-            self._wait(min(slate.due, idle_since + self._max_idle_time))
+            self._wait(min(due, idle_since + self._max_idle_time))
 
     def _exchange(self, claim: bool) -> float:
         """Settle what is done and, if nothing is claimed, claim the next jobs, in one round trip.
