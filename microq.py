@@ -682,9 +682,19 @@ local function now() local time = call('TIME') return time[1] + time[2] / 1e6 en
 local function wake(q)  -- one blocked worker goes to look, unless a token says so already
   if call('EXISTS', q .. 'wake') == 0 then call('RPUSH', q .. 'wake', 1) end
 end
-local function ttl_of(job, name, default)  -- a garbled number is not for EXPIRE
-  local ttl = tonumber(call('HGET', job, name))
+local function ttl_or(default, text)  -- a garbled number is not for EXPIRE
+  local ttl = tonumber(text)
   return ttl and math.abs(ttl) < 1e10 and ttl or tonumber(default)
+end
+local function last_claim(q, worker)
+  return tonumber(string.match(call('HGET', q .. 'workers', worker) or '0', '%d+$'))
+end
+local function sit(q, worker, at, lease, number)  -- renew the seat of a worker
+  call('HSET', q .. 'workers', worker, stamp(at) .. ' ' .. lease .. ' ' .. number)
+end
+local function give_back(q, id)  -- started -> queued, not counted
+  call('HDEL', q .. 'started', id)
+  call('LPUSH', q .. 'queued', id)
 end
 local keep
 function keep(job, ttl, only)  -- let a record expire in `ttl` seconds; negative: never
@@ -694,7 +704,7 @@ end
 local function ready(q, id, front, at)  -- ... -> queued, where its ttl begins
   local job = q .. 'job:' .. id
   call('HSET', job, 'enqueued_at', stamp(at))
-  keep(job, ttl_of(job, 'ttl', -1))
+  keep(job, ttl_or(-1, call('HGET', job, 'ttl')))
   call(front and 'LPUSH' or 'RPUSH', q .. 'queued', id)
   wake(q)
 end
@@ -711,12 +721,6 @@ local function promote(q, at)  -- scheduled -> queued, what is due; returns when
     if call('EXISTS', job) == 1 then ready(q, id, call('HGET', job, 'at_front'), at) end
   end
   return at
-end
-local function file(q, id, container, ttl, at)  -- ... -> an end, kept for: 0 not, -1 for ever
-  local job = q .. 'job:' .. id
-  if ttl == 0 then return call('DEL', job, job .. ':results') end
-  call('ZADD', q .. container, ttl < 0 and '+inf' or stamp(at + ttl), id)
-  keep(job, ttl)
 end
 local function sweep(q, at, most)  -- forget ended jobs whose record has expired
   for name in pairs(ENDED) do
@@ -747,8 +751,7 @@ local function record(job, ended, result, name, ttl)
     if old[2] then call('HDEL', job, 'result') end
   end
   if old[3] and call('HDEL', job, 'waited') then redis.pcall('PUBLISH', job, 'ended') end
-  local own = tonumber(old[4] or nil)
-  return old[1], own and math.abs(own) < 1e10 and own or tonumber(ttl)
+  return old[1], ttl_or(ttl, old[4])
 end
 
 -- Ask a rule for one more run: 'retry', 'repeat', 'crash', or 'interrupt', which has no count.
@@ -902,7 +905,7 @@ local dues, tried = {}, {}
 for i, q in ipairs(KEYS) do
   dues[i] = promote(q, at)
   if dues[i] and dues[i] < (next_due or math.huge) then next_due = dues[i] end
-  local last = tonumber(string.match(call('HGET', q .. 'workers', worker) or '0', '%d+$'))
+  local last = last_claim(q, worker)
   local started = number == last and call('HGETALL', q .. 'started') or {}
   for k = 1, #started, 2 do
     local id = started[k]
@@ -912,7 +915,7 @@ for i, q in ipairs(KEYS) do
     end
   end
   if number > last then
-    call('HSET', q .. 'workers', worker, stamp(at) .. ' ' .. lease .. ' ' .. number)
+    sit(q, worker, at, lease, number)
     for _ = 1, 100 do
       local ids = #claimed < n and not full and call('LPOP', q .. 'queued', n - #claimed)
       if not ids then break end
@@ -957,9 +960,7 @@ for _, q in ipairs(KEYS) do
   end
   if not number then fit = 0 end
   if not number or state ~= 'judge' then over = {[worker] = over[worker]} end
-  local seat = not over[worker] and call('HGET', q .. 'workers', worker) or '0'
-  seat = stamp(at) .. ' ' .. lease .. ' ' .. string.match(seat, '%d+$')
-  call('HSET', q .. 'workers', worker, seat)
+  sit(q, worker, at, lease, over[worker] and 0 or last_claim(q, worker))
   local started, crashed = call('HGETALL', q .. 'started'), {}
   for i = #started - 1, 1, -2 do  -- from the end, so that the first is at the front again
     local id, execution = started[i], started[i + 1]
@@ -971,8 +972,7 @@ for _, q in ipairs(KEYS) do
       for _, word in ipairs(words) do crashed[#crashed + 1] = word end
       if #crashed > 4000 then crashed = settle(q, at, crashed) and {} end
     elseif name == worker and tonumber(claim) < tonumber(holds) and since + lease < at then
-      call('HDEL', q .. 'started', id)
-      call('LPUSH', q .. 'queued', id)
+      give_back(q, id)
     end
   end
   if #crashed > 0 then settle(q, at, crashed) end
@@ -1002,15 +1002,13 @@ for _, q in ipairs(KEYS) do
     local id, name, claim = started[i], string.match(started[i + 1], '^(.*)%.(%d+) ')
     local late = number ~= '' and tonumber(claim) > tonumber(number)
     if name == worker and not late and (not named or named[id]) then
-      call('HDEL', q .. 'started', id)
-      call('LPUSH', q .. 'queued', id)
+      give_back(q, id)
       count = count + 1
     end
   end
-  local last = tonumber(string.match(call('HGET', q .. 'workers', worker) or '0', '%d+$'))
   if number == '' then call('HDEL', q .. 'workers', worker)
-  elseif not named and last < tonumber(number) then
-    call('HSET', q .. 'workers', worker, stamp(now()) .. ' ' .. lease .. ' ' .. number)
+  elseif not named and last_claim(q, worker) < tonumber(number) then
+    sit(q, worker, now(), lease, number)
   end
   -- It listened for these two.
   if call('EXISTS', q .. 'queued', q .. 'scheduled') > 0 then wake(q) end
@@ -1035,8 +1033,14 @@ if to ~= 'gone' then call('HSET', job, 'moved', nonce .. ' ' .. was) end
 if to == 'queued' then
   call('HDEL', job, 'retries', 'repeats', 'crashes')
   ready(q, id, front == '1', at)
-elseif to == 'canceled' then file(q, id, to, ttl_of(job, 'failure_ttl', failure_ttl), at)
-else call('DEL', job, job .. ':results') end
+else
+  local ttl = to == 'canceled' and ttl_or(failure_ttl, call('HGET', job, 'failure_ttl')) or 0
+  if ttl == 0 then call('DEL', job, job .. ':results')
+  else
+    call('ZADD', q .. to, ttl < 0 and '+inf' or stamp(at + ttl), id)
+    keep(job, ttl)
+  end
+end
 redis.pcall('PUBLISH', job, to)
 return was
 """)
@@ -2161,8 +2165,10 @@ class Worker:
     @classmethod
     def all(cls, connection: Redis | None = None, queue: Queue | None = None) -> list[Worker]:
         """Return the workers that are alive, those of `queue` only if it is given, by name."""
-        found = (cls.find_by_key(key, connection) for key in cls.all_keys(connection, queue))
-        return [worker for worker in found if worker]
+        connection = queue.connection if queue else _connect(connection)
+        asked = [("GET", key) for key in cls.all_keys(connection, queue)]
+        records = _send(connection, *asked) if asked else []
+        return [cls._of_record(record, connection) for record in records if record]
 
     @classmethod
     def all_keys(cls, connection: Redis | None = None, queue: Queue | None = None) -> list[str]:
@@ -2181,12 +2187,15 @@ class Worker:
     def find_by_key(cls, key: str, connection: Redis | None = None) -> Worker | None:
         """Return the worker of this name, or key; None if it is not alive.  Its counts are those
         of its last heartbeat, up to a second old while it is busy."""
-        name, connection = key.removeprefix("microq:worker:"), _connect(connection)
-        record = _ask(connection, "GET", f"microq:worker:{name}")
-        if not record:
-            return None
+        connection = _connect(connection)
+        record = _ask(connection, "GET", f"microq:worker:{key.removeprefix('microq:worker:')}")
+        return cls._of_record(record, connection) if record else None
+
+    @classmethod
+    def _of_record(cls, record: bytes, connection: Redis) -> Worker:
         about = json.loads(record)
-        worker = cls(about["queues"], name, connection, lease=about["lease"], fork=about["fork"])
+        options = {each: about[each] for each in ("name", "lease", "fork")}
+        worker = cls(about["queues"], connection=connection, **options)
         for each in ("hostname", "pid", "version", "python_version"):
             setattr(worker, each, about[each])
         worker.birth_date, worker.last_heartbeat = _utc(about["birth"]), _utc(about["beat"])
@@ -2269,10 +2278,11 @@ class Worker:
         """Return what others may know of it, as JSON."""
         slate = self._slate
         return json.dumps({
-            "inbox": inbox, "queues": self.queue_names(), "hostname": self.hostname,
-            "pid": self.pid, "version": self.version, "python_version": self.python_version,
-            "birth": self.birth_date.timestamp(), "beat": time.time(), "lease": self.lease,
-            "fork": self.fork, "good": slate.good, "bad": slate.bad, "seconds": slate.seconds,
+            "name": self.name, "inbox": inbox, "queues": self.queue_names(),
+            "hostname": self.hostname, "pid": self.pid, "version": self.version,
+            "python_version": self.python_version, "birth": self.birth_date.timestamp(),
+            "beat": time.time(), "lease": self.lease, "fork": self.fork,
+            "good": slate.good, "bad": slate.bad, "seconds": slate.seconds,
         })  # fmt: skip
 
     def _farewell(self, number: Any) -> list[Command]:
@@ -2332,47 +2342,53 @@ class Worker:
                 self._done = [(each, _too_large(outcome)) for each, outcome in self._done]
                 return 0.0
             self._paid(replies)
-            slate.kill_at, slate.holds = 0, slate.number + (not self._claimed)
-            if not claim:
-                return math.inf
-            at, due, token, claimed = replies[-1]
-            token, beat = token.decode(), _utc(float(at))
-            self._claim_stamp = float(token.partition(" ")[2])
-            for index, id, pairs in claimed:
-                job = Job(id.decode(), self._serving[index - 1], _pairs(pairs))
-                job._status = JobStatus.STARTED
-                job._execution = Execution(job, token, beat)
-                self._claimed.append(job._execution)
-            slate.holds = slate.number + (not claimed)
-            if self._strategy == "round_robin" and claimed:
-                self._serving = self._serving[index:] + self._serving[:index]
-            self._claimed_at = time.monotonic()
-            if len(claimed) > 1 and self._relief is None:
-                self._relief = threading.Thread(target=self._relieve, name="relief", daemon=True)
-                self._relief.start()
+            slate.kill_at, due = 0, math.inf
+            if claim:
+                due = self._take(*replies[-1])
+            slate.holds = slate.number + (not self._claimed)
+        return due
+
+    def _take(self, at: bytes, due: bytes, token: bytes, claimed: list[Any]) -> float:
+        """Take in the reply to a claim; return when the next scheduled job is due."""
+        execution, beat = token.decode(), _utc(float(at))
+        self._claimed_at, self._claim_stamp = time.monotonic(), float(token.partition(b" ")[2])
+        for index, id, pairs in claimed:
+            job = Job(id.decode(), self._serving[index - 1], _pairs(pairs))
+            job._status = JobStatus.STARTED
+            job._execution = Execution(job, execution, beat)
+            self._claimed.append(job._execution)
+        if self._strategy == "round_robin" and claimed:
+            self._serving = self._serving[index:] + self._serving[:index]
+        if len(claimed) > 1 and self._relief is None:
+            self._relief = threading.Thread(target=self._relieve, name="relief", daemon=True)
+            self._relief.start()
         return self._claimed_at + float(due) - float(at) if due else math.inf
 
-    def _debts(self) -> list[Command]:
-        """Return the commands that settle what is done and give back what is not to run here."""
-        done: dict[str, list[Any]] = {}
-        behind: dict[str, list[Any]] = {}
-        for execution, outcome in self._done:
-            settlement = _settlement(execution, outcome, self.default_result_ttl)
-            done.setdefault(execution.job.queue.prefix, []).extend(settlement)
-        for execution in self._behind:
-            behind.setdefault(execution.job.queue.prefix, []).append(execution.job.id)
-        words = (self.name, self.lease, self._slate.number)
-        release = [RELEASE(prefix, *words, *ids) for prefix, ids in behind.items()]
-        return [SETTLE(prefix, *runs) for prefix, runs in done.items()] + release
-
-    def _paid(self, replies: list[Any]) -> None:
-        """Report what became of it, by the replies to these commands."""
+    def _runs(self) -> dict[str, list[tuple[Execution, Outcome]]]:
+        """Return what is done and not settled, by the prefixes of the queues."""
         runs: dict[str, list[tuple[Execution, Outcome]]] = {}
         for run in self._done:
             runs.setdefault(run[0].job.queue.prefix, []).append(run)
+        return runs
+
+    def _debts(self) -> list[Command]:
+        """Return the commands that settle what is done and give back what is not to run here."""
+        ttl, commands, behind = self.default_result_ttl, [], dict[str, list[str]]()
+        for prefix, runs in self._runs().items():
+            words = [word for run in runs for word in _settlement(*run, ttl)]
+            commands.append(SETTLE(prefix, *words))
+        for execution in self._behind:
+            behind.setdefault(execution.job.queue.prefix, []).append(execution.job.id)
+        for prefix, ids in behind.items():
+            commands.append(RELEASE(prefix, self.name, self.lease, self._slate.number, *ids))
+        return commands
+
+    def _paid(self, replies: list[Any]) -> None:
+        """Report what became of it, by the replies to these commands."""
+        settled = zip(self._runs().values(), replies, strict=False)
         self._done, self._behind = [], []
-        for of_a_queue, places in zip(runs.values(), replies, strict=False):
-            for run, place in zip(of_a_queue, places, strict=True):
+        for runs, places in settled:
+            for run, place in zip(runs, places, strict=True):
                 self._report(*run, place.decode())
 
     def _give_back(self) -> None:

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import subprocess
 import sys
-import time
-from pathlib import Path
 
 import redis
+from like_rq import calls_of, process
 
 from microq import DuplicateJobError, Job, Queue, Repeat, Retry, Worker
-
-HERE = Path(__file__).resolve().parent
 
 
 def connect(url):
@@ -74,30 +69,13 @@ def faults(connection):
 # ---- For measure.py ------------------------------------------------------------------------------
 
 
-def queue_of(url, _queues={}):  # noqa: B006  one for each URL
-    return _queues.setdefault(url, Queue("bench", connect(url)))
-
-
-def enqueue_one(url, func):
-    return queue_of(url).enqueue(func)
-
-
-def enqueue_each(url, count):
-    queue = queue_of(url)
-    for _ in range(count):
-        queue.enqueue("measure.noop")
+queue_of, enqueue_one, enqueue_each, waiting, finished, result_of = calls_of(
+    lambda url: Queue("bench", connect(url))
+)
 
 
 def enqueue_bulk(url, count, func="measure.noop"):
     queue_of(url).enqueue_many(Queue.prepare_data(func) for _ in range(count))
-
-
-def waiting(url):
-    return len(queue_of(url))
-
-
-def finished(url):
-    return len(queue_of(url).finished_job_registry)
 
 
 def clear(url):
@@ -110,18 +88,5 @@ def drain(url, mode):
     Worker(queue_of(url), **options).work(burst=True, logging_level="WARNING")
 
 
-@contextlib.contextmanager
 def worker(url):
-    """An idle worker process, with the default options."""
-    command = [sys.executable, "-m", "microq", "worker", "bench", "-u", url, "-q", "-P", HERE]
-    process = subprocess.Popen(command, cwd=HERE.parent)
-    try:
-        time.sleep(1)
-        yield
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def result_of(job):
-    return job.latest_result(timeout=5).return_value
+    return process("microq", url, 1)

@@ -4,20 +4,15 @@ scheduler, and a Retry for every job, since RQ fails a job whose worker died unl
 
 from __future__ import annotations
 
-import contextlib
-import subprocess
 import sys
-import time
 from datetime import timedelta
-from pathlib import Path
 
 import redis
+from like_rq import calls_of, process
 from rq import Queue, Repeat, Retry, SimpleWorker, Worker
 from rq.exceptions import DuplicateJobError
 from rq.job import Job
 from rq.results import Result
-
-HERE = Path(__file__).resolve().parent
 
 
 def connect(url):
@@ -75,32 +70,15 @@ def faults(connection):
 # ---- For measure.py; the defaults, as the documentation shows them -------------------------------
 
 
-def queue_of(url, _queues={}):  # noqa: B006  one for each URL
-    return _queues.setdefault(url, Queue("bench", connection=connect(url)))
-
-
-def enqueue_one(url, func):
-    return queue_of(url).enqueue(func)
-
-
-def enqueue_each(url, count):
-    queue = queue_of(url)
-    for _ in range(count):
-        queue.enqueue("measure.noop")
+queue_of, enqueue_one, enqueue_each, waiting, finished, result_of = calls_of(
+    lambda url: Queue("bench", connection=connect(url))
+)
 
 
 def enqueue_bulk(url, count, func="measure.noop"):
     for start in range(0, count, 1000):
         size = min(1000, count - start)
         queue_of(url).enqueue_many([Queue.prepare_data(func) for _ in range(size)])
-
-
-def waiting(url):
-    return len(queue_of(url))
-
-
-def finished(url):
-    return len(queue_of(url).finished_job_registry)
 
 
 def clear(url):
@@ -113,17 +91,5 @@ def drain(url, mode):
     kind([queue_of(url)], connection=connect(url)).work(burst=True, logging_level="WARNING")
 
 
-@contextlib.contextmanager
 def worker(url):
-    command = [sys.executable, "-m", "rq.cli", "worker", "bench", "-u", url, "-q", "-P", HERE]
-    process = subprocess.Popen(command, cwd=HERE)
-    try:
-        time.sleep(2)
-        yield
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def result_of(job):
-    return job.latest_result(timeout=5).return_value
+    return process("rq.cli", url, 2)
