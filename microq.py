@@ -170,6 +170,7 @@ LARGE = 1 << 16  # bytes; a result that may be too much for a connection
 FLUSH = 0.005  # seconds after which outcomes are settled at the next end of a job
 RELIEF = 0.05  # seconds after which a job is slow, so that nothing waits for it
 MAX_BATCH = 128  # jobs claimed at once
+AHEAD = 8  # size of a batch from which on the next one is claimed while it runs
 CHUNK = 1000  # jobs per script call, which keeps a script near 10 ms
 
 log = logging.getLogger("microq")
@@ -584,6 +585,7 @@ class _Line:
     def __init__(self, connection: Redis, silence: float, key: str = "") -> None:
         self.connection, self.silence, self.key = connection, silence, key
         self.wire: Any = None
+        self.posted: Sequence[Command] = ()  # whose replies are still to be read
 
     def open(self) -> Any:
         """Return the connection, made if need be; it connects by itself."""
@@ -598,24 +600,37 @@ class _Line:
         return self.wire
 
     def exchange(self, commands: Sequence[Command]) -> list[Any]:
-        """Run the commands in one round trip."""
+        """Run the commands in one round trip, or read the replies if they were posted."""
         if isinstance(self.connection, RedisCluster):  # they may go to several nodes
             return _round_trip(self.connection, commands)
-        return _talk(self.open(), commands)
+        if self.posted and self.posted != commands:
+            self.close()  # with the replies to others in it
+        sent, self.posted = self.posted, ()
+        return _talk(self.open(), commands, sent=bool(sent))
+
+    def post(self, commands: Sequence[Command]) -> None:
+        """Send commands for a later exchange(), so that the server works on them meanwhile."""
+        if not commands or isinstance(self.connection, RedisCluster):
+            return  # then exchange() sends them
+        with contextlib.suppress(exceptions.RedisError, OSError):
+            wire = self.open()
+            wire.send_packed_command(wire.pack_commands(commands), check_health=False)
+            self.posted = commands
 
     def close(self) -> None:
         if self.wire is not None:
             self.wire.disconnect()
-        self.wire = None
+        self.wire, self.posted = None, ()
 
 
-def _talk(wire: Any, commands: Sequence[Command]) -> list[Any]:
+def _talk(wire: Any, commands: Sequence[Command], sent: bool = False) -> list[Any]:
     """Run commands over a connection; the first error among the replies is raised.  The connection
     is closed where something is left in it, or after -READONLY, as its address may lead elsewhere
     by now."""
     replies: list[Any] = []
     try:
-        wire.send_packed_command(wire.pack_commands(commands), check_health=False)
+        if not sent:
+            wire.send_packed_command(wire.pack_commands(commands), check_health=False)
         for _ in commands:
             try:
                 replies.append(wire.read_response(disable_decoding=True))
@@ -869,8 +884,10 @@ CLAIM = Script("""
 -- claim: queued -> started, for the claim `number` of `worker`, up to n jobs from the queues in
 -- order; before that scheduled -> queued.  Returns the time, the time of the next scheduled job (or
 -- now, if there may be more to claim, or ''), the execution, and {queue, id, hash} for each job.  A
--- number seen before returns what it holds, an older one nothing.
+-- number seen before returns what it holds, an older one nothing.  `ahead` is 1 if the worker still
+-- has others to run.
 local worker, number, lease, n = ARGV[1], tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4])
+local ahead = ARGV[5] == '1'
 local at, next_due, claimed = now(), nil, {}
 local name = worker .. '.' .. number
 local execution, full, seen, size = name .. ' ' .. stamp(at), false, {}, 0
@@ -891,7 +908,8 @@ local function hold(i, q, ids)
       elseif hash[f] == 'nonce' and place(q, id) ~= 'queued' then valid = false end
     end
     full = full or valid and (alone or size > 1048576)
-    local rest = full and (alone and #claimed > 0 and k or k + 1) or math.huge
+    local others = ahead or #claimed > 0
+    local rest = full and (alone and others and k or k + 1) or math.huge
     if valid and rest ~= k then
       entries[#entries + 1], entries[#entries + 2] = id, execution
       claimed[#claimed + 1] = {i, id, hash}
@@ -994,20 +1012,19 @@ RELEASE = Script("""
 -- child of it can have sent: one that arrives late takes nothing; '' signs the worker off.  Returns
 -- how many jobs there were.
 local worker, lease, number = unpack(ARGV)
-local count, named = 0, ARGV[4] and {} or nil
-for i = 4, #ARGV do named[ARGV[i]] = true end
+local count = 0
 for _, q in ipairs(KEYS) do
-  local started = call('HGETALL', q .. 'started')
-  for i = #started - 1, 1, -2 do  -- from the end, so that the first is at the front again
-    local id, name, claim = started[i], string.match(started[i + 1], '^(.*)%.(%d+) ')
-    local late = number ~= '' and tonumber(claim) > tonumber(number)
-    if name == worker and not late and (not named or named[id]) then
+  local ids = ARGV[4] and {unpack(ARGV, 4)} or call('HKEYS', q .. 'started')
+  for i = #ids, 1, -1 do  -- from the end, so that the first is at the front again
+    local id, token = ids[i], call('HGET', q .. 'started', ids[i]) or ''
+    local name, claim = string.match(token, '^(.*)%.(%d+) ')
+    if name == worker and (number == '' or tonumber(claim) <= tonumber(number)) then
       give_back(q, id)
       count = count + 1
     end
   end
   if number == '' then call('HDEL', q .. 'workers', worker)
-  elseif not named and last_claim(q, worker) < tonumber(number) then
+  elseif not ARGV[4] and last_claim(q, worker) < tonumber(number) then
     sit(q, worker, now(), lease, number)
   end
   -- It listened for these two.
@@ -1357,6 +1374,7 @@ class Execution:
     last_heartbeat: datetime | None = None
 
     id = property(lambda self: self.token.partition(" ")[0])
+    claim = property(lambda self: int(self.id.rpartition(".")[2]))  # its number
     job_id = property(lambda self: self.job.id)
     worker_name = property(lambda self: self.id.rpartition(".")[0])
     created_at = property(lambda self: _utc(float(self.token.partition(" ")[2])))  # its beginning
@@ -1960,11 +1978,12 @@ def _settlement(execution: Execution, outcome: Outcome, result_ttl: float) -> Co
 
 # ---- 9. Worker -----------------------------------------------------------------------------------
 # One loop: settle what is done and claim what is next in one round trip, run it, again.  While jobs
-# are tiny, it claims more at once, and settles them together, since the round trip is what costs.
-# A job that turns out slow is relieved of the others within 0.1 s.  Without work the loop blocks on
-# the wake lists of its queues.  It runs in this process or in a child; beside it, in a thread or
-# in the parent, a keeper beats for it and hears commands: see section 10.  The two share a slate,
-# and a bell ends the other's wait.
+# are tiny, it claims more at once, and settles them together, since the round trip is what costs;
+# and it claims a batch ahead, so that the server works while jobs run.  A job that turns out slow
+# is relieved of the others within 0.1 s.  Without work the loop blocks on the wake lists of its
+# queues.  It runs in this process or in a child; beside it, in a thread or in the parent, a keeper
+# beats for it and hears commands: see section 10.  The two share a slate, and a bell ends the
+# other's wait.
 
 
 class _Slate(ctypes.Structure):
@@ -1986,6 +2005,16 @@ class _Slate(ctypes.Structure):
         ("phase", ctypes.c_char),  # of a child: r(uns), e(nded), n(ext one, please), g(ave up)
         ("text", ctypes.c_char * 1000),  # "<index of the queue> <job id> <execution> <started_at>"
     )
+
+
+class _Flight(NamedTuple):
+    """An exchange whose answer is still to be read."""
+
+    commands: tuple[Command, ...] = ()
+    done: int = 0  # how many of the outcomes it settles, and of the jobs behind it gives back
+    behind: int = 0
+    most: int = 0  # how many jobs it claims
+    sent_at: float = 0.0
 
 
 def _restore_files() -> bool:
@@ -2149,7 +2178,8 @@ class Worker:
         self._current: Execution | None = None  # what runs
         self._done: list[tuple[Execution, Outcome]] = []  # what ran, and is not settled yet
         self._behind: list[Execution] = []  # what was claimed, and is to be given back
-        self._lock = threading.RLock()  # over these four, between the loop and its relief
+        self._flight = _Flight()
+        self._lock = threading.RLock()  # over these five, between the loop and its relief
         self._relief: threading.Thread | None = None
         self._thread: Any = None
         # Of the child: its pid, whether its death is still to be told to the server, and when the
@@ -2269,9 +2299,10 @@ class Worker:
         self._strategy, self._serving = dequeue_strategy, list(self.queues)
         self._max_jobs, self._max_idle_time = max_jobs or math.inf, max_idle_time or math.inf
         self._slate.due, self._slate.batch, self._most = math.inf, 1, math.inf
-        self._done, self._behind, self._current = [], [], None
+        self._done, self._behind, self._current, self._flight = [], [], None, _Flight()
         self._start_at = 0.0
-        self._claimed_at = self._claim_stamp = 0.0  # by our clock, and by the server's
+        self._ahead_of_us = 0.0  # seconds from our monotonic clock to the server's
+        self._plenty = False  # whether the last claim got all that it asked for
         self._claimed.clear()
 
     def _about(self, inbox: str) -> str:
@@ -2305,8 +2336,7 @@ class Worker:
         while True:
             worn, done = slate.count >= self._most, slate.count >= self._max_jobs
             over = self._burst or worn or done  # as it was before the claim
-            # The slate is for the keeper, whose own answer may be older.
-            slate.due = due = self._exchange(claim=not (worn or done))
+            due = self._exchange(claim=not (worn or done))
             if self._claimed and not slate.stopping:
                 self._run_claimed()
                 idle_since = time.monotonic()
@@ -2323,35 +2353,64 @@ class Worker:
             self._wait(min(due, idle_since + self._max_idle_time))
 
     def _exchange(self, claim: bool) -> float:
-        """Settle what is done and, if nothing is claimed, claim the next jobs, in one round trip.
-        Return when the next scheduled job is due; infinity if there is none."""
+        """Settle what is done and claim the next jobs, in one round trip. Return when the next
+        scheduled job is due; infinity if there is none, or that was not asked.  While there are
+        jobs left to run, the answer waits for the next call."""
         slate = self._slate
         with self._lock:
-            commands = self._debts()
-            claim = claim and not (slate.stopping or slate.suspended or self._claimed)
-            if claim:
-                slate.number += 1
-                if self._strategy == "random":
-                    random.shuffle(self._serving)
-                prefixes = [queue.prefix for queue in self._serving]
-                most = min(self._max_jobs, self._most) - slate.count
-                most = min(most, slate.batch if self._strategy == "default" else 1)
-                commands.append(CLAIM(prefixes, self.name, slate.number, self.lease, int(most)))
-            replies = self._insist(*commands) if commands else []
-            if commands and not replies:
-                self._done = [(each, _too_large(outcome)) for each, outcome in self._done]
-                return 0.0
-            self._paid(replies)
-            slate.kill_at, due = 0, math.inf
-            if claim:
-                due = self._take(*replies[-1])
-            slate.holds = slate.number + (not self._claimed)
+            due = self._land(self._insist)
+            if not self._claimed:
+                self._launch(claim)
+                due = min(due, self._land(self._insist))
+            if self._claimed:
+                self._launch(claim)
+                self._server.post(self._flight.commands)
+            oldest = [run[0] for run in self._done[:1]] or self._claimed
+            slate.holds = oldest[0].claim if oldest else slate.number + 1
+            if not oldest:
+                slate.kill_at = 0
         return due
 
-    def _take(self, at: bytes, due: bytes, token: bytes, claimed: list[Any]) -> float:
+    def _launch(self, claim: bool) -> None:
+        """Prepare an exchange.  Jobs are claimed ahead of others while these are tiny, and many."""
+        slate, commands, left = self._slate, self._debts(), len(self._claimed)
+        most = min(self._max_jobs, self._most) - slate.count - left
+        most = int(min(most, slate.batch if self._strategy == "default" else 1))
+        if left and (left >= slate.batch or not self._plenty or slate.batch < AHEAD):
+            most = 0
+        if not claim or slate.stopping or slate.suspended or most < 0:
+            most = 0
+        if most:
+            slate.number += 1
+            if self._strategy == "random":
+                random.shuffle(self._serving)
+            prefixes = [queue.prefix for queue in self._serving]
+            words = (self.name, slate.number, self.lease, most, int(left > 0))
+            commands.append(CLAIM(prefixes, *words))
+        counts = len(self._done), len(self._behind), most
+        self._flight = _Flight(tuple(commands), *counts, time.monotonic())
+
+    def _land(self, send: Callable[..., list[Any]]) -> float:
+        """Read the answer to what was launched, and act on it; `send` gets it.  Return as above."""
+        flight = self._flight
+        if not flight.commands:
+            return math.inf
+        replies = send(*flight.commands)
+        self._flight = _Flight()
+        if not replies:
+            self._done = [(each, _too_large(outcome)) for each, outcome in self._done]
+            return 0.0
+        self._paid(replies, flight)
+        return self._take(flight, *replies[-1]) if flight.most else math.inf
+
+    def _take(
+        self, flight: _Flight, at: bytes, due: bytes, token: bytes, claimed: list[Any]
+    ) -> float:
         """Take in the reply to a claim; return when the next scheduled job is due."""
-        execution, beat = token.decode(), _utc(float(at))
-        self._claimed_at, self._claim_stamp = time.monotonic(), float(token.partition(b" ")[2])
+        execution, beat, stamp = token.decode(), _utc(float(at)), float(token.partition(b" ")[2])
+        # The server's clock said so at some time from the sending to now.
+        least, most = stamp - time.monotonic(), stamp - flight.sent_at
+        self._ahead_of_us = min(max(self._ahead_of_us, least), most)
         for index, id, pairs in claimed:
             job = Job(id.decode(), self._serving[index - 1], _pairs(pairs))
             job._status = JobStatus.STARTED
@@ -2362,12 +2421,15 @@ class Worker:
         if len(claimed) > 1 and self._relief is None:
             self._relief = threading.Thread(target=self._relieve, name="relief", daemon=True)
             self._relief.start()
-        return self._claimed_at + float(due) - float(at) if due else math.inf
+        self._plenty = len(claimed) == flight.most
+        # The slate is for the keeper, whose own answer may be older.
+        self._slate.due = next_due = float(due) - self._ahead_of_us if due else math.inf
+        return next_due
 
-    def _runs(self) -> dict[str, list[tuple[Execution, Outcome]]]:
-        """Return what is done and not settled, by the prefixes of the queues."""
+    def _runs(self, count: int | None = None) -> dict[str, list[tuple[Execution, Outcome]]]:
+        """Return what is done and not settled, or so many of it, by the prefixes of the queues."""
         runs: dict[str, list[tuple[Execution, Outcome]]] = {}
-        for run in self._done:
+        for run in self._done[:count]:
             runs.setdefault(run[0].job.queue.prefix, []).append(run)
         return runs
 
@@ -2383,10 +2445,11 @@ class Worker:
             commands.append(RELEASE(prefix, self.name, self.lease, self._slate.number, *ids))
         return commands
 
-    def _paid(self, replies: list[Any]) -> None:
-        """Report what became of it, by the replies to these commands."""
-        settled = zip(self._runs().values(), replies, strict=False)
-        self._done, self._behind = [], []
+    def _paid(self, replies: list[Any], flight: _Flight | None = None) -> None:
+        """Report what became of it, by the replies to these commands, or those of the flight."""
+        done, behind = (flight.done, flight.behind) if flight else (None, None)
+        settled = zip(self._runs(done).values(), replies, strict=False)
+        del self._done[:done], self._behind[:behind]
         for runs, places in settled:
             for run, place in zip(runs, places, strict=True):
                 self._report(*run, place.decode())
@@ -2399,7 +2462,7 @@ class Worker:
 
     def _run_claimed(self) -> None:
         """Run what is claimed, until it is time to settle; choose the size of the next batch."""
-        slate, size, longest = self._slate, len(self._claimed), 0.0
+        slate, size, longest, began = self._slate, len(self._claimed), 0.0, time.monotonic()
         while self._claimed and not slate.stopping and slate.count < self._most:
             with self._lock:
                 if not self._claimed:  # given back meanwhile
@@ -2412,12 +2475,12 @@ class Worker:
                 self._current, slate.kill_at = None, math.inf  # until it is settled
             slate.count += 1
             longest = max(longest, outcome.seconds)
-            if time.monotonic() - self._claimed_at > FLUSH:
+            if time.monotonic() - began > FLUSH:
                 break
-        took = time.monotonic() - self._claimed_at
+        took = time.monotonic() - began
         if longest > FLUSH or took > 2 * FLUSH:
             slate.batch = 1 if longest > FLUSH else max(1, size // 2)
-        elif size == slate.batch and took < FLUSH / 2:
+        elif size >= slate.batch and took < FLUSH / 2:
             slate.batch = min(2 * size, MAX_BATCH)
         if len(self.queues) > 1 or slate.count >= self._most:
             self._give_back()  # a job of a higher queue may be waiting, or a new process
@@ -2432,7 +2495,7 @@ class Worker:
         index = self._prefixes.index(job.queue.prefix)
         slate.text = f"{index} {job.id} {execution.token}".encode()
         slate.began = time.monotonic()
-        job._began = self._claim_stamp + slate.began - self._claimed_at
+        job._began = slate.began + self._ahead_of_us
         slate.kill_at = slate.began + limit + KILL_GRACE if limit > 0 else math.inf
         self._current = execution
         if self.fork and slate.batch == 1:  # else it would change all the time
@@ -2452,19 +2515,23 @@ class Worker:
         """While there are batches: when a job turns out slow, settle what was done before it, and
         give back what was claimed behind it."""
         backoff, silent_until = _Backoff(self._patience), 0.0
+        once = functools.partial(_send, self._server)
         while True:
             time.sleep(RELIEF)
             with self._lock:
-                now, held = time.monotonic(), self._claimed or self._behind or self._done
-                if not held and now - self._claimed_at > 20 * RELIEF:
+                now, began = time.monotonic(), self._slate.began
+                held = self._claimed or self._behind or self._done or self._flight.commands
+                if not held and now - began > 20 * RELIEF:
                     self._relief = None
                     return
-                slow = self._current and now - self._slate.began > RELIEF
+                slow = self._current and now - began > RELIEF
                 if not slow or not held or now < silent_until:
                     continue
-                self._give_back()
                 try:
-                    self._paid(_send(self._server, *self._debts()))
+                    self._land(once)
+                    self._give_back()
+                    self._launch(claim=False)
+                    self._land(once)
                     backoff = _Backoff(self._patience)
                 except Exception as error:  # the loop will send it again
                     silent_until = now + backoff.after(error, f"relief of worker {self.name}")
@@ -2473,7 +2540,8 @@ class Worker:
         """Run commands, as often as it takes until the server is there to do it.  Return nothing
         if it is there, but something large to be settled has ended the connection five times."""
         backoff, began, refused = _Backoff(self._patience), time.monotonic(), 0
-        large = max((len(outcome.payload) for _, outcome in self._done), default=0) > LARGE
+        done = self._done[: self._flight.done]
+        large = max((len(outcome.payload) for _, outcome in done), default=0) > LARGE
         while True:
             try:
                 return _send(self._server, *commands)

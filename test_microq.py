@@ -13,6 +13,7 @@ import http.server
 import importlib.util
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -1616,11 +1617,11 @@ def test_a_strike_hits_only_the_job_that_was_meant():
 def test_a_relief_that_meets_a_cut_connection_comes_again(queue, monkeypatch):
     cuts, talk = [], microq._talk
 
-    def cut_once(wire, commands):
+    def cut_once(wire, commands, sent=False):
         if threading.current_thread().name == "relief" and not cuts:
             cuts.append(1)
             raise redis_py.exceptions.ConnectionError("cut")
-        return talk(wire, commands)
+        return talk(wire, commands, sent)
 
     monkeypatch.setattr(microq, "_talk", cut_once)
     jobs = [queue.enqueue(add) for _ in range(7)]
@@ -1628,6 +1629,61 @@ def test_a_relief_that_meets_a_cut_connection_comes_again(queue, monkeypatch):
     with Worker(queue):
         wait_until(lambda: slow.is_started and queue.job_ids == [job.id for job in behind])
     assert cuts and all(len(job.results()) == 1 for job in [*jobs, slow, *behind])
+
+
+def held():
+    """How many jobs the worker of the current job holds; what waits for others to run it."""
+    queue = get_current_job().queue
+    return len(queue.started_job_registry), queue.job_ids
+
+
+def test_tiny_jobs_are_claimed_ahead_of_a_batch_that_runs(queue):
+    """So that the server works meanwhile: at times two batches are held."""
+    jobs = queue.enqueue_many([Queue.prepare_data(held)] * 400)
+    SimpleWorker(queue).work(burst=True, logging_level=None)
+    runs = [(job.results()[0].execution_id, job.return_value()[0]) for job in jobs]
+    claimed = Counter(execution for execution, _ in runs)
+    assert any(count > claimed[execution] for execution, count in runs)
+    assert all(count <= 2 * microq.MAX_BATCH for _, count in runs)
+
+
+def held_later():
+    time.sleep(0.5)
+    return held()
+
+
+def test_a_slow_job_keeps_nothing_that_was_claimed_ahead(queue, run):
+    before = queue.enqueue_many([Queue.prepare_data(add)] * 200)
+    slow = queue.enqueue(held_later)
+    behind = queue.enqueue_many([Queue.prepare_data(add)] * 400)
+    run()
+    count, waiting = slow.return_value()
+    assert count == 1 and waiting == [job.id for job in behind]
+    assert all(len(job.results()) == 1 for job in [*before, slow, *behind])
+
+
+@pytest.mark.parametrize("mark", [{"max_crashes": 0}, {}])
+def test_a_suspect_is_held_alone_even_among_many(redis, queue, run, mark):
+    queue.enqueue_many([Queue.prepare_data(add)] * 200)
+    suspect = queue.enqueue(held, **mark)
+    if not mark:
+        microq._ask(redis, *microq.AMEND(queue.prefix, suspect.id, "crashes", 1))
+    queue.enqueue_many([Queue.prepare_data(add)] * 200)
+    run()
+    count, waiting = suspect.return_value()
+    assert count == 1 and len(waiting) == 200
+
+
+def cut_all():
+    get_current_job().connection.client_kill_filter(_type="normal", skipme=True)
+
+
+def test_an_exchange_that_is_cut_under_way_is_sent_again(queue, run):
+    jobs = queue.enqueue_many([Queue.prepare_data(add)] * 100)
+    for _ in range(5):
+        jobs += queue.enqueue_many([Queue.prepare_data(f) for f in [cut_all, *[add] * 60]])
+    run()
+    assert all(job.is_finished and len(job.results()) == 1 for job in jobs)
 
 
 def test_a_child_that_dies_gives_back_what_it_had_claimed_behind(queue):
@@ -1827,6 +1883,29 @@ def test_the_job_of_a_killed_child_runs_again_within_a_second(queue, start_worke
     assert Queue.all(queue.connection) and worker.poll() is None
     assert queue.enqueue(add, 1).latest_result(timeout=5).return_value == 1
     assert reason in logged(worker)
+
+
+def children_of(pid):
+    return [int(id) for id in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_a_flood_of_tiny_jobs_survives_kills(redis, queue, start_worker):
+    """Batches are held, under way and ahead, when the child or the whole worker is killed."""
+    jobs = queue.enqueue_many([Queue.prepare_data(add, (1,))] * 4000)
+    dice = random.Random(4)
+    for number in range(4):
+        worker = start_worker("--lease", "1", "-q", *["--in-process"] * (number % 3 == 2))
+        finished = len(queue.finished_job_registry)
+        wait_until(lambda: len(queue.finished_job_registry) > finished or not queue)  # noqa: B023
+        time.sleep(dice.uniform(0, 0.1))
+        for victim in (*children_of(worker.pid), worker.pid):
+            os.kill(victim, signal.SIGKILL)
+            time.sleep(dice.uniform(0, 0.1))
+    start_worker("--lease", "1", "-q")
+    wait_until(lambda: len(queue.finished_job_registry) == len(jobs), 20)
+    several = [Job.fetch(key.decode().split(":")[-2], redis) for key in redis.keys("*:results")]
+    assert several and {job.results()[0].return_value for job in several} == {1}
+    assert "successful" not in {run.type for job in several for run in job.results()[1:]}
 
 
 def test_a_killed_parent_takes_its_children_along(server, redis, queue, start_worker, tmp_path):
