@@ -87,6 +87,7 @@ Map of the file: 1 errors, 2 values, 3 encoding, 4 Redis, 5 transitions, 6 job,
 
 from __future__ import annotations
 
+import _signal  # signal.getsignal() spends 5 us on an enum
 import argparse
 import asyncio
 import contextlib
@@ -120,6 +121,7 @@ import tempfile
 import threading
 import time
 import traceback
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -516,6 +518,7 @@ SCRIPTS: dict[str, Script] = {}  # by SHA1
 _QUEUES = "microq:queues"
 _ONCE = RedisRetry(NoBackoff(), 0)  # redis-py's word for trying once
 _from_url = functools.cache(Redis.from_url)
+_idle: weakref.WeakKeyDictionary[Any, list[Any]] = weakref.WeakKeyDictionary()  # by pool
 
 # What passes by itself: no server, one that loads, a fail-over, a disk or memory that is full.
 _OUTAGES = (
@@ -651,15 +654,24 @@ def _round_trip(connection: Any, commands: Sequence[Command]) -> list[Any]:
     if isinstance(connection, _Line):
         return connection.exchange(commands)
     if not isinstance(connection, RedisCluster) and connection.connection is None:
-        # What redis-py does around a command costs as much as the round trip; so do without.
-        pool = connection.connection_pool
-        wire = pool.get_connection()
+        # What redis-py does around a command costs more than the round trip; so keep connections
+        # like those of its pool, and without their checks: what fails is sent again.
+        wire, pool = None, connection.connection_pool
+        idle = _idle.setdefault(pool, [])
+        while wire is None or wire.pid != os.getpid():
+            try:
+                wire = idle.pop()
+            except IndexError:
+                wire = pool.connection_class(**pool.connection_kwargs)
         try:
-            talk, again = functools.partial(_talk, wire, commands), lambda error: None
-            replies: list[Any] = wire.retry.call_with_retry(talk, again)
+            return _talk(wire, commands)
+        except (exceptions.ConnectionError, exceptions.TimeoutError):
+            # It may have been closed while it was idle.
+            again = functools.partial(_talk, wire, commands)
+            replies: list[Any] = wire.retry.call_with_retry(again, lambda error: None)
             return replies
         finally:
-            pool.release(wire)
+            idle.append(wire)
     with connection.pipeline(transaction=False) as pipe:
         for command in commands:
             pipe.execute_command(*command, NEVER_DECODE=True)
@@ -1880,7 +1892,7 @@ class _Leash:
                 self.timer.daemon = True
                 self.timer.start()
             return strike
-        if signal.getsignal(signal.SIGALRM) is not self.handler:  # a job took it
+        if _signal.getsignal(signal.SIGALRM) is not self.handler:  # a job took it
             signal.signal(signal.SIGALRM, self.handler)
         left, interval = signal.getitimer(signal.ITIMER_REAL)
         unset = self.alarm_at < math.inf and abs(now + left - self.alarm_at) > 0.01
@@ -2376,7 +2388,7 @@ class Worker:
         slate, commands, left = self._slate, self._debts(), len(self._claimed)
         most = min(self._max_jobs, self._most) - slate.count - left
         most = int(min(most, slate.batch if self._strategy == "default" else 1))
-        if left and (left >= slate.batch or not self._plenty or slate.batch < AHEAD):
+        if left and (left > slate.batch or not self._plenty or slate.batch < AHEAD):
             most = 0
         if not claim or slate.stopping or slate.suspended or most < 0:
             most = 0

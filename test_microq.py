@@ -1637,8 +1637,10 @@ def held():
     return len(queue.started_job_registry), queue.job_ids
 
 
-def test_tiny_jobs_are_claimed_ahead_of_a_batch_that_runs(queue):
+def test_tiny_jobs_are_claimed_ahead_of_a_batch_that_runs(queue, monkeypatch):
     """So that the server works meanwhile: at times two batches are held."""
+    monkeypatch.setattr(microq, "FLUSH", 5)  # on a slow machine, too, these are tiny
+    monkeypatch.setattr(microq, "RELIEF", 5)
     jobs = queue.enqueue_many([Queue.prepare_data(held)] * 400)
     SimpleWorker(queue).work(burst=True, logging_level=None)
     runs = [(job.results()[0].execution_id, job.return_value()[0]) for job in jobs]
