@@ -173,6 +173,7 @@ FLUSH = 0.005  # seconds after which outcomes are settled at the next end of a j
 RELIEF = 0.05  # seconds after which a job is slow, so that nothing waits for it
 MAX_BATCH = 128  # jobs claimed at once
 AHEAD = 8  # size of a batch from which on the next one is claimed while it runs
+SPARE = 256  # jobs that a child has left when the next one is forked
 CHUNK = 1000  # jobs per script call, which keeps a script near 10 ms
 
 log = logging.getLogger("microq")
@@ -475,8 +476,9 @@ def _func_name(func: Any) -> str:
 def _find(name: str) -> Any:
     """Import what a dotted name means.  ImportError or AttributeError name what is missing."""
     owner, _, last = name.rpartition(".")
-    with contextlib.suppress(KeyError, AttributeError):
-        return getattr(sys.modules[owner], last)  # as it mostly is
+    known = sys.modules.get(owner)
+    if known and (found := getattr(known, last, None)) is not None:
+        return found  # as it mostly is
     parts = name.split(".")
     for cut in range(len(parts) - 1, 0, -1):
         path = ".".join(parts[:cut])
@@ -1175,7 +1177,7 @@ class Job:
                 call = _loads(self.serializer, self._fields["args"], f"the call of job {self.id}")
             elif not self._fields.get("func", b"").endswith(b"()"):
                 raise DeserializationError(f"job {self.id} has lost its field 'args'")
-            if not isinstance(call, list | tuple) or len(call) not in (2, 3):
+            if not isinstance(call, (list, tuple)) or len(call) not in (2, 3):
                 raise DeserializationError(f"the call of job {self.id} is no (args, kwargs)")
             self._decoded = (*call, None)
         return self._decoded
@@ -1404,7 +1406,12 @@ def _look(jobs: Sequence[Job]) -> list[Job]:
 
 
 def _pairs(flat: Sequence[bytes]) -> dict[str, bytes]:
-    return {flat[i].decode(errors="replace"): flat[i + 1] for i in range(0, len(flat), 2)}
+    return dict(zip(map(_name_of_field, flat[::2]), flat[1::2], strict=True))
+
+
+@functools.lru_cache(100)
+def _name_of_field(name: bytes) -> str:
+    return name.decode(errors="replace")
 
 
 def _short(value: Any) -> str:
@@ -2014,6 +2021,8 @@ class _Slate(ctypes.Structure):
         ("bad", ctypes.c_uint64),
         ("stopping", ctypes.c_bool),  # the keeper's wish: finish the current job and end
         ("suspended", ctypes.c_bool),  # the keeper's wish: claim nothing
+        ("spare", ctypes.c_bool),  # whether the next child is there
+        ("intact", ctypes.c_bool),  # whether a child has left its connection as it was
         ("phase", ctypes.c_char),  # of a child: r(uns), e(nded), n(ext one, please), g(ave up)
         ("text", ctypes.c_char * 1000),  # "<index of the queue> <job id> <execution> <started_at>"
     )
@@ -2198,6 +2207,8 @@ class Worker:
         # next one may start; what its slate said when it was killed, and with which outcome.
         self._pid, self._died, self._start_at = 0, False, 0.0
         self._verdict: tuple[bytes, Outcome] | None = None
+        self._spare = 0  # the pid of the next child
+        self._lines: list[_Line] = []  # connections that children have left
 
     key = property(lambda self: f"microq:worker:{self.name}")
     successful_job_count = property(lambda self: self._slate.good)
@@ -2300,12 +2311,12 @@ class Worker:
         """Get ready for a loop, here or in a child."""
         if dequeue_strategy not in (words := ["default", "round_robin", "random"]):
             raise ValueError(f"dequeue_strategy={dequeue_strategy!r}: use one of {words}")
-        before, self._bell = self._slate, _Bell()
+        before, self._bell, self._gate = self._slate, _Bell(), _Bell()
         self._slate = _Slate.from_buffer(mmap.mmap(-1, ctypes.sizeof(_Slate)))
         for name in ("good", "bad", "seconds"):
             setattr(self._slate, name, getattr(before, name))
         self._keeper, self._burst = keeper, burst
-        self._server = _Line(self.connection, self._patience)
+        self._server = self._spare_line = _Line(self.connection, self._patience)
         wakes = [f"{prefix}wake" for prefix in self._prefixes]
         self._ear = _Ear(self.connection, self._patience, wakes)
         self._strategy, self._serving = dequeue_strategy, list(self.queues)
@@ -2333,17 +2344,8 @@ class Worker:
         release = RELEASE(self._prefixes, self.name, self.lease, number)
         return [*self._debts(), release]
 
-    def _open(self) -> None:
-        """Connect, in the process that runs the loop or before it is forked: a child that ends well
-        leaves its connection to the next one, where no state of TLS goes with it."""
-        if not isinstance(self.connection, RedisCluster):
-            with contextlib.suppress(exceptions.RedisError, OSError):  # the loop will try again
-                wire = self._server.open()
-                if not isinstance(wire, SSLConnection):
-                    wire.connect()
-
-    def _loop(self) -> None:
-        """Run jobs until there is a reason to stop, and leave it in slate.phase."""
+    def _loop(self) -> bytes:
+        """Run jobs until there is a reason to stop; return the phase that follows."""
         slate, idle_since = self._slate, time.monotonic()
         while True:
             worn, done = slate.count >= self._most, slate.count >= self._max_jobs
@@ -2357,11 +2359,10 @@ class Worker:
                 continue  # one script does not do it all
             over = over or slate.stopping or time.monotonic() >= idle_since + self._max_idle_time
             if over:
-                slate.phase = b"n" if worn and not (done or slate.stopping) else b"e"
                 if self._claimed:  # too late to run them
                     self._give_back()
                     self._exchange(claim=False)
-                return
+                return b"n" if worn and not (done or slate.stopping) else b"e"
             self._wait(min(due, idle_since + self._max_idle_time))
 
     def _exchange(self, claim: bool) -> float:
@@ -2496,6 +2497,8 @@ class Worker:
             slate.batch = min(2 * size, MAX_BATCH)
         if len(self.queues) > 1 or slate.count >= self._most:
             self._give_back()  # a job of a higher queue may be waiting, or a new process
+        if slate.count + SPARE >= self._most and not slate.spare:
+            self._keeper.bell.ring()
 
     def _begin(self, execution: Execution) -> None:
         """Show on the slate what runs from now on."""
@@ -2683,6 +2686,7 @@ class _Keeper:
         for worker in workers:
             worker._prepare(self, burst, *limits, **more_limits)
         self.over = self.cold = False
+        self.leaving: list[int] = []  # children that are replaced already
         self.stopping_since: float | None = None
         self.beaten_at, self.backoff, self.silent_until = 0.0, _Backoff(self.lease / 3), 0.0
         self.unknown = True  # whether the server must be told the names of the queues
@@ -2737,6 +2741,7 @@ class _Keeper:
             wake_at = time.monotonic() + (0.1 if self.scheduler else 1.0)
             for worker in self.workers if self.forks else ():
                 wake_at = min(wake_at, self.attempt(self.supervise, worker))
+            self.bury(os.WNOHANG)
             ended = all(each._start_at == math.inf for each in self.workers)
             self.over = self.over or ended
             wake_at = min(wake_at, self.attempt(self.beat_in_time))
@@ -2850,71 +2855,112 @@ class _Keeper:
         slate, now = worker._slate, time.monotonic()
         if worker._pid:
             self.reap(worker)
+        if worker._died and now >= self.silent_until:
+            self.mourn(worker)
+        over = slate.stopping or slate.phase == b"e"
         if worker._pid:
             if self.cold:
                 self.kill(worker, slate.text, _given_up(0))
             elif 0 < slate.kill_at <= now:
                 text = f"killed, {KILL_GRACE:g} s after its timeout had no effect"
                 self.kill(worker, slate.text, Outcome(ResultType.FAILED, text.encode(), 0, "retry"))
-            return slate.kill_at or math.inf
-        if worker._died and now >= self.silent_until:
-            self.mourn(worker)
-        if slate.phase == b"e" or slate.stopping:
+        elif over:
             late = now - (self.stopping_since or now) > self.lease  # its lease ends by itself
             if late or not worker._died:
                 worker._start_at = math.inf
         elif not worker._died and now >= worker._start_at:
             self.start(worker)
-        return math.inf if worker._pid else max(worker._start_at, self.silent_until)
+        if worker._pid:
+            if slate.count + SPARE >= worker._most and not (worker._spare or over):
+                self.fork(worker)
+            return slate.kill_at or math.inf
+        return max(worker._start_at, self.silent_until)
 
     def start(self, worker: Worker) -> None:
-        """Fork a child that runs the loop of a worker."""
-        slate, parent = worker._slate, os.getpid()
-        slate.phase, slate.began = b"r", time.monotonic()
-        worker._open()
-        wire = worker._server.wire
+        """Have a child run the loop of a worker."""
+        slate = worker._slate
+        if worker._spare or self.fork(worker):
+            slate.phase, slate.began, slate.spare = b"r", time.monotonic(), False
+            worker._most = slate.count + worker.jobs_per_fork
+            worker._pid, worker._spare = worker._spare, 0
+            worker._server = worker._spare_line
+            worker._gate.ring()
+
+    def fork(self, worker: Worker) -> bool:
+        """Fork a child that is ready to run the loop of a worker, and waits at its gate, so that
+        a child that is replaced costs the worker no time.  It gets a connection (but for TLS, whose
+        state is not shared), since making one there costs more than the fork: all that it touches
+        is copied.  False if that is not possible now."""
+        slate, gate, parent, status = worker._slate, _Bell(), os.getpid(), 1
+        line = worker._lines.pop() if worker._lines else _Line(self.connection, worker._patience)
+        with contextlib.suppress(exceptions.RedisError, OSError):  # the loop will try again
+            if not isinstance(self.connection, RedisCluster):
+                line.open()
+                if not isinstance(line.wire, SSLConnection):
+                    line.wire.connect()
         _flush()
         try:
-            worker._pid = os.fork()
+            worker._spare = os.fork()
         except OSError as error:  # too many processes, or too little memory
             log.error("no process for worker %s: %s", worker.name, error)
             worker._start_at = time.monotonic() + 1
-            return
-        if worker._pid:
-            return
+            worker._lines.append(line)
+            gate.close()
+            return False
+        if worker._spare:
+            worker._gate.close()
+            worker._gate, worker._spare_line, slate.spare = gate, line, True
+            return True
         try:
             _be_child(parent)
+            _title(f"microq {worker.name}: spare")
             self.ear.close()
-            for bell in (self.bell, *(each._bell for each in self.workers)):
-                bell.rope.close()  # so that the death of the parent is heard
-            worker._most = slate.count + worker.jobs_per_fork
-            worker._loop()
-            worker._ear.close()
-            _close_event_loop()
-            status = _LINE_LOST if worker._server.wire is not wire else 0
+            for each in self.workers:  # so that the death of the parent is heard
+                each._bell.rope.close()
+                each._gate.rope.close()
+            gate.rope.close()
+            worker._server, sock = line, line.wire and line.wire._sock
+            while not gate.watch(math.inf):
+                pass
+            if gate.heard():
+                worker._most = slate.count + worker.jobs_per_fork
+                phase = worker._loop()
+                worker._ear.close()
+                _close_event_loop()
+                _flush()
+                slate.intact = bool(sock) and line.wire is not None and line.wire._sock is sock
+                slate.phase, status = phase, 0
+                self.bell.ring()
         except ServerUnavailable as error:  # told to stop, it did not wait longer
             log.warning("worker %s gives up: %s", worker.name, error.__cause__)
-            slate.phase, status = b"g", 1
+            slate.phase = b"g"
         except BaseException:
             log.exception("worker %s", worker.name)
-            slate.phase, status = b"r", 1
+            slate.phase = b"r"
         finally:
             _flush()
             os._exit(status)  # whatever threads the jobs have left
 
     def reap(self, worker: Worker) -> None:
-        """See whether the child has died, and note what is to be done then."""
+        """See whether the child has ended or died, and note what is to be done then."""
+        if worker._slate.phase == b"n":  # it has done everything, and only has to exit
+            self.leaving.append(worker._pid)
+            worker._pid, worker._verdict = 0, None
+            if worker._slate.intact:
+                worker._lines.append(worker._server)
+            else:
+                worker._server.close()
+            return
         pid, status, usage = os.wait4(worker._pid, os.WNOHANG)
         if not pid:
             return
         slate, verdict = worker._slate, worker._verdict
         worker._pid, worker._verdict, worker._start_at = 0, None, 0.0
         code = os.waitstatus_to_exitcode(status)
-        if code != 0 or slate.phase == b"r":
-            worker._server.close()
-        if code in (0, _LINE_LOST) and slate.phase in (b"e", b"n"):
+        if code == 0 and slate.phase == b"e":
             return  # it has settled everything
         worker._died = True
+        worker._server.close()  # there may be an answer in it
         cause = f"exited with status {code}"
         if code < 0:
             cause = f"was killed by signal {-code} ({signal.strsignal(-code)})"
@@ -2940,6 +2986,14 @@ class _Keeper:
                 worker._killed_handler(job.queue.fetch_job(id), pid, status, usage)
             except Exception:
                 log.exception("work_horse_killed_handler failed for job %s", id)
+
+    def bury(self, flags: int = 0) -> None:
+        """Reap the children that have been replaced."""
+        for pid in [*self.leaving]:
+            with contextlib.suppress(ChildProcessError):
+                if not os.waitpid(pid, flags)[0]:
+                    continue
+            self.leaving.remove(pid)
 
     def mourn(self, worker: Worker) -> None:
         """Tell the server of a child that died."""
@@ -2979,15 +3033,18 @@ class _Keeper:
         self.ear.close()
         commands: list[Command] = [("DEL", self.ear.keys[0])]
         for worker in self.workers:
-            if worker._pid:  # an error brought us here
+            for pid in filter(None, (worker._pid, worker._spare)):  # the first, after an error
+                self.leaving.append(pid)
                 with contextlib.suppress(OSError):
-                    os.kill(worker._pid, signal.SIGKILL)
-                    os.waitpid(worker._pid, 0)
+                    os.kill(pid, signal.SIGKILL)
             if worker._current and worker._current not in [run[0] for run in worker._done]:
                 worker._done.append((worker._current, _given_up(0)))
             commands += [("DEL", worker.key), *worker._farewell("")]
-            for each in (worker._server, worker._ear, worker._bell):
-                each.close()
+            for line in (worker._server, worker._spare_line, worker._ear, *worker._lines):
+                line.close()
+            worker._bell.close()
+            worker._gate.close()
+        self.bury()
         try:
             _send(self.server, *commands)
         except exceptions.RedisError as error:
@@ -2997,7 +3054,6 @@ class _Keeper:
         log.info("worker %s stopped", self.name)
 
 
-_LINE_LOST = 3  # exit status of a child that ended well, but not its connection
 _PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
@@ -3024,8 +3080,10 @@ def _be_child(parent: int) -> None:
     os.setpgid(0, 0)
     if _PRCTL:
         _PRCTL(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; elsewhere the bell tells
-        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-            file.write("500")
+        with contextlib.suppress(OSError):  # open() touches much, and all that is copied
+            file = os.open("/proc/self/oom_score_adj", os.O_WRONLY)
+            os.write(file, b"500")
+            os.close(file)
     if os.getppid() != parent:
         os._exit(1)
 

@@ -1620,6 +1620,7 @@ def test_a_relief_that_meets_a_cut_connection_comes_again(queue, monkeypatch):
     def cut_once(wire, commands, sent=False):
         if threading.current_thread().name == "relief" and not cuts:
             cuts.append(1)
+            wire.disconnect()
             raise redis_py.exceptions.ConnectionError("cut")
         return talk(wire, commands, sent)
 
@@ -1889,6 +1890,34 @@ def test_the_job_of_a_killed_child_runs_again_within_a_second(queue, start_worke
 
 def children_of(pid):
     return [int(id) for id in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.parametrize(("jobs_per_fork", "children"), [(1, 2), (1000, 1)])
+def test_the_next_child_is_there_before_the_last_one_ends(
+    queue, start_worker, tmp_path, jobs_per_fork, children
+):
+    worker, log = start_worker("--jobs-per-fork", str(jobs_per_fork)), tmp_path / "log"
+    queue.enqueue(stay, str(log))
+    pid, parent = people(log)
+    wait_until(lambda: len(children_of(parent)) == children)
+    assert pid in children_of(parent)
+    both = children_of(parent)
+    worker.kill()
+    wait_until(lambda: not any(map(is_alive, both)), 1)
+
+
+def pause_server(milliseconds):
+    get_current_job().connection.client_pause(milliseconds)
+    return os.getpid()
+
+
+def test_an_answer_that_came_too_late_is_not_for_the_next_child(queue, start_worker):
+    """The first outcome is sent twice, and the connection has the answer to the first sending."""
+    jobs = [queue.enqueue(pause_server, 700), *(queue.enqueue(os.getpid) for _ in range(5))]
+    worker = start_worker("--jobs-per-fork", "1", "--lease", "1.5", "--burst")
+    assert worker.wait(10) == 0 and "Traceback" not in logged(worker)
+    assert len({job.return_value() for job in jobs}) == 6
+    assert all(len(job.results()) == 1 for job in jobs)
 
 
 def test_a_flood_of_tiny_jobs_survives_kills(redis, queue, start_worker):

@@ -83,6 +83,7 @@ def offer(adapter, connection, id, queue, kind, arguments):
             break
         except (redis_py.exceptions.ConnectionError, redis_py.exceptions.TimeoutError, OSError):
             time.sleep(0.05)
+            write("asks", id, kind)  # the first call may have had its effect, and its job ended
     write("accepted", id)
 
 
