@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 import time
 from urllib.parse import urlparse
@@ -22,6 +23,17 @@ def ping(count):
     for _ in range(count):
         CLIENT.ping()
     return count / (time.perf_counter() - began)
+
+
+def slow_pings(count, least, most):
+    """Milliseconds of Redis.ping(), each after a pause of `least` to `most` seconds."""
+    found = []
+    for _ in range(count):
+        time.sleep(random.uniform(least, most))
+        began = time.perf_counter()
+        CLIENT.ping()
+        found.append(1000 * (time.perf_counter() - began))
+    return found
 
 
 def trip(count):
