@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import matplotlib
-from tables import NOOPS, Figures, number
+from figures import NOOPS, SINGLE, Figures, number
 
 matplotlib.use("svg")
 matplotlib.rcParams |= {
@@ -56,7 +56,7 @@ def panels(*sizes):
 
 
 def speed(figures):
-    enqueue = found(figures, "enqueue", "one by one, per second")
+    enqueue = found(figures, "enqueue", SINGLE)
     drain, latency = found(figures, "drain", NOOPS), found(figures, "latency", "ms")
     figure, (left, middle, right) = panels(len(enqueue), len(drain), len(latency))
     bars(left, enqueue, "enqueued per second, one by one")

@@ -183,7 +183,10 @@ class Session:
                 os.kill(pid, signal.SIGKILL)
         for process in self.running:
             process.wait()
+        deadline = time.monotonic() + PATIENCE
         while self.running and self.admin.info("clients")["blocked_clients"]:
+            if time.monotonic() > deadline:
+                raise Failure("somebody survived the end of the worker")
             time.sleep(0.005)  # else a job may still go to one who is dead
         self.running = []
 
@@ -200,6 +203,11 @@ class Session:
             time.sleep(0.005)
         if twice := count - bytes(runs).count(1):
             raise Failure(f"{twice} of {count} jobs ran more than once")
+
+    def twice(self):
+        """Return how many jobs ran more than once, in all of the session."""
+        runs = bytes(self.runs[: self.next])
+        return self.next - runs.count(0) - runs.count(1)
 
     def rate(self, first, count):
         """Return jobs per second; the first and the last tenth of them don't count, since there the
