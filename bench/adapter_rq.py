@@ -76,7 +76,10 @@ def faults(connection):
 
 
 PINS = ["rq==3.0.0", "redis==8.1.0", "hiredis==3.5.0"]
-ABOUT = "`SimpleWorker`, or `Worker`, its default; results are stored (its default)"
+ABOUT = (
+    "`SimpleWorker`, or `Worker` (its default), with its scheduler, since microq's workers have "
+    "one; results are stored (its default)"
+)
 SAFE = "it is failed, or runs again if it has a Retry"
 WORKERS = {
     "SimpleWorker": ("rq worker bench -u {url} -q -s {lease} -w rq.worker.SimpleWorker", 120),

@@ -61,7 +61,7 @@ def speed(figures):
     figure, (left, middle, right) = panels(len(enqueue), len(drain), len(latency))
     bars(left, enqueue, "enqueued per second, one by one")
     bars(middle, drain, "no-ops per second, one worker process")
-    bars(right, latency, "ms from enqueue to start, idle worker, p50", min, "log")
+    bars(right, latency, "latency, p50, ms", min, "log")
     return figure
 
 

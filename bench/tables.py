@@ -110,7 +110,11 @@ def time_table(figures, rivals):
         "a delayed job is late: median and most, ms",
         "its process killed: runs again after, s",
     ]
-    head += ["the whole worker killed, s", "set for this", "by default, when a worker is killed"]
+    head += [
+        "the whole worker killed, s",
+        "set for this (its default)",
+        "by default, when a worker is killed",
+    ]
     return table(head, rows)
 
 
@@ -209,18 +213,23 @@ def text(results):
         "spread of the rounds; ratios are medians of the ratios within a round.\n"
     )
     parts = [
-        aims_table(figures), machine,
-        "## Speed\n", "![](speed.svg)\n", speed_table(figures, rivals), floors_line(figures),
-        fork_table(figures), network_table(figures, rivals),
-        "## Delays, and deaths\n", time_table(figures, rivals),
-        "## Costs\n", "![](costs.svg)\n", cost_table(figures, rivals),
-        "## Growth\n", "![](growth.svg)\n", curve_table(figures, "growth", "enqueue", growth[0]),
-        curve_table(figures, "growth", "drain", growth[1]),
-        curve_table(figures, "workers", "drain", "no-ops /s, with so many processes"),
-        "## Versions, configurations, commands\n", rivals_table(rivals), failures_list(results),
-        "## Questions\n", "\n".join(questions) + "\n",
+        (aims_table(figures), "enqueue drain latency scale fork bytes"), (machine, ""),
+        ("## Speed\n", ""), ("![](speed.svg)\n", ""),
+        (speed_table(figures, rivals), "enqueue drain latency scale"),
+        (floors_line(figures), "enqueue import"), (fork_table(figures), "fork"),
+        (network_table(figures, rivals), "network"),
+        ("## Delays, and deaths\n", ""), (time_table(figures, rivals), "later recovery"),
+        ("## Costs\n", ""), ("![](costs.svg)\n", ""),
+        (cost_table(figures, rivals), "enqueue drain bytes idle import"),
+        ("## Growth\n", ""), ("![](growth.svg)\n", ""),
+        (curve_table(figures, "growth", "enqueue", growth[0]), "growth"),
+        (curve_table(figures, "growth", "drain", growth[1]), "growth"),
+        (curve_table(figures, "workers", "drain", "no-ops /s, so many processes"), "workers"),
+        ("## Versions, configurations, commands\n", ""), (rivals_table(rivals), ""),
+        (failures_list(results), ""), ("## Questions\n", ""), ("\n".join(questions) + "\n", ""),
     ]  # fmt: skip
-    return "\n".join(filter(None, parts))
+    asked = set(facts["questions"])
+    return "\n".join(part for part, need in parts if part and (not need or asked & {*need.split()}))
 
 
 def write(path, text):
