@@ -85,7 +85,8 @@ def attempt(results, question, session, number=0, call="ask", **options):
     except Exception as error:
         if not isinstance(error, Failure):
             traceback.print_exc()
-        results.failures[question, name] = last_line(str(error)) or type(error).__name__
+        reason = last_line(str(error)).replace(f"{HERE.parent}/", "")
+        results.failures[question, name] = reason or type(error).__name__
         say(f"{question}, {name}: {results.failures[question, name]}")
         session.leave()
         session.clear()

@@ -19,6 +19,9 @@ BEGIN, END = "<!-- what was measured, written by python -m bench -->", "<!-- end
 
 
 def table(head, rows):
+    """Return a table, or nothing if there are no rows."""
+    if not rows:
+        return ""
     rows = [[str(cell or "") for cell in row] for row in rows]
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
@@ -138,7 +141,7 @@ def curve_table(figures, question, what, head):
     }
     points = sorted({x for curve in found.values() for x in curve})
     rows = [[name, *(number(curve.get(x)) for x in points)] for name, curve in found.items()]
-    return table([head, *(f"{x:,}" for x in points)], rows) if rows else ""
+    return table([head, *(f"{x:,}" for x in points)], rows)
 
 
 def network_table(figures, rivals):
