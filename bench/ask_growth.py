@@ -1,8 +1,7 @@
 """Does it get slower the more jobs are queued?
 
-Fills a queue in bulk to 10^3, 10^4, 10^5 and 10^6 jobs (the rivals to 10^5, unless --long says so);
-at that depth it enqueues one by one, and then a worker in one process runs the first jobs of them.
-One pass.
+Fills a queue in bulk to 10^3, 10^4 and 10^5 jobs, with --long also to 10^6; at that depth it enqueues
+one by one, and then a worker in one process runs the first jobs of them.  One pass.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ SLICE = 1.5  # run so long at each depth, in seconds
 
 def ask(session, long=False):
     found, label = {}, session.rival.labels[0]
-    for depth in DEPTHS if long or session.rival.name == "microq" else DEPTHS[:-1]:
+    for depth in DEPTHS if long else DEPTHS[:-1]:
         session.clear()
         first = session.next
         for _ in range(depth // 1000):
