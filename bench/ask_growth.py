@@ -1,7 +1,7 @@
 """Does it get slower the more jobs are queued?
 
-Fills a queue in bulk to 10^3, 10^4 and 10^5 jobs, with --long also to 10^6; at that depth it enqueues
-one by one, and then a worker in one process runs the first jobs of them.  One pass.
+Fills a queue in bulk to 10^3, 10^4 and 10^5 jobs, with --long also to 10^6; at that depth it
+enqueues one by one, and then a worker in one process runs the first jobs of them.  One pass.
 """
 
 from __future__ import annotations
