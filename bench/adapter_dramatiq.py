@@ -1,62 +1,44 @@
-"""dramatiq 2.2: RedisBroker as its documentation begins; results are not stored.
-
-Its worker has eight threads in one process, its default: with one it is several times slower."""
+"""dramatiq 2.2: RedisBroker as its documentation begins, with the Results middleware."""
 
 from __future__ import annotations
 
-import functools
-import time
+import os
 
 import dramatiq
-import measure
+import jobs
 from dramatiq.brokers.redis import RedisBroker
+from dramatiq.results import Results
+from dramatiq.results.backends import RedisBackend
 
-LACKS = {"bulk", "drain_fork", "fork_per_job", "latency", "memory"}
+PINS = ["dramatiq==2.2.1", "redis==8.1.0", "hiredis==3.5.0"]
+ABOUT = "one process of 8 threads (its default); results are stored (an option)"
+SAFE = "yes, runs again after 60 s"
+WORKERS = {"8 threads": ("dramatiq adapter_dramatiq -p {n} -t 8 --skip-logging", 600)}
+ENQUEUES = 1000
+IMPORT = "import dramatiq.brokers.redis"
+SHORT = "`heartbeat_timeout=2000, maintenance_chance=10**5` (1,000)"
+LEASE = {"usual": "60000", "short": "2000"}
 
-
-class Counter(dramatiq.Middleware):
-    count = 0
-
-    def after_process_message(self, broker, message, *, result=None, exception=None):
-        self.count += 1
-
-
-@functools.cache
-def actors_of(url):
-    """Return the broker of a URL, its counter, and its actors by the names of their functions."""
-    broker, counter = RedisBroker(url=url), Counter()
-    broker.add_middleware(counter)
-    dramatiq.set_broker(broker)
-    functions = {"measure.noop": measure.noop, "measure.busy": measure.busy}
-    actors = {name: dramatiq.actor(func, broker=broker) for name, func in functions.items()}
-    return broker, counter, actors
-
-
-def enqueue_each(url, count, func="measure.noop"):
-    actor = actors_of(url)[2][func]
-    for _ in range(count):
-        actor.send()
+URL = os.environ["BENCH_URL"]
+options = {}
+if "BENCH_LEASE" in os.environ:
+    options = {"heartbeat_timeout": int(os.environ["BENCH_LEASE"]), "maintenance_chance": 10**5}
+broker = RedisBroker(url=URL, **options)
+broker.add_middleware(Results(backend=RedisBackend(url=URL)))
+dramatiq.set_broker(broker)
+ACTORS = {
+    name: dramatiq.actor(func, broker=broker, store_results=True) for name, func in jobs.ALL.items()
+}
 
 
-enqueue_bulk = enqueue_each
+def enqueue(numbers, func):
+    for number in numbers:
+        ACTORS[func].send(number)
 
 
-def waiting(url):
-    return actors_of(url)[0].do_qsize("default")
+def enqueue_later(number, seconds):
+    ACTORS["noop"].send_with_options(args=(number,), delay=int(seconds * 1000))
 
 
-def finished(url):
-    return actors_of(url)[1].count
-
-
-def drain(url, mode):
-    """Run what is queued; return the seconds until the last job has ended."""
-    began, (broker, counter, _) = time.perf_counter(), actors_of(url)
-    count = counter.count + waiting(url)
-    worker = dramatiq.Worker(broker, worker_threads=8)
-    worker.start()
-    while counter.count < count:
-        time.sleep(0.002)
-    seconds = time.perf_counter() - began
-    worker.stop()
-    return seconds
+def waiting():
+    return broker.do_qsize("default")

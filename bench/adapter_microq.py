@@ -1,13 +1,18 @@
-"""microq, for the benchmarks.  Each adapter has the functions that this one has."""
+"""microq, as its README begins.
+
+Each adapter has what stands here below the second rule, for the benchmarks; those of microq and RQ
+also have what stands above it, for torture.py.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 
 import redis
-from like_rq import calls_of, process
+from like_rq import calls_of
 
-from microq import DuplicateJobError, Job, Queue, Repeat, Retry, Worker
+from microq import DuplicateJobError, Job, Queue, Repeat, Retry
 
 
 def connect(url):
@@ -66,27 +71,23 @@ def faults(connection):
     return []
 
 
-# ---- For measure.py ------------------------------------------------------------------------------
+# ---- For the benchmarks --------------------------------------------------------------------------
 
 
-queue_of, enqueue_one, enqueue_each, waiting, finished, result_of = calls_of(
-    lambda url: Queue("bench", connect(url))
-)
+ABOUT = "in-process; default: one forked child; results are stored (its default)"
+SAFE = "yes, runs again"
+WORKERS = {
+    "in-process": ("python -m microq worker bench -u {url} -q --in-process", 5000),
+    "default": ("python -m microq worker bench -u {url} -q --processes {n} --lease {lease}", 5000),
+    "fork per job": ("python -m microq worker bench -u {url} -q --jobs-per-fork 1", 80),
+}
+USUAL = RECOVERS = "default"
+FORKS = "fork per job"
+ENQUEUES = 2000
+IMPORT = "import microq"
+SHORT = "`--lease 2` (15)"
+LEASE = {"usual": "15", "short": "2"}
 
-
-def enqueue_bulk(url, count, func="measure.noop"):
-    queue_of(url).enqueue_many(Queue.prepare_data(func) for _ in range(count))
-
-
-def clear(url):
-    queue_of(url).delete()
-
-
-def drain(url, mode):
-    """Run what is queued: in this process, in one child, or in a child per job."""
-    options = {"fork": mode != "in-process", "jobs_per_fork": 1 if mode == "fork-per-job" else 1000}
-    Worker(queue_of(url), **options).work(burst=True, logging_level="WARNING")
-
-
-def worker(url):
-    return process("microq", url, 1)
+if "BENCH_URL" in os.environ:
+    calls = calls_of(Queue("bench", connect(os.environ["BENCH_URL"])))
+    enqueue, enqueue_many, enqueue_later, waiting = calls

@@ -1,15 +1,20 @@
-"""RQ 3.0, configured to recover as fast as its options allow: maintenance and heartbeats each 5 s
-(its defaults are 600 and 30), a look at the clock while idle each 15 s (405), all workers with the
-scheduler, and a Retry for every job, since RQ fails a job whose worker died unless it has one."""
+"""RQ 3.0: for the benchmarks with its defaults, as its documentation begins.
+
+For torture.py it is configured to recover as fast as its options allow: maintenance and heartbeats
+each 5 s (its defaults are 600 and 30), a look at the clock while idle each 15 s (405), all workers
+with the scheduler, and a Retry for every job, since RQ fails a job whose worker died unless it has
+one.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 from datetime import timedelta
 
 import redis
-from like_rq import calls_of, process
-from rq import Queue, Repeat, Retry, SimpleWorker, Worker
+from like_rq import calls_of
+from rq import Queue, Repeat, Retry
 from rq.exceptions import DuplicateJobError
 from rq.job import Job
 from rq.results import Result
@@ -67,29 +72,30 @@ def faults(connection):
     return []
 
 
-# ---- For measure.py; the defaults, as the documentation shows them -------------------------------
+# ---- For the benchmarks --------------------------------------------------------------------------
 
 
-queue_of, enqueue_one, enqueue_each, waiting, finished, result_of = calls_of(
-    lambda url: Queue("bench", connection=connect(url))
+PINS = ["rq==3.0.0", "redis==8.1.0", "hiredis==3.5.0"]
+ABOUT = (
+    "`SimpleWorker`, or `Worker` (its default), with its scheduler, since microq's workers have "
+    "one; results are stored (its default)"
 )
+SAFE = "it is failed, or runs again if it has a Retry"
+WORKERS = {
+    "SimpleWorker": ("rq worker bench -u {url} -q -s {lease} -w rq.worker.SimpleWorker", 120),
+    "Worker": ("rq worker bench -u {url} -q -s {lease}", 40),
+}
+FORKS = RECOVERS = "Worker"
+ENQUEUES = 400
+IMPORT = "import rq"
+SHORT = "`Retry(max=3)`, intervals of 5 s (600, 30), `--worker-ttl 30` (420)"
+LEASE = {
+    "usual": "",
+    "short": "--maintenance-interval 5 --job-monitoring-interval 5 --worker-ttl 30",
+}
 
-
-def enqueue_bulk(url, count, func="measure.noop"):
-    for start in range(0, count, 1000):
-        size = min(1000, count - start)
-        queue_of(url).enqueue_many([Queue.prepare_data(func) for _ in range(size)])
-
-
-def clear(url):
-    connect(url).flushall()
-
-
-def drain(url, mode):
-    """RQ forks for every job, or not at all."""
-    kind = SimpleWorker if mode == "in-process" else Worker
-    kind([queue_of(url)], connection=connect(url)).work(burst=True, logging_level="WARNING")
-
-
-def worker(url):
-    return process("rq.cli", url, 2)
+if "BENCH_URL" in os.environ:
+    calls = calls_of(
+        Queue("bench", connection=connect(os.environ["BENCH_URL"])), retry=Retry(max=3)
+    )
+    enqueue, enqueue_many, enqueue_later, waiting = calls

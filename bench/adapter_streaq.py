@@ -1,0 +1,48 @@
+"""streaq 7.2: a worker and its tasks as its documentation begins."""
+
+from __future__ import annotations
+
+import itertools
+import os
+
+from coroutines import JOBS, sync
+from streaq import Worker
+
+PINS = ["streaq==7.2.0", "coredis==6.9.0", "hiredis==3.5.0"]
+ABOUT = "asyncio, 16 jobs at a time (its default); results are stored (its default)"
+SAFE = "yes, runs again after 60 s"
+WORKERS = {"asyncio": ("streaq run adapter_streaq:worker --workers {n}", 300)}
+ENQUEUES = 700
+IMPORT = "import streaq"
+SHORT = "`idle_timeout=2` (60)"
+LEASE = {"usual": "60", "short": "2"}
+
+worker = Worker(os.environ["BENCH_URL"], idle_timeout=int(os.environ.get("BENCH_LEASE", 60)))
+TASKS = {name: worker.task(name=name)(func) for name, func in JOBS.items()}
+
+
+@sync
+async def enqueue(numbers, func):
+    async with worker:
+        for number in numbers:
+            await TASKS[func].enqueue(number)
+
+
+@sync
+async def enqueue_many(numbers, func):
+    numbers = iter(numbers)
+    async with worker:
+        while batch := [*itertools.islice(numbers, 1000)]:
+            await worker.enqueue_many([TASKS[func].enqueue(number) for number in batch])
+
+
+@sync
+async def enqueue_later(number, seconds):
+    async with worker:
+        await TASKS["noop"].enqueue(number).start(delay=seconds)
+
+
+@sync
+async def waiting():
+    async with worker:
+        return await worker.queue_size()

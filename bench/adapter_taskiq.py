@@ -1,0 +1,48 @@
+"""taskiq 0.13 with taskiq-redis 1.2: RedisStreamBroker and a result backend, as it recommends."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import redis
+from coroutines import JOBS, sync
+from taskiq_redis import RedisAsyncResultBackend, RedisStreamBroker
+
+PINS = ["taskiq==0.13.0", "taskiq-redis==1.2.4", "redis==8.1.0", "hiredis==3.5.0"]
+ABOUT = "streams, asyncio, 100 jobs at a time (its default); results are stored (an option)"
+SAFE = "yes, runs again after 10 minutes, once another job comes"
+WORKERS = {"asyncio": ("taskiq worker adapter_taskiq:broker --workers {n} --log-level ERROR", 300)}
+LACKS = {"later": "needs a process of its own"}
+ENQUEUES = 700
+IMPORT = "import taskiq_redis"
+SHORT = "`idle_timeout=2000` (10 minutes)"
+LEASE = {"usual": "600000", "short": "2000"}
+
+URL = os.environ["BENCH_URL"]
+# "0": a worker whose queue is new also runs what was enqueued before it came.
+broker = RedisStreamBroker(
+    url=URL, idle_timeout=int(os.environ.get("BENCH_LEASE", 600000)), consumer_id="0"
+).with_result_backend(RedisAsyncResultBackend(redis_url=URL))
+TASKS = {name: broker.register_task(func, task_name=name) for name, func in JOBS.items()}
+
+
+@functools.cache
+@sync
+async def start():
+    await broker.startup()
+
+
+def enqueue(numbers, func):
+    start()
+    kick(numbers, func)
+
+
+@sync
+async def kick(numbers, func):
+    for number in numbers:
+        await TASKS[func].kiq(number)
+
+
+def waiting():
+    return redis.Redis.from_url(URL).xlen("taskiq")

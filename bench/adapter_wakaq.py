@@ -1,0 +1,36 @@
+"""WakaQ 4.0: tasks and a worker as its documentation begins, over the unix socket of the others."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import jobs
+import redis
+from wakaq import WakaQ
+
+PINS = ["wakaq==4.0.4", "redis==8.1.0", "hiredis==3.5.0"]
+ABOUT = "one process; it has no results"
+SAFE = "no, lost: the worker pops it"
+WORKERS = {"one process": ("wakaq-worker --app adapter_wakaq.wakaq", 1500)}
+ONE_FOR_ALL = True  # the number of processes is an option of the app
+ENQUEUES = 2000
+IMPORT = "import wakaq"
+
+wakaq = WakaQ(queues=["bench"], concurrency=int(os.environ.get("BENCH_PROCESSES", 1)))
+# Its options name a host and a port only.
+wakaq.broker = redis.Redis.from_url(os.environ["BENCH_URL"], decode_responses=True)
+TASKS = {name: wakaq.task(func) for name, func in jobs.ALL.items()}
+
+
+def enqueue(numbers, func):
+    for number in numbers:
+        TASKS[func].delay(number)
+
+
+def enqueue_later(number, seconds):
+    TASKS["noop"].delay(number, eta=timedelta(seconds=seconds))
+
+
+def waiting():
+    return wakaq.broker.llen(wakaq.queues[0].broker_key)
