@@ -723,6 +723,10 @@ end
 local function last_claim(q, worker)
   return tonumber(string.match(call('HGET', q .. 'workers', worker) or '0', '%d+$'))
 end
+local function is_late(seat, at)
+  local beat, lease = string.match(seat or '', '^(%S+) (%S+) ')
+  return not beat or beat + lease < at
+end
 local function sit(q, worker, at, lease, number)  -- renew the seat of a worker
   call('HSET', q .. 'workers', worker, stamp(at) .. ' ' .. lease .. ' ' .. number)
 end
@@ -903,10 +907,11 @@ CLAIM = Script("""
 -- claim: queued -> started, for the claim `number` of `worker`, up to n jobs from the queues in
 -- order; before that scheduled -> queued.  Returns the time, the time of the next scheduled job (or
 -- now, if there may be more to claim, or ''), the execution, and {queue, id, hash} for each job.  A
--- number seen before returns what it holds, an older one nothing.  `ahead` is 1 if the worker still
--- has others to run.
+-- number seen before returns what it holds, an older one nothing.  `mode` is 'ahead' if the worker
+-- still has others to run, or 'waiting' if this was sent along with BLPOP, maybe long ago: then a
+-- worker that is late, which may be gone, gets nothing.
 local worker, number, lease, n = ARGV[1], tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4])
-local ahead = ARGV[5] == '1'
+local mode = ARGV[5]
 local at, next_due, claimed = now(), nil, {}
 local name = worker .. '.' .. number
 local execution, full, seen, size = name .. ' ' .. stamp(at), false, {}, 0
@@ -927,7 +932,7 @@ local function hold(i, q, ids)
       elseif hash[f] == 'nonce' and place(q, id) ~= 'queued' then valid = false end
     end
     full = full or valid and (alone or size > 1048576)
-    local others = ahead or #claimed > 0
+    local others = mode == 'ahead' or #claimed > 0
     local rest = full and (alone and others and k or k + 1) or math.huge
     if valid and rest ~= k then
       entries[#entries + 1], entries[#entries + 2] = id, execution
@@ -951,7 +956,8 @@ for i, q in ipairs(KEYS) do
       claimed[#claimed + 1] = {i, id, call('HGETALL', q .. 'job:' .. id)}
     end
   end
-  if number > last then
+  local gone = mode == 'waiting' and is_late(call('HGET', q .. 'workers', worker), at)
+  if number > last and not gone then
     sit(q, worker, at, lease, number)
     for _ = 1, 100 do
       local ids = #claimed < n and not full and call('LPOP', q .. 'queued', n - #claimed)
@@ -964,7 +970,8 @@ end
 for i, q in ipairs(KEYS) do  -- what we leave behind is for others to see
   local soon = dues[i] and dues[i] < at + lease
   if tried[i] and #claimed == 0 and call('LLEN', q .. 'queued') > 0 then next_due = at end
-  if (#claimed > 0 or tried[i]) and (soon or call('LLEN', q .. 'queued') > 0) then wake(q) end
+  local took = #claimed > 0 or tried[i] or mode == 'waiting'
+  if took and (soon or call('LLEN', q .. 'queued') > 0) then wake(q) end
 end
 return {stamp(at), next_due and stamp(next_due) or '', execution, claimed}
 """)
@@ -990,9 +997,8 @@ local at, dead, next_due, fit = now(), {}, nil, 1
 for _, q in ipairs(KEYS) do
   local seats, over, number = call('HGETALL', q .. 'workers'), {}, nil
   for i = 1, #seats, 2 do
-    local beat, its_lease, its_number = string.match(seats[i + 1], '^(%S+) (%S+) (%d+)$')
-    local late = beat + its_lease < at
-    if seats[i] == worker and state ~= 'fresh' then number = not late and its_number
+    local late = is_late(seats[i + 1], at)
+    if seats[i] == worker and state ~= 'fresh' then number = not late and last_claim(q, worker)
     elseif late or seats[i] == worker then over[seats[i]] = true end
   end
   if not number then fit = 0 end
@@ -2099,21 +2105,22 @@ class _Ear(_Line):
         self.keys = keys
         self._dead_at: float | None = None  # of a call that waits for its answer
 
-    def hears(self, seconds: float, bell: _Bell) -> bytes | None:
-        """Wait up to `seconds` for an element of one of the lists; None if the bell rang first."""
-        until = time.monotonic() + seconds
+    def hears(self, seconds: float, bell: _Bell, *then: Command) -> list[Any] | None:
+        """Wait up to `seconds` for an element of one of the lists; None if the bell rang first.
+        Return it with the replies to the commands `then`, which the server has run at once when it
+        came, or after SECONDS, when it did not."""
+        until, commands = time.monotonic() + seconds, [("BLPOP", *self.keys, self.SECONDS), *then]
         try:
             while True:
                 if self._dead_at is None:
-                    wire = self.open()
-                    _post(wire, [("BLPOP", *self.keys, self.SECONDS)])
+                    _post(self.open(), commands)
                     self._dead_at = time.monotonic() + self.SECONDS + self.silence
                 now = time.monotonic()
                 if self.wire.can_read(timeout=0):
-                    found = self.wire.read_response(disable_decoding=True)
+                    replies = [self.wire.read_response(disable_decoding=True) for _ in commands]
                     self._dead_at = None
-                    if found:
-                        return bytes(found[1])
+                    if replies[0] or then:
+                        return replies
                 elif now >= self._dead_at:
                     raise exceptions.TimeoutError("the server has gone silent")
                 elif now >= until or bell.watch(min(until, self._dead_at) - now, self.wire._sock):
@@ -2388,7 +2395,7 @@ class Worker:
                 slate.kill_at = 0
         return due
 
-    def _launch(self, claim: bool) -> None:
+    def _launch(self, claim: bool, mode: str = "") -> None:
         """Prepare an exchange.  Jobs are claimed ahead of others while these are tiny, and many."""
         slate, commands, left = self._slate, self._debts(), len(self._claimed)
         most = min(self._max_jobs, self._most) - slate.count - left
@@ -2402,7 +2409,7 @@ class Worker:
             if self._strategy == "random":
                 random.shuffle(self._serving)
             prefixes = [queue.prefix for queue in self._serving]
-            words = (self.name, slate.number, self.lease, most, int(left > 0))
+            words = (self.name, slate.number, self.lease, most, mode or "ahead" * (left > 0))
             commands.append(CLAIM(prefixes, *words))
         counts = len(self._done), len(self._behind), most
         self._flight = _Flight(tuple(commands), *counts, time.monotonic())
@@ -2539,12 +2546,12 @@ class Worker:
             time.sleep(RELIEF)
             with self._lock:
                 now, began = time.monotonic(), self._slate.began
-                held = self._claimed or self._behind or self._done or self._flight.commands
+                held = self._claimed or self._behind or self._done
                 if not held and now - began > 20 * RELIEF:
                     self._relief = None
                     return
                 slow = self._current and now - began > RELIEF
-                if not slow or not held or now < silent_until:
+                if not slow or not (held or self._flight.commands) or now < silent_until:
                     continue
                 try:
                     self._land(once)
@@ -2585,15 +2592,25 @@ class Worker:
                 self._keeper.attend(self._bell)
             if self._slate.suspended:
                 self._bell.watch(seconds)
-            else:
-                heard = self._ear.hears(seconds, self._bell)
+            else:  # the claim goes along, and saves a round trip when a job comes
+                self._launch(claim=True, mode="waiting")
+                heard = self._ear.hears(seconds, self._bell, *self._flight.commands)
+        except exceptions.NoScriptError:
+            pass  # the next exchange sends its text
         except (exceptions.RedisError, exceptions.RedisClusterException, OSError) as error:
             log.warning("waiting for work: %s", error)
             self._bell.watch(random.uniform(0.5, 1))
-        if heard is None:
+        if heard and self._flight.most:
+            flight, self._flight = self._flight, _Flight()
+            self._take(flight, *heard[1])
+        elif not heard:
             self._ear.close()  # else it might take a token that we don't act on
         if not self._bell.heard():  # our parent died
             self._slate.stopping = True
+        if self._flight.most and (self._slate.stopping or self._slate.suspended):
+            # Perhaps the claim was under way, and holds jobs.
+            release = RELEASE(self._prefixes, self.name, self.lease, self._slate.number)
+            self._flight = _Flight((release,))
 
     def _report(self, execution: Execution, outcome: Outcome, place: str) -> None:
         """Log and count what became of a job, which is now at `place`."""
@@ -2815,8 +2832,8 @@ class _Keeper:
         seconds = until - time.monotonic()
         if time.monotonic() < self.silent_until:
             self.bell.watch(seconds)
-        elif command := self.ear.hears(seconds, self.bell):
-            self.obey(command)
+        elif heard := self.ear.hears(seconds, self.bell):
+            self.obey(heard[0][1])
         self.bell.heard()
 
     def obey(self, text: bytes) -> None:

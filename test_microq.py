@@ -1614,6 +1614,61 @@ def test_a_strike_hits_only_the_job_that_was_meant():
         signal.signal(signal.SIGALRM, before)
 
 
+def test_a_job_that_finds_a_worker_idle_costs_it_no_round_trip_before_it_runs(queue, monkeypatch):
+    posts, post = Counter(), microq._post
+
+    def count(wire, commands):
+        posts[threading.current_thread().name] += 1
+        post(wire, commands)
+
+    monkeypatch.setattr(microq, "_post", count)
+    monkeypatch.setattr(sys.modules[__name__], "POSTS", posts)
+    with Worker(queue) as worker:
+        wait_until(lambda: queue.connection.info("clients")["blocked_clients"] == 2)
+        before = posts[f"worker {worker.name}"]
+        job = queue.enqueue(posts_so_far)
+        assert job.latest_result(timeout=5).return_value == before > 0
+
+
+POSTS: Counter = Counter()
+
+
+def posts_so_far():
+    return POSTS[threading.current_thread().name]
+
+
+def test_a_claim_that_waited_until_its_worker_was_late_takes_nothing(redis, queue):
+    job = queue.enqueue(add)
+    for number in (1, 2):  # no seat, and then one whose lease has ended
+        redis.delete(f"{Q}wake")
+        command = microq.CLAIM([queue.prefix], "w", number, 0.01, 8, "waiting")
+        assert microq._ask(redis, *command)[3] == [] and queue.job_ids == [job.id]
+        assert redis.llen(f"{Q}wake") == 1
+        beat(queue, "w", lease=0.01)
+        time.sleep(0.02)
+    beat(queue, "w")
+    [claimed] = microq._ask(redis, *microq.CLAIM([queue.prefix], "w", 3, 15, 8, "waiting"))[3]
+    assert claimed[1].decode() == job.id
+
+
+def test_a_frozen_idle_worker_takes_no_job_from_others(queue, start_worker):
+    frozen = start_worker("--lease", "0.5")
+    wait_until(lambda: Worker.count(queue.connection) == 1)
+    wait_until(lambda: queue.connection.info("clients")["blocked_clients"] == 2)
+    all_of_it = [frozen.pid, *children_of(frozen.pid)]
+    for pid in all_of_it:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        start_worker("--lease", "0.5")
+        wait_until(lambda: len(Worker.all_keys(queue.connection)) == 1)
+        job = queue.enqueue(add, 1)
+        wait_until(lambda: job.is_finished)
+        assert len(job.results()) == 1  # else the frozen one had it
+    finally:
+        for pid in all_of_it:
+            os.kill(pid, signal.SIGCONT)
+
+
 def test_a_relief_that_meets_a_cut_connection_comes_again(queue, monkeypatch):
     cuts, talk = [], microq._talk
 
