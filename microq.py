@@ -17,7 +17,7 @@ Words used throughout
     queue      a name ("default"); its jobs, and where each of them stands
     execution  one run of a job by a worker; its id is <worker>.<number of the claim>
     lease      seconds that a worker may be silent before its jobs are given back
-    *_at       seconds since the epoch by the server's clock; datetimes are aware UTC
+    *_at       in Redis: seconds since the epoch by the server's clock; datetimes are aware UTC
     timeout, ttl, interval, lease    seconds; fractions are allowed
 
 States, and the transitions between them.  A job is in one container of its queue at a time, and
@@ -121,7 +121,6 @@ import tempfile
 import threading
 import time
 import traceback
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -512,16 +511,15 @@ def _delay_until(moment: datetime) -> float:
 
 
 # ---- 4. Redis ------------------------------------------------------------------------------------
-# The one place that talks to the server.  A script's KEYS are prefixes of queues, "microq:{q}:": it
-# carries the hash tag, so the call finds its Cluster slot, and the script appends the names in the
-# table above to it.  Replies are bytes, whatever the connection decodes; the commands of one call
-# travel in one round trip.
+# How commands reach the server; those of one call travel in one round trip.  A script's KEYS are
+# prefixes of queues, "microq:{q}:": they carry the hash tag, so the call finds its Cluster slot,
+# and the script appends the names in the table above.  Replies are bytes, whatever the connection
+# decodes.
 
 SCRIPTS: dict[str, Script] = {}  # by SHA1
 _QUEUES = "microq:queues"
 _ONCE = RedisRetry(NoBackoff(), 0)  # redis-py's word for trying once
 _from_url = functools.cache(Redis.from_url)
-_idle: weakref.WeakKeyDictionary[Any, list[Any]] = weakref.WeakKeyDictionary()  # by pool
 
 # What passes by itself: no server, one that loads, a fail-over, a disk or memory that is full.
 _OUTAGES = (
@@ -572,7 +570,7 @@ def _send(connection: Any, *commands: Command) -> list[Any]:
     except (exceptions.RedisError, exceptions.RedisClusterException) as error:
         if not isinstance(error, _OUTAGES) and not re.search(_TROUBLE, str(error)):
             raise
-        client = getattr(connection, "connection", connection)
+        client = getattr(connection, "connection", None) or connection
         known = getattr(getattr(client, "connection_pool", None), "connection_kwargs", {})
         place = known.get("path") or f"{known.get('host', '?')}:{known.get('port', '?')}"
         remedy = "start one (redis-server), name one by --url or $MICROQ_URL, or use the embedded "
@@ -585,8 +583,8 @@ def _send(connection: Any, *commands: Command) -> list[Any]:
 
 
 class _Line:
-    """One connection like those of a client, to the node that holds `key`.  It bears a server that
-    is silent for `silence` seconds, leaves trying again to its user, and reads bytes."""
+    """One connection like those in a client's pool, to the node that holds `key`.  It bears a
+    server that is silent for `silence` seconds, leaves trying again to its user, reads bytes."""
 
     def __init__(self, connection: Redis, silence: float, key: str = "") -> None:
         self.connection, self.silence, self.key = connection, silence, key
@@ -634,9 +632,9 @@ def _post(wire: Any, commands: Sequence[Command]) -> None:
 
 
 def _talk(wire: Any, commands: Sequence[Command], sent: bool = False) -> list[Any]:
-    """Run commands over a connection; the first error among the replies is raised.  The connection
-    is closed where something is left in it, or after -READONLY, as its address may lead elsewhere
-    by now."""
+    """Run commands over a connection; an error among the replies is raised: an unknown script,
+    which is a reason to send all of them again, before others.  These close the connection, as
+    something may be left in it, or, after -READONLY, its address may lead elsewhere by now."""
     replies: list[Any] = []
     try:
         if not sent:
@@ -646,9 +644,10 @@ def _talk(wire: Any, commands: Sequence[Command], sent: bool = False) -> list[An
                 replies.append(wire.read_response(disable_decoding=True))
             except exceptions.ResponseError as error:
                 replies.append(error)
-        for reply in replies:
-            if isinstance(reply, Exception):
-                raise reply
+        errors = [reply for reply in replies if isinstance(reply, Exception)]
+        errors.sort(key=lambda error: not isinstance(error, exceptions.NoScriptError))
+        if errors:
+            raise errors[0]
         return replies
     except exceptions.NoScriptError:
         raise
@@ -662,9 +661,10 @@ def _round_trip(connection: Any, commands: Sequence[Command]) -> list[Any]:
         return connection.exchange(commands)
     if not isinstance(connection, RedisCluster) and connection.connection is None:
         # What redis-py does around a command costs more than the round trip; so keep connections
-        # like those of its pool, and without their checks: what fails is sent again.
+        # like those of its pool, and without their checks: what fails is sent again.  They are kept
+        # in the pool, since they may refer to it, but it does not know of them.
         wire, pool = None, connection.connection_pool
-        idle = _idle.setdefault(pool, [])
+        idle = pool.__dict__.setdefault("_microq_idle", [])
         while wire is None or wire.pid != os.getpid():
             try:
                 wire = idle.pop()
@@ -678,7 +678,7 @@ def _round_trip(connection: Any, commands: Sequence[Command]) -> list[Any]:
             replies: list[Any] = wire.retry.call_with_retry(again, lambda error: None)
             return replies
         finally:
-            idle.append(wire)
+            idle.append(wire) if len(idle) < pool.max_connections else wire.disconnect()
     with connection.pipeline(transaction=False) as pipe:
         for command in commands:
             pipe.execute_command(*command, NEVER_DECODE=True)
@@ -701,9 +701,9 @@ def _connect(connection: Redis | None = None) -> Redis:
 
 
 # ---- 5. Transitions ------------------------------------------------------------------------------
-# Every write to Redis is in this section.  A transition is one Lua script, so it happens whole or
-# not at all, and it is guarded so that a copy of the call that arrives later changes nothing.
-# What may fail comes before the first write.
+# Every change of a job's state is in this section.  A transition is one Lua script, so it happens
+# whole or not at all, and it is guarded so that a copy of the call that arrives later changes
+# nothing.  What may fail comes before the first write.
 #
 # To add one: draw it in the picture at the top and enter it in the table, write the script, and
 # give it a test that sends it twice.
@@ -988,11 +988,11 @@ BEAT = Script("""
 -- beat: renew the lease of `worker` on its queues.  `state` is 'fresh' if it has just begun, so
 -- that what its name holds was lost; 'judge' if it has beaten in time for a lease: then it settles,
 -- as crashed, the jobs of workers whose lease has ended.  (After an outage all of them are late.)
--- What it has held for a lease from a claim before `holds` came back with older data, and is
+-- What it has held for a lease from a claim before `oldest` came back with older data, and is
 -- released.  Then what any worker does for all: sweep what expired, promote what is due, and mend
 -- a token that was lost with its taker.  Returns the names of the dead, the time, the time of the
 -- next scheduled job or '', and whether the worker was known and in time.
-local worker, lease, state, holds, policy, failure_ttl = unpack(ARGV)
+local worker, lease, state, oldest, policy, failure_ttl = unpack(ARGV)
 local at, dead, next_due, fit = now(), {}, nil, 1
 for _, q in ipairs(KEYS) do
   local seats, over, number = call('HGETALL', q .. 'workers'), {}, nil
@@ -1014,7 +1014,7 @@ for _, q in ipairs(KEYS) do
       local words = {id, execution, ended, reason, ' failed', failure_ttl, 'crash', policy, 0}
       for _, word in ipairs(words) do crashed[#crashed + 1] = word end
       if #crashed > 4000 then crashed = settle(q, at, crashed) and {} end
-    elseif name == worker and tonumber(claim) < tonumber(holds) and since + lease < at then
+    elseif name == worker and tonumber(claim) < tonumber(oldest) and since + lease < at then
       give_back(q, id)
     end
   end
@@ -1808,7 +1808,7 @@ def _enqueue_words(job: Job, at_front: bool, delay: float) -> list[Any]:
 
 
 # ---- 8. Running a job ----------------------------------------------------------------------------
-# perform() is the only call into user code: it returns an Outcome and does not raise.
+# perform() is the only call of a job's function: it returns an Outcome and does not raise.
 # _settlement() turns an Outcome into the one transition that records it.
 
 
@@ -1885,9 +1885,8 @@ def _given_up(seconds: float) -> Outcome:
 class _Leash:
     """Ends the job that runs in a thread, by an exception: at its deadline, or on strike().
 
-    In the main thread the exception comes from SIGALRM, whose timer is only set where no earlier
-    alarm is set, so that most jobs cost no system call.  In others it is an asynchronous exception,
-    which takes effect between two bytecodes."""
+    In the main thread the exception comes from SIGALRM; in others it is an asynchronous one, which
+    takes effect between two bytecodes."""
 
     def __init__(self) -> None:
         self.ident = threading.get_ident()
@@ -1896,40 +1895,29 @@ class _Leash:
         self.run = 0  # counts the jobs, so that nothing strikes the next one
         self.deadline = 0.0  # of the job that runs; 0: there is none
         self.struck: tuple[int, type[BaseException]] | None = None  # a run, and why it is to end
-        self.alarm_at, self.handler = math.inf, self.on_alarm
+        self.handler = self.on_alarm
         self.timer: threading.Timer | None = None
 
     def begin(self, seconds: float) -> Callable[[type[BaseException]], None]:
         """Give the job that begins so many seconds; -1: no limit.  Return what strikes it."""
-        now, self.run = time.monotonic(), self.run + 1
-        self.deadline = now + seconds if seconds > 0 else math.inf
+        self.run += 1
+        self.deadline = time.monotonic() + seconds if seconds > 0 else math.inf
         strike = functools.partial(self.strike, self.run)
-        if not self.main:
-            if seconds > 0:
-                self.timer = threading.Timer(seconds, strike, [JobTimeoutException])
-                self.timer.daemon = True
-                self.timer.start()
-            return strike
-        if _signal.getsignal(signal.SIGALRM) is not self.handler:  # a job took it
-            signal.signal(signal.SIGALRM, self.handler)
-        left, interval = signal.getitimer(signal.ITIMER_REAL)
-        unset = self.alarm_at < math.inf and abs(now + left - self.alarm_at) > 0.01
-        if self.deadline < self.alarm_at or unset or interval:
-            self.set_alarm(seconds)
+        if self.main:
+            if _signal.getsignal(signal.SIGALRM) is not self.handler:  # a job took it
+                signal.signal(signal.SIGALRM, self.handler)
+            signal.setitimer(signal.ITIMER_REAL, max(0.0, seconds))
+        elif seconds > 0:
+            self.timer = threading.Timer(seconds, strike, [JobTimeoutException])
+            self.timer.daemon = True
+            self.timer.start()
         return strike
 
-    def set_alarm(self, seconds: float) -> None:
-        self.alarm_at = time.monotonic() + seconds if seconds > 0 else math.inf
-        signal.setitimer(signal.ITIMER_REAL, max(0.0, seconds))
-
-    def on_alarm(self, *details: Any) -> None:
-        now, self.alarm_at = time.monotonic(), math.inf
+    def on_alarm(self, *details: Any) -> None:  # between two jobs it means nothing
         if self.deadline and self.struck and self.struck[0] == self.run:
             raise self.struck[1]
-        if self.deadline and now >= self.deadline:
+        if self.deadline and time.monotonic() >= self.deadline:
             raise JobTimeoutException
-        if self.deadline:  # the alarm was that of an earlier job
-            self.set_alarm(self.deadline - now if self.deadline < math.inf else -1)
 
     def strike(self, run: int, reason: type[BaseException]) -> None:
         """End a job, if it still runs; for another thread."""
@@ -2024,8 +2012,8 @@ class _Slate(ctypes.Structure):
         ("began", ctypes.c_double),  # when it, or else the process, began
         ("due", ctypes.c_double),  # when the next scheduled job is due
         ("seconds", ctypes.c_double),  # spent in jobs so far
-        ("number", ctypes.c_uint64),  # of the last claim; of the first that may still hold jobs
-        ("holds", ctypes.c_uint64),
+        ("number", ctypes.c_uint64),  # of the last claim
+        ("oldest", ctypes.c_uint64),  # of the first claim of which jobs may still be held
         ("batch", ctypes.c_uint64),  # how many jobs to claim at once
         ("count", ctypes.c_uint64),  # of runs so far; those that went well; those that failed
         ("good", ctypes.c_uint64),
@@ -2206,20 +2194,10 @@ class Worker:
         self.birth_date = self.last_heartbeat = _utc(time.time())
         self._slate = _Slate()
         self._prefixes = [queue.prefix for queue in self.queues]
-        self._claimed: deque[Execution] = deque()
-        self._current: Execution | None = None  # what runs
-        self._done: list[tuple[Execution, Outcome]] = []  # what ran, and is not settled yet
-        self._behind: list[Execution] = []  # what was claimed, and is to be given back
-        self._flight = _Flight()
-        self._lock = threading.RLock()  # over these five, between the loop and its relief
+        self._lock = threading.RLock()  # over what is claimed, between the loop and its relief
         self._relief: threading.Thread | None = None
         self._thread: Any = None
-        # Of the child: its pid, whether its death is still to be told to the server, and when the
-        # next one may start; what its slate said when it was killed, and with which outcome.
-        self._pid, self._died, self._start_at = 0, False, 0.0
-        self._verdict: tuple[bytes, Outcome] | None = None
-        self._spare = 0  # the pid of the next child
-        self._lines: list[_Line] = []  # connections that children have left
+        self._pid = 0  # of the child
 
     key = property(lambda self: f"microq:worker:{self.name}")
     successful_job_count = property(lambda self: self._slate.good)
@@ -2269,13 +2247,11 @@ class Worker:
 
     def get_current_job(self) -> Job | None:
         """Return the job that the worker holds; None if there is none."""
-        keys = [f"{prefix}started" for prefix in self._prefixes]
-        asked = [(command, key) for key in keys for command in ("HKEYS", "HVALS")]
-        replies = iter(_send(self.connection, *asked))
-        for queue, ids, tokens in zip(self.queues, replies, replies, strict=True):
-            for id, token in zip(ids, tokens, strict=True):
-                if token.decode().rpartition(".")[0].rpartition(".")[0] == self.name:
-                    return queue.fetch_job(id.decode())
+        for queue in self.queues:
+            ids = queue.started_job_registry.get_job_ids()
+            for job in _look([Job(id, queue, {}) for id in ids]):
+                if job._execution and job._execution.worker_name == self.name:
+                    return job
         return None
 
     def get_current_job_id(self) -> str | None:
@@ -2327,17 +2303,26 @@ class Worker:
         for name in ("good", "bad", "seconds"):
             setattr(self._slate, name, getattr(before, name))
         self._keeper, self._burst = keeper, burst
-        self._server = self._spare_line = _Line(self.connection, self._patience)
+        self._server = _Line(self.connection, self._patience)
         wakes = [f"{prefix}wake" for prefix in self._prefixes]
         self._ear = _Ear(self.connection, self._patience, wakes)
         self._strategy, self._serving = dequeue_strategy, list(self.queues)
         self._max_jobs, self._max_idle_time = max_jobs or math.inf, max_idle_time or math.inf
         self._slate.due, self._slate.batch, self._most = math.inf, 1, math.inf
-        self._done, self._behind, self._current, self._flight = [], [], None, _Flight()
-        self._start_at = 0.0
-        self._ahead_of_us = 0.0  # seconds from our monotonic clock to the server's
-        self._plenty = False  # whether the last claim got all that it asked for
-        self._claimed.clear()
+        self._claimed: deque[Execution] = deque()
+        self._current: Execution | None = None  # what runs
+        self._done: list[tuple[Execution, Outcome]] = []  # what ran, and is not settled yet
+        self._behind: list[Execution] = []  # what was claimed, and is to be given back
+        self._flight = _Flight()
+        self._epoch = 0.0  # the server's time when our monotonic clock was at 0
+        self._more_waits = False  # whether the last claim got all that it asked for
+        # Of the child: whether its death is still to be told to the server; when the next one may
+        # start; what its slate said when it was killed, and with which outcome.
+        self._died, self._start_at = False, 0.0
+        self._verdict: tuple[bytes, Outcome] | None = None
+        # Of the next child: its pid, its connection, and those that earlier ones have left.
+        self._spare, self._spare_line = 0, self._server
+        self._lines: list[_Line] = []
 
     def _about(self, inbox: str) -> str:
         """Return what others may know of it, as JSON."""
@@ -2390,17 +2375,19 @@ class Worker:
                 self._launch(claim)
                 self._server.post(self._flight.commands)
             oldest = [run[0] for run in self._done[:1]] or self._claimed
-            slate.holds = oldest[0].claim if oldest else slate.number + 1
+            slate.oldest = oldest[0].claim if oldest else slate.number + 1
             if not oldest:
                 slate.kill_at = 0
         return due
 
     def _launch(self, claim: bool, mode: str = "") -> None:
-        """Prepare an exchange.  Jobs are claimed ahead of others while these are tiny, and many."""
+        """Prepare an exchange.  Jobs are claimed ahead of others while these are tiny, and many;
+        not with several queues, where what is left of a batch goes back, and would be overtaken."""
         slate, commands, left = self._slate, self._debts(), len(self._claimed)
         most = min(self._max_jobs, self._most) - slate.count - left
         most = int(min(most, slate.batch if self._strategy == "default" else 1))
-        if left and (left > slate.batch or not self._plenty or slate.batch < AHEAD):
+        ahead = len(self.queues) == 1 and self._more_waits and left <= slate.batch >= AHEAD
+        if left and not ahead:
             most = 0
         if not claim or slate.stopping or slate.suspended or most < 0:
             most = 0
@@ -2415,7 +2402,8 @@ class Worker:
         self._flight = _Flight(tuple(commands), *counts, time.monotonic())
 
     def _land(self, send: Callable[..., list[Any]]) -> float:
-        """Read the answer to what was launched, and act on it; `send` gets it.  Return as above."""
+        """Read the answer to what was launched, if anything was, and act on it; `send` gets it.
+        Return when the next scheduled job is due; infinity if there is none, or nothing said."""
         flight = self._flight
         if not flight.commands:
             return math.inf
@@ -2434,7 +2422,7 @@ class Worker:
         execution, beat, stamp = token.decode(), _utc(float(at)), float(token.partition(b" ")[2])
         # The server's clock said so at some time from the sending to now.
         least, most = stamp - time.monotonic(), stamp - flight.sent_at
-        self._ahead_of_us = min(max(self._ahead_of_us, least), most)
+        self._epoch = min(max(self._epoch, least), most)
         for index, id, pairs in claimed:
             job = Job(id.decode(), self._serving[index - 1], _pairs(pairs))
             job._status = JobStatus.STARTED
@@ -2445,9 +2433,9 @@ class Worker:
         if len(claimed) > 1 and self._relief is None:
             self._relief = threading.Thread(target=self._relieve, name="relief", daemon=True)
             self._relief.start()
-        self._plenty = len(claimed) == flight.most
+        self._more_waits = len(claimed) == flight.most
         # The slate is for the keeper, whose own answer may be older.
-        self._slate.due = next_due = float(due) - self._ahead_of_us if due else math.inf
+        self._slate.due = next_due = float(due) - self._epoch if due else math.inf
         return next_due
 
     def _runs(self, count: int | None = None) -> dict[str, list[tuple[Execution, Outcome]]]:
@@ -2521,7 +2509,7 @@ class Worker:
         index = self._prefixes.index(job.queue.prefix)
         slate.text = f"{index} {job.id} {execution.token}".encode()
         slate.began = time.monotonic()
-        job._began = slate.began + self._ahead_of_us
+        job._began = slate.began + self._epoch
         slate.kill_at = slate.began + limit + KILL_GRACE if limit > 0 else math.inf
         self._current = execution
         if self.fork and slate.batch == 1:  # else it would change all the time
@@ -2541,7 +2529,6 @@ class Worker:
         """While there are batches: when a job turns out slow, settle what was done before it, and
         give back what was claimed behind it."""
         backoff, silent_until = _Backoff(self._patience), 0.0
-        once = functools.partial(_send, self._server)
         while True:
             time.sleep(RELIEF)
             with self._lock:
@@ -2553,6 +2540,7 @@ class Worker:
                 slow = self._current and now - began > RELIEF
                 if not slow or not (held or self._flight.commands) or now < silent_until:
                     continue
+                once = functools.partial(_send, self._server)
                 try:
                     self._land(once)
                     self._give_back()
@@ -2616,8 +2604,8 @@ class Worker:
         """Log and count what became of a job, which is now at `place`."""
         job, well = execution.job, outcome.type is ResultType.SUCCESSFUL
         self._slate.seconds += outcome.seconds
-        self._slate.good += well
-        self._slate.bad += outcome.type is ResultType.FAILED
+        self._slate.good += well and place != "lost"
+        self._slate.bad += outcome.type is ResultType.FAILED and place != "lost"
         if well and place != "lost" and not log.isEnabledFor(logging.INFO):
             return None
         if place == "lost":
@@ -2658,8 +2646,10 @@ class SimpleWorker(Worker):
 
 # ---- 10. Supervision -----------------------------------------------------------------------------
 # A keeper sees to it that workers stay alive in Redis and under control: it renews their leases,
-# hears commands, and, where they run in children, starts, watches, kills and replaces these.  It
-# runs no code of users, so a job that holds the GIL or crashes harms its own process only.
+# hears commands, and, where they run in children, starts, watches, kills and replaces these.  A
+# child near its last job has a spare one beside it, which waits at a gate and goes on as soon as
+# the other has settled everything.  No job runs in the keeper's process then, so one that holds the
+# GIL or crashes harms its own only.
 
 
 class _Backoff:
@@ -2762,7 +2752,7 @@ class _Keeper:
             wake_at = time.monotonic() + (0.1 if self.scheduler else 1.0)
             for worker in self.workers if self.forks else ():
                 wake_at = min(wake_at, self.attempt(self.supervise, worker))
-            self.bury(os.WNOHANG)
+            self.attempt(self.reap_replaced, os.WNOHANG)
             ended = all(each._start_at == math.inf for each in self.workers)
             self.over = self.over or ended
             wake_at = min(wake_at, self.attempt(self.beat_in_time))
@@ -2803,7 +2793,7 @@ class _Keeper:
         for worker in self.workers:
             about = worker._about(self.name)
             commands.append(("SET", worker.key, about, "PX", int(self.lease * 1000)))
-            words = (worker.lease, state, worker._slate.holds, _CRASHES, DEFAULT_FAILURE_TTL)
+            words = (worker.lease, state, worker._slate.oldest, _CRASHES, DEFAULT_FAILURE_TTL)
             commands.append(BEAT(worker._prefixes, worker.name, *words))
         if state == "fresh":
             commands.append(("DEL", self.ear.keys[0]))  # words for an earlier one of this name
@@ -2876,8 +2866,12 @@ class _Keeper:
         slate, now = worker._slate, time.monotonic()
         if worker._pid:
             self.reap(worker)
-        if worker._died and now >= self.silent_until:
-            self.mourn(worker)
+        if worker._spare and os.waitpid(worker._spare, os.WNOHANG)[0]:
+            worker._spare, slate.spare, worker._start_at = 0, False, now + 1
+            worker._spare_line.close()
+        if worker._died and now >= self.silent_until:  # tell the server
+            worker._paid(_send(self.server, *worker._farewell(slate.number)))
+            worker._died = False
         over = slate.stopping or slate.phase == b"e"
         if worker._pid:
             if self.cold:
@@ -2892,7 +2886,8 @@ class _Keeper:
         elif not worker._died and now >= worker._start_at:
             self.start(worker)
         if worker._pid:
-            if slate.count + SPARE >= worker._most and not (worker._spare or over):
+            soon = slate.count + SPARE >= worker._most and now >= worker._start_at
+            if soon and not (worker._spare or over):
                 self.fork(worker)
             return slate.kill_at or math.inf
         return max(worker._start_at, self.silent_until)
@@ -2912,7 +2907,7 @@ class _Keeper:
         a child that is replaced costs the worker no time.  It gets a connection (but for TLS, whose
         state is not shared), since making one there costs more than the fork: all that it touches
         is copied.  False if that is not possible now."""
-        slate, gate, parent, status = worker._slate, _Bell(), os.getpid(), 1
+        gate, parent = _Bell(), os.getpid()
         line = worker._lines.pop() if worker._lines else _Line(self.connection, worker._patience)
         with contextlib.suppress(exceptions.RedisError, OSError):  # the loop will try again
             if not isinstance(self.connection, RedisCluster):
@@ -2928,10 +2923,15 @@ class _Keeper:
             worker._lines.append(line)
             gate.close()
             return False
-        if worker._spare:
-            worker._gate.close()
-            worker._gate, worker._spare_line, slate.spare = gate, line, True
-            return True
+        if not worker._spare:
+            self.run_child(worker, parent, gate, line)
+        worker._gate.close()
+        worker._gate, worker._spare_line, worker._slate.spare = gate, line, True
+        return True
+
+    def run_child(self, worker: Worker, parent: int, gate: _Bell, line: _Line) -> None:
+        """Wait at the gate, run the loop of a worker, and exit."""
+        slate, status = worker._slate, 1
         try:
             _be_child(parent)
             _title(f"microq {worker.name}: spare")
@@ -2978,7 +2978,7 @@ class _Keeper:
         slate, verdict = worker._slate, worker._verdict
         worker._pid, worker._verdict, worker._start_at = 0, None, 0.0
         code = os.waitstatus_to_exitcode(status)
-        if code == 0 and slate.phase == b"e":
+        if code == 0 and slate.phase in (b"e", b"n"):
             return  # it has settled everything
         worker._died = True
         worker._server.close()  # there may be an answer in it
@@ -3008,18 +3008,9 @@ class _Keeper:
             except Exception:
                 log.exception("work_horse_killed_handler failed for job %s", id)
 
-    def bury(self, flags: int = 0) -> None:
+    def reap_replaced(self, flags: int = 0) -> None:
         """Reap the children that have been replaced."""
-        for pid in [*self.leaving]:
-            with contextlib.suppress(ChildProcessError):
-                if not os.waitpid(pid, flags)[0]:
-                    continue
-            self.leaving.remove(pid)
-
-    def mourn(self, worker: Worker) -> None:
-        """Tell the server of a child that died."""
-        worker._paid(_send(self.server, *worker._farewell(worker._slate.number)))
-        worker._died = False
+        self.leaving = [pid for pid in self.leaving if not os.waitpid(pid, flags)[0]]
 
     def stop(self) -> None:
         """Have the workers finish their current jobs, and end."""
@@ -3052,20 +3043,23 @@ class _Keeper:
     def leave(self) -> None:
         """Sign off: whatever is still held goes back to the front of its queue."""
         self.ear.close()
+        self.leaving += [pid for each in self.workers for pid in (each._pid, each._spare) if pid]
+        for pid in self.leaving:  # they are spare, or only have to exit; but for errors
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.attempt(self.reap_replaced)
         commands: list[Command] = [("DEL", self.ear.keys[0])]
         for worker in self.workers:
-            for pid in filter(None, (worker._pid, worker._spare)):  # the first, after an error
-                self.leaving.append(pid)
-                with contextlib.suppress(OSError):
-                    os.kill(pid, signal.SIGKILL)
-            if worker._current and worker._current not in [run[0] for run in worker._done]:
-                worker._done.append((worker._current, _given_up(0)))
-            commands += [("DEL", worker.key), *worker._farewell("")]
+            with worker._lock:  # its relief may still be there
+                if worker._current and worker._current not in [run[0] for run in worker._done]:
+                    worker._done.append((worker._current, _given_up(0)))
+                commands += [("DEL", worker.key), *worker._farewell("")]
+                worker._claimed.clear()
+                worker._done, worker._behind, worker._flight = [], [], _Flight()
             for line in (worker._server, worker._spare_line, worker._ear, *worker._lines):
                 line.close()
             worker._bell.close()
             worker._gate.close()
-        self.bury()
         try:
             _send(self.server, *commands)
         except exceptions.RedisError as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import gc
 import http.server
 import importlib.util
 import json
@@ -1669,6 +1670,24 @@ def test_a_frozen_idle_worker_takes_no_job_from_others(queue, start_worker):
             os.kill(pid, signal.SIGCONT)
 
 
+def test_connections_end_with_their_client(redis, server):
+    class Detour(redis_py.Connection):
+        """One of TCP, in its own eyes."""
+
+        def _connect(self):
+            channel = socket.socket(socket.AF_UNIX)
+            channel.connect(str(server.path))
+            return channel
+
+    before = len(redis.client_list())
+    for _ in range(5):
+        pool = redis_py.ConnectionPool(connection_class=Detour, host="h", port=1)
+        Queue(connection=redis_py.Redis(connection_pool=pool)).enqueue(add)
+    del pool
+    gc.collect()
+    wait_until(lambda: len(redis.client_list()) <= before, 3)
+
+
 def test_a_relief_that_meets_a_cut_connection_comes_again(queue, monkeypatch):
     cuts, talk = [], microq._talk
 
@@ -1718,6 +1737,25 @@ def test_a_slow_job_keeps_nothing_that_was_claimed_ahead(queue, run):
     count, waiting = slow.return_value()
     assert count == 1 and waiting == [job.id for job in behind]
     assert all(len(job.results()) == 1 for job in [*before, slow, *behind])
+
+
+ORDER: list[int] = []
+
+
+def in_order(number):
+    ORDER.append(number)
+    time.sleep(5e-5)
+
+
+def test_a_worker_of_several_queues_keeps_their_order(redis, monkeypatch):
+    """What is left of a batch after FLUSH goes back; nothing claimed behind it may overtake it."""
+    high, low = Queue("high", redis), Queue("low", redis)
+    monkeypatch.setattr(sys.modules[__name__], "ORDER", [])
+    work(high)  # loads the scripts
+    low.enqueue_many([Queue.prepare_data(in_order, (i,)) for i in range(1200)])
+    SimpleWorker([high, low]).work(burst=True, logging_level=None)
+    assert list(range(1200)) == ORDER
+    low.delete()
 
 
 @pytest.mark.parametrize("mark", [{"max_crashes": 0}, {}])
@@ -1959,6 +1997,42 @@ def test_the_next_child_is_there_before_the_last_one_ends(
     both = children_of(parent)
     worker.kill()
     wait_until(lambda: not any(map(is_alive, both)), 1)
+
+
+def test_a_spare_child_that_dies_is_replaced(queue, start_worker, tmp_path):
+    worker, log = start_worker("--jobs-per-fork", "1"), tmp_path / "log"
+    queue.enqueue(stay, str(log))
+    pid, _ = people(log)
+    [spare] = wait_until(lambda: [each for each in children_of(worker.pid) if each != pid])
+    os.kill(spare, signal.SIGKILL)
+    wait_until(lambda: set(children_of(worker.pid)) - {pid, spare} and not is_alive(spare))
+    worker.kill()
+
+
+def test_a_child_may_exit_just_as_it_is_looked_at(queue, monkeypatch, caplog):
+    def late(pid, options, wait=os.wait4):
+        time.sleep(0.03)
+        return wait(pid, options)
+
+    monkeypatch.setattr(os, "wait4", late)
+    jobs = [queue.enqueue(os.getpid) for _ in range(10)]
+    Worker(queue, jobs_per_fork=1).work(burst=True, logging_level=None)
+    assert len({job.return_value() for job in jobs}) == 10 and "idle process" not in caplog.text
+
+
+def test_a_spare_child_that_cannot_be_had_is_not_asked_for_each_time(queue, monkeypatch, caplog):
+    forks, fork = [], os.fork
+
+    def only_once():
+        forks.append(1)
+        if len(forks) > 1:
+            raise BlockingIOError("no more")
+        return fork()
+
+    monkeypatch.setattr(os, "fork", only_once)
+    jobs = [queue.enqueue(sleep, 0.002) for _ in range(100)]
+    Worker(queue, jobs_per_fork=101).work(burst=True, logging_level=None)
+    assert all(job.is_finished for job in jobs) and len(caplog.messages) <= 3
 
 
 def pause_server(milliseconds):

@@ -75,10 +75,10 @@ def attempt(results, question, session, number=0, call="ask", **options):
     others = call == "ask" and name not in getattr(module, "RIVALS", [name])
     if others or question in session.rival.says["LACKS"] or (question, name) in results.failures:
         return
-    began = time.monotonic()
+    began, first = time.monotonic(), session.next
     try:
         figures = getattr(module, call)(session, **options)
-        if question != "recovery" and (twice := session.twice()):
+        if question != "recovery" and (twice := session.twice(first)):
             raise Failure(f"{twice} jobs ran more than once")
         results.add(question, name, figures, number)
         say(f"{question}, {name}: {time.monotonic() - began:.1f} s")

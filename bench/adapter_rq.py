@@ -40,16 +40,8 @@ def enqueue(connection, queue, id, kind, arguments):
 
 def worker_commands(url, queues, lease):
     worker = [sys.executable, "-m", "rq.cli", "worker", *queues, "-u", url]
-    worker += [
-        "--maintenance-interval",
-        "5",
-        "--job-monitoring-interval",
-        "5",
-        "--worker-ttl",
-        "30",
-    ]
+    worker += [*LEASE["short"].split(), "--with-scheduler"]
     simple = ["-w", "rq.worker.SimpleWorker"]
-    worker += ["--with-scheduler"]
     return [worker, worker, worker, [*worker, *simple]]
 
 

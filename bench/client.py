@@ -43,11 +43,11 @@ def enqueue_at_times(adapter, first, count, least, most):
 
 
 def enqueue_later(adapter, first, count, seconds):
-    """Enqueue to run after `seconds`, at random moments of half a second; return when they are due,
+    """Enqueue to run after `seconds`, at random moments of a second; return when they are due,
     by time.monotonic()."""
     due = []
     for number in range(first, first + count):
-        time.sleep(random.Random(number).uniform(0, 1 / count))
+        time.sleep(random.Random(number).uniform(0, 2 / count))
         due.append(time.monotonic() + seconds)
         adapter.enqueue_later(number, seconds)
     return due

@@ -204,10 +204,10 @@ class Session:
         if twice := count - bytes(runs).count(1):
             raise Failure(f"{twice} of {count} jobs ran more than once")
 
-    def twice(self):
-        """Return how many jobs ran more than once, in all of the session."""
-        runs = bytes(self.runs[: self.next])
-        return self.next - runs.count(0) - runs.count(1)
+    def twice(self, first):
+        """Return how many of the jobs from `first` on ran more than once."""
+        runs = bytes(self.runs[first : self.next])
+        return len(runs) - runs.count(0) - runs.count(1)
 
     def rate(self, first, count):
         """Return jobs per second; the first and the last tenth of them don't count, since there the

@@ -167,8 +167,9 @@ def children_of(pid):
 class Adversary:
     """Does harm, by its own dice, and remembers what it did to whom and when."""
 
-    def __init__(self, dice, server, workers, lease):
+    def __init__(self, dice, server, workers, lease, history):
         self.dice, self.server, self.workers, self.lease = dice, server, workers, lease
+        self.history = history
         self.hits = defaultdict(list)  # pid -> times of kills and stops
         self.kills = defaultdict(list)  # of these, the kills
         self.deeds = Counter()
@@ -194,7 +195,10 @@ class Adversary:
             self.kills[pid].append(now)
 
     def kill_child(self):
-        children = [pid for worker in self.workers.running for pid in children_of(worker.pid)]
+        """Kill a child that has begun a job, unlike spare ones."""
+        children = {pid for worker in self.workers.running for pid in children_of(worker.pid)}
+        begins = (line for lines in read(self.history).values() for line in lines)
+        children &= {line[2] for line in begins if line[0] == "begin"}
         if children:
             self.hit(self.dice.choice(sorted(children)), signal.SIGKILL)
         return bool(children)
@@ -317,7 +321,8 @@ def torture(name, seconds, seed, lease, patience, program, home):
     over = threading.Event()
     with open(home / "workers.log", "wb") as log:
         workers = Workers(adapter.worker_commands(server.url, QUEUES, lease), log)
-        adversary = Adversary(random.Random(f"{seed} adversary"), server, workers, lease)
+        dice = random.Random(f"{seed} adversary")
+        adversary = Adversary(dice, server, workers, lease, history)
         dice = random.Random(f"{seed} producer")
         producer = threading.Thread(target=produce, args=(adapter, server.url, dice, 15, over))
         producer.start()
