@@ -173,6 +173,7 @@ FLUSH = 0.005  # seconds after which outcomes are settled at the next end of a j
 RELIEF = 0.05  # seconds after which a job is slow, so that nothing waits for it
 MAX_BATCH = 128  # jobs claimed at once
 AHEAD = 8  # size of a batch from which on the next one is claimed while it runs
+JOBS_PER_FORK = 1000  # jobs after which a child is replaced, but not in its first second
 SPARE = 256  # jobs that a child has left when the next one is forked
 CHUNK = 1000  # jobs per script call, which keeps a script near 10 ms
 
@@ -2143,7 +2144,8 @@ class Worker:
     name                     - unique among workers, <host>.<pid>.<random>
     connection               - a redis.Redis, that of the first Queue
     fork                     - whether jobs run in a child process, yes
-    jobs_per_fork            - jobs after which the child is replaced, 1000; 1: one child per job
+    jobs_per_fork            - jobs after which the child is replaced, 1: one child per job; 1000,
+                               or as many as it runs in its first second
     serializer               - for queues given by name, 'pickle'
     default_result_ttl       - seconds, for jobs that have no result_ttl, 500
     lease                    - seconds of silence after which its jobs are given to others, 15
@@ -2159,8 +2161,9 @@ class Worker:
 
     def __init__(
         self, queues: Queue | str | Sequence[Queue | str], name: str | None = None,
-        connection: Redis | None = None, *, fork: bool | None = None, jobs_per_fork: int = 1000,
-        serializer: Any = None, default_result_ttl: Any = DEFAULT_RESULT_TTL, lease: Any = LEASE,
+        connection: Redis | None = None, *, fork: bool | None = None,
+        jobs_per_fork: int | None = None, serializer: Any = None,
+        default_result_ttl: Any = DEFAULT_RESULT_TTL, lease: Any = LEASE,
         exception_handlers: Any = (), work_horse_killed_handler: Func | None = None,
     ) -> None:  # fmt: skip
         several = [queues] if isinstance(queues, Queue | str) else list(queues)
@@ -2182,9 +2185,10 @@ class Worker:
         # it is, before one of them may judge the others.
         self._patience = self.lease / 3
         self.fork = type(self).fork if fork is None else fork
-        if not isinstance(jobs_per_fork, int) or jobs_per_fork < 1:
+        self._exactly = jobs_per_fork is not None
+        self.jobs_per_fork = JOBS_PER_FORK if jobs_per_fork is None else jobs_per_fork
+        if not isinstance(self.jobs_per_fork, int) or self.jobs_per_fork < 1:
             raise ValueError(f"jobs_per_fork={jobs_per_fork!r}: give a positive number")
-        self.jobs_per_fork = jobs_per_fork
         handlers = exception_handlers or ()
         handlers = [handlers] if callable(handlers) or isinstance(handlers, str) else handlers
         self._handlers = [_function(each) for each in handlers]
@@ -2343,7 +2347,10 @@ class Worker:
     def _loop(self) -> bytes:
         """Run jobs until there is a reason to stop; return the phase that follows."""
         slate, idle_since = self._slate, time.monotonic()
+        self._born = idle_since
         while True:
+            if slate.count >= self._most and time.monotonic() < self._born + 1:
+                self._most += 0 if self._exactly else self.jobs_per_fork
             worn, done = slate.count >= self._most, slate.count >= self._max_jobs
             over = self._burst or worn or done  # as it was before the claim
             due = self._exchange(claim=not (worn or done))
@@ -2522,7 +2529,7 @@ class Worker:
         if os.getpid() != pid:
             os._exit(0)  # the job has forked, and the child came out of it, too
         if self.fork and _restore_files():
-            self._most = 0  # rather a new process
+            self._most, self._born = 0, -math.inf  # rather a new process
         return outcome
 
     def _relieve(self) -> None:
@@ -3431,7 +3438,8 @@ def _parser() -> argparse.ArgumentParser:
         add("-b", "--burst", **flag, help="stop when the queues are empty")
         add("-s", "--with-scheduler", **flag, help="be on time even while busy")
         add("--in-process", **flag, help="don't fork: no protection")
-        add("--jobs-per-fork", default=1000, **number, help="replace a process after so many, 1000")
+        worn = "replace a process after so many, 1000, but not in its first second"
+        add("--jobs-per-fork", **number, help=worn)
         add("--lease", default=LEASE, metavar="S", help="silence that costs it its jobs, 15")
         add("--max-jobs", **number, help="stop after so many")
         add("--max-idle-time", type=float, metavar="S", help="stop after so long without any")

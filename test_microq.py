@@ -1999,6 +1999,17 @@ def test_the_next_child_is_there_before_the_last_one_ends(
     wait_until(lambda: not any(map(is_alive, both)), 1)
 
 
+@pytest.mark.parametrize("exactly", [True, False])
+def test_a_child_is_replaced_after_1000_jobs_but_not_in_its_first_second(queue, exactly):
+    jobs = queue.enqueue_many([Queue.prepare_data(os.getpid)] * 1300)
+    options = {"jobs_per_fork": 1000} if exactly else {}
+    jobs += [queue.enqueue(sleep, 1)] if not exactly else []
+    jobs += queue.enqueue_many([Queue.prepare_data(os.getpid)] * 900)
+    Worker(queue, **options).work(burst=True, logging_level=None)
+    pids = [jobs[i].return_value() for i in (0, 999, 1000, -1)]
+    assert pids[0] == pids[1] != pids[3] and (pids[1] != pids[2]) is exactly
+
+
 def test_a_spare_child_that_dies_is_replaced(queue, start_worker, tmp_path):
     worker, log = start_worker("--jobs-per-fork", "1"), tmp_path / "log"
     queue.enqueue(stay, str(log))
