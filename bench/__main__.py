@@ -29,7 +29,7 @@ from rivals import Failure, Rival, Session, last_line  # noqa: E402
 from torture import Server, program_of  # noqa: E402
 
 RIVALS = ["rq", "huey", "dramatiq", "celery", "arq", "saq", "taskiq", "streaq", "wakaq"]
-QUESTIONS = ["enqueue", "drain", "latency", "scale", "fork", "import", "network"]
+QUESTIONS = ["enqueue", "drain", "latency", "scale", "fork", "import", "network", "cpu"]
 QUESTIONS += ["later", "idle", "bytes", "recovery", "growth", "workers"]
 
 

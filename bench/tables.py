@@ -154,6 +154,17 @@ def network_table(figures, rivals):
     return table(["where a round trip takes 1 ms more", "enqueue /s", "run, no-ops /s"], rows)
 
 
+def cpu_table(figures, rivals):
+    names = "enqueue, client", "enqueue, server", "run, worker", "run, server"
+    pings = [figures.cell("cpu", "floor", "", f"ping, {who}") for who in ("client", "server")]
+    rows = [["`Redis.ping()`", *pings, "", ""]]
+    for rival in rivals:
+        if figures.median("cpu", rival.name, "", names[0]):
+            rows.append([rival.name, *(figures.cell("cpu", rival.name, "", n) for n in names)])
+    head = ["CPU for each job, us", "enqueue: client", "server", "run: worker", "server"]
+    return table(head, rows)
+
+
 def rivals_table(rivals):
     rows = []
     for rival in rivals:
@@ -224,6 +235,7 @@ def text(results):
         ("## Delays, and deaths\n", ""), (time_table(figures, rivals), "later recovery"),
         ("## Costs\n", ""), ("![](costs.svg)\n", ""),
         (cost_table(figures, rivals), "enqueue drain bytes idle import"),
+        (cpu_table(figures, rivals), "cpu"),
         ("## Growth\n", ""), ("![](growth.svg)\n", ""),
         (curve_table(figures, "growth", "enqueue", growth[0]), "growth"),
         (curve_table(figures, "growth", "drain", growth[1]), "growth"),
