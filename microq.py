@@ -539,11 +539,16 @@ def _prefix(queue: str) -> str:
 
 
 class Script:
-    """A Lua script behind the functions that all share; its first comment names it."""
+    """A Lua script behind those of the shared definitions that it needs, since the server makes all
+    that it finds anew at each call; its first comment names it."""
 
     def __init__(self, lua: str) -> None:
         self.name = lua.split()[1].rstrip(":")
-        self.lua = _PRELUDE + lua
+        head, *definitions = re.split(r"(?m)^(?=local )", _PRELUDE)
+        for definition in reversed(definitions):
+            name = re.findall(r"\w+", definition.replace("local function", "local", 1))[1]
+            lua = definition + lua if re.search(rf"\b{name}[(),[]", lua) else lua
+        self.lua = head + lua
         self.sha = hashlib.sha1(self.lua.encode()).hexdigest()
         SCRIPTS[self.sha] = self
 
