@@ -592,7 +592,7 @@ class _Line:
     """One connection like those in a client's pool, to the node that holds `key`.  It bears a
     server that is silent for `silence` seconds, leaves trying again to its user, reads bytes."""
 
-    def __init__(self, connection: Redis, silence: float, key: str = "") -> None:
+    def __init__(self, connection: Redis, silence: float | None, key: str = "") -> None:
         self.connection, self.silence, self.key = connection, silence, key
         self.wire: Any = None
         self.posted: Sequence[Command] = ()  # whose replies are still to be read
@@ -605,6 +605,7 @@ class _Line:
                 node = node.get_redis_connection(node.get_node_from_key(self.key))
             pool = node.connection_pool
             limits = {"socket_timeout": self.silence, "socket_connect_timeout": self.silence}
+            limits = limits if self.silence else {}  # those of the client
             options = pool.connection_kwargs | limits | {"retry": _ONCE}
             self.wire = pool.connection_class(**options)
         return self.wire
@@ -1650,14 +1651,22 @@ class Queue(Registry):
         return EnqueueData((func, args, kwargs), at_front, options)
 
     def enqueue_many(self, job_datas: Iterable[EnqueueData], pipeline: Any = None) -> list[Job]:
-        """Store many calls, and return their jobs in the same order. One round trip per 1,000 jobs.
-        A call that raises may have stored earlier thousands."""
+        """Store many calls, and return their jobs in the same order. One round trip per 1,000 jobs,
+        during which the next are prepared.  A call that raises may have stored earlier thousands.
+        """
         jobs: list[Job] = []
-        rest = iter(job_datas)
-        while chunk := list(itertools.islice(rest, CHUNK)):
-            made = [(self.create_job(*data.call, **data.options), data.at_front) for data in chunk]
-            self._store(made, pipeline)
-            jobs += [job for job, _ in made]
+        rest, finish = iter(job_datas), None
+        with contextlib.closing(_Line(self.connection, None)) as line:
+            while chunk := list(itertools.islice(rest, CHUNK)):
+                made = [
+                    (self.create_job(*each.call, **each.options), each.at_front) for each in chunk
+                ]
+                if finish:
+                    finish()
+                finish = self._begin_store(made, pipeline, line=line)
+                jobs += [job for job, _ in made]
+            if finish:
+                finish()
         return jobs
 
     def create_job(self, func: Func, args: Any = None, kwargs: Any = None, **options: Any) -> Job:
@@ -1722,18 +1731,38 @@ class Queue(Registry):
         return job
 
     def _store(self, jobs: Sequence[tuple[Job, bool]], pipeline: Any, delay: float = -1) -> None:
-        """Send the script `enqueue` for (job, at_front) pairs; delay -1 means now."""
+        """Run the script `enqueue` for (job, at_front) pairs; delay -1 means now."""
+        self._begin_store(jobs, pipeline, delay)()
+
+    def _begin_store(
+        self, jobs: Sequence[tuple[Job, bool]], pipeline: Any, delay: float = -1,
+        line: _Line | None = None,
+    ) -> Callable[[], None]:  # fmt: skip
+        """Prepare that, and return what does it; over `line` the server begins already."""
         if len({job.id for job, _ in jobs}) < len(jobs):
             raise DuplicateJobError("the same job_id stands twice in one enqueue_many()")
         if not self.is_async and pipeline is not None:
             raise TypeError("is_async=False runs jobs at once; it can't use a pipeline")
         words = [word for job, front in jobs for word in _enqueue_words(job, front, delay)]
-        command, register = ENQUEUE(self.prefix, delay, *words), ("SADD", _QUEUES, self.name)
+        register = () if self._known else (("SADD", _QUEUES, self.name),)
+        commands = (ENQUEUE(self.prefix, delay, *words), *register)
+        ahead = line if line and pipeline is None and len(jobs) == CHUNK else None
+        if ahead:
+            ahead.post(commands)
+        return functools.partial(self._finish_store, jobs, pipeline, delay, commands, ahead)
+
+    def _finish_store(
+        self, jobs: Sequence[tuple[Job, bool]], pipeline: Any, delay: float,
+        commands: tuple[Command, ...], ahead: _Line | None,
+    ) -> None:  # fmt: skip
         if pipeline is not None:
-            for each in (command, register):
+            for each in commands:
                 pipeline.execute_command(*_spelled_out(each))
         else:
-            reply, *_ = _send(self.connection, command, *([] if self._known else [register]))
+            replies: list[Any] = []
+            with contextlib.suppress(ServerUnavailable):  # then as often as the client would
+                replies = _send(ahead, *commands) if ahead else []
+            reply, *_ = replies or _send(self.connection, *commands)
             self._known = True
             if isinstance(reply, list):
                 id, status = reply[1].decode(), reply[2].decode()
@@ -2108,7 +2137,7 @@ class _Ear(_Line):
             while True:
                 if self._dead_at is None:
                     _post(self.open(), commands)
-                    self._dead_at = time.monotonic() + self.SECONDS + self.silence
+                    self._dead_at = time.monotonic() + self.SECONDS + (self.silence or 0)
                 now = time.monotonic()
                 if self.wire.can_read(timeout=0):
                     replies = [self.wire.read_response(disable_decoding=True) for _ in commands]

@@ -1873,6 +1873,18 @@ def test_enqueue_is_one_round_trip(server, redis):
     queue.delete()
 
 
+def test_a_bulk_that_is_cut_under_way_is_sent_again(server, redis, queue):
+    def datas():
+        for number in range(3500):
+            if number == 2500:  # the second thousand is under way
+                redis.client_kill_filter(_type="normal", skipme=True)
+            yield Queue.prepare_data(add, (number,))
+
+    jobs = Queue(connection=redis_py.Redis.from_url(server.url)).enqueue_many(datas())
+    assert queue.job_ids == [job.id for job in jobs] and len(jobs) == 3500
+    queue.delete()
+
+
 def test_a_worker_makes_one_round_trip_per_job(server, redis):
     """By the server's count of reads, which now and then has one too many: hence the least of 3."""
     queue = Queue(connection=redis_py.Redis.from_url(server.url))
