@@ -604,9 +604,9 @@ class _Line:
             if isinstance(node, RedisCluster):
                 node = node.get_redis_connection(node.get_node_from_key(self.key))
             pool = node.connection_pool
-            limits = {"socket_timeout": self.silence, "socket_connect_timeout": self.silence}
-            limits = limits if self.silence else {}  # those of the client
-            options = pool.connection_kwargs | limits | {"retry": _ONCE}
+            options = pool.connection_kwargs | {"retry": _ONCE}
+            if self.silence:  # else as long as the client does
+                options |= dict.fromkeys(("socket_timeout", "socket_connect_timeout"), self.silence)
             self.wire = pool.connection_class(**options)
         return self.wire
 
@@ -651,10 +651,10 @@ def _talk(wire: Any, commands: Sequence[Command], sent: bool = False) -> list[An
                 replies.append(wire.read_response(disable_decoding=True))
             except exceptions.ResponseError as error:
                 replies.append(error)
-        errors = [reply for reply in replies if isinstance(reply, Exception)]
-        errors.sort(key=lambda error: not isinstance(error, exceptions.NoScriptError))
-        if errors:
-            raise errors[0]
+        for kind in (exceptions.NoScriptError, Exception):
+            for reply in replies:
+                if isinstance(reply, kind):
+                    raise reply
         return replies
     except exceptions.NoScriptError:
         raise
@@ -2426,18 +2426,16 @@ class Worker:
         not with several queues, where what is left of a batch goes back, and would be overtaken."""
         slate, commands, left = self._slate, self._debts(), len(self._claimed)
         most = min(self._max_jobs, self._most) - slate.count - left
-        most = int(min(most, slate.batch if self._strategy == "default" else 1))
+        most = max(0, int(min(most, slate.batch if self._strategy == "default" else 1)))
         ahead = len(self.queues) == 1 and self._more_waits and left <= slate.batch >= AHEAD
-        if left and not ahead:
-            most = 0
-        if not claim or slate.stopping or slate.suspended or most < 0:
+        if not claim or slate.stopping or slate.suspended or (left and not ahead):
             most = 0
         if most:
             slate.number += 1
             if self._strategy == "random":
                 random.shuffle(self._serving)
             prefixes = [queue.prefix for queue in self._serving]
-            words = (self.name, slate.number, self.lease, most, mode or "ahead" * (left > 0))
+            words = (self.name, slate.number, self.lease, most, "ahead" if left else mode)
             commands.append(CLAIM(prefixes, *words))
         counts = len(self._done), len(self._behind), most
         self._flight = _Flight(tuple(commands), *counts, time.monotonic())
@@ -2629,10 +2627,9 @@ class Worker:
         except (exceptions.RedisError, exceptions.RedisClusterException, OSError) as error:
             log.warning("waiting for work: %s", error)
             self._bell.watch(random.uniform(0.5, 1))
-        if heard and self._flight.most:
-            flight, self._flight = self._flight, _Flight()
-            self._take(flight, *heard[1])
-        elif not heard:
+        if heard:
+            self._land(lambda *commands: heard[1:])
+        else:
             self._ear.close()  # else it might take a token that we don't act on
         if not self._bell.heard():  # our parent died
             self._slate.stopping = True
