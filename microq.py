@@ -37,6 +37,10 @@ the container is its status.
 
     script    from        to                    guard, and what if it does not hold
     enqueue   (new)       queued, scheduled     the id is free, else 'taken'
+              (new)       deferred              it depends on jobs that have not finished
+              (new)       rate_limited          its limit is used up
+    deliver   deferred    as if it were new     the last job that it waited for has finished
+              rate_limited  queued, scheduled   there is room for it
     claim     queued      started               the claim's number is new, else as before
               scheduled   queued                the job is due; beat does this too
     settle    started     finished, failed      the execution holds the job, else 'lost'
@@ -61,12 +65,20 @@ Queues that one worker serves on a Cluster share a slot by naming the tag: "{mai
     microq:{q}:scheduled        zset    ids by the time they are due
     microq:{q}:started          hash    id -> "<execution> <started_at>"
     microq:{q}:workers          hash    worker -> "<heartbeat_at> <lease> <claim>"
-    microq:{q}:deferred         zset    ids that wait for other jobs
+    microq:{q}:deferred         zset    ids that wait for other jobs, by the time since when
+    microq:{q}:rate_limited     zset    ids that wait for a slot of their limit, likewise
+    microq:{q}:outbox           set     words for other queues, until they have arrived
     microq:{q}:finished         zset    ids by the time the record expires
     microq:{q}:failed           zset    likewise; stopped jobs are here too
     microq:{q}:canceled         zset    likewise
     microq:{q}:job:<id>         hash    the call and its options, later its outcome
     microq:{q}:job:<id>:results list    older results, where there is more than one
+    microq:{q}:job:<id>:waits   set     keys of the jobs that a deferred one still waits for
+    microq:{q}:job:<id>:dependents set  "<prefix> <id> <created_at> <allow>", told of its end
+    microq:limit:{key}:holders  zset    "<prefix> <id> <slot> <numbers>" that have a slot
+    microq:limit:{key}:waiting  zset    likewise those that want one; both expire after a year
+    microq:limit:{key}:starts   list    when the last jobs of a rate may start, likewise
+    microq:limit:{key}:outbox   set     words for queues, until they have arrived
 
 Fields of a job's hash; only what differs from the default is stored
 
@@ -80,6 +92,15 @@ Fields of a job's hash; only what differs from the default is stored
     result                              the serialized return value, or the traceback
     nonce, moved                        tell a second enqueue or move from one that was sent again
     waited                              somebody waits for the first result
+    depends_on                          "<prefix><id> .. <allow>", allow: none, failed, any
+    dependents                          somebody depends on it
+    due                                 not to be queued before, once it waits no longer
+    rate_limit, slot                    "<prefix of the limit> <numbers>"; that it asked for, or has
+    on_success, on_failure, on_stopped  "<dotted name> <timeout>"
+    webhooks                            JSON
+    verdict                             "<type> <reason>" for callbacks, ended from outside
+    callback_error                      "<execution>\n<traceback>"
+    group_id                            name
 
 Map of the file: 1 errors, 2 values, 3 encoding, 4 Redis, 5 transitions, 6 job,
 7 queue, 8 running a job, 9 worker, 10 supervision, 11 embedded server, 12 command line.
@@ -123,10 +144,11 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.request import Request, urlopen
 
 from hiredis import pack_command
 from redis import Redis, RedisCluster, exceptions
@@ -150,19 +172,21 @@ if __name__ == "__main__":
 __version__ = "0.1.0"
 # fmt: off
 __all__ = [
-    "DeserializationError", "DuplicateJobError", "EnqueueData", "Execution", "InvalidJobOperation",
-    "JSONSerializer", "Job", "JobStatus", "JobTimeoutException", "MicroqError", "NoSuchJobError",
-    "PickleSerializer", "Queue", "Registry", "Repeat", "Result", "Retry", "ServerUnavailable",
-    "SimpleWorker", "StopRequested", "Worker", "WorkerPool", "WorkerStatus", "__version__",
-    "cancel_job", "embedded", "get_current_job", "is_suspended", "main", "requeue_job", "resume",
-    "send_command", "send_kill_horse_command", "send_shutdown_command", "send_stop_job_command",
-    "suspend",
+    "AbandonedJobError", "Callback", "Dependency", "DeserializationError", "DuplicateJobError",
+    "EnqueueData", "Execution", "InvalidJobDependency", "InvalidJobOperation", "JSONSerializer",
+    "Job", "JobStatus", "JobTimeoutException", "MicroqError", "NoSuchJobError", "PickleSerializer",
+    "Queue", "RateLimit", "Registry", "Repeat", "Result", "Retry", "ServerUnavailable",
+    "SimpleWorker", "StopRequested", "Webhook", "Worker", "WorkerPool", "WorkerStatus",
+    "__version__", "cancel_job", "embedded", "get_current_job", "is_suspended", "main",
+    "requeue_job", "resume", "send_command", "send_kill_horse_command", "send_shutdown_command",
+    "send_stop_job_command", "suspend",
 ]
 # fmt: on
 
 DEFAULT_TIMEOUT = 180.0  # seconds a job may run (RQ's default)
 DEFAULT_RESULT_TTL = 500.0  # seconds a result is kept (RQ's default)
 DEFAULT_FAILURE_TTL = 365 * 86400.0  # a failed job is kept for a year (RQ's default)
+CALLBACK_TIMEOUT = 60.0  # seconds a callback may run (RQ's default)
 LEASE = 15.0  # seconds; three heartbeats
 KILL_GRACE = 5.0  # seconds between the exception in a job over its time and SIGKILL
 MAX_RESULT = 64 << 20  # bytes; Redis cuts the connection at 512 MB (proto-max-bulk-len)
@@ -196,6 +220,14 @@ class NoSuchJobError(MicroqError):
 
 class DuplicateJobError(MicroqError):
     """The id belongs to a job that has not ended yet; nothing was stored."""
+
+
+class InvalidJobDependency(MicroqError):
+    """A job can't wait for itself; nothing was stored."""
+
+
+class AbandonedJobError(MicroqError):
+    """What a callback gets for a job that was ended from outside; the message says how."""
 
 
 class InvalidJobOperation(MicroqError):
@@ -297,7 +329,7 @@ class _Rule:
         if getattr(self, "max_interval", None) is not None:
             _seconds(self.max_interval, "max_interval")  # type: ignore[attr-defined]
 
-    def to_json(self) -> bytes:
+    def to_field(self) -> bytes:
         return json.dumps({name: value for name, value in vars(self).items() if value}).encode()
 
 
@@ -330,11 +362,113 @@ class Repeat(_Rule):
     interval: float | Sequence[float] = 0
 
 
+@dataclass(frozen=True)
+class Dependency:
+    """The jobs that a job waits for, as Job objects or ids; one that does not exist counts as done.
+
+    allow_failure    - whether it runs even if they fail, no; "any": even if canceled or stopped
+    enqueue_at_front - whether it overtakes the jobs that wait when they are done, no"""
+
+    jobs: Any
+    allow_failure: bool | str = False
+    enqueue_at_front: bool = False
+
+    def __post_init__(self) -> None:
+        jobs = [self.jobs] if isinstance(self.jobs, Job | str) else list(self.jobs)
+        object.__setattr__(self, "jobs", [(_id_of(job), job)[1] for job in jobs])
+        if self.allow_failure not in (True, False, "any"):
+            raise ValueError(f"allow_failure={self.allow_failure!r}: give True, False or 'any'")
+
+
+@dataclass(frozen=True)
+class Callback:
+    """A function to be called when a job has ended, and the seconds that it may take.
+
+    on_success(job, connection, result), on_failure(job, connection, type, exception, traceback),
+    on_stopped(job, connection).  What it raises is logged, and changes nothing for the job."""
+
+    func: Any
+    timeout: Any = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.func, str):
+            if not hasattr(self.func, "__qualname__"):
+                raise TypeError(
+                    f"a Callback takes a function or its dotted name, not {self.func!r}"
+                )
+            object.__setattr__(self, "func", _func_name(self.func))
+        seconds = CALLBACK_TIMEOUT if self.timeout is None else _seconds(self.timeout, "timeout")
+        object.__setattr__(self, "timeout", seconds)
+
+    def to_field(self) -> bytes:
+        return f"{self.func} {self.timeout:.15g}".encode()
+
+
+@dataclass(frozen=True)
+class Webhook:
+    """An HTTP request to be made when a job has 'finished' or 'failed', once that is stored.
+
+    A POST carries JSON: job_id, func_name, status, enqueued_at, ended_at and, if it failed,
+    exc_info.  Errors are logged."""
+
+    url: str
+    job_status: str
+    method: str = field(default="GET", kw_only=True)
+    headers: dict[str, str] | None = field(default=None, kw_only=True)
+    timeout: float = field(default=10, kw_only=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def __post_init__(self) -> None:
+        if not re.match(r"https?://[^/]", str(self.url)):
+            raise ValueError(f"url={self.url!r}: give an http:// or https:// URL")
+        if self.job_status not in ("finished", "failed"):
+            raise ValueError(f"job_status={self.job_status!r}: give 'finished' or 'failed'")
+        if self.method not in ("GET", "POST"):
+            raise ValueError(f"method={self.method!r}: give 'GET' or 'POST'")
+        object.__setattr__(self, "job_status", str(self.job_status))
+        object.__setattr__(self, "timeout", _seconds(self.timeout, "timeout"))
+        if not all(isinstance(each, str) for pair in (self.headers or {}).items() for each in pair):
+            raise TypeError(f"headers={self.headers!r}: give a dict of strings")
+
+
+@dataclass(frozen=True)
+class RateLimit:
+    """A limit that all jobs with the same key share, whatever queue they are in; those beyond it
+    wait as rate_limited, in order.
+
+    concurrency - how many may be queued or running at a time
+    rate, per   - how many may enter their queues within so many seconds, 60; those beyond are
+                  scheduled"""
+
+    key: str
+    concurrency: int | None = None
+    rate: int | None = field(default=None, kw_only=True)
+    per: Any = field(default=60, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.key, str) or not re.fullmatch(r"[^{}\s]{1,200}", self.key):
+            raise ValueError(f"key={self.key!r}: give a string without white space and braces")
+        if self.concurrency is None and self.rate is None:
+            raise ValueError("a RateLimit needs a concurrency or a rate")
+        for name in ("concurrency", "rate"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or not 1 <= value <= 100_000):
+                raise ValueError(f"{name}={value!r}: give a number from 1 to 100,000")
+        object.__setattr__(self, "per", _seconds(self.per, "per"))
+
+    def to_field(self) -> bytes:
+        numbers = f"{self.concurrency or 0} {self.rate or 0} {self.per:.15g}"
+        return f"microq:limit:{{{self.key}}}: {numbers}".encode()
+
+
 class Outcome(NamedTuple):
     """How a run ended.
 
     payload - the serialized return value, or the traceback in UTF-8
-    rule    - what may have the job run again: 'repeat', 'retry', 'crash', 'interrupt'; '' nothing
+    rule    - what may have the job run again: 'repeat', 'retry', 'crash', 'interrupt'; '' nothing.
+              Ended from outside, 'killed' is like 'retry', and 'stopped' like nothing
     policy  - the Retry behind the rule as JSON, that of the job"""
 
     type: ResultType
@@ -372,6 +506,12 @@ class Result:
         """What the function returned; None if it did not."""
         what, known = f"the result of job {self.job_id}", self.type is ResultType.SUCCESSFUL
         return _loads(self.job.serializer, self.payload, what) if known and self.payload else None
+
+    @property
+    def callback_error(self) -> str | None:
+        """The traceback of a callback that failed after this run."""
+        run, _, text = self.job._text("callback_error").partition("\n")
+        return text if run == self.execution_id else None
 
     @property
     def exc_string(self) -> str | None:
@@ -546,8 +686,9 @@ class Script:
         self.name = lua.split()[1].rstrip(":")
         head, *definitions = re.split(r"(?m)^(?=local )", _PRELUDE)
         for definition in reversed(definitions):
-            name = re.findall(r"\w+", definition.replace("local function", "local", 1))[1]
-            lua = definition + lua if re.search(rf"\b{name}[(),[]", lua) else lua
+            [names] = re.findall(r"^local (?:function )?(\w+(?:, \w+)*)", definition)
+            if re.search(rf"\b({names.replace(', ', '|')})[(),[]", lua):
+                lua = definition + lua
         self.lua = head + lua
         self.sha = hashlib.sha1(self.lua.encode()).hexdigest()
         SCRIPTS[self.sha] = self
@@ -744,28 +885,24 @@ end
 local keep
 function keep(job, ttl, only)  -- let a record expire in `ttl` seconds; negative: never
   if ttl < 0 then call('PERSIST', job) else call('PEXPIRE', job, math.ceil(ttl * 1000)) end
-  if not only then keep(job .. ':results', ttl, true) end
+  if not only then
+    for _, part in ipairs({':results', ':dependents'}) do keep(job .. part, ttl, true) end
+  end
+end
+local function drop(job)
+  call('DEL', job, job .. ':results', job .. ':dependents', job .. ':waits')
 end
 local function ready(q, id, front, at)  -- ... -> queued, where its ttl begins
   local job = q .. 'job:' .. id
+  local ttl, watched, slot = unpack(call('HMGET', job, 'ttl', 'dependents', 'slot'))
   call('HSET', job, 'enqueued_at', stamp(at))
-  keep(job, ttl_or(-1, call('HGET', job, 'ttl')))
+  keep(job, (watched or slot) and -1 or ttl_or(-1, ttl))  -- claim() sees the end of these
   call(front and 'LPUSH' or 'RPUSH', q .. 'queued', id)
   wake(q)
 end
 local function later(q, id, due)  -- ... -> scheduled; if it is the next one, set the alarm
   call('ZADD', q .. 'scheduled', stamp(due), id)
   if call('ZRANGE', q .. 'scheduled', 0, 0)[1] == id then wake(q) end
-end
-local function promote(q, at)  -- scheduled -> queued, what is due; returns when the next is
-  for _ = 1, 100 do
-    local id, due = unpack(call('ZRANGE', q .. 'scheduled', 0, 0, 'WITHSCORES'))
-    if not id or tonumber(due) > at then return tonumber(due) end
-    call('ZREM', q .. 'scheduled', id)
-    local job = q .. 'job:' .. id
-    if call('EXISTS', job) == 1 then ready(q, id, call('HGET', job, 'at_front'), at) end
-  end
-  return at
 end
 local function sweep(q, at, most)  -- forget ended jobs whose record has expired
   for name in pairs(ENDED) do
@@ -776,16 +913,114 @@ end
 local function place(q, id)  -- the container a job is in; nil if there is no such job
   if call('EXISTS', q .. 'job:' .. id) == 0 then return nil end
   if call('HEXISTS', q .. 'started', id) == 1 then return 'started' end
-  for _, name in ipairs({'scheduled', 'deferred', 'finished', 'failed', 'canceled'}) do
+  for name in string.gmatch('scheduled deferred rate_limited finished failed canceled', '%S+') do
     if call('ZSCORE', q .. name, id) then return name end
   end
   return 'queued'
 end
 
--- Store a result; the one before joins the list of nine.  Returns whether there was one, and the
--- seconds to keep it all, by the option `name` or else `ttl`.
+-- What one queue has to say to another, or to a limit, may have to go to another node.  So the
+-- script that causes it puts it into an outbox, until it has arrived: see deliver.  What is for the
+-- queue itself is done at once.
+local posted, post, receive, admit, give_up_slot, tell, conclude = {}
+function post(q, to, text, at)
+  if to == q then return receive(q, text, at) end
+  text = to .. ' ' .. text
+  call('SADD', q .. 'outbox', text)
+  posted[#posted + 1], posted[#posted + 2] = q, text
+end
+function give_up_slot(q, id, slot, limit, at)
+  local to, numbers = string.match(limit, '^(%S+) (.*)$')
+  call('HDEL', q .. 'job:' .. id, 'slot')
+  post(q, to, 'free ' .. q .. ' ' .. id .. ' ' .. slot .. ' ' .. numbers, at)
+end
+function tell(q, id, status, at)  -- its dependents, those for whom it counts, of its end
+  local list = q .. 'job:' .. id .. ':dependents'
+  for _, entry in ipairs(call('SMEMBERS', list)) do
+    local to, child, since, allow = string.match(entry, '^(%S+) (%S+) (%S+) (%S+)$')
+    if status == 'finished' or status == allow or allow == 'any' then
+      call('SREM', list, entry)
+      post(q, to, 'ended ' .. q .. id .. ' ' .. child .. ' ' .. since, at)
+    end
+  end
+end
+function conclude(q, id, status, at)  -- a job will not run any more
+  local job = q .. 'job:' .. id
+  local watched, slot, limit = unpack(call('HMGET', job, 'dependents', 'slot', 'rate_limit'))
+  if slot then give_up_slot(q, id, slot, limit, at) end
+  if watched then tell(q, id, status, at) end
+end
+function admit(q, id, at)  -- ... -> as far as it may go: scheduled, rate_limited, queued
+  local job = q .. 'job:' .. id
+  local fields = {'due', 'rate_limit', 'slot', 'at_front'}
+  local due, limit, slot, front = unpack(call('HMGET', job, unpack(fields)))
+  if tonumber(due or 0) > at then return later(q, id, due) end
+  if due then
+    call('HDEL', job, 'due')
+    if slot and due + 1 < at then  -- nobody was there in time, and its like may be many
+      give_up_slot(q, id, slot, limit, at)
+      slot = nil
+    end
+  end
+  if limit and not slot then
+    local to, numbers = string.match(limit, '^(%S+) (.*)$')
+    slot = stamp(at)
+    call('HSET', job, 'slot', slot)
+    call('ZADD', q .. 'rate_limited', slot, id)
+    post(q, to, 'ask ' .. q .. ' ' .. id .. ' ' .. slot .. ' ' .. numbers, at)
+  else ready(q, id, front, at) end
+end
+function receive(q, text, at)
+  local verb, id, rest = string.match(text, '^(%S+) (%S+) (.*)$')
+  if verb == 'depend' then  -- <parent> <dependent>: note it, or say that the parent has ended
+    local job, status = q .. 'job:' .. id, place(q, id)
+    local to, child, since, allow = string.match(rest, '^(%S+) (%S+) (%S+) (%S+)$')
+    if status == 'failed' and string.find(call('HGET', job, 'ended') or '', ' stopped$') then
+      status = 'stopped'
+    end
+    local over = ENDED[status] or status == 'stopped'
+    if not status or status == 'finished' or over and (allow == 'any' or allow == status) then
+      return post(q, to, 'ended ' .. q .. id .. ' ' .. child .. ' ' .. since, at)
+    end
+    call('SADD', job .. ':dependents', rest)
+    call('HSET', job, 'dependents', 1)
+    local left = call('PTTL', job)
+    if over and left > 0 then keep(job .. ':dependents', left / 1000, true)
+    else call('PERSIST', job) end
+  elseif verb == 'ended' then  -- <parent's key> <dependent> <since when it is that job>
+    local child, since = string.match(rest, '^(%S+) (%S+)$')
+    local job = q .. 'job:' .. child
+    if call('HGET', job, 'created_at') == since then
+      call('SREM', job .. ':waits', id)
+      local free = call('EXISTS', job .. ':waits') == 0
+      if free and call('ZREM', q .. 'deferred', child) == 1 then admit(q, child, at) end
+    end
+  elseif verb == 'grant' then  -- <job> <slot> <when it may start> <limit> <its numbers>
+    local slot, due, to, numbers = string.match(rest, '^(%S+) (%S+) (%S+) (.*)$')
+    local job = q .. 'job:' .. id
+    if call('HGET', job, 'slot') ~= slot or ENDED[place(q, id)] then  -- it does not want it now
+      post(q, to, 'free ' .. q .. ' ' .. id .. ' ' .. slot .. ' ' .. numbers, at)
+    elseif call('ZREM', q .. 'rate_limited', id) == 1 then
+      if tonumber(due) > at then call('HSET', job, 'due', due) end
+      admit(q, id, at)
+    end
+  end
+end
+local function promote(q, at)  -- scheduled -> queued, what is due; returns when the next is
+  for _ = 1, 100 do
+    local id, due = unpack(call('ZRANGE', q .. 'scheduled', 0, 0, 'WITHSCORES'))
+    if not id or tonumber(due) > at then return tonumber(due) end
+    call('ZREM', q .. 'scheduled', id)
+    if call('EXISTS', q .. 'job:' .. id) == 1 then admit(q, id, at) end
+  end
+  return at
+end
+
+-- Store a result; the one before joins the list of nine.  Returns the seconds to keep it all, by
+-- the option `name` or else `ttl`; the last `ended`; whether it has dependents; its slot and limit.
 local function record(job, ended, result, name, ttl)
-  local old = call('HMGET', job, 'ended', 'result', 'waited', name)
+  local fields = {'ended', 'result', 'waited', name, 'dependents', 'slot', 'rate_limit'}
+  local old = call('HMGET', job, unpack(fields))
   if old[1] then
     call('RPUSH', job .. ':results', old[1] .. '\\n' .. (old[2] or ''))
     call('LTRIM', job .. ':results', -9, -1)
@@ -796,17 +1031,21 @@ local function record(job, ended, result, name, ttl)
     if old[2] then call('HDEL', job, 'result') end
   end
   if old[3] and call('HDEL', job, 'waited') then redis.pcall('PUBLISH', job, 'ended') end
-  return old[1], ttl_or(ttl, old[4])
+  return ttl_or(ttl, old[4]), old[1], unpack(old, 5)
 end
 
--- Ask a rule for one more run: 'retry', 'repeat', 'crash', or 'interrupt', which has no count.
+-- Ask a rule for one more run: 'retry', 'repeat', 'crash', or 'interrupt', which has no count; or
+-- 'killed', the retry of a job that has not seen its own end, or 'stopped', which has no other run.
 -- Returns the seconds to wait, nil when there were enough; whether to go to the front; and the
 -- counter and its value.
+local OUTSIDE = {crash = 1, killed = 1, stopped = 1}
+local COUNTERS = {retry = 'retries', killed = 'retries', ['repeat'] = 'repeats', crash = 'crashes'}
 local function next_delay(job, rule, policy, chance)
-  if rule == '' then return nil end
-  local counter = ({retry = 'retries', ['repeat'] = 'repeats', crash = 'crashes'})[rule]
+  if rule == 'stopped' then return nil end
+  local counter = COUNTERS[rule]
   local count = counter and tonumber(call('HGET', job, counter)) or 0
-  policy = cjson.decode(policy ~= '' and policy or call('HGET', job, rule))
+  if policy == '' then policy = call('HGET', job, rule == 'killed' and 'retry' or rule) end
+  policy = cjson.decode(policy)
   local max = policy.max or policy.times
   if rule == 'crash' or not counter then
     max = tonumber(call('HGET', job, 'max_crashes')) or max
@@ -819,10 +1058,20 @@ local function next_delay(job, rule, policy, chance)
   return delay, policy.enqueue_at_front, counter, count + 1
 end
 
+local function bequeath(job, last, result)  -- leave a verdict to the callbacks, if there are any
+  local had, failure, stopped, hooks =
+    unpack(call('HMGET', job, 'verdict', 'on_failure', 'on_stopped', 'webhooks'))
+  if last == ' stopped' then failure, hooks = nil, stopped end
+  if had or not (failure or hooks) then return false end
+  call('HSET', job, 'verdict', last .. ' ' .. result)
+  return true
+end
+
 -- started -> queued | scheduled while the job's own rule, or else `policy`, allows it; after that
 -- -> finished or, with a type in `last`, failed; for runs of 9 `words` each: id, execution, ended,
 -- result, last, ttl, rule, policy, chance.  `last` completes `ended` for a run that has no
--- successor.  Returns where each job is now, with the time that it is due, or 'lost'.
+-- successor.  A job that was ended from outside, and has callbacks, is queued once more to run them
+-- by its `verdict`.  Returns where each job is now, with the time that it is due, or 'lost'.
 local function settle(q, at, words)
   local ids, ours, places, filed, stamps = {}, {}, {}, {finished = {}, failed = {}}, {}
   for w = 1, #words, 9 do ids[#ids + 1] = words[w] end
@@ -834,7 +1083,7 @@ local function settle(q, at, words)
   for i, id in ipairs(ids) do
     local w, job, to, delay, front, counter, count = 9 * i - 8, q .. 'job:' .. id, 'finished'
     local ended, result, last, ttl = words[w + 2], words[w + 3], words[w + 4], words[w + 5]
-    local rule, ruled, old = words[w + 6], nil, nil
+    local rule, ruled = words[w + 6], nil
     if mine[id] ~= i then
       local was = call('HGET', job, 'ended') or ''  -- ours, if this is the call sent again
       to = string.sub(was, 1, #ended) == ended and (place(q, id) or 'gone') or 'lost'
@@ -847,17 +1096,32 @@ local function settle(q, at, words)
         if counter then call('HSET', job, counter, count) end
         if rule == 'repeat' then call('HDEL', job, 'retries', 'crashes') end
         if front then call('HSET', job, 'at_front', 1) end
-        record(job, ended .. (last ~= '' and ' retried' or ''), result, 'ttl', 0)
+        local _, _, watched, slot, limit =
+          record(job, ended .. (last ~= '' and ' retried' or ''), result, 'ttl', 0)
+        if watched and last == '' then tell(q, id, 'finished', at) end
+        if slot and (delay > 0 or string.match(limit, ' (%S+) %S+$') ~= '0') then  -- it has a rate
+          give_up_slot(q, id, slot, limit, at)
+        end
         to = delay <= 0 and 'queued' or 'scheduled ' .. stamp(at + delay)
-        if delay <= 0 then ready(q, id, front, at) else later(q, id, at + delay) end
+        if delay > 0 then later(q, id, at + delay)
+        elseif limit then admit(q, id, at)
+        else ready(q, id, front, at) end
+      elseif OUTSIDE[rule] and bequeath(job, last, result) then
+        ready(q, id, true, at)
+        to = 'queued'
       else  -- no rule, one that makes no sense, or it is used up
-        local option = 'result_ttl'
+        local option, more, watched, slot, limit = 'result_ttl', nil, nil, nil, nil
         if last ~= '' then to, option = 'failed', 'failure_ttl' end
-        old, ttl = record(job, ended .. last, result, option, ttl)
-        if ttl == 0 then call('DEL', job, job .. ':results')
+        ttl, more, watched, slot, limit = record(job, ended .. last, result, option, ttl)
+        if slot then give_up_slot(q, id, slot, limit, at) end
+        if watched then
+          tell(q, id, last == ' stopped' and 'stopped' or to, at)
+          more = true
+        end
+        if ttl == 0 then drop(job)
         else
           local list = filed[to]
-          keep(job, ttl, not old)
+          keep(job, ttl, not more)
           stamps[ttl] = stamps[ttl] or (ttl < 0 and '+inf' or stamp(at + ttl))
           list[#list + 1] = stamps[ttl]
           list[#list + 1] = id
@@ -874,11 +1138,12 @@ end
 """
 
 ENQUEUE = Script("""
--- enqueue: new -> queued, or scheduled if `delay` >= 0.  Jobs are id, nonce, front, ttl, count of
--- words, words of the hash.  Returns the time, or {'taken', id, status} if one of them has not
--- ended: then none is stored.
+-- enqueue: new -> queued, or scheduled if `delay` >= 0.  Jobs are id, nonce, mode, ttl, count of
+-- words, words of the hash; the mode is 'front', 'careful' if it depends on others or has a limit,
+-- 'unique' if there must be no record of the id, or ''.  Returns the time, or {time, posted}, or
+-- {'taken', id, status} if one of them has not ended: then none is stored.
 local q, delay = KEYS[1], tonumber(ARGV[1])
-local at, i, starts, keys, fresh, back = now(), 2, {}, {}, {}, {}
+local at, i, starts, keys, fresh, back, careful = now(), 2, {}, {}, {}, {}, {}
 while ARGV[i] do
   starts[#starts + 1], keys[#keys + 1] = i, q .. 'job:' .. ARGV[i]
   i = i + 5 + ARGV[i + 4]
@@ -887,27 +1152,44 @@ local known, created_at = call('EXISTS', unpack(keys)) > 0, stamp(at)
 for k, i in ipairs(starts) do
   local id, nonce, status = ARGV[i], ARGV[i + 1], known and place(q, ARGV[i])
   local again = status and nonce ~= '' and call('HGET', keys[k], 'nonce') ~= nonce
-  if not status or again and ENDED[status] then fresh[#fresh + 1] = k
+  if not status or again and ENDED[status] and not string.find(ARGV[i + 2], 'unique') then
+    fresh[#fresh + 1] = k
   elseif again then return {'taken', id, status} end
 end
 for _, k in ipairs(fresh) do
   local i, job = starts[k], keys[k]
-  local id, nonce, front, ttl, words = unpack(ARGV, i, i + 4)
+  local id, nonce, mode, ttl, words = unpack(ARGV, i, i + 4)
   if nonce ~= '' then  -- a chosen id may have a record of its last life
     for name in pairs(ENDED) do call('ZREM', q .. name, id) end
-    call('DEL', job, job .. ':results')
+    drop(job)
     call('HSET', job, 'nonce', nonce)
   end
   call('HSET', job, 'created_at', created_at, unpack(ARGV, i + 5, i + 4 + words))
-  if delay >= 0 then later(q, id, at + delay)
+  if string.find(mode, 'careful') then careful[#careful + 1] = id
+  elseif delay >= 0 then later(q, id, at + delay)
   else
     if ttl ~= '' then call('PEXPIRE', job, math.ceil(ttl * 1000)) end
-    if front == '1' then call('LPUSH', q .. 'queued', id) else back[#back + 1] = id end
+    if string.find(mode, 'front') then call('LPUSH', q .. 'queued', id)
+    else back[#back + 1] = id end
   end
 end
 if #back > 0 then call('RPUSH', q .. 'queued', unpack(back)) end
 if delay < 0 then wake(q) end
-return stamp(at)
+for _, id in ipairs(careful) do
+  local job = q .. 'job:' .. id
+  if delay >= 0 then call('HSET', job, 'due', stamp(at + delay)) end
+  local parents, allow = string.match(call('HGET', job, 'depends_on') or '', '^(.-) ?(%S*)$')
+  if parents == '' then admit(q, id, at)
+  else
+    call('ZADD', q .. 'deferred', created_at, id)
+    for key in string.gmatch(parents, '%S+') do call('SADD', job .. ':waits', key) end
+    local us = q .. ' ' .. id .. ' ' .. created_at .. ' ' .. allow
+    for to, parent in string.gmatch(parents, '(%S+:)(%S+)') do
+      post(q, to, 'depend ' .. parent .. ' ' .. us, at)
+    end
+  end
+end
+return #posted > 0 and {created_at, posted} or created_at
 """)
 
 CLAIM = Script("""
@@ -928,15 +1210,24 @@ local function hold(i, q, ids)
   local entries = {}
   for k, id in ipairs(ids) do
     local job, alone, valid = q .. 'job:' .. id, false, true
-    local hash = redis.pcall('HGETALL', job)
+    local hash, ttl, since = redis.pcall('HGETALL', job), nil, nil
     if hash.err or #hash == 0 or seen[job] then valid, hash = false, {} end  -- it is no job
     seen[job] = true
     for f = 1, #hash, 2 do
       size = size + #hash[f + 1]
-      if hash[f] == 'ttl' then keep(job, -1, true)
+      if hash[f] == 'ttl' then
+        ttl = tonumber(hash[f + 1])
+        keep(job, -1, true)
+      elseif hash[f] == 'enqueued_at' then since = tonumber(hash[f + 1])
+      elseif hash[f] == 'created_at' then since = since or tonumber(hash[f + 1])
       elseif hash[f] == 'crashes' or hash[f] == 'max_crashes' then alone = true
       -- An id used again may stand here for an earlier life, which expired.
       elseif hash[f] == 'nonce' and place(q, id) ~= 'queued' then valid = false end
+    end
+    if valid and ttl and since and since + ttl < at then  -- it has dependents, or a slot
+      valid = false
+      conclude(q, id, 'finished', at)  -- as it counts when one depends on what is not there
+      drop(job)
     end
     full = full or valid and (alone or size > 1048576)
     local others = mode == 'ahead' or #claimed > 0
@@ -980,15 +1271,15 @@ for i, q in ipairs(KEYS) do  -- what we leave behind is for others to see
   local took = #claimed > 0 or tried[i] or mode == 'waiting'
   if took and (soon or call('LLEN', q .. 'queued') > 0) then wake(q) end
 end
-return {stamp(at), next_due and stamp(next_due) or '', execution, claimed}
+return {stamp(at), next_due and stamp(next_due) or '', execution, claimed, posted}
 """)
 
 SETTLE = Script("""
 -- settle: started -> where the outcome takes it, for runs of 9 words each, those that the function
--- above takes.  Returns a list of what became of them.
+-- above takes.  Returns a list of what became of them, and what is posted.
 local q, at = KEYS[1], now()
 sweep(q, at, #ARGV / 9 + 1)
-return settle(q, at, ARGV)
+return {settle(q, at, ARGV), posted}
 """)
 
 BEAT = Script("""
@@ -998,9 +1289,9 @@ BEAT = Script("""
 -- What it has held for a lease from a claim before `oldest` came back with older data, and is
 -- released.  Then what any worker does for all: sweep what expired, promote what is due, and mend
 -- a token that was lost with its taker.  Returns the names of the dead, the time, the time of the
--- next scheduled job or '', and whether the worker was known and in time.
+-- next scheduled job or '', whether the worker was known and in time, and what is in the outboxes.
 local worker, lease, state, oldest, policy, failure_ttl = unpack(ARGV)
-local at, dead, next_due, fit = now(), {}, nil, 1
+local at, dead, next_due, fit, left = now(), {}, nil, 1, {}
 for _, q in ipairs(KEYS) do
   local seats, over, number = call('HGETALL', q .. 'workers'), {}, nil
   for i = 1, #seats, 2 do
@@ -1034,8 +1325,11 @@ for _, q in ipairs(KEYS) do
   local due = promote(q, at)
   if due and due < (next_due or math.huge) then next_due = due end
   if due and due < at + lease or call('LLEN', q .. 'queued') > 0 then wake(q) end
+  for _, text in ipairs(call('SRANDMEMBER', q .. 'outbox', 100)) do
+    left[#left + 1], left[#left + 2] = q, text
+  end
 end
-return {dead, stamp(at), next_due and stamp(next_due) or '', fit}
+return {dead, stamp(at), next_due and stamp(next_due) or '', fit, left}
 """)
 
 RELEASE = Script("""
@@ -1067,31 +1361,84 @@ return count
 
 MOVE = Script("""
 -- move: a job in one of the containers `from` -> queued, canceled or gone.  Returns where it was,
--- '' if it does not exist.  A run in progress goes on, but its result is refused.  `nonce` tells a
--- call that was sent again.
-local q, id, from, to, front, failure_ttl, nonce = KEYS[1], unpack(ARGV)
+-- '' if it does not exist, and what is posted.  A run in progress goes on, but its result is
+-- refused.  `verdict` is what its dependents are told; `nonce` tells a call that was sent again.
+local q, id, from, to, front, failure_ttl, nonce, verdict = KEYS[1], unpack(ARGV)
 local job, at, was = q .. 'job:' .. id, now(), place(q, id)
 local moved = was and string.match(call('HGET', job, 'moved') or '', '^' .. nonce .. ' (.*)')
-if moved then return moved end
+if moved then return {moved, posted} end
 if not was and to == 'gone' then call('LREM', q .. 'queued', 1, id) end  -- it had a ttl
-if not was or not string.find(from, was, 1, true) then return was or '' end
+if not was or not string.find(from, was, 1, true) then return {was or '', posted} end
 if was == 'started' then call('HDEL', q .. was, id)
 elseif was == 'queued' then call('LREM', q .. was, 1, id)
 else call('ZREM', q .. was, id) end
 if to ~= 'gone' then call('HSET', job, 'moved', nonce .. ' ' .. was) end
+if not ENDED[was] then conclude(q, id, verdict, at) end
 if to == 'queued' then
-  call('HDEL', job, 'retries', 'repeats', 'crashes')
-  ready(q, id, front == '1', at)
+  call('HDEL', job, 'retries', 'repeats', 'crashes', 'due', 'verdict', 'callback_error')
+  if front == '1' then call('HSET', job, 'at_front', 1) end
+  admit(q, id, at)
 else
   local ttl = to == 'canceled' and ttl_or(failure_ttl, call('HGET', job, 'failure_ttl')) or 0
-  if ttl == 0 then call('DEL', job, job .. ':results')
+  call('DEL', job .. ':waits')
+  if ttl == 0 then drop(job)
   else
     call('ZADD', q .. to, ttl < 0 and '+inf' or stamp(at + ttl), id)
     keep(job, ttl)
   end
 end
 redis.pcall('PUBLISH', job, to)
-return was
+return {was, posted}
+""")
+
+DELIVER = Script("""
+-- deliver: do what the words that other queues have posted to this one, or to this limit, ask for.
+-- Each may come twice.  Returns what is posted in turn, else what had been and is still there.
+local q, at = KEYS[1], now()
+local holders, waiting, starts = q .. 'holders', q .. 'waiting', q .. 'starts'
+local function grant(member, due)
+  local to, id, slot, numbers = string.match(member, '^(%S+) (%S+) (%S+) (.*)$')
+  post(q, to, 'grant ' .. id .. ' ' .. slot .. ' ' .. stamp(due) .. ' ' .. q .. ' ' .. numbers, at)
+end
+for _, text in ipairs(ARGV) do
+  local verb, member = string.match(text, '^(%S+) (.*)$')
+  if verb == 'ask' and not call('ZSCORE', holders, member) then
+    call('ZADD', waiting, 'NX', string.match(member, '^%S+ %S+ (%S+)'), member)
+  elseif verb == 'free' then
+    call('ZREM', holders, member)
+    call('ZREM', waiting, member)
+  elseif verb ~= 'ask' then receive(q, text, at) end
+end
+while true do
+  local member = call('ZRANGE', waiting, 0, 0)[1]
+  if not member then break end
+  local most, rate, per = string.match(member, '(%S+) (%S+) (%S+)$')
+  most, rate, per = tonumber(most), tonumber(rate), tonumber(per)
+  if most > 0 and call('ZCARD', holders) >= most then  -- has one of them been lost?
+    local oldest, since = unpack(call('ZRANGE', holders, 0, 0, 'WITHSCORES'))
+    if since + 60 < at then
+      call('ZADD', holders, stamp(at), oldest)
+      grant(oldest, at)
+    end
+    break
+  end
+  local due = at
+  if rate > 0 then
+    due = math.max(at, (call('LINDEX', starts, rate - 1) or 0) + per)
+    call('LPUSH', starts, stamp(due))
+    call('LTRIM', starts, 0, rate - 1)
+  end
+  call('ZREM', waiting, member)
+  call('ZADD', holders, stamp(at), member)
+  grant(member, due)
+end
+for _, key in ipairs({holders, waiting, starts}) do call('EXPIRE', key, 366 * 86400) end
+if #posted == 0 then
+  for _, text in ipairs(call('SRANDMEMBER', q .. 'outbox', 20)) do
+    posted[#posted + 1], posted[#posted + 2] = q, text
+  end
+end
+return posted
 """)
 
 AMEND = Script("""
@@ -1112,6 +1459,27 @@ local execution = call('HGET', q .. 'started', id) or ''
 local seat = call('HGET', q .. 'workers', string.match(execution, '^(.*)%.%d+ ') or '') or ''
 return {status, execution, string.match(seat, '^%S+') or '', call('HGETALL', q .. 'job:' .. id)}
 """)
+
+
+def _deliver(connection: Any, posts: Sequence[bytes]) -> None:
+    """Take words (queue's prefix, word, ..) where they belong, and what these cause in turn, then
+    take them out of the outboxes.  Whoever finds a word there may do so, as often as it takes."""
+    seen: dict[tuple[bytes, bytes], None] = {}
+    while fresh := dict.fromkeys(zip(posts[::2], posts[1::2], strict=True)).keys() - seen.keys():
+        seen.update(dict.fromkeys(fresh))
+        to: dict[str, list[bytes]] = {}
+        for _, text in sorted(fresh):
+            target, _, words = text.partition(b" ")
+            to.setdefault(target.decode(), []).append(words)
+        replies = _send(connection, *(DELIVER(target, *words) for target, words in to.items()))
+        posts = [word for reply in replies for word in reply]
+    outboxes: dict[bytes, list[bytes]] = {}
+    for prefix, text in seen:
+        outboxes.setdefault(prefix, []).append(text)
+    if outboxes:
+        acks = [("SREM", prefix + b"outbox", *texts) for prefix, texts in outboxes.items()]
+        _send(connection, *acks)
+
 
 # ---- 6. Job --------------------------------------------------------------------------------------
 # What a user holds: an id, and the hash as it was read last.  Attributes read that copy; refresh()
@@ -1143,12 +1511,14 @@ class Job:
         self._fields = fields
         # Tells a second life of an id from a copy of the first call; None: made when it is sent.
         self._nonce = nonce
-        self._status = JobStatus.CREATED
+        self._status: JobStatus | None = JobStatus.CREATED  # None: to be looked up
         self._execution: Execution | None = None
         self._strike: Any = None  # raises an exception in it while it runs here
         self._began: float | None = None  # when its run here began, by the server's clock
         self._meta: dict[str, Any] | None = None
         self._decoded: tuple[Any, ...] | None = None  # the call, once it was asked for
+        self._unique = False
+        self._depends_on: Dependency | None = None  # as it was created
 
     @classmethod
     def fetch(cls, id: str, connection: Redis | None = None, serializer: Any = None) -> Job:
@@ -1251,7 +1621,11 @@ class Job:
     retry_intervals = property(lambda self: self._retry and list(self._retry.interval))
     repeats_left = property(lambda self: self._repeat and self._repeat.times - self._repeats)
     repeat_intervals = property(lambda self: self._repeat and list(self._repeat.interval))
-    _last = property(lambda self: (was := self._text("ended")) and Result(self, was, b""))
+    _last = property(
+        lambda self: (
+            (was := self._text("ended")) and Result(self, was, self._fields.get("result", b""))
+        )
+    )
     _run = property(lambda self: self._execution or self._last)  # the current, or else the last
     created_at = property(lambda self: (at := self._number("created_at")) and _utc(at))
     started_at = property(lambda self: getattr(self._run, "execution_started_at", None))
@@ -1291,14 +1665,44 @@ class Job:
 
     def get_status(self, refresh: bool = True) -> JobStatus:
         """Return where the job stands.  One round trip, none with refresh=False."""
-        if refresh and self._status is not JobStatus.CREATED:
+        if self._status is None or (refresh and self._status is not JobStatus.CREATED):
             self.refresh()
-        return self._status
+        return self._status  # type: ignore[return-value]
 
     is_queued, is_started = _is(JobStatus.QUEUED), _is(JobStatus.STARTED)
     is_scheduled, is_deferred = _is(JobStatus.SCHEDULED), _is(JobStatus.DEFERRED)
     is_finished, is_failed = _is(JobStatus.FINISHED), _is(JobStatus.FAILED)
     is_stopped, is_canceled = _is(JobStatus.STOPPED), _is(JobStatus.CANCELED)
+    is_rate_limited = _is(JobStatus.RATE_LIMITED)
+
+    # What it waits for: keys of jobs, and the status beside finished that will do for these.
+    _parents = property(lambda self: self._text("depends_on").split()[:-1])
+    dependency_ids = property(lambda self: [key.rpartition(":")[2] for key in self._parents])
+    allow_dependency_failures = property(lambda self: not self._text("depends_on").endswith("none"))
+
+    def fetch_dependencies(self) -> list[Job]:
+        """Return the jobs that this one depends on, as far as there is a record of them.  One round
+        trip."""
+        return _look([self._of_key(*key.rpartition(":")[::2]) for key in self._parents])
+
+    dependency = property(lambda self: (self.fetch_dependencies() or [None])[0])
+
+    def dependency_results(self) -> list[Any]:
+        """Return what the jobs that this one depends on have returned, in their order; None for one
+        that failed, or is gone.  One round trip."""
+        results = {job.id: job._last for job in self.fetch_dependencies()}
+        return [results[id].return_value if results.get(id) else None for id in self.dependency_ids]
+
+    def _of_key(self, queue: str, id: str) -> Job:
+        name = re.sub(r"^\{(.*)\}$", r"\1", queue.partition(":")[2])
+        return Job(id, Queue(name, self.connection, serializer=self.serializer), {})
+
+    def _dependents(self) -> list[Job]:
+        entries = _ask(self.connection, "SMEMBERS", f"{self._key}:dependents")
+        words = [entry.decode().split() for entry in entries]
+        return [self._of_key(prefix[:-1], id) for prefix, id, *_ in words]
+
+    dependent_ids = property(lambda self: [job.id for job in self._dependents()])
 
     def get_position(self) -> int | None:
         """Return how many jobs are before this one; None if it does not wait.  O(n)."""
@@ -1328,8 +1732,11 @@ class Job:
 
     def results(self) -> list[Result]:
         """Return how the last runs ended, the latest first; ten are kept."""
-        ask = ("LRANGE", f"{self._key}:results", 0, -1), ("HMGET", self._key, "ended", "result")
-        older, (ended, payload) = _send(self.connection, *ask)
+        fields = "ended", "result", "callback_error"
+        ask = ("LRANGE", f"{self._key}:results", 0, -1), ("HMGET", self._key, *fields)
+        older, (ended, payload, note) = _send(self.connection, *ask)
+        if note:
+            self._fields["callback_error"] = note
         records = [record.partition(b"\n")[::2] for record in older]
         records += [(ended, payload or b"")] if ended else []
         return [Result(self, ended.decode(), payload) for ended, payload in reversed(records)]
@@ -1363,24 +1770,34 @@ class Job:
         if not _ask(self.connection, *AMEND(self.queue.prefix, self.id, "meta", data)):
             raise NoSuchJobError(f"job {self.id!r} is gone; its meta was not saved")
 
-    def cancel(self) -> None:
-        """See to it that the job doesn't run; a run in progress is not recorded. Raises
-        InvalidJobOperation if the job has ended already."""
-        self._move("queued started scheduled deferred", "canceled")
+    def cancel(self, enqueue_dependents: bool = False) -> None:
+        """See to it that the job doesn't run; a run in progress is not recorded.  Its dependents
+        stay deferred, unless they are to be enqueued.  Raises InvalidJobOperation if the job has
+        ended already."""
+        verdict = "finished" if enqueue_dependents else "canceled"
+        self._move(" ".join(_CONTAINERS[:5]), "canceled", verdict=verdict)
 
     def requeue(self, at_front: bool = False) -> None:
         """Put a job that has ended into its queue again, with all its retries before it. Its
         results are kept.  Raises InvalidJobOperation if it has not ended."""
         self._move("finished failed canceled", "queued", at_front)
 
-    def delete(self) -> None:
-        """Remove the job and its results, in whatever state; a run is not recorded."""
+    def delete(self, delete_dependents: bool = False) -> None:
+        """Remove the job and its results, in whatever state; a run is not recorded.  For its
+        dependents, one that had not ended counts as finished."""
+        if delete_dependents:
+            for job in self._dependents():
+                job.delete()
         with contextlib.suppress(NoSuchJobError):
             self._move(" ".join(_CONTAINERS), "gone")
 
-    def _move(self, allowed: str, to: str, at_front: bool = False) -> None:
+    def _move(
+        self, allowed: str, to: str, at_front: bool = False, verdict: str = "finished"
+    ) -> None:
         words = (self.id, allowed, to, int(at_front), DEFAULT_FAILURE_TTL, secrets.token_hex(4))
-        was = _ask(self.connection, *MOVE(self.queue.prefix, *words)).decode()
+        reply, posts = _ask(self.connection, *MOVE(self.queue.prefix, *words, verdict))
+        _deliver(self.connection, posts)
+        was = reply.decode()
         if not was:
             raise NoSuchJobError(f"there is no job {self.id!r} in queue {self.origin!r}")
         if was not in allowed.split():
@@ -1452,9 +1869,11 @@ def get_current_job() -> Job | None:
     return _current_job.get()
 
 
-def cancel_job(job_id: str, connection: Redis | None = None) -> None:
+def cancel_job(
+    job_id: str, connection: Redis | None = None, enqueue_dependents: bool = False
+) -> None:
     """Cancel the job of this id; see Job.cancel."""
-    Job.fetch(job_id, connection).cancel()
+    Job.fetch(job_id, connection).cancel(enqueue_dependents)
 
 
 def requeue_job(job_id: str, connection: Redis | None = None) -> Job:
@@ -1468,14 +1887,15 @@ def requeue_job(job_id: str, connection: Redis | None = None) -> Job:
 # What a producer calls.  Everything is checked and serialized before the first byte is sent: what
 # raises has stored nothing.
 
-_CONTAINERS = ["queued", "started", "scheduled", "deferred", "finished", "failed", "canceled"]
+_CONTAINERS = [
+    "queued", "started", "scheduled", "deferred", "rate_limited", "finished", "failed", "canceled",
+]  # fmt: skip
 # The options of a job: a type; for durations, what may be given beside a positive number.
 _OPTIONS: dict[str, Any] = {
     "timeout": (-1,), "result_ttl": (-1, 0), "failure_ttl": (-1, 0), "ttl": (), "description": str,
     "job_id": str, "meta": dict, "retry": Retry, "repeat": Repeat, "max_crashes": int,
-}  # fmt: skip
-_NOT_OPTIONS = {
-    "depends_on", "on_success", "on_failure", "on_stopped", "rate_limit", "unique", "webhooks",
+    "depends_on": object, "rate_limit": RateLimit, "unique": object, "group_id": str,
+    "webhooks": list, "on_success": Callback, "on_failure": Callback, "on_stopped": Callback,
 }  # fmt: skip
 _CALL = {"func", "args", *_OPTIONS}  # the fields that a job begins its life with
 
@@ -1499,7 +1919,8 @@ class Registry:
         """Return the command for this type of container; only live records of a zset count."""
         if self.container in ("queued", "started"):
             return (list_ if self.container == "queued" else hash_, self.key)
-        low = "-inf" if self.container in ("scheduled", "deferred") else f"({time.time()}"
+        ended = self.container in _CONTAINERS[5:]
+        low = f"({time.time()}" if ended else "-inf"
         bounds = ("+inf", low) if "REV" in zset else (low, "+inf")
         return (zset, self.key, *bounds, *limit)
 
@@ -1546,11 +1967,14 @@ class Registry:
 
     def empty(self) -> int:
         """Delete the jobs of this registry, by the thousand, and return how many they were."""
-        words, ids, count = (self.container, "gone", 0, 0, ""), self.get_job_ids(), 0
+        words, ids = (self.container, "gone", 0, 0, "", "finished"), self.get_job_ids()
+        places: list[bytes] = []
         for start in range(0, len(ids), CHUNK):
             moves = [MOVE(self.queue.prefix, id, *words) for id in ids[start : start + CHUNK]]
-            count += _send(self.queue.connection, *moves).count(self.container.encode())
-        return count
+            replies = _send(self.queue.connection, *moves)
+            places += [was for was, _ in replies]
+            _deliver(self.queue.connection, [word for _, posts in replies for word in posts])
+        return places.count(self.container.encode())
 
 
 def _registry(container: str) -> Any:
@@ -1601,6 +2025,13 @@ class Queue(Registry):
         retry       - a Retry, none
         repeat      - a Repeat, none
         max_crashes - how often to run it again after its worker died, 2; 0: at most once
+        depends_on  - jobs that must have finished: a Job, an id, a list, a Dependency, none
+        on_success, on_failure, on_stopped - a Callback, or the function, none
+        webhooks    - a list of Webhooks, none
+        rate_limit  - a RateLimit, none
+        unique      - True: refuse a job_id of which there is any record; "pending": one that has
+                      not ended, as is done in any case
+        group_id    - the name of a Group that it belongs to, none
         pipeline    - a redis-py pipeline to carry the command, which you execute, none
 
         One round trip.  Raises ValueError or TypeError for a bad option or an argument that can't
@@ -1621,8 +2052,6 @@ class Queue(Registry):
         self, delay: float, f: Func, args: Any, kwargs: dict[str, Any]
     ) -> Job:
         """Sort keywords into options and the function's own, and enqueue."""
-        if refused := sorted(_NOT_OPTIONS & kwargs.keys()):
-            raise TypeError(f"{refused[0]} is no option; pass the function's own in kwargs={{}}")
         names = _OPTIONS.keys() & kwargs.keys() - {"timeout"}
         options = {name: kwargs.pop(name) for name in names}
         options["timeout"] = kwargs.pop("job_timeout", None)
@@ -1679,23 +2108,34 @@ class Queue(Registry):
             kind = _OPTIONS.get(name)
             if kind is None:
                 raise TypeError(f"{name!r} is no option; there are: {', '.join(_OPTIONS)}")
-            if value is None:
-                continue
-            if isinstance(kind, tuple):
-                fields[name] = f"{_seconds(value, name, kind):.15g}".encode()
-            elif not isinstance(value, kind) or value is True:
-                raise TypeError(f"{name} takes a {kind.__name__}, not {value!r}")
-            elif isinstance(value, Retry | Repeat):
-                fields[name] = value.to_json()
-            elif name == "meta":
-                fields[name] = _dumps(self.serializer, value, "meta")
-            elif name == "max_crashes" and value < 0:
-                raise ValueError(f"max_crashes={value}: give 0 or more")
-            elif name != "job_id":
-                fields[name] = str(value).encode()
-        if options.get("job_id") is None:
-            return Job(secrets.token_urlsafe(16), self, fields, nonce="")
-        return Job(_id_of(options["job_id"]), self, fields)
+            if value is not None and name not in ("job_id", "depends_on", "unique"):
+                fields[name] = self._encode_option(name, kind, value)
+        id, parents, unique = map(options.get, ("job_id", "depends_on", "unique"))
+        if unique not in (None, True, False, "pending") or (unique and id is None):
+            raise ValueError(f"unique={unique!r}: give True or 'pending', and a job_id")
+        nonce = "" if id is None else None
+        job = Job(secrets.token_urlsafe(16) if id is None else _id_of(id), self, fields, nonce)
+        job._unique = unique is True
+        if parents:
+            job._depends_on = parents if isinstance(parents, Dependency) else Dependency(parents)
+        return job
+
+    def _encode_option(self, name: str, kind: Any, value: Any) -> bytes:
+        """Return the field for an option, whose kind is as in _OPTIONS."""
+        if isinstance(kind, tuple):
+            return f"{_seconds(value, name, kind):.15g}".encode()
+        if kind is Callback and not isinstance(value, Callback):
+            value = Callback(value)
+        if not isinstance(value, kind) or value is True:
+            raise TypeError(f"{name} takes a {kind.__name__}, not {value!r}")
+        if name == "max_crashes" and value < 0:
+            raise ValueError(f"max_crashes={value}: give 0 or more")
+        if name == "webhooks":
+            return json.dumps([Webhook.to_dict(hook) for hook in value]).encode()
+        if name == "meta":
+            return _dumps(self.serializer, value, "meta")
+        field: bytes = value.to_field() if hasattr(value, "to_field") else str(value).encode()
+        return field
 
     def _encode_call(self, func: Any, args: Any, kwargs: Any) -> dict[str, bytes]:
         """Return the fields `func` and `args`, of a function that a worker can find."""
@@ -1743,6 +2183,8 @@ class Queue(Registry):
             raise DuplicateJobError("the same job_id stands twice in one enqueue_many()")
         if not self.is_async and pipeline is not None:
             raise TypeError("is_async=False runs jobs at once; it can't use a pipeline")
+        if any(job._depends_on for job, _ in jobs):
+            self._find_parents([job for job, _ in jobs])
         words = [word for job, front in jobs for word in _enqueue_words(job, front, delay)]
         register = () if self._known else (("SADD", _QUEUES, self.name),)
         commands = (ENQUEUE(self.prefix, delay, *words), *register)
@@ -1764,17 +2206,43 @@ class Queue(Registry):
                 replies = _send(ahead, *commands) if ahead else []
             reply, *_ = replies or _send(self.connection, *commands)
             self._known = True
-            if isinstance(reply, list):
+            if isinstance(reply, list) and reply[0] == b"taken":
                 id, status = reply[1].decode(), reply[2].decode()
                 raise DuplicateJobError(f"job {id!r} is {status}; choose another id, or delete it")
+            if isinstance(reply, list):
+                reply, posts = reply
+                _deliver(self.connection, posts)
             for job, _ in jobs:
                 job._fields["created_at"] = reply
         for job, _ in jobs:
             job._status = JobStatus.SCHEDULED if delay >= 0 else JobStatus.QUEUED
+            if "depends_on" in job._fields or "rate_limit" in job._fields:
+                job._status = None  # to be looked up
             job._nonce = None  # should it be enqueued once more
         if not self.is_async and delay < 0:
             SimpleWorker(self).work(burst=True, logging_level=None)
             _look([job for job, _ in jobs])
+
+    def _find_parents(self, jobs: Sequence[Job]) -> None:
+        """Note where those are on which the jobs depend, those of unknown ids being ours. Two round
+        trips, unless they are given as Job objects."""
+        wanted = [each for job in jobs if job._depends_on for each in job._depends_on.jobs]
+        ids = {each for each in wanted if isinstance(each, str)} - {job.id for job in jobs}
+        found = Job.fetch_many(ids, self.connection) if ids else []
+        keys = {job.id: f"{job.queue.prefix}{job.id}" for job in found if job}
+        for job in jobs:
+            if not (rule := job._depends_on):
+                continue
+            if job.id in map(_id_of, rule.jobs):
+                raise InvalidJobDependency(f"job {job.id!r} can't depend on itself")
+            names = [
+                keys.get(each, f"{self.prefix}{each}")
+                if isinstance(each, str)
+                else f"{each.queue.prefix}{each.id}"
+                for each in rule.jobs
+            ]
+            allow = {"True": "failed", "False": "none"}.get(str(rule.allow_failure), "any")
+            job._fields["depends_on"] = " ".join([*dict.fromkeys(names), allow]).encode()
 
     is_empty = lambda self: len(self) == 0  # noqa: E731
 
@@ -1802,6 +2270,7 @@ class Queue(Registry):
     started_job_registry, scheduled_job_registry = _registry("started"), _registry("scheduled")
     finished_job_registry, failed_job_registry = _registry("finished"), _registry("failed")
     deferred_job_registry, canceled_job_registry = _registry("deferred"), _registry("canceled")
+    rate_limited_job_registry = _registry("rate_limited")
 
     def delete(self, delete_jobs: bool = True) -> None:
         """Delete the queue with its jobs in all states. With delete_jobs=False it must be empty:
@@ -1812,7 +2281,7 @@ class Queue(Registry):
         for registry in registries:
             registry.empty()
         rest: list[Command]
-        rest = [("ZREMRANGEBYSCORE", each.key, "-inf", time.time()) for each in registries[4:]]
+        rest = [("ZREMRANGEBYSCORE", each.key, "-inf", time.time()) for each in registries[5:]]
         rest += [("SREM", _QUEUES, self.name), ("DEL", f"{self.prefix}wake")]
         _send(self.connection, *rest)
         self._known = False
@@ -1830,7 +2299,9 @@ class Queue(Registry):
 def _enqueue_words(job: Job, at_front: bool, delay: float) -> list[Any]:
     """Return the arguments of `enqueue` for one job."""
     fields = {name: value for name, value in job._fields.items() if name in _CALL}
-    if delay >= 0:
+    careful = "depends_on" in fields or "rate_limit" in fields
+    at_front = at_front or (job._depends_on is not None and job._depends_on.enqueue_at_front)
+    if delay >= 0 or careful:
         fields["enqueued_at"] = b""  # not yet
         if at_front:
             fields["at_front"] = b"1"
@@ -1838,7 +2309,8 @@ def _enqueue_words(job: Job, at_front: bool, delay: float) -> list[Any]:
         fields["meta"] = _dumps(job.serializer, job._meta, "meta")
     if job._nonce is None:
         job._nonce = secrets.token_urlsafe(6)
-    head = [job.id, job._nonce, int(bool(at_front)), fields.get("ttl", b""), 2 * len(fields)]
+    mode = "front " * bool(at_front) + "unique " * job._unique + "careful" * careful
+    head = [job.id, job._nonce, mode, fields.get("ttl", b""), 2 * len(fields)]
     return [*head, *itertools.chain.from_iterable(fields.items())]
 
 
@@ -1848,14 +2320,31 @@ def _enqueue_words(job: Job, at_front: bool, delay: float) -> list[Any]:
 
 
 def perform(execution: Execution, handlers: Iterable[Callable[..., Any]] = ()) -> Outcome:
-    """Run a job under its timeout, and return how that ended.  If it raised, the handlers are told
-    (job, type, exception, traceback), until one returns False."""
+    """Run a job under its timeout and then its callback, and return how that ended.  If it raised,
+    the handlers are told (job, type, exception, traceback), until one returns False."""
     job, began = execution.job, time.perf_counter()
     token = _current_job.set(job)
+    try:
+        outcome: Outcome
+        outcome, *details = _attempt(job, handlers, began)
+        _call_back(job, outcome, details)
+        return outcome
+    except _Interrupt:
+        return _given_up(time.perf_counter() - began)
+    finally:
+        _current_job.reset(token)
+
+
+def _attempt(job: Job, handlers: Iterable[Callable[..., Any]], began: float) -> tuple[Any, ...]:
+    """Run a job; return its outcome, with what its callback is told: the value, or the error."""
     try:
         if log.isEnabledFor(logging.INFO):
             log.info("%s: %s (%s)", job.origin, " ".join(job.description.split()), job.id)
         job._rule("retry"), job._rule("repeat")  # garbled ones must show before the job runs
+        if "verdict" in job._fields:  # it was ended from outside, and only has to hear of it
+            kind, _, text = job._text("verdict").strip().partition(" ")
+            error = AbandonedJobError(text)
+            return Outcome(ResultType(kind), text.encode()), type(error), error, None
         leash = _leash()
         job._strike = leash.begin(job.timeout)
         try:
@@ -1864,19 +2353,20 @@ def perform(execution: Execution, handlers: Iterable[Callable[..., Any]] = ()) -
             leash.end()
         seconds = time.perf_counter() - began
         if isinstance(value, Retry):
-            return Outcome(ResultType.RETRIED, b"", seconds, "retry", value.to_json())
+            return (Outcome(ResultType.RETRIED, b"", seconds, "retry", value.to_field()),)
         try:
             payload = b"" if value is None else _dumps(job.serializer, value, "the result")
             if len(payload) > MAX_RESULT:
                 raise TypeError(f"its result of {len(payload)} bytes is too large to store")
         except TypeError as error:
             text = f"result: {_short(value)}\nthe job ran, but {error}\n"
-            return Outcome(ResultType.FAILED, text.encode(), seconds)
-        return Outcome(ResultType.SUCCESSFUL, payload, seconds, "repeat")
+            outcome = Outcome(ResultType.FAILED, text.encode(), seconds)
+            return outcome, type(error), error, error.__traceback__
+        return Outcome(ResultType.SUCCESSFUL, payload, seconds, "repeat"), value
     except _Interrupt:
-        return _given_up(time.perf_counter() - began)
+        raise
     except StopRequested:
-        return Outcome(ResultType.STOPPED, _STOPPED, time.perf_counter() - began)
+        return (Outcome(ResultType.STOPPED, _STOPPED, time.perf_counter() - began),)
     except BaseException as error:  # SystemExit too: a job must not end its worker
         seconds = time.perf_counter() - began
         if isinstance(error, JobTimeoutException):
@@ -1884,9 +2374,59 @@ def perform(execution: Execution, handlers: Iterable[Callable[..., Any]] = ()) -
         text = "".join(traceback.format_exception(error))[-MAX_TRACEBACK:]
         rule = "" if isinstance(error, DeserializationError) else "retry"
         _tell(handlers, job, error)
-        return Outcome(ResultType.FAILED, text.encode(errors="replace"), seconds, rule)
-    finally:
-        _current_job.reset(token)
+        outcome = Outcome(ResultType.FAILED, text.encode(errors="replace"), seconds, rule)
+        return outcome, type(error), error, error.__traceback__
+
+
+_CALLBACKS = {
+    ResultType.SUCCESSFUL: "on_success",
+    ResultType.FAILED: "on_failure",
+    ResultType.STOPPED: "on_stopped",
+}
+
+
+def _call_back(job: Job, outcome: Outcome, details: Sequence[Any]) -> None:
+    """Run the callback for this outcome, which is not stored yet: if the worker dies here, the job
+    runs again.  Whatever else it does changes nothing; its traceback is kept with the job."""
+    name = _CALLBACKS.get(outcome.type, "")
+    if name not in job._fields:
+        return
+    leash, details = _leash(), () if name == "on_stopped" else details
+    try:
+        func, _, seconds = job._text(name).partition(" ")
+        job._strike = leash.begin(float(seconds))
+        try:
+            value = _find(func)(job, job.connection, *details)
+            if inspect.iscoroutine(value):
+                _run_coroutine(value)
+        finally:
+            leash.end()
+    except _Interrupt:
+        raise
+    except BaseException as error:
+        log.exception("%s of job %s failed", name, job.id)
+        text = "".join(traceback.format_exception(error))[-MAX_TRACEBACK:]
+        note = f"{job._execution.id if job._execution else ''}\n{text}".encode(errors="replace")
+        with contextlib.suppress(ServerUnavailable):
+            _ask(job.connection, *AMEND(job.queue.prefix, job.id, "callback_error", note))
+
+
+def _send_webhooks(job: Job, outcome: Outcome, place: str) -> None:
+    """Make the requests that are due for a job that has ended, one after the other."""
+    ended_at = _utc((job._began or time.time()) + outcome.seconds)
+    about = {"job_id": job.id, "func_name": job.func_name, "status": place}
+    about |= {"enqueued_at": str(job.enqueued_at or ""), "ended_at": str(ended_at)}
+    if place == "failed":
+        about["exc_info"] = outcome.payload.decode(errors="replace")
+    for hook in json.loads(job._fields["webhooks"]):
+        if hook["job_status"] == place:
+            body = json.dumps(about).encode() if hook["method"] == "POST" else None
+            headers = {"Content-Type": "application/json"} | (hook["headers"] or {})
+            request = Request(hook["url"], body, headers, method=hook["method"])
+            try:
+                urlopen(request, timeout=hook["timeout"]).close()
+            except Exception as error:  # whatever they answer
+                log.warning("webhook %s of job %s: %s", hook["url"], job.id, error)
 
 
 def _tell(handlers: Iterable[Callable[..., Any]], job: Job, error: BaseException) -> None:
@@ -1901,7 +2441,7 @@ def _tell(handlers: Iterable[Callable[..., Any]], job: Job, error: BaseException
 
 
 _STOPPED = b"stopped by a command"
-_CRASHES = Retry(MAX_CRASHES, 0, enqueue_at_front=True).to_json()
+_CRASHES = Retry(MAX_CRASHES, 0, enqueue_at_front=True).to_field()
 
 
 def _too_large(outcome: Outcome) -> Outcome:
@@ -2351,6 +2891,9 @@ class Worker:
         self._current: Execution | None = None  # what runs
         self._done: list[tuple[Execution, Outcome]] = []  # what ran, and is not settled yet
         self._behind: list[Execution] = []  # what was claimed, and is to be given back
+        self._posts: list[bytes] = []  # what is to be delivered, and by which connection
+        self._courier = _Line(self.connection, self._patience)
+        self._hooks: list[tuple[Job, Outcome, str]] = []  # the webhooks that are due
         self._flight = _Flight()
         self._epoch = 0.0  # the server's time when our monotonic clock was at 0
         self._more_waits = False  # whether the last claim got all that it asked for
@@ -2388,6 +2931,10 @@ class Worker:
             worn, done = slate.count >= self._most, slate.count >= self._max_jobs
             over = self._burst or worn or done  # as it was before the claim
             due = self._exchange(claim=not (worn or done))
+            if self._hooks or self._posts:
+                self._notify()
+                self._carry(self._courier)
+                due = 0.0  # perhaps there is something for us now
             if self._claimed and not slate.stopping:
                 self._run_claimed()
                 idle_since = time.monotonic()
@@ -2455,9 +3002,11 @@ class Worker:
         return self._take(flight, *replies[-1]) if flight.most else math.inf
 
     def _take(
-        self, flight: _Flight, at: bytes, due: bytes, token: bytes, claimed: list[Any]
-    ) -> float:
+        self, flight: _Flight, at: bytes, due: bytes, token: bytes, claimed: list[Any],
+        posts: list[bytes],
+    ) -> float:  # fmt: skip
         """Take in the reply to a claim; return when the next scheduled job is due."""
+        self._posts += posts
         execution, beat, stamp = token.decode(), _utc(float(at)), float(token.partition(b" ")[2])
         # The server's clock said so at some time from the sending to now.
         least, most = stamp - time.monotonic(), stamp - flight.sent_at
@@ -2501,9 +3050,28 @@ class Worker:
         done, behind = (flight.done, flight.behind) if flight else (None, None)
         settled = zip(self._runs(done).values(), replies, strict=False)
         del self._done[:done], self._behind[:behind]
-        for runs, places in settled:
+        for runs, (places, posts) in settled:
+            self._posts += posts
             for run, place in zip(runs, places, strict=True):
                 self._report(*run, place.decode())
+
+    def _carry(self, line: Any) -> None:
+        """Deliver what was posted for other queues; if that fails, whoever beats for ours will."""
+        posts, self._posts = self._posts, []
+        with contextlib.suppress(ServerUnavailable):
+            _deliver(line, posts)
+
+    def _notify(self) -> None:
+        """Send webhooks, which may take long: so what is claimed goes back before."""
+        while self._hooks and (self._claimed or self._flight.commands):
+            self._give_back()
+            self._exchange(claim=False)
+        hooks, self._hooks = self._hooks, []
+        for words in hooks:
+            try:
+                _send_webhooks(*words)
+            except Exception as error:
+                log.warning("webhooks of job %s: %s", words[0].id, error)
 
     def _give_back(self) -> None:
         """Run nothing more of what is claimed; it is released with the next exchange."""
@@ -2549,6 +3117,9 @@ class Worker:
         slate.text = f"{index} {job.id} {execution.token}".encode()
         slate.began = time.monotonic()
         job._began = slate.began + self._epoch
+        for name in _CALLBACKS.values():  # one of them may follow
+            if name in job._fields:
+                limit += float(job._text(name).rpartition(" ")[2]) if limit > 0 else 0
         slate.kill_at = slate.began + limit + KILL_GRACE if limit > 0 else math.inf
         self._current = execution
         if self.fork and slate.batch == 1:  # else it would change all the time
@@ -2644,6 +3215,8 @@ class Worker:
         self._slate.seconds += outcome.seconds
         self._slate.good += well and place != "lost"
         self._slate.bad += outcome.type is ResultType.FAILED and place != "lost"
+        if "webhooks" in job._fields and outcome.type is not ResultType.STOPPED:
+            self._hooks.append((job, outcome, place))
         if well and place != "lost" and not log.isEnabledFor(logging.INFO):
             return None
         if place == "lost":
@@ -2835,18 +3408,23 @@ class _Keeper:
             commands.append(BEAT(worker._prefixes, worker.name, *words))
         if state == "fresh":
             commands.append(("DEL", self.ear.keys[0]))  # words for an earlier one of this name
+            # A script that is unknown would be sent again, behind those that came after it.
+            if not isinstance(self.connection, RedisCluster):
+                commands += [("SCRIPT", "LOAD", script.lua) for script in SCRIPTS.values()]
         if self.unknown:
             names = [queue.name for queue in self.workers[0].queues]
             commands.append(("SADD", _QUEUES, *names))
         *replies, suspended = _send(self.server, *commands, ("PTTL", _SUSPENDED))
         self.beaten_at, self.unknown, self.told = time.monotonic(), False, told
         self.backoff = _Backoff(self.lease / 3)
-        for worker, (dead, at, due, fit) in zip(self.workers, replies[1::2], strict=False):
+        for worker, (dead, at, due, fit, left) in zip(self.workers, replies[1::2], strict=False):
             worker._slate.due = self.beaten_at + float(due) - float(at) if due else math.inf
             if not fit:  # we were late, or the server has lost its data, or is another one
                 self.unknown, self.healthy_since = state != "fresh", time.monotonic()
             for name in set(dead):
                 log.warning("worker %s is silent; its jobs run again", name.decode())
+            with contextlib.suppress(ServerUnavailable):
+                _deliver(self.server, left)
         if (suspended != -2) is not self.workers[0]._slate.suspended:
             log.info("suspended" if suspended != -2 else "resumed")
             for worker in self.workers:
@@ -2880,9 +3458,9 @@ class _Keeper:
         elif command == "suspension":
             self.beaten_at = 0.0  # the next beat reads it
         elif command == "stop-job" and running == words.get("job_id"):
-            self.kill(worker, text, Outcome(ResultType.STOPPED, _STOPPED))
+            self.kill(worker, text, Outcome(ResultType.STOPPED, _STOPPED, rule="stopped"))
         elif command == "kill-horse" and running:
-            killed = Outcome(ResultType.FAILED, b"killed by a command", rule="retry")
+            killed = Outcome(ResultType.FAILED, b"killed by a command", rule="killed")
             self.kill(worker, text, killed)
         elif command not in ("stop-job", "kill-horse"):
             log.warning("that is no command")
@@ -2910,13 +3488,16 @@ class _Keeper:
         if worker._died and now >= self.silent_until:  # tell the server
             worker._paid(_send(self.server, *worker._farewell(slate.number)))
             worker._died = False
+            worker._carry(self.server)
         over = slate.stopping or slate.phase == b"e"
         if worker._pid:
             if self.cold:
                 self.kill(worker, slate.text, _given_up(0))
             elif 0 < slate.kill_at <= now:
                 text = f"killed, {KILL_GRACE:g} s after its timeout had no effect"
-                self.kill(worker, slate.text, Outcome(ResultType.FAILED, text.encode(), 0, "retry"))
+                self.kill(
+                    worker, slate.text, Outcome(ResultType.FAILED, text.encode(), 0, "killed")
+                )
         elif over:
             late = now - (self.stopping_since or now) > self.lease  # its lease ends by itself
             if late or not worker._died:
@@ -3094,7 +3675,8 @@ class _Keeper:
                 commands += [("DEL", worker.key), *worker._farewell("")]
                 worker._claimed.clear()
                 worker._done, worker._behind, worker._flight = [], [], _Flight()
-            for line in (worker._server, worker._spare_line, worker._ear, *worker._lines):
+            lines = worker._server, worker._spare_line, worker._ear, worker._courier
+            for line in (*lines, *worker._lines):
                 line.close()
             worker._bell.close()
             worker._gate.close()

@@ -33,18 +33,23 @@ import redis as redis_py
 
 import microq
 from microq import (
+    Callback,
+    Dependency,
     DeserializationError,
     DuplicateJobError,
+    InvalidJobDependency,
     InvalidJobOperation,
     Job,
     JobStatus,
     JobTimeoutException,
     NoSuchJobError,
     Queue,
+    RateLimit,
     Repeat,
     Retry,
     ServerUnavailable,
     SimpleWorker,
+    Webhook,
     Worker,
     WorkerPool,
     get_current_job,
@@ -135,13 +140,14 @@ def containers(redis, prefix=Q):
     """Return {container: ids} for a queue, straight from the keys."""
     found = {"queued": redis.lrange(prefix + "queued", 0, -1)}
     found["started"] = redis.hkeys(prefix + "started")
-    for name in ("scheduled", "deferred", "finished", "failed", "canceled"):
+    for name in ("scheduled", "deferred", "rate_limited", "finished", "failed", "canceled"):
         found[name] = redis.zrange(prefix + name, 0, -1)
     return found
 
 
 def key_pattern(key: str) -> str:
     key = re.sub(r"\{[^}]*\}[^:]*", "{q}", key)
+    key = key.replace("limit:{q}", "limit:{key}")
     key = re.sub(r"(worker|inbox):.*", r"\1:<name>", key)
     return re.sub(r"job:[^:]+", "job:<id>", key)
 
@@ -312,7 +318,7 @@ def work(queue, **options):
 def claim(queue, worker="w", number=1, lease=15, n=1):
     """Claim by hand; return [(id, execution)]."""
     command = microq.CLAIM(queue.prefix, worker, number, lease, n)
-    _, _, execution, claimed = microq._ask(queue.connection, *command)
+    _, _, execution, claimed, _ = microq._ask(queue.connection, *command)
     return [(id.decode(), execution.decode()) for _, id, _ in claimed]
 
 
@@ -320,8 +326,8 @@ def settle(queue, id, execution, *, rule="", policy="", last="", chance=0, twice
     """Settle by hand; return what the script says."""
     words = (id, execution, f"{execution} 0.5", "", last, 500, rule, policy, chance)
     replies = microq._send(queue.connection, *[microq.SETTLE(queue.prefix, *words)] * (1 + twice))
-    assert replies[0] == replies[-1]
-    return replies[0][0].decode()
+    assert replies[0][0] == replies[-1][0]
+    return replies[0][0][0].decode()
 
 
 def beat(queue, worker="other", lease=15):
@@ -469,7 +475,8 @@ def test_what_no_worker_could_run_is_refused(redis, queue, func, error, text):
         {"job_timeout": 0}, {"job_timeout": -2}, {"job_timeout": "soon"}, {"ttl": 0}, {"ttl": -1},
         {"result_ttl": -2}, {"failure_ttl": "x"}, {"retry": 3}, {"repeat": Retry(1)}, {"meta": [1]},
         {"job_id": "a b"}, {"job_id": ""}, {"job_id": 7}, {"meta": {"a": threading.Lock()}},
-        {"args": (threading.Lock(),)}, {"depends_on": "x"}, {"args": (1,), "b": 2},
+        {"args": (threading.Lock(),)}, {"depends_on": 7}, {"unique": True}, {"rate_limit": 2}, {"on_success": 3},
+        {"args": (1,), "b": 2},
     ],
 )  # fmt: skip
 def test_a_bad_option_stores_nothing(redis, queue, options):
@@ -782,8 +789,8 @@ def test_a_move_sent_twice_is_one_move(redis, queue):
         ("queued", "canceled", b"queued"),
         ("canceled", "queued", b"canceled"),
     ):
-        command = microq.MOVE(queue.prefix, job.id, allowed, to, 0, 100, f"nonce{to}")
-        assert microq._send(redis, command, command) == [was, was]
+        command = microq.MOVE(queue.prefix, job.id, allowed, to, 0, 100, f"nonce{to}", "")
+        assert microq._send(redis, command, command) == [[was, []], [was, []]]
     claim(queue)
     assert microq._ask(redis, *command) == b"canceled" and job.is_started  # late, and ignored
 
@@ -1802,6 +1809,557 @@ def test_a_claim_by_name_is_released_only_while_it_is_held(redis, queue):
     claim(queue, number=2, n=3)
     microq._ask(redis, *microq.RELEASE(queue.prefix, *words))  # it comes late
     assert all(job.is_started for job in jobs)
+
+
+# ---- Dependencies, limits, callbacks -------------------------------------------------------------
+
+
+def results_before():
+    return get_current_job().dependency_results()
+
+
+@pytest.fixture(params=["other", "default"], ids=["two queues", "one queue"])
+def pair(request, redis, queue):
+    """The queue of the parents, and that of their dependents."""
+    return queue, Queue(request.param, redis)
+
+
+def work_all(redis, **options):
+    """Run what is queued anywhere, and see that no word is left between the queues."""
+    work(Queue.all(redis), **options)
+    assert not redis.keys("*outbox*")
+
+
+def statuses(*jobs):
+    return [str(job.get_status()) for job in jobs]
+
+
+def test_a_job_waits_for_those_it_depends_on(redis, pair):
+    first, second = pair
+    parents = [first.enqueue(add, 1), second.enqueue(add, 2), first.enqueue(add, 3)]
+    child = second.enqueue(results_before, depends_on=[parents[0], parents[1].id, parents[2]])
+    grandchild = first.enqueue(results_before, depends_on=child)
+    assert statuses(child, grandchild) == ["deferred", "deferred"]
+    assert child.dependency_ids == [job.id for job in parents] and child.dependency == parents[0]
+    assert parents[0].dependent_ids == [child.id]
+    assert child.id in second.deferred_job_registry and child.fetch_dependencies() == parents
+    work_all(redis)
+    assert child.return_value() == [1, 2, 3] and grandchild.return_value() == [[1, 2, 3]]
+    late = second.enqueue(results_before, depends_on=parents)  # they have ended long ago
+    assert late.get_status() == "queued"
+    work_all(redis)
+    assert late.return_value() == [1, 2, 3]
+    assert not redis.keys("*:waits") and not redis.keys("*:dependents")
+
+
+def test_a_missing_dependency_counts_as_met(redis, pair):
+    first, second = pair
+    assert second.enqueue(add, depends_on="nobody").get_status() == "queued"
+    gone = first.enqueue(add, 1)
+    child = second.enqueue(results_before, depends_on=gone)
+    gone.delete()
+    work_all(redis)
+    assert child.return_value() == [None]
+
+
+def test_a_dependent_that_expires_in_the_queue_counts_as_met(redis, pair):
+    first, second = pair
+    parent = first.enqueue(add, ttl=0.05)
+    child = second.enqueue(add, 5, depends_on=parent)
+    time.sleep(0.1)
+    work_all(redis)
+    assert child.return_value() == 5 and not Job.exists(parent.id, redis)
+
+
+def test_the_dependents_of_a_failed_job_wait_for_its_success(redis, pair):
+    first, second = pair
+    parent = first.enqueue(flaky, 1, retry=Retry(1))
+    parent.delete()
+    parent = first.enqueue("test_microq.fail")
+    child = second.enqueue(add, 1, depends_on=parent)
+    tolerant = second.enqueue(add, 2, depends_on=Dependency([parent], allow_failure=True))
+    work_all(redis)
+    assert statuses(parent, child, tolerant) == ["failed", "deferred", "finished"]
+    assert second.enqueue(add, depends_on=parent).get_status() == "deferred"
+    late = second.enqueue(add, depends_on=Dependency(parent, allow_failure=True))
+    assert late.get_status() == "queued"
+    redis.hset(parent._key, "func", "test_microq.nothing()")  # mended
+    parent.requeue()
+    work_all(redis)
+    assert statuses(parent, child) == ["finished", "finished"]
+
+
+@pytest.mark.parametrize("allow", [False, True, "any"])
+def test_the_dependents_of_a_canceled_job_stay_deferred(redis, pair, allow):
+    first, second = pair
+    parent = first.enqueue(add)
+    child = second.enqueue(add, depends_on=Dependency(parent, allow_failure=allow))
+    parent.cancel()
+    assert child.get_status() == ("queued" if allow == "any" else "deferred")
+    other = first.enqueue(add)
+    freed = second.enqueue(add, depends_on=other)
+    microq.cancel_job(other.id, redis, enqueue_dependents=True)
+    assert freed.get_status() == "queued"
+
+
+def test_the_dependents_of_a_stopped_job_stay_deferred(redis, pair, start_worker, tmp_path):
+    first, second = pair
+    parent = first.enqueue(stay, str(tmp_path / "on"))
+    children = [
+        second.enqueue(add, depends_on=Dependency(parent, allow_failure=allow))
+        for allow in (False, True, "any")
+    ]
+    start_worker()
+    wait_until((tmp_path / "on").exists)
+    send_stop_job_command(redis, parent.id)
+    wait_until(lambda: parent.is_stopped)
+    expected = ["deferred", "deferred", "finished" if second == first else "queued"]
+    wait_until(lambda: statuses(*children) == expected)
+
+
+def test_dependents_wait_for_retries_but_not_for_repeats(redis, pair):
+    first, second = pair
+    flaked = first.enqueue(flaky, 1, retry=Retry(1))
+    repeated = first.enqueue(add, 1, repeat=Repeat(1, interval=100))
+    children = [second.enqueue(add, depends_on=job) for job in (flaked, repeated)]
+    work_all(redis)
+    assert statuses(flaked, repeated, *children) == ["finished", "scheduled"] + ["finished"] * 2
+
+
+def test_a_dependent_also_waits_for_its_time(redis, pair):
+    first, second = pair
+    parent = first.enqueue(add)
+    soon = second.enqueue_in(0.3, add, depends_on=parent)
+    later = second.enqueue_in(100, add, depends_on=parent)
+    work_all(redis)
+    assert statuses(parent, soon, later) == ["finished", "scheduled", "scheduled"]
+    time.sleep(0.3)
+    work_all(redis)
+    assert statuses(soon, later) == ["finished", "scheduled"]
+
+
+def test_a_dependent_may_overtake_those_that_wait(redis, pair):
+    first, second = pair
+    parent, waiting = first.enqueue(add), second.enqueue(add)
+    child = second.enqueue(add, depends_on=Dependency(jobs=parent, enqueue_at_front=True))
+    SimpleWorker(first).work(max_jobs=1, logging_level=None)
+    assert second.job_ids == [child.id, waiting.id]
+
+
+def test_many_jobs_with_dependencies_are_stored_at_once(redis, queue):
+    datas = [
+        Queue.prepare_data(results_before, depends_on=["a", "b"], job_id="c"),
+        Queue.prepare_data(add, (1,), job_id="a"),
+        Queue.prepare_data(add, (2,), job_id="b", depends_on="a"),
+    ]
+    jobs = queue.enqueue_many(datas)
+    assert [job.id for job in jobs] == ["c", "a", "b"]
+    assert statuses(*jobs) == ["deferred", "queued", "deferred"]
+    work_all(redis)
+    assert jobs[0].return_value() == [1, 2]
+
+
+def test_a_job_cannot_wait_for_itself(queue):
+    with pytest.raises(InvalidJobDependency):
+        queue.enqueue(add, job_id="me", depends_on="me")
+    with pytest.raises(TypeError):
+        queue.enqueue(add, depends_on=[7])
+    assert not Job.exists("me", queue.connection)
+
+
+def test_a_deferred_job_can_be_canceled_requeued_and_deleted(redis, pair):
+    first, second = pair
+    parent = first.enqueue(add)
+    canceled, requeued, deleted = (second.enqueue(add, depends_on=parent) for _ in range(3))
+    canceled.cancel()
+    requeued.cancel()
+    requeued.requeue()
+    deleted.delete()
+    work_all(redis)
+    assert statuses(canceled, requeued) == ["canceled", "finished"]
+    parent = first.enqueue(add)
+    child = second.enqueue(add, depends_on=parent)
+    parent.delete(delete_dependents=True)
+    assert not Job.exists(child.id, redis) and not redis.keys("*outbox*")
+
+
+def test_a_word_from_an_earlier_life_of_the_dependent_means_nothing(redis, pair):
+    first, second = pair
+    parents = [first.enqueue(add), first.enqueue(add)]
+    child = second.enqueue(add, job_id="again", depends_on=parents[0])
+    since = redis.hget(child._key, "created_at").decode()
+    child.delete()
+    child = second.enqueue(add, job_id="again", depends_on=parents[0])
+    old = f"ended {first.prefix}{parents[0].id} again {since}"
+    microq._ask(redis, *microq.DELIVER(second.prefix, old))
+    assert child.is_deferred
+
+
+def test_words_that_come_twice_mean_the_same(redis, pair):
+    """Each step between two queues can be repeated, at any later time."""
+    first, second = pair
+    limit, heard, send = RateLimit("k", concurrency=1), [], microq._send
+
+    def twice(connection, *commands):
+        for command in commands:
+            if command[:2] == ("EVALSHA", microq.DELIVER.sha):
+                heard.append(command)
+                send(connection, command)
+        return send(connection, *commands)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(microq, "_send", twice)
+        parent = first.enqueue(add, 1, rate_limit=limit)
+        jobs = [second.enqueue(add, 1, rate_limit=limit, depends_on=parent) for _ in range(3)]
+        work_all(redis)
+    assert heard and statuses(parent, *jobs) == ["finished"] * 4
+    for command in heard:
+        send(redis, command)
+    work(Queue.all(redis))
+    assert [len(job.results()) for job in (parent, *jobs)] == [1] * 4
+    wait_until(lambda: work_all(redis) is None)
+    assert redis.zcard("microq:limit:{k}:holders") == 0
+
+
+DIES = """
+import os, signal, sys, microq
+point, count = sys.argv[1], int(sys.argv[2])
+real = getattr(microq, point)
+def dying(*words):
+    global count
+    count -= bool(words[1])  # else there is nothing to deliver
+    if count < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*words)
+def deliver(*words):
+    if point == "_send":
+        microq._send = dying
+        try:
+            return microq_deliver(*words)
+        finally:
+            microq._send = real
+    return dying(*words)
+microq_deliver = microq._deliver
+microq._deliver = deliver
+microq.SimpleWorker(sys.argv[3:], lease=0.5).work(burst=True)
+"""
+
+
+@pytest.mark.parametrize("step", [("_deliver", 0), ("_send", 0), ("_send", 1)])
+@pytest.mark.parametrize("what", ["dependency", "limit", "group"])
+def test_a_worker_killed_between_two_queues_loses_and_doubles_nothing(
+    redis, queue, start_worker, tmp_path, step, what
+):
+    """It is killed after its job's end was stored, before what depends on that was told."""
+    other, path = Queue("other", redis), str(tmp_path / "runs")
+    if what == "limit":
+        limit = RateLimit("k", concurrency=1)
+        first = queue.enqueue(add, rate_limit=limit)
+        then = other.enqueue(append, path, rate_limit=limit)
+    else:
+        first, more = queue.enqueue(add), [other.enqueue(add)] if what == "group" else []
+        work(other)
+        then = other.enqueue(append, path, depends_on=Dependency([first, *more], "any"))
+    command = [sys.executable, "-c", DIES, *map(str, step), "default"]
+    url = redis.connection_pool.connection_kwargs["path"]
+    done = subprocess.run(command, cwd=HERE, env=clean_env() | {"MICROQ_URL": f"unix://{url}"})
+    assert done.returncode == -signal.SIGKILL
+    assert first.is_finished and (then.is_deferred or then.is_rate_limited or step[1] == 1)
+    start_worker("default", "other", "--lease", "1")
+    wait_until(lambda: then.is_finished and not redis.keys("*outbox*"))
+    assert (tmp_path / "runs").read_text() == "x\n"
+
+
+def test_a_producer_killed_while_it_enqueues_a_dependent_leaves_it_to_the_workers(
+    redis, queue, start_worker
+):
+    other = Queue("other", redis)
+    parent = queue.enqueue(add, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(microq, "_deliver", lambda *_: None)
+        child = other.enqueue(add, 2, depends_on=parent)
+        work(queue)
+    assert child.is_deferred
+    start_worker("default", "other", "--lease", "1")
+    assert wait_until(lambda: child.return_value() == 2)
+    wait_until(lambda: not redis.keys("*outbox*"))
+
+
+def test_as_many_jobs_of_a_limit_are_queued_as_it_allows(redis, queue):
+    limit, queues = RateLimit("api", concurrency=2), [queue, Queue("other", redis)]
+    jobs = [queues[i % 2].enqueue(add, i, rate_limit=limit) for i in range(5)]
+    assert statuses(*jobs) == ["queued"] * 2 + ["rate_limited"] * 3
+    assert jobs[2].id in queue.rate_limited_job_registry
+    jobs[2].cancel()
+    jobs[0].delete()
+    assert statuses(*jobs[3:]) == ["queued", "rate_limited"]
+    work_all(redis)
+    assert [job.return_value() for job in jobs[3:]] == [3, 4]
+    jobs[2].requeue()
+    assert jobs[2].is_queued
+    work_all(redis)
+    assert redis.zcard("microq:limit:{api}:holders") == 0
+
+
+def test_a_retry_keeps_its_slot_or_gives_it_up_while_it_waits(redis, queue):
+    limit = RateLimit("k", concurrency=1)
+    at_once = queue.enqueue(fail, retry=Retry(1), rate_limit=limit)
+    other = queue.enqueue(add, rate_limit=limit)
+    SimpleWorker(queue).work(max_jobs=1, logging_level=None)
+    assert statuses(at_once, other) == ["queued", "rate_limited"]
+    work_all(redis)
+    assert statuses(at_once, other) == ["failed", "finished"]
+    waits = queue.enqueue(fail, retry=Retry(1, interval=0.2), rate_limit=limit)
+    other = queue.enqueue(add, rate_limit=limit)
+    work_all(redis)
+    assert statuses(waits, other) == ["scheduled", "finished"]
+    time.sleep(0.2)
+    work_all(redis)
+    assert statuses(waits) == ["failed"] and redis.zcard("microq:limit:{k}:holders") == 0
+
+
+def test_a_limit_holds_for_delayed_and_dependent_jobs(redis, queue):
+    limit, parent = RateLimit("k", concurrency=1), queue.enqueue(add)
+    holder = queue.enqueue_in(100, add)
+    delayed = queue.enqueue_in(0.05, add, rate_limit=limit)
+    child = queue.enqueue(add, depends_on=parent, rate_limit=limit)
+    assert statuses(delayed, child) == ["scheduled", "deferred"]
+    time.sleep(0.1)
+    SimpleWorker(queue).work(max_jobs=1, logging_level=None)
+    assert sorted(statuses(delayed, child)) == ["queued", "rate_limited"]
+    work_all(redis)
+    assert statuses(delayed, child, holder) == ["finished", "finished", "scheduled"]
+
+
+def test_a_rate_spreads_jobs_over_time(redis, queue):
+    limit = RateLimit("k", rate=2, per=0.5)
+    jobs = [queue.enqueue(time.time, rate_limit=limit) for _ in range(5)]
+    assert statuses(*jobs) == ["queued"] * 2 + ["scheduled"] * 3
+    SimpleWorker(queue).work(max_idle_time=0.8, logging_level=None)
+    starts = [job.enqueued_at.timestamp() for job in jobs if job.refresh() is None]
+    assert all(b - a >= 0.499 for a, b in zip(starts, starts[2:], strict=False)), starts
+    assert starts[4] - starts[0] < 5 and not redis.keys("*outbox*")
+
+
+def test_a_slot_whose_job_has_vanished_is_given_to_the_next(redis, queue):
+    limit = RateLimit("k", concurrency=1)
+    lost = queue.enqueue(add, rate_limit=limit)
+    redis.delete(lost._key)
+    redis.lrem(Q + "queued", 1, lost.id)
+    [member] = redis.zrange("microq:limit:{k}:holders", 0, -1)
+    redis.zadd("microq:limit:{k}:holders", {member: time.time() - 100})
+    assert statuses(queue.enqueue(add, rate_limit=limit)) == ["queued"]
+
+
+def test_a_job_with_a_limit_that_expires_in_the_queue_frees_its_slot(redis, queue):
+    limit = RateLimit("k", concurrency=1)
+    queue.enqueue(add, rate_limit=limit, ttl=0.05)
+    after = queue.enqueue(add, 7, rate_limit=limit)
+    time.sleep(0.1)
+    work_all(redis)
+    assert after.return_value() == 7 and redis.zcard("microq:limit:{k}:holders") == 0
+
+
+@pytest.mark.parametrize(
+    "words", [{"key": ""}, {"key": "a b"}, {"concurrency": 0}, {"rate": 1.5}, {"per": 0}, {}]
+)
+def test_a_limit_that_makes_no_sense_is_refused(words):
+    more = {} if words == {} else {"concurrency": 1}
+    with pytest.raises((ValueError, TypeError)):
+        RateLimit(**({"key": "k"} | more | words))
+
+
+def test_unique_refuses_an_id_of_which_there_is_any_record(redis, queue):
+    job = queue.enqueue(add, job_id="a", unique=True)
+    work(queue)
+    for enqueue in (queue.enqueue, lambda *a, **k: queue.enqueue_in(5, *a, **k)):
+        with pytest.raises(DuplicateJobError):
+            enqueue(add, job_id="a", unique=True)
+    assert queue.enqueue(add, 2, job_id="a", unique="pending").is_queued
+    with pytest.raises(DuplicateJobError):
+        queue.enqueue(add, job_id="a", unique="pending")
+    job.delete()
+    assert queue.enqueue(add, job_id="a", unique=True).is_queued
+    with pytest.raises(ValueError):
+        queue.enqueue(add, unique=True)
+    command = microq._enqueue_words(queue.create_job(add, job_id="b", unique=True), False, -1)
+    for _ in range(2):  # sent twice
+        reply = microq._ask(redis, *microq.ENQUEUE(queue.prefix, -1, *command))
+        assert not isinstance(reply, list)
+
+
+def tell_success(job, connection, result):
+    connection.rpush("told", f"success {job.id} {result}")
+
+
+def tell_failure(job, connection, kind, error, trace):
+    connection.rpush("told", f"failure {job.id} {kind.__name__} {error}")
+
+
+async def tell_later(job, connection, result):
+    await asyncio.sleep(0.01)
+    tell_success(job, connection, result)
+
+
+def tell_stopped(job, connection):
+    connection.rpush("told", f"stopped {job.id}")
+
+
+def raise_late(job, *details):
+    raise RuntimeError("in the callback")
+
+
+def hang_late(job, *details):
+    time.sleep(5)
+
+
+def die_once(job, connection, *details):
+    if not connection.rpush("told", job.id) > 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.fixture
+def told(redis):
+    yield lambda: [word.decode() for word in redis.lrange("told", 0, -1)]
+    redis.delete("told")
+
+
+def test_callbacks_are_told_how_a_job_ended(redis, queue, told, run):
+    queue.enqueue(add, 1, 2, job_id="a", on_success=tell_success, on_failure=tell_failure)
+    queue.enqueue(add, 1, 3, job_id="b", on_success=Callback("test_microq.tell_later", "2m"))
+    queue.enqueue(flaky, 1, job_id="c", retry=Retry(1), on_failure=Callback(tell_failure))
+    run()
+    assert told() == ["success a 3", "success b 4", "failure c ValueError not yet"]
+
+
+@pytest.mark.parametrize("callback", [raise_late, Callback(hang_late, 0.1), "nowhere.to_be_found"])
+def test_a_callback_that_fails_changes_nothing(redis, queue, callback):
+    """And it never has the job run again."""
+    well = queue.enqueue(add, 1, retry=Retry(3), on_success=callback)
+    badly = queue.enqueue(fail, retry=Retry(1), on_failure=callback)
+    work(queue)
+    assert statuses(well, badly) == ["finished", "failed"]
+    assert [len(job.results()) for job in (well, badly)] == [1, 2]
+    assert "boom" in badly.latest_result().exc_string
+    for job in (well, badly):
+        assert re.search("Runtime|JobTimeout|nowhere", job.latest_result().callback_error)
+    well.requeue()
+    redis.hdel(well._key, "on_success")
+    work(queue)
+    assert well.latest_result().callback_error is None
+
+
+def test_a_job_killed_in_its_callback_runs_again(redis, queue, told):
+    """Once more, with its callback: nothing is lost, and nothing is enqueued twice."""
+    job = queue.enqueue(add, 1, on_success=die_once)
+    Worker(queue).work(burst=True, logging_level=None)
+    assert job.return_value() == 1 and told() == [job.id] * 2
+    assert [str(result.type) for result in job.results()] == ["successful", "retried"]
+
+
+@pytest.mark.parametrize("mode", [[], ["--in-process"]], ids=["fork", "in-process"])
+def test_a_stopped_job_calls_back(redis, queue, told, start_worker, tmp_path, mode):
+    words = {"on_stopped": tell_stopped, "on_failure": tell_failure, "job_id": "a"}
+    job = queue.enqueue(stay, str(tmp_path / "on"), **words)
+    start_worker(*mode)
+    wait_until((tmp_path / "on").exists)
+    send_stop_job_command(redis, job.id)
+    wait_until(lambda: job.is_stopped)
+    assert told() == ["stopped a"] and job.latest_result().type == "stopped"
+
+
+def test_a_job_that_kills_its_process_calls_back_once(queue, told):
+    job = queue.enqueue(kill_self, job_id="a", on_failure=tell_failure)
+    Worker(queue).work(burst=True, logging_level=None)
+    [word] = told()
+    assert word.startswith("failure a AbandonedJobError") and "signal 9" in word
+    assert job.is_failed and "signal 9" in job.latest_result().exc_string
+    assert len(job.results()) == 3 + 1 - 1
+    job.requeue()
+    job.cancel()
+
+
+@pytest.fixture
+def posts_heard():
+    """A local web server; its URL, and the requests that it got."""
+    heard = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            length = int(self.headers.get("Content-Length") or 0)
+            body = json.loads(self.rfile.read(length)) if length else None
+            heard.append((self.command, self.path, self.headers.get("X-Key"), body))
+            self.send_response(500 if "broken" in self.path else 200)
+            self.end_headers()
+
+        do_POST = do_GET
+
+        def log_message(self, *words):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever).start()
+    yield f"http://127.0.0.1:{server.server_port}/", heard
+    server.shutdown()
+    server.server_close()
+
+
+def test_webhooks_are_sent_when_a_job_has_ended(queue, posts_heard, run):
+    url, heard = posts_heard
+    hooks = [
+        Webhook(url + "finished", "finished"),
+        Webhook(url + "broken", JobStatus.FAILED),
+        Webhook(url + "failed", "failed", method="POST", headers={"X-Key": "7"}, timeout=2),
+        Webhook("http://127.0.0.1:1/", "failed"),
+    ]
+    queue.enqueue(add, 1, webhooks=hooks)
+    job = queue.enqueue(fail, retry=Retry(1), webhooks=hooks)
+    run()
+    assert [words[:3] for words in heard] == [
+        ("GET", "/finished", None), ("GET", "/broken", None), ("POST", "/failed", "7"),
+    ]  # fmt: skip
+    body = heard[2][3]
+    assert body["job_id"] == job.id and body["func_name"] == "test_microq.fail"
+    assert body["status"] == "failed" and "boom" in body["exc_info"]
+    job.refresh()
+    assert datetime.fromisoformat(body["ended_at"]) - job.ended_at < timedelta(seconds=1)
+
+
+def test_what_waits_behind_a_webhook_is_given_back(queue, redis, posts_heard):
+    url, heard = posts_heard
+    for _ in range(30):
+        queue.enqueue(add)
+    queue.enqueue(add, webhooks=[Webhook(url, "finished")])
+    jobs = [queue.enqueue(add) for _ in range(100)]
+    work(queue)
+    assert len(heard) == 1 and all(job.is_finished for job in jobs)
+
+
+def test_a_killed_job_sends_its_webhook(queue, posts_heard):
+    url, heard = posts_heard
+    queue.enqueue(kill_self, max_crashes=0, webhooks=[Webhook(url, "failed")])
+    Worker(queue).work(burst=True, logging_level=None)
+    assert len(heard) == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("ftp://x", "failed"), ("http://x", "started"), ("http://x", "failed", {"method": "PUT"}),
+     ("http://x", "failed", {"timeout": 0}), ("http://x", "failed", {"headers": {"a": 1}})],
+)  # fmt: skip
+def test_a_webhook_that_makes_no_sense_is_refused(queue, words):
+    *words, more = words if isinstance(words[-1], dict) else (*words, {})
+    with pytest.raises((ValueError, TypeError)):
+        Webhook(*words, **more)
+    with pytest.raises(TypeError):
+        queue.enqueue(add, webhooks=["http://x"])
+
+
+def test_is_async_false_runs_dependents_and_callbacks_too(redis, told):
+    queue = Queue(connection=redis, is_async=False)
+    parent = queue.enqueue(add, 1, job_id="a", on_success=tell_success)
+    child = queue.enqueue(results_before, depends_on=parent)
+    assert child.return_value() == [1] and told() == ["success a 1"]
 
 
 # ---- Properties of cost --------------------------------------------------------------------------
@@ -3027,7 +3585,7 @@ def test_the_command_line_enqueues_and_shows(server, redis, queue, tmp_path):
     assert queue.fetch_job("me").return_value() == [1, 2]
     beat(queue, "bee")
     status, shown, _ = microq_command("info", *url)
-    assert status == 0 and re.search(r"default +0 +0 +2 +0 +2 +0 +0", shown)
+    assert status == 0 and re.search(r"default +0 +0 +2 +0 +0 +2 +0 +0", shown)
     assert microq_command("info", MICROQ_URL=server.url)[1] == shown
 
 
