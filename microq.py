@@ -1019,8 +1019,8 @@ end
 -- Store a result; the one before joins the list of nine.  Returns the seconds to keep it all, by
 -- the option `name` or else `ttl`; the last `ended`; whether it has dependents; its slot and limit.
 local function record(job, ended, result, name, ttl)
-  local fields = {'ended', 'result', 'waited', name, 'dependents', 'slot', 'rate_limit'}
-  local old = call('HMGET', job, unpack(fields))
+  local old = call('HMGET', job, 'ended', 'result', 'waited', name, 'dependents', 'slot',
+    'rate_limit')
   if old[1] then
     call('RPUSH', job .. ':results', old[1] .. '\\n' .. (old[2] or ''))
     call('LTRIM', job .. ':results', -9, -1)
@@ -1031,7 +1031,7 @@ local function record(job, ended, result, name, ttl)
     if old[2] then call('HDEL', job, 'result') end
   end
   if old[3] and call('HDEL', job, 'waited') then redis.pcall('PUBLISH', job, 'ended') end
-  return ttl_or(ttl, old[4]), old[1], unpack(old, 5)
+  return ttl_or(ttl, old[4]), old[1], old[5], old[6], old[7]
 end
 
 -- Ask a rule for one more run: 'retry', 'repeat', 'crash', or 'interrupt', which has no count; or
@@ -1161,8 +1161,12 @@ for _, k in ipairs(fresh) do
   local id, nonce, mode, ttl, words = unpack(ARGV, i, i + 4)
   if nonce ~= '' then  -- a chosen id may have a record of its last life
     for name in pairs(ENDED) do call('ZREM', q .. name, id) end
-    drop(job)
+    call('DEL', job, job .. ':results')
     call('HSET', job, 'nonce', nonce)
+    if call('EXISTS', job .. ':dependents') == 1 then  -- and somebody who still hopes for it
+      call('PERSIST', job .. ':dependents')
+      call('HSET', job, 'dependents', 1)
+    end
   end
   call('HSET', job, 'created_at', created_at, unpack(ARGV, i + 5, i + 4 + words))
   if string.find(mode, 'careful') then careful[#careful + 1] = id
@@ -1218,13 +1222,13 @@ local function hold(i, q, ids)
       if hash[f] == 'ttl' then
         ttl = tonumber(hash[f + 1])
         keep(job, -1, true)
-      elseif hash[f] == 'enqueued_at' then since = tonumber(hash[f + 1])
-      elseif hash[f] == 'created_at' then since = since or tonumber(hash[f + 1])
+      elseif hash[f] == 'enqueued_at' then since = hash[f + 1]
       elseif hash[f] == 'crashes' or hash[f] == 'max_crashes' then alone = true
       -- An id used again may stand here for an earlier life, which expired.
       elseif hash[f] == 'nonce' and place(q, id) ~= 'queued' then valid = false end
     end
-    if valid and ttl and since and since + ttl < at then  -- it has dependents, or a slot
+    since = ttl and tonumber(since or call('HGET', job, 'created_at'))
+    if valid and since and since + ttl < at then  -- it has dependents, or a slot
       valid = false
       conclude(q, id, 'finished', at)  -- as it counts when one depends on what is not there
       drop(job)

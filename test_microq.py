@@ -475,8 +475,8 @@ def test_what_no_worker_could_run_is_refused(redis, queue, func, error, text):
         {"job_timeout": 0}, {"job_timeout": -2}, {"job_timeout": "soon"}, {"ttl": 0}, {"ttl": -1},
         {"result_ttl": -2}, {"failure_ttl": "x"}, {"retry": 3}, {"repeat": Retry(1)}, {"meta": [1]},
         {"job_id": "a b"}, {"job_id": ""}, {"job_id": 7}, {"meta": {"a": threading.Lock()}},
-        {"args": (threading.Lock(),)}, {"depends_on": 7}, {"unique": True}, {"rate_limit": 2}, {"on_success": 3},
-        {"args": (1,), "b": 2},
+        {"args": (threading.Lock(),)}, {"depends_on": 7}, {"unique": True}, {"rate_limit": 2},
+        {"on_success": 3}, {"args": (1,), "b": 2},
     ],
 )  # fmt: skip
 def test_a_bad_option_stores_nothing(redis, queue, options):
@@ -792,7 +792,7 @@ def test_a_move_sent_twice_is_one_move(redis, queue):
         command = microq.MOVE(queue.prefix, job.id, allowed, to, 0, 100, f"nonce{to}", "")
         assert microq._send(redis, command, command) == [[was, []], [was, []]]
     claim(queue)
-    assert microq._ask(redis, *command) == b"canceled" and job.is_started  # late, and ignored
+    assert microq._ask(redis, *command) == [b"canceled", []] and job.is_started  # late
 
 
 def test_moves_that_are_not_allowed_change_nothing(redis, queue):
