@@ -1679,6 +1679,13 @@ class Job:
     is_stopped, is_canceled = _is(JobStatus.STOPPED), _is(JobStatus.CANCELED)
     is_rate_limited = _is(JobStatus.RATE_LIMITED)
 
+    webhooks = property(lambda self: json.loads(self._fields.get("webhooks", "[]")))
+    group_id = property(lambda self: self._text("group_id") or None)
+    has_rate_limit = property(lambda self: "rate_limit" in self._fields)
+    _limit = property(lambda self: self._text("rate_limit").split() or [None, "0"])
+    rate_limit_key = property(lambda self: self._limit[0] and self._limit[0][14:-2])
+    rate_limit_concurrency = property(lambda self: int(self._limit[1]) or None)
+
     # What it waits for: keys of jobs, and the status beside finished that will do for these.
     _parents = property(lambda self: self._text("depends_on").split()[:-1])
     dependency_ids = property(lambda self: [key.rpartition(":")[2] for key in self._parents])
