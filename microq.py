@@ -934,13 +934,14 @@ function give_up_slot(q, id, slot, limit, at)
   call('HDEL', q .. 'job:' .. id, 'slot')
   post(q, to, 'free ' .. q .. ' ' .. id .. ' ' .. slot .. ' ' .. numbers, at)
 end
-function tell(q, id, status, at)  -- its dependents, those for whom it counts, of its end
+function tell(q, id, status, at)  -- its dependents of its end, if it counts for them
   local list = q .. 'job:' .. id .. ':dependents'
   for _, entry in ipairs(call('SMEMBERS', list)) do
     local to, child, since, allow = string.match(entry, '^(%S+) (%S+) (%S+) (%S+)$')
-    if status == 'finished' or status == allow or allow == 'any' then
+    local counts = status == 'finished' or status == allow or allow == 'any'
+    if counts or status == 'gone' then
       call('SREM', list, entry)
-      post(q, to, 'ended ' .. q .. id .. ' ' .. child .. ' ' .. since, at)
+      post(q, to, (counts and 'ended ' or 'gone ') .. q .. id .. ' ' .. child .. ' ' .. since, at)
     end
   end
 end
@@ -987,15 +988,15 @@ function receive(q, text, at)
     local left = call('PTTL', job)
     if over and left > 0 then keep(job .. ':dependents', left / 1000, true)
     else call('PERSIST', job) end
-  elseif verb == 'ended' then  -- <parent's key> <dependent> <since when it is that job>
+  elseif verb ~= 'grant' then  -- ended|gone <parent's key> <dependent> <since when it is that job>
     local child, since = string.match(rest, '^(%S+) (%S+)$')
     local job = q .. 'job:' .. child
     if call('HGET', job, 'created_at') == since then
       call('SREM', job .. ':waits', id)
-      local free = call('EXISTS', job .. ':waits') == 0
+      local free = verb == 'ended' and call('EXISTS', job .. ':waits') == 0
       if free and call('ZREM', q .. 'deferred', child) == 1 then admit(q, child, at) end
     end
-  elseif verb == 'grant' then  -- <job> <slot> <when it may start> <limit> <its numbers>
+  else  -- grant <job> <slot> <when it may start> <limit> <its numbers>
     local slot, due, to, numbers = string.match(rest, '^(%S+) (%S+) (%S+) (.*)$')
     local job = q .. 'job:' .. id
     if call('HGET', job, 'slot') ~= slot or ENDED[place(q, id)] then  -- it does not want it now
@@ -1230,7 +1231,7 @@ local function hold(i, q, ids)
     since = ttl and tonumber(since or call('HGET', job, 'created_at'))
     if valid and since and since + ttl < at then  -- it has dependents, or a slot
       valid = false
-      conclude(q, id, 'finished', at)  -- as it counts when one depends on what is not there
+      conclude(q, id, 'gone', at)
       drop(job)
     end
     full = full or valid and (alone or size > 1048576)
@@ -1679,7 +1680,9 @@ class Job:
     is_stopped, is_canceled = _is(JobStatus.STOPPED), _is(JobStatus.CANCELED)
     is_rate_limited = _is(JobStatus.RATE_LIMITED)
 
-    webhooks = property(lambda self: json.loads(self._fields.get("webhooks", "[]")))
+    webhooks = property(
+        lambda self: [Webhook(**each) for each in json.loads(self._fields.get("webhooks", "[]"))]
+    )
     group_id = property(lambda self: self._text("group_id") or None)
     has_rate_limit = property(lambda self: "rate_limit" in self._fields)
     _limit = property(lambda self: self._text("rate_limit").split() or [None, "0"])
@@ -1794,17 +1797,15 @@ class Job:
         self._move("finished failed canceled", "queued", at_front)
 
     def delete(self, delete_dependents: bool = False) -> None:
-        """Remove the job and its results, in whatever state; a run is not recorded.  For its
-        dependents, one that had not ended counts as finished."""
+        """Remove the job and its results, in whatever state; a run is not recorded.  Dependents
+        that wait for nothing else stay deferred, unless they are to be deleted, too."""
         if delete_dependents:
             for job in self._dependents():
                 job.delete()
         with contextlib.suppress(NoSuchJobError):
             self._move(" ".join(_CONTAINERS), "gone")
 
-    def _move(
-        self, allowed: str, to: str, at_front: bool = False, verdict: str = "finished"
-    ) -> None:
+    def _move(self, allowed: str, to: str, at_front: bool = False, verdict: str = "gone") -> None:
         words = (self.id, allowed, to, int(at_front), DEFAULT_FAILURE_TTL, secrets.token_hex(4))
         reply, posts = _ask(self.connection, *MOVE(self.queue.prefix, *words, verdict))
         _deliver(self.connection, posts)
@@ -1978,7 +1979,7 @@ class Registry:
 
     def empty(self) -> int:
         """Delete the jobs of this registry, by the thousand, and return how many they were."""
-        words, ids = (self.container, "gone", 0, 0, "", "finished"), self.get_job_ids()
+        words, ids = (self.container, "gone", 0, 0, "", "gone"), self.get_job_ids()
         places: list[bytes] = []
         for start in range(0, len(ids), CHUNK):
             moves = [MOVE(self.queue.prefix, id, *words) for id in ids[start : start + CHUNK]]
@@ -2429,15 +2430,15 @@ def _send_webhooks(job: Job, outcome: Outcome, place: str) -> None:
     about |= {"enqueued_at": str(job.enqueued_at or ""), "ended_at": str(ended_at)}
     if place == "failed":
         about["exc_info"] = outcome.payload.decode(errors="replace")
-    for hook in json.loads(job._fields["webhooks"]):
-        if hook["job_status"] == place:
-            body = json.dumps(about).encode() if hook["method"] == "POST" else None
-            headers = {"Content-Type": "application/json"} | (hook["headers"] or {})
-            request = Request(hook["url"], body, headers, method=hook["method"])
+    for hook in job.webhooks:
+        if hook.job_status == place:
+            body = json.dumps(about).encode() if hook.method == "POST" else None
+            headers = {"Content-Type": "application/json"} | (hook.headers or {})
+            request = Request(hook.url, body, headers, method=hook.method)
             try:
-                urlopen(request, timeout=hook["timeout"]).close()
+                urlopen(request, timeout=hook.timeout).close()
             except Exception as error:  # whatever they answer
-                log.warning("webhook %s of job %s: %s", hook["url"], job.id, error)
+                log.warning("webhook %s of job %s: %s", hook.url, job.id, error)
 
 
 def _tell(handlers: Iterable[Callable[..., Any]], job: Job, error: BaseException) -> None:

@@ -868,6 +868,13 @@ def test_a_cluster_takes_every_command(tmp_path):
         jobs[0].cancel()
         queues[0].delete()
         assert [queue.name for queue in Queue.all(cluster)] == ["{mail}low"]
+        other, limit = Queue("other", cluster), RateLimit("k", concurrency=1)
+        parents = [queues[1].enqueue(add, i, rate_limit=limit) for i in (1, 2)]
+        child = other.enqueue(results_before, depends_on=parents, rate_limit=limit)
+        assert statuses(*parents, child) == ["queued", "rate_limited", "deferred"]
+        work(queues[1])
+        work(other)
+        assert child.return_value() == [1, 2]
     finally:
         server.stop()
 
@@ -1853,22 +1860,20 @@ def test_a_job_waits_for_those_it_depends_on(redis, pair):
 
 
 def test_a_missing_dependency_counts_as_met(redis, pair):
-    first, second = pair
-    assert second.enqueue(add, depends_on="nobody").get_status() == "queued"
-    gone = first.enqueue(add, 1)
-    child = second.enqueue(results_before, depends_on=gone)
-    gone.delete()
-    work_all(redis)
-    assert child.return_value() == [None]
+    assert pair[1].enqueue(add, depends_on="nobody").get_status() == "queued"
 
 
-def test_a_dependent_that_expires_in_the_queue_counts_as_met(redis, pair):
+@pytest.mark.parametrize("way", ["deleted", "expired"])
+def test_a_dependency_that_vanishes_starts_nothing_but_does_not_hold_up_others(redis, pair, way):
     first, second = pair
-    parent = first.enqueue(add, ttl=0.05)
-    child = second.enqueue(add, 5, depends_on=parent)
-    time.sleep(0.1)
+    gone, other = first.enqueue(add, 1, ttl=0.05), first.enqueue(add, 2)
+    alone = second.enqueue(add, depends_on=gone)
+    child = second.enqueue(results_before, depends_on=[other, gone])
+    whole = second.enqueue(add, depends_on=Dependency([gone, other], allow_failure="any"))
+    gone.delete() if way == "deleted" else time.sleep(0.1)
     work_all(redis)
-    assert child.return_value() == 5 and not Job.exists(parent.id, redis)
+    assert statuses(alone, child, whole) == ["deferred", "finished", "finished"]
+    assert child.return_value() == [2, None] and not Job.exists(gone.id, redis)
 
 
 def test_the_dependents_of_a_failed_job_wait_for_its_success(redis, pair):
