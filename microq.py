@@ -3338,6 +3338,9 @@ class _Keeper:
         patience = self.workers[0]._patience
         self.server = _Line(self.connection, patience)
         self.ear = _Ear(self.connection, patience, [f"microq:inbox:{self.name}"])
+        if not isinstance(self.connection, RedisCluster):
+            # One that is unknown would be sent again, behind those that came after it.
+            _send(self.server, *(("SCRIPT", "LOAD", script.lua) for script in SCRIPTS.values()))
         self.beat("fresh")
         names = ", ".join(queue.name for queue in self.workers[0].queues)
         log.info("worker %s (pid %d), microq %s", self.name, os.getpid(), __version__)
@@ -3420,9 +3423,6 @@ class _Keeper:
             commands.append(BEAT(worker._prefixes, worker.name, *words))
         if state == "fresh":
             commands.append(("DEL", self.ear.keys[0]))  # words for an earlier one of this name
-            # A script that is unknown would be sent again, behind those that came after it.
-            if not isinstance(self.connection, RedisCluster):
-                commands += [("SCRIPT", "LOAD", script.lua) for script in SCRIPTS.values()]
         if self.unknown:
             names = [queue.name for queue in self.workers[0].queues]
             commands.append(("SADD", _QUEUES, *names))

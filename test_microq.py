@@ -2142,7 +2142,7 @@ def test_a_rate_spreads_jobs_over_time(redis, queue):
     assert statuses(*jobs) == ["queued"] * 2 + ["scheduled"] * 3
     SimpleWorker(queue).work(max_idle_time=0.8, logging_level=None)
     starts = [job.enqueued_at.timestamp() for job in jobs if job.refresh() is None]
-    assert all(b - a >= 0.499 for a, b in zip(starts, starts[2:], strict=False)), starts
+    assert all(b - a > 0.3 for a, b in zip(starts, starts[2:], strict=False)), starts
     assert starts[4] - starts[0] < 5 and not redis.keys("*outbox*")
 
 
