@@ -2159,7 +2159,8 @@ class Group:
 
     def _add_jobs(self, jobs: Iterable[Job], pipeline: Any) -> None:
         now = time.time()
-        members = [word for job in jobs for word in (now, self._member(job))]
+        ats = itertools.count(now, 1e-6)  # so that they keep their order
+        members = [word for job in jobs for word in (next(ats), self._member(job))]
         commands: list[Command] = [
             ("ZADD", self.key, *members), ("EXPIRE", self.key, GROUP_TTL),
             ("ZADD", _GROUPS, now + GROUP_TTL, self.name), ("EXPIRE", _GROUPS, GROUP_TTL),
@@ -3242,6 +3243,7 @@ class _Keeper:
 
     def watch(self) -> None:
         """Keep the workers until all have ended."""
+        self.bell.watch(0 if self.forks else RELIEF)  # a short burst needs no ear
         while not self.over:
             wake_at = time.monotonic() + (0.1 if self.scheduler else 1.0)
             for worker in self.workers if self.forks else ():
