@@ -155,18 +155,17 @@ __version__ = VERSION = "0.1.0"
 # fmt: off
 __all__ = [
     "VERSION", "BaseDeathPenalty", "CanceledJobRegistry", "DefaultSerializer",
-    "DeferredJobRegistry",
-    "DequeueStrategy", "DeserializationError", "DuplicateJobError", "EnqueueData", "Execution",
-    "FailedJobRegistry", "FinishedJobRegistry", "Group", "InvalidJobOperation", "JSONSerializer",
-    "Job", "JobStatus", "JobTimeoutException", "MicroqError", "NoSuchGroupError", "NoSuchJobError",
-    "PickleSerializer", "Queue", "RandomWorker", "Registry", "Repeat", "Result", "Retry",
-    "RoundRobinWorker", "ScheduledJobRegistry", "ServerUnavailable", "SignedSerializer",
-    "SimpleWorker", "StartedJobRegistry", "StopRequested", "TimeoutFormatError",
-    "TimerDeathPenalty", "UnixSignalDeathPenalty", "Worker", "WorkerPool",
-    "WorkerStatus", "__version__", "cancel_job", "clean_registries", "embedded", "get_current_job",
-    "is_suspended", "job", "main", "parse_timeout", "requeue_job", "resolve_serializer", "resume",
-    "send_command", "send_kill_horse_command", "send_shutdown_command", "send_stop_job_command",
-    "suspend",
+    "DeferredJobRegistry", "DequeueStrategy", "DeserializationError", "DuplicateJobError",
+    "EnqueueData", "Execution", "FailedJobRegistry", "FinishedJobRegistry", "Group",
+    "InvalidJobOperation", "JSONSerializer", "Job", "JobStatus", "JobTimeoutException",
+    "MicroqError", "NoSuchGroupError", "NoSuchJobError", "PickleSerializer", "Queue",
+    "RandomWorker", "Registry", "Repeat", "Result", "Retry", "RoundRobinWorker",
+    "ScheduledJobRegistry", "ServerUnavailable", "SignedSerializer", "SimpleWorker",
+    "StartedJobRegistry", "StopRequested", "TimeoutFormatError", "TimerDeathPenalty",
+    "UnixSignalDeathPenalty", "Worker", "WorkerPool", "WorkerStatus", "__version__", "cancel_job",
+    "clean_registries", "embedded", "get_current_job", "is_suspended", "job", "main",
+    "parse_timeout", "requeue_job", "resolve_serializer", "resume", "send_command",
+    "send_kill_horse_command", "send_shutdown_command", "send_stop_job_command", "suspend",
 ]
 # fmt: on
 
@@ -399,19 +398,16 @@ class Result:
     execution_ended_at = property(lambda self: _utc(sum(map(float, self.ended.split()[1:3]))))
     created_at = execution_ended_at
 
-    all = staticmethod(lambda job: job.results())
+    # RQ's names for what a job tells itself.
+    all = staticmethod(lambda job, serializer=None: job.results())
     count = staticmethod(lambda job: len(job.results()))
-
-    @staticmethod
-    def fetch_latest(job: Job, serializer: Any = None, timeout: float = 0) -> Result | None:
-        """Return the latest result; see Job.latest_result()."""
-        return job.latest_result(timeout)
+    fetch_latest = staticmethod(lambda job, serializer=None, timeout=0: job.latest_result(timeout))
 
     @staticmethod
     def delete_all(job: Job) -> None:
-        """Delete what the runs of a job left behind; where it stands remains."""
-        commands = ("DEL", f"{job.key}:results"), ("HDEL", job.key, "ended", "result")
-        _send(job.connection, *commands)
+        """Delete what the runs of a job left behind; it remains where it is."""
+        words = ("DEL", f"{job.key}:results"), ("HDEL", job.key, "ended", "result")
+        _send(job.connection, *words)
 
     @property
     def return_value(self) -> Any:
@@ -593,7 +589,7 @@ def _delay_until(moment: datetime) -> float:
 # decodes.
 
 SCRIPTS: dict[str, Script] = {}  # by SHA1
-_QUEUES = "microq:queues"
+_QUEUES, _GROUPS = "microq:queues", "microq:groups"
 _ONCE = RedisRetry(NoBackoff(), 0)  # redis-py's word for trying once
 _from_url = functools.cache(Redis.from_url)
 
@@ -1202,12 +1198,19 @@ def _field(name: str, default: float | None, doc: str) -> Any:
     return property(value, doc=doc)
 
 
+def _or_default(name: str) -> Any:
+    """Make a method that returns an attribute of the job, or else a default."""
+    return lambda job, default=None: default if (has := getattr(job, name)) is None else has
+
+
 def _is(status: JobStatus) -> Any:
     return property(lambda job: job.get_status() == status, doc=f"Asks whether it is {status}.")
 
 
 class Job:
     """One call of a function, and what became of it; made by a Queue, or found by fetch()."""
+
+    queue: Queue
 
     def __init__(
         self, id: str, queue: Queue, fields: dict[str, bytes], nonce: str | None = None
@@ -1222,8 +1225,6 @@ class Job:
         self._began: float | None = None  # when its run here began, by the server's clock
         self._meta: dict[str, Any] | None = None
         self._decoded: tuple[Any, ...] | None = None  # the call, once it was asked for
-
-    queue: Queue
 
     def _enter(self, queue: Any) -> None:
         self.queue, self.origin = queue, queue.name
@@ -1250,19 +1251,19 @@ class Job:
 
     @classmethod
     def fetch_many(
-        cls, ids: Iterable[str], connection: Redis | None = None, serializer: Any = None
+        cls, job_ids: Iterable[str], connection: Redis | None = None, serializer: Any = None
     ) -> list[Job | None]:
         """Return the jobs of these ids in the same order, None for each that is missing. Two round
         trips, however many ids and queues there are."""
-        ids, queues = [_id_of(id) for id in ids], Queue.all(connection, cls, serializer)
+        ids, queues = [_id_of(id) for id in job_ids], Queue.all(connection, cls, serializer)
         jobs = _look([cls(id, queue, {}) for id in ids for queue in queues])
         found = {job.id: job for job in jobs}
         return [found.get(id) for id in ids]
 
     @classmethod
-    def exists(cls, id: str, connection: Redis | None = None) -> bool:
+    def exists(cls, job_id: str, connection: Redis | None = None) -> bool:
         """Tell whether any queue has a job of this id."""
-        return cls.fetch_many([id], connection) != [None]
+        return cls.fetch_many([job_id], connection) != [None]
 
     def refresh(self) -> None:
         """Read the job again.  One round trip; raises NoSuchJobError if it is gone."""
@@ -1335,6 +1336,7 @@ class Job:
     result_ttl = _field("result_ttl", None, "Seconds to keep a result; None: the worker's default.")
     failure_ttl = _field("failure_ttl", DEFAULT_FAILURE_TTL, "Seconds to keep a failed job.")
     ttl = _field("ttl", None, "Seconds it may wait in the queue; None for no limit.")
+    get_ttl, get_result_ttl = _or_default("ttl"), _or_default("result_ttl")
     enqueue_at_front = property(lambda self: bool(self._number("at_front")))
     group_id = property(lambda self: self._text("group_id") or None)
     number_of_retries = property(lambda self: int(self._number("retries") or 0))
@@ -1354,14 +1356,6 @@ class Job:
     ended_at = property(lambda self: getattr(self._last, "execution_ended_at", None))
     last_heartbeat = property(lambda self: getattr(self._execution, "last_heartbeat", None))
     worker_name = property(lambda self: getattr(self._run, "worker_name", None))
-
-    def get_ttl(self, default_ttl: float | None = None) -> float | None:
-        """Return `ttl`, or else the default."""
-        return default_ttl if self.ttl is None else self.ttl
-
-    def get_result_ttl(self, default_ttl: float | None = None) -> float | None:
-        """Return `result_ttl`, or else the default."""
-        return default_ttl if self.result_ttl is None else self.result_ttl
 
     @property
     def enqueued_at(self) -> datetime | None:
@@ -1589,7 +1583,7 @@ def _id_of(job: Any) -> str:
     return id
 
 
-def get_current_job(connection: Redis | None = None, job_class: Any = None) -> Any:
+def get_current_job(connection: Redis | None = None, job_class: Any = None) -> Job | None:
     """Return the job that runs here; None outside a job.  It knows its connection and class."""
     return _current_job.get()
 
@@ -1634,9 +1628,6 @@ class EnqueueData(NamedTuple):
     options: dict[str, Any]
 
 
-_GROUPS = "microq:groups"
-
-
 class Registry:
     """The ids of a queue's jobs in one container; reading it changes nothing."""
 
@@ -1660,9 +1651,8 @@ class Registry:
 
     count = property(__len__)
 
-    def get_job_count(self, cleanup: bool = True) -> int:
-        """Return how many jobs there are; those whose record has expired never count."""
-        return len(self)
+    get_job_count = lambda self, cleanup=True: len(self)  # noqa: E731
+    get_queue = lambda self: self.queue  # noqa: E731
 
     def __bool__(self) -> bool:
         return True
@@ -1674,10 +1664,6 @@ class Registry:
 
     def _job(self, job: Job | str, fields: dict[str, bytes] | None = None) -> Job:
         return self.queue.job_class(_id_of(job), self.queue, fields or {})
-
-    def get_queue(self) -> Queue:
-        """Return the queue whose jobs these are."""
-        return self.queue
 
     def get_job_ids(
         self, start: int = 0, end: int = -1, desc: bool = False, cleanup: bool = True
@@ -1798,9 +1784,8 @@ class Queue(Registry):
 
     @classmethod
     def all(
-        cls, connection: Redis | None = None, job_class: Any = None, serializer: Any = None,
-        death_penalty_class: Any = None,
-    ) -> list[Queue]:  # fmt: skip
+        cls, connection: Redis | None = None, job_class: Any = None, serializer: Any = None
+    ) -> list[Queue]:
         """Return every queue that was used and not deleted, by name."""
         connection, more = _connect(connection), {"job_class": job_class, "serializer": serializer}
         names = sorted(name.decode() for name in _ask(connection, "SMEMBERS", _QUEUES))
@@ -1852,7 +1837,7 @@ class Queue(Registry):
         """Sort keywords into options and the function's own, and enqueue."""
         if refused := sorted(_NOT_OPTIONS & kwargs.keys()):
             raise TypeError(f"{refused[0]} is no option; pass the function's own in kwargs={{}}")
-        names = _OPTIONS.keys() & kwargs.keys() - {"timeout"}
+        names = _OPTIONS.keys() & kwargs.keys() - {"timeout", "group_id"}
         options = {name: kwargs.pop(name) for name in names}
         options["timeout"] = kwargs.pop("job_timeout", None)
         at_front, pipeline = kwargs.pop("at_front", False), kwargs.pop("pipeline", None)
@@ -1887,11 +1872,11 @@ class Queue(Registry):
         raises may have stored earlier thousands."""
         jobs: list[Job] = []
         group = Group(self.connection, group_id) if group_id else None
-        rest, finish, more = iter(job_datas), None, dict[str, Any](group_id=group_id)
+        rest, finish, more = iter(job_datas), None, {"group_id": group_id} if group else {}
         with contextlib.closing(_Line(self.connection, None)) as line:
             while chunk := list(itertools.islice(rest, CHUNK)):
                 made = [
-                    (self.create_job(*each.call, **more | each.options), each.at_front)
+                    (self.create_job(*each.call, **each.options | more), each.at_front)
                     for each in chunk
                 ]
                 if group:
@@ -1962,10 +1947,13 @@ class Queue(Registry):
         return job
 
     def _adopt(self, job: Job) -> Job:
+        """Return the job as one of this queue, if it may still become that."""
         if job.queue is not self and job._status is JobStatus.CREATED:
             if job.serializer != self.serializer:
                 raise TypeError(f"{job!r} was made with another serializer than that of {self!r}")
             job._enter(self)
+            if self.default_timeout != DEFAULT_TIMEOUT:
+                job._fields.setdefault("timeout", f"{self.default_timeout:.15g}".encode())
         if job.queue != self:
             raise InvalidJobOperation(f"{job!r} is in a queue already, which is not {self!r}")
         return job
@@ -2087,24 +2075,22 @@ def _enqueue_words(job: Job, at_front: bool, delay: float) -> list[Any]:
 
 
 def job(
-    queue: Queue | str, connection: Redis | None = None, timeout: Any = None,
-    result_ttl: Any = None, ttl: Any = None, queue_class: Any = None, depends_on: Any = None,
-    at_front: bool = False, *, serializer: Any = None, **options: Any,
+    queue: Queue | str, connection: Redis | None = None, *, queue_class: Any = None,
+    serializer: Any = None, **options: Any,
 ) -> Callable[[Callable[..., Any]], Any]:  # fmt: skip
     """Decorate a function with .delay() and .enqueue(), which store a call of it in `queue`; the
-    options are those of Queue.create_job().  Both take job_id, at_front and depends_on, too."""
-    options |= {"timeout": timeout, "result_ttl": result_ttl, "ttl": ttl, "depends_on": depends_on}
-    make = functools.partial(_class(queue_class, Queue), serializer=serializer)
+    options are at_front and those of Queue.create_job(); job_id, at_front and depends_on may be
+    given with each call, too."""
+    per_call, make = {"job_id", "at_front", "depends_on"}, _class(queue_class, Queue)
+    make = functools.partial(make, serializer=serializer)
     find = functools.cache(lambda: queue if isinstance(queue, Queue) else make(queue, connection))
 
-    def decorate(func: Callable[..., Any]) -> Any:
-        def delay(*args: Any, at_front: bool = at_front, **kwargs: Any) -> Job:
-            own = {name: kwargs.pop(name, None) for name in ("job_id", "depends_on")}
-            words = [*options.items(), *own.items()]
-            more = {name: value for name, value in words if value is not None}
-            return find().enqueue_call(func, args, kwargs, at_front=at_front, **more)
+    def decorate(func: Any) -> Any:
+        def delay(*args: Any, **kwargs: Any) -> Any:
+            own = {name: kwargs.pop(name) for name in per_call & kwargs.keys()}
+            return find().enqueue_call(func, args, kwargs, **options | own)
 
-        func.delay = func.enqueue = delay  # type: ignore[attr-defined]
+        func.delay = func.enqueue = delay
         return func
 
     return decorate
@@ -2117,16 +2103,10 @@ class Group:
     def __init__(
         self, connection: Redis | None = None, name: str | None = None, serializer: Any = None
     ) -> None:
-        self.connection, self.serializer = _connect(connection), serializer
-        self.name = name or secrets.token_urlsafe(16)
-        if not isinstance(self.name, str):
-            raise TypeError(f"a group's name is a string, not {name!r}")
-        self.key = f"microq:group:{self.name}"
+        self.connection, self.name = _connect(connection), name or secrets.token_urlsafe(16)
+        self.key, self._serializer = f"microq:group:{self.name}", serializer
 
-    @classmethod
-    def create(cls, *args: Any, **kwargs: Any) -> Group:
-        """Return a new group, whose name is random unless it is given; nothing is stored yet."""
-        return cls(*args, **kwargs)
+    create = classmethod(lambda cls, *args, **kwargs: cls(*args, **kwargs))  # stores nothing
 
     @classmethod
     def fetch(cls, name: str, connection: Redis | None = None, serializer: Any = None) -> Group:
@@ -2159,8 +2139,8 @@ class Group:
 
     def _add_jobs(self, jobs: Iterable[Job], pipeline: Any) -> None:
         now = time.time()
-        ats = itertools.count(now, 1e-6)  # so that they keep their order
-        members = [word for job in jobs for word in (next(ats), self._member(job))]
+        at = itertools.count(now, 1e-6)  # so that they keep their order
+        members = [word for job in jobs for word in (next(at), self._member(job))]
         commands: list[Command] = [
             ("ZADD", self.key, *members), ("EXPIRE", self.key, GROUP_TTL),
             ("ZADD", _GROUPS, now + GROUP_TTL, self.name), ("EXPIRE", _GROUPS, GROUP_TTL),
@@ -2168,9 +2148,8 @@ class Group:
         ]  # fmt: skip
         if pipeline is None:
             _send(self.connection, *commands)
-        else:
-            for command in commands:
-                pipeline.execute_command(*command)
+        for command in commands if pipeline is not None else ():
+            pipeline.execute_command(*command)
 
     _member = staticmethod(lambda job: f"{job.id} {job.origin}")
 
@@ -2178,13 +2157,17 @@ class Group:
         """Return the jobs that joined before that time, not read yet."""
         members = _ask(self.connection, "ZRANGEBYSCORE", self.key, "-inf", before)
         pairs = [member.decode().split() for member in members]
-        make = functools.partial(Queue, connection=self.connection, serializer=self.serializer)
+        make = functools.partial(Queue, connection=self.connection, serializer=self._serializer)
         queues = {name: make(name) for name in {name for _, name in pairs}}
         return [Job(id, queues[name], {}) for id, name in pairs]
 
+    def _live(self, jobs: Sequence[Job]) -> list[Job]:
+        """Read jobs; return those that exist, and have not a new life outside of the group."""
+        return [job for job in _look(jobs) if job.group_id == self.name]
+
     def get_jobs(self) -> list[Job]:
         """Return the jobs that still exist.  Two round trips, however many they are."""
-        return _look(self._members())
+        return self._live(self._members())
 
     def counts(self) -> dict[str, int]:
         """Return how many of the jobs that still exist have which status."""
@@ -2195,7 +2178,7 @@ class Group:
         have.  The server sends word, nobody polls; the wait takes a connection of its own."""
         deadline = time.monotonic() + (math.inf if timeout is None else timeout)
         pending = self._members()
-        while pending := [job for job in _look(pending) if job._status not in _OVER]:
+        while pending := [job for job in self._live(pending) if job._status not in _OVER]:
             if (left := deadline - time.monotonic()) <= 0:
                 return False
             # When one of those that joined last has ended, few others have not.  There is no word
@@ -2212,7 +2195,7 @@ class Group:
         """Take out of the group what does not exist, a minute after it joined: till then it may be
         about to be stored, and two clocks may differ."""
         members = self._members(before=time.time() - 60)
-        self._remove(set(members) - set(_look(members)))
+        self._remove(set(members) - set(self._live(members)))
 
     def _remove(self, jobs: Iterable[Job]) -> None:
         if members := [*map(self._member, jobs)]:
@@ -2551,13 +2534,6 @@ def _function(func: Any) -> Any:
     return found
 
 
-# Options of RQ's workers for what happens by itself here.
-_WITHOUT_EFFECT = {
-    "maintenance_interval", "default_worker_ttl", "worker_ttl", "job_monitoring_interval",
-    "disable_default_exception_handler", "prepare_for_work",
-}  # fmt: skip
-
-
 class Worker:
     """Runs the jobs of queues, those of the first queue before those of the second.
 
@@ -2578,7 +2554,7 @@ class Worker:
                                the queues, where Queue objects are given
     log_job_description      - whether the log shows the calls, yes
 
-    What RQ's workers take beside it, as maintenance_interval, is accepted, and without effect.
+    What it takes beside it is for RQ's sake, and without effect.
 
     As a context manager it works in a thread for the life of the block, in-process; leaving the
     block waits until nothing is queued."""
@@ -2593,10 +2569,11 @@ class Worker:
         exception_handlers: Any = (), *, fork: bool | None = None,
         jobs_per_fork: int | None = None, serializer: Any = None, lease: Any = LEASE,
         work_horse_killed_handler: Func | None = None, job_class: Any = None,
-        queue_class: Any = None, log_job_description: bool = True, **others: Any,
+        queue_class: Any = None, log_job_description: bool = True,
+        maintenance_interval: Any = None, job_monitoring_interval: Any = None,
+        worker_ttl: Any = None, default_worker_ttl: Any = None, prepare_for_work: Any = None,
+        disable_default_exception_handler: Any = None,
     ) -> None:  # fmt: skip
-        if unknown := sorted(others.keys() - _WITHOUT_EFFECT):
-            raise TypeError(f"{unknown[0]!r} is no option of a worker")
         several = [queues] if isinstance(queues, Queue | str) else list(queues)
         if not several:
             raise ValueError("a worker needs at least one queue")
@@ -2727,14 +2704,8 @@ class Worker:
         """Return the names of its queues, in their order."""
         return [queue.name for queue in self.queues]
 
-    def push_exc_handler(self, handler: Func) -> None:
-        """Add an exception handler behind the others."""
-        self._handlers.append(_function(handler))
-
-    def pop_exc_handler(self) -> Callable[..., Any]:
-        """Take the last exception handler away, and return it."""
-        handler: Callable[..., Any] = self._handlers.pop()
-        return handler
+    push_exc_handler = lambda self, handler: self._handlers.append(_function(handler))  # noqa: E731
+    pop_exc_handler = lambda self: self._handlers.pop()  # noqa: E731
 
     def work(
         self, burst: bool = False, logging_level: str | int | None = "INFO",
@@ -3117,23 +3088,15 @@ class SimpleWorker(Worker):
 
 
 class RoundRobinWorker(Worker):
-    """A worker that serves its queues in turn."""
-
     dequeue_strategy = "round_robin"
 
 
 class RandomWorker(Worker):
-    """A worker that serves its queues by chance."""
-
     dequeue_strategy = "random"
 
 
-class BaseDeathPenalty:
-    """How RQ ends a job that is over its time.  Here a worker knows by itself: the attribute
-    `death_penalty_class` of a worker's class is without effect."""
-
-
-UnixSignalDeathPenalty = TimerDeathPenalty = BaseDeathPenalty
+# RQ's names for what ends a job that is over its time; a worker knows that by itself.
+BaseDeathPenalty = UnixSignalDeathPenalty = TimerDeathPenalty = object
 
 
 # ---- 10. Supervision -----------------------------------------------------------------------------
@@ -3685,7 +3648,7 @@ def resume(connection: Redis | None = None) -> None:
     _look_again(connection)
 
 
-def is_suspended(connection: Redis | None = None) -> bool:
+def is_suspended(connection: Redis | None = None, worker: Any = None) -> bool:
     """Tell whether suspend() is in force."""
     return bool(_ask(_connect(connection), "EXISTS", _SUSPENDED))
 

@@ -855,6 +855,10 @@ def test_a_cluster_takes_every_command(tmp_path):
             assert later.latest_result(timeout=5).return_value == 1
         assert all(job.is_finished for job in jobs)
         assert len(Job.fetch_many([job.id for job in jobs], cluster)) == 5
+        group = microq.Group(cluster)
+        group.enqueue_many(queues[1], [Queue.prepare_data(add)])[0].cancel()
+        assert group.wait(5) and group.counts() == {"canceled": 1}
+        assert [each.name for each in microq.Group.all(cluster)] == [group.name]
         jobs[0].requeue()
         jobs[0].cancel()
         queues[0].delete()
@@ -3219,6 +3223,24 @@ def test_a_group_of_many_is_told_before_its_jobs_and_is_forgotten(redis, queue):
     assert redis.zrange("microq:groups", 0, -1) == [b"many"]
 
 
+def test_a_job_of_another_life_is_not_of_the_group(redis, queue):
+    group = microq.Group.create(redis)
+    [job] = group.enqueue_many(queue, [Queue.prepare_data(add, job_id="x")])
+    with pytest.raises(DuplicateJobError):
+        microq.Group.create(redis, "other").enqueue_many(
+            queue, [Queue.prepare_data(add, job_id="x")]
+        )
+    assert microq.Group.fetch("other", connection=redis).get_jobs() == []
+    job.cancel()
+    queue.enqueue(add, job_id="x", kwargs={"a": 1})
+    assert group.get_jobs() == [] and group.wait(0)
+
+
+def test_a_function_may_have_an_argument_group_id(redis, queue):
+    job = queue.enqueue(dict, group_id=5, container=6)
+    assert job.kwargs == {"group_id": 5, "container": 6} and job.group_id is None
+
+
 def test_a_group_is_cleaned_of_jobs_that_are_gone(redis, queue):
     group = microq.Group.create(redis, "g")
     gone, kept = group.enqueue_many(queue, [Queue.prepare_data(add)] * 2)
@@ -3292,6 +3314,8 @@ def test_a_job_is_made_apart_and_enqueued_anywhere(redis, queue):
     other.schedule_job(later, datetime.now())
     work(other)
     assert job.result == 3 and job.timeout == 9 and later.result == 3
+    quick = Queue("quick", redis, default_timeout=8)
+    assert quick.enqueue_job(Job.create(add, connection=redis)).timeout == 8
     with pytest.raises(InvalidJobOperation, match="in a queue already"):
         queue.enqueue_job(other.fetch_job("own"))
     with pytest.raises(TypeError, match="another serializer"):
@@ -3427,7 +3451,7 @@ def test_a_worker_takes_the_options_of_rq(redis, queue):
     worker.push_exc_handler(print)
     assert worker.pop_exc_handler() is print
     assert worker.work(True, None, "%H:%M:%S", "%(message)s") and job.result == 1
-    with pytest.raises(TypeError, match="'maintenance_intervall' is no option"):
+    with pytest.raises(TypeError, match="maintenance_intervall"):
         SimpleWorker(queue, maintenance_intervall=600)
 
 
