@@ -269,8 +269,6 @@ class DequeueStrategy(str, enum.Enum):
 
     DEFAULT, ROUND_ROBIN, RANDOM = "default", "round_robin", "random"
 
-    __str__ = str.__str__
-
 
 class ResultType(str, enum.Enum):
     """How an execution ended."""
@@ -2201,6 +2199,9 @@ class Group:
         if members := [*map(self._member, jobs)]:
             _ask(self.connection, "ZREM", self.key, *members)
 
+    def __repr__(self) -> str:
+        return f"Group({self.name!r})"
+
 
 # ---- 8. Running a job ----------------------------------------------------------------------------
 # perform() is the only call of a job's function: it returns an Outcome and does not raise.
@@ -2704,6 +2705,7 @@ class Worker:
         """Return the names of its queues, in their order."""
         return [queue.name for queue in self.queues]
 
+    queue_keys = lambda self: [queue.key for queue in self.queues]  # noqa: E731
     push_exc_handler = lambda self, handler: self._handlers.append(_function(handler))  # noqa: E731
     pop_exc_handler = lambda self: self._handlers.pop()  # noqa: E731
 

@@ -3188,7 +3188,7 @@ def test_jobs_of_a_group_are_found_and_counted(redis):
     jobs = group.enqueue_many(high, [Queue.prepare_data(add, (i,)) for i in range(3)])
     jobs += group.enqueue_many(queue=low, job_datas=[Queue.prepare_data(fail, job_id="x")])
     assert group.get_jobs() == jobs and {job.group_id for job in group.get_jobs()} == {group.name}
-    assert group.counts() == {"queued": 4} and not group.wait(0.01)
+    assert group.counts() == {"queued": 4} and not group.wait(0.01) and group.name in repr(group)
     assert microq.Queue("low", redis).fetch_job("x").group_id == group.name
     work([high, low])
     assert group.counts() == {"finished": 3, "failed": 1} and group.wait(0)
@@ -3449,7 +3449,7 @@ def test_a_worker_takes_the_options_of_rq(redis, queue):
     job = queue.enqueue(add, 1)
     worker = SimpleWorker([queue], "foo", 500, redis, [], prepare_for_work=True, **options)
     worker.push_exc_handler(print)
-    assert worker.pop_exc_handler() is print
+    assert worker.pop_exc_handler() is print and worker.queue_keys() == [queue.key]
     assert worker.work(True, None, "%H:%M:%S", "%(message)s") and job.result == 1
     with pytest.raises(TypeError, match="maintenance_intervall"):
         SimpleWorker(queue, maintenance_intervall=600)
@@ -3496,3 +3496,12 @@ def test_a_worker_that_was_found_is_refreshed(redis, queue, start_worker):
     assert execution.job_id == found.get_current_job_id() == job.id
     assert type(found.get_current_job()) is MyJob
     wait_until(lambda: found.refresh() or found.successful_job_count == 1)
+
+
+def test_jobs_run_on_a_fake_of_redis():
+    """For tests without a server, where fakeredis[lua] is installed."""
+    connection = pytest.importorskip("fakeredis").FakeStrictRedis()
+    job = Queue(is_async=False, connection=connection).enqueue(add, 1, b=2)
+    later = Queue(connection=connection).enqueue(fail)
+    work(later.queue)
+    assert job.is_finished and job.result == 3 and later.is_failed
