@@ -60,6 +60,8 @@ Queues that one worker serves on a Cluster share a slot by naming the tag: "{mai
     microq:suspended            string  while it exists, workers claim nothing
     microq:worker:<name>        string  who and where, as JSON; expires with the lease
     microq:inbox:<name>         list    commands for a worker, or for a pool of them
+    microq:groups               zset    names of groups by the time they are forgotten
+    microq:group:<name>         zset    "<id> <queue>" of its jobs by the time they joined
     microq:{q}:queued           list    ids ready to run, the next one first
     microq:{q}:wake             list    at most one token: "there may be work"
     microq:{q}:scheduled        zset    ids by the time they are due
@@ -118,6 +120,7 @@ import enum
 import fcntl
 import functools
 import hashlib
+import hmac
 import importlib.util
 import inspect
 import io
@@ -142,7 +145,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
@@ -169,17 +172,22 @@ if __name__ == "__main__":
     _name = __spec__.name if __spec__ else Path(__file__).stem
     sys.exit(importlib.import_module(_name).main())
 
-__version__ = "0.1.0"
+__version__ = VERSION = "0.1.0"
 # fmt: off
 __all__ = [
-    "AbandonedJobError", "Callback", "Dependency", "DeserializationError", "DuplicateJobError",
-    "EnqueueData", "Execution", "InvalidJobDependency", "InvalidJobOperation", "JSONSerializer",
-    "Job", "JobStatus", "JobTimeoutException", "MicroqError", "NoSuchJobError", "PickleSerializer",
-    "Queue", "RateLimit", "Registry", "Repeat", "Result", "Retry", "ServerUnavailable",
-    "SimpleWorker", "StopRequested", "Webhook", "Worker", "WorkerPool", "WorkerStatus",
-    "__version__", "cancel_job", "embedded", "get_current_job", "is_suspended", "main",
-    "requeue_job", "resume", "send_command", "send_kill_horse_command", "send_shutdown_command",
-    "send_stop_job_command", "suspend",
+    "VERSION", "AbandonedJobError", "BaseDeathPenalty", "Callback", "CanceledJobRegistry",
+    "DefaultSerializer", "DeferredJobRegistry", "Dependency", "DequeueStrategy",
+    "DeserializationError", "DuplicateJobError", "EnqueueData", "Execution", "FailedJobRegistry",
+    "FinishedJobRegistry", "Group", "InvalidJobDependency", "InvalidJobOperation", "JSONSerializer",
+    "Job", "JobStatus", "JobTimeoutException", "MicroqError", "NoSuchGroupError", "NoSuchJobError",
+    "PickleSerializer", "Queue", "RandomWorker", "RateLimit", "Registry", "Repeat", "Result",
+    "Retry", "RoundRobinWorker", "ScheduledJobRegistry", "ServerUnavailable", "SignedSerializer",
+    "SimpleWorker", "StartedJobRegistry", "StopRequested", "TimeoutFormatError",
+    "TimerDeathPenalty", "UnixSignalDeathPenalty", "Webhook", "Worker", "WorkerPool",
+    "WorkerStatus", "__version__", "cancel_job", "clean_registries", "embedded", "get_current_job",
+    "is_suspended", "job", "main", "parse_timeout", "requeue_job", "resolve_serializer", "resume",
+    "send_command", "send_kill_horse_command", "send_shutdown_command", "send_stop_job_command",
+    "suspend",
 ]
 # fmt: on
 
@@ -199,6 +207,7 @@ MAX_BATCH = 128  # jobs claimed at once
 AHEAD = 8  # size of a batch from which on the next one is claimed while it runs
 JOBS_PER_FORK = 1000  # jobs after which a child is replaced, but not in its first second
 SPARE = 256  # jobs that a child has left when the next one is forked
+GROUP_TTL = 7 * 86400  # seconds after which a group is forgotten, unless more jobs join it
 CHUNK = 1000  # jobs per script call, which keeps a script near 10 ms
 
 log = logging.getLogger("microq")
@@ -216,6 +225,10 @@ class MicroqError(Exception):
 
 class NoSuchJobError(MicroqError):
     """No queue has a job of this id: it never was, was deleted, or has expired."""
+
+
+class NoSuchGroupError(MicroqError):
+    """There is no group of this name: no job ever joined it, or it was forgotten."""
 
 
 class DuplicateJobError(MicroqError):
@@ -236,6 +249,10 @@ class InvalidJobOperation(MicroqError):
 
 class DeserializationError(MicroqError):
     """A stored call, option or result can't be read back."""
+
+
+class TimeoutFormatError(MicroqError, ValueError):
+    """A duration is no number, nor text such as "90", "30s", "5m", "2h" or "1d"."""
 
 
 class ServerUnavailable(MicroqError, exceptions.ConnectionError):
@@ -278,6 +295,12 @@ class WorkerStatus(str, enum.Enum):
     __str__ = str.__str__
 
 
+class DequeueStrategy(str, enum.Enum):
+    """In which order a worker serves its queues; see Worker.work()."""
+
+    DEFAULT, ROUND_ROBIN, RANDOM = "default", "round_robin", "random"
+
+
 class ResultType(str, enum.Enum):
     """How an execution ended."""
 
@@ -296,7 +319,7 @@ def _seconds(value: Any, name: str, special: tuple[int, ...] = ()) -> float:
     elif isinstance(value, str):
         match = re.fullmatch(r"(-?\d+(?:\.\d+)?)\s*([smhd]?)", value.strip().lower())
         if not match:
-            raise ValueError(f"{name}={value!r} is no duration such as 90 or '5m'")
+            raise TimeoutFormatError(f"{name}={value!r} is no duration such as 90 or '5m'")
         value = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} takes seconds, not {type(value).__name__} {value!r}")
@@ -304,6 +327,11 @@ def _seconds(value: Any, name: str, special: tuple[int, ...] = ()) -> float:
         more = "".join(f", or {number}" for number in special)
         raise ValueError(f"{name}={value!r}: give a positive number of seconds{more}")
     return float(value)
+
+
+def parse_timeout(timeout: Any) -> float | None:
+    """Return a timeout of whatever form in seconds; -1 for no limit, None for None."""
+    return None if timeout is None else _seconds(timeout, "timeout", (-1, 0))
 
 
 class _Rule:
@@ -501,6 +529,17 @@ class Result:
     execution_ended_at = property(lambda self: _utc(sum(map(float, self.ended.split()[1:3]))))
     created_at = execution_ended_at
 
+    # RQ's names for what a job tells itself.
+    all = staticmethod(lambda job, serializer=None: job.results())
+    count = staticmethod(lambda job: len(job.results()))
+    fetch_latest = staticmethod(lambda job, serializer=None, timeout=0: job.latest_result(timeout))
+
+    @staticmethod
+    def delete_all(job: Job) -> None:
+        """Delete what the runs of a job left behind; it remains where it is."""
+        words = ("DEL", f"{job.key}:results"), ("HDEL", job.key, "ended", "result")
+        _send(job.connection, *words)
+
     @property
     def return_value(self) -> Any:
         """What the function returned; None if it did not."""
@@ -559,15 +598,45 @@ class JSONSerializer:
     dumps = staticmethod(lambda obj: json.dumps(obj, separators=(",", ":")).encode())
 
 
-def _serializer(choice: Any) -> Any:
-    """Return the serializer of that name, or `choice` itself."""
-    found = {None: PickleSerializer, "pickle": PickleSerializer, "json": JSONSerializer}.get(choice)
-    if found is None and isinstance(choice, str) and "." in choice:
-        found = _find(choice)
-    found = found or choice
+class SignedSerializer:
+    """Another serializer's data behind an HMAC-SHA256 made with `secret`, or else $MICROQ_SECRET;
+    what bears another signature is refused before the `inner` serializer, pickle, sees it."""
+
+    def __init__(self, secret: str | bytes | None = None, inner: Any = None) -> None:
+        if not (secret := secret or os.environ.get("MICROQ_SECRET")):
+            raise ValueError("signing needs a secret: give one, or set $MICROQ_SECRET")
+        self.inner, self._secret = resolve_serializer(inner), os.fsencode(secret)
+
+    def _sign(self, data: bytes) -> bytes:
+        return hmac.digest(self._secret, data, "sha256")
+
+    def dumps(self, obj: Any) -> bytes:
+        data = _dumps(self.inner, obj, "this")
+        return self._sign(data) + data
+
+    def loads(self, data: bytes) -> Any:
+        if not hmac.compare_digest(data[:32], self._sign(data[32:])):
+            raise DeserializationError("its signature is not by our secret; it was not read")
+        return self.inner.loads(data[32:])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SignedSerializer) and self._secret == other._secret
+
+
+DefaultSerializer = PickleSerializer
+_SERIALIZERS = {"pickle": PickleSerializer, "json": JSONSerializer, "signed": SignedSerializer}
+
+
+def resolve_serializer(choice: Any = None) -> Any:
+    """Return the serializer of a name: 'pickle', which is the default, 'json', 'signed', or a
+    dotted one; or `choice` itself.  Raises TypeError for what is no serializer."""
+    found = PickleSerializer if choice is None else choice
+    if isinstance(choice, str):
+        found = _SERIALIZERS.get(choice) or ("." in choice and _find(choice))
+    found = found() if found is SignedSerializer else found
     if not (callable(getattr(found, "dumps", None)) and callable(getattr(found, "loads", None))):
         shape = "an object with dumps(object) -> bytes and loads(bytes) -> object"
-        raise TypeError(f"serializer={choice!r}: give 'pickle', 'json' or {shape}")
+        raise TypeError(f"serializer={choice!r}: give 'pickle', 'json', 'signed' or {shape}")
     return found
 
 
@@ -634,21 +703,20 @@ def _find(name: str) -> Any:
     raise ModuleNotFoundError(f"no module {parts[0]!r} for {name!r}; {hint}")
 
 
+def _class(choice: Any, default: Any) -> Any:
+    """Return a class that was given as such, by its dotted name, or not at all."""
+    return _find(choice) if isinstance(choice, str) else choice or default
+
+
 def _utc(at: float) -> datetime:
     return datetime.fromtimestamp(at, timezone.utc)
 
 
 def _delay_until(moment: datetime) -> float:
-    """Return the seconds from now to `moment`; ValueError for a naive or past datetime. Less than a
-    minute in the past may be the difference of two clocks, and counts as now."""
+    """Return the seconds from now to `moment`, in local time if it is naive; 0 if it is past."""
     if not isinstance(moment, datetime):
         raise TypeError(f"give a datetime, not {moment!r}")
-    if moment.tzinfo is None:
-        remedy = "take datetime.now(timezone.utc), or .astimezone() for local time"
-        raise ValueError(f"{moment} has no time zone; {remedy}")
-    if (seconds := moment.timestamp() - time.time()) < -60:
-        raise ValueError(f"{moment} is in the past; use enqueue() to run a job now")
-    return max(0.0, seconds)
+    return max(0.0, moment.timestamp() - time.time())
 
 
 # ---- 4. Redis ------------------------------------------------------------------------------------
@@ -658,7 +726,7 @@ def _delay_until(moment: datetime) -> float:
 # decodes.
 
 SCRIPTS: dict[str, Script] = {}  # by SHA1
-_QUEUES = "microq:queues"
+_QUEUES, _GROUPS = "microq:queues", "microq:groups"
 _ONCE = RedisRetry(NoBackoff(), 0)  # redis-py's word for trying once
 _from_url = functools.cache(Redis.from_url)
 
@@ -934,13 +1002,14 @@ function give_up_slot(q, id, slot, limit, at)
   call('HDEL', q .. 'job:' .. id, 'slot')
   post(q, to, 'free ' .. q .. ' ' .. id .. ' ' .. slot .. ' ' .. numbers, at)
 end
-function tell(q, id, status, at)  -- its dependents, those for whom it counts, of its end
+function tell(q, id, status, at)  -- its dependents of its end, if it counts for them
   local list = q .. 'job:' .. id .. ':dependents'
   for _, entry in ipairs(call('SMEMBERS', list)) do
     local to, child, since, allow = string.match(entry, '^(%S+) (%S+) (%S+) (%S+)$')
-    if status == 'finished' or status == allow or allow == 'any' then
+    local counts = status == 'finished' or status == allow or allow == 'any'
+    if counts or status == 'gone' then
       call('SREM', list, entry)
-      post(q, to, 'ended ' .. q .. id .. ' ' .. child .. ' ' .. since, at)
+      post(q, to, (counts and 'ended ' or 'gone ') .. q .. id .. ' ' .. child .. ' ' .. since, at)
     end
   end
 end
@@ -987,15 +1056,15 @@ function receive(q, text, at)
     local left = call('PTTL', job)
     if over and left > 0 then keep(job .. ':dependents', left / 1000, true)
     else call('PERSIST', job) end
-  elseif verb == 'ended' then  -- <parent's key> <dependent> <since when it is that job>
+  elseif verb ~= 'grant' then  -- ended|gone <parent's key> <dependent> <since when it is that job>
     local child, since = string.match(rest, '^(%S+) (%S+)$')
     local job = q .. 'job:' .. child
     if call('HGET', job, 'created_at') == since then
       call('SREM', job .. ':waits', id)
-      local free = call('EXISTS', job .. ':waits') == 0
+      local free = verb == 'ended' and call('EXISTS', job .. ':waits') == 0
       if free and call('ZREM', q .. 'deferred', child) == 1 then admit(q, child, at) end
     end
-  elseif verb == 'grant' then  -- <job> <slot> <when it may start> <limit> <its numbers>
+  else  -- grant <job> <slot> <when it may start> <limit> <its numbers>
     local slot, due, to, numbers = string.match(rest, '^(%S+) (%S+) (%S+) (.*)$')
     local job = q .. 'job:' .. id
     if call('HGET', job, 'slot') ~= slot or ENDED[place(q, id)] then  -- it does not want it now
@@ -1019,8 +1088,8 @@ end
 -- Store a result; the one before joins the list of nine.  Returns the seconds to keep it all, by
 -- the option `name` or else `ttl`; the last `ended`; whether it has dependents; its slot and limit.
 local function record(job, ended, result, name, ttl)
-  local fields = {'ended', 'result', 'waited', name, 'dependents', 'slot', 'rate_limit'}
-  local old = call('HMGET', job, unpack(fields))
+  local old = call('HMGET', job, 'ended', 'result', 'waited', name, 'dependents', 'slot',
+    'rate_limit')
   if old[1] then
     call('RPUSH', job .. ':results', old[1] .. '\\n' .. (old[2] or ''))
     call('LTRIM', job .. ':results', -9, -1)
@@ -1031,7 +1100,7 @@ local function record(job, ended, result, name, ttl)
     if old[2] then call('HDEL', job, 'result') end
   end
   if old[3] and call('HDEL', job, 'waited') then redis.pcall('PUBLISH', job, 'ended') end
-  return ttl_or(ttl, old[4]), old[1], unpack(old, 5)
+  return ttl_or(ttl, old[4]), old[1], old[5], old[6], old[7]
 end
 
 -- Ask a rule for one more run: 'retry', 'repeat', 'crash', or 'interrupt', which has no count; or
@@ -1161,8 +1230,12 @@ for _, k in ipairs(fresh) do
   local id, nonce, mode, ttl, words = unpack(ARGV, i, i + 4)
   if nonce ~= '' then  -- a chosen id may have a record of its last life
     for name in pairs(ENDED) do call('ZREM', q .. name, id) end
-    drop(job)
+    call('DEL', job, job .. ':results')
     call('HSET', job, 'nonce', nonce)
+    if call('EXISTS', job .. ':dependents') == 1 then  -- and somebody who still hopes for it
+      call('PERSIST', job .. ':dependents')
+      call('HSET', job, 'dependents', 1)
+    end
   end
   call('HSET', job, 'created_at', created_at, unpack(ARGV, i + 5, i + 4 + words))
   if string.find(mode, 'careful') then careful[#careful + 1] = id
@@ -1218,15 +1291,15 @@ local function hold(i, q, ids)
       if hash[f] == 'ttl' then
         ttl = tonumber(hash[f + 1])
         keep(job, -1, true)
-      elseif hash[f] == 'enqueued_at' then since = tonumber(hash[f + 1])
-      elseif hash[f] == 'created_at' then since = since or tonumber(hash[f + 1])
+      elseif hash[f] == 'enqueued_at' then since = hash[f + 1]
       elseif hash[f] == 'crashes' or hash[f] == 'max_crashes' then alone = true
       -- An id used again may stand here for an earlier life, which expired.
       elseif hash[f] == 'nonce' and place(q, id) ~= 'queued' then valid = false end
     end
-    if valid and ttl and since and since + ttl < at then  -- it has dependents, or a slot
+    since = ttl and tonumber(since or call('HGET', job, 'created_at'))
+    if valid and since and since + ttl < at then  -- it has dependents, or a slot
       valid = false
-      conclude(q, id, 'finished', at)  -- as it counts when one depends on what is not there
+      conclude(q, id, 'gone', at)
       drop(job)
     end
     full = full or valid and (alone or size > 1048576)
@@ -1495,6 +1568,11 @@ def _field(name: str, default: float | None, doc: str) -> Any:
     return property(value, doc=doc)
 
 
+def _or_default(name: str) -> Any:
+    """Make a method that returns an attribute of the job, or else a default."""
+    return lambda job, default=None: default if (has := getattr(job, name)) is None else has
+
+
 def _is(status: JobStatus) -> Any:
     return property(lambda job: job.get_status() == status, doc=f"Asks whether it is {status}.")
 
@@ -1502,13 +1580,13 @@ def _is(status: JobStatus) -> Any:
 class Job:
     """One call of a function, and what became of it; made by a Queue, or found by fetch()."""
 
+    queue: Queue
+
     def __init__(
         self, id: str, queue: Queue, fields: dict[str, bytes], nonce: str | None = None
     ) -> None:
-        self.id, self.queue, self.origin = id, queue, queue.name
-        self.connection, self.serializer = queue.connection, queue.serializer
-        self._key = f"{queue.prefix}job:{id}"
-        self._fields = fields
+        self.id, self._fields = id, fields
+        self._enter(queue)
         # Tells a second life of an id from a copy of the first call; None: made when it is sent.
         self._nonce = nonce
         self._status: JobStatus | None = JobStatus.CREATED  # None: to be looked up
@@ -1520,6 +1598,22 @@ class Job:
         self._unique = False
         self._depends_on: Dependency | None = None  # as it was created
 
+    def _enter(self, queue: Any) -> None:
+        self.queue, self.origin = queue, queue.name
+        self.connection, self.serializer = queue.connection, queue.serializer
+        self.key = f"{queue.prefix}job:{self.id}"
+
+    @classmethod
+    def create(
+        cls, func: Func, args: Any = None, kwargs: Any = None, connection: Redis | None = None, *,
+        id: str | None = None, origin: str = "default", serializer: Any = None,
+        status: JobStatus | None = None, **options: Any,
+    ) -> Job:  # fmt: skip
+        """Return a job for Queue.enqueue_job() or schedule_job(), where it gets its status; the
+        options are those of Queue.create_job()."""
+        queue = Queue(origin or "default", connection, job_class=cls, serializer=serializer)
+        return queue.create_job(func, args, kwargs, job_id=id, **options)
+
     @classmethod
     def fetch(cls, id: str, connection: Redis | None = None, serializer: Any = None) -> Job:
         """Return the job of this id, whatever queue it is in, or raise NoSuchJobError."""
@@ -1529,19 +1623,19 @@ class Job:
 
     @classmethod
     def fetch_many(
-        cls, ids: Iterable[str], connection: Redis | None = None, serializer: Any = None
+        cls, job_ids: Iterable[str], connection: Redis | None = None, serializer: Any = None
     ) -> list[Job | None]:
         """Return the jobs of these ids in the same order, None for each that is missing. Two round
         trips, however many ids and queues there are."""
-        ids, queues = [_id_of(id) for id in ids], Queue.all(connection, serializer)
+        ids, queues = [_id_of(id) for id in job_ids], Queue.all(connection, cls, serializer)
         jobs = _look([cls(id, queue, {}) for id in ids for queue in queues])
         found = {job.id: job for job in jobs}
         return [found.get(id) for id in ids]
 
     @classmethod
-    def exists(cls, id: str, connection: Redis | None = None) -> bool:
+    def exists(cls, job_id: str, connection: Redis | None = None) -> bool:
         """Tell whether any queue has a job of this id."""
-        return cls.fetch_many([id], connection) != [None]
+        return cls.fetch_many([job_id], connection) != [None]
 
     def refresh(self) -> None:
         """Read the job again.  One round trip; raises NoSuchJobError if it is gone."""
@@ -1565,6 +1659,11 @@ class Job:
                 call = _loads(self.serializer, self._fields["args"], f"the call of job {self.id}")
             elif not self._fields.get("func", b"").endswith(b"()"):
                 raise DeserializationError(f"job {self.id} has lost its field 'args'")
+            if isinstance(self.serializer, SignedSerializer):
+                name, call = call
+                if name != self._text("func"):
+                    text = f"the call of job {self.id} was signed for {name}, not for this function"
+                    raise DeserializationError(text)
             if not isinstance(call, (list, tuple)) or len(call) not in (2, 3):
                 raise DeserializationError(f"the call of job {self.id} is no (args, kwargs)")
             self._decoded = (*call, None)
@@ -1600,6 +1699,8 @@ class Job:
         value = self.func(*args, **kwargs)
         return _run_coroutine(value) if inspect.iscoroutine(value) else value
 
+    data = property(lambda self: self._fields.get("args", b""), doc="The call, serialized.")
+
     def get_call_string(self) -> str:
         """Return the call as source text, each argument cut to 75 characters."""
         words = [_short(value) for value in self.args]
@@ -1612,6 +1713,9 @@ class Job:
     result_ttl = _field("result_ttl", None, "Seconds to keep a result; None: the worker's default.")
     failure_ttl = _field("failure_ttl", DEFAULT_FAILURE_TTL, "Seconds to keep a failed job.")
     ttl = _field("ttl", None, "Seconds it may wait in the queue; None for no limit.")
+    get_ttl, get_result_ttl = _or_default("ttl"), _or_default("result_ttl")
+    enqueue_at_front = property(lambda self: bool(self._number("at_front")))
+    group_id = property(lambda self: self._text("group_id") or None)
     number_of_retries = property(lambda self: int(self._number("retries") or 0))
     _retry = property(lambda self: self._rule("retry"))
     _repeat = property(lambda self: self._rule("repeat"))
@@ -1621,6 +1725,7 @@ class Job:
     retry_intervals = property(lambda self: self._retry and list(self._retry.interval))
     repeats_left = property(lambda self: self._repeat and self._repeat.times - self._repeats)
     repeat_intervals = property(lambda self: self._repeat and list(self._repeat.interval))
+    enqueue_at_front_on_retry = property(lambda s: bool(s._retry and s._retry.enqueue_at_front))
     _last = property(
         lambda self: (
             (was := self._text("ended")) and Result(self, was, self._fields.get("result", b""))
@@ -1675,6 +1780,14 @@ class Job:
     is_stopped, is_canceled = _is(JobStatus.STOPPED), _is(JobStatus.CANCELED)
     is_rate_limited = _is(JobStatus.RATE_LIMITED)
 
+    webhooks = property(
+        lambda self: [Webhook(**each) for each in json.loads(self._fields.get("webhooks", "[]"))]
+    )
+    has_rate_limit = property(lambda self: "rate_limit" in self._fields)
+    _limit = property(lambda self: self._text("rate_limit").split() or [None, "0"])
+    rate_limit_key = property(lambda self: self._limit[0] and self._limit[0][14:-2])
+    rate_limit_concurrency = property(lambda self: int(self._limit[1]) or None)
+
     # What it waits for: keys of jobs, and the status beside finished that will do for these.
     _parents = property(lambda self: self._text("depends_on").split()[:-1])
     dependency_ids = property(lambda self: [key.rpartition(":")[2] for key in self._parents])
@@ -1698,11 +1811,15 @@ class Job:
         return Job(id, Queue(name, self.connection, serializer=self.serializer), {})
 
     def _dependents(self) -> list[Job]:
-        entries = _ask(self.connection, "SMEMBERS", f"{self._key}:dependents")
+        entries = _ask(self.connection, "SMEMBERS", f"{self.key}:dependents")
         words = [entry.decode().split() for entry in entries]
         return [self._of_key(prefix[:-1], id) for prefix, id, *_ in words]
 
     dependent_ids = property(lambda self: [job.id for job in self._dependents()])
+
+    started_job_registry = property(lambda self: self.queue.started_job_registry)
+    finished_job_registry = property(lambda self: self.queue.finished_job_registry)
+    failed_job_registry = property(lambda self: self.queue.failed_job_registry)
 
     def get_position(self) -> int | None:
         """Return how many jobs are before this one; None if it does not wait.  O(n)."""
@@ -1717,23 +1834,29 @@ class Job:
         """Return how the last run ended; None if none has. With a `timeout`, wait up to so many
         seconds for the first result.  The server sends word, nobody polls; the wait takes a
         connection of its own."""
-        results, there = self.results(), 1
+        results = self.results()
         if not results and timeout > 0:
-            deadline = time.monotonic() + timeout
-            waited = AMEND(self.queue.prefix, self.id, "waited", 1)
-            with self.connection.pubsub() as channel:
-                channel.subscribe(self._key)
-                while there and not results and (left := deadline - time.monotonic()) > 0:
-                    word = channel.get_message(timeout=left)
-                    # The first word confirms the subscription: from here on we hear.
-                    there = word and word["type"] == "subscribe" and _ask(self.connection, *waited)
-                    results = self.results()
+            results = self._when_moved(timeout, Job.results)
         return results[0] if results else None
+
+    def _when_moved(self, timeout: float, ask: Callable[[Job], Any]) -> Any:
+        """Return ask(self) if that is true; else once a run has ended, the job was moved, or after
+        `timeout`."""
+        deadline = time.monotonic() + timeout
+        waited = AMEND(self.queue.prefix, self.id, "waited", 1)
+        with self.connection.pubsub() as channel:
+            channel.subscribe(self.key)
+            channel.get_message(timeout=timeout)  # confirms it: from here on we hear
+            there = _ask(self.connection, *waited)
+            if not (answer := ask(self)) and there:
+                channel.get_message(timeout=max(0, deadline - time.monotonic()))
+                answer = ask(self)
+        return answer
 
     def results(self) -> list[Result]:
         """Return how the last runs ended, the latest first; ten are kept."""
         fields = "ended", "result", "callback_error"
-        ask = ("LRANGE", f"{self._key}:results", 0, -1), ("HMGET", self._key, *fields)
+        ask = ("LRANGE", f"{self.key}:results", 0, -1), ("HMGET", self.key, *fields)
         older, (ended, payload, note) = _send(self.connection, *ask)
         if note:
             self._fields["callback_error"] = note
@@ -1741,10 +1864,12 @@ class Job:
         records += [(ended, payload or b"")] if ended else []
         return [Result(self, ended.decode(), payload) for ended, payload in reversed(records)]
 
-    def return_value(self) -> Any:
+    def return_value(self, refresh: bool = True) -> Any:
         """Return what the last run returned; None if it failed or none has ended."""
-        result = self.latest_result()
-        return result.return_value if result else None
+        return getattr(self.latest_result(), "return_value", None)
+
+    result = property(return_value)
+    exc_info = property(lambda self: getattr(self.latest_result(), "exc_string", None))
 
     @property
     def meta(self) -> dict[str, Any]:
@@ -1770,32 +1895,45 @@ class Job:
         if not _ask(self.connection, *AMEND(self.queue.prefix, self.id, "meta", data)):
             raise NoSuchJobError(f"job {self.id!r} is gone; its meta was not saved")
 
-    def cancel(self, enqueue_dependents: bool = False) -> None:
-        """See to it that the job doesn't run; a run in progress is not recorded.  Its dependents
-        stay deferred, unless they are to be enqueued.  Raises InvalidJobOperation if the job has
-        ended already."""
-        verdict = "finished" if enqueue_dependents else "canceled"
-        self._move(" ".join(_CONTAINERS[:5]), "canceled", verdict=verdict)
+    save = save_meta  # all else is as it was enqueued
 
-    def requeue(self, at_front: bool = False) -> None:
+    def cancel(
+        self, pipeline: Any = None, enqueue_dependents: bool = False,
+        remove_from_dependencies: bool = False,
+    ) -> None:  # fmt: skip
+        """See to it that the job doesn't run; a run in progress is not recorded.  Its dependents
+        stay deferred, unless they are to be enqueued; it depends on nobody any more.  Raises
+        InvalidJobOperation if it has ended already, but not with a pipeline."""
+        verdict = "finished" if enqueue_dependents else "canceled"
+        self._move(" ".join(_CONTAINERS[:5]), "canceled", verdict=verdict, pipeline=pipeline)
+
+    def requeue(self, at_front: bool = False) -> Job:
         """Put a job that has ended into its queue again, with all its retries before it. Its
         results are kept.  Raises InvalidJobOperation if it has not ended."""
         self._move("finished failed canceled", "queued", at_front)
+        return self
 
-    def delete(self, delete_dependents: bool = False) -> None:
-        """Remove the job and its results, in whatever state; a run is not recorded.  For its
-        dependents, one that had not ended counts as finished."""
-        if delete_dependents:
-            for job in self._dependents():
-                job.delete()
+    def delete(
+        self, pipeline: Any = None, remove_from_queue: bool = True, delete_dependents: bool = False
+    ) -> None:
+        """Remove the job and its results, in whatever state and out of its queue in any case; a run
+        is not recorded.  Dependents that wait for nothing else stay deferred, unless they are to be
+        deleted, too."""
+        for job in self._dependents() if delete_dependents else ():
+            job.delete()
         with contextlib.suppress(NoSuchJobError):
-            self._move(" ".join(_CONTAINERS), "gone")
+            self._move(" ".join(_CONTAINERS), "gone", pipeline=pipeline)
 
     def _move(
-        self, allowed: str, to: str, at_front: bool = False, verdict: str = "finished"
-    ) -> None:
+        self, allowed: str, to: str, at_front: bool = False, verdict: str = "gone",
+        pipeline: Any = None,
+    ) -> None:  # fmt: skip
         words = (self.id, allowed, to, int(at_front), DEFAULT_FAILURE_TTL, secrets.token_hex(4))
-        reply, posts = _ask(self.connection, *MOVE(self.queue.prefix, *words, verdict))
+        command = MOVE(self.queue.prefix, *words, verdict)
+        if pipeline is not None:
+            pipeline.execute_command(*_spelled_out(command))
+            return
+        reply, posts = _ask(self.connection, *command)
         _deliver(self.connection, posts)
         was = reply.decode()
         if not was:
@@ -1805,10 +1943,10 @@ class Job:
             raise InvalidJobOperation(text)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Job) and self._key == other._key
+        return isinstance(other, Job) and self.key == other.key
 
     def __hash__(self) -> int:
-        return hash(self._key)
+        return hash(self.key)
 
     def __repr__(self) -> str:
         return f"<Job {self.id} {self._text('func')} in {self.origin!r}>"
@@ -1828,6 +1966,19 @@ class Execution:
     worker_name = property(lambda self: self.id.rpartition(".")[0])
     created_at = property(lambda self: _utc(float(self.token.partition(" ")[2])))  # its beginning
     execution_started_at = created_at
+    composite_key = property(lambda self: f"{self.job_id}:{self.id}")
+
+    @staticmethod
+    def fetch(id: str, job_id: str, connection: Redis | None = None) -> Execution:
+        """Return the execution of this id, or raise ValueError if it has ended."""
+        for execution in Job.fetch(job_id, connection).get_executions():
+            if execution.id == id:
+                return execution
+        raise ValueError(f"execution {id!r} of job {job_id!r} has ended")
+
+    def refresh(self) -> None:
+        """Read its last heartbeat; raises as fetch()."""
+        self.last_heartbeat = self.fetch(self.id, self.job_id, self.job.connection).last_heartbeat
 
 
 def _look(jobs: Sequence[Job]) -> list[Job]:
@@ -1838,6 +1989,11 @@ def _look(jobs: Sequence[Job]) -> list[Job]:
     for job, reply in found:
         job._take_in(*reply)
     return [job for job, _ in found]
+
+
+def _is_over(job: Job) -> bool:
+    """Read a job, and tell whether it has ended, or is gone."""
+    return not _look([job]) or job._status in _OVER
 
 
 def _pairs(flat: Sequence[bytes]) -> dict[str, bytes]:
@@ -1864,23 +2020,22 @@ def _id_of(job: Any) -> str:
     return id
 
 
-def get_current_job() -> Job | None:
-    """Return the job that runs here; None outside a job."""
+def get_current_job(connection: Redis | None = None, job_class: Any = None) -> Job | None:
+    """Return the job that runs here; None outside a job.  It knows its connection and class."""
     return _current_job.get()
 
 
 def cancel_job(
-    job_id: str, connection: Redis | None = None, enqueue_dependents: bool = False
-) -> None:
+    job_id: str, connection: Redis | None = None, serializer: Any = None,
+    enqueue_dependents: bool = False,
+) -> None:  # fmt: skip
     """Cancel the job of this id; see Job.cancel."""
-    Job.fetch(job_id, connection).cancel(enqueue_dependents)
+    Job.fetch(job_id, connection, serializer).cancel(enqueue_dependents=enqueue_dependents)
 
 
-def requeue_job(job_id: str, connection: Redis | None = None) -> Job:
+def requeue_job(job_id: str, connection: Redis | None = None, serializer: Any = None) -> Job:
     """Put the job of this id into its queue again, and return it; see Job.requeue."""
-    job = Job.fetch(job_id, connection)
-    job.requeue()
-    return job
+    return Job.fetch(job_id, connection, serializer).requeue()
 
 
 # ---- 7. Queue ------------------------------------------------------------------------------------
@@ -1890,6 +2045,8 @@ def requeue_job(job_id: str, connection: Redis | None = None) -> Job:
 _CONTAINERS = [
     "queued", "started", "scheduled", "deferred", "rate_limited", "finished", "failed", "canceled",
 ]  # fmt: skip
+_ENDED = _CONTAINERS[5:]
+_OVER = (*_ENDED, "stopped")
 # The options of a job: a type; for durations, what may be given beside a positive number.
 _OPTIONS: dict[str, Any] = {
     "timeout": (-1,), "result_ttl": (-1, 0), "failure_ttl": (-1, 0), "ttl": (), "description": str,
@@ -1932,6 +2089,9 @@ class Registry:
 
     count = property(__len__)
 
+    get_job_count = lambda self, cleanup=True: len(self)  # noqa: E731
+    get_queue = lambda self: self.queue  # noqa: E731
+
     def __bool__(self) -> bool:
         return True
 
@@ -1940,7 +2100,12 @@ class Registry:
         status = found._status if found else None
         return ("failed" if status == JobStatus.STOPPED else status) == self.container
 
-    def get_job_ids(self, start: int = 0, end: int = -1, desc: bool = False) -> list[str]:
+    def _job(self, job: Job | str, fields: dict[str, bytes] | None = None) -> Job:
+        return self.queue.job_class(_id_of(job), self.queue, fields or {})
+
+    def get_job_ids(
+        self, start: int = 0, end: int = -1, desc: bool = False, cleanup: bool = True
+    ) -> list[str]:
         """Return ids `start` to `end`, both included and from 0; an end of -1 is the last.
         Scheduled jobs are in the order of their times, ended ones in that of their expiry."""
         limit = "LIMIT", start, -1 if end < 0 else end - start + 1
@@ -1953,21 +2118,26 @@ class Registry:
             ids = sorted(ids, reverse=desc)[start : end + 1 or None]
         return ids
 
+    def get_jobs(self, *limits: Any) -> list[Job]:
+        """Return the jobs of get_job_ids().  Two round trips, however many they are."""
+        return _look([self._job(id) for id in self.get_job_ids(*limits)])
+
     def requeue(self, job: Job | str, at_front: bool = False) -> Job:
         """Put a job of this registry into the queue again, and return it. Raises
         InvalidJobOperation if it is not here, NoSuchJobError if nowhere."""
-        found = Job(_id_of(job), self.queue, {})
+        found = self._job(job)
         found._move(self.container, "queued", at_front)
         found.refresh()
         return found
 
-    def remove(self, job: Job | str) -> None:
-        """Delete a job of this registry, since it is nowhere else.  Raises as requeue()."""
-        Job(_id_of(job), self.queue, {})._move(self.container, "gone")
+    def remove(self, job: Job | str, pipeline: Any = None, delete_job: bool = True) -> None:
+        """Delete a job of this registry, in any case, since it is nowhere else.  Raises as
+        requeue()."""
+        self._job(job)._move(self.container, "gone", pipeline=pipeline)
 
     def empty(self) -> int:
         """Delete the jobs of this registry, by the thousand, and return how many they were."""
-        words, ids = (self.container, "gone", 0, 0, "", "finished"), self.get_job_ids()
+        words, ids = (self.container, "gone", 0, 0, "", "gone"), self.get_job_ids()
         places: list[bytes] = []
         for start in range(0, len(ids), CHUNK):
             moves = [MOVE(self.queue.prefix, id, *words) for id in ids[start : start + CHUNK]]
@@ -1977,8 +2147,55 @@ class Registry:
         return places.count(self.container.encode())
 
 
+class _JobRegistry(Registry):
+    """The jobs of a queue in one state; the queue is given, or its name."""
+
+    container = ""
+
+    def __init__(
+        self, name: str = "default", connection: Redis | None = None, job_class: Any = None,
+        queue: Queue | None = None, serializer: Any = None,
+    ) -> None:  # fmt: skip
+        more = {"job_class": job_class, "serializer": serializer}
+        super().__init__(queue or Queue(name, connection, **more), self.container)
+        self.name, self.connection = self.queue.name, self.queue.connection
+
+    def get_expiration_time(self, job: Job | str) -> datetime | None:
+        """Return when the record of a job expires, or a scheduled one is due; None for never.
+        Raises NoSuchJobError if it is not here."""
+        if (at := _ask(self.connection, "ZSCORE", self.key, _id_of(job))) is None:
+            raise NoSuchJobError(f"job {_id_of(job)!r} is not {self.container}")
+        return _utc(float(at)) if math.isfinite(float(at)) else None
+
+    get_scheduled_time = get_expiration_time
+
+    def get_job_and_execution_ids(self) -> list[tuple[str, str]]:
+        """Return (job id, execution id) pairs, of started jobs."""
+        return [(run.job_id, run.id) for job in self.get_jobs() if (run := job._execution)]
+
+    def cleanup(self, timestamp: float | None = None, exception_handlers: Any = None) -> None:
+        """Forget jobs whose record has expired, which the worker's beat does, too."""
+        if self.container in _ENDED:
+            until = time.time() if timestamp is None else timestamp
+            _ask(self.connection, "ZREMRANGEBYSCORE", self.key, "-inf", until)
+
+
+_REGISTRIES: dict[str, type[_JobRegistry]] = {
+    each: type(f"{each.title()}JobRegistry", (_JobRegistry,), {"container": each})
+    for each in _CONTAINERS[1:]
+}
+StartedJobRegistry, ScheduledJobRegistry, DeferredJobRegistry = list(_REGISTRIES.values())[:3]
+FinishedJobRegistry, FailedJobRegistry, CanceledJobRegistry = list(_REGISTRIES.values())[3:]
+
+
+def clean_registries(queue: Queue, exception_handlers: Any = None) -> None:
+    """Forget the jobs of a queue whose record has expired."""
+    for container in _ENDED:
+        _REGISTRIES[container](queue=queue).cleanup()
+
+
 def _registry(container: str) -> Any:
-    return property(lambda queue: Registry(queue, container))
+    return property(lambda queue: _REGISTRIES[container](queue=queue))
 
 
 class Queue(Registry):
@@ -1987,26 +2204,40 @@ class Queue(Registry):
     connection      - a redis.Redis; $MICROQ_URL, else $REDIS_URL, else localhost:6379
     default_timeout - seconds a job may run, 180; -1 for no limit
     is_async        - False works the queue off here, in enqueue(), instead of in a worker
-    serializer      - 'pickle', 'json', or an object with dumps and loads, 'pickle'"""
+    job_class       - Job, or a class derived from it, or its dotted name
+    serializer      - 'pickle', 'json', 'signed', or an object with dumps and loads, 'pickle'"""
+
+    job_class: type[Job] = Job
 
     def __init__(
         self, name: str = "default", connection: Redis | None = None, default_timeout: Any = None,
-        is_async: bool = True, serializer: Any = None,
+        is_async: bool = True, job_class: Any = None, serializer: Any = None,
+        death_penalty_class: Any = None,
     ) -> None:  # fmt: skip
-        self.name, self.prefix = name, _prefix(name)
+        self.name, self.prefix, self.connection = name, _prefix(name), _connect(connection)
         super().__init__(self, "queued")
-        self.connection, self.serializer = _connect(connection), _serializer(serializer)
+        self.serializer = resolve_serializer(serializer)
+        self.job_class = _class(job_class, self.job_class)
         timeout = DEFAULT_TIMEOUT if default_timeout is None else default_timeout
         self.default_timeout = _seconds(timeout, "default_timeout", (-1,))
         self.is_async = is_async
         self._known = False  # whether this object has entered its name in the server
 
     @classmethod
-    def all(cls, connection: Redis | None = None, serializer: Any = None) -> list[Queue]:
+    def all(
+        cls, connection: Redis | None = None, job_class: Any = None, serializer: Any = None
+    ) -> list[Queue]:
         """Return every queue that was used and not deleted, by name."""
-        connection = _connect(connection)
+        connection, more = _connect(connection), {"job_class": job_class, "serializer": serializer}
         names = sorted(name.decode() for name in _ask(connection, "SMEMBERS", _QUEUES))
-        return [cls(name, connection, serializer=serializer) for name in names]
+        return [cls(name, connection, **more) for name in names]
+
+    @classmethod
+    def from_queue_key(cls, queue_key: str, *args: Any, **kwargs: Any) -> Queue:
+        """Return the queue whose `key` this is; the rest is for its constructor."""
+        if not (match := re.fullmatch(r"microq:(\{(.+)\}|\{.+\}.+):queued", queue_key)):
+            raise ValueError(f"{queue_key!r} is no queue's key, such as 'microq:{{mail}}:queued'")
+        return cls(match[2] or match[1], *args, **kwargs)
 
     def enqueue(self, f: Func, *args: Any, **kwargs: Any) -> Job:
         """Store a call of `f` for a worker to run, and return the job.
@@ -2052,7 +2283,7 @@ class Queue(Registry):
         self, delay: float, f: Func, args: Any, kwargs: dict[str, Any]
     ) -> Job:
         """Sort keywords into options and the function's own, and enqueue."""
-        names = _OPTIONS.keys() & kwargs.keys() - {"timeout"}
+        names = _OPTIONS.keys() & kwargs.keys() - {"timeout", "group_id"}
         options = {name: kwargs.pop(name) for name in names}
         options["timeout"] = kwargs.pop("job_timeout", None)
         at_front, pipeline = kwargs.pop("at_front", False), kwargs.pop("pipeline", None)
@@ -2079,17 +2310,23 @@ class Queue(Registry):
         """Return a call with the options of create_job(), for enqueue_many()."""
         return EnqueueData((func, args, kwargs), at_front, options)
 
-    def enqueue_many(self, job_datas: Iterable[EnqueueData], pipeline: Any = None) -> list[Job]:
+    def enqueue_many(
+        self, job_datas: Iterable[EnqueueData], pipeline: Any = None, group_id: str | None = None
+    ) -> list[Job]:
         """Store many calls, and return their jobs in the same order. One round trip per 1,000 jobs,
-        during which the next are prepared.  A call that raises may have stored earlier thousands.
-        """
+        during which the next are prepared; two for a group, which is told first.  A call that
+        raises may have stored earlier thousands."""
         jobs: list[Job] = []
-        rest, finish = iter(job_datas), None
+        group = Group(self.connection, group_id) if group_id else None
+        rest, finish, more = iter(job_datas), None, {"group_id": group_id} if group else {}
         with contextlib.closing(_Line(self.connection, None)) as line:
             while chunk := list(itertools.islice(rest, CHUNK)):
                 made = [
-                    (self.create_job(*each.call, **each.options), each.at_front) for each in chunk
+                    (self.create_job(*each.call, **each.options | more), each.at_front)
+                    for each in chunk
                 ]
+                if group:
+                    group._add_jobs([job for job, _ in made], pipeline)
                 if finish:
                     finish()
                 finish = self._begin_store(made, pipeline, line=line)
@@ -2113,8 +2350,10 @@ class Queue(Registry):
         id, parents, unique = map(options.get, ("job_id", "depends_on", "unique"))
         if unique not in (None, True, False, "pending") or (unique and id is None):
             raise ValueError(f"unique={unique!r}: give True or 'pending', and a job_id")
-        nonce = "" if id is None else None
-        job = Job(secrets.token_urlsafe(16) if id is None else _id_of(id), self, fields, nonce)
+        if id is None:
+            job = self.job_class(secrets.token_urlsafe(16), self, fields, nonce="")
+        else:
+            job = self._job(id, fields)
         job._unique = unique is True
         if parents:
             job._depends_on = parents if isinstance(parents, Dependency) else Dependency(parents)
@@ -2155,19 +2394,34 @@ class Queue(Registry):
             name = _func_name(func)
         else:
             name, call = ".__call__", (*call, func)
-        if len(call) == 2 and not any(call):
+        if isinstance(self.serializer, SignedSerializer):
+            call = name, call  # so that nobody has another function called with it
+        elif len(call) == 2 and not any(call):
             return {"func": f"{name}()".encode()}
         data = _dumps(self.serializer, call, f"the arguments of {name}")
         return {"func": name.encode(), "args": data}
 
     def enqueue_job(self, job: Job, pipeline: Any = None, at_front: bool = False) -> Job:
-        """Store a job made by create_job(); one that has ended begins a new life."""
-        self._store([(job, at_front)], pipeline)
+        """Store a job made by create_job() or Job.create(); one that has ended begins a new life.
+        Raises InvalidJobOperation for a job that is in another queue."""
+        self._store([(self._adopt(job), at_front)], pipeline)
+        return job
+
+    def _adopt(self, job: Job) -> Job:
+        """Return the job as one of this queue, if it may still become that."""
+        if job.queue is not self and job._status is JobStatus.CREATED:
+            if job.serializer != self.serializer:
+                raise TypeError(f"{job!r} was made with another serializer than that of {self!r}")
+            job._enter(self)
+            if self.default_timeout != DEFAULT_TIMEOUT:
+                job._fields.setdefault("timeout", f"{self.default_timeout:.15g}".encode())
+        if job.queue != self:
+            raise InvalidJobOperation(f"{job!r} is in a queue already, which is not {self!r}")
         return job
 
     def schedule_job(self, job: Job, datetime: datetime, pipeline: Any = None) -> Job:
-        """Store a job made by create_job(), to be run at `datetime`."""
-        self._store([(job, False)], pipeline, _delay_until(datetime))
+        """Store a job made by create_job(), to be run at `datetime`; see enqueue_job()."""
+        self._store([(self._adopt(job), False)], pipeline, _delay_until(datetime))
         return job
 
     def _store(self, jobs: Sequence[tuple[Job, bool]], pipeline: Any, delay: float = -1) -> None:
@@ -2251,15 +2505,11 @@ class Queue(Registry):
         last = offset + length - 1 if length >= 0 else -1
         return super().get_job_ids(offset, last) if length else []
 
-    def get_jobs(self, offset: int = 0, length: int = -1) -> list[Job]:
-        """Return the jobs of get_job_ids().  Two round trips, however many they are."""
-        return _look([Job(id, self, {}) for id in self.get_job_ids(offset, length)])
-
-    job_ids, jobs = property(get_job_ids), property(get_jobs)
+    job_ids, jobs = property(get_job_ids), property(Registry.get_jobs)
 
     def fetch_job(self, job_id: str) -> Job | None:
         """Return the job of this id if it is of this queue, else None."""
-        found = _look([Job(_id_of(job_id), self, {})])
+        found = _look([self._job(job_id)])
         return found[0] if found else None
 
     def get_job_position(self, job: Job | str) -> int | None:
@@ -2289,6 +2539,9 @@ class Queue(Registry):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Queue) and self.name == other.name
 
+    def __lt__(self, other: Queue) -> bool:
+        return self.name < other.name
+
     def __hash__(self) -> int:
         return hash(self.name)
 
@@ -2314,19 +2567,153 @@ def _enqueue_words(job: Job, at_front: bool, delay: float) -> list[Any]:
     return [*head, *itertools.chain.from_iterable(fields.items())]
 
 
+def job(
+    queue: Queue | str, connection: Redis | None = None, *, queue_class: Any = None,
+    serializer: Any = None, **options: Any,
+) -> Callable[[Callable[..., Any]], Any]:  # fmt: skip
+    """Decorate a function with .delay() and .enqueue(), which store a call of it in `queue`; the
+    options are at_front and those of Queue.create_job(); job_id, at_front and depends_on may be
+    given with each call, too."""
+    per_call, make = {"job_id", "at_front", "depends_on"}, _class(queue_class, Queue)
+    make = functools.partial(make, serializer=serializer)
+    find = functools.cache(lambda: queue if isinstance(queue, Queue) else make(queue, connection))
+
+    def decorate(func: Any) -> Any:
+        def delay(*args: Any, **kwargs: Any) -> Any:
+            own = {name: kwargs.pop(name) for name in per_call & kwargs.keys()}
+            return find().enqueue_call(func, args, kwargs, **options | own)
+
+        func.delay = func.enqueue = delay
+        return func
+
+    return decorate
+
+
+class Group:
+    """Jobs under a common name, in whatever queues; enqueue_many() puts them there.  A group is
+    forgotten a week after the last ones joined, and by cleanup() when none of them exists."""
+
+    def __init__(
+        self, connection: Redis | None = None, name: str | None = None, serializer: Any = None
+    ) -> None:
+        self.connection, self.name = _connect(connection), name or secrets.token_urlsafe(16)
+        self.key, self._serializer = f"microq:group:{self.name}", serializer
+
+    create = classmethod(lambda cls, *args, **kwargs: cls(*args, **kwargs))  # stores nothing
+
+    @classmethod
+    def fetch(cls, name: str, connection: Redis | None = None, serializer: Any = None) -> Group:
+        """Return the group of this name, or raise NoSuchGroupError."""
+        group = cls(connection, name, serializer)
+        if not _ask(group.connection, "EXISTS", group.key):
+            raise NoSuchGroupError(f"no group {name!r}: no job joined it, or it was forgotten")
+        return group
+
+    @classmethod
+    def all(cls, connection: Redis | None = None) -> list[Group]:
+        """Return all groups, in the order in which the last jobs joined them."""
+        connection = _connect(connection)
+        names = _ask(connection, "ZRANGEBYSCORE", _GROUPS, time.time(), "+inf")
+        groups = [cls(connection, name.decode()) for name in names]
+        there = _send(connection, *[("EXISTS", each.key) for each in groups]) if groups else []
+        return list(itertools.compress(groups, there))
+
+    @classmethod
+    def clean_registries(cls, connection: Redis | None = None) -> None:
+        """Clean up all groups; see cleanup()."""
+        for group in cls.all(connection):
+            group.cleanup()
+
+    def enqueue_many(
+        self, queue: Queue, job_datas: Iterable[EnqueueData], pipeline: Any = None
+    ) -> list[Job]:
+        """Store many calls as jobs of this group; see Queue.enqueue_many()."""
+        return queue.enqueue_many(job_datas, pipeline, group_id=self.name)
+
+    def _add_jobs(self, jobs: Iterable[Job], pipeline: Any) -> None:
+        now = time.time()
+        at = itertools.count(now, 1e-6)  # so that they keep their order
+        members = [word for job in jobs for word in (next(at), self._member(job))]
+        commands: list[Command] = [
+            ("ZADD", self.key, *members), ("EXPIRE", self.key, GROUP_TTL),
+            ("ZADD", _GROUPS, now + GROUP_TTL, self.name), ("EXPIRE", _GROUPS, GROUP_TTL),
+            ("ZREMRANGEBYSCORE", _GROUPS, "-inf", now),
+        ]  # fmt: skip
+        if pipeline is None:
+            _send(self.connection, *commands)
+        for command in commands if pipeline is not None else ():
+            pipeline.execute_command(*command)
+
+    _member = staticmethod(lambda job: f"{job.id} {job.origin}")
+
+    def _members(self, before: Any = "+inf") -> list[Job]:
+        """Return the jobs that joined before that time, not read yet."""
+        members = _ask(self.connection, "ZRANGEBYSCORE", self.key, "-inf", before)
+        pairs = [member.decode().split() for member in members]
+        make = functools.partial(Queue, connection=self.connection, serializer=self._serializer)
+        queues = {name: make(name) for name in {name for _, name in pairs}}
+        return [Job(id, queues[name], {}) for id, name in pairs]
+
+    def _live(self, jobs: Sequence[Job]) -> list[Job]:
+        """Read jobs; return those that exist, and have not a new life outside of the group."""
+        return [job for job in _look(jobs) if job.group_id == self.name]
+
+    def get_jobs(self) -> list[Job]:
+        """Return the jobs that still exist.  Two round trips, however many they are."""
+        return self._live(self._members())
+
+    def counts(self) -> dict[str, int]:
+        """Return how many of the jobs that still exist have which status."""
+        return dict(Counter(str(job._status) for job in self.get_jobs()))
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until all jobs have ended, up to `timeout` seconds if it is given; tell whether they
+        have.  The server sends word, nobody polls; the wait takes a connection of its own."""
+        deadline = time.monotonic() + (math.inf if timeout is None else timeout)
+        pending = self._members()
+        while pending := [job for job in self._live(pending) if job._status not in _OVER]:
+            if (left := deadline - time.monotonic()) <= 0:
+                return False
+            # When one of those that joined last has ended, few others have not.  There is no word
+            # from a job whose ttl ends.
+            last = pending[-1]
+            last._when_moved(min(left, 10), _is_over)
+        return True
+
+    def delete_job(self, job_id: str) -> None:
+        """Take a job out of the group; it lives on."""
+        self._remove(job for job in self._members() if job.id == job_id)
+
+    def cleanup(self) -> None:
+        """Take out of the group what does not exist, a minute after it joined: till then it may be
+        about to be stored, and two clocks may differ."""
+        members = self._members(before=time.time() - 60)
+        self._remove(set(members) - set(self._live(members)))
+
+    def _remove(self, jobs: Iterable[Job]) -> None:
+        if members := [*map(self._member, jobs)]:
+            _ask(self.connection, "ZREM", self.key, *members)
+
+    def __repr__(self) -> str:
+        return f"Group({self.name!r})"
+
+
 # ---- 8. Running a job ----------------------------------------------------------------------------
 # perform() is the only call of a job's function: it returns an Outcome and does not raise.
 # _settlement() turns an Outcome into the one transition that records it.
 
 
-def perform(execution: Execution, handlers: Iterable[Callable[..., Any]] = ()) -> Outcome:
+def perform(
+    execution: Execution, handlers: Iterable[Callable[..., Any]] = (), describe: bool = True
+) -> Outcome:
     """Run a job under its timeout and then its callback, and return how that ended.  If it raised,
-    the handlers are told (job, type, exception, traceback), until one returns False."""
+    the handlers are told (job, type, exception, traceback), until one returns False.  `describe` is
+    for the log."""
     job, began = execution.job, time.perf_counter()
     token = _current_job.set(job)
     try:
         outcome: Outcome
-        outcome, *details = _attempt(job, handlers, began)
+        outcome, *details = _attempt(job, handlers, began, describe)
         _call_back(job, outcome, details)
         return outcome
     except _Interrupt:
@@ -2335,11 +2722,14 @@ def perform(execution: Execution, handlers: Iterable[Callable[..., Any]] = ()) -
         _current_job.reset(token)
 
 
-def _attempt(job: Job, handlers: Iterable[Callable[..., Any]], began: float) -> tuple[Any, ...]:
+def _attempt(
+    job: Job, handlers: Iterable[Callable[..., Any]], began: float, describe: bool
+) -> tuple[Any, ...]:
     """Run a job; return its outcome, with what its callback is told: the value, or the error."""
     try:
         if log.isEnabledFor(logging.INFO):
-            log.info("%s: %s (%s)", job.origin, " ".join(job.description.split()), job.id)
+            what = " ".join(job.description.split()) if describe else "job"
+            log.info("%s: %s (%s)", job.origin, what, job.id)
         job._rule("retry"), job._rule("repeat")  # garbled ones must show before the job runs
         if "verdict" in job._fields:  # it was ended from outside, and only has to hear of it
             kind, _, text = job._text("verdict").strip().partition(" ")
@@ -2418,15 +2808,15 @@ def _send_webhooks(job: Job, outcome: Outcome, place: str) -> None:
     about |= {"enqueued_at": str(job.enqueued_at or ""), "ended_at": str(ended_at)}
     if place == "failed":
         about["exc_info"] = outcome.payload.decode(errors="replace")
-    for hook in json.loads(job._fields["webhooks"]):
-        if hook["job_status"] == place:
-            body = json.dumps(about).encode() if hook["method"] == "POST" else None
-            headers = {"Content-Type": "application/json"} | (hook["headers"] or {})
-            request = Request(hook["url"], body, headers, method=hook["method"])
+    for hook in job.webhooks:
+        if hook.job_status == place:
+            body = json.dumps(about).encode() if hook.method == "POST" else None
+            headers = {"Content-Type": "application/json"} | (hook.headers or {})
+            request = Request(hook.url, body, headers, method=hook.method)
             try:
-                urlopen(request, timeout=hook["timeout"]).close()
+                urlopen(request, timeout=hook.timeout).close()
             except Exception as error:  # whatever they answer
-                log.warning("webhook %s of job %s: %s", hook["url"], job.id, error)
+                log.warning("webhook %s of job %s: %s", hook.url, job.id, error)
 
 
 def _tell(handlers: Iterable[Callable[..., Any]], job: Job, error: BaseException) -> None:
@@ -2727,18 +3117,29 @@ class Worker:
                                job raised; one that returns False is the last, []
     work_horse_killed_handler - function (job, pid, wait status, resource usage), called in the
                                parent when a job's process died, none
+    job_class, queue_class   - classes derived from Job, Queue, or their dotted names; those of
+                               the queues, where Queue objects are given
+    log_job_description      - whether the log shows the calls, yes
+
+    What it takes beside it is for RQ's sake, and without effect.
 
     As a context manager it works in a thread for the life of the block, in-process; leaving the
     block waits until nothing is queued."""
 
-    fork = True
+    fork, dequeue_strategy = True, "default"
+    job_class: Any = None
+    queue_class: Any = Queue
 
     def __init__(
         self, queues: Queue | str | Sequence[Queue | str], name: str | None = None,
-        connection: Redis | None = None, *, fork: bool | None = None,
-        jobs_per_fork: int | None = None, serializer: Any = None,
-        default_result_ttl: Any = DEFAULT_RESULT_TTL, lease: Any = LEASE,
-        exception_handlers: Any = (), work_horse_killed_handler: Func | None = None,
+        default_result_ttl: Any = DEFAULT_RESULT_TTL, connection: Redis | None = None,
+        exception_handlers: Any = (), *, fork: bool | None = None,
+        jobs_per_fork: int | None = None, serializer: Any = None, lease: Any = LEASE,
+        work_horse_killed_handler: Func | None = None, job_class: Any = None,
+        queue_class: Any = None, log_job_description: bool = True,
+        maintenance_interval: Any = None, job_monitoring_interval: Any = None,
+        worker_ttl: Any = None, default_worker_ttl: Any = None, prepare_for_work: Any = None,
+        disable_default_exception_handler: Any = None,
     ) -> None:  # fmt: skip
         several = [queues] if isinstance(queues, Queue | str) else list(queues)
         if not several:
@@ -2746,10 +3147,15 @@ class Worker:
         if connection is None and isinstance(several[0], Queue):
             connection = several[0].connection
         self.connection = connection = _connect(connection)
+        self.queue_class = _class(queue_class, self.queue_class)
+        self.job_class = _class(job_class, self.job_class)
+        more = {"job_class": self.job_class, "serializer": serializer}
         self.queues = [
-            each if isinstance(each, Queue) else Queue(each, connection, serializer=serializer)
+            each if isinstance(each, Queue) else self.queue_class(each, connection, **more)
             for each in several
         ]
+        for queue in self.queues if self.job_class else ():
+            queue.job_class = self.job_class
         self.name = name or _new_name()
         if not re.fullmatch(r"[\w.:@-]{1,200}", self.name):
             raise ValueError(f"worker name {self.name!r}: use letters, digits and '_.:@-'")
@@ -2766,6 +3172,7 @@ class Worker:
         handlers = exception_handlers or ()
         handlers = [handlers] if callable(handlers) or isinstance(handlers, str) else handlers
         self._handlers = [_function(each) for each in handlers]
+        self._describe = log_job_description
         self._killed_handler = work_horse_killed_handler and _function(work_horse_killed_handler)
         self.hostname, self.pid = socket.gethostname(), os.getpid()
         self.version, self.python_version = __version__, platform.python_version()
@@ -2783,12 +3190,15 @@ class Worker:
     total_working_time = property(lambda self: self._slate.seconds, doc="Seconds.")
 
     @classmethod
-    def all(cls, connection: Redis | None = None, queue: Queue | None = None) -> list[Worker]:
-        """Return the workers that are alive, those of `queue` only if it is given, by name."""
+    def all(
+        cls, connection: Redis | None = None, queue: Queue | None = None, **options: Any
+    ) -> list[Worker]:
+        """Return the workers that are alive, those of `queue` only if it is given, by name; further
+        options are for the constructor."""
         connection = queue.connection if queue else _connect(connection)
         asked = [("GET", key) for key in cls.all_keys(connection, queue)]
         records = _send(connection, *asked) if asked else []
-        return [cls._of_record(record, connection) for record in records if record]
+        return [cls._of_record(record, connection, options) for record in records if record]
 
     @classmethod
     def all_keys(cls, connection: Redis | None = None, queue: Queue | None = None) -> list[str]:
@@ -2804,33 +3214,46 @@ class Worker:
         return len(cls.all(connection, queue))
 
     @classmethod
-    def find_by_key(cls, key: str, connection: Redis | None = None) -> Worker | None:
+    def find_by_key(
+        cls, key: str, connection: Redis | None = None, **options: Any
+    ) -> Worker | None:
         """Return the worker of this name, or key; None if it is not alive.  Its counts are those
         of its last heartbeat, up to a second old while it is busy."""
         connection = _connect(connection)
         record = _ask(connection, "GET", f"microq:worker:{key.removeprefix('microq:worker:')}")
-        return cls._of_record(record, connection) if record else None
+        return cls._of_record(record, connection, options) if record else None
 
     @classmethod
-    def _of_record(cls, record: bytes, connection: Redis) -> Worker:
+    def _of_record(cls, record: bytes, connection: Redis, options: dict[str, Any]) -> Worker:
         about = json.loads(record)
-        options = {each: about[each] for each in ("name", "lease", "fork")}
+        options = {each: about[each] for each in ("name", "lease", "fork")} | options
         worker = cls(about["queues"], connection=connection, **options)
-        for each in ("hostname", "pid", "version", "python_version"):
-            setattr(worker, each, about[each])
-        worker.birth_date, worker.last_heartbeat = _utc(about["birth"]), _utc(about["beat"])
-        for each in ("good", "bad", "seconds"):
-            setattr(worker._slate, each, about[each])
+        worker._take_in(about)
         return worker
+
+    def _take_in(self, about: dict[str, Any]) -> None:
+        for each in ("hostname", "pid", "version", "python_version"):
+            setattr(self, each, about[each])
+        self.birth_date, self.last_heartbeat = _utc(about["birth"]), _utc(about["beat"])
+        for each in ("good", "bad", "seconds"):
+            setattr(self._slate, each, about[each])
+
+    def refresh(self) -> None:
+        """Read again what find_by_key() read; nothing changes if it is no longer alive."""
+        if record := _ask(self.connection, "GET", self.key):
+            self._take_in(json.loads(record))
+
+    def get_current_executions(self, refresh: bool = True) -> list[Execution]:
+        """Return the executions of the jobs that the worker holds, of which it runs one."""
+        jobs = [job for queue in self.queues for job in queue.started_job_registry.get_jobs()]
+        runs = [job._execution for job in jobs]
+        return [run for run in runs if run and run.worker_name == self.name]
+
+    current_execution_count = property(lambda self: len(self.get_current_executions()))
 
     def get_current_job(self) -> Job | None:
         """Return the job that the worker holds; None if there is none."""
-        for queue in self.queues:
-            ids = queue.started_job_registry.get_job_ids()
-            for job in _look([Job(id, queue, {}) for id in ids]):
-                if job._execution and job._execution.worker_name == self.name:
-                    return job
-        return None
+        return next((run.job for run in self.get_current_executions()), None)
 
     def get_current_job_id(self) -> str | None:
         """Return the id of the job that the worker holds; None if there is none."""
@@ -2848,8 +3271,13 @@ class Worker:
         """Return the names of its queues, in their order."""
         return [queue.name for queue in self.queues]
 
+    queue_keys = lambda self: [queue.key for queue in self.queues]  # noqa: E731
+    push_exc_handler = lambda self, handler: self._handlers.append(_function(handler))  # noqa: E731
+    pop_exc_handler = lambda self: self._handlers.pop()  # noqa: E731
+
     def work(
         self, burst: bool = False, logging_level: str | int | None = "INFO",
+        date_format: str | None = None, log_format: str | None = None,
         max_jobs: int | None = None, max_idle_time: float | None = None,
         with_scheduler: bool = False, dequeue_strategy: str = "default",
     ) -> bool:  # fmt: skip
@@ -2857,6 +3285,7 @@ class Worker:
 
         burst            - stop when the queues are empty
         logging_level    - of microq's log, set up on stderr unless you did that; None: leave it
+        date_format, log_format - of that log, '%H:%M:%S' and '%(asctime)s %(message)s'
         max_jobs         - stop after so many
         max_idle_time    - stop after so many seconds without a job
         with_scheduler   - put jobs that are due into the queue even while busy
@@ -2867,14 +3296,17 @@ class Worker:
         it up, and it will run again.  Raises ServerUnavailable if there is no server at the start;
         later it waits for one to come back."""
         limits = max_jobs, max_idle_time, dequeue_strategy
-        return _Keeper(self.name, [self], burst, with_scheduler, *limits).run(logging_level)
+        keeper = _Keeper(self.name, [self], burst, with_scheduler, *limits)
+        return keeper.run(logging_level, date_format, log_format)
 
     def _prepare(
         self, keeper: _Keeper, burst: bool, max_jobs: int | None = None,
         max_idle_time: float | None = None, dequeue_strategy: str = "default",
     ) -> None:  # fmt: skip
         """Get ready for a loop, here or in a child."""
-        if dequeue_strategy not in (words := ["default", "round_robin", "random"]):
+        if dequeue_strategy == "default":
+            dequeue_strategy = self.dequeue_strategy
+        if dequeue_strategy not in (words := [each.value for each in DequeueStrategy]):
             raise ValueError(f"dequeue_strategy={dequeue_strategy!r}: use one of {words}")
         before, self._bell, self._gate = self._slate, _Bell(), _Bell()
         self._slate = _Slate.from_buffer(mmap.mmap(-1, ctypes.sizeof(_Slate)))
@@ -3012,7 +3444,8 @@ class Worker:
         least, most = stamp - time.monotonic(), stamp - flight.sent_at
         self._epoch = min(max(self._epoch, least), most)
         for index, id, pairs in claimed:
-            job = Job(id.decode(), self._serving[index - 1], _pairs(pairs))
+            queue = self._serving[index - 1]
+            job = queue.job_class(id.decode(), queue, _pairs(pairs))
             job._status = JobStatus.STARTED
             job._execution = Execution(job, execution, beat)
             self._claimed.append(job._execution)
@@ -3128,7 +3561,7 @@ class Worker:
     def _run(self, execution: Execution) -> Outcome:
         """Perform a job, and mend what it has done to this process."""
         pid = os.getpid()
-        outcome = perform(execution, self._handlers)
+        outcome = perform(execution, self._handlers, self._describe)
         if os.getpid() != pid:
             os._exit(0)  # the job has forked, and the child came out of it, too
         if self.fork and _restore_files():
@@ -3255,6 +3688,18 @@ class SimpleWorker(Worker):
     fork = False
 
 
+class RoundRobinWorker(Worker):
+    dequeue_strategy = "round_robin"
+
+
+class RandomWorker(Worker):
+    dequeue_strategy = "random"
+
+
+# RQ's names for what ends a job that is over its time; a worker knows that by itself.
+BaseDeathPenalty = UnixSignalDeathPenalty = TimerDeathPenalty = object
+
+
 # ---- 10. Supervision -----------------------------------------------------------------------------
 # A keeper sees to it that workers stay alive in Redis and under control: it renews their leases,
 # hears commands, and, where they run in children, starts, watches, kills and replaces these.  A
@@ -3315,17 +3760,23 @@ class _Keeper:
         self.told = 0.0  # the seconds of work that the last beat told
         self.healthy_since = 0.0  # since when we have beaten in time
 
-    def run(self, logging_level: str | int | None) -> bool:
+    def run(
+        self, level: str | int | None, date_format: str | None = None, log_format: str | None = None
+    ) -> bool:
         """Work until told to stop; True if there were any jobs."""
         if self.forks and threading.current_thread() is not threading.main_thread():
             raise RuntimeError("a worker in a thread can't fork; give it fork=False")
-        if logging_level is not None:  # does nothing to logging that is set up already
-            logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-            log.setLevel(logging_level)
+        if level is not None:  # does nothing to logging that is set up already
+            log_format = log_format or "%(asctime)s %(message)s"
+            logging.basicConfig(format=log_format, datefmt=date_format or "%H:%M:%S")
+            log.setLevel(level)
         _adopt_main()
         patience = self.workers[0]._patience
         self.server = _Line(self.connection, patience)
         self.ear = _Ear(self.connection, patience, [f"microq:inbox:{self.name}"])
+        if not isinstance(self.connection, RedisCluster):
+            # One that is unknown would be sent again, behind those that came after it.
+            _send(self.server, *(("SCRIPT", "LOAD", script.lua) for script in SCRIPTS.values()))
         self.beat("fresh")
         names = ", ".join(queue.name for queue in self.workers[0].queues)
         log.info("worker %s (pid %d), microq %s", self.name, os.getpid(), __version__)
@@ -3359,6 +3810,7 @@ class _Keeper:
 
     def watch(self) -> None:
         """Keep the workers until all have ended."""
+        self.bell.watch(0 if self.forks else RELIEF)  # a short burst needs no ear
         while not self.over:
             wake_at = time.monotonic() + (0.1 if self.scheduler else 1.0)
             for worker in self.workers if self.forks else ():
@@ -3408,9 +3860,6 @@ class _Keeper:
             commands.append(BEAT(worker._prefixes, worker.name, *words))
         if state == "fresh":
             commands.append(("DEL", self.ear.keys[0]))  # words for an earlier one of this name
-            # A script that is unknown would be sent again, behind those that came after it.
-            if not isinstance(self.connection, RedisCluster):
-                commands += [("SCRIPT", "LOAD", script.lua) for script in SCRIPTS.values()]
         if self.unknown:
             names = [queue.name for queue in self.workers[0].queues]
             commands.append(("SADD", _QUEUES, *names))
@@ -3609,7 +4058,7 @@ class _Keeper:
             worker._start_at = time.monotonic() + 1
             return
         index, id, token = slate.text.decode().split(" ", 2)
-        job = Job(id, worker.queues[int(index)], {})
+        job = worker.queues[int(index)]._job(id)
         seconds = time.monotonic() - slate.began
         memory = usage.ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10)
         text = f"the process that ran this job for worker {worker.name} {cause}; "
@@ -3749,11 +4198,12 @@ class WorkerPool:
     number_of_active_workers = property(lambda self: sum(bool(w._pid) for w in self._workers))
 
     def start(
-        self, burst: bool = False, logging_level: str | int | None = "INFO", **limits: Any
-    ) -> bool:
+        self, burst: bool = False, logging_level: str | int | None = "INFO",
+        date_format: str | None = None, log_format: str | None = None, **limits: Any,
+    ) -> bool:  # fmt: skip
         """Run jobs until told to stop; see Worker.work(), whose limits are those of each worker."""
         self._keeper = _Keeper(self.name, self._workers, burst, **limits)
-        return self._keeper.run(logging_level)
+        return self._keeper.run(logging_level, date_format, log_format)
 
     def stop_workers(self) -> None:
         """Have the workers finish their current jobs, and end; for another thread."""
@@ -3808,7 +4258,7 @@ def resume(connection: Redis | None = None) -> None:
     _look_again(connection)
 
 
-def is_suspended(connection: Redis | None = None) -> bool:
+def is_suspended(connection: Redis | None = None, worker: Any = None) -> bool:
     """Tell whether suspend() is in force."""
     return bool(_ask(_connect(connection), "EXISTS", _SUSPENDED))
 

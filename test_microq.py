@@ -149,7 +149,7 @@ def containers(redis, prefix=Q):
 def key_pattern(key: str) -> str:
     key = re.sub(r"\{[^}]*\}[^:]*", "{q}", key)
     key = key.replace("limit:{q}", "limit:{key}")
-    key = re.sub(r"(worker|inbox):.*", r"\1:<name>", key)
+    key = re.sub(r"(worker|inbox|group):.*", r"\1:<name>", key)
     return re.sub(r"job:[^:]+", "job:<id>", key)
 
 
@@ -476,8 +476,8 @@ def test_what_no_worker_could_run_is_refused(redis, queue, func, error, text):
         {"job_timeout": 0}, {"job_timeout": -2}, {"job_timeout": "soon"}, {"ttl": 0}, {"ttl": -1},
         {"result_ttl": -2}, {"failure_ttl": "x"}, {"retry": 3}, {"repeat": Retry(1)}, {"meta": [1]},
         {"job_id": "a b"}, {"job_id": ""}, {"job_id": 7}, {"meta": {"a": threading.Lock()}},
-        {"args": (threading.Lock(),)}, {"depends_on": 7}, {"unique": True}, {"rate_limit": 2}, {"on_success": 3},
-        {"args": (1,), "b": 2},
+        {"args": (threading.Lock(),)}, {"depends_on": 7}, {"unique": True}, {"rate_limit": 2},
+        {"on_success": 3}, {"args": (1,), "b": 2},
     ],
 )  # fmt: skip
 def test_a_bad_option_stores_nothing(redis, queue, options):
@@ -489,8 +489,6 @@ def test_a_bad_option_stores_nothing(redis, queue, options):
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda q: q.enqueue_at(datetime.now(), add), "time zone"),
-        (lambda q: q.enqueue_at(datetime(2019, 1, 1, tzinfo=timezone.utc), add), "past"),
         (lambda q: q.enqueue_at("tomorrow", add), "datetime"),
         (lambda q: q.enqueue_in(timedelta(seconds=-5), add), "positive"),
         (lambda q: q.enqueue_in(None, add), "seconds"),
@@ -793,7 +791,7 @@ def test_a_move_sent_twice_is_one_move(redis, queue):
         command = microq.MOVE(queue.prefix, job.id, allowed, to, 0, 100, f"nonce{to}", "")
         assert microq._send(redis, command, command) == [[was, []], [was, []]]
     claim(queue)
-    assert microq._ask(redis, *command) == b"canceled" and job.is_started  # late, and ignored
+    assert microq._ask(redis, *command) == [b"canceled", []] and job.is_started  # late
 
 
 def test_moves_that_are_not_allowed_change_nothing(redis, queue):
@@ -865,10 +863,21 @@ def test_a_cluster_takes_every_command(tmp_path):
             assert later.latest_result(timeout=5).return_value == 1
         assert all(job.is_finished for job in jobs)
         assert len(Job.fetch_many([job.id for job in jobs], cluster)) == 5
+        group = microq.Group(cluster)
+        group.enqueue_many(queues[1], [Queue.prepare_data(add)])[0].cancel()
+        assert group.wait(5) and group.counts() == {"canceled": 1}
+        assert [each.name for each in microq.Group.all(cluster)] == [group.name]
         jobs[0].requeue()
         jobs[0].cancel()
         queues[0].delete()
         assert [queue.name for queue in Queue.all(cluster)] == ["{mail}low"]
+        other, limit = Queue("other", cluster), RateLimit("k", concurrency=1)
+        parents = [queues[1].enqueue(add, i, rate_limit=limit) for i in (1, 2)]
+        child = other.enqueue(results_before, depends_on=parents, rate_limit=limit)
+        assert statuses(*parents, child) == ["queued", "rate_limited", "deferred"]
+        work(queues[1])
+        work(other)
+        assert child.return_value() == [1, 2]
     finally:
         server.stop()
 
@@ -1854,22 +1863,20 @@ def test_a_job_waits_for_those_it_depends_on(redis, pair):
 
 
 def test_a_missing_dependency_counts_as_met(redis, pair):
-    first, second = pair
-    assert second.enqueue(add, depends_on="nobody").get_status() == "queued"
-    gone = first.enqueue(add, 1)
-    child = second.enqueue(results_before, depends_on=gone)
-    gone.delete()
-    work_all(redis)
-    assert child.return_value() == [None]
+    assert pair[1].enqueue(add, depends_on="nobody").get_status() == "queued"
 
 
-def test_a_dependent_that_expires_in_the_queue_counts_as_met(redis, pair):
+@pytest.mark.parametrize("way", ["deleted", "expired"])
+def test_a_dependency_that_vanishes_starts_nothing_but_does_not_hold_up_others(redis, pair, way):
     first, second = pair
-    parent = first.enqueue(add, ttl=0.05)
-    child = second.enqueue(add, 5, depends_on=parent)
-    time.sleep(0.1)
+    gone, other = first.enqueue(add, 1, ttl=0.05), first.enqueue(add, 2)
+    alone = second.enqueue(add, depends_on=gone)
+    child = second.enqueue(results_before, depends_on=[other, gone])
+    whole = second.enqueue(add, depends_on=Dependency([gone, other], allow_failure="any"))
+    gone.delete() if way == "deleted" else time.sleep(0.1)
     work_all(redis)
-    assert child.return_value() == 5 and not Job.exists(parent.id, redis)
+    assert statuses(alone, child, whole) == ["deferred", "finished", "finished"]
+    assert child.return_value() == [2, None] and not Job.exists(gone.id, redis)
 
 
 def test_the_dependents_of_a_failed_job_wait_for_its_success(redis, pair):
@@ -2138,7 +2145,7 @@ def test_a_rate_spreads_jobs_over_time(redis, queue):
     assert statuses(*jobs) == ["queued"] * 2 + ["scheduled"] * 3
     SimpleWorker(queue).work(max_idle_time=0.8, logging_level=None)
     starts = [job.enqueued_at.timestamp() for job in jobs if job.refresh() is None]
-    assert all(b - a >= 0.499 for a, b in zip(starts, starts[2:], strict=False)), starts
+    assert all(b - a > 0.3 for a, b in zip(starts, starts[2:], strict=False)), starts
     assert starts[4] - starts[0] < 5 and not redis.keys("*outbox*")
 
 
@@ -3635,6 +3642,435 @@ def test_json_is_json():
     assert issubclass(DeserializationError, microq.MicroqError)
 
 
+# ---- What else RQ offers -------------------------------------------------------------------------
+
+
+class MyJob(Job):
+    def shout(self):
+        return self.id.upper()
+
+
+class MyQueue(Queue):
+    job_class = MyJob
+
+
+@microq.job("low", timeout=5, result_ttl=60, description="a sum")
+def decorated(a, b=0):
+    return a + b
+
+
+def my_class():
+    return type(get_current_job()).__name__
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"), [(None, None), (5, 5), ("90", 90), ("1h", 3600), (-1, -1)]
+)
+def test_a_timeout_is_parsed_as_in_rq(given, seconds):
+    assert microq.parse_timeout(given) == seconds
+
+
+def test_a_timeout_that_is_none_is_an_error_of_its_own():
+    with pytest.raises(microq.TimeoutFormatError):
+        microq.parse_timeout("soon")
+    assert issubclass(microq.TimeoutFormatError, ValueError)
+
+
+def test_a_signed_serializer_refuses_what_was_not_signed_before_it_is_read(
+    redis, monkeypatch, tmp_path
+):
+    """Who can write to Redis, but has not the secret, runs nothing by a pickle."""
+    with pytest.raises(ValueError, match="MICROQ_SECRET"):
+        Queue(connection=redis, serializer="signed")
+    monkeypatch.setenv("MICROQ_SECRET", "s")
+    queue = Queue(connection=redis, serializer="signed")
+    job, forged = queue.enqueue(add, 1, b=2, meta={"a": 1}), queue.enqueue(add, 3, 4)
+    evil = f"cposix\nsystem\n(S'touch {tmp_path}/evil'\ntR.".encode()
+    redis.hset(forged.key, "args", bytes(32) + evil)
+    work(queue)
+    assert job.return_value() == 3 and job.get_meta() == {"a": 1}
+    assert forged.is_failed and "its signature is not by our secret" in forged.exc_info
+    assert not list(tmp_path.iterdir())
+    other = microq.SignedSerializer(b"other", inner="json")
+    assert other.loads(other.dumps([1])) == [1] and other.dumps([1]).endswith(b"[1]")
+    with pytest.raises(DeserializationError):
+        queue.serializer.loads(other.dumps([1]))
+    assert queue.serializer == microq.resolve_serializer("signed") != other
+
+
+def test_serializers_are_resolved_by_name():
+    assert microq.resolve_serializer() is microq.DefaultSerializer is microq.PickleSerializer
+    for choice in ("json", "microq.JSONSerializer", microq.JSONSerializer):
+        assert microq.resolve_serializer(choice) is microq.JSONSerializer
+    with pytest.raises(TypeError, match="'signed'"):
+        microq.resolve_serializer("yaml")
+
+
+@pytest.mark.parametrize("zone", [None, timezone.utc])
+def test_a_time_may_be_local_or_past(redis, queue, zone):
+    soon = queue.enqueue_at(datetime.now(zone) + timedelta(hours=1), add)
+    past = queue.enqueue_at(datetime(2019, 1, 1, tzinfo=zone), add, 1)
+    due = queue.scheduled_job_registry.get_scheduled_time(soon)
+    assert abs(due - datetime.now(timezone.utc) - timedelta(hours=1)) < timedelta(seconds=5)
+    work(queue)
+    assert soon.is_scheduled and past.return_value() == 1
+
+
+def test_a_decorated_function_is_called_or_enqueued(redis, monkeypatch, server):
+    monkeypatch.setenv("MICROQ_URL", server.url)
+    assert decorated(1, b=2) == 3
+    first = decorated.delay(3, b=4)
+    front = decorated.enqueue(5, job_id="front", at_front=True)
+    low = Queue("low", connection=redis)
+    assert low.job_ids == ["front", first.id] and decorated.delay is decorated.enqueue
+    work(low)
+    assert (first.return_value(), front.return_value()) == (7, 5)
+    assert (first.timeout, first.result_ttl, first.description) == (5, 60, "a sum")
+
+
+def test_a_decorator_takes_a_queue_or_its_class(redis, monkeypatch):
+    queue = MyQueue("mine", connection=redis)
+    monkeypatch.setattr(add, "delay", None, raising=False)  # both are taken away again
+    monkeypatch.setattr(add, "enqueue", None, raising=False)
+    for decorator in (
+        microq.job(queue),
+        microq.job("mine", redis, queue_class=MyQueue, at_front=True),
+        microq.job("mine", connection=redis, queue_class=f"{__name__}.MyQueue", retry=Retry(1)),
+    ):
+        assert decorator(add) is add
+        assert add.delay(1).shout()
+    assert [job.retries_left for job in queue.jobs] == [None, None, 1]
+    with pytest.raises(TypeError, match="no option"):
+        microq.job(queue, tiemout=1)(add).delay()
+    assert queue.count == 3
+
+
+def test_jobs_of_a_group_are_found_and_counted(redis):
+    high, low = Queue("high", connection=redis), Queue("low", connection=redis)
+    group = microq.Group.create(connection=redis)
+    assert not redis.keys() and microq.Group.all(redis) == []
+    jobs = group.enqueue_many(high, [Queue.prepare_data(add, (i,)) for i in range(3)])
+    jobs += group.enqueue_many(queue=low, job_datas=[Queue.prepare_data(fail, job_id="x")])
+    assert group.get_jobs() == jobs and {job.group_id for job in group.get_jobs()} == {group.name}
+    assert group.counts() == {"queued": 4} and not group.wait(0.01) and group.name in repr(group)
+    assert microq.Queue("low", redis).fetch_job("x").group_id == group.name
+    work([high, low])
+    assert group.counts() == {"finished": 3, "failed": 1} and group.wait(0)
+    assert [job.return_value() for job in group.get_jobs()] == [0, 1, 2, None]
+    found = microq.Group.fetch(group.name, connection=redis)
+    assert found.get_jobs() == jobs and [each.name for each in microq.Group.all(redis)] == [
+        group.name
+    ]
+    found.delete_job("x")
+    assert group.get_jobs() == jobs[:3] and low.fetch_job("x")
+    with pytest.raises(microq.NoSuchGroupError, match="'unknown'"):
+        microq.Group.fetch("unknown", connection=redis)
+
+
+def test_a_group_of_many_is_told_before_its_jobs_and_is_forgotten(redis, queue):
+    """What a crash in between leaves is ids of jobs that never were, and they have a bound."""
+    group = microq.Group(redis, "many", serializer="json")
+    queue = Queue(connection=redis, serializer="json")
+    group.enqueue_many(queue, (Queue.prepare_data(add, (i,)) for i in range(1500)))
+    assert len(group.get_jobs()) == 1500
+    with redis.pipeline() as pipe:
+        group.enqueue_many(queue, [Queue.prepare_data(add, (1,))], pipeline=pipe)
+        assert len(group.get_jobs()) == 1500
+        pipe.execute()
+    assert len(group.get_jobs()) == 1501
+    assert group.get_jobs()[0].args == (0,)
+    for key in ("microq:group:many", "microq:groups"):
+        assert 0 < redis.ttl(key) <= microq.GROUP_TTL
+    redis.zadd("microq:groups", {"old": time.time() - 1})
+    assert [each.name for each in microq.Group.all(redis)] == ["many"]
+    group.enqueue_many(queue, [Queue.prepare_data(add)])
+    assert redis.zrange("microq:groups", 0, -1) == [b"many"]
+
+
+def test_a_job_of_another_life_is_not_of_the_group(redis, queue):
+    group = microq.Group.create(redis)
+    [job] = group.enqueue_many(queue, [Queue.prepare_data(add, job_id="x")])
+    with pytest.raises(DuplicateJobError):
+        microq.Group.create(redis, "other").enqueue_many(
+            queue, [Queue.prepare_data(add, job_id="x")]
+        )
+    assert microq.Group.fetch("other", connection=redis).get_jobs() == []
+    job.cancel()
+    queue.enqueue(add, job_id="x", kwargs={"a": 1})
+    assert group.get_jobs() == [] and group.wait(0)
+
+
+def test_a_function_may_have_an_argument_group_id(redis, queue):
+    job = queue.enqueue(dict, group_id=5, container=6)
+    assert job.kwargs == {"group_id": 5, "container": 6} and job.group_id is None
+
+
+def test_a_group_is_cleaned_of_jobs_that_are_gone(redis, queue):
+    group = microq.Group.create(redis, "g")
+    gone, kept = group.enqueue_many(queue, [Queue.prepare_data(add)] * 2)
+    gone.delete()
+    microq.Group.clean_registries(redis)
+    assert redis.zcard(group.key) == 2  # maybe it is about to be stored
+    for member in redis.zrange(group.key, 0, -1):
+        redis.zadd(group.key, {member: time.time() - 61})
+    group.cleanup()
+    assert redis.zrange(group.key, 0, -1) == [f"{kept.id} default".encode()]
+    kept.delete()
+    microq.Group.clean_registries(redis)
+    assert not redis.exists(group.key) and microq.Group.all(redis) == []
+
+
+def test_a_group_is_awaited_until_the_last_job_has_ended(redis, queue):
+    group = microq.Group.create(redis)
+    datas = [Queue.prepare_data(add), Queue.prepare_data(flaky, (2,), retry=Retry(2))]
+    *_, canceled = group.enqueue_many(queue, [*datas, Queue.prepare_data(add)])
+    waiter = threading.Thread(target=lambda: ended.append(group.wait(5)))
+    ended = []
+    waiter.start()
+    wait_until(lambda: redis.pubsub_channels())
+    canceled.cancel()
+    work(queue)
+    waiter.join()
+    assert ended == [True] and group.counts() == {"finished": 2, "canceled": 1}
+
+
+def test_a_groups_wait_bears_jobs_that_vanish(redis, queue):
+    group = microq.Group.create(redis)
+    [job] = group.enqueue_many(queue, [Queue.prepare_data(add)])
+    timer = threading.Timer(0.1, job.delete)
+    timer.start()
+    assert group.wait()
+    timer.join()
+
+
+@pytest.mark.parametrize(
+    ("queue_class", "job_class"),
+    [(MyQueue, None), (Queue, MyJob), (Queue, f"{__name__}.MyJob")],
+)
+def test_jobs_are_of_the_class_of_their_queue(redis, queue_class, job_class):
+    queue = queue_class(connection=redis, job_class=job_class)
+    job = queue.enqueue(my_class, job_id="a")
+    assert job.shout() == queue.jobs[0].shout() == queue.fetch_job("a").shout() == "A"
+    assert MyJob.fetch("a", connection=redis).shout() == "A"
+    assert type(Job.fetch("a", connection=redis)) is Job
+    Worker(queue).work(burst=True, logging_level=None)
+    assert job.return_value() == "MyJob"
+    again = queue.finished_job_registry.requeue(job)
+    assert type(again) is MyJob
+    assert [type(each.job_class("x", each, {})) for each in Queue.all(redis, MyJob)] == [MyJob]
+
+
+@pytest.mark.parametrize("given", [{"job_class": MyJob}, {"queue_class": f"{__name__}.MyQueue"}])
+def test_a_worker_may_name_the_classes(redis, queue, given):
+    for queues in (["default"], [queue])[: 1 + ("job_class" in given)]:
+        job = Queue(connection=redis).enqueue(my_class)
+        worker = SimpleWorker(queues, connection=redis, **given)
+        worker.work(burst=True, logging_level=None)
+        assert job.return_value() == "MyJob"
+
+
+def test_a_job_is_made_apart_and_enqueued_anywhere(redis, queue):
+    job = MyJob.create(add, args=(1,), kwargs={"b": 2}, connection=redis, id="own", timeout=9)
+    assert job.get_status() == "created" and job.shout() == "OWN" and not redis.keys()
+    other = Queue("other", connection=redis)
+    assert other.enqueue_job(job, at_front=True) is job and job.origin == "other"
+    later = Job.create("test_microq.add", (3,), connection=redis, origin="other", meta={"a": 1})
+    other.schedule_job(later, datetime.now())
+    work(other)
+    assert job.result == 3 and job.timeout == 9 and later.result == 3
+    quick = Queue("quick", redis, default_timeout=8)
+    assert quick.enqueue_job(Job.create(add, connection=redis)).timeout == 8
+    with pytest.raises(InvalidJobOperation, match="in a queue already"):
+        queue.enqueue_job(other.fetch_job("own"))
+    with pytest.raises(TypeError, match="another serializer"):
+        Queue("json", redis, serializer="json").enqueue_job(Job.create(add, connection=redis))
+    with pytest.raises(ValueError, match="letters"):
+        Job.create(add, connection=redis, id="a b")
+    assert queue.is_empty()
+
+
+def test_a_job_has_the_attributes_of_rq(redis, queue):
+    front = Retry(2, interval=[1, 5], enqueue_at_front=True)
+    job = queue.enqueue(add, 1, b=2, retry=front, ttl="1h", meta={"a": 1})
+    job.refresh()
+    assert (job.retries_left, job.retry_intervals, job.repeats_left) == (2, [1, 5], None)
+    assert job.enqueue_at_front_on_retry and not job.enqueue_at_front and job.group_id is None
+    assert (job.get_ttl(), job.get_result_ttl(), job.get_result_ttl(7)) == (3600, None, 7)
+    assert job.data and job.get_call_string() == f"{__name__}.add(1, b=2)"
+    assert job in queue and job not in job.started_job_registry
+    job.meta["b"] = 2
+    job.save()
+    assert Job.fetch(job.id, redis, serializer="pickle").get_meta() == {"a": 1, "b": 2}
+    assert job.result is None and job.exc_info is None
+    failed = queue.enqueue(fail, at_front=True)
+    work(queue)
+    assert job.result == job.return_value(refresh=True) == 3 and job in job.finished_job_registry
+    assert failed in failed.failed_job_registry and "boom" in failed.exc_info
+    queue.enqueue_in(60, add, at_front=True, job_id="front")
+    assert queue.fetch_job("front").enqueue_at_front
+
+
+def test_results_and_executions_are_found_by_their_classes(redis, queue):
+    job = queue.enqueue(flaky, 1, retry=Retry(1))
+    [(id, token)] = claim(queue)
+    execution = microq.Execution.fetch(token.split()[0], id, connection=redis)
+    assert execution.composite_key == f"{id}:w.1" and execution == job.get_executions()[0]
+    execution.refresh()
+    settle(queue, id, token, rule="retry")
+    with pytest.raises(ValueError, match="has ended"):
+        execution.refresh()
+    assert microq.Result.count(job) == 1
+    work(queue)
+    latest = microq.Result.fetch_latest(job, timeout=1)
+    assert microq.Result.all(job)[0] == latest and latest.return_value == "done"
+    microq.Result.delete_all(job)
+    assert microq.Result.count(job) == 0 and job.latest_result() is None and job.is_finished
+
+
+def test_jobs_are_moved_with_the_words_of_rq(redis, queue):
+    jobs = [queue.enqueue(add, job_id=id) for id in "abc"]
+    with redis.pipeline() as pipe:
+        jobs[0].cancel(pipeline=pipe)
+        jobs[1].delete(pipeline=pipe, remove_from_queue=True)
+        assert len(queue) == 3
+        pipe.execute()
+    assert queue.job_ids == ["c"] and queue.canceled_job_registry.get_job_ids() == ["a"]
+    with pytest.raises(InvalidJobOperation, match="canceled"):
+        jobs[0].cancel()
+    microq.cancel_job("c", connection=redis, serializer="pickle", enqueue_dependents=False)
+    assert microq.requeue_job("c", connection=redis, serializer=None).is_queued
+    assert jobs[0].requeue(at_front=True) is jobs[0] and queue.job_ids == ["a", "c"]
+    queue.remove(jobs[0])
+    assert queue.job_ids == ["c"] and get_current_job(connection=redis, job_class=Job) is None
+
+
+def test_queues_are_ordered_and_found_by_their_keys(redis):
+    names = ["b", "a", "{x}c"]
+    queues = [Queue(name, connection=redis) for name in names]
+    assert [queue.name for queue in sorted(queues)] == sorted(names) and queues[0] > queues[1]
+    for queue in queues:
+        found = MyQueue.from_queue_key(queue.key, connection=redis)
+        assert found == queue and found.key == queue.key and found.job_class is MyJob
+    for key in ("microq:{a}", "rq:queue:a", "microq:{a}:started"):
+        with pytest.raises(ValueError, match="no queue's key"):
+            Queue.from_queue_key(key, connection=redis)
+
+
+def test_registries_are_made_by_name_or_queue(redis, queue):
+    queue.enqueue(add)
+    [(id, token)] = claim(queue)
+    queue.enqueue(fail, failure_ttl=100, job_id="bad")
+    queue.enqueue(add, job_id="good", result_ttl=-1)
+    work(queue)
+    queue.enqueue_in(60, add, job_id="later")
+    queue.enqueue(add, job_id="no").cancel()
+    expected = {
+        microq.StartedJobRegistry: id,
+        microq.FinishedJobRegistry: "good",
+        microq.FailedJobRegistry: "bad",
+        microq.ScheduledJobRegistry: "later",
+        microq.CanceledJobRegistry: "no",
+    }
+    for registry_class, job_id in expected.items():
+        for made in (
+            registry_class(queue=queue),
+            registry_class("default", redis),
+            registry_class(name="default", connection=redis, job_class=MyJob, serializer="json"),
+        ):
+            assert made.count == len(made) == made.get_job_count(cleanup=False) == 1
+            assert made.get_job_ids(cleanup=False) == [job_id] and job_id in made
+            assert made.get_queue() == queue and made.name == "default"
+            made.cleanup()
+            assert len(made) == 1
+        assert isinstance(
+            getattr(queue, registry_class.__name__[:-11].lower() + "_job_registry"), registry_class
+        )
+    assert len(microq.DeferredJobRegistry(queue=queue)) == 0
+    started = microq.StartedJobRegistry(queue=queue)
+    assert started.get_job_and_execution_ids() == [(id, token.split()[0])]
+    expiry = queue.failed_job_registry.get_expiration_time("bad") - datetime.now(timezone.utc)
+    assert timedelta(seconds=90) < expiry <= timedelta(seconds=100)
+    assert queue.finished_job_registry.get_expiration_time("good") is None
+    with pytest.raises(NoSuchJobError):
+        queue.failed_job_registry.get_expiration_time("good")
+    queue.failed_job_registry.remove("bad", delete_job=True)
+    assert "bad" not in queue.failed_job_registry and queue.fetch_job("bad") is None
+
+
+def test_reading_registries_changes_nothing_and_cleaning_forgets_what_expired(redis, queue):
+    queue.enqueue(add, result_ttl=0.05)
+    work(queue)
+    registry = queue.finished_job_registry
+    wait_until(lambda: len(registry) == 0)
+    assert registry.get_job_ids() == [] and redis.zcard(registry.key) == 1
+    microq.clean_registries(queue)
+    assert redis.zcard(registry.key) == 0
+
+
+def test_a_worker_takes_the_options_of_rq(redis, queue):
+    options = {"default_worker_ttl": 420, "worker_ttl": 9, "maintenance_interval": 600}
+    options |= {"job_monitoring_interval": 30, "disable_default_exception_handler": True}
+    job = queue.enqueue(add, 1)
+    worker = SimpleWorker([queue], "foo", 500, redis, [], prepare_for_work=True, **options)
+    worker.push_exc_handler(print)
+    assert worker.pop_exc_handler() is print and worker.queue_keys() == [queue.key]
+    assert worker.work(True, None, "%H:%M:%S", "%(message)s") and job.result == 1
+    with pytest.raises(TypeError, match="maintenance_intervall"):
+        SimpleWorker(queue, maintenance_intervall=600)
+
+
+def test_the_log_has_the_format_and_the_detail_that_were_asked_for(server, redis, queue):
+    queue.enqueue(print, "secret")
+    program = "import microq, redis; microq.SimpleWorker('default', connection=redis.Redis."
+    program += f"from_url({server.url!r}), log_job_description=False).work(burst=True, "
+    program += "log_format='%(asctime)s|%(message)s', date_format='now')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0 and "now|default: job OK" in done.stderr
+    assert "secret" not in done.stderr
+
+
+@pytest.mark.parametrize("worker_class", [microq.RoundRobinWorker, microq.RandomWorker])
+def test_a_worker_class_may_have_a_strategy(redis, worker_class):
+    queues = [Queue(name, connection=redis) for name in "ab"]
+    jobs = [queue.enqueue(add) for queue in queues for _ in range(3)]
+    worker = worker_class(queues)
+    assert worker.dequeue_strategy in [each.value for each in microq.DequeueStrategy]
+    worker.work(burst=True, logging_level=None)
+    order = "".join(
+        job.origin for job in sorted(jobs, key=lambda job: job.refresh() or job.started_at)
+    )
+    assert order == "ababab" or worker_class is microq.RandomWorker
+
+
+def test_a_subclass_with_a_death_penalty_runs(redis, queue):
+    class WindowsWorker(SimpleWorker):
+        death_penalty_class = microq.TimerDeathPenalty
+
+    job = queue.enqueue(sleep, 5, job_timeout=0.1)
+    WindowsWorker([queue], connection=redis).work(burst=True, logging_level=None)
+    assert "JobTimeoutException" in job.exc_info
+
+
+def test_a_worker_that_was_found_is_refreshed(redis, queue, start_worker):
+    start_worker("--name", "w")
+    found = wait_until(lambda: Worker.find_by_key("w", connection=redis, queue_class=MyQueue))
+    job = queue.enqueue(sleep, 0.5)
+    wait_until(lambda: found.current_execution_count)
+    [execution] = found.get_current_executions()
+    assert execution.job_id == found.get_current_job_id() == job.id
+    assert type(found.get_current_job()) is MyJob
+    wait_until(lambda: found.refresh() or found.successful_job_count == 1)
+
+
+def test_jobs_run_on_a_fake_of_redis():
+    """For tests without a server, where fakeredis[lua] is installed."""
+    connection = pytest.importorskip("fakeredis").FakeStrictRedis()
+    job = Queue(is_async=False, connection=connection).enqueue(add, 1, b=2)
+    later = Queue(connection=connection).enqueue(fail)
+    work(later.queue)
+    assert job.is_finished and job.result == 3 and later.is_failed
+
+
 # ---- The examples of RQ's documentation ----------------------------------------------------------
 # What RQ's documentation does with RQ, with only the import changed.  One test for each of its
 # topics; what it shows by print() is asserted, and what waits for a minute waits less.
@@ -4617,17 +5053,17 @@ def test_docs_cron_config_file(redis, server, tmp_path, hooks):
         environ = clean_env() | {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
         process = subprocess.Popen(command, cwd=tmp_path, env=environ, stderr=subprocess.PIPE)
         try:
-            wait_until(lambda: len(reports) >= 2 and len(maintenance) == 1)
-            job = reports.jobs[0]
-            assert job.args == ("daily_metrics",) and job.kwargs["description"] == "json"
-            assert (job.timeout, job.result_ttl, job.failure_ttl) == (600, 3600, 86400)
+            for queue in (maintenance, reports, reports):
+                wait_until(lambda queue=queue: work(queue))
         finally:
             process.terminate()
             process.communicate(timeout=10)
         assert process.returncode == 0
-        work(maintenance)
-        wait_until(lambda: asked.pop()[1] == "/done" if asked else False)
-        reports.delete()
+        job = Job.fetch(reports.finished_job_registry.get_job_ids()[0], connection=redis)
+        assert job.return_value() == ["daily_metrics", "json", 5]
+        assert (job.timeout, job.result_ttl, job.failure_ttl) == (600, 3600, 86400)
+        wait_until(lambda: asked)
+        assert asked.pop()[1] == "/done"
 
 
 def test_docs_cron_scheduler(redis, server, tmp_path):
@@ -4653,7 +5089,7 @@ def test_docs_cron_scheduler(redis, server, tmp_path):
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], env=environ)
     try:
         queue = Queue("maintenance", connection=redis)
-        wait_until(lambda: len(queue) == 1)
+        wait_until(lambda: work(queue))
         [running] = CronScheduler.all(connection=redis)
         assert running.name == "my-cron"
         fetched = CronScheduler.fetch("my-cron", connection=redis)
