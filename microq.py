@@ -180,9 +180,9 @@ __all__ = [
     "DeserializationError", "DuplicateJobError", "EnqueueData", "Execution", "FailedJobRegistry",
     "FinishedJobRegistry", "Group", "InvalidJobDependency", "InvalidJobOperation", "JSONSerializer",
     "Job", "JobStatus", "JobTimeoutException", "MicroqError", "NoSuchGroupError", "NoSuchJobError",
-    "PickleSerializer", "Queue", "RandomWorker", "RateLimit", "Registry", "Repeat", "Result",
-    "Retry", "RoundRobinWorker", "ScheduledJobRegistry", "ServerUnavailable", "SignedSerializer",
-    "SimpleWorker", "StartedJobRegistry", "StopRequested", "TimeoutFormatError",
+    "PickleSerializer", "Queue", "RandomWorker", "RateLimit", "RateLimitedJobRegistry", "Registry",
+    "Repeat", "Result", "Retry", "RoundRobinWorker", "ScheduledJobRegistry", "ServerUnavailable",
+    "SignedSerializer", "SimpleWorker", "StartedJobRegistry", "StopRequested", "TimeoutFormatError",
     "TimerDeathPenalty", "UnixSignalDeathPenalty", "Webhook", "Worker", "WorkerPool",
     "WorkerStatus", "__version__", "cancel_job", "clean_registries", "embedded", "get_current_job",
     "is_suspended", "job", "main", "parse_timeout", "requeue_job", "resolve_serializer", "resume",
@@ -2076,8 +2076,7 @@ class Registry:
         """Return the command for this type of container; only live records of a zset count."""
         if self.container in ("queued", "started"):
             return (list_ if self.container == "queued" else hash_, self.key)
-        ended = self.container in _CONTAINERS[5:]
-        low = f"({time.time()}" if ended else "-inf"
+        low = f"({time.time()}" if self.container in _ENDED else "-inf"
         bounds = ("+inf", low) if "REV" in zset else (low, "+inf")
         return (zset, self.key, *bounds, *limit)
 
@@ -2181,11 +2180,12 @@ class _JobRegistry(Registry):
 
 
 _REGISTRIES: dict[str, type[_JobRegistry]] = {
-    each: type(f"{each.title()}JobRegistry", (_JobRegistry,), {"container": each})
+    each: type(f"{each.title().replace('_', '')}JobRegistry", (_JobRegistry,), {"container": each})
     for each in _CONTAINERS[1:]
 }
 StartedJobRegistry, ScheduledJobRegistry, DeferredJobRegistry = list(_REGISTRIES.values())[:3]
-FinishedJobRegistry, FailedJobRegistry, CanceledJobRegistry = list(_REGISTRIES.values())[3:]
+RateLimitedJobRegistry, FinishedJobRegistry = list(_REGISTRIES.values())[3:5]
+FailedJobRegistry, CanceledJobRegistry = list(_REGISTRIES.values())[5:]
 
 
 def clean_registries(queue: Queue, exception_handlers: Any = None) -> None:
@@ -2629,6 +2629,12 @@ class Group:
     ) -> list[Job]:
         """Store many calls as jobs of this group; see Queue.enqueue_many()."""
         return queue.enqueue_many(job_datas, pipeline, group_id=self.name)
+
+    def enqueue_callback(self, queue: Queue, f: Func, *args: Any, **kwargs: Any) -> Job:
+        """Store a call to be run when all jobs of the group, as it is now, have ended, in whatever
+        way, and return its job; see Queue.enqueue().  One round trip more, and one for each other
+        queue."""
+        return queue.enqueue(f, *args, depends_on=Dependency(self._members(), "any"), **kwargs)
 
     def _add_jobs(self, jobs: Iterable[Job], pipeline: Any) -> None:
         now = time.time()

@@ -1891,7 +1891,7 @@ def test_the_dependents_of_a_failed_job_wait_for_its_success(redis, pair):
     assert second.enqueue(add, depends_on=parent).get_status() == "deferred"
     late = second.enqueue(add, depends_on=Dependency(parent, allow_failure=True))
     assert late.get_status() == "queued"
-    redis.hset(parent._key, "func", "test_microq.nothing()")  # mended
+    redis.hset(parent.key, "func", "test_microq.nothing()")  # mended
     parent.requeue()
     work_all(redis)
     assert statuses(parent, child) == ["finished", "finished"]
@@ -1967,6 +1967,20 @@ def test_many_jobs_with_dependencies_are_stored_at_once(redis, queue):
     assert jobs[0].return_value() == [1, 2]
 
 
+def test_the_callback_of_a_group_runs_when_all_its_jobs_have_ended(redis, pair):
+    group, (first, second) = microq.Group.create(redis), pair
+    data = [Queue.prepare_data(func) for func in (add, fail, add)]
+    jobs = group.enqueue_many(first, data) + group.enqueue_many(second, data)
+    callback = group.enqueue_callback(second, results_before)
+    jobs[0].cancel()
+    jobs[3].delete()
+    assert callback.is_deferred and group.counts() == {"canceled": 1, "queued": 4}
+    work_all(redis)
+    assert callback.return_value() == [None, None, 0, None, None, 0]
+    assert group.wait() and group.counts() == {"canceled": 1, "failed": 2, "finished": 2}
+    assert microq.Group.create(redis).enqueue_callback(second, add).is_queued
+
+
 def test_a_job_cannot_wait_for_itself(queue):
     with pytest.raises(InvalidJobDependency):
         queue.enqueue(add, job_id="me", depends_on="me")
@@ -1995,7 +2009,7 @@ def test_a_word_from_an_earlier_life_of_the_dependent_means_nothing(redis, pair)
     first, second = pair
     parents = [first.enqueue(add), first.enqueue(add)]
     child = second.enqueue(add, job_id="again", depends_on=parents[0])
-    since = redis.hget(child._key, "created_at").decode()
+    since = redis.hget(child.key, "created_at").decode()
     child.delete()
     child = second.enqueue(add, job_id="again", depends_on=parents[0])
     old = f"ended {first.prefix}{parents[0].id} again {since}"
@@ -2064,10 +2078,15 @@ def test_a_worker_killed_between_two_queues_loses_and_doubles_nothing(
         limit = RateLimit("k", concurrency=1)
         first = queue.enqueue(add, rate_limit=limit)
         then = other.enqueue(append, path, rate_limit=limit)
-    else:
-        first, more = queue.enqueue(add), [other.enqueue(add)] if what == "group" else []
+    elif what == "group":
+        group, data = microq.Group.create(redis), [Queue.prepare_data(add)]
+        [first] = group.enqueue_many(queue, data)
+        group.enqueue_many(other, data)
         work(other)
-        then = other.enqueue(append, path, depends_on=Dependency([first, *more], "any"))
+        then = group.enqueue_callback(other, append, path)
+    else:
+        first = queue.enqueue(add)
+        then = other.enqueue(append, path, depends_on=first)
     command = [sys.executable, "-c", DIES, *map(str, step), "default"]
     url = redis.connection_pool.connection_kwargs["path"]
     done = subprocess.run(command, cwd=HERE, env=clean_env() | {"MICROQ_URL": f"unix://{url}"})
@@ -2152,7 +2171,7 @@ def test_a_rate_spreads_jobs_over_time(redis, queue):
 def test_a_slot_whose_job_has_vanished_is_given_to_the_next(redis, queue):
     limit = RateLimit("k", concurrency=1)
     lost = queue.enqueue(add, rate_limit=limit)
-    redis.delete(lost._key)
+    redis.delete(lost.key)
     redis.lrem(Q + "queued", 1, lost.id)
     [member] = redis.zrange("microq:limit:{k}:holders", 0, -1)
     redis.zadd("microq:limit:{k}:holders", {member: time.time() - 100})
@@ -2252,7 +2271,7 @@ def test_a_callback_that_fails_changes_nothing(redis, queue, callback):
     for job in (well, badly):
         assert re.search("Runtime|JobTimeout|nowhere", job.latest_result().callback_error)
     well.requeue()
-    redis.hdel(well._key, "on_success")
+    redis.hdel(well.key, "on_success")
     work(queue)
     assert well.latest_result().callback_error is None
 
