@@ -4352,10 +4352,15 @@ def test_docs_dependencies_on_one_job_or_several(redis, tmp_path):
     work(q)
     assert send_job.is_finished and baz_job.is_finished
     assert (tmp_path / "log").read_text() == "report\nsend\nbaz\n"
+    report_job = q.enqueue(add)
+    later = q.enqueue_in(timedelta(seconds=0), append, log, "later", depends_on=report_job)
+    assert later.is_deferred  # RQ does not wait
     failed = q.enqueue(div_by_zero)
     waits = q.enqueue(say_hello, depends_on=failed)
     work(q)
-    assert failed.is_failed and waits.is_deferred  # it runs after a success only
+    assert (
+        later.is_finished and failed.is_failed and waits.is_deferred
+    )  # it runs after a success only
 
 
 def test_docs_dependency_that_may_fail(redis, reported, tmp_path):
@@ -4391,6 +4396,13 @@ def test_docs_callbacks(redis, reported):
         ("success", good, 0), ("failure", bad, "ZeroDivisionError"),
         ("success", good_2, 0), ("failure", bad_2, "ZeroDivisionError"),
     ]  # fmt: skip
+    job = queue.enqueue(add, on_success=Callback(bad_callback), retry=Retry(max=2))
+    work(queue)
+    assert job.is_finished and len(job.results()) == 1  # RQ makes it a failure, and runs it again
+
+
+def bad_callback(job, connection, result):
+    raise KeyError("callback")
 
 
 def test_docs_webhooks(redis, hooks):
@@ -5009,16 +5021,43 @@ def test_docs_settings_module(redis, server, tmp_path):
     assert status == 0 and "low" in out
 
 
-def test_docs_sentinel_and_tls_settings(redis, tmp_path):
-    """The settings reach the client; neither a Sentinel nor a certificate is at hand."""
-    for settings, message in (
-        ("SENTINEL = {'INSTANCES': [('127.0.0.1', 9)], 'MASTER_NAME': 'm', 'DB': 2}", "'m'"),
-        ("REDIS_HOST, REDIS_PORT, REDIS_SSL = '127.0.0.1', 9, True", "127.0.0.1:9"),
-        ("REDIS_HOST, REDIS_PORT, REDIS_DB = '127.0.0.1', 9, 3", "127.0.0.1:9"),
-    ):
-        (tmp_path / "settings.py").write_text(settings)
-        status, out, err = microq_command("info", "-c", "settings", cwd=tmp_path)
-        assert status != 0 and message in out + err
+class ShownRedis(redis_py.Redis):
+    """A client that only tells what it is made with."""
+
+    def __init__(self, **options):
+        pool = options.get("connection_pool")
+        options = options if pool is None else {"of": pool.service_name, **pool.connection_kwargs}
+        raise ValueError(str({name: options[name] for name in sorted(options)}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "shown"),
+    [
+        (
+            "SENTINEL = {'INSTANCES': [('remote.host1.org', 26379)], 'SOCKET_TIMEOUT': None, "
+            "'USERNAME': 'me', 'PASSWORD': 'secret', 'DB': 2, 'MASTER_NAME': 'master'}",
+            ["'of': 'master'", "'password': 'secret'", "'db': 2", "'username': 'me'"],
+        ),
+        (
+            "REDIS_HOST = 'redis.example.com'\nREDIS_PORT = 6380\nREDIS_DB = 3\n"
+            "REDIS_PASSWORD = 'very secret'\nREDIS_SSL = True\n"
+            "REDIS_SSL_CA_CERTS = '/ca.pem'\nREDIS_SSL_CERT_REQS = 'required'",
+            ["'host': 'redis.example.com', 'password': 'very secret', 'port': 6380, 'ssl': True"]
+            + ["'db': 3", "'ssl_ca_certs': '/ca.pem'", "'ssl_cert_reqs': 'required'"],
+        ),
+    ],
+    ids=["SENTINEL", "REDIS_SSL"],
+)
+def test_docs_settings_name_sentinels_and_certificates(
+    tmp_path, monkeypatch, capsys, settings, shown
+):
+    name = f"settings_{len(shown)}"
+    (tmp_path / f"{name}.py").write_text(settings)
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ["info", "--config", name, "--connection-class", "test_microq.ShownRedis"]
+    assert microq.main(words) == 1
+    told = capsys.readouterr().err
+    assert [each for each in shown if each not in told] == []
 
 
 def test_docs_connections_of_each_queue(redis, server, tmp_path):
@@ -5195,7 +5234,8 @@ def test_docs_shell_commands_look_and_repair(redis, queue, server, capsys):
     assert "myqueue" in command("info") and "myqueue" not in command("info", "default")
     for words in (["-R"], ["--raw"], ["-Q"], ["-W"]):
         assert command("info", *words)
-    command("requeue", "--queue", "myqueue", "id1")
+    words = ["requeue", "--queue", "myqueue", "-u", server.url, "nobody", "id1"]
+    assert microq.main(words) == 1  # RQ stops at the first that is not there
     assert myqueue.job_ids == ["id1"]
     command("requeue", "--queue", "myqueue", "--all")
     assert set(myqueue.job_ids) == {"id1", "id2"}
@@ -5213,42 +5253,39 @@ def test_docs_shell_commands_look_and_repair(redis, queue, server, capsys):
 
 
 def test_docs_shell_workers(redis, server, tmp_path):
-    """All at the same time, each on a queue of its own where it matters."""
+    """All at the same time, each on queues of its own."""
     handlers = ["--exception-handler", "test_microq.mark", "--exception-handler"]
     handlers += ["test_microq.mark_2"]
-    common = ["--burst", "--url", server.url]
+    classes = ["--job-class", "test_microq.CustomJob", "--queue-class", "test_microq.CustomQueue"]
     commands = [
-        ["worker", "high", "default", "low"],
-        ["worker", "w1", "--with-scheduler", "--results-ttl", "77", "--disable-job-desc-logging"],
-        ["worker", "w2", "-w", "microq.SimpleWorker", "--name", "simple", "--max-jobs", "9"],
-        ["worker", "w3", "-w", "microq.RoundRobinWorker", "--path", str(tmp_path)],
-        ["worker", "w4", "-w", "microq.RandomWorker", "--max-idle-time", "9"],
-        ["worker", "w5", "-w", "microq.SpawnWorker", "--maintenance-interval", "60"],
-        ["worker", "w6", "-w", "test_microq.CustomWorker", "--worker-ttl", "30"],
-        ["worker", "w7", "--job-class", "test_microq.CustomJob"],
-        ["worker", "w8", "--queue-class", "test_microq.CustomQueue", "-q"],
-        ["worker", "w9", *handlers],
-        ["worker", "w10", *handlers, "--disable-default-exception-handler"],
-        ["worker", "w11", "--log-format", "<%(message)s>", "--date-format", "%H", "-v"],
-        ["worker", "j1", "--serializer", "json"],
-        ["worker", "j2", "--serializer", "microq.JSONSerializer", "-ds", "round_robin"],
-        ["worker-pool", "p1", "p2", "p3", "-n", "3"],
-        ["worker-pool", "p4", "-n", "4", "-l", "WARNING", "-w", "microq.SimpleWorker"],
-        ["worker-pool", "p5", "-S", "pickle", "-j", "test_microq.CustomJob"],
+        ["worker", "high", "default", "low", "--burst"],
+        ["worker", "w1", "-b", "-w", "microq.SimpleWorker", "--name", "simple", "--max-jobs", "9"]
+        + ["--with-scheduler", "--results-ttl", "77", "--disable-job-desc-logging"],
+        ["worker", "w2", "-b", "-w", "microq.RoundRobinWorker", "--path", str(tmp_path), "-q"],
+        ["worker", "w3", "-b", "-w", "microq.RandomWorker", "--max-idle-time", "9"]
+        + ["--maintenance-interval", "60", "--worker-ttl", "30", "--job-monitoring-interval", "5"],
+        ["worker", "w4", "-b", "-w", "microq.SpawnWorker", "-v"]
+        + ["--log-format", "<%(message)s>", "--date-format", "%H"],
+        ["worker", "c1", "-b", "-w", "test_microq.CustomWorker", *classes],
+        ["worker", "h1", "-b", *handlers],
+        ["worker", "j1", "-b", "--serializer", "json", *handlers]
+        + ["--disable-default-exception-handler"],
+        ["worker", "j2", "-b", "--serializer", "microq.JSONSerializer", "-ds", "round_robin"],
+        ["worker-pool", "p1", "p2", "p3", "-n", "3", "--burst"],
+        ["worker-pool", "c2", "-n", "4", "-l", "WARNING", "-b", "-w", "microq.SimpleWorker"]
+        + ["-S", "pickle", "-j", "test_microq.CustomJob"],
     ]
     jobs = {}
     for words in commands:
-        names = list(itertools.takewhile(lambda word: word[0] != "-", words[1:]))
-        for name in names:
+        for name in itertools.takewhile(lambda word: word[0] != "-", words[1:]):
             q = Queue(name, connection=redis, serializer="json" if name[0] == "j" else None)
-            func = class_of_current_job if name in ("w7", "p5") else say_hello
-            jobs[name] = q.enqueue(func)
+            jobs[name] = q.enqueue(class_of_current_job if name[0] == "c" else say_hello)
             if "test_microq.mark" in words:
                 jobs[name + "bad"] = q.enqueue(div_by_zero)
     environ = clean_env() | {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
-    python = [sys.executable, "-m", "microq"]
+    python, pipe = [sys.executable, "-m", "microq"], subprocess.PIPE
     processes = [
-        subprocess.Popen([*python, *words, *common], env=environ, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen([*python, *words, "-u", server.url], env=environ, stderr=pipe, text=True)
         for words in commands
     ]
     for words, process in zip(commands, processes, strict=True):
@@ -5258,9 +5295,8 @@ def test_docs_shell_workers(redis, server, tmp_path):
         if name.endswith("bad"):
             assert job.is_failed and job.get_meta() == {"marks": 2}, name
         else:
-            expected = "CustomJob" if name in ("w7", "p5") else "hello you"
-            assert job.return_value() == expected, name
-    assert jobs["w2"].latest_result().worker_name == "simple"
+            assert job.return_value() == ("CustomJob" if name[0] == "c" else "hello you"), name
+    assert jobs["w1"].latest_result().worker_name == "simple"
 
 
 def mark(job, *exc_info):
