@@ -998,16 +998,16 @@ function post(q, to, text, at)
   posted[#posted + 1], posted[#posted + 2] = q, text
 end
 function give_up_slot(q, id, slot, limit, at)
-  local to, numbers = string.match(limit, '^(%S+) (.*)$')
+  local to, numbers = string.match(limit or '', '^(%S+) (.*)$')
   call('HDEL', q .. 'job:' .. id, 'slot')
-  post(q, to, 'free ' .. q .. ' ' .. id .. ' ' .. slot .. ' ' .. numbers, at)
+  if to then post(q, to, 'free ' .. q .. ' ' .. id .. ' ' .. slot .. ' ' .. numbers, at) end
 end
 function tell(q, id, status, at)  -- its dependents of its end, if it counts for them
   local list = q .. 'job:' .. id .. ':dependents'
   for _, entry in ipairs(call('SMEMBERS', list)) do
     local to, child, since, allow = string.match(entry, '^(%S+) (%S+) (%S+) (%S+)$')
     local counts = status == 'finished' or status == allow or allow == 'any'
-    if counts or status == 'gone' then
+    if to and (counts or status == 'gone') then
       call('SREM', list, entry)
       post(q, to, (counts and 'ended ' or 'gone ') .. q .. id .. ' ' .. child .. ' ' .. since, at)
     end
@@ -1023,7 +1023,8 @@ function admit(q, id, at)  -- ... -> as far as it may go: scheduled, rate_limite
   local job = q .. 'job:' .. id
   local fields = {'due', 'rate_limit', 'slot', 'at_front'}
   local due, limit, slot, front = unpack(call('HMGET', job, unpack(fields)))
-  if tonumber(due or 0) > at then return later(q, id, due) end
+  due = tonumber(due)
+  if due and due > at then return later(q, id, due) end
   if due then
     call('HDEL', job, 'due')
     if slot and due + 1 < at then  -- nobody was there in time, and its like may be many
@@ -1031,8 +1032,8 @@ function admit(q, id, at)  -- ... -> as far as it may go: scheduled, rate_limite
       slot = nil
     end
   end
-  if limit and not slot then
-    local to, numbers = string.match(limit, '^(%S+) (.*)$')
+  local to, numbers = string.match(limit or '', '^(%S+) (%d+ %d+ %S+)$')
+  if to and not slot then
     slot = stamp(at)
     call('HSET', job, 'slot', slot)
     call('ZADD', q .. 'rate_limited', slot, id)
@@ -1168,7 +1169,7 @@ local function settle(q, at, words)
         local _, _, watched, slot, limit =
           record(job, ended .. (last ~= '' and ' retried' or ''), result, 'ttl', 0)
         if watched and last == '' then tell(q, id, 'finished', at) end
-        if slot and (delay > 0 or string.match(limit, ' (%S+) %S+$') ~= '0') then  -- it has a rate
+        if slot and (delay > 0 or string.match(limit or '', ' (%S+) %S+$') ~= '0') then  -- a rate
           give_up_slot(q, id, slot, limit, at)
         end
         to = delay <= 0 and 'queued' or 'scheduled ' .. stamp(at + delay)
@@ -3548,17 +3549,16 @@ class Worker:
     def _begin(self, execution: Execution) -> None:
         """Show on the slate what runs from now on."""
         slate, job = self._slate, execution.job
-        try:
+        limit = DEFAULT_TIMEOUT
+        with contextlib.suppress(DeserializationError, ValueError):  # perform() will say so
             limit = job.timeout
-        except DeserializationError:  # perform() will say so
-            limit = DEFAULT_TIMEOUT
+            for name in _CALLBACKS.values() if limit > 0 else ():  # one of them may follow
+                if name in job._fields:
+                    limit += float(job._text(name).rpartition(" ")[2])
         index = self._prefixes.index(job.queue.prefix)
         slate.text = f"{index} {job.id} {execution.token}".encode()
         slate.began = time.monotonic()
         job._began = slate.began + self._epoch
-        for name in _CALLBACKS.values():  # one of them may follow
-            if name in job._fields:
-                limit += float(job._text(name).rpartition(" ")[2]) if limit > 0 else 0
         slate.kill_at = slate.began + limit + KILL_GRACE if limit > 0 else math.inf
         self._current = execution
         if self.fork and slate.batch == 1:  # else it would change all the time
