@@ -47,6 +47,7 @@ the container is its status.
               ended       queued                else where it is
               any         (gone)
     amend     any         the same              the job exists, else 0
+    entry     scheduled   (gone)                the entry of cron changes: its ticks ahead
     look      any         the same              (it reads)
 
 Keys.  {q} is the queue's name in braces, so that a queue lives in one slot of a Redis Cluster.
@@ -56,6 +57,7 @@ Queues that one worker serves on a Cluster share a slot by naming the tag: "{mai
     microq:suspended            string  while it exists, workers claim nothing
     microq:worker:<name>        string  who and where, as JSON; expires with the lease
     microq:inbox:<name>         list    commands for a worker, or for a pool of them
+    microq:schedulers           zset    names of what runs cron, by its last heartbeat
     microq:{q}:queued           list    ids ready to run, the next one first
     microq:{q}:wake             list    at most one token: "there may be work"
     microq:{q}:scheduled        zset    ids by the time they are due
@@ -65,6 +67,8 @@ Queues that one worker serves on a Cluster share a slot by naming the tag: "{mai
     microq:{q}:finished         zset    ids by the time the record expires
     microq:{q}:failed           zset    likewise; stopped jobs are here too
     microq:{q}:canceled         zset    likewise
+    microq:{q}:cron             hash    entry -> the call and when it is to run, as JSON
+    microq:{q}:ticks            hash    entry -> "<last tick handed out> <registered_at>"
     microq:{q}:job:<id>         hash    the call and its options, later its outcome
     microq:{q}:job:<id>:results list    older results, where there is more than one
 
@@ -92,6 +96,7 @@ import argparse
 import asyncio
 import contextlib
 import contextvars
+import copy
 import ctypes
 import enum
 import fcntl
@@ -121,6 +126,7 @@ import tempfile
 import threading
 import time
 import traceback
+import zoneinfo
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -150,13 +156,14 @@ if __name__ == "__main__":
 __version__ = "0.1.0"
 # fmt: off
 __all__ = [
-    "DeserializationError", "DuplicateJobError", "EnqueueData", "Execution", "InvalidJobOperation",
-    "JSONSerializer", "Job", "JobStatus", "JobTimeoutException", "MicroqError", "NoSuchJobError",
-    "PickleSerializer", "Queue", "Registry", "Repeat", "Result", "Retry", "ServerUnavailable",
-    "SimpleWorker", "StopRequested", "Worker", "WorkerPool", "WorkerStatus", "__version__",
-    "cancel_job", "embedded", "get_current_job", "is_suspended", "main", "requeue_job", "resume",
-    "send_command", "send_kill_horse_command", "send_shutdown_command", "send_stop_job_command",
-    "suspend",
+    "CronJob", "CronScheduler", "DeserializationError", "DuplicateJobError", "EnqueueData",
+    "Execution", "InvalidJobOperation", "JSONSerializer", "Job", "JobStatus", "JobTimeoutException",
+    "MicroqError", "NoSuchJobError", "PickleSerializer", "Queue", "Registry", "Repeat", "Result",
+    "Retry", "SchedulerNotFound", "ServerUnavailable", "SimpleWorker", "StopRequested", "Worker",
+    "WorkerPool", "WorkerStatus", "__version__", "cancel_job", "create_cron", "cron", "embedded",
+    "get_cron_job_ids", "get_current_job", "is_suspended", "main", "register", "requeue_job",
+    "resume", "send_command", "send_kill_horse_command", "send_shutdown_command",
+    "send_stop_job_command", "suspend",
 ]
 # fmt: on
 
@@ -196,6 +203,10 @@ class NoSuchJobError(MicroqError):
 
 class DuplicateJobError(MicroqError):
     """The id belongs to a job that has not ended yet; nothing was stored."""
+
+
+class SchedulerNotFound(MicroqError):
+    """No scheduler of this name has been heard of for a minute."""
 
 
 class InvalidJobOperation(MicroqError):
@@ -879,6 +890,12 @@ ENQUEUE = Script("""
 -- ended: then none is stored.
 local q, delay = KEYS[1], tonumber(ARGV[1])
 local at, i, starts, keys, fresh, back = now(), 2, {}, {}, {}, {}
+if not delay then  -- a tick of cron: entry, its last tick, this one; if others were faster, nothing
+  local name, last, tick = string.match(ARGV[1], '^(%S+) (%S+ %S+) (%S+)$')
+  if call('HGET', q .. 'ticks', name) ~= last then return '' end
+  call('HSET', q .. 'ticks', name, tick .. string.match(last, ' .*'))
+  delay = math.max(0, tick - at)
+end
 while ARGV[i] do
   starts[#starts + 1], keys[#keys + 1] = i, q .. 'job:' .. ARGV[i]
   i = i + 5 + ARGV[i + 4]
@@ -1099,6 +1116,37 @@ AMEND = Script("""
 local job, name, value = KEYS[1] .. 'job:' .. ARGV[1], ARGV[2], ARGV[3]
 if call('EXISTS', job) == 0 then return 0 end
 call('HSET', job, name, value)
+return 1
+""")
+
+ENTRY = Script("""
+-- entry: store `spec` as the entry `name` of cron, '' to remove it.  If that changes it, its ticks
+-- that wait in scheduled are gone, and it starts from now: with the first of these, or else what
+-- was next or is now for an interval, of `back` seconds; 0: what comes next.  Returns 1, or 0 if
+-- nothing changed.
+local q, name, spec, back = KEYS[1], ARGV[1], ARGV[2], tonumber(ARGV[3])
+local at, was, first = now(), call('HGET', q .. 'cron', name) or '', nil
+if was == spec then return 0 end
+local last = tonumber(string.match(call('HGET', q .. 'ticks', name) or '', '^%S+'))
+local ahead = last and call('ZRANGEBYSCORE', q .. 'scheduled', stamp(at), stamp(last)) or {}
+for _, id in ipairs(ahead) do
+  local job = q .. 'job:' .. id  -- one that was enqueued already waits for a retry
+  if string.match(id, '^(.*)%-%d+$') == name and call('HGET', job, 'enqueued_at') == '' then
+    first = first or call('ZSCORE', q .. 'scheduled', id)
+    call('ZREM', q .. 'scheduled', id)
+    call('DEL', job)
+  end
+end
+local base = math.floor(at) - math.max(1, back)
+if first and back > 0 then base = first - back
+elseif last and not first then base = math.max(base, math.min(last, at)) end
+if spec == '' then
+  call('HDEL', q .. 'cron', name)
+  call('HDEL', q .. 'ticks', name)
+else
+  call('HSET', q .. 'cron', name, spec)
+  call('HSET', q .. 'ticks', name, stamp(base) .. ' ' .. stamp(at))
+end
 return 1
 """)
 
@@ -1813,7 +1861,8 @@ class Queue(Registry):
             registry.empty()
         rest: list[Command]
         rest = [("ZREMRANGEBYSCORE", each.key, "-inf", time.time()) for each in registries[4:]]
-        rest += [("SREM", _QUEUES, self.name), ("DEL", f"{self.prefix}wake")]
+        rest += [("SREM", _QUEUES, self.name)]
+        rest += [("DEL", f"{self.prefix}{each}") for each in ("wake", "cron", "ticks")]
         _send(self.connection, *rest)
         self._known = False
 
@@ -2319,7 +2368,7 @@ class Worker:
         logging_level    - of microq's log, set up on stderr unless you did that; None: leave it
         max_jobs         - stop after so many
         max_idle_time    - stop after so many seconds without a job
-        with_scheduler   - put jobs that are due into the queue even while busy
+        with_scheduler   - run cron, and put jobs that are due into the queue even while busy
         dequeue_strategy - 'default': a queue is served before those behind it; 'round_robin': the
                            queue that was served goes to the end; 'random': by chance, each time
 
@@ -2838,7 +2887,10 @@ class _Keeper:
         if self.unknown:
             names = [queue.name for queue in self.workers[0].queues]
             commands.append(("SADD", _QUEUES, *names))
-        *replies, suspended = _send(self.server, *commands, ("PTTL", _SUSPENDED))
+        reads = _cron_reads(self.workers[0].queues) if self.scheduler else []
+        if self.scheduler:
+            commands += _presence(self.name)
+        *replies, suspended = _send(self.server, *commands, *reads, ("PTTL", _SUSPENDED))
         self.beaten_at, self.unknown, self.told = time.monotonic(), False, told
         self.backoff = _Backoff(self.lease / 3)
         for worker, (dead, at, due, fit) in zip(self.workers, replies[1::2], strict=False):
@@ -2854,6 +2906,9 @@ class _Keeper:
                 worker._bell.ring()
         if suspended > 0:  # look again when it ends
             self.beaten_at = min(self.beaten_at, self.beaten_at + suspended / 1000 - self.lease / 3)
+        if reads:  # ticks are handed out a lease ahead: any worker then starts them, on time
+            tables = replies[-len(reads) :]
+            _hand_out(self.server, self.workers[0].queues, tables, float(replies[1][1]), self.lease)
 
     def listen(self, until: float) -> None:
         """Wait for commands, for the bell, or until something is to be done."""
@@ -3086,7 +3141,7 @@ class _Keeper:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.attempt(self.reap_replaced)
-        commands: list[Command] = [("DEL", self.ear.keys[0])]
+        commands: list[Command] = [("DEL", self.ear.keys[0]), ("ZREM", _SCHEDULERS, self.name)]
         for worker in self.workers:
             with worker._lock:  # its relief may still be there
                 if worker._current and worker._current not in [run[0] for run in worker._done]:
@@ -3235,6 +3290,415 @@ def _look_again(connection: Redis | None) -> None:
     for key in Worker.all_keys(connection):
         with contextlib.suppress(ValueError):  # it died meanwhile
             send_command(connection, key.removeprefix("microq:worker:"), "suspension")
+
+
+# ---- Cron ----------------------------------------------------------------------------------------
+# An entry is kept in its queue, with the last tick that was handed out.  Each keeper with a
+# scheduler reads both with its beat, and hands out what follows, up to a lease ahead, as jobs that
+# are scheduled for their tick.  The script enqueue does that if the last tick is still the one that
+# was read, so there may be any number of schedulers, and each may die at any time.  The time is
+# that of the server.
+
+_SCHEDULERS = "microq:schedulers"
+_FIELDS = (
+    ("minute", 0, 59, ""), ("hour", 0, 23, ""), ("day of month", 1, 31, ""),
+    ("month", 1, 12, "jan feb mar apr may jun jul aug sep oct nov dec"),
+    ("day of week", 0, 7, "sun mon tue wed thu fri sat"),
+)  # fmt: skip
+_NICKNAMES = {
+    "@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *", "@monthly": "0 0 1 * *",
+    "@weekly": "0 0 * * 0", "@daily": "0 0 * * *", "@midnight": "0 0 * * *", "@hourly": "0 * * * *",
+}  # fmt: skip
+_complain = functools.lru_cache(1000)(log.error)  # once about each thing
+_registered: list[CronJob] = []
+
+
+class _Expression:
+    """When a cron expression comes, by the clock on the wall of a time zone, as in Vixie cron."""
+
+    def __init__(self, text: str, zone: str) -> None:
+        words = _NICKNAMES.get(text.strip().lower(), text).lower().split()
+        if len(words) != 5:
+            shape = "minute, hour, day of month, month, day of week"
+            raise ValueError(f"cron={text!r}: give {shape}, or one of {', '.join(_NICKNAMES)}")
+        sets = [self._numbers(word, *field) for word, field in zip(words, _FIELDS, strict=True)]
+        self.minutes, self.hours, self.days, self.months, self.weekdays = sets
+        # Of two days that are restricted, either will do.
+        self.both = "*" in (words[2][0], words[4][0])
+        self.often = "*" in (words[0][0], words[1][0])  # so it follows each change of the clocks
+        try:
+            utc = zone in ("UTC", "Etc/UTC")  # which needs no files
+            self.zone = timezone.utc if utc else zoneinfo.ZoneInfo(zone)
+        except (KeyError, ValueError, OSError):
+            raise ValueError(f"timezone={zone!r}: give one such as 'Europe/Berlin'") from None
+        self.next(datetime(2000, 1, 1), text)
+
+    @staticmethod
+    def _numbers(word: str, name: str, low: int, high: int, names: str) -> set[int]:
+        """Return the numbers that a field means."""
+        known, found = {each: str(low + i) for i, each in enumerate(names.split())}, set()
+        for part in word.split(","):
+            match = re.fullmatch(r"(?:\*|(\w+)(?:-(\w+))?)(?:/(\d+))?", part)
+            try:
+                first, last, step = match.groups()  # type: ignore[union-attr]
+                begin, end = (int(known.get(each, each) or low) for each in (first, last or first))
+                end = high if not last and (step or not first) else end
+                if not low <= begin <= end <= high:
+                    raise ValueError
+                found |= set(range(begin, end + 1, int(step or 1)))
+            except (AttributeError, ValueError):
+                what = f"{low} to {high}{names and f', {names}'}; *, a-b, */n, a-b/n, or a list"
+                raise ValueError(f"cron: {part!r} is no {name}: give {what}") from None
+        return {number % 7 for number in found} if high == 7 else found
+
+    def next(self, wall: datetime, text: str = "") -> datetime:
+        """Return the first time after `wall`, on its clock."""
+        t, day = wall.replace(second=0, microsecond=0) + timedelta(minutes=1), timedelta(days=1)
+        while t.year <= wall.year + 41:  # for 29 February on a Sunday
+            days = t.day in self.days, t.isoweekday() % 7 in self.weekdays
+            if t.month not in self.months:
+                t = (t.replace(day=1, hour=0, minute=0) + 32 * day).replace(day=1)
+            elif not (all(days) if self.both else any(days)):
+                t = t.replace(hour=0, minute=0) + day
+            elif t.hour not in self.hours:
+                t = t.replace(minute=0) + timedelta(hours=1)
+            elif t.minute not in self.minutes:
+                t += timedelta(minutes=1)
+            else:
+                return t
+        raise ValueError(f"cron={text!r} never comes")
+
+    def _at(self, wall: datetime, fold: int = 0) -> float:
+        return wall.replace(tzinfo=self.zone, fold=fold).timestamp()
+
+    def next_after(self, moment: float) -> float:
+        """Return when it comes next; seconds since the epoch, like `moment`."""
+        wall, best = datetime.fromtimestamp(moment, self.zone).replace(tzinfo=None), math.inf
+        # Before clocks are set back, what was may come once more.
+        t = wall - timedelta(seconds=self._at(wall, 1) - self._at(wall))
+        while t <= wall or best == math.inf:
+            t = there = self.next(t)
+            while self._at(there, 1) < self._at(there):  # clocks are set forward past it
+                there += timedelta(minutes=1)
+            times = [self._at(there), self._at(there, 1)] if there == t or not self.often else []
+            best = min([best, *(at for at in times[: 1 + self.often] if at > moment)])
+        return best
+
+
+class CronJob:
+    """An entry of cron, made by register(): a call with its options, and when to enqueue it.
+
+    It has what was registered: `name`, `func_name`, `queue_name`, `interval` in seconds, `cron`,
+    `timezone`, `missed`; and its `owner`, see CronScheduler."""
+
+    def __init__(
+        self, func: Func, queue_name: str, args: Any = None, kwargs: Any = None,
+        interval: Any = None, cron: str | None = None, *, name: str = "",
+        timezone: Any = None, missed: str = "latest", at_front: bool = False,
+        serializer: Any = None, **options: Any,
+    ) -> None:  # fmt: skip
+        if (interval is None) == (cron is None):
+            raise ValueError("give either interval=, in seconds, or cron=, as in '0 9 * * mon-fri'")
+        self.interval = _seconds(interval, "interval") if cron is None else None
+        if (self.interval or 1) < 1:
+            raise ValueError(f"interval={interval!r}: give a second or more")
+        if missed not in (words := ["latest", "all", "skip"]):
+            raise ValueError(f"missed={missed!r}: use one of {words}")
+        if own := {"job_id", "unique", "depends_on"} & options.keys():
+            raise TypeError(f"{min(own)} is no option of cron, which gives its jobs their ids")
+        options["timeout"] = options.pop("job_timeout", None)
+        made = Queue(queue_name, serializer=serializer).create_job(func, args, kwargs, **options)
+        self.job = {field: value.decode("latin-1") for field, value in made._fields.items()}
+        self.name, self.queue_name, self.owner = name or made.func_name, queue_name, ""
+        self.cron, self.missed, self.at_front = cron, missed, bool(at_front)
+        here = os.environ.get("TZ") or os.path.realpath("/etc/localtime")
+        self.timezone = str(timezone or here.rpartition("/zoneinfo/")[2].lstrip(":"))
+        _id_of(f"{_slug(self.name)}-{time.time():.0f}")
+        self._read(b"")
+
+    func_name = property(lambda self: self.job["func"].removesuffix("()"))
+    _key = property(lambda self: (self.queue_name, _slug(self.name)))
+
+    def _read(self, ticks: bytes) -> None:
+        """Take in "<last tick> <registered_at>", or b"" for an entry that is not stored."""
+        self._expression = _Expression(self.cron, self.timezone) if self.cron else None
+        never = time.time() - (self.interval or 0), math.inf
+        self._last, self._since = map(float, ticks.split() or never)
+
+    @classmethod
+    def all(cls, connection: Redis | None = None) -> list[CronJob]:
+        """Return the entries of all queues, as they are stored.  Two round trips."""
+        found: list[CronJob] = []
+        queues = Queue.all(connection)
+        tables = _send(queues[0].connection, *_cron_reads(queues)) if queues else []
+        for ticks, entries in zip(map(_pairs, tables[::2]), tables[1::2], strict=True):
+            for slug, spec in _pairs(entries).items():
+                with contextlib.suppress(Exception):  # it is garbled
+                    found.append(copy.copy(_entry(spec)))
+                    found[-1]._read(ticks[slug])
+        return sorted(found, key=lambda each: each.name)
+
+    def _to_json(self) -> str:
+        return json.dumps({k: v for k, v in vars(self).items() if k[0] != "_"}, sort_keys=True)
+
+    def _after(self, moment: float, last: float) -> float:
+        """Return the first tick after `moment`, where `last` is one."""
+        if self._expression:
+            return self._expression.next_after(moment)
+        interval = self.interval or 1.0
+        return last + (math.floor((moment - last) / interval) + 1) * interval
+
+    def _ticks(self, last: float, now: float, ahead: float) -> list[float]:
+        """Return the ticks to hand out: of those missed what `missed` says, and those ahead."""
+        most, span = 1000 if self.missed == "all" else 1, 60.0
+        while True:
+            start, found = max(last, now - span), []
+            tick = self._after(start, last)
+            while tick <= now + ahead:
+                found.append(tick)
+                tick = self._after(tick, tick)
+            past = sum(tick <= now for tick in found)
+            if past >= most or start == last or self.missed == "skip":
+                return found[max(0, past - most) :]
+            span *= 4
+
+    def _made(self, id: str, queue: Queue) -> Job:
+        fields = {name: value.encode("latin-1") for name, value in self.job.items()}
+        return Job(id, queue, fields, nonce="")
+
+    def _store(self, spec: str) -> Command:
+        return ENTRY(_prefix(self.queue_name), self._key[1], spec, self.interval or 0)
+
+    next_enqueue_time = property(
+        lambda self: _utc(self._after(self._last, self._last)),
+        doc="The tick that is to be handed out next.",
+    )
+    latest_enqueue_time = property(
+        lambda self: _utc(self._last) if self._last >= math.floor(self._since) else None,
+        doc="The last tick handed out, up to a lease before its time; None if there was none.",
+    )
+
+    def should_run(self) -> bool:
+        """Tell whether a tick is due."""
+        return self._after(self._last, self._last) <= time.time()
+
+    def enqueue(self, connection: Redis | None = None) -> Job:
+        """Enqueue the call now, beside its ticks, and return the job."""
+        queue = Queue(self.queue_name, connection)
+        return queue.enqueue_job(self._made(secrets.token_urlsafe(16), queue), None, self.at_front)
+
+    def get_job_ids(
+        self, connection: Redis | None = None, start: int = 0, end: int = -1
+    ) -> list[str]:
+        """Return the ids, <name>-<tick>, of its jobs that still exist, `start` to `end`, the latest
+        first.  O(n) in the jobs of the queue."""
+        registries = [Registry(Queue(self.queue_name, connection), each) for each in _CONTAINERS]
+        ids = [id for each in registries for id in each.get_job_ids()]
+        ids = [id for id in ids if re.fullmatch(rf"{self._key[1]}-\d+", id)]
+        return sorted(ids, key=lambda id: -int(id.rpartition("-")[2]))[start : end + 1 or None]
+
+
+def _slug(name: str) -> str:
+    """Return what the ids of an entry's jobs begin with; it is the key of the entry, too."""
+    return re.sub(r"[^A-Za-z0-9_-]", "_", name)
+
+
+@functools.lru_cache(10000)
+def _entry(spec: bytes) -> CronJob:
+    entry = CronJob.__new__(CronJob)
+    vars(entry).update(json.loads(spec))
+    entry._read(b"")
+    return entry
+
+
+def _cron_reads(queues: Iterable[Queue]) -> list[Command]:
+    """Return what reads ticks and entries: in this order, lest an old entry meets new ticks."""
+    return [("HGETALL", f"{queue.prefix}{each}") for queue in queues for each in ("ticks", "cron")]
+
+
+def _presence(name: str) -> list[Command]:
+    now = time.time()
+    limits = "-inf", now - 60
+    return [("ZADD", _SCHEDULERS, now, name), ("ZREMRANGEBYSCORE", _SCHEDULERS, *limits)]
+
+
+def _hand_out(
+    connection: Any, queues: Iterable[Queue], tables: list[Any], now: float, ahead: float
+) -> list[Any]:
+    """Enqueue the ticks that come up to `ahead` seconds after `now`, given what _cron_reads() has
+    read.  Return the keys of the entries of those that no other has handed out."""
+    offers, commands = [], []
+    for queue, ticks, entries in zip(queues, tables[::2], map(_pairs, tables[1::2]), strict=True):
+        for slug, spec in entries.items():
+            try:
+                entry, last = _entry(spec), _pairs(ticks)[slug].decode()
+                for tick in entry._ticks(float(last.split()[0]), now, ahead):
+                    words = _enqueue_words(
+                        entry._made(f"{slug}-{tick:.0f}", queue), entry.at_front, 0
+                    )
+                    commands.append(ENQUEUE(queue.prefix, f"{slug} {last} {tick:.6f}", *words))
+                    offers.append((queue.name, slug))
+                    last = f"{tick:.6f} {last.split()[1]}"
+            except Exception as error:
+                _complain("cron entry %s of %s: %s", slug, queue.name, repr(error))
+    replies = _send(connection, *commands) if commands else []
+    return [offer for offer, reply in zip(offers, replies, strict=True) if reply]
+
+
+class _Clock(SimpleWorker):
+    """A worker without jobs, whose keeper runs cron."""
+
+    def _loop(self) -> bytes:
+        while not self._slate.stopping:
+            self._bell.watch(math.inf)
+        return b"e"
+
+
+class CronScheduler:
+    """Entries of cron that belong together, and a process that runs cron, but no jobs.
+
+    connection    - a redis.Redis; $MICROQ_URL, else $REDIS_URL, else localhost:6379
+    logging_level - of microq's log, in start()
+    name          - also of the owner of the entries; what the owner has stored, and registers no
+                    longer, is removed.  The path of a config file; if there is none, all stay"""
+
+    def __init__(
+        self, connection: Redis | None = None, logging_level: str | int = "INFO", name: str = ""
+    ) -> None:
+        self.connection, self.logging_level = _connect(connection), logging_level
+        self.name, self.owner = name or _new_name(), name
+        self.last_heartbeat: datetime | None = None
+        self._jobs: list[CronJob] = []
+
+    def register(self, func: Func, queue_name: str, *args: Any, **options: Any) -> CronJob:
+        """Add an entry, which start(), save() and enqueue_jobs() store; see register()."""
+        return self._add(CronJob(func, queue_name, *args, **options))
+
+    def _add(self, job: CronJob) -> CronJob:
+        taken, numbers = {each._key[1] for each in self._jobs}, itertools.count(2)
+        if job._key[1] in taken and job.name != job.func_name:
+            raise ValueError(f"an entry {job.name!r} is registered already; choose another name=")
+        while job._key[1] in taken:
+            job.name = f"{job.func_name}-{next(numbers)}"
+        self._jobs.append(job)
+        return job
+
+    def get_jobs(self) -> list[CronJob]:
+        """Return the entries registered here; CronJob.all() returns those that are stored."""
+        return list(self._jobs)
+
+    def enqueue_jobs(self, ahead: float = 0.0) -> list[CronJob]:
+        """Store the entries, enqueue what is due up to `ahead` seconds from now, and return the
+        entries of which something was."""
+        ours, commands = {job._key: job for job in self._jobs}, []
+        for each in CronJob.all(self.connection) if self.owner else ():
+            if each.owner == self.owner and each._key not in ours:
+                commands.append(each._store(""))
+        for job in self._jobs:
+            job.owner = self.owner
+            commands += [job._store(job._to_json()), ("SADD", _QUEUES, job.queue_name)]
+        queues = [Queue(name, self.connection) for name in {job.queue_name for job in self._jobs}]
+        reads = [("TIME",), *_cron_reads(queues)]
+        now, *tables = _send(self.connection, *commands, *reads)[len(commands) :]
+        done = _hand_out(self.connection, queues, tables, int(now[0]) + int(now[1]) / 1e6, ahead)
+        for each in CronJob.all(self.connection):
+            if each._key in ours:
+                vars(ours[each._key]).update(_last=each._last, _since=each._since)
+        return [ours[key] for key in dict.fromkeys(done) if key in ours]
+
+    def save(self) -> None:
+        """Store the entries, and hand out their first ticks; what is the same goes on as it was."""
+        self.enqueue_jobs(LEASE)
+
+    def remove(self, name: str) -> bool:
+        """Remove an entry, whoever owns it; False if there is none.  What was enqueued runs."""
+        self._jobs = [job for job in self._jobs if job._key[1] != _slug(name)]
+        queues = Queue.all(self.connection)
+        removals = [ENTRY(queue.prefix, _slug(name), "", 0) for queue in queues]
+        return bool(removals) and any(_send(self.connection, *removals))
+
+    def start(self) -> None:
+        """Store the entries and run cron for their queues, until SIGINT or SIGTERM. A worker that
+        has a scheduler does the same; there may be any number of both."""
+        self.save()
+        queues = sorted({job.queue_name for job in self._jobs})
+        clock = _Clock(queues, self.name, self.connection)
+        keeper = _Keeper(self.name, [clock], with_scheduler=True)
+        clock._prefixes = []  # it takes no part in the queues
+        keeper.run(self.logging_level)
+
+    def load_config_from_file(self, config_path: str) -> None:
+        """Add what a module registers; give its path, or dotted name."""
+        path, name = Path(config_path), config_path
+        if path.is_file():
+            sys.path.insert(0, str(path.parent.resolve()))
+            name = path.stem
+        sys.modules.pop(name, None)
+        importlib.invalidate_caches()
+        _registered.clear()
+        importlib.import_module(name)
+        self._jobs += create_cron(self.connection)._jobs
+        self.owner = self.owner or config_path
+
+    def heartbeat(self) -> None:
+        """Tell fetch() and all() that this is alive, as start() does by itself."""
+        _send(self.connection, *_presence(self.name))
+        self.last_heartbeat = _utc(time.time())
+
+    @classmethod
+    def all(cls, connection: Redis | None = None) -> list[CronScheduler]:
+        """Return what has run cron in the last minute, workers too; each with its entries."""
+        entries, found = CronJob.all(connection), []
+        asked = "ZRANGEBYSCORE", _SCHEDULERS, time.time() - 60, "+inf", "WITHSCORES"
+        for name, beat in _pairs(_ask(_connect(connection), *asked)).items():
+            found.append(cls(connection, name=name))
+            found[-1].last_heartbeat = _utc(float(beat))
+            found[-1]._jobs = [each for each in entries if each.owner == name]
+        return found
+
+    @classmethod
+    def fetch(cls, name: str, connection: Redis | None = None) -> CronScheduler:
+        """Return the one of this name that all() returns, or raise SchedulerNotFound."""
+        if found := [each for each in cls.all(connection) if each.name == name]:
+            return found[0]
+        raise SchedulerNotFound(f"no scheduler {name!r} was heard of in the last minute")
+
+
+def register(func: Func, queue_name: str, *args: Any, **options: Any) -> CronJob:
+    """Add an entry of cron, for a config file or create_cron(), and return it.
+
+    args, kwargs - of the function, none
+    interval     - seconds, 1 or more, the first time at once; or else:
+    cron         - '*/5 9-17 * * mon-fri' or '@daily', read as Vixie cron does
+    name         - unique; the ids of its jobs are <name>-<tick>; the name of the function
+    timezone     - of `cron`, 'Europe/Berlin'; that of the process that registers
+    missed       - of what came while no scheduler was there, 'latest' enqueues one job, 'all' up to
+                   1000, 'skip' one if it is less than a minute late, 'latest'
+    Options of enqueue(), as job_timeout, retry, at_front; serializer, as of a Queue
+
+    Where clocks are set forward, what is left out comes at that moment; where they are set back, it
+    comes once; but if minute or hour begins with '*', whenever the clock on the wall says so."""
+    _registered.append(CronJob(func, queue_name, *args, **options))
+    return _registered[-1]
+
+
+def create_cron(connection: Redis | None = None) -> CronScheduler:
+    """Return a scheduler with what was added by register()."""
+    scheduler = CronScheduler(connection)
+    for job in _registered:
+        scheduler._add(job)
+    return scheduler
+
+
+def get_cron_job_ids(
+    name: str, connection: Redis | None = None, start: int = 0, end: int = -1
+) -> list[str]:
+    """Return the ids of the jobs of an entry, as CronJob.get_job_ids()."""
+    found = [each for each in CronJob.all(connection) if each.name == name]
+    return found[0].get_job_ids(connection, start, end) if found else []
+
+
+cron = sys.modules[__name__]  # for `from microq import cron; cron.register(..)`
 
 
 # ---- 11. Embedded server -------------------------------------------------------------------------
@@ -3392,6 +3856,13 @@ def _enqueue(options: argparse.Namespace) -> None:
         print(job.id)
 
 
+def _cron(options: argparse.Namespace) -> None:
+    sys.path[:0] = options.path
+    scheduler = CronScheduler(_server_of(options), options.logging_level.upper(), options.name)
+    scheduler.load_config_from_file(options.config)
+    scheduler.start()
+
+
 def _info(options: argparse.Namespace) -> None:
     connection = _server_of(options)
     queues = {queue.name: queue for queue in Queue.all(connection)}
@@ -3467,7 +3938,7 @@ def _parser() -> argparse.ArgumentParser:
         add(short, "--num-workers", dest="processes", default=1, **number, help=several)
         add(*names, help="of the worker; unique")
         add("-b", "--burst", **flag, help="stop when the queues are empty")
-        add("-s", "--with-scheduler", **flag, help="be on time even while busy")
+        add("-s", "--with-scheduler", **flag, help="run cron; be on time even while busy")
         add("--in-process", **flag, help="don't fork: no protection")
         worn = "replace a process after so many, 1000, but not in its first second"
         add("--jobs-per-fork", **number, help=worn)
@@ -3501,6 +3972,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--retry-interval", action="append", metavar="S", help="once, or for each retry")
     add("--quiet", **flag, help="don't print the id")
 
+    add = command("cron", _cron, "store the entries of a config file, and run cron, but no jobs")
+    add("config", metavar="CONFIG_PATH", help="a file or module that calls microq.register()")
+    add("--name", default="", help="of the scheduler, and owner of the entries; CONFIG_PATH")
+    add("-P", "--path", action="append", default=["."], help="where to import from, .")
+    add("-l", "--logging-level", default="INFO", metavar="LEVEL", help="default INFO")
+
     command("info", _info, "show queues and workers")("queues", nargs="*", metavar="QUEUE")
     pause = lambda options: suspend(_server_of(options), options.duration)  # noqa: E731
     command("suspend", pause, "have all workers pause")("--duration", metavar="S", help="no limit")
@@ -3514,7 +3991,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
         options.command(options)
-    except (MicroqError, exceptions.RedisError, TypeError, ValueError, OSError) as error:
+    except (
+        MicroqError,
+        exceptions.RedisError,
+        ImportError,
+        TypeError,
+        ValueError,
+        OSError,
+    ) as error:
         print(f"microq: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
