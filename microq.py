@@ -49,6 +49,7 @@ the container is its status.
     amend     any         the same              the job exists, else 0
     entry     scheduled   (gone)                the entry of cron changes: its ticks ahead
     look      any         the same              (it reads)
+    agenda    any         the same              (it reads the entries of cron)
 
 Keys.  {q} is the queue's name in braces, so that a queue lives in one slot of a Redis Cluster.
 Queues that one worker serves on a Cluster share a slot by naming the tag: "{mail}high".
@@ -1148,6 +1149,12 @@ else
   call('HSET', q .. 'ticks', name, stamp(base) .. ' ' .. stamp(at))
 end
 return 1
+""")
+
+AGENDA = Script("""
+-- agenda: read the entries of cron.  Returns the time, the hash of their last ticks, and theirs.
+local q = KEYS[1]
+return {stamp(now()), call('HGETALL', q .. 'ticks'), call('HGETALL', q .. 'cron')}
 """)
 
 LOOK = Script("""
@@ -2887,10 +2894,10 @@ class _Keeper:
         if self.unknown:
             names = [queue.name for queue in self.workers[0].queues]
             commands.append(("SADD", _QUEUES, *names))
-        reads = _cron_reads(self.workers[0].queues) if self.scheduler else []
-        if self.scheduler:
-            commands += _presence(self.name)
-        *replies, suspended = _send(self.server, *commands, *reads, ("PTTL", _SUSPENDED))
+        queues = self.workers[0].queues if self.scheduler else []
+        if queues:
+            commands += [*_presence(self.name), *(AGENDA(queue.prefix) for queue in queues)]
+        *replies, suspended = _send(self.server, *commands, ("PTTL", _SUSPENDED))
         self.beaten_at, self.unknown, self.told = time.monotonic(), False, told
         self.backoff = _Backoff(self.lease / 3)
         for worker, (dead, at, due, fit) in zip(self.workers, replies[1::2], strict=False):
@@ -2906,9 +2913,8 @@ class _Keeper:
                 worker._bell.ring()
         if suspended > 0:  # look again when it ends
             self.beaten_at = min(self.beaten_at, self.beaten_at + suspended / 1000 - self.lease / 3)
-        if reads:  # ticks are handed out a lease ahead: any worker then starts them, on time
-            tables = replies[-len(reads) :]
-            _hand_out(self.server, self.workers[0].queues, tables, float(replies[1][1]), self.lease)
+        if queues:  # ticks are handed out a lease ahead, so that any worker starts them on time
+            _hand_out(self.server, queues, replies[-len(queues) :], self.lease)
 
     def listen(self, until: float) -> None:
         """Wait for commands, for the bell, or until something is to be done."""
@@ -3358,9 +3364,9 @@ class _Expression:
             days = t.day in self.days, t.isoweekday() % 7 in self.weekdays
             if t.month not in self.months:
                 t = (t.replace(day=1, hour=0, minute=0) + 32 * day).replace(day=1)
-            elif not (all(days) if self.both else any(days)):
+            elif t.hour > max(self.hours) or not (all(days) if self.both else any(days)):
                 t = t.replace(hour=0, minute=0) + day
-            elif t.hour not in self.hours:
+            elif t.hour not in self.hours or t.minute > max(self.minutes):
                 t = t.replace(minute=0) + timedelta(hours=1)
             elif t.minute not in self.minutes:
                 t += timedelta(minutes=1)
@@ -3412,7 +3418,8 @@ class CronJob:
         self.name, self.queue_name, self.owner = name or made.func_name, queue_name, ""
         self.cron, self.missed, self.at_front = cron, missed, bool(at_front)
         here = os.environ.get("TZ") or os.path.realpath("/etc/localtime")
-        self.timezone = str(timezone or here.rpartition("/zoneinfo/")[2].lstrip(":"))
+        zone = str(timezone or here.rpartition("/zoneinfo/")[2].lstrip(":"))
+        self.timezone = zone if cron else "UTC"
         _id_of(f"{_slug(self.name)}-{time.time():.0f}")
         self._read(b"")
 
@@ -3430,12 +3437,13 @@ class CronJob:
         """Return the entries of all queues, as they are stored.  Two round trips."""
         found: list[CronJob] = []
         queues = Queue.all(connection)
-        tables = _send(queues[0].connection, *_cron_reads(queues)) if queues else []
-        for ticks, entries in zip(map(_pairs, tables[::2]), tables[1::2], strict=True):
+        asked = [AGENDA(queue.prefix) for queue in queues]
+        for _, ticks, entries in _send(queues[0].connection, *asked) if queues else ():
             for slug, spec in _pairs(entries).items():
                 with contextlib.suppress(Exception):  # it is garbled
-                    found.append(copy.copy(_entry(spec)))
-                    found[-1]._read(ticks[slug])
+                    entry = copy.copy(_entry(spec))
+                    entry._read(_pairs(ticks)[slug])
+                    found.append(entry)
         return sorted(found, key=lambda each: each.name)
 
     def _to_json(self) -> str:
@@ -3474,7 +3482,7 @@ class CronJob:
         doc="The tick that is to be handed out next.",
     )
     latest_enqueue_time = property(
-        lambda self: _utc(self._last) if self._last >= math.floor(self._since) else None,
+        lambda self: _utc(self._last) if self._last > self._since - 1 else None,
         doc="The last tick handed out, up to a lease before its time; None if there was none.",
     )
 
@@ -3511,11 +3519,6 @@ def _entry(spec: bytes) -> CronJob:
     return entry
 
 
-def _cron_reads(queues: Iterable[Queue]) -> list[Command]:
-    """Return what reads ticks and entries: in this order, lest an old entry meets new ticks."""
-    return [("HGETALL", f"{queue.prefix}{each}") for queue in queues for each in ("ticks", "cron")]
-
-
 def _presence(name: str) -> list[Command]:
     now = time.time()
     limits = "-inf", now - 60
@@ -3523,16 +3526,16 @@ def _presence(name: str) -> list[Command]:
 
 
 def _hand_out(
-    connection: Any, queues: Iterable[Queue], tables: list[Any], now: float, ahead: float
-) -> list[Any]:
-    """Enqueue the ticks that come up to `ahead` seconds after `now`, given what _cron_reads() has
-    read.  Return the keys of the entries of those that no other has handed out."""
+    connection: Any, queues: Iterable[Queue], agendas: list[Any], ahead: float
+) -> list[tuple[str, str]]:
+    """Enqueue the ticks that come up to `ahead` seconds from now.  Return the keys of the entries
+    of those that no other has handed out."""
     offers, commands = [], []
-    for queue, ticks, entries in zip(queues, tables[::2], map(_pairs, tables[1::2]), strict=True):
-        for slug, spec in entries.items():
+    for queue, (at, ticks, entries) in zip(queues, agendas, strict=True):
+        for slug, spec in _pairs(entries).items():
             try:
                 entry, last = _entry(spec), _pairs(ticks)[slug].decode()
-                for tick in entry._ticks(float(last.split()[0]), now, ahead):
+                for tick in entry._ticks(float(last.split()[0]), float(at), ahead):
                     words = _enqueue_words(
                         entry._made(f"{slug}-{tick:.0f}", queue), entry.at_front, 0
                     )
@@ -3598,9 +3601,9 @@ class CronScheduler:
             job.owner = self.owner
             commands += [job._store(job._to_json()), ("SADD", _QUEUES, job.queue_name)]
         queues = [Queue(name, self.connection) for name in {job.queue_name for job in self._jobs}]
-        reads = [("TIME",), *_cron_reads(queues)]
-        now, *tables = _send(self.connection, *commands, *reads)[len(commands) :]
-        done = _hand_out(self.connection, queues, tables, int(now[0]) + int(now[1]) / 1e6, ahead)
+        commands += [AGENDA(queue.prefix) for queue in queues]
+        replies = _send(self.connection, *commands) if commands else []
+        done = _hand_out(self.connection, queues, replies[len(replies) - len(queues) :], ahead)
         for each in CronJob.all(self.connection):
             if each._key in ours:
                 vars(ours[each._key]).update(_last=each._last, _since=each._since)
@@ -3648,12 +3651,13 @@ class CronScheduler:
     @classmethod
     def all(cls, connection: Redis | None = None) -> list[CronScheduler]:
         """Return what has run cron in the last minute, workers too; each with its entries."""
-        entries, found = CronJob.all(connection), []
-        asked = "ZRANGEBYSCORE", _SCHEDULERS, time.time() - 60, "+inf", "WITHSCORES"
-        for name, beat in _pairs(_ask(_connect(connection), *asked)).items():
-            found.append(cls(connection, name=name))
-            found[-1].last_heartbeat = _utc(float(beat))
-            found[-1]._jobs = [each for each in entries if each.owner == name]
+        connection, entries, found = _connect(connection), CronJob.all(connection), []
+        now = time.time()
+        for name in _ask(connection, "ZRANGEBYSCORE", _SCHEDULERS, now - 60, "+inf"):
+            found.append(cls(connection, name=name.decode()))
+            beat = _ask(connection, "ZSCORE", _SCHEDULERS, name)
+            found[-1].last_heartbeat = _utc(float(beat or now))
+            found[-1]._jobs = [each for each in entries if each.owner == name.decode()]
         return found
 
     @classmethod
