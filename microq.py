@@ -97,7 +97,6 @@ import argparse
 import asyncio
 import contextlib
 import contextvars
-import copy
 import ctypes
 import enum
 import fcntl
@@ -3333,8 +3332,7 @@ class _Expression:
         self.both = "*" in (words[2][0], words[4][0])
         self.often = "*" in (words[0][0], words[1][0])  # so it follows each change of the clocks
         try:
-            utc = zone in ("UTC", "Etc/UTC")  # which needs no files
-            self.zone = timezone.utc if utc else zoneinfo.ZoneInfo(zone)
+            self.zone = timezone.utc if zone == "UTC" else zoneinfo.ZoneInfo(zone)
         except (KeyError, ValueError, OSError):
             raise ValueError(f"timezone={zone!r}: give one such as 'Europe/Berlin'") from None
         self.next(datetime(2000, 1, 1), text)
@@ -3374,28 +3372,31 @@ class _Expression:
                 return t
         raise ValueError(f"cron={text!r} never comes")
 
-    def _at(self, wall: datetime, fold: int = 0) -> float:
-        return wall.replace(tzinfo=self.zone, fold=fold).timestamp()
-
     def next_after(self, moment: float) -> float:
         """Return when it comes next; seconds since the epoch, like `moment`."""
+
+        def at(wall: datetime) -> list[float]:
+            return [wall.replace(tzinfo=self.zone, fold=i).timestamp() for i in (0, 1)]
+
         wall, best = datetime.fromtimestamp(moment, self.zone).replace(tzinfo=None), math.inf
-        # Before clocks are set back, what was may come once more.
-        t = wall - timedelta(seconds=self._at(wall, 1) - self._at(wall))
+        first, again = at(wall)
+        t = wall - timedelta(seconds=again - first)  # clocks will be set back: what was comes again
         while t <= wall or best == math.inf:
             t = there = self.next(t)
-            while self._at(there, 1) < self._at(there):  # clocks are set forward past it
+            while (times := at(there))[1] < times[0]:  # clocks are set forward past it
                 there += timedelta(minutes=1)
-            times = [self._at(there), self._at(there, 1)] if there == t or not self.often else []
-            best = min([best, *(at for at in times[: 1 + self.often] if at > moment)])
+            if there == t or not self.often:
+                best = min([best, *(each for each in times[: 1 + self.often] if each > moment)])
         return best
+
+
+_expression = functools.lru_cache(1000)(_Expression)
 
 
 class CronJob:
     """An entry of cron, made by register(): a call with its options, and when to enqueue it.
 
-    It has what was registered: `name`, `func_name`, `queue_name`, `interval` in seconds, `cron`,
-    `timezone`, `missed`; and its `owner`, see CronScheduler."""
+    Its attributes are what was registered, `func_name`, and its `owner`, see CronScheduler."""
 
     def __init__(
         self, func: Func, queue_name: str, args: Any = None, kwargs: Any = None,
@@ -3418,7 +3419,9 @@ class CronJob:
         self.name, self.queue_name, self.owner = name or made.func_name, queue_name, ""
         self.cron, self.missed, self.at_front = cron, missed, bool(at_front)
         here = os.environ.get("TZ") or os.path.realpath("/etc/localtime")
-        zone = str(timezone or here.rpartition("/zoneinfo/")[2].lstrip(":"))
+        zone = str(timezone or here.rpartition("/zoneinfo/")[2].lstrip(":")).replace(
+            "Etc/UTC", "UTC"
+        )
         self.timezone = zone if cron else "UTC"
         _id_of(f"{_slug(self.name)}-{time.time():.0f}")
         self._read(b"")
@@ -3428,23 +3431,28 @@ class CronJob:
 
     def _read(self, ticks: bytes) -> None:
         """Take in "<last tick> <registered_at>", or b"" for an entry that is not stored."""
-        self._expression = _Expression(self.cron, self.timezone) if self.cron else None
+        self._expression = _expression(self.cron, self.timezone) if self.cron else None
         never = time.time() - (self.interval or 0), math.inf
         self._last, self._since = map(float, ticks.split() or never)
 
     @classmethod
     def all(cls, connection: Redis | None = None) -> list[CronJob]:
         """Return the entries of all queues, as they are stored.  Two round trips."""
-        found: list[CronJob] = []
-        queues = Queue.all(connection)
+        found, queues = [], Queue.all(connection)
         asked = [AGENDA(queue.prefix) for queue in queues]
-        for _, ticks, entries in _send(queues[0].connection, *asked) if queues else ():
-            for slug, spec in _pairs(entries).items():
+        for _, *tables in _send(queues[0].connection, *asked) if queues else ():
+            ticks, entries = map(_pairs, tables)
+            for slug, spec in entries.items():
                 with contextlib.suppress(Exception):  # it is garbled
-                    entry = copy.copy(_entry(spec))
-                    entry._read(_pairs(ticks)[slug])
-                    found.append(entry)
+                    found.append(cls._of(spec, ticks[slug]))
         return sorted(found, key=lambda each: each.name)
+
+    @classmethod
+    def _of(cls, spec: bytes, ticks: bytes) -> CronJob:
+        entry = cls.__new__(cls)
+        vars(entry).update(json.loads(spec))
+        entry._read(ticks)
+        return entry
 
     def _to_json(self) -> str:
         return json.dumps({k: v for k, v in vars(self).items() if k[0] != "_"}, sort_keys=True)
@@ -3456,17 +3464,17 @@ class CronJob:
         interval = self.interval or 1.0
         return last + (math.floor((moment - last) / interval) + 1) * interval
 
-    def _ticks(self, last: float, now: float, ahead: float) -> list[float]:
+    def _ticks(self, now: float, ahead: float) -> list[float]:
         """Return the ticks to hand out: of those missed what `missed` says, and those ahead."""
         most, span = 1000 if self.missed == "all" else 1, 60.0
         while True:
-            start, found = max(last, now - span), []
-            tick = self._after(start, last)
+            start, found = max(self._last, now - span), []
+            tick = self._after(start, self._last)
             while tick <= now + ahead:
                 found.append(tick)
                 tick = self._after(tick, tick)
             past = sum(tick <= now for tick in found)
-            if past >= most or start == last or self.missed == "skip":
+            if past >= most or start == self._last or self.missed == "skip":
                 return found[max(0, past - most) :]
             span *= 4
 
@@ -3477,18 +3485,14 @@ class CronJob:
     def _store(self, spec: str) -> Command:
         return ENTRY(_prefix(self.queue_name), self._key[1], spec, self.interval or 0)
 
-    next_enqueue_time = property(
-        lambda self: _utc(self._after(self._last, self._last)),
-        doc="The tick that is to be handed out next.",
-    )
-    latest_enqueue_time = property(
-        lambda self: _utc(self._last) if self._last > self._since - 1 else None,
-        doc="The last tick handed out, up to a lease before its time; None if there was none.",
-    )
+    _next = property(lambda self: self._after(self._last, self._last))
+    next_enqueue_time = property(lambda self: _utc(self._next), doc="The next tick to hand out.")
+    should_run = lambda self: self._next <= time.time()  # noqa: E731
 
-    def should_run(self) -> bool:
-        """Tell whether a tick is due."""
-        return self._after(self._last, self._last) <= time.time()
+    @property
+    def latest_enqueue_time(self) -> datetime | None:
+        """The last tick handed out, up to a lease before its time; None if there was none."""
+        return _utc(self._last) if self._last > self._since - 1 else None
 
     def enqueue(self, connection: Redis | None = None) -> Job:
         """Enqueue the call now, beside its ticks, and return the job."""
@@ -3511,14 +3515,6 @@ def _slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]", "_", name)
 
 
-@functools.lru_cache(10000)
-def _entry(spec: bytes) -> CronJob:
-    entry = CronJob.__new__(CronJob)
-    vars(entry).update(json.loads(spec))
-    entry._read(b"")
-    return entry
-
-
 def _presence(name: str) -> list[Command]:
     now = time.time()
     limits = "-inf", now - 60
@@ -3531,17 +3527,19 @@ def _hand_out(
     """Enqueue the ticks that come up to `ahead` seconds from now.  Return the keys of the entries
     of those that no other has handed out."""
     offers, commands = [], []
-    for queue, (at, ticks, entries) in zip(queues, agendas, strict=True):
-        for slug, spec in _pairs(entries).items():
+    for queue, (at, *tables) in zip(queues, agendas, strict=True):
+        ticks, entries = map(_pairs, tables)
+        for slug, spec in entries.items():
             try:
-                entry, last = _entry(spec), _pairs(ticks)[slug].decode()
-                for tick in entry._ticks(float(last.split()[0]), float(at), ahead):
-                    words = _enqueue_words(
-                        entry._made(f"{slug}-{tick:.0f}", queue), entry.at_front, 0
-                    )
-                    commands.append(ENQUEUE(queue.prefix, f"{slug} {last} {tick:.6f}", *words))
-                    offers.append((queue.name, slug))
-                    last = f"{tick:.6f} {last.split()[1]}"
+                entry = CronJob._of(spec, ticks[slug])
+                last, since = entry._last, entry._since
+                for tick in entry._ticks(float(at), ahead):
+                    job = entry._made(f"{slug}-{tick:.0f}", queue)
+                    guard = f"{slug} {last:.6f} {since:.6f} {tick:.6f}"
+                    words = _enqueue_words(job, entry.at_front, 0)
+                    commands.append(ENQUEUE(queue.prefix, guard, *words))
+                    offers.append(entry._key)
+                    last = tick
             except Exception as error:
                 _complain("cron entry %s of %s: %s", slug, queue.name, repr(error))
     replies = _send(connection, *commands) if commands else []
@@ -3650,9 +3648,9 @@ class CronScheduler:
 
     @classmethod
     def all(cls, connection: Redis | None = None) -> list[CronScheduler]:
-        """Return what has run cron in the last minute, workers too; each with its entries."""
-        connection, entries, found = _connect(connection), CronJob.all(connection), []
-        now = time.time()
+        """Return what has run cron in the last minute, workers too, with the entries it owns."""
+        connection, now = _connect(connection), time.time()
+        entries, found = CronJob.all(connection), []
         for name in _ask(connection, "ZRANGEBYSCORE", _SCHEDULERS, now - 60, "+inf"):
             found.append(cls(connection, name=name.decode()))
             beat = _ask(connection, "ZSCORE", _SCHEDULERS, name)
@@ -3663,8 +3661,9 @@ class CronScheduler:
     @classmethod
     def fetch(cls, name: str, connection: Redis | None = None) -> CronScheduler:
         """Return the one of this name that all() returns, or raise SchedulerNotFound."""
-        if found := [each for each in cls.all(connection) if each.name == name]:
-            return found[0]
+        for each in cls.all(connection):
+            if each.name == name:
+                return each
         raise SchedulerNotFound(f"no scheduler {name!r} was heard of in the last minute")
 
 

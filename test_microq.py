@@ -3307,11 +3307,11 @@ def test_a_tick_is_handed_out_once_by_all_who_have_read_the_same(redis, queue):
 )
 def test_what_was_missed_is_made_up_for_as_the_entry_says(missed, ago, expected):
     job = CronJob(add, "default", interval=10, missed=missed)
-    assert job._ticks(1e9 - ago, 1e9, 0) == [1e9 + each for each in expected]
-    skips = CronJob(add, "default", cron="0 0 * * *", missed=missed, timezone="UTC")
-    day = 86400.0
-    late = skips._ticks(0.0, 2000 * day + 3600, 0)
-    assert late == {
+    job._last = 1e9 - ago
+    assert job._ticks(1e9, 0) == [1e9 + each for each in expected]
+    job, day = CronJob(add, "default", cron="0 0 * * *", missed=missed, timezone="UTC"), 86400.0
+    job._last = 0.0
+    assert job._ticks(2000 * day + 3600, 0) == {
         "latest": [2000 * day], "skip": [], "all": [day * n for n in range(1001, 2001)]
     }[missed]  # fmt: skip
 
