@@ -2794,6 +2794,8 @@ class _Keeper:
         self.stopping_since: float | None = None
         self.beaten_at, self.backoff, self.silent_until = 0.0, _Backoff(self.lease / 3), 0.0
         self.unknown = True  # whether the server must be told the names of the queues
+        self.cron: CronScheduler | None = None  # whose entries are kept in the server
+        self.forgotten = True  # whether it has lost them
         self.told = 0.0  # the seconds of work that the last beat told
         self.healthy_since = 0.0  # since when we have beaten in time
 
@@ -2894,8 +2896,8 @@ class _Keeper:
             names = [queue.name for queue in self.workers[0].queues]
             commands.append(("SADD", _QUEUES, *names))
         queues = self.workers[0].queues if self.scheduler else []
-        if queues:
-            commands += [*_presence(self.name), *(AGENDA(queue.prefix) for queue in queues)]
+        commands += _presence(self.name) if queues else []
+        commands += [AGENDA(queue.prefix) for queue in queues]
         *replies, suspended = _send(self.server, *commands, ("PTTL", _SUSPENDED))
         self.beaten_at, self.unknown, self.told = time.monotonic(), False, told
         self.backoff = _Backoff(self.lease / 3)
@@ -2912,8 +2914,16 @@ class _Keeper:
                 worker._bell.ring()
         if suspended > 0:  # look again when it ends
             self.beaten_at = min(self.beaten_at, self.beaten_at + suspended / 1000 - self.lease / 3)
-        if queues:  # ticks are handed out a lease ahead, so that any worker starts them on time
-            _hand_out(self.server, queues, replies[-len(queues) :], self.lease)
+        if queues:
+            self.run_cron(queues, *replies[-len(queues) - 2 :])
+
+    def run_cron(self, queues: list[Queue], new: int, trimmed: int, *agendas: Any) -> None:
+        """Enqueue what is due, a lease ahead, so that any worker starts it on time."""
+        self.forgotten |= new == 1  # our name
+        if self.cron and self.forgotten:
+            self.cron.save()
+        self.forgotten = False
+        _hand_out(self.server, queues, agendas, self.lease)
 
     def listen(self, until: float) -> None:
         """Wait for commands, for the bell, or until something is to be done."""
@@ -3393,6 +3403,11 @@ class _Expression:
 _expression = functools.lru_cache(1000)(_Expression)
 
 
+@functools.lru_cache(10000)  # most of the time, each beat asks for the same
+def _next_after(text: str, zone: str, moment: float) -> float:
+    return _expression(text, zone).next_after(moment)
+
+
 class CronJob:
     """An entry of cron, made by register(): a call with its options, and when to enqueue it.
 
@@ -3419,11 +3434,9 @@ class CronJob:
         self.name, self.queue_name, self.owner = name or made.func_name, queue_name, ""
         self.cron, self.missed, self.at_front = cron, missed, bool(at_front)
         here = os.environ.get("TZ") or os.path.realpath("/etc/localtime")
-        zone = str(timezone or here.rpartition("/zoneinfo/")[2].lstrip(":")).replace(
-            "Etc/UTC", "UTC"
-        )
-        self.timezone = zone if cron else "UTC"
-        _id_of(f"{_slug(self.name)}-{time.time():.0f}")
+        zone = timezone or here.rpartition("/zoneinfo/")[2].lstrip(":")
+        self.timezone = str(zone).replace("Etc/UTC", "UTC") if cron else "UTC"
+        _id_of(f"{_slug(self.name)}-{int(time.time())}")
         self._read(b"")
 
     func_name = property(lambda self: self.job["func"].removesuffix("()"))
@@ -3431,7 +3444,8 @@ class CronJob:
 
     def _read(self, ticks: bytes) -> None:
         """Take in "<last tick> <registered_at>", or b"" for an entry that is not stored."""
-        self._expression = _expression(self.cron, self.timezone) if self.cron else None
+        if self.cron:
+            _expression(self.cron, self.timezone)  # raises here if it makes no sense
         never = time.time() - (self.interval or 0), math.inf
         self._last, self._since = map(float, ticks.split() or never)
 
@@ -3459,15 +3473,15 @@ class CronJob:
 
     def _after(self, moment: float, last: float) -> float:
         """Return the first tick after `moment`, where `last` is one."""
-        if self._expression:
-            return self._expression.next_after(moment)
+        if self.cron:
+            return _next_after(self.cron, self.timezone, moment)
         interval = self.interval or 1.0
         return last + (math.floor((moment - last) / interval) + 1) * interval
 
     def _ticks(self, now: float, ahead: float) -> list[float]:
         """Return the ticks to hand out: of those missed what `missed` says, and those ahead."""
         most, span = 1000 if self.missed == "all" else 1, 60.0
-        while True:
+        while self._next <= now + ahead:
             start, found = max(self._last, now - span), []
             tick = self._after(start, self._last)
             while tick <= now + ahead:
@@ -3477,6 +3491,7 @@ class CronJob:
             if past >= most or start == self._last or self.missed == "skip":
                 return found[max(0, past - most) :]
             span *= 4
+        return []
 
     def _made(self, id: str, queue: Queue) -> Job:
         fields = {name: value.encode("latin-1") for name, value in self.job.items()}
@@ -3522,7 +3537,7 @@ def _presence(name: str) -> list[Command]:
 
 
 def _hand_out(
-    connection: Any, queues: Iterable[Queue], agendas: list[Any], ahead: float
+    connection: Any, queues: Iterable[Queue], agendas: Sequence[Any], ahead: float
 ) -> list[tuple[str, str]]:
     """Enqueue the ticks that come up to `ahead` seconds from now.  Return the keys of the entries
     of those that no other has handed out."""
@@ -3534,7 +3549,7 @@ def _hand_out(
                 entry = CronJob._of(spec, ticks[slug])
                 last, since = entry._last, entry._since
                 for tick in entry._ticks(float(at), ahead):
-                    job = entry._made(f"{slug}-{tick:.0f}", queue)
+                    job = entry._made(f"{slug}-{int(tick)}", queue)
                     guard = f"{slug} {last:.6f} {since:.6f} {tick:.6f}"
                     words = _enqueue_words(job, entry.at_front, 0)
                     commands.append(ENQUEUE(queue.prefix, guard, *words))
@@ -3552,6 +3567,7 @@ class _Clock(SimpleWorker):
     def _loop(self) -> bytes:
         while not self._slate.stopping:
             self._bell.watch(math.inf)
+            self._bell.heard()
         return b"e"
 
 
@@ -3621,11 +3637,10 @@ class CronScheduler:
     def start(self) -> None:
         """Store the entries and run cron for their queues, until SIGINT or SIGTERM. A worker that
         has a scheduler does the same; there may be any number of both."""
-        self.save()
         queues = sorted({job.queue_name for job in self._jobs})
         clock = _Clock(queues, self.name, self.connection)
         keeper = _Keeper(self.name, [clock], with_scheduler=True)
-        clock._prefixes = []  # it takes no part in the queues
+        keeper.cron, clock._prefixes = self, []  # it takes no part in the queues
         keeper.run(self.logging_level)
 
     def load_config_from_file(self, config_path: str) -> None:

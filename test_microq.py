@@ -3378,6 +3378,22 @@ def test_a_scheduler_is_found_while_it_is_alive(redis):
     assert CronScheduler.all(redis) == []
 
 
+def test_a_scheduler_stores_its_entries_again_when_the_server_has_lost_them(redis):
+    scheduler = scheduler_with(redis, owner="s")
+    scheduler.logging_level = None
+    thread = threading.Thread(target=scheduler.start)
+    thread.start()
+    wait_until(lambda: CronJob.all(redis) and redis.exists("microq:worker:s"))
+    redis.flushall()
+    word = json.dumps({"command": "suspension", "worker": "s"})
+    redis.rpush("microq:inbox:s", word)  # so that it beats at once
+    wait_until(lambda: CronJob.all(redis))
+    assert len(ticks(redis)) == 1 and Worker.all(redis) == []
+    send_shutdown_command(redis, "s")
+    thread.join(10)
+    assert CronScheduler.all(redis) == [] and not thread.is_alive()
+
+
 CONFIG = """
 import os
 from microq import cron, get_current_job, register
