@@ -58,7 +58,6 @@ Queues that one worker serves on a Cluster share a slot by naming the tag: "{mai
     microq:suspended            string  while it exists, workers claim nothing
     microq:worker:<name>        string  who and where, as JSON; expires with the lease
     microq:inbox:<name>         list    commands for a worker, or for a pool of them
-    microq:schedulers           zset    names of what runs cron, by its last heartbeat
     microq:{q}:queued           list    ids ready to run, the next one first
     microq:{q}:wake             list    at most one token: "there may be work"
     microq:{q}:scheduled        zset    ids by the time they are due
@@ -70,6 +69,7 @@ Queues that one worker serves on a Cluster share a slot by naming the tag: "{mai
     microq:{q}:canceled         zset    likewise
     microq:{q}:cron             hash    entry -> the call and when it is to run, as JSON
     microq:{q}:ticks            hash    entry -> "<last tick handed out> <registered_at>"
+    microq:{q}:schedulers       zset    names of what runs cron, by their last heartbeat
     microq:{q}:job:<id>         hash    the call and its options, later its outcome
     microq:{q}:job:<id>:results list    older results, where there is more than one
 
@@ -1151,9 +1151,17 @@ return 1
 """)
 
 AGENDA = Script("""
--- agenda: read the entries of cron.  Returns the time, the hash of their last ticks, and theirs.
-local q = KEYS[1]
-return {stamp(now()), call('HGETALL', q .. 'ticks'), call('HGETALL', q .. 'cron')}
+-- agenda: read the entries of cron; `name` runs it, if it is not ''.  Returns the time, whether the
+-- name is new, and for each queue the hash of last ticks, that of entries, and the schedulers.
+local name, at, new, found = ARGV[1], now(), 0, {}
+for i, q in ipairs(KEYS) do
+  if name ~= '' then
+    new = math.max(new, call('ZADD', q .. 'schedulers', stamp(at), name))
+    call('ZREMRANGEBYSCORE', q .. 'schedulers', '-inf', at - 60) end
+  local schedulers = call('ZRANGE', q .. 'schedulers', 0, -1, 'WITHSCORES')
+  found[i] = {call('HGETALL', q .. 'ticks'), call('HGETALL', q .. 'cron'), schedulers}
+end
+return {stamp(at), new, found}
 """)
 
 LOOK = Script("""
@@ -1868,7 +1876,9 @@ class Queue(Registry):
         rest: list[Command]
         rest = [("ZREMRANGEBYSCORE", each.key, "-inf", time.time()) for each in registries[4:]]
         rest += [("SREM", _QUEUES, self.name)]
-        rest += [("DEL", f"{self.prefix}{each}") for each in ("wake", "cron", "ticks")]
+        rest += [
+            ("DEL", f"{self.prefix}{each}") for each in ("wake", "cron", "ticks", "schedulers")
+        ]
         _send(self.connection, *rest)
         self._known = False
 
@@ -2896,8 +2906,8 @@ class _Keeper:
             names = [queue.name for queue in self.workers[0].queues]
             commands.append(("SADD", _QUEUES, *names))
         queues = self.workers[0].queues if self.scheduler else []
-        commands += _presence(self.name) if queues else []
-        commands += [AGENDA(queue.prefix) for queue in queues]
+        if queues:
+            commands.append(AGENDA([queue.prefix for queue in queues], self.name))
         *replies, suspended = _send(self.server, *commands, ("PTTL", _SUSPENDED))
         self.beaten_at, self.unknown, self.told = time.monotonic(), False, told
         self.backoff = _Backoff(self.lease / 3)
@@ -2915,15 +2925,15 @@ class _Keeper:
         if suspended > 0:  # look again when it ends
             self.beaten_at = min(self.beaten_at, self.beaten_at + suspended / 1000 - self.lease / 3)
         if queues:
-            self.run_cron(queues, *replies[-len(queues) - 2 :])
+            self.run_cron(queues, *replies[-1])
 
-    def run_cron(self, queues: list[Queue], new: int, trimmed: int, *agendas: Any) -> None:
+    def run_cron(self, queues: list[Queue], at: bytes, new: int, tables: list[Any]) -> None:
         """Enqueue what is due, a lease ahead, so that any worker starts it on time."""
-        self.forgotten |= new == 1  # our name
+        self.forgotten |= new == 1  # it did not know our name
         if self.cron and self.forgotten:
             self.cron.save()
         self.forgotten = False
-        _hand_out(self.server, queues, agendas, self.lease)
+        _hand_out(self.server, queues, at, tables, self.lease)
 
     def listen(self, until: float) -> None:
         """Wait for commands, for the bell, or until something is to be done."""
@@ -3156,7 +3166,10 @@ class _Keeper:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.attempt(self.reap_replaced)
-        commands: list[Command] = [("DEL", self.ear.keys[0]), ("ZREM", _SCHEDULERS, self.name)]
+        commands: list[Command] = [("DEL", self.ear.keys[0])]
+        if self.scheduler:
+            queues = self.workers[0].queues
+            commands += [("ZREM", f"{queue.prefix}schedulers", self.name) for queue in queues]
         for worker in self.workers:
             with worker._lock:  # its relief may still be there
                 if worker._current and worker._current not in [run[0] for run in worker._done]:
@@ -3314,7 +3327,6 @@ def _look_again(connection: Redis | None) -> None:
 # was read, so there may be any number of schedulers, and each may die at any time.  The time is
 # that of the server.
 
-_SCHEDULERS = "microq:schedulers"
 _FIELDS = (
     ("minute", 0, 59, ""), ("hour", 0, 23, ""), ("day of month", 1, 31, ""),
     ("month", 1, 12, "jan feb mar apr may jun jul aug sep oct nov dec"),
@@ -3452,10 +3464,9 @@ class CronJob:
     @classmethod
     def all(cls, connection: Redis | None = None) -> list[CronJob]:
         """Return the entries of all queues, as they are stored.  Two round trips."""
-        found, queues = [], Queue.all(connection)
-        asked = [AGENDA(queue.prefix) for queue in queues]
-        for _, *tables in _send(queues[0].connection, *asked) if queues else ():
-            ticks, entries = map(_pairs, tables)
+        found = []
+        for _, _, [(*hashes, _)] in _agendas(connection, Queue.all(connection)):
+            ticks, entries = map(_pairs, hashes)
             for slug, spec in entries.items():
                 with contextlib.suppress(Exception):  # it is garbled
                     found.append(cls._of(spec, ticks[slug]))
@@ -3530,20 +3541,19 @@ def _slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]", "_", name)
 
 
-def _presence(name: str) -> list[Command]:
-    now = time.time()
-    limits = "-inf", now - 60
-    return [("ZADD", _SCHEDULERS, now, name), ("ZREMRANGEBYSCORE", _SCHEDULERS, *limits)]
+def _agendas(connection: Redis | None, queues: Sequence[Queue], name: str = "") -> list[Any]:
+    asked = [AGENDA(queue.prefix, name) for queue in queues]  # they need not share a slot
+    return _send(_connect(connection), *asked) if asked else []
 
 
 def _hand_out(
-    connection: Any, queues: Iterable[Queue], agendas: Sequence[Any], ahead: float
+    connection: Any, queues: Iterable[Queue], at: bytes, tables: Iterable[Any], ahead: float
 ) -> list[tuple[str, str]]:
     """Enqueue the ticks that come up to `ahead` seconds from now.  Return the keys of the entries
     of those that no other has handed out."""
     offers, commands = [], []
-    for queue, (at, *tables) in zip(queues, agendas, strict=True):
-        ticks, entries = map(_pairs, tables)
+    for queue, (*hashes, _) in zip(queues, tables, strict=True):
+        ticks, entries = map(_pairs, hashes)
         for slug, spec in entries.items():
             try:
                 entry = CronJob._of(spec, ticks[slug])
@@ -3615,9 +3625,11 @@ class CronScheduler:
             job.owner = self.owner
             commands += [job._store(job._to_json()), ("SADD", _QUEUES, job.queue_name)]
         queues = [Queue(name, self.connection) for name in {job.queue_name for job in self._jobs}]
-        commands += [AGENDA(queue.prefix) for queue in queues]
+        commands += [AGENDA(queue.prefix, "") for queue in queues]
         replies = _send(self.connection, *commands) if commands else []
-        done = _hand_out(self.connection, queues, replies[len(replies) - len(queues) :], ahead)
+        agendas = replies[len(replies) - len(queues) :]
+        tables = [tables[0] for _, _, tables in agendas]
+        done = _hand_out(self.connection, queues, (agendas or [[b"0"]])[0][0], tables, ahead)
         for each in CronJob.all(self.connection):
             if each._key in ours:
                 vars(ours[each._key]).update(_last=each._last, _since=each._since)
@@ -3637,6 +3649,8 @@ class CronScheduler:
     def start(self) -> None:
         """Store the entries and run cron for their queues, until SIGINT or SIGTERM. A worker that
         has a scheduler does the same; there may be any number of both."""
+        if not self._jobs:
+            raise ValueError("nothing is registered, so there is nothing to run")
         queues = sorted({job.queue_name for job in self._jobs})
         clock = _Clock(queues, self.name, self.connection)
         keeper = _Keeper(self.name, [clock], with_scheduler=True)
@@ -3658,20 +3672,21 @@ class CronScheduler:
 
     def heartbeat(self) -> None:
         """Tell fetch() and all() that this is alive, as start() does by itself."""
-        _send(self.connection, *_presence(self.name))
+        queues = [Queue(name) for name in {job.queue_name for job in self._jobs}]
+        _agendas(self.connection, queues, self.name)
         self.last_heartbeat = _utc(time.time())
 
     @classmethod
     def all(cls, connection: Redis | None = None) -> list[CronScheduler]:
         """Return what has run cron in the last minute, workers too, with the entries it owns."""
-        connection, now = _connect(connection), time.time()
-        entries, found = CronJob.all(connection), []
-        for name in _ask(connection, "ZRANGEBYSCORE", _SCHEDULERS, now - 60, "+inf"):
-            found.append(cls(connection, name=name.decode()))
-            beat = _ask(connection, "ZSCORE", _SCHEDULERS, name)
-            found[-1].last_heartbeat = _utc(float(beat or now))
-            found[-1]._jobs = [each for each in entries if each.owner == name.decode()]
-        return found
+        entries, found = CronJob.all(connection), {}
+        for at, _, [(*_, beats)] in _agendas(connection, Queue.all(connection)):
+            for name, beat in _pairs(beats).items():
+                if float(beat) > float(at) - 60:
+                    found[name] = each = cls(connection, name=name)
+                    each.last_heartbeat = _utc(float(beat))
+                    each._jobs = [job for job in entries if job.owner == name]
+        return [found[name] for name in sorted(found)]
 
     @classmethod
     def fetch(cls, name: str, connection: Redis | None = None) -> CronScheduler:
