@@ -1157,7 +1157,8 @@ local name, at, new, found = ARGV[1], now(), 0, {}
 for i, q in ipairs(KEYS) do
   if name ~= '' then
     new = math.max(new, call('ZADD', q .. 'schedulers', stamp(at), name))
-    call('ZREMRANGEBYSCORE', q .. 'schedulers', '-inf', at - 60) end
+    call('ZREMRANGEBYSCORE', q .. 'schedulers', '-inf', at - 60)
+  end
   local schedulers = call('ZRANGE', q .. 'schedulers', 0, -1, 'WITHSCORES')
   found[i] = {call('HGETALL', q .. 'ticks'), call('HGETALL', q .. 'cron'), schedulers}
 end
