@@ -1876,10 +1876,8 @@ class Queue(Registry):
             registry.empty()
         rest: list[Command]
         rest = [("ZREMRANGEBYSCORE", each.key, "-inf", time.time()) for each in registries[4:]]
-        rest += [("SREM", _QUEUES, self.name)]
-        rest += [
-            ("DEL", f"{self.prefix}{each}") for each in ("wake", "cron", "ticks", "schedulers")
-        ]
+        gone = [f"{self.prefix}{each}" for each in ("wake", "cron", "ticks", "schedulers")]
+        rest += [("SREM", _QUEUES, self.name), ("DEL", *gone)]
         _send(self.connection, *rest)
         self._known = False
 
@@ -3629,8 +3627,8 @@ class CronScheduler:
         commands += [AGENDA(queue.prefix, "") for queue in queues]
         replies = _send(self.connection, *commands) if commands else []
         agendas = replies[len(replies) - len(queues) :]
-        tables = [tables[0] for _, _, tables in agendas]
-        done = _hand_out(self.connection, queues, (agendas or [[b"0"]])[0][0], tables, ahead)
+        tables, at = [tables[0] for _, _, tables in agendas], agendas[0][0] if agendas else b"0"
+        done = _hand_out(self.connection, queues, at, tables, ahead)
         for each in CronJob.all(self.connection):
             if each._key in ours:
                 vars(ours[each._key]).update(_last=each._last, _since=each._since)
