@@ -51,7 +51,9 @@ the container is its status.
               ended       queued                else where it is
               any         (gone)
     amend     any         the same              the job exists, else 0
+    entry     scheduled   (gone)                the entry of cron changes: its ticks ahead
     look      any         the same              (it reads)
+    agenda    any         the same              (it reads the entries of cron)
 
 Keys.  {q} is the queue's name in braces, so that a queue lives in one slot of a Redis Cluster.
 Queues that one worker serves on a Cluster share a slot by naming the tag: "{mail}high".
@@ -73,6 +75,9 @@ Queues that one worker serves on a Cluster share a slot by naming the tag: "{mai
     microq:{q}:finished         zset    ids by the time the record expires
     microq:{q}:failed           zset    likewise; stopped jobs are here too
     microq:{q}:canceled         zset    likewise
+    microq:{q}:cron             hash    entry -> the call and when it is to run, as JSON
+    microq:{q}:ticks            hash    entry -> "<last tick handed out> <registered_at>"
+    microq:{q}:schedulers       zset    names of what runs cron, by their last heartbeat
     microq:{q}:job:<id>         hash    the call and its options, later its outcome
     microq:{q}:job:<id>:results list    older results, where there is more than one
     microq:{q}:job:<id>:waits   set     keys of the jobs that a deferred one still waits for
@@ -145,6 +150,7 @@ import tempfile
 import threading
 import time
 import traceback
+import zoneinfo
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -176,18 +182,19 @@ __version__ = VERSION = "0.1.0"
 # fmt: off
 __all__ = [
     "VERSION", "AbandonedJobError", "BaseDeathPenalty", "Callback", "CanceledJobRegistry",
-    "DefaultSerializer", "DeferredJobRegistry", "Dependency", "DequeueStrategy",
-    "DeserializationError", "DuplicateJobError", "EnqueueData", "Execution", "FailedJobRegistry",
-    "FinishedJobRegistry", "Group", "InvalidJobDependency", "InvalidJobOperation", "JSONSerializer",
-    "Job", "JobStatus", "JobTimeoutException", "MicroqError", "NoSuchGroupError", "NoSuchJobError",
-    "PickleSerializer", "Queue", "RandomWorker", "RateLimit", "RateLimitedJobRegistry", "Registry",
-    "Repeat", "Result", "Retry", "RoundRobinWorker", "ScheduledJobRegistry", "ServerUnavailable",
+    "CronJob", "CronScheduler", "DefaultSerializer", "DeferredJobRegistry", "Dependency",
+    "DequeueStrategy", "DeserializationError", "DuplicateJobError", "EnqueueData", "Execution",
+    "FailedJobRegistry", "FinishedJobRegistry", "Group", "InvalidJobDependency",
+    "InvalidJobOperation", "JSONSerializer", "Job", "JobStatus", "JobTimeoutException",
+    "MicroqError", "NoSuchGroupError", "NoSuchJobError", "PickleSerializer", "Queue",
+    "RandomWorker", "RateLimit", "RateLimitedJobRegistry", "Registry", "Repeat", "Result", "Retry",
+    "RoundRobinWorker", "ScheduledJobRegistry", "SchedulerNotFound", "ServerUnavailable",
     "SignedSerializer", "SimpleWorker", "StartedJobRegistry", "StopRequested", "TimeoutFormatError",
     "TimerDeathPenalty", "UnixSignalDeathPenalty", "Webhook", "Worker", "WorkerPool",
-    "WorkerStatus", "__version__", "cancel_job", "clean_registries", "embedded", "get_current_job",
-    "is_suspended", "job", "main", "parse_timeout", "requeue_job", "resolve_serializer", "resume",
-    "send_command", "send_kill_horse_command", "send_shutdown_command", "send_stop_job_command",
-    "suspend",
+    "WorkerStatus", "__version__", "cancel_job", "clean_registries", "create_cron", "cron",
+    "embedded", "get_cron_job_ids", "get_current_job", "is_suspended", "job", "main",
+    "parse_timeout", "register", "requeue_job", "resolve_serializer", "resume", "send_command",
+    "send_kill_horse_command", "send_shutdown_command", "send_stop_job_command", "suspend",
 ]
 # fmt: on
 
@@ -241,6 +248,10 @@ class InvalidJobDependency(MicroqError):
 
 class AbandonedJobError(MicroqError):
     """What a callback gets for a job that was ended from outside; the message says how."""
+
+
+class SchedulerNotFound(MicroqError):
+    """No scheduler of this name has been heard of for a minute."""
 
 
 class InvalidJobOperation(MicroqError):
@@ -998,16 +1009,16 @@ function post(q, to, text, at)
   posted[#posted + 1], posted[#posted + 2] = q, text
 end
 function give_up_slot(q, id, slot, limit, at)
-  local to, numbers = string.match(limit, '^(%S+) (.*)$')
+  local to, numbers = string.match(limit or '', '^(%S+) (.*)$')
   call('HDEL', q .. 'job:' .. id, 'slot')
-  post(q, to, 'free ' .. q .. ' ' .. id .. ' ' .. slot .. ' ' .. numbers, at)
+  if to then post(q, to, 'free ' .. q .. ' ' .. id .. ' ' .. slot .. ' ' .. numbers, at) end
 end
 function tell(q, id, status, at)  -- its dependents of its end, if it counts for them
   local list = q .. 'job:' .. id .. ':dependents'
   for _, entry in ipairs(call('SMEMBERS', list)) do
     local to, child, since, allow = string.match(entry, '^(%S+) (%S+) (%S+) (%S+)$')
     local counts = status == 'finished' or status == allow or allow == 'any'
-    if counts or status == 'gone' then
+    if to and (counts or status == 'gone') then
       call('SREM', list, entry)
       post(q, to, (counts and 'ended ' or 'gone ') .. q .. id .. ' ' .. child .. ' ' .. since, at)
     end
@@ -1023,7 +1034,8 @@ function admit(q, id, at)  -- ... -> as far as it may go: scheduled, rate_limite
   local job = q .. 'job:' .. id
   local fields = {'due', 'rate_limit', 'slot', 'at_front'}
   local due, limit, slot, front = unpack(call('HMGET', job, unpack(fields)))
-  if tonumber(due or 0) > at then return later(q, id, due) end
+  due = tonumber(due)
+  if due and due > at then return later(q, id, due) end
   if due then
     call('HDEL', job, 'due')
     if slot and due + 1 < at then  -- nobody was there in time, and its like may be many
@@ -1031,8 +1043,8 @@ function admit(q, id, at)  -- ... -> as far as it may go: scheduled, rate_limite
       slot = nil
     end
   end
-  if limit and not slot then
-    local to, numbers = string.match(limit, '^(%S+) (.*)$')
+  local to, numbers = string.match(limit or '', '^(%S+) (%d+ %d+ %S+)$')
+  if to and not slot then
     slot = stamp(at)
     call('HSET', job, 'slot', slot)
     call('ZADD', q .. 'rate_limited', slot, id)
@@ -1168,7 +1180,7 @@ local function settle(q, at, words)
         local _, _, watched, slot, limit =
           record(job, ended .. (last ~= '' and ' retried' or ''), result, 'ttl', 0)
         if watched and last == '' then tell(q, id, 'finished', at) end
-        if slot and (delay > 0 or string.match(limit, ' (%S+) %S+$') ~= '0') then  -- it has a rate
+        if slot and (delay > 0 or string.match(limit or '', ' (%S+) %S+$') ~= '0') then  -- a rate
           give_up_slot(q, id, slot, limit, at)
         end
         to = delay <= 0 and 'queued' or 'scheduled ' .. stamp(at + delay)
@@ -1213,6 +1225,12 @@ ENQUEUE = Script("""
 -- {'taken', id, status} if one of them has not ended: then none is stored.
 local q, delay = KEYS[1], tonumber(ARGV[1])
 local at, i, starts, keys, fresh, back, careful = now(), 2, {}, {}, {}, {}, {}
+if not delay then  -- a tick of cron: entry, its last tick, this one; if others were faster, nothing
+  local name, last, tick = string.match(ARGV[1], '^(%S+) (%S+ %S+) (%S+)$')
+  if call('HGET', q .. 'ticks', name) ~= last then return '' end
+  call('HSET', q .. 'ticks', name, tick .. string.match(last, ' .*'))
+  delay = math.max(0, tick - at)
+end
 while ARGV[i] do
   starts[#starts + 1], keys[#keys + 1] = i, q .. 'job:' .. ARGV[i]
   i = i + 5 + ARGV[i + 4]
@@ -1520,6 +1538,52 @@ local job, name, value = KEYS[1] .. 'job:' .. ARGV[1], ARGV[2], ARGV[3]
 if call('EXISTS', job) == 0 then return 0 end
 call('HSET', job, name, value)
 return 1
+""")
+
+ENTRY = Script("""
+-- entry: store `spec` as the entry `name` of cron, '' to remove it.  If that changes it, its ticks
+-- that wait in scheduled are gone, and it starts from now: with the first of these, or else what
+-- was next or is now for an interval, of `back` seconds; 0: what comes next.  Returns 1, or 0 if
+-- nothing changed.
+local q, name, spec, back = KEYS[1], ARGV[1], ARGV[2], tonumber(ARGV[3])
+local at, was, first = now(), call('HGET', q .. 'cron', name) or '', nil
+if was == spec then return 0 end
+local last = tonumber(string.match(call('HGET', q .. 'ticks', name) or '', '^%S+'))
+local ahead = last and call('ZRANGEBYSCORE', q .. 'scheduled', stamp(at), stamp(last)) or {}
+for _, id in ipairs(ahead) do
+  local job = q .. 'job:' .. id  -- one that was enqueued already waits for a retry
+  if string.match(id, '^(.*)%-%d+$') == name and call('HGET', job, 'enqueued_at') == '' then
+    first = first or call('ZSCORE', q .. 'scheduled', id)
+    call('ZREM', q .. 'scheduled', id)
+    call('DEL', job)
+  end
+end
+local base = math.floor(at) - math.max(1, back)
+if first and back > 0 then base = first - back
+elseif last and not first then base = math.max(base, math.min(last, at)) end
+if spec == '' then
+  call('HDEL', q .. 'cron', name)
+  call('HDEL', q .. 'ticks', name)
+else
+  call('HSET', q .. 'cron', name, spec)
+  call('HSET', q .. 'ticks', name, stamp(base) .. ' ' .. stamp(at))
+end
+return 1
+""")
+
+AGENDA = Script("""
+-- agenda: read the entries of cron; `name` runs it, if it is not ''.  Returns the time, whether the
+-- name is new, and for each queue the hash of last ticks, that of entries, and the schedulers.
+local name, at, new, found = ARGV[1], now(), 0, {}
+for i, q in ipairs(KEYS) do
+  if name ~= '' then
+    new = math.max(new, call('ZADD', q .. 'schedulers', stamp(at), name))
+    call('ZREMRANGEBYSCORE', q .. 'schedulers', '-inf', at - 60)
+  end
+  local schedulers = call('ZRANGE', q .. 'schedulers', 0, -1, 'WITHSCORES')
+  found[i] = {call('HGETALL', q .. 'ticks'), call('HGETALL', q .. 'cron'), schedulers}
+end
+return {stamp(at), new, found}
 """)
 
 LOOK = Script("""
@@ -2532,7 +2596,8 @@ class Queue(Registry):
             registry.empty()
         rest: list[Command]
         rest = [("ZREMRANGEBYSCORE", each.key, "-inf", time.time()) for each in registries[5:]]
-        rest += [("SREM", _QUEUES, self.name), ("DEL", f"{self.prefix}wake")]
+        gone = [f"{self.prefix}{each}" for each in ("wake", "cron", "ticks", "schedulers")]
+        rest += [("SREM", _QUEUES, self.name), ("DEL", *gone)]
         _send(self.connection, *rest)
         self._known = False
 
@@ -3294,7 +3359,7 @@ class Worker:
         date_format, log_format - of that log, '%H:%M:%S' and '%(asctime)s %(message)s'
         max_jobs         - stop after so many
         max_idle_time    - stop after so many seconds without a job
-        with_scheduler   - put jobs that are due into the queue even while busy
+        with_scheduler   - run cron, and put jobs that are due into the queue even while busy
         dequeue_strategy - 'default': a queue is served before those behind it; 'round_robin': the
                            queue that was served goes to the end; 'random': by chance, each time
 
@@ -3548,17 +3613,16 @@ class Worker:
     def _begin(self, execution: Execution) -> None:
         """Show on the slate what runs from now on."""
         slate, job = self._slate, execution.job
-        try:
+        limit = DEFAULT_TIMEOUT
+        with contextlib.suppress(DeserializationError, ValueError):  # perform() will say so
             limit = job.timeout
-        except DeserializationError:  # perform() will say so
-            limit = DEFAULT_TIMEOUT
+            for name in _CALLBACKS.values() if limit > 0 else ():  # one of them may follow
+                if name in job._fields:
+                    limit += float(job._text(name).rpartition(" ")[2])
         index = self._prefixes.index(job.queue.prefix)
         slate.text = f"{index} {job.id} {execution.token}".encode()
         slate.began = time.monotonic()
         job._began = slate.began + self._epoch
-        for name in _CALLBACKS.values():  # one of them may follow
-            if name in job._fields:
-                limit += float(job._text(name).rpartition(" ")[2]) if limit > 0 else 0
         slate.kill_at = slate.began + limit + KILL_GRACE if limit > 0 else math.inf
         self._current = execution
         if self.fork and slate.batch == 1:  # else it would change all the time
@@ -3763,6 +3827,8 @@ class _Keeper:
         self.stopping_since: float | None = None
         self.beaten_at, self.backoff, self.silent_until = 0.0, _Backoff(self.lease / 3), 0.0
         self.unknown = True  # whether the server must be told the names of the queues
+        self.cron: CronScheduler | None = None  # whose entries are kept in the server
+        self.forgotten = True  # whether it has lost them
         self.told = 0.0  # the seconds of work that the last beat told
         self.healthy_since = 0.0  # since when we have beaten in time
 
@@ -3869,6 +3935,9 @@ class _Keeper:
         if self.unknown:
             names = [queue.name for queue in self.workers[0].queues]
             commands.append(("SADD", _QUEUES, *names))
+        queues = self.workers[0].queues if self.scheduler else []
+        if queues:
+            commands.append(AGENDA([queue.prefix for queue in queues], self.name))
         *replies, suspended = _send(self.server, *commands, ("PTTL", _SUSPENDED))
         self.beaten_at, self.unknown, self.told = time.monotonic(), False, told
         self.backoff = _Backoff(self.lease / 3)
@@ -3887,6 +3956,16 @@ class _Keeper:
                 worker._bell.ring()
         if suspended > 0:  # look again when it ends
             self.beaten_at = min(self.beaten_at, self.beaten_at + suspended / 1000 - self.lease / 3)
+        if queues:
+            self.run_cron(queues, *replies[-1])
+
+    def run_cron(self, queues: list[Queue], at: bytes, new: int, tables: list[Any]) -> None:
+        """Enqueue what is due, a lease ahead, so that any worker starts it on time."""
+        self.forgotten |= new == 1  # it did not know our name
+        if self.cron and self.forgotten:
+            self.cron.save()
+        self.forgotten = False
+        _hand_out(self.server, queues, at, tables, self.lease)
 
     def listen(self, until: float) -> None:
         """Wait for commands, for the bell, or until something is to be done."""
@@ -4123,6 +4202,9 @@ class _Keeper:
                 os.kill(pid, signal.SIGKILL)
         self.attempt(self.reap_replaced)
         commands: list[Command] = [("DEL", self.ear.keys[0])]
+        if self.scheduler:
+            queues = self.workers[0].queues
+            commands += [("ZREM", f"{queue.prefix}schedulers", self.name) for queue in queues]
         for worker in self.workers:
             with worker._lock:  # its relief may still be there
                 if worker._current and worker._current not in [run[0] for run in worker._done]:
@@ -4273,6 +4355,420 @@ def _look_again(connection: Redis | None) -> None:
     for key in Worker.all_keys(connection):
         with contextlib.suppress(ValueError):  # it died meanwhile
             send_command(connection, key.removeprefix("microq:worker:"), "suspension")
+
+
+# ---- Cron ----------------------------------------------------------------------------------------
+# An entry is kept in its queue, with the last tick that was handed out.  Each keeper with a
+# scheduler reads both with its beat, and hands out what follows, up to a lease ahead, as jobs that
+# are scheduled for their tick.  The script enqueue does that if the last tick is still the one that
+# was read, so there may be any number of schedulers, and each may die at any time.  The time is
+# that of the server.
+
+_FIELDS = (
+    ("minute", 0, 59, ""), ("hour", 0, 23, ""), ("day of month", 1, 31, ""),
+    ("month", 1, 12, "jan feb mar apr may jun jul aug sep oct nov dec"),
+    ("day of week", 0, 7, "sun mon tue wed thu fri sat"),
+)  # fmt: skip
+_NICKNAMES = {
+    "@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *", "@monthly": "0 0 1 * *",
+    "@weekly": "0 0 * * 0", "@daily": "0 0 * * *", "@midnight": "0 0 * * *", "@hourly": "0 * * * *",
+}  # fmt: skip
+_complain = functools.lru_cache(1000)(log.error)  # once about each thing
+_registered: list[CronJob] = []
+
+
+class _Expression:
+    """When a cron expression comes, by the clock on the wall of a time zone, as in Vixie cron."""
+
+    def __init__(self, text: str, zone: str) -> None:
+        words = _NICKNAMES.get(text.strip().lower(), text).lower().split()
+        if len(words) != 5:
+            shape = "minute, hour, day of month, month, day of week"
+            raise ValueError(f"cron={text!r}: give {shape}, or one of {', '.join(_NICKNAMES)}")
+        sets = [self._numbers(word, *field) for word, field in zip(words, _FIELDS, strict=True)]
+        self.minutes, self.hours, self.days, self.months, self.weekdays = sets
+        # Of two days that are restricted, either will do.
+        self.both = "*" in (words[2][0], words[4][0])
+        self.often = "*" in (words[0][0], words[1][0])  # so it follows each change of the clocks
+        try:
+            self.zone = timezone.utc if zone == "UTC" else zoneinfo.ZoneInfo(zone)
+        except (KeyError, ValueError, OSError):
+            raise ValueError(f"timezone={zone!r}: give one such as 'Europe/Berlin'") from None
+        self.next(datetime(2000, 1, 1), text)
+
+    @staticmethod
+    def _numbers(word: str, name: str, low: int, high: int, names: str) -> set[int]:
+        """Return the numbers that a field means."""
+        known, found = {each: str(low + i) for i, each in enumerate(names.split())}, set()
+        for part in word.split(","):
+            match = re.fullmatch(r"(?:\*|(\w+)(?:-(\w+))?)(?:/(\d+))?", part)
+            try:
+                first, last, step = match.groups()  # type: ignore[union-attr]
+                begin, end = (int(known.get(each, each) or low) for each in (first, last or first))
+                end = high if not last and (step or not first) else end
+                if not low <= begin <= end <= high:
+                    raise ValueError
+                found |= set(range(begin, end + 1, int(step or 1)))
+            except (AttributeError, ValueError):
+                what = f"{low} to {high}{names and f', {names}'}; *, a-b, */n, a-b/n, or a list"
+                raise ValueError(f"cron: {part!r} is no {name}: give {what}") from None
+        return {number % 7 for number in found} if high == 7 else found
+
+    def next(self, wall: datetime, text: str = "") -> datetime:
+        """Return the first time after `wall`, on its clock."""
+        t, day = wall.replace(second=0, microsecond=0) + timedelta(minutes=1), timedelta(days=1)
+        while t.year <= wall.year + 41:  # for 29 February on a Sunday
+            days = t.day in self.days, t.isoweekday() % 7 in self.weekdays
+            if t.month not in self.months:
+                t = (t.replace(day=1, hour=0, minute=0) + 32 * day).replace(day=1)
+            elif t.hour > max(self.hours) or not (all(days) if self.both else any(days)):
+                t = t.replace(hour=0, minute=0) + day
+            elif t.hour not in self.hours or t.minute > max(self.minutes):
+                t = t.replace(minute=0) + timedelta(hours=1)
+            elif t.minute not in self.minutes:
+                t += timedelta(minutes=1)
+            else:
+                return t
+        raise ValueError(f"cron={text!r} never comes")
+
+    def next_after(self, moment: float) -> float:
+        """Return when it comes next; seconds since the epoch, like `moment`."""
+
+        def at(wall: datetime) -> list[float]:
+            return [wall.replace(tzinfo=self.zone, fold=i).timestamp() for i in (0, 1)]
+
+        wall, best = datetime.fromtimestamp(moment, self.zone).replace(tzinfo=None), math.inf
+        first, again = at(wall)
+        t = wall - timedelta(seconds=again - first)  # clocks will be set back: what was comes again
+        while t <= wall or best == math.inf:
+            t = there = self.next(t)
+            while (times := at(there))[1] < times[0]:  # clocks are set forward past it
+                there += timedelta(minutes=1)
+            if there == t or not self.often:
+                best = min([best, *(each for each in times[: 1 + self.often] if each > moment)])
+        return best
+
+
+_expression = functools.lru_cache(1000)(_Expression)
+
+
+@functools.lru_cache(10000)  # most of the time, each beat asks for the same
+def _next_after(text: str, zone: str, moment: float) -> float:
+    return _expression(text, zone).next_after(moment)
+
+
+class CronJob:
+    """An entry of cron, made by register(): a call with its options, and when to enqueue it.
+
+    Its attributes are what was registered, `func_name`, and its `owner`, see CronScheduler."""
+
+    def __init__(
+        self, func: Func, queue_name: str, args: Any = None, kwargs: Any = None,
+        interval: Any = None, cron: str | None = None, *, name: str = "",
+        timezone: Any = None, missed: str = "latest", at_front: bool = False,
+        serializer: Any = None, **options: Any,
+    ) -> None:  # fmt: skip
+        if (interval is None) == (cron is None):
+            raise ValueError("give either interval=, in seconds, or cron=, as in '0 9 * * mon-fri'")
+        self.interval = _seconds(interval, "interval") if cron is None else None
+        if (self.interval or 1) < 1:
+            raise ValueError(f"interval={interval!r}: give a second or more")
+        if missed not in (words := ["latest", "all", "skip"]):
+            raise ValueError(f"missed={missed!r}: use one of {words}")
+        if own := {"job_id", "unique", "depends_on"} & options.keys():
+            raise TypeError(f"{min(own)} is no option of cron, which gives its jobs their ids")
+        options["timeout"] = options.pop("job_timeout", None)
+        made = Queue(queue_name, serializer=serializer).create_job(func, args, kwargs, **options)
+        self.job = {field: value.decode("latin-1") for field, value in made._fields.items()}
+        self.name, self.queue_name, self.owner = name or made.func_name, queue_name, ""
+        self.cron, self.missed, self.at_front = cron, missed, bool(at_front)
+        here = os.environ.get("TZ") or os.path.realpath("/etc/localtime")
+        zone = timezone or here.rpartition("/zoneinfo/")[2].lstrip(":")
+        self.timezone = str(zone).replace("Etc/UTC", "UTC") if cron else "UTC"
+        _id_of(f"{_slug(self.name)}-{int(time.time())}")
+        self._read(b"")
+
+    func_name = property(lambda self: self.job["func"].removesuffix("()"))
+    _key = property(lambda self: (self.queue_name, _slug(self.name)))
+
+    def _read(self, ticks: bytes) -> None:
+        """Take in "<last tick> <registered_at>", or b"" for an entry that is not stored."""
+        if self.cron:
+            _expression(self.cron, self.timezone)  # raises here if it makes no sense
+        never = time.time() - (self.interval or 0), math.inf
+        self._last, self._since = map(float, ticks.split() or never)
+
+    @classmethod
+    def all(cls, connection: Redis | None = None) -> list[CronJob]:
+        """Return the entries of all queues, as they are stored.  Two round trips."""
+        found = []
+        for _, _, [(*hashes, _)] in _agendas(connection, Queue.all(connection)):
+            ticks, entries = map(_pairs, hashes)
+            for slug, spec in entries.items():
+                with contextlib.suppress(Exception):  # it is garbled
+                    found.append(cls._of(spec, ticks[slug]))
+        return sorted(found, key=lambda each: each.name)
+
+    @classmethod
+    def _of(cls, spec: bytes, ticks: bytes) -> CronJob:
+        entry = cls.__new__(cls)
+        vars(entry).update(json.loads(spec))
+        entry._read(ticks)
+        return entry
+
+    def _to_json(self) -> str:
+        return json.dumps({k: v for k, v in vars(self).items() if k[0] != "_"}, sort_keys=True)
+
+    def _after(self, moment: float, last: float) -> float:
+        """Return the first tick after `moment`, where `last` is one."""
+        if self.cron:
+            return _next_after(self.cron, self.timezone, moment)
+        interval = self.interval or 1.0
+        return last + (math.floor((moment - last) / interval) + 1) * interval
+
+    def _ticks(self, now: float, ahead: float) -> list[float]:
+        """Return the ticks to hand out: of those missed what `missed` says, and those ahead."""
+        most, span = 1000 if self.missed == "all" else 1, 60.0
+        while self._next <= now + ahead:
+            start, found = max(self._last, now - span), []
+            tick = self._after(start, self._last)
+            while tick <= now + ahead:
+                found.append(tick)
+                tick = self._after(tick, tick)
+            past = sum(tick <= now for tick in found)
+            if past >= most or start == self._last or self.missed == "skip":
+                return found[max(0, past - most) :]
+            span *= 4
+        return []
+
+    def _made(self, id: str, queue: Queue) -> Job:
+        fields = {name: value.encode("latin-1") for name, value in self.job.items()}
+        return Job(id, queue, fields, nonce="")
+
+    def _store(self, spec: str) -> Command:
+        return ENTRY(_prefix(self.queue_name), self._key[1], spec, self.interval or 0)
+
+    _next = property(lambda self: self._after(self._last, self._last))
+    next_enqueue_time = property(lambda self: _utc(self._next), doc="The next tick to hand out.")
+    should_run = lambda self: self._next <= time.time()  # noqa: E731
+
+    @property
+    def latest_enqueue_time(self) -> datetime | None:
+        """The last tick handed out, up to a lease before its time; None if there was none."""
+        return _utc(self._last) if self._last > self._since - 1 else None
+
+    def enqueue(self, connection: Redis | None = None) -> Job:
+        """Enqueue the call now, beside its ticks, and return the job."""
+        queue = Queue(self.queue_name, connection)
+        return queue.enqueue_job(self._made(secrets.token_urlsafe(16), queue), None, self.at_front)
+
+    def get_job_ids(
+        self, connection: Redis | None = None, start: int = 0, end: int = -1
+    ) -> list[str]:
+        """Return the ids, <name>-<tick>, of its jobs that still exist, `start` to `end`, the latest
+        first.  O(n) in the jobs of the queue."""
+        registries = [Registry(Queue(self.queue_name, connection), each) for each in _CONTAINERS]
+        ids = [id for each in registries for id in each.get_job_ids()]
+        ids = [id for id in ids if re.fullmatch(rf"{self._key[1]}-\d+", id)]
+        return sorted(ids, key=lambda id: -int(id.rpartition("-")[2]))[start : end + 1 or None]
+
+
+def _slug(name: str) -> str:
+    """Return what the ids of an entry's jobs begin with; it is the key of the entry, too."""
+    return re.sub(r"[^A-Za-z0-9_-]", "_", name)
+
+
+def _agendas(connection: Redis | None, queues: Sequence[Queue], name: str = "") -> list[Any]:
+    asked = [AGENDA(queue.prefix, name) for queue in queues]  # they need not share a slot
+    return _send(_connect(connection), *asked) if asked else []
+
+
+def _hand_out(
+    connection: Any, queues: Iterable[Queue], at: bytes, tables: Iterable[Any], ahead: float
+) -> list[tuple[str, str]]:
+    """Enqueue the ticks that come up to `ahead` seconds from now.  Return the keys of the entries
+    of those that no other has handed out."""
+    offers, commands = [], []
+    for queue, (*hashes, _) in zip(queues, tables, strict=True):
+        ticks, entries = map(_pairs, hashes)
+        for slug, spec in entries.items():
+            try:
+                entry = CronJob._of(spec, ticks[slug])
+                last, since = entry._last, entry._since
+                for tick in entry._ticks(float(at), ahead):
+                    job = entry._made(f"{slug}-{int(tick)}", queue)
+                    guard = f"{slug} {last:.6f} {since:.6f} {tick:.6f}"
+                    words = _enqueue_words(job, entry.at_front, 0)
+                    commands.append(ENQUEUE(queue.prefix, guard, *words))
+                    offers.append(entry._key)
+                    last = tick
+            except Exception as error:
+                _complain("cron entry %s of %s: %s", slug, queue.name, repr(error))
+    replies = _send(connection, *commands) if commands else []
+    return [offer for offer, reply in zip(offers, replies, strict=True) if reply]
+
+
+class _Clock(SimpleWorker):
+    """A worker without jobs, whose keeper runs cron."""
+
+    def _loop(self) -> bytes:
+        while not self._slate.stopping:
+            self._bell.watch(math.inf)
+            self._bell.heard()
+        return b"e"
+
+
+class CronScheduler:
+    """Entries of cron that belong together, and a process that runs cron, but no jobs.
+
+    connection    - a redis.Redis; $MICROQ_URL, else $REDIS_URL, else localhost:6379
+    logging_level - of microq's log, in start()
+    name          - also of the owner of the entries; what the owner has stored, and registers no
+                    longer, is removed.  The path of a config file; if there is none, all stay"""
+
+    def __init__(
+        self, connection: Redis | None = None, logging_level: str | int = "INFO", name: str = ""
+    ) -> None:
+        self.connection, self.logging_level = _connect(connection), logging_level
+        self.name, self.owner = name or _new_name(), name
+        self.last_heartbeat: datetime | None = None
+        self._jobs: list[CronJob] = []
+
+    def register(self, func: Func, queue_name: str, *args: Any, **options: Any) -> CronJob:
+        """Add an entry, which start(), save() and enqueue_jobs() store; see register()."""
+        return self._add(CronJob(func, queue_name, *args, **options))
+
+    def _add(self, job: CronJob) -> CronJob:
+        taken, numbers = {each._key[1] for each in self._jobs}, itertools.count(2)
+        if job._key[1] in taken and job.name != job.func_name:
+            raise ValueError(f"an entry {job.name!r} is registered already; choose another name=")
+        while job._key[1] in taken:
+            job.name = f"{job.func_name}-{next(numbers)}"
+        self._jobs.append(job)
+        return job
+
+    def get_jobs(self) -> list[CronJob]:
+        """Return the entries registered here; CronJob.all() returns those that are stored."""
+        return list(self._jobs)
+
+    def enqueue_jobs(self, ahead: float = 0.0) -> list[CronJob]:
+        """Store the entries, enqueue what is due up to `ahead` seconds from now, and return the
+        entries of which something was."""
+        ours, commands = {job._key: job for job in self._jobs}, []
+        for each in CronJob.all(self.connection) if self.owner else ():
+            if each.owner == self.owner and each._key not in ours:
+                commands.append(each._store(""))
+        for job in self._jobs:
+            job.owner = self.owner
+            commands += [job._store(job._to_json()), ("SADD", _QUEUES, job.queue_name)]
+        queues = [Queue(name, self.connection) for name in {job.queue_name for job in self._jobs}]
+        commands += [AGENDA(queue.prefix, "") for queue in queues]
+        replies = _send(self.connection, *commands) if commands else []
+        agendas = replies[len(replies) - len(queues) :]
+        tables, at = [tables[0] for _, _, tables in agendas], agendas[0][0] if agendas else b"0"
+        done = _hand_out(self.connection, queues, at, tables, ahead)
+        for each in CronJob.all(self.connection):
+            if each._key in ours:
+                vars(ours[each._key]).update(_last=each._last, _since=each._since)
+        return [ours[key] for key in dict.fromkeys(done) if key in ours]
+
+    def save(self) -> None:
+        """Store the entries, and hand out their first ticks; what is the same goes on as it was."""
+        self.enqueue_jobs(LEASE)
+
+    def remove(self, name: str) -> bool:
+        """Remove an entry, whoever owns it; False if there is none.  What was enqueued runs."""
+        self._jobs = [job for job in self._jobs if job._key[1] != _slug(name)]
+        queues = Queue.all(self.connection)
+        removals = [ENTRY(queue.prefix, _slug(name), "", 0) for queue in queues]
+        return bool(removals) and any(_send(self.connection, *removals))
+
+    def start(self) -> None:
+        """Store the entries and run cron for their queues, until SIGINT or SIGTERM. A worker that
+        has a scheduler does the same; there may be any number of both."""
+        if not self._jobs:
+            raise ValueError("nothing is registered, so there is nothing to run")
+        queues = sorted({job.queue_name for job in self._jobs})
+        clock = _Clock(queues, self.name, self.connection)
+        keeper = _Keeper(self.name, [clock], with_scheduler=True)
+        keeper.cron, clock._prefixes = self, []  # it takes no part in the queues
+        keeper.run(self.logging_level)
+
+    def load_config_from_file(self, config_path: str) -> None:
+        """Add what a module registers; give its path, or dotted name."""
+        path, name = Path(config_path), config_path
+        if path.is_file():
+            sys.path.insert(0, str(path.parent.resolve()))
+            name = path.stem
+        sys.modules.pop(name, None)
+        importlib.invalidate_caches()
+        _registered.clear()
+        importlib.import_module(name)
+        self._jobs += create_cron(self.connection)._jobs
+        self.owner = self.owner or config_path
+
+    def heartbeat(self) -> None:
+        """Tell fetch() and all() that this is alive, as start() does by itself."""
+        queues = [Queue(name) for name in {job.queue_name for job in self._jobs}]
+        _agendas(self.connection, queues, self.name)
+        self.last_heartbeat = _utc(time.time())
+
+    @classmethod
+    def all(cls, connection: Redis | None = None) -> list[CronScheduler]:
+        """Return what has run cron in the last minute, workers too, with the entries it owns."""
+        entries, found = CronJob.all(connection), {}
+        for at, _, [(*_, beats)] in _agendas(connection, Queue.all(connection)):
+            for name, beat in _pairs(beats).items():
+                if float(beat) > float(at) - 60:
+                    found[name] = each = cls(connection, name=name)
+                    each.last_heartbeat = _utc(float(beat))
+                    each._jobs = [job for job in entries if job.owner == name]
+        return [found[name] for name in sorted(found)]
+
+    @classmethod
+    def fetch(cls, name: str, connection: Redis | None = None) -> CronScheduler:
+        """Return the one of this name that all() returns, or raise SchedulerNotFound."""
+        for each in cls.all(connection):
+            if each.name == name:
+                return each
+        raise SchedulerNotFound(f"no scheduler {name!r} was heard of in the last minute")
+
+
+def register(func: Func, queue_name: str, *args: Any, **options: Any) -> CronJob:
+    """Add an entry of cron, for a config file or create_cron(), and return it.
+
+    args, kwargs - of the function, none
+    interval     - seconds, 1 or more, the first time at once; or else:
+    cron         - '*/5 9-17 * * mon-fri' or '@daily', read as Vixie cron does
+    name         - unique; the ids of its jobs are <name>-<tick>; the name of the function
+    timezone     - of `cron`, 'Europe/Berlin'; that of the process that registers
+    missed       - of what came while no scheduler was there, 'latest' enqueues one job, 'all' up to
+                   1000, 'skip' one if it is less than a minute late, 'latest'
+    Options of enqueue(), as job_timeout, retry, at_front; serializer, as of a Queue
+
+    Where clocks are set forward, what is left out comes at that moment; where they are set back, it
+    comes once; but if minute or hour begins with '*', whenever the clock on the wall says so."""
+    _registered.append(CronJob(func, queue_name, *args, **options))
+    return _registered[-1]
+
+
+def create_cron(connection: Redis | None = None) -> CronScheduler:
+    """Return a scheduler with what was added by register()."""
+    scheduler = CronScheduler(connection)
+    for job in _registered:
+        scheduler._add(job)
+    return scheduler
+
+
+def get_cron_job_ids(
+    name: str, connection: Redis | None = None, start: int = 0, end: int = -1
+) -> list[str]:
+    """Return the ids of the jobs of an entry, as CronJob.get_job_ids()."""
+    found = [each for each in CronJob.all(connection) if each.name == name]
+    return found[0].get_job_ids(connection, start, end) if found else []
+
+
+cron = sys.modules[__name__]  # for `from microq import cron; cron.register(..)`
 
 
 # ---- 11. Embedded server -------------------------------------------------------------------------
@@ -4430,6 +4926,13 @@ def _enqueue(options: argparse.Namespace) -> None:
         print(job.id)
 
 
+def _cron(options: argparse.Namespace) -> None:
+    sys.path[:0] = options.path
+    scheduler = CronScheduler(_server_of(options), options.logging_level.upper(), options.name)
+    scheduler.load_config_from_file(options.config)
+    scheduler.start()
+
+
 def _info(options: argparse.Namespace) -> None:
     connection = _server_of(options)
     queues = {queue.name: queue for queue in Queue.all(connection)}
@@ -4505,7 +5008,7 @@ def _parser() -> argparse.ArgumentParser:
         add(short, "--num-workers", dest="processes", default=1, **number, help=several)
         add(*names, help="of the worker; unique")
         add("-b", "--burst", **flag, help="stop when the queues are empty")
-        add("-s", "--with-scheduler", **flag, help="be on time even while busy")
+        add("-s", "--with-scheduler", **flag, help="run cron; be on time even while busy")
         add("--in-process", **flag, help="don't fork: no protection")
         worn = "replace a process after so many, 1000, but not in its first second"
         add("--jobs-per-fork", **number, help=worn)
@@ -4539,6 +5042,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--retry-interval", action="append", metavar="S", help="once, or for each retry")
     add("--quiet", **flag, help="don't print the id")
 
+    add = command("cron", _cron, "store the entries of a config file, and run cron, but no jobs")
+    add("config", metavar="CONFIG_PATH", help="a file or module that calls microq.register()")
+    add("--name", default="", help="of the scheduler, and owner of the entries; CONFIG_PATH")
+    add("-P", "--path", action="append", default=["."], help="where to import from, .")
+    add("-l", "--logging-level", default="INFO", metavar="LEVEL", help="default INFO")
+
     command("info", _info, "show queues and workers")("queues", nargs="*", metavar="QUEUE")
     pause = lambda options: suspend(_server_of(options), options.duration)  # noqa: E731
     command("suspend", pause, "have all workers pause")("--duration", metavar="S", help="no limit")
@@ -4552,7 +5061,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
         options.command(options)
-    except (MicroqError, exceptions.RedisError, TypeError, ValueError, OSError) as error:
+    except (
+        MicroqError,
+        exceptions.RedisError,
+        ImportError,
+        TypeError,
+        ValueError,
+        OSError,
+    ) as error:
         print(f"microq: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -35,6 +35,8 @@ import redis as redis_py
 import microq
 from microq import (
     Callback,
+    CronJob,
+    CronScheduler,
     Dependency,
     DeserializationError,
     DuplicateJobError,
@@ -48,11 +50,14 @@ from microq import (
     RateLimit,
     Repeat,
     Retry,
+    SchedulerNotFound,
     ServerUnavailable,
     SimpleWorker,
     Webhook,
     Worker,
     WorkerPool,
+    create_cron,
+    get_cron_job_ids,
     get_current_job,
     is_suspended,
     resume,
@@ -1254,6 +1259,14 @@ def test_a_result_that_cannot_be_serialized_fails_the_job_without_a_retry(queue,
         ("result_ttl", b"x", None),
         ("result_ttl", b"nan", None),
         ("retries", b"x", None),
+        ("due", b"x", None),
+        ("slot", b"x", None),
+        ("rate_limit", b"x", None),
+        ("dependents", b"x", None),
+        ("depends_on", b"x", None),
+        ("on_success", b"x y z", None),
+        ("webhooks", b"{", None),
+        ("verdict", b"x", "ValueError"),
     ],
 )
 def test_a_garbled_job_fails_alone(redis, queue, run, field, value, reason):
@@ -2495,7 +2508,7 @@ def test_an_idle_worker_sends_at_most_one_command_per_second(server, redis, queu
             time.sleep(6)
         worker.terminate()
         assert worker.wait(5) == 0
-        assert 1 <= len(seen) <= 6, seen
+        assert 1 <= len(seen) <= 8, seen  # two beats of four commands; they come each 5 seconds
 
 
 def bytes_per_job(redis, make, count=2000):
@@ -4090,6 +4103,394 @@ def test_jobs_run_on_a_fake_of_redis():
     assert job.is_finished and job.result == 3 and later.is_failed
 
 
+# ---- Cron ----------------------------------------------------------------------------------------
+
+
+def moments(expression, zone, start, count):
+    """Return the next times of an expression, as text in the zone, with its offset."""
+    cron, found = microq._Expression(expression, zone), []
+    at = datetime.fromisoformat(start).replace(tzinfo=timezone.utc).timestamp()
+    for _ in range(count):
+        at = cron.next_after(at)
+        found.append(datetime.fromtimestamp(at, cron.zone).strftime("%y-%m-%d %H:%M %z"))
+    return [each.removesuffix(" +0000") for each in found]
+
+
+@pytest.mark.parametrize(
+    ("expression", "expected"),
+    [
+        ("* * * * *", "26-01-30 10:31, 26-01-30 10:32"),
+        ("*/20 * * * *", "26-01-30 10:40, 26-01-30 11:00"),
+        ("1-30/7 3 * * *", "26-01-31 03:01, 26-01-31 03:08"),
+        ("50/4 12 * * *", "26-01-30 12:50, 26-01-30 12:54, 26-01-30 12:58, 26-01-31 12:50"),
+        ("0 0,12 1 */2 *", "26-03-01 00:00, 26-03-01 12:00, 26-05-01 00:00"),
+        ("0 9 * * MON-fri", "26-02-02 09:00, 26-02-03 09:00"),
+        ("0 9 * jan,Mar sun", "26-03-01 09:00, 26-03-08 09:00"),
+        ("0 0 * * 7", "26-02-01 00:00, 26-02-08 00:00"),
+        ("0 0 * * 5-7", "26-01-31 00:00, 26-02-01 00:00, 26-02-06 00:00"),
+        ("0 0 13 * fri", "26-02-06 00:00, 26-02-13 00:00, 26-02-20 00:00, 26-02-27 00:00"),
+        ("0 0 */10 * sun", "26-02-01 00:00, 26-03-01 00:00, 26-05-31 00:00"),
+        ("0 0 10 * */2", "26-02-10 00:00, 26-03-10 00:00, 26-05-10 00:00"),
+        ("0 0 31 * *", "26-01-31 00:00, 26-03-31 00:00, 26-05-31 00:00"),
+        ("0 0 29 2 *", "28-02-29 00:00, 32-02-29 00:00"),
+        ("0 0 29 2 */7", "32-02-29 00:00, 60-02-29 00:00"),
+        ("@hourly", "26-01-30 11:00, 26-01-30 12:00"),
+        ("@Daily", "26-01-31 00:00, 26-02-01 00:00"),
+        ("@midnight", "26-01-31 00:00"),
+        ("@weekly", "26-02-01 00:00, 26-02-08 00:00"),
+        ("@monthly", "26-02-01 00:00, 26-03-01 00:00"),
+        ("@yearly", "27-01-01 00:00"),
+        (" @annually ", "27-01-01 00:00"),
+    ],
+)
+def test_an_expression_comes_when_vixie_cron_says(expression, expected):
+    wanted = expected.split(", ")
+    assert moments(expression, "UTC", "2026-01-30T10:30:00", len(wanted)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("expression", "start", "expected"),
+    [
+        # Clocks are set forward on 29 March 2026 at 1:00 UTC, from 2:00 to 3:00.
+        ("30 2 * * *", "2026-03-28T12:00", "26-03-29 03:00 +0200, 26-03-30 02:30 +0200"),
+        ("0,30 2 29 3 *", "2026-03-28T12:00", "26-03-29 03:00 +0200, 27-03-29 02:00 +0200"),
+        ("0 3 * * *", "2026-03-28T12:00", "26-03-29 03:00 +0200, 26-03-30 03:00 +0200"),
+        ("*/30 * * * *", "2026-03-29T00:20", "26-03-29 01:30 +0100, 26-03-29 03:00 +0200"),
+        ("30 * * * *", "2026-03-29T00:20", "26-03-29 01:30 +0100, 26-03-29 03:30 +0200"),
+        ("*/30 2 * * *", "2026-03-28T12:00", "26-03-30 02:00 +0200, 26-03-30 02:30 +0200"),
+        # They are set back on 25 October at 1:00 UTC, from 3:00 to 2:00.
+        ("30 2 * * *", "2026-10-24T12:00", "26-10-25 02:30 +0200, 26-10-26 02:30 +0100"),
+        ("30 2 * * *", "2026-10-25T01:10", "26-10-26 02:30 +0100"),
+        ("30 * * * *", "2026-10-25T00:10", "26-10-25 02:30 +0200, 26-10-25 02:30 +0100"),
+        ("*/40 2 * * *", "2026-10-25T00:10", "26-10-25 02:40 +0200, 26-10-25 02:00 +0100"),
+        ("0 3 * * *", "2026-10-25T00:10", "26-10-25 03:00 +0100, 26-10-26 03:00 +0100"),
+    ],
+)
+def test_an_expression_survives_a_change_of_the_clocks(expression, start, expected):
+    wanted = expected.split(", ")
+    assert moments(expression, "Europe/Berlin", start, len(wanted)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("expression", "word"),
+    [
+        ("60 * * * *", "minute"),
+        ("* 24 * * *", "hour"),
+        ("* * 0 * *", "day of month"),
+        ("* * * 13 *", "month"),
+        ("* * * * 8", "day of week"),
+        ("* * * * monday", "day of week"),
+        ("*/0 * * * *", "minute"),
+        ("5-1 * * * *", "minute"),
+        ("*-5 * * * *", "minute"),
+        ("1,,2 * * * *", "minute"),
+        ("jan * * * *", "minute"),
+        ("-1 * * * *", "minute"),
+        ("* * * *", "minute, hour"),
+        ("* * * * * *", "minute, hour"),
+        ("@reboot", "@hourly"),
+        ("", "@hourly"),
+        ("0 0 30 2 *", "never"),
+        ("0 0 31 4,6,9,11 *", "never"),
+    ],
+)
+def test_an_expression_that_makes_no_sense_is_refused(expression, word):
+    with pytest.raises(ValueError, match=word):
+        microq._Expression(expression, "UTC")
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({}, ValueError),
+        ({"interval": 5, "cron": "* * * * *"}, ValueError),
+        ({"interval": 0.5}, ValueError),
+        ({"interval": -1}, ValueError),
+        ({"interval": "often"}, ValueError),
+        ({"cron": "* * * * *", "timezone": "Europe/Atlantis"}, ValueError),
+        ({"interval": 5, "missed": "some"}, ValueError),
+        ({"interval": 5, "name": "x" * 200}, ValueError),
+        ({"interval": 5, "job_id": "a"}, TypeError),
+        ({"interval": 5, "color": "red"}, TypeError),
+        ({"interval": 5, "job_timeout": 0}, ValueError),
+        ({"interval": 5, "args": (threading.Lock(),)}, TypeError),
+        ({"interval": 5, "queue_name": "a b"}, ValueError),
+    ],
+)
+def test_an_entry_that_makes_no_sense_is_refused(redis, options, error):
+    with pytest.raises(error):
+        CronScheduler(redis).register(add, **{"queue_name": "default"} | options)
+    assert redis.keys() == []
+
+
+def ticks(redis, slug="a"):
+    return sorted(int(id.rpartition("-")[2]) for id in get_cron_job_ids(slug, redis))
+
+
+def scheduler_with(redis, owner="o", func=add, **options):
+    scheduler = CronScheduler(redis, name=owner)
+    scheduler.register(func, "default", **{"name": "a", "interval": 60} | options)
+    return scheduler
+
+
+def test_an_interval_begins_at_once_and_not_again_when_it_is_registered_again(redis, queue):
+    scheduler = scheduler_with(redis)
+    [job] = scheduler.get_jobs()
+    assert (job.name, job.func_name, job.queue_name) == ("a", "test_microq.add", "default")
+    assert job.should_run() and job.latest_enqueue_time is None
+    assert scheduler.enqueue_jobs() == [job]
+    assert abs(job.latest_enqueue_time.timestamp() - time.time()) < 2
+    assert job.next_enqueue_time - job.latest_enqueue_time == timedelta(minutes=1)
+    assert scheduler.enqueue_jobs() == scheduler_with(redis).enqueue_jobs() == []
+    [id] = job.get_job_ids(redis)
+    assert id == f"a-{job.latest_enqueue_time.timestamp():.0f}"
+    work(queue)
+    assert queue.fetch_job(id).is_finished and not job.should_run()
+
+
+def test_an_expression_waits_for_its_first_time(redis):
+    job = CronScheduler(redis).register(add, "default", cron="0 0 1 1 *", timezone="Asia/Tokyo")
+    assert job.name == "test_microq.add" and not job.should_run()
+    assert job.next_enqueue_time.strftime("%m-%d %H:%M") == "12-31 15:00"
+
+
+def test_an_expression_is_read_in_the_time_zone_of_the_process(monkeypatch):
+    for zone in ("Asia/Tokyo", ":/usr/share/zoneinfo/Asia/Tokyo"):
+        monkeypatch.setenv("TZ", zone)
+        assert CronJob(add, "default", cron="@daily").timezone == "Asia/Tokyo"
+    monkeypatch.setenv("TZ", "JST-9")
+    with pytest.raises(ValueError, match="JST-9"):
+        CronJob(add, "default", cron="@daily")
+
+
+def test_a_call_goes_with_its_options(redis, queue):
+    options = {"args": (1,), "kwargs": {"b": 2}, "retry": Retry(2), "meta": {"m": 1}}
+    scheduler = scheduler_with(redis, job_timeout="2m", description="d", **options)
+    scheduler.save()
+    job = queue.fetch_job(get_cron_job_ids("a", redis)[0])
+    assert (job.args, job.kwargs, job.meta, job.retries_left) == ((1,), {"b": 2}, {"m": 1}, 2)
+    assert (job.timeout, job.description) == (120, "d")
+    beside = CronJob.all(redis)[0].enqueue(redis)
+    work(queue)
+    assert job.return_value() == beside.return_value() == 3
+
+
+def test_an_entry_that_changes_goes_on_and_takes_back_what_waits(redis, queue):
+    """Ticks ahead belong to the old entry; a retry of an earlier one does not."""
+    scheduler_with(redis, func=fail, interval=4, retry=Retry(1, interval=9)).save()
+    first, *ahead = ticks(redis)
+    assert [tick - first for tick in ahead] in ([4, 8, 12], [4, 8, 12, 16])
+    work(queue)
+    assert queue.scheduled_job_registry.count == len(ahead) + 1
+    scheduler_with(redis, func=add, interval=4).save()
+    assert ticks(redis)[:4] == [first, *ahead[:3]]
+    names = [job.func_name.rpartition(".")[2] for job in map(queue.fetch_job, ids(queue))]
+    assert Counter(names)["fail"] == 1
+    scheduler_with(redis, func=add, interval=3600).save()
+    assert ticks(redis)[:2] == [first, ahead[0]]  # that was promised
+    scheduler_with(redis, func=add, interval=None, cron="0 0 1 1 *").save()
+    assert ticks(redis) == [first]
+    assert CronScheduler(redis).remove("a") and not CronScheduler(redis).remove("a")
+
+
+def ids(queue):
+    return queue.scheduled_job_registry.get_job_ids()
+
+
+def test_entry_sent_twice_changes_once(redis):
+    [job] = scheduler_with(redis).get_jobs()
+    command = job._store(job._to_json())
+    assert microq._send(redis, command, command) == [1, 0]
+    assert microq._send(redis, job._store(""), job._store("")) == [1, 0]
+    assert redis.keys() == []
+
+
+def test_a_tick_is_handed_out_once_by_all_who_have_read_the_same(redis, queue):
+    scheduler_with(redis, interval=1).enqueue_jobs()
+    at, _, agenda = microq._ask(redis, *microq.AGENDA(queue.prefix, ""))
+    before = len(ticks(redis))
+    handed = [len(microq._hand_out(redis, [queue], at, agenda, ahead)) for ahead in (3, 3, 5, 5)]
+    assert handed == [3, 0, 2, 0]
+    assert len(ticks(redis)) == before + 5
+    scheduler_with(redis, interval=1, args=(1,)).enqueue_jobs()  # who has read the old entry
+    assert microq._hand_out(redis, [queue], at, agenda, 30) == []  # is too late
+    assert len(set(ticks(redis))) == len(ticks(redis))
+
+
+@pytest.mark.parametrize(
+    ("missed", "ago", "expected"),
+    [
+        ("latest", 1000.5, [-0.5]),
+        ("all", 50.5, [-40.5, -30.5, -20.5, -10.5, -0.5]),
+        ("all", 20000.5, [-10 * n - 0.5 for n in range(999, -1, -1)]),
+        ("skip", 25.5, [-5.5]),
+        ("skip", 100000, [0]),
+    ],
+)
+def test_what_was_missed_is_made_up_for_as_the_entry_says(missed, ago, expected):
+    job = CronJob(add, "default", interval=10, missed=missed)
+    job._last = 1e9 - ago
+    assert job._ticks(1e9, 0) == [1e9 + each for each in expected]
+    job, day = CronJob(add, "default", cron="0 0 * * *", missed=missed, timezone="UTC"), 86400.0
+    job._last = 0.0
+    assert job._ticks(2000 * day + 3600, 0) == {
+        "latest": [2000 * day], "skip": [], "all": [day * n for n in range(1001, 2001)]
+    }[missed]  # fmt: skip
+
+
+def test_an_entry_that_is_garbled_harms_no_other(redis, queue, caplog):
+    scheduler_with(redis).save()
+    for slug, spec in {"b": "{", "c": "{}", "d": '{"cron": "x", "timezone": "UTC"}'}.items():
+        redis.hset(f"{Q}cron", slug, spec)
+        redis.hset(f"{Q}ticks", slug, "1 1")
+    redis.hset(f"{Q}cron", "e", redis.hget(f"{Q}cron", "a"))
+    first = ticks(redis)
+    redis.hset(f"{Q}ticks", "a", f"{time.time() - 70:.6f} 5.000000")
+    worker = SimpleWorker(queue)
+    worker.work(burst=True, logging_level=None, with_scheduler=True)
+    worker.work(burst=True, logging_level=None, with_scheduler=True)
+    assert len(ticks(redis)) == len(first) + 1
+    assert sorted(record.args[0] for record in caplog.records if record.levelname == "ERROR") == [
+        *"bcde"
+    ]
+    assert [job.name for job in CronJob.all(redis)] == ["a"]
+    assert CronScheduler(redis).remove("b")
+
+
+def test_a_worker_without_a_scheduler_leaves_cron_alone(redis, queue):
+    scheduler_with(redis).save()
+    redis.hset(f"{Q}ticks", "a", "5.000000 5.000000")
+    before = ticks(redis)
+    work(queue)
+    assert ticks(redis) == before and CronScheduler.all(redis) == []
+
+
+def test_what_an_owner_registers_no_longer_is_removed(redis, queue):
+    other = CronScheduler(redis, name="other")
+    other.register(add, "low", interval=60, name="x.y")
+    other.save()
+    mine = CronScheduler(redis, name="mine")
+    mine.register(add, "default", interval=60)
+    mine.register(add, "default", interval=60)
+    mine.register(add, "default", interval=60, name="c")
+    with pytest.raises(ValueError, match="registered already"):
+        mine.register(add, "low", interval=60, name="c")
+    mine.save()
+    names = ["c", "test_microq.add", "test_microq.add-2", "x.y"]
+    assert [job.name for job in CronJob.all(redis)] == names
+    scheduler_with(redis, owner="mine").save()
+    assert [job.name for job in CronJob.all(redis)] == ["a", "x.y"]
+    scheduler_with(redis, owner="", name="b").save()
+    CronScheduler(redis, name="mine").save()
+    assert [job.name for job in CronJob.all(redis)] == ["b", "x.y"]
+    queue.delete()
+    assert [job.owner for job in CronJob.all(redis)] == ["other"]
+
+
+def test_a_scheduler_is_found_while_it_is_alive(redis):
+    scheduler = scheduler_with(redis, owner="s")
+    scheduler.save()
+    with pytest.raises(SchedulerNotFound):
+        CronScheduler.fetch("s", redis)
+    scheduler.heartbeat()
+    found = CronScheduler.fetch("s", redis)
+    assert abs(found.last_heartbeat - scheduler.last_heartbeat) < timedelta(seconds=1)
+    assert [job.name for job in found.get_jobs()] == ["a"]
+    redis.zadd(f"{Q}schedulers", {"s": time.time() - 61})
+    assert CronScheduler.all(redis) == []
+
+
+def test_a_scheduler_stores_its_entries_again_when_the_server_has_lost_them(redis):
+    scheduler = scheduler_with(redis, owner="s")
+    scheduler.logging_level = None
+    thread = threading.Thread(target=scheduler.start)
+    thread.start()
+    wait_until(lambda: CronJob.all(redis) and redis.exists("microq:worker:s"))
+    redis.flushall()
+    word = json.dumps({"command": "suspension", "worker": "s"})
+    redis.rpush("microq:inbox:s", word)  # so that it beats at once
+    wait_until(lambda: CronJob.all(redis))
+    assert len(ticks(redis)) == 1 and Worker.all(redis) == []
+    send_shutdown_command(redis, "s")
+    thread.join(10)
+    assert CronScheduler.all(redis) == [] and not thread.is_alive()
+
+
+CONFIG = """
+import os
+from microq import cron, get_current_job, register
+from test_microq import append
+
+def run(path):
+    append(path, get_current_job().id)
+
+for letter in "abc":
+    register(run, "default", (os.environ["LOG"],), name=letter, interval=1)
+cron.register("test_microq.add", queue_name="low", cron="0 0 1 1 *")
+"""
+
+
+def config_in(folder, monkeypatch):
+    """Write a config file that enters jobs which note their ids; return the path of the notes."""
+    (folder / "cron_of_test.py").write_text(CONFIG)
+    monkeypatch.setenv("LOG", str(folder / "log"))
+    monkeypatch.setenv("PYTHONPATH", f"{folder}:{HERE}")
+    return folder / "log"
+
+
+def test_a_config_is_loaded_by_its_path_or_its_dotted_name(redis, tmp_path, monkeypatch):
+    config_in(tmp_path, monkeypatch)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for name in (str(tmp_path / "cron_of_test.py"), "cron_of_test", "cron_of_test"):
+        scheduler = CronScheduler(redis)
+        scheduler.load_config_from_file(name)
+        assert [job.name for job in scheduler.get_jobs()] == ["a", "b", "c", "test_microq.add"]
+        assert scheduler.owner == name
+        assert scheduler.get_jobs()[0].func_name == "cron_of_test.run"
+    assert len(create_cron(redis).get_jobs()) == 4
+    with pytest.raises(ImportError):
+        scheduler.load_config_from_file("no.such.module")
+
+
+def python(code):
+    return subprocess.Popen([sys.executable, "-c", f"import redis\nfrom microq import *\n{code}"])
+
+
+def test_each_tick_runs_once_though_schedulers_die(server, redis, tmp_path, monkeypatch):
+    """Workers with and without a scheduler, and processes that only run cron; some are killed."""
+    log = config_in(tmp_path, monkeypatch)
+    url = f"connection=redis.Redis.from_url({server.url!r})"
+    work = f"SimpleWorker('default', {url}).work(logging_level='ERROR', with_scheduler="
+    command = [sys.executable, "-m", "microq", "cron", str(tmp_path / "cron_of_test.py")]
+    command += ["--url", server.url, "--logging-level", "error"]
+    processes = [subprocess.Popen(command, cwd=tmp_path) for _ in range(3)]
+    processes += [python(f"{work}{scheduler})") for scheduler in (True, False)]
+
+    def more_run():
+        count = len(log.read_text().split()) if log.exists() else 0
+        wait_until(lambda: log.exists() and len(log.read_text().split()) >= count + 3)
+
+    try:
+        wait_until(lambda: len(CronScheduler.all(redis)) == 4)
+        more_run()
+        processes[0].kill()
+        more_run()
+        for process in (processes[1], processes[3]):
+            process.terminate()
+            assert process.wait() == 0
+        processes[2].kill()  # the last that runs cron; a lease is handed out
+        more_run()
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    ran = Counter(log.read_text().split())
+    assert max(ran.values()) == 1
+    for letter in "abc":
+        came = sorted(int(id[2:]) for id in ran if id[0] == letter)
+        assert came == list(range(came[0], came[0] + len(came)))
+
+
 # ---- The examples of RQ's documentation ----------------------------------------------------------
 # What RQ's documentation does with RQ, with only the import changed.  One test for each of its
 # topics; what it shows by print() is asserted, and what waits for a minute waits less.
@@ -5040,18 +5441,21 @@ class ShownRedis(redis_py.Redis):
         ),
         (
             "REDIS_HOST = 'redis.example.com'\nREDIS_PORT = 6380\nREDIS_DB = 3\n"
-            "REDIS_PASSWORD = 'very secret'\nREDIS_SSL = True\n"
+            "REDIS_PASSWORD = 'very secret'",
+            ["'host': 'redis.example.com'", "'port': 6380", "'db': 3", "'password': 'very secret'"],
+        ),
+        (
+            "REDIS_HOST = 'redis.example.com'\nREDIS_SSL = True\n"
             "REDIS_SSL_CA_CERTS = '/ca.pem'\nREDIS_SSL_CERT_REQS = 'required'",
-            ["'host': 'redis.example.com', 'password': 'very secret', 'port': 6380, 'ssl': True"]
-            + ["'db': 3", "'ssl_ca_certs': '/ca.pem'", "'ssl_cert_reqs': 'required'"],
+            ["'ssl': True", "'ssl_ca_certs': '/ca.pem'", "'ssl_cert_reqs': 'required'"],
         ),
     ],
-    ids=["SENTINEL", "REDIS_SSL"],
+    ids=["SENTINEL", "REDIS_HOST", "REDIS_SSL"],
 )
 def test_docs_settings_name_sentinels_and_certificates(
     tmp_path, monkeypatch, capsys, settings, shown
 ):
-    name = f"settings_{len(shown)}"
+    name = f"settings_{abs(hash(settings))}"
     (tmp_path / f"{name}.py").write_text(settings)
     monkeypatch.syspath_prepend(tmp_path)
     words = ["info", "--config", name, "--connection-class", "test_microq.ShownRedis"]
@@ -5253,28 +5657,26 @@ def test_docs_shell_commands_look_and_repair(redis, queue, server, capsys):
 
 
 def test_docs_shell_workers(redis, server, tmp_path):
-    """All at the same time, each on queues of its own."""
-    handlers = ["--exception-handler", "test_microq.mark", "--exception-handler"]
-    handlers += ["test_microq.mark_2"]
-    classes = ["--job-class", "test_microq.CustomJob", "--queue-class", "test_microq.CustomQueue"]
+    """All at the same time, each with queues of its own."""
+    handlers = "--exception-handler test_microq.mark --exception-handler test_microq.mark_2"
     commands = [
-        ["worker", "high", "default", "low", "--burst"],
-        ["worker", "w1", "-b", "-w", "microq.SimpleWorker", "--name", "simple", "--max-jobs", "9"]
-        + ["--with-scheduler", "--results-ttl", "77", "--disable-job-desc-logging"],
-        ["worker", "w2", "-b", "-w", "microq.RoundRobinWorker", "--path", str(tmp_path), "-q"],
-        ["worker", "w3", "-b", "-w", "microq.RandomWorker", "--max-idle-time", "9"]
-        + ["--maintenance-interval", "60", "--worker-ttl", "30", "--job-monitoring-interval", "5"],
-        ["worker", "w4", "-b", "-w", "microq.SpawnWorker", "-v"]
-        + ["--log-format", "<%(message)s>", "--date-format", "%H"],
-        ["worker", "c1", "-b", "-w", "test_microq.CustomWorker", *classes],
-        ["worker", "h1", "-b", *handlers],
-        ["worker", "j1", "-b", "--serializer", "json", *handlers]
-        + ["--disable-default-exception-handler"],
-        ["worker", "j2", "-b", "--serializer", "microq.JSONSerializer", "-ds", "round_robin"],
-        ["worker-pool", "p1", "p2", "p3", "-n", "3", "--burst"],
-        ["worker-pool", "c2", "-n", "4", "-l", "WARNING", "-b", "-w", "microq.SimpleWorker"]
-        + ["-S", "pickle", "-j", "test_microq.CustomJob"],
+        "worker high default low --burst",
+        "worker w1 -b -w microq.SimpleWorker --name simple --max-jobs 9 --with-scheduler "
+        "--results-ttl 77 --disable-job-desc-logging",
+        f"worker w2 -b -w microq.RoundRobinWorker --path {tmp_path} -q",
+        "worker w3 -b -w microq.RandomWorker --max-idle-time 9 "
+        "--maintenance-interval 60 --worker-ttl 30 --job-monitoring-interval 5",
+        "worker w4 -b -w microq.SpawnWorker -v --log-format <%(message)s> --date-format %H",
+        "worker c1 -b -w test_microq.CustomWorker "
+        "--job-class test_microq.CustomJob --queue-class test_microq.CustomQueue",
+        f"worker h1 -b {handlers}",
+        f"worker j1 -b --serializer json {handlers} --disable-default-exception-handler",
+        "worker j2 -b --serializer microq.JSONSerializer -ds round_robin",
+        "worker-pool p1 p2 p3 -n 3 --burst",
+        "worker-pool c2 -n 4 -l WARNING -b -w microq.SimpleWorker -S pickle "
+        "-j test_microq.CustomJob",
     ]
+    commands = [words.split() for words in commands]
     jobs = {}
     for words in commands:
         for name in itertools.takewhile(lambda word: word[0] != "-", words[1:]):
