@@ -639,6 +639,8 @@ class _Line:
 
 def _post(wire: Any, commands: Sequence[Command]) -> None:
     """Send commands, packed in a quarter of the time that redis-py takes for it."""
+    if not wire._sock:  # else redis-py connects, but does not ask a Sentinel where to
+        wire.connect()
     wire.send_packed_command([b"".join(map(pack_command, commands))], check_health=False)
 
 
@@ -3546,9 +3548,11 @@ def _table(
     for row in [head, *rows[:fits]]:
         line, left = "", width
         for title, cell, size in zip(head, row, sizes, strict=True):
+            if left <= 0:
+                break
             text = "".join(each if each.isprintable() else "?" for each in str(cell))
             text = text if len(text) <= size else f"{text[: max(0, size - 1)]}…"
-            text = (text.rjust if title in _CONTAINERS else text.ljust)(size)[: max(0, left)]
+            text = (text.rjust if title in _CONTAINERS else text.ljust)(size)[:left]
             left -= size + 1
             style = 1 if row is head else _STYLES.get(str(cell)) or _STYLES.get(title)
             line += f"\x1b[{style}m{text}\x1b[0m " if coloured and style else f"{text} "
@@ -3588,10 +3592,21 @@ def _page(
             )
         return lines + [f"worker {w[0]} {w[1]} {w[4]} finished={w[2]} failed={w[3]}" for w in rows]
     if not options.only_workers:
-        most = max([1, *(counts[0] for counts in queues.values())])
-        size = min(40, max(5, width - 60 - max(map(len, ["", *queues])))) if width < 10**6 else 0
-        table = [[name, *each, "█" * -(-each[0] * size // most)] for name, each in queues.items()]
-        tables.append((f"queue {' '.join(_CONTAINERS)} ", table))
+        # Where there is no room for all the columns, show those that hold something.
+        room, longest = width - len(" ".join(_CONTAINERS)) - 2, max(map(len, ["", *queues]))
+        some = [
+            i
+            for i, _ in enumerate(_CONTAINERS)
+            if room > 8 or any(each[i] for each in queues.values())
+        ]
+        most = max([1, *(each[0] for each in queues.values())])
+        size = min(40, max(5, room - longest)) if width < 10**6 else 0
+        bars = ["█" * -(-each[0] * size // most) for each in queues.values()]
+        table = [
+            [name, *(each[i] for i in some), bar]
+            for (name, each), bar in zip(queues.items(), bars, strict=True)
+        ]
+        tables.append((" ".join(["queue", *(_CONTAINERS[i] for i in some), ""]), table))
     if options.by_queue:
         on = {
             name: [f"{w[0]} ({w[1]})" for w in rows if name in w[4].split(",")] for name in queues
@@ -3797,7 +3812,7 @@ info  -Q --only-queues  no workers
 info  -W --only-workers  no queues
 info  -R --by-queue  the workers of each queue
 empty requeue  -a --all  all there are
-requeue  --queue NAME  of the jobs
+requeue  --queue NAME!  of the jobs
 suspend  --duration S  no limit
 """
 
@@ -3826,10 +3841,10 @@ def _add_flag(parser: argparse.ArgumentParser, words: list[str], text: str) -> N
     elif len(words) == 1:
         words, more["nargs"] = [last.rstrip("*")], "*" if last.endswith("*") else None
     else:
-        words, more["metavar"] = words[:-1], (word := last.strip("[]."))
-        more["type"] = {"N": int, "SEC": float}.get(word, str)
-        if word != last:
-            more |= {"action": "append"} if "..." in last else {"nargs": "?", "const": ""}
+        words, more["metavar"] = words[:-1], (word := last.strip("[].!"))
+        more["required"], more["type"] = "!" in last, {"N": int, "SEC": float}.get(word, str)
+        more |= {"action": "append"} if "..." in last else {}
+        more |= {"nargs": "?", "const": ""} if "[" in last else {}
     parser.add_argument(*words, **more)
 
 
@@ -3843,7 +3858,8 @@ def _configure(options: argparse.Namespace) -> None:
         setattr(options, name, word)
     options.settings = vars(importlib.import_module(options.config)) if options.config else {}
     if "DICT_CONFIG" in options.settings:
-        importlib.import_module("logging.config").dictConfig(options.settings["DICT_CONFIG"])
+        plan = {"disable_existing_loggers": False} | options.settings["DICT_CONFIG"]
+        importlib.import_module("logging.config").dictConfig(plan)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
