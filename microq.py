@@ -3537,8 +3537,11 @@ _STYLES = {"0": 2, "busy": 32, "suspended": 33, "failed": 31, "started": 32, "qu
 def _table(
     head: Sequence[str], rows: Sequence[Sequence[Any]], width: int, height: int, coloured: bool
 ) -> list[str]:
-    """Lay out rows under a head, in so many columns and lines.  What is too long is cut, first of
-    all in the first column; the last one has what is left."""
+    """Lay out rows under a head, in so many columns and lines.  Where the width is short, columns
+    without anything are left out; then the first is cut, and the last has what is left."""
+    if width < len(" ".join(head)) + 8:
+        columns = zip(head, *rows, strict=True)
+        head, *rows = zip(*(each for each in columns if any(each[1:])), strict=True)
     fits = len(rows) if len(rows) < height else max(0, height - 2)
     sizes = [max(len(str(cell)) for cell in column) for column in zip(head, *rows, strict=True)]
     room = width - sum(sizes[1:-1]) - len(sizes) + 1
@@ -3584,43 +3587,32 @@ def _page(
         [w["name"], w["state"], w["good"], w["bad"], ",".join(w["queues"]), w["job"]]
         for w in workers
     ]
-    lines, tables = list[str](), list[tuple[str, list[list[Any]]]]()
+    lines, tables = list[str](), list[tuple[list[str], list[list[Any]]]]()
     if options.raw:
         for name, (queued, *counts) in queues.items():
-            lines.append(
-                " ".join([f"queue {name} {queued}", *map("{}={}".format, _CONTAINERS[1:], counts)])
-            )
+            words = map("{}={}".format, _CONTAINERS[1:], counts)
+            lines.append(" ".join(["queue", name, str(queued), *words]))
         return lines + [f"worker {w[0]} {w[1]} {w[4]} finished={w[2]} failed={w[3]}" for w in rows]
     if not options.only_workers:
-        # Where there is no room for all the columns, show those that hold something.
-        room, longest = width - len(" ".join(_CONTAINERS)) - 2, max(map(len, ["", *queues]))
-        some = [
-            i
-            for i, _ in enumerate(_CONTAINERS)
-            if room > 8 or any(each[i] for each in queues.values())
-        ]
+        head = ["queue", *_CONTAINERS, ""]
+        room = max(5, width - len(" ".join(head)) - max(map(len, ["", *queues])))
+        size = min(40, room) if width < 10**6 else 0
         most = max([1, *(each[0] for each in queues.values())])
-        size = min(40, max(5, room - longest)) if width < 10**6 else 0
-        bars = ["█" * -(-each[0] * size // most) for each in queues.values()]
-        table = [
-            [name, *(each[i] for i in some), bar]
-            for (name, each), bar in zip(queues.items(), bars, strict=True)
-        ]
-        tables.append((" ".join(["queue", *(_CONTAINERS[i] for i in some), ""]), table))
+        table = [[name, *each, "█" * -(-each[0] * size // most)] for name, each in queues.items()]
+        tables.append((head, table))
     if options.by_queue:
-        on = {
-            name: [f"{w[0]} ({w[1]})" for w in rows if name in w[4].split(",")] for name in queues
-        }
-        tables.append(("queue workers", [[name, ", ".join(each)] for name, each in on.items()]))
+        on = [[f"{w[0]} ({w[1]})" for w in rows if name in w[4].split(",")] for name in queues]
+        table = [[name, ", ".join(each)] for name, each in zip(queues, on, strict=True)]
+        tables.append((["queue", "workers"], table))
     elif not options.only_queues:
-        tables.append(("worker state finished failed queues job", rows))
+        tables.append((["worker", "state", "finished", "failed", "queues", "job"], rows))
     text = (title + _summary(looks[0], looks[-1]))[:width]
     lines.append(f"\x1b[{33 if looks[-1].suspended else 1}m{text}\x1b[0m" if coloured else text)
     tables = [each for each in tables if each[1]]
     for i, (head, table) in enumerate(tables):
         behind, left = sum(len(rest) + 2 for _, rest in tables[i + 1 :]), height - len(lines)
         share = max(left // (len(tables) - i), left - behind) - 1
-        lines += ["", *_table(head.split(" "), table, width, share, coloured)]
+        lines += ["", *_table(head, table, width, share, coloured)]
     return lines[:height]
 
 
@@ -3639,8 +3631,8 @@ def _screen(page: Callable[..., list[str]]) -> Iterator[Callable[[str, float], A
             tty.setcbreak(key) if on else termios.tcsetattr(key, termios.TCSADRAIN, mode)
 
     def show(title: str, seconds: float) -> bool:
-        until, typed = time.monotonic() + seconds, b"-"
-        while typed and b"q" not in typed.lower() and (left := until - time.monotonic()) > 0:
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
             width, height = os.get_terminal_size(out.fileno())
             lines = page(title, width - 1 if width else 79, height or 24)
             text = "\x1b[K\r\n".join(lines)  # from the top left, and (2026) all of it at once
@@ -3655,7 +3647,9 @@ def _screen(page: Callable[..., list[str]]) -> Iterator[Callable[[str, float], A
                 os.kill(os.getpid(), signal.SIGSTOP)
                 switch(True)
             typed = os.read(keys[0], 99) if keys and select.select(keys, [], [], 0)[0] else b"-"
-        return not typed or b"q" in typed.lower()
+            if not typed or b"q" in typed.lower():
+                return True
+        return False
 
     handlers: dict[int, Callable[[int, Any], Any]] = {
         signal.SIGWINCH: lambda number, frame: None,  # the bell rings, that's all
