@@ -639,8 +639,8 @@ class _Line:
 
 def _post(wire: Any, commands: Sequence[Command]) -> None:
     """Send commands, packed in a quarter of the time that redis-py takes for it."""
-    if not wire._sock:  # else redis-py connects, but does not ask a Sentinel where to
-        wire.connect()
+    if not wire._sock and hasattr(wire, "connection_pool"):
+        wire.connect()  # else redis-py does, but without asking the Sentinel where to
     wire.send_packed_command([b"".join(map(pack_command, commands))], check_health=False)
 
 
@@ -3393,9 +3393,7 @@ def _worker(options: argparse.Namespace, pool: bool = False) -> None:
     if not pool and is_suspended(server):
         raise MicroqError(f"workers are suspended; to go on: {_PROGRAM} resume")
     if options.worker_ttl:
-        text = (
-            "--worker-ttl and the intervals of RQ are ignored; a lease does all that, see --lease"
-        )
+        text = "--worker-ttl and RQ's intervals are ignored; a lease does all that, see --lease"
         print(f"microq: {text}", file=sys.stderr)
     names = "name serializer results_ttl lease jobs_per_fork exception_handler job_class "
     names += "queue_class disable_default_exception_handler"
@@ -3498,11 +3496,8 @@ class _Look(NamedTuple):
 
 def _look_around(connection: Redis, of: Sequence[str]) -> _Look:
     """Read how the queues of these names are, and their workers, in two round trips."""
-    size, asked, queues = (
-        len(_CONTAINERS) + 2,
-        list[Command](),
-        [Queue(each, connection) for each in of],
-    )
+    asked, queues = list[Command](), [Queue(name, connection) for name in of]
+    size = len(_CONTAINERS) + 2
     for queue in queues:
         asked += [Registry(queue, each)._size() for each in _CONTAINERS]
         asked += [("HKEYS", f"{queue.prefix}workers"), ("HGETALL", f"{queue.prefix}started")]
