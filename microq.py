@@ -3636,27 +3636,27 @@ def _screen(page: Callable[..., list[str]]) -> Iterator[Callable[[str, float], A
             out.flush()
             if bell.watch(left, *keys):
                 bell.heard()
-            if told:  # of Ctrl-Z
-                told.clear()
+            if signal.SIGTSTP in told:  # Ctrl-Z
                 switch(False)
                 os.kill(os.getpid(), signal.SIGSTOP)
                 switch(True)
+            told.clear()
             typed = os.read(keys[0], 99) if keys and select.select(keys, [], [], 0)[0] else b"-"
             if not typed or b"q" in typed.lower():
                 return True
         return False
 
-    handlers: dict[int, Callable[[int, Any], Any]] = {
-        signal.SIGWINCH: lambda number, frame: None,  # the bell rings, that's all
-        signal.SIGTSTP: lambda number, frame: told.append(number),
-        signal.SIGTERM: lambda number, frame: sys.exit(128 + number),
-    }
+    def heed(number: int, frame: Any) -> None:
+        if number == signal.SIGTERM:
+            sys.exit(128 + number)
+        told.append(number)
+
     with contextlib.ExitStack() as after:
         after.callback(bell.close)
         wakeup = signal.set_wakeup_fd(bell.rope.fileno(), warn_on_full_buffer=False)
         after.callback(signal.set_wakeup_fd, wakeup)
-        for number, handler in handlers.items():
-            after.callback(signal.signal, number, signal.signal(number, handler))
+        for number in (signal.SIGWINCH, signal.SIGTSTP, signal.SIGTERM):
+            after.callback(signal.signal, number, signal.signal(number, heed))
         after.callback(switch, False)
         switch(True)
         yield show
@@ -3753,7 +3753,7 @@ any  --queue-class NAME  Queue, or another
 any  --connection-class NAME  redis.Redis, or another
 any  -S --serializer NAME  pickle, json, or another
 any  -P --path DIR...  where to import from, .
-worker worker-pool  queues*  in order of priority, default
+worker worker-pool  queues*  in order of priority; by default 'default'
 info empty  queues*  these only
 enqueue  function  its dotted name
 enqueue  arguments*  value, :json, %literal; name=value, name:=json, name%=literal; @file as value

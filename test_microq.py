@@ -3379,7 +3379,7 @@ def test_a_closed_pipe_and_ctrl_c_end_quietly(server, redis):
     assert info.communicate(timeout=5)[1] == b"" and info.returncode == 130
 
 
-def test_info_shows_queues_and_workers(redis, queue, cli, start_worker):
+def test_info_shows_queues_and_workers(server, redis, queue, cli, start_worker):
     Queue("low", redis).enqueue(add)
     start_worker("--name", "bee", "low", "default", "high")
     wait_until(lambda: Queue("low", redis).finished_job_registry.count)
@@ -3389,6 +3389,8 @@ def test_info_shows_queues_and_workers(redis, queue, cli, start_worker):
     assert shown.startswith("3 queues, 0 queued, 1 started; 1 workers, 1 busy\n")
     assert re.search(r"^default +0 +1 +0 +0 +0 +0 +0$", shown, re.M), shown
     assert re.search(r"^bee +busy +\d +0 low,default,high test_microq.sleep dreams$", shown, re.M)
+    for protocol in (2, 3):
+        assert cli("info", url=f"{server.url}?protocol={protocol}")[1] == shown
     raw = cli("info", "--raw", "default", "low")[1].splitlines()
     zeros = "scheduled=0 deferred=0 finished=0 failed=0 canceled=0"
     assert raw[0] == f"queue default 0 started=1 {zeros}" and raw[1].startswith("queue low 0 ")
