@@ -3582,25 +3582,24 @@ def _page(
         [w["name"], w["state"], w["good"], w["bad"], ",".join(w["queues"]), w["job"]]
         for w in workers
     ]
-    lines, tables = list[str](), list[tuple[list[str], list[list[Any]]]]()
+    lines = []
     if options.raw:
         for name, (queued, *counts) in queues.items():
             words = map("{}={}".format, _CONTAINERS[1:], counts)
             lines.append(" ".join(["queue", name, str(queued), *words]))
         return lines + [f"worker {w[0]} {w[1]} {w[4]} finished={w[2]} failed={w[3]}" for w in rows]
-    if not options.only_workers:
-        head = ["queue", *_CONTAINERS, ""]
-        room = max(5, width - len(" ".join(head)) - max(map(len, ["", *queues])))
-        size = min(40, room) if width < 10**6 else 0
-        most = max([1, *(each[0] for each in queues.values())])
-        table = [[name, *each, "█" * -(-each[0] * size // most)] for name, each in queues.items()]
-        tables.append((head, table))
-    if options.by_queue:
-        on = [[f"{w[0]} ({w[1]})" for w in rows if name in w[4].split(",")] for name in queues]
-        table = [[name, ", ".join(each)] for name, each in zip(queues, on, strict=True)]
-        tables.append((["queue", "workers"], table))
-    elif not options.only_queues:
-        tables.append((["worker", "state", "finished", "failed", "queues", "job"], rows))
+    head = ["queue", *_CONTAINERS, ""]
+    room = max(5, width - len(" ".join(head)) - max(map(len, ["", *queues])))
+    size = min(40, room) if width < 10**6 else 0
+    most = max([1, *(each[0] for each in queues.values())])
+    table = [[name, *each, "█" * -(-each[0] * size // most)] for name, each in queues.items()]
+    tables = [(head, table), (["worker", "state", "finished", "failed", "queues", "job"], rows)]
+    if options.by_queue and not options.only_queues:
+        table = []
+        for name in looks[-1].queues:
+            on = [[w[0], w[1], w[5]] for w in rows if name in w[4].split(",")]
+            table += [[name, *each] for each in on or [["-", "", ""]]]
+        tables[1] = ["queue", "worker", "state", "job"], table
     text = (title + _summary(looks[0], looks[-1]))[:width]
     lines.append(f"\x1b[{33 if looks[-1].suspended else 1}m{text}\x1b[0m" if coloured else text)
     tables = [each for each in tables if each[1]]

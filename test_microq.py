@@ -3398,7 +3398,8 @@ def test_info_shows_queues_and_workers(server, redis, queue, cli, start_worker):
     assert "bee" not in cli("info", "-Q")[1] and "deferred" not in cli("info", "-W")[1]
     assert cli("info", "--raw", "--only-workers")[1].splitlines() == [raw[2]]
     shown = cli("info", "--by-queue")[1]
-    assert re.search(r"^high +bee \(busy\)$", shown, re.M)
+    assert re.search(r"^high +bee +busy +test_microq.sleep dreams$", shown, re.M), shown
+    assert "default" in cli("info", "-R", "-W")[1] and "bee" not in cli("info", "-R", "-Q")[1]
     send_stop_job_command(redis, "dreams")
 
 
