@@ -117,6 +117,7 @@ from __future__ import annotations
 
 import _signal  # signal.getsignal() spends 5 us on an enum
 import argparse
+import ast
 import asyncio
 import contextlib
 import contextvars
@@ -147,9 +148,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
 import traceback
+import tty
 import zoneinfo
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -164,6 +167,7 @@ from redis import Redis, RedisCluster, exceptions
 from redis.backoff import NoBackoff
 from redis.connection import SSLConnection
 from redis.retry import Retry as RedisRetry
+from redis.sentinel import Sentinel
 
 try:
     from setproctitle import setproctitle as _title
@@ -855,6 +859,8 @@ class _Line:
 
 def _post(wire: Any, commands: Sequence[Command]) -> None:
     """Send commands, packed in a quarter of the time that redis-py takes for it."""
+    if not wire._sock and hasattr(wire, "connection_pool"):
+        wire.connect()  # else redis-py does, but without asking the Sentinel where to
     wire.send_packed_command([b"".join(map(pack_command, commands))], check_health=False)
 
 
@@ -4867,87 +4873,361 @@ def _start_server(home: Path, private: bool) -> subprocess.Popen[bytes]:
 
 
 # ---- 12. Command line ----------------------------------------------------------------------------
-# One function per command; main() parses, calls it, and turns an error into one line.
+# A function for each command, a table of the commands, and one of what they take; main() parses,
+# calls the function, and turns an error into one line.  Flags beat the environment, which beats the
+# config module.
+
+_PROGRAM = f"python -m {__name__}"
 
 
 def _server_of(options: argparse.Namespace) -> Redis:
+    """Return a connection to the server that is named: by a flag or $MICROQ_URL, else in the config
+    module, else in $REDIS_URL or $REDIS_HOST and the like; else the one on localhost."""
     if options.embedded is not None:
         return embedded(options.embedded or None)
-    return Redis.from_url(options.url) if options.url else _connect()
+    make: type[Redis] = options.connection_class or Redis
+    named = any(re.match("REDIS_|SENTINEL$", name) for name in options.settings)
+    where = options.settings if named else os.environ
+    known: dict[str, Any] = options.settings.get("SENTINEL") or {}
+    if url := options.url or (not known and where.get("REDIS_URL")):
+        return make.from_url(url)
+    if known:
+        words = {"DB", "USERNAME", "PASSWORD", "SOCKET_TIMEOUT", "SSL"} & known.keys()
+        more = {word.lower(): known[word] for word in words} | known.get("CONNECTION_KWARGS", {})
+        nodes, own = known.get("INSTANCES", [("localhost", 26379)]), known.get("SENTINEL_KWARGS")
+        sentinel = Sentinel(nodes, sentinel_kwargs=own, **more)
+        master: Redis = sentinel.master_for(known.get("MASTER_NAME", "mymaster"), redis_class=make)
+        return master
+    kinds: dict[str, Callable[[Any], Any]] = {"port": int, "db": int}
+    kinds["ssl"] = lambda word: str(word).lower() in ("1", "true", "yes", "on")
+    names = "host port db username password ssl ssl_ca_certs ssl_cert_reqs ssl_ca_data ssl_keyfile "
+    given = {name: where.get(f"REDIS_{name.upper()}") for name in f"{names}ssl_certfile".split()}
+    return make(**{name: kinds.get(name, str)(word) for name, word in given.items() if word})
 
 
-def _pick(options: argparse.Namespace, names: str) -> dict[str, Any]:
-    return {name: getattr(options, name) for name in names.split()}
+_KEYWORDS = {
+    "results_ttl": "default_result_ttl", "timeout": "job_timeout",
+    "exception_handler": "exception_handlers",
+}  # fmt: skip
 
 
-def _worker(options: argparse.Namespace) -> None:
-    sys.path[:0] = options.path
-    where, queues = _server_of(options), options.queues or ["default"]
-    names = "name serializer default_result_ttl lease jobs_per_fork exception_handlers"
-    more = _pick(options, names)
+def _given(options: argparse.Namespace, names: str) -> dict[str, Any]:
+    """Return those of the options that were given, as keywords."""
+    words = {name: getattr(options, name) for name in names.split()}
+    return {_KEYWORDS.get(name, name): word for name, word in words.items() if word is not None}
+
+
+def _queue_of(options: argparse.Namespace, name: str, connection: Redis) -> Queue:
+    make: type[Queue] = options.queue_class or Queue
+    return make(name, connection=connection, **_given(options, "serializer job_class"))
+
+
+def _worker(options: argparse.Namespace, pool: bool = False) -> None:
+    server, settings = _server_of(options), options.settings
+    if not pool and is_suspended(server):
+        raise MicroqError(f"workers are suspended; to go on: {_PROGRAM} resume")
+    if options.worker_ttl:
+        text = "--worker-ttl and RQ's intervals are ignored; a lease does all that, see --lease"
+        print(f"microq: {text}", file=sys.stderr)
+    names = "name serializer results_ttl lease jobs_per_fork exception_handler job_class "
+    names += "queue_class disable_default_exception_handler"
+    more = {"name": settings.get("NAME")} | _given(options, names)
+    more |= {"fork": False} if options.in_process else {}
+    more |= {"log_job_description": False} if options.disable_job_desc_logging else {}
+    queues, number = options.queues or settings.get("QUEUES") or "default", options.num_workers or 1
+    kind, run = options.worker_class or Worker, None  # type: Any, Any
+    if pool or (number > 1 and not options.in_process):
+        run = WorkerPool(queues, server, number, kind, **more).start
+    run = run or kind(queues, connection=server, **more).work
     if options.pid:
         Path(options.pid).write_text(f"{os.getpid()}\n")
-    run: Callable[..., bool]
-    if options.in_process:
-        run = SimpleWorker(queues, connection=where, **more).work
-    else:
-        run = WorkerPool(queues, where, options.processes, **more).start
     level = "DEBUG" if options.verbose else "WARNING" if options.quiet else options.logging_level
-    limits = _pick(options, "max_jobs max_idle_time with_scheduler dequeue_strategy")
-    run(options.burst, level.upper(), **limits)
+    level = level or (None if "DICT_CONFIG" in settings else "INFO")
+    names = "log_format date_format max_jobs max_idle_time with_scheduler dequeue_strategy"
+    limits = _given(options, names)
+    run(bool(options.burst), level and level.upper(), **limits)
 
 
 def _argument(text: str) -> tuple[str, Any]:
-    """Read "value", "name=value", ":json" or "name:=json" as (name or '', value)."""
-    name, sign, value = re.fullmatch(r"(?s)(?:([A-Za-z_]\w*)?(:=?|=))?(.*)", text).groups()  # type: ignore[union-attr]
-    if sign is None or (sign == ":" and name) or (sign != ":" and not name):
-        return "", text
+    """Read "value", ":json" or "%literal"; "name=value", "name:=json" or "name%=literal" as (name
+    or '', value).  A value "@path" stands for what is in that file."""
+    pattern = r"(?s)(?:([A-Za-z_]\w*)([:%]?)=|([:%]))?(.*)"
+    name, sign, alone, value = re.fullmatch(pattern, text).groups()  # type: ignore[union-attr]
+    if value.startswith("@"):
+        value = Path(value[1:]).read_text()
+    read: dict[str, Callable[[str], Any]] = {":": json.loads, "%": ast.literal_eval}
     try:
-        return name or "", value if sign == "=" else json.loads(value)
-    except ValueError as error:
-        raise ValueError(f"{text!r} is no JSON: {error}") from None
+        return name or "", read.get(sign or alone, str)(value)
+    except (ValueError, SyntaxError, TypeError) as error:
+        kind = "JSON" if ":" in (sign, alone) else "Python literal"
+        raise ValueError(f"{text!r} is no {kind}: {error}") from None
 
 
 def _enqueue(options: argparse.Namespace) -> None:
     pairs = [_argument(text) for text in options.arguments]
     args, kwargs = [value for name, value in pairs if not name], dict(p for p in pairs if p[0])
-    queue = Queue(options.queue, _server_of(options), serializer=options.serializer)
-    more = _pick(options, "job_timeout result_ttl ttl failure_ttl description job_id at_front")
+    if len(args) + len(kwargs) < len(pairs) or (options.schedule_at and options.schedule_in):
+        raise ValueError("give each keyword once, and --schedule-at or --schedule-in, not both")
+    names = "timeout result_ttl ttl failure_ttl description job_id at_front depends_on"
+    more = _given(options, names) | {"args": args, "kwargs": kwargs}
     if options.retry_max or options.retry_interval:
         more["retry"] = Retry(options.retry_max or 1, options.retry_interval or 0)
-    delay = -1.0
+    queue = _queue_of(options, options.queue or "default", _server_of(options))
     if options.schedule_at:
-        delay = _delay_until(datetime.fromisoformat(options.schedule_at).astimezone())
+        moment = datetime.fromisoformat(options.schedule_at).astimezone()
+        job = queue.enqueue_at(moment, options.function, **more)
     elif options.schedule_in:
-        delay = _seconds(options.schedule_in, "--schedule-in")
-    more |= {"args": args, "kwargs": kwargs}
-    job = queue._enqueue_with_options(delay, options.function, (), more)
+        job = queue.enqueue_in(options.schedule_in, options.function, **more)
+    else:
+        job = queue.enqueue(options.function, **more)
     if not options.quiet:
         print(job.id)
 
 
 def _cron(options: argparse.Namespace) -> None:
-    sys.path[:0] = options.path
-    scheduler = CronScheduler(_server_of(options), options.logging_level.upper(), options.name)
-    scheduler.load_config_from_file(options.config)
+    level = (options.logging_level or "INFO").upper()
+    scheduler = CronScheduler(_server_of(options), level, options.name or "")
+    scheduler.load_config_from_file(options.config_path)
     scheduler.start()
 
 
+def _empty(options: argparse.Namespace) -> None:
+    server = _server_of(options)
+    names = [queue.name for queue in Queue.all(server)] if options.all else options.queues
+    for name in names:
+        print(f"{_queue_of(options, name, server).empty()} jobs removed from {name}")
+    if not names:
+        print("nothing to do; name queues, or give --all")
+
+
+def _requeue(options: argparse.Namespace) -> int:
+    registry = _queue_of(options, options.queue, _server_of(options)).failed_job_registry
+    ids, count = registry.get_job_ids() if options.all else options.ids, 0
+    for id in ids:
+        try:
+            registry.requeue(id)
+            count += 1
+        except (NoSuchJobError, InvalidJobOperation, ValueError) as error:
+            print(f"microq: {error}", file=sys.stderr)
+    print(f"{count} of {len(ids)} jobs requeued" if ids else "nothing to do; name jobs, or --all")
+    return int(count < len(ids))
+
+
+def _suspend(options: argparse.Namespace) -> None:
+    suspend(_server_of(options), options.duration)
+    print(f"workers start no more jobs; to go on: {_PROGRAM} resume")
+
+
+def _resume(options: argparse.Namespace) -> None:
+    resume(_server_of(options))
+    print("workers go on")
+
+
+class _Look(NamedTuple):
+    """What `info` shows, as it was at one time."""
+
+    at: float  # monotonic
+    known: list[str]  # the names of all queues
+    queues: dict[str, list[int]]  # how many jobs are in each container
+    workers: list[dict[str, Any]]  # what they tell of themselves, and "state" and "job"
+    suspended: bool
+
+
+def _look_around(connection: Redis, of: Sequence[str]) -> _Look:
+    """Read how the queues of these names are, and their workers, in two round trips."""
+    asked, queues = list[Command](), [Queue(name, connection) for name in of]
+    size = len(_CONTAINERS) + 2
+    for queue in queues:
+        asked += [Registry(queue, each)._size() for each in _CONTAINERS]
+        asked += [("HKEYS", f"{queue.prefix}workers"), ("HGETALL", f"{queue.prefix}started")]
+    ends = ("SMEMBERS", _QUEUES), ("EXISTS", _SUSPENDED)
+    *replies, known, suspended = _send(connection, *asked, *ends)
+    counts, held = dict[str, list[int]](), dict[bytes, list[Any]]()  # jobs by worker
+    for i, queue in enumerate(queues):
+        *counts[queue.name], workers, started = replies[i * size : (i + 1) * size]
+        held |= {name: held.get(name, []) for name in workers}
+        flat = iter(started if isinstance(started, list) else itertools.chain(*started.items()))
+        for id, token in zip(flat, flat, strict=True):
+            name, _, claim = token.partition(b" ")[0].rpartition(b".")
+            held.setdefault(name, []).append((int(claim), id.decode(), queue.prefix))
+    names, runs = sorted(held), {name: min(jobs) for name, jobs in held.items() if jobs}
+    asked = [("GET", b"microq:worker:" + name) for name in names]
+    asked += [("HGET", f"{prefix}job:{id}", "func") for _, id, prefix in runs.values()]
+    replies, abouts = _send(connection, *asked) if asked else [], list[dict[str, Any]]()
+    funcs = dict(zip(runs, replies[len(names) :], strict=True))
+    for name, record in zip(names, replies, strict=False):
+        text, others = (funcs.get(name) or b"").decode(errors="replace"), len(held[name]) - 1
+        text += f" {runs[name][1]}" + f" +{others}" * (others > 0) if name in runs else ""
+        state = "busy" if name in runs else "suspended" if suspended else "idle"
+        abouts += [json.loads(record) | {"state": state, "job": text}] if record else []
+    known = sorted(each.decode() for each in known)
+    return _Look(time.monotonic(), known, counts, abouts, bool(suspended))
+
+
+# ANSI's colours of cells, else of columns; "" is that of the bars.
+_STYLES = {"0": 2, "busy": 32, "suspended": 33, "failed": 31, "started": 32, "queued": 36, "": 36}
+
+
+def _table(
+    head: Sequence[str], rows: Sequence[Sequence[Any]], width: int, height: int, coloured: bool
+) -> list[str]:
+    """Lay out rows under a head, in so many columns and lines.  Where the width is short, columns
+    without anything are left out; then the first is cut, and the last has what is left."""
+    if width < len(" ".join(head)) + 8:
+        columns = zip(head, *rows, strict=True)
+        head, *rows = zip(*(each for each in columns if any(each[1:])), strict=True)
+    fits = len(rows) if len(rows) < height else max(0, height - 2)
+    sizes = [max(len(str(cell)) for cell in column) for column in zip(head, *rows, strict=True)]
+    room = width - sum(sizes[1:-1]) - len(sizes) + 1
+    sizes[0] = max(8, min(sizes[0], room - min(sizes[-1], 14)))
+    sizes[-1] = max(0, min(sizes[-1], room - sizes[0]))
+    lines = []
+    for row in [head, *rows[:fits]]:
+        line, left = "", width
+        for title, cell, size in zip(head, row, sizes, strict=True):
+            if left <= 0:
+                break
+            text = "".join(each if each.isprintable() else "?" for each in str(cell))
+            text = text if len(text) <= size else f"{text[: max(0, size - 1)]}…"
+            text = (text.rjust if title in _CONTAINERS else text.ljust)(size)[:left]
+            left -= size + 1
+            style = 1 if row is head else _STYLES.get(str(cell)) or _STYLES.get(title)
+            line += f"\x1b[{style}m{text}\x1b[0m " if coloured and style else f"{text} "
+        lines.append(line.rstrip(" "))
+    return lines + ([f"… {len(rows) - fits} more"] if fits < len(rows) else [])
+
+
+def _summary(old: _Look, new: _Look) -> str:
+    """Count what there is, and what ended per second between the looks, if they are two."""
+    queued, started = (sum(counts[i] for counts in new.queues.values()) for i in range(2))
+    busy = sum(each["state"] == "busy" for each in new.workers)
+    text = f"{len(new.queues)} queues, {queued} queued, {started} started; "
+    text += f"{len(new.workers)} workers, {busy} busy"
+    before = {each["name"]: each for each in old.workers}
+    for key, word in (("good", "finished"), ("bad", "failed")) if old is not new else ():
+        grown = [each[key] - before.get(each["name"], each)[key] for each in new.workers]
+        text += f"; {sum(max(0, more) for more in grown) / (new.at - old.at):.1f} {word}/s"
+    return text + ("; SUSPENDED" if new.suspended else "")
+
+
+def _page(
+    options: argparse.Namespace, coloured: bool, looks: Sequence[_Look], title: str = "",
+    width: int = 10**6, height: int = 10**6,
+) -> list[str]:  # fmt: skip
+    """Lay out the last look in lines; with bars, if the width has a limit."""
+    queues = {} if options.only_workers else looks[-1].queues
+    workers = [] if options.only_queues else looks[-1].workers
+    rows = [
+        [w["name"], w["state"], w["good"], w["bad"], ",".join(w["queues"]), w["job"]]
+        for w in workers
+    ]
+    lines = []
+    if options.raw:
+        for name, (queued, *counts) in queues.items():
+            words = map("{}={}".format, _CONTAINERS[1:], counts)
+            lines.append(" ".join(["queue", name, str(queued), *words]))
+        return lines + [f"worker {w[0]} {w[1]} {w[4]} finished={w[2]} failed={w[3]}" for w in rows]
+    head = ["queue", *_CONTAINERS, ""]
+    room = max(5, width - len(" ".join(head)) - max(map(len, ["", *queues])))
+    size = min(40, room) if width < 10**6 else 0
+    most = max([1, *(each[0] for each in queues.values())])
+    table = [[name, *each, "█" * -(-each[0] * size // most)] for name, each in queues.items()]
+    tables = [(head, table), (["worker", "state", "finished", "failed", "queues", "job"], rows)]
+    if options.by_queue and not options.only_queues:
+        table = []
+        for name in looks[-1].queues:
+            on = [[w[0], w[1], w[5]] for w in rows if name in w[4].split(",")]
+            table += [[name, *each] for each in on or [["-", "", ""]]]
+        tables[1] = ["queue", "worker", "state", "job"], table
+    text = (title + _summary(looks[0], looks[-1]))[:width]
+    lines.append(f"\x1b[{33 if looks[-1].suspended else 1}m{text}\x1b[0m" if coloured else text)
+    tables = [each for each in tables if each[1]]
+    for i, (head, table) in enumerate(tables):
+        behind, left = sum(len(rest) + 2 for _, rest in tables[i + 1 :]), height - len(lines)
+        share = max(left // (len(tables) - i), left - behind) - 1
+        lines += ["", *_table(head, table, width, share, coloured)]
+    return lines[:height]
+
+
+@contextlib.contextmanager
+def _screen(page: Callable[..., list[str]]) -> Iterator[Callable[[str, float], Any]]:
+    """Take the terminal, and leave it as it was, however the block ends.  Yields what shows pages
+    of the size that the terminal has, for some seconds, or until `q` is typed: then it is true."""
+    out, bell, told = sys.stdout, _Bell(), list[int]()
+    keys = [sys.stdin.fileno()] if sys.stdin.isatty() else []
+    modes = [termios.tcgetattr(key) for key in keys]
+
+    def switch(on: bool) -> None:  # another screen, without cursor and line wrap; keys at once
+        out.write("\x1b[?1049h\x1b[?25l\x1b[?7l" if on else "\x1b[?7h\x1b[?25h\x1b[?1049l")
+        out.flush()
+        for key, mode in zip(keys, modes, strict=True):
+            tty.setcbreak(key) if on else termios.tcsetattr(key, termios.TCSADRAIN, mode)
+
+    def show(title: str, seconds: float) -> bool:
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            width, height = os.get_terminal_size(out.fileno())
+            lines = page(title, width - 1 if width else 79, height or 24)
+            text = "\x1b[K\r\n".join(lines)  # from the top left, and (2026) all of it at once
+            text = f"\x1b[?2026h\x1b[H{text}\x1b[J\x1b[?2026l"
+            out.buffer.write(text.encode(out.encoding, "replace"))
+            out.flush()
+            if bell.watch(left, *keys):
+                bell.heard()
+            if signal.SIGTSTP in told:  # Ctrl-Z
+                switch(False)
+                os.kill(os.getpid(), signal.SIGSTOP)
+                switch(True)
+            told.clear()
+            typed = os.read(keys[0], 99) if keys and select.select(keys, [], [], 0)[0] else b"-"
+            if not typed or b"q" in typed.lower():
+                return True
+        return False
+
+    def heed(number: int, frame: Any) -> None:
+        if number == signal.SIGTERM:
+            sys.exit(128 + number)
+        told.append(number)
+
+    with contextlib.ExitStack() as after:
+        after.callback(bell.close)
+        wakeup = signal.set_wakeup_fd(bell.rope.fileno(), warn_on_full_buffer=False)
+        after.callback(signal.set_wakeup_fd, wakeup)
+        for number in (signal.SIGWINCH, signal.SIGTSTP, signal.SIGTERM):
+            after.callback(signal.signal, number, signal.signal(number, heed))
+        after.callback(switch, False)
+        switch(True)
+        yield show
+
+
 def _info(options: argparse.Namespace) -> None:
-    connection = _server_of(options)
-    queues = {queue.name: queue for queue in Queue.all(connection)}
-    if unknown := set(options.queues) - set(queues):
-        there = ", ".join(queues) or "none"
+    server, names = _server_of(options), options.queues
+    every = _seconds(options.interval, "--interval") if options.interval else math.inf
+    known = [queue.name for queue in Queue.all(server)]
+    if unknown := set(names) - set(known):
+        there = ", ".join(known) or "none"
         raise ValueError(f"no queue {', '.join(sorted(unknown))}; there are: {there}")
-    print(f"{'queue':20}", *(f"{container:>9}" for container in _CONTAINERS))
-    for queue in [queues[name] for name in options.queues] or queues.values():
-        counts = _send(connection, *(Registry(queue, each)._size() for each in _CONTAINERS))
-        print(f"{queue.name:20}", *(f"{count:9}" for count in counts))
-    workers = Worker.all(connection)
-    for worker in workers:
-        tally = f"{worker.successful_job_count} succeeded, {worker.failed_job_count} failed"
-        print(f"worker {worker.name} on {','.join(worker.queue_names())}: {worker.state}, {tally}")
-    print(f"{len(queues)} queues, {len(workers)} workers")
+    terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    live = terminal and every < math.inf and not options.raw
+    # A rate is that of three seconds, or since the last look.
+    looks = deque([_look_around(server, names or known)], 1 + min(30, math.ceil(3 / every)))
+    page = functools.partial(_page, options, terminal and not os.environ.get("NO_COLOR"), looks)
+
+    def show(title: str, seconds: float) -> Any:
+        print(*page(), sep="\n", flush=True)
+        time.sleep(seconds if seconds < math.inf else 0)
+        return seconds == math.inf
+
+    with _screen(page) if live else contextlib.nullcontext(show) as show_page:
+        trouble = ""
+        while not show_page(f"{time.strftime('%H:%M:%S')}  {trouble}", every):
+            try:
+                looks.append(_look_around(server, names or looks[-1].known))
+                trouble = ""
+            except ServerUnavailable as error:
+                if not live:
+                    raise
+                trouble = f"{error}  "
 
 
 def _demo_flaky() -> str:
@@ -4979,98 +5259,164 @@ def _demo(options: argparse.Namespace) -> None:
         print(f"  {job.get_status():9} {len(older) + 1} run(s)  {value!s:46} {what}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"python -m {__name__}", description="Jobs on Redis.")
+# A function, what it does, and examples.
+_COMMANDS: dict[str, tuple[Any, ...]] = {
+    "worker": (_worker, "run jobs", "high low --with-scheduler", "-b --in-process --max-jobs 9 -q"),
+    "worker-pool": (
+        functools.partial(_worker, pool=True), "run jobs in several processes",
+        "high low -n 4 --pid /run/microq.pid",
+    ),
+    "enqueue": (
+        _enqueue, "store a job, and print its id",
+        "tasks.send ann@example.com subject=hello --retry-max 3 --retry-interval 10",
+        """tasks.send ':["JSON"]' 'to:={"JSON": 1}' '%%("literal", None)' 'size%%=(1, 2)'""",
+        "tasks.send @file text=@file :@file.json data:=@file.json --queue low --schedule-in 1h",
+    ),
+    "info": (_info, "show queues and workers", "", "high low --only-queues", "--interval 1"),
+    "empty": (_empty, "delete the jobs that wait in queues", "high low", "--all"),
+    "requeue": (_requeue, "run failed jobs again", "--queue mail x7 x8", "--queue mail -a"),
+    "suspend": (_suspend, "have all workers pause", "--duration 5m"),
+    "resume": (_resume, "have them go on", ""),
+    "cron": (_cron, "store the entries of a config file, and run cron, no jobs", "cron_config.py"),
+    "demo": (_demo, "see it work, on a private server", ""),
+}  # fmt: skip
+# What they take: commands; flags, with a word for what follows (N: an int; SEC: a float; ...: may
+# be given again), or the name of an argument (*: any number); what it means.
+_FLAGS = """
+any  -u --url URL  redis://..; else that of the config module, $REDIS_URL, $REDIS_HOST, localhost
+any  --embedded [DIR]  use a private server; the one of DIR is durable, and shared
+any  -c --config MODULE  with REDIS_URL or SENTINEL; QUEUES, NAME and DICT_CONFIG for workers
+any  -w --worker-class NAME  Worker, or another, by its dotted name
+any  -j --job-class NAME  Job, or another
+any  --queue-class NAME  Queue, or another
+any  --connection-class NAME  redis.Redis, or another
+any  -S --serializer NAME  pickle, json, or another
+any  -P --path DIR...  where to import from, .
+worker worker-pool  queues*  in order of priority; by default 'default'
+info empty  queues*  these only
+enqueue  function  its dotted name
+enqueue  arguments*  value, :json, %literal; name=value, name:=json, name%=literal; @file as value
+requeue  ids*  of failed jobs
+worker  -n --name NAME  of the worker; unique
+cron  config_path  a file, or a dotted name, of a module that calls microq.register()
+cron  --name NAME  of the scheduler, and the owner of the entries; by default config_path
+worker-pool  --name NAME  of the pool
+worker  --num-workers --processes N  how many run jobs at a time, 1
+worker-pool  -n --num-workers --processes N  how many run jobs at a time, 1
+worker worker-pool  -b --burst  stop when the queues are empty
+worker worker-pool  -s --with-scheduler  run cron, and be on time even while busy
+worker worker-pool  --in-process  don't fork: no protection
+worker worker-pool  --jobs-per-fork N  replace a process after so many, 1000, but not in 1 s
+worker worker-pool  --lease S  silence that costs it its jobs, 15
+worker worker-pool  --max-jobs N  stop after so many
+worker worker-pool  --max-idle-time SEC  stop after so long without any
+worker worker-pool  -ds --dequeue-strategy WORD  default, round_robin or random
+worker worker-pool  --results-ttl S  how long to keep results, 500
+worker worker-pool  --exception-handler NAME...  a dotted name
+worker worker-pool  -d --disable-default-exception-handler  leave a failure to your handlers
+worker worker-pool  --disable-job-desc-logging  log no more than the id of a job
+worker worker-pool  --pid FILE  write the process id there
+worker worker-pool cron  -l --logging-level --logging_level LEVEL  INFO
+worker worker-pool  -v --verbose  the same as --logging-level DEBUG
+worker worker-pool  -q --quiet  the same as --logging-level WARNING
+worker worker-pool  --log-format FORMAT  %(asctime)s %(message)s
+worker worker-pool  --date-format FORMAT  %H:%M:%S
+worker worker-pool  --worker-ttl --maintenance-interval --job-monitoring-interval S  RQ's, ignored
+enqueue  -q --queue NAME  default
+enqueue  --timeout S  how long it may run: seconds, or 5m, 2h, 1d; 180
+enqueue  --result-ttl S  how long to keep its result, 500
+enqueue  --ttl S  how long it may wait
+enqueue  --failure-ttl S  how long to keep it if it fails, 365d
+enqueue  --schedule-in S  when to run it
+enqueue  --schedule-at TIME  likewise, as ISO 8601; local time unless it says
+enqueue  --depends-on ID...  run it after this job
+enqueue  --description TEXT  for people
+enqueue  --job-id ID  of your own
+enqueue  --at-front  overtake those that wait
+enqueue  --retry-max N  how often to run it again if it fails
+enqueue  --retry-interval S...  once, or for each retry
+enqueue  --quiet  don't print the id
+info  -i --interval S  look again so often; on a terminal until you type q
+info  -r --raw  for programs: queue NAME COUNT .., worker NAME STATE QUEUES ..
+info  -Q --only-queues  no workers
+info  -W --only-workers  no queues
+info  -R --by-queue  the workers of each queue
+empty requeue  -a --all  all there are
+requeue  --queue NAME!  of the jobs
+suspend  --duration S  no limit
+"""
+
+
+def _parser() -> tuple[argparse.ArgumentParser, Any]:
+    """Return the parser of the command line, and those of the commands by name."""
+    raw: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(prog=_PROGRAM, description="Jobs on Redis.", **raw)
     parser.add_argument("--version", action="version", version=f"microq {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    flag: dict[str, Any] = {"action": "store_true"}
-    number: dict[str, Any] = {"type": int, "metavar": "N"}
+    for name, (function, help, *examples) in _COMMANDS.items():
+        epilog = "\n  ".join(["examples:", *(f"%(prog)s {each}" for each in examples)])
+        sub = commands.add_parser(name, help=help, description=help, epilog=epilog, **raw)
+        sub.set_defaults(run=function)
+        for line in _FLAGS.strip().splitlines():
+            owners, words, text = line.split("  ", 2)
+            if name in owners.split() or (owners == "any" and name != "demo"):
+                _add_flag(sub, words.split(), text.replace("%", "%%"))
+    return parser, commands.choices
 
-    def command(name: str, function: Callable[[argparse.Namespace], None], help: str) -> Any:
-        sub = commands.add_parser(name, help=help, description=help)
-        sub.set_defaults(command=function)
-        add = sub.add_argument
-        if function is not _demo:
-            add("-u", "--url", help="redis://.., default $MICROQ_URL, $REDIS_URL, localhost")
-            private = "use a private server; the one of DIR is durable, and shared"
-            add("--embedded", nargs="?", const="", metavar="DIR", help=private)
-        if function in (_worker, _enqueue):
-            add("-S", "--serializer", help="pickle (default), json or a dotted name")
-        return add
 
-    for name, help, short, names in (
-        ("worker", "run jobs", "--processes", ["-n", "--name"]),
-        ("worker-pool", "run jobs in several processes", "-n", ["--name"]),
-    ):
-        add = command(name, _worker, help)
-        add("queues", nargs="*", metavar="QUEUE", help="in order of priority, default")
-        several = "how many run jobs at a time, 1"
-        add(short, "--num-workers", dest="processes", default=1, **number, help=several)
-        add(*names, help="of the worker; unique")
-        add("-b", "--burst", **flag, help="stop when the queues are empty")
-        add("-s", "--with-scheduler", **flag, help="run cron; be on time even while busy")
-        add("--in-process", **flag, help="don't fork: no protection")
-        worn = "replace a process after so many, 1000, but not in its first second"
-        add("--jobs-per-fork", **number, help=worn)
-        add("--lease", default=LEASE, metavar="S", help="silence that costs it its jobs, 15")
-        add("--max-jobs", **number, help="stop after so many")
-        add("--max-idle-time", type=float, metavar="S", help="stop after so long without any")
-        strategy = "default, round_robin or random"
-        add("-ds", "--dequeue-strategy", default="default", metavar="WORD", help=strategy)
-        ttl = {"dest": "default_result_ttl", "default": DEFAULT_RESULT_TTL}
-        add("--results-ttl", **ttl, metavar="S", help="default 500")
-        handlers = {"dest": "exception_handlers", "action": "append"}
-        add("--exception-handler", **handlers, metavar="NAME", help="a dotted name")
-        add("-P", "--path", action="append", default=["."], help="where to import from, .")
-        add("--pid", metavar="FILE", help="write the process id there")
-        add("--logging-level", default="INFO", metavar="LEVEL", help="default INFO")
-        add("-v", "--verbose", **flag, help="the same as --logging-level DEBUG")
-        add("-q", "--quiet", **flag, help="the same as --logging-level WARNING")
+def _add_flag(parser: argparse.ArgumentParser, words: list[str], text: str) -> None:
+    last, more = words[-1], dict[str, Any](help=text)
+    if last.startswith("-"):
+        more |= {"action": "store_const", "const": True}
+    elif len(words) == 1:
+        words, more["nargs"] = [last.rstrip("*")], "*" if last.endswith("*") else None
+    else:
+        words, more["metavar"] = words[:-1], (word := last.strip("[].!"))
+        more["required"], more["type"] = "!" in last, {"N": int, "SEC": float}.get(word, str)
+        more |= {"action": "append"} if "..." in last else {}
+        more |= {"nargs": "?", "const": ""} if "[" in last else {}
+    parser.add_argument(*words, **more)
 
-    add = command("enqueue", _enqueue, "store a job, and print its id")
-    add("function", help="its dotted name")
-    add("arguments", nargs="*", help="value, name=value, :json or name:=json")
-    add("-q", "--queue", default="default")
-    add("--timeout", dest="job_timeout", metavar="S", help="seconds, or 5m, 2h, 1d")
-    for option in ("result-ttl", "ttl", "failure-ttl", "schedule-in"):
-        add(f"--{option}", metavar="S", help="likewise")
-    add("--schedule-at", metavar="TIME", help="ISO 8601; local time unless it says")
-    add("--description")
-    add("--job-id")
-    add("--at-front", **flag)
-    add("--retry-max", **number)
-    add("--retry-interval", action="append", metavar="S", help="once, or for each retry")
-    add("--quiet", **flag, help="don't print the id")
 
-    add = command("cron", _cron, "store the entries of a config file, and run cron, but no jobs")
-    add("config", metavar="CONFIG_PATH", help="a file or module that calls microq.register()")
-    add("--name", default="", help="of the scheduler, and owner of the entries; CONFIG_PATH")
-    add("-P", "--path", action="append", default=["."], help="where to import from, .")
-    add("-l", "--logging-level", default="INFO", metavar="LEVEL", help="default INFO")
-
-    command("info", _info, "show queues and workers")("queues", nargs="*", metavar="QUEUE")
-    pause = lambda options: suspend(_server_of(options), options.duration)  # noqa: E731
-    command("suspend", pause, "have all workers pause")("--duration", metavar="S", help="no limit")
-    command("resume", lambda options: resume(_server_of(options)), "have them go on")
-    command("demo", _demo, "see it work, on a private server")
-    return parser
+def _configure(options: argparse.Namespace) -> None:
+    """Complete the options from the environment, and import what they name."""
+    sys.path[:0] = options.path or ["."]
+    for name in ("url", "config", "worker_class", "job_class", "queue_class", "connection_class"):
+        word = getattr(options, name) or os.environ.get(f"MICROQ_{name.upper()}")
+        if word and name.endswith("class"):
+            word = _find(word if "." in word else f"{__name__}.{word}")
+        setattr(options, name, word)
+    options.settings = vars(importlib.import_module(options.config)) if options.config else {}
+    if "DICT_CONFIG" in options.settings:
+        plan = {"disable_existing_loggers": False} | options.settings["DICT_CONFIG"]
+        importlib.import_module("logging.config").dictConfig(plan)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line, and return the exit status."""
-    options = _parser().parse_args(argv)
+    """Run the command line, and return the exit status: 1 for an error, 2 for words that make no
+    sense, 130 for Ctrl-C."""
+    parser, commands = _parser()
+    name, *words = (sys.argv[1:] if argv is None else argv) or [""]
+    if not name:
+        parser.print_help(sys.stderr)
+        return 2
+    if name not in commands:
+        parser.parse_args([name])  # --help, or an error: it does not return
+    options = commands[name].parse_intermixed_args(words)
     try:
-        options.command(options)
-    except (
-        MicroqError,
-        exceptions.RedisError,
-        ImportError,
-        TypeError,
-        ValueError,
-        OSError,
-    ) as error:
-        print(f"microq: {error}", file=sys.stderr)
-        return 1
+        if name != "demo":
+            _configure(options)
+        status = options.run(options) or 0
+        sys.stdout.flush()
+        return int(status)
+    except BrokenPipeError:  # nobody reads on; what is left to flush goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         return 130
-    return 0
+    except Exception as error:
+        log.debug("this is where", exc_info=True)
+        known = MicroqError | exceptions.RedisError | TypeError | ValueError | OSError
+        text = str(error) if isinstance(error, known) else f"{type(error).__name__}: {error}"
+        print(f"microq: {' '.join(text.split())}", file=sys.stderr)
+        return 1

@@ -9,19 +9,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import fcntl
 import gc
 import http.server
 import importlib.util
 import itertools
 import json
 import os
+import pty
 import random
 import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import termios
 import textwrap
 import threading
 import time
@@ -4489,6 +4493,499 @@ def test_each_tick_runs_once_though_schedulers_die(server, redis, tmp_path, monk
     for letter in "abc":
         came = sorted(int(id[2:]) for id in ran if id[0] == letter)
         assert came == list(range(came[0], came[0] + len(came)))
+
+
+# ---- The command line, as RQ has it --------------------------------------------------------------
+
+
+def echo(*args, **kwargs):
+    return [list(args), kwargs]
+
+
+class LoudQueue(Queue):
+    def empty(self):
+        return 1000 + super().empty()
+
+
+class PatientWorker(SimpleWorker):
+    pass
+
+
+class OwnRedis(redis_py.Redis):
+    pass
+
+
+@pytest.fixture
+def cli(server, monkeypatch, capsys):
+    """Run a command here, which takes less time than in a process; (status, stdout, stderr)."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for name in os.environ.keys() - clean_env().keys():
+        monkeypatch.delenv(name)
+
+    def run(*words, url=server.url):
+        try:
+            status = microq.main(
+                [*words[:1], *(["--url", url] if url else []), *map(str, words[1:])]
+            )
+        except SystemExit as exit:
+            status = exit.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_arguments_take_all_the_forms_of_rq(redis, queue, cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("f").write_text("from\nfile")
+    Path("j").write_text('{"json": "file"}')
+    Path("p").write_text("(1, None)\n")
+    forms = {
+        "abc": "abc", "a:b": "a:b", "k=v": ("k", "v"), "k=a=b": ("k", "a=b"), "k=": ("k", ""),
+        "http://x/?a=b": "http://x/?a=b", "-1": "-1", ':{"json": "abc"}': {"json": "abc"},
+        'k:={"json": "abc"}': ("k", {"json": "abc"}), "%1, 2": (1, 2), "%None": None,
+        "%True": True, "k%=(1, 2)": ("k", (1, 2)), 'k%={"foo": True}': ("k", {"foo": True}),
+        "@f": "from\nfile", "k=@f": ("k", "from\nfile"), ":@j": {"json": "file"},
+        "k:=@j": ("k", {"json": "file"}), "%@p": (1, None), "k%=@p": ("k", (1, None)),
+    }  # fmt: skip
+    for form, value in forms.items():
+        status, id, error = cli("enqueue", "test_microq.echo", form)
+        assert (status, error) == (0, ""), form
+        job = queue.fetch_job(id.strip())
+        keyword = "k" in form and isinstance(value, tuple) and value[0] == "k"
+        assert (job.args, job.kwargs) == (((), dict([value])) if keyword else ((value,), {})), form
+    for bad in (["%foo()"], ["%1 +"], [":{"], ["k=1", "k=2"], ["@missing"], [":@f"]):
+        before = len(queue)
+        status, shown, error = cli("enqueue", "test_microq.echo", *bad)
+        assert (status, shown, error.count("\n")) == (1, "", 1) and len(queue) == before
+    status, _, error = cli("enqueue", "a.b", "--schedule-in", "5m", "--schedule-at", "2040-01-01")
+    assert status == 1 and "not both" in error
+
+
+def test_flags_may_stand_anywhere(redis, queue, cli):
+    words = ["test_microq.echo", "1", "--at-front", "a=2", "--description", "me", "b=3"]
+    job = queue.fetch_job(cli("enqueue", *words)[1].strip())
+    assert (job.args, job.kwargs, job.description) == (("1",), {"a": "2", "b": "3"}, "me")
+    job = queue.fetch_job(cli("enqueue", "a.b", "--", "--dashes")[1].strip())
+    assert job.args == ("--dashes",)
+
+
+def test_requeue_does_what_it_can(redis, queue, cli):
+    for id in "abc":
+        queue.enqueue(fail, job_id=id)
+    work(queue)
+    queue.enqueue(add, job_id="d")
+    status, shown, error = cli("requeue", "--queue", "default", "gone", "a", "d", "no id!", "b")
+    assert (status, shown) == (1, "2 of 5 jobs requeued\n") and error.count("\n") == 3
+    assert set(queue.job_ids) == {"a", "b", "d"}
+    assert cli("requeue", "--queue", "default", "--all") == (0, "1 of 1 jobs requeued\n", "")
+    assert cli("requeue", "--queue", "default", "-a")[:2] == (
+        0,
+        "nothing to do; name jobs, or --all\n",
+    )
+    status, _, error = cli("requeue", "a")
+    assert status == 2 and "--queue" in error
+
+
+def test_empty_deletes_what_waits(redis, queue, cli):
+    high = Queue("high", redis)
+    for each in (queue, queue, high):
+        each.enqueue(add)
+    assert cli("empty", "high") == (0, "1 jobs removed from high\n", "")
+    high.enqueue(add)
+    assert cli("empty") == (0, "nothing to do; name queues, or give --all\n", "")
+    shown = "2 jobs removed from default\n1 jobs removed from high\n"
+    assert cli("empty", "--all") == (0, shown, "") and len(queue) == len(high) == 0
+
+
+def test_workers_are_suspended_and_resumed(redis, queue, cli):
+    assert cli("suspend", "--duration", "300")[0] == 0
+    assert is_suspended(redis) and 299_000 < redis.pttl("microq:suspended") <= 300_000
+    queue.enqueue(add)
+    status, shown, error = cli("worker", "--burst")
+    assert (status, shown) == (1, "") and "resume" in error and len(queue) == 1
+    assert "SUSPENDED" in cli("info")[1]
+    assert cli("resume")[0] == 0 and not is_suspended(redis)
+    assert cli("suspend", "--duration", "0")[0] == 1 and not is_suspended(redis)
+
+
+def test_classes_are_named_by_flag_or_environment(redis, queue, cli, monkeypatch):
+    queue.enqueue(add)
+    name = "test_microq.LoudQueue"
+    assert cli("empty", "--queue-class", name, "default")[1] == "1001 jobs removed from default\n"
+    monkeypatch.setenv("MICROQ_QUEUE_CLASS", name)
+    assert cli("empty", "default")[1] == "1000 jobs removed from default\n"
+    monkeypatch.delenv("MICROQ_QUEUE_CLASS")
+    seen = []
+    monkeypatch.setattr(PatientWorker, "work", lambda self, *_, **__: seen.append(self))
+    monkeypatch.setenv("MICROQ_WORKER_CLASS", "test_microq.PatientWorker")
+    assert cli("worker")[0] == 0 and type(seen[-1]).__name__ == "PatientWorker"
+    assert cli("worker", "-w", "SimpleWorker", "--burst", "-q")[0] == 0 and len(seen) == 1
+    monkeypatch.setenv("MICROQ_CONNECTION_CLASS", "test_microq.OwnRedis")
+    assert cli("worker", "a", "b")[0] == 0
+    assert type(seen[-1].connection).__name__ == "OwnRedis" and seen[-1].queue_names() == ["a", "b"]
+    monkeypatch.setenv("MICROQ_CONNECTION_CLASS", "test_microq.Missing")
+    status, _, error = cli("info")
+    assert status == 1 and "Missing" in error and error.count("\n") == 1
+
+
+def settings_module(folder, text):
+    sys.modules.pop("my_settings", None)
+    (folder / "my_settings.py").write_text(textwrap.dedent(text))
+    return "--path", str(folder), "--config", "my_settings"
+
+
+def test_a_config_module_says_where_and_what(server, redis, tmp_path):
+    words = settings_module(
+        tmp_path,
+        f"""
+        REDIS_URL = {server.url!r}
+        QUEUES = ["high", "low"]
+        NAME = "configured"
+        DICT_CONFIG = {{
+            "version": 1,
+            "formatters": {{"f": {{"format": "MINE %(message)s"}}}},
+            "handlers": {{"h": {{"class": "logging.StreamHandler", "formatter": "f"}}}},
+            "root": {{"handlers": ["h"], "level": "INFO"}},
+        }}
+        """,
+    )
+    jobs = [Queue(name, redis).enqueue(add) for name in ("high", "low")]
+    status, _, log = microq_command(
+        "worker", "--burst", *words, MICROQ_URL="", REDIS_URL="redis://x"
+    )
+    assert status == 0 and all(job.is_finished for job in jobs), log
+    assert "MINE worker configured" in log and "MINE listening on high, low" in log
+    status, _, error = microq_command("info", *words, MICROQ_URL="unix:///nowhere")
+    assert status == 1 and "nowhere" in error  # the environment beats it
+    assert microq_command("info", *words[2:], MICROQ_CONFIG="", cwd=tmp_path)[0] == 0
+    assert microq_command("info", *words[:2], MICROQ_CONFIG="my_settings")[0] == 0
+    status, _, error = microq_command("info", "--config", "nowhere")
+    assert status == 1 and error == "microq: ModuleNotFoundError: No module named 'nowhere'\n"
+
+
+@pytest.fixture
+def guarded(tmp_path):
+    """The port of a server with the password "sesame"."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [server_program(), "--port", str(port), "--requirepass", "sesame", "--save", ""]
+    process = subprocess.Popen([*command, "--dir", str(tmp_path)], stdout=subprocess.DEVNULL)
+    wait_until(redis_py.Redis(port=port, password="sesame").ping)
+    yield port
+    process.kill()
+    process.wait()
+
+
+def test_the_parts_of_an_address_come_from_the_environment_or_the_module(
+    guarded, cli, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("REDIS_HOST", "127.0.0.1")
+    monkeypatch.setenv("REDIS_PORT", str(guarded))
+    monkeypatch.setenv("REDIS_DB", "3")
+    monkeypatch.setenv("REDIS_SSL", "False")
+    monkeypatch.setenv("REDIS_PASSWORD", "sesame")
+    assert cli("enqueue", "a.b", url=None)[0] == 0
+    known = {"port": guarded, "password": "sesame"}
+    assert redis_py.Redis(db=3, **known).exists("microq:queues")
+    words = settings_module(
+        tmp_path, f"REDIS_PORT, REDIS_PASSWORD, REDIS_DB = {guarded}, 'sesame', 4"
+    )
+    assert cli("enqueue", "a.b", *words, url=None)[0] == 0
+    assert redis_py.Redis(db=4, **known).exists("microq:queues")
+    monkeypatch.setenv("REDIS_PORT", "tcp://10.0.0.1:6379")  # Kubernetes does that
+    status, _, error = cli("info", url=None)
+    assert status == 1 and "tcp://10.0.0.1:6379" in error and error.count("\n") == 1
+
+
+def test_a_config_module_may_name_sentinels(guarded, cli, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    conf = tmp_path / "sentinel.conf"
+    conf.write_text(
+        f"port {port}\ndir {tmp_path}\nsentinel monitor boss 127.0.0.1 {guarded} 1\n"
+        "sentinel auth-pass boss sesame\n"
+    )
+    command = [server_program(), str(conf), "--sentinel"]
+    sentinel = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        there = redis_py.Redis(port=port)
+        wait_until(lambda: there.execute_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", "boss"))
+        words = settings_module(
+            tmp_path,
+            f"""
+            SENTINEL = {{
+                "INSTANCES": [("127.0.0.1", {port})], "MASTER_NAME": "boss", "DB": 2,
+                "PASSWORD": "sesame", "SOCKET_TIMEOUT": 5, "CONNECTION_KWARGS": {{"protocol": 2}},
+                "SENTINEL_KWARGS": {{"socket_timeout": 5}},
+            }}
+            """,
+        )
+        assert cli("enqueue", "test_microq.add", *words, url=None)[2] == ""
+        assert redis_py.Redis(port=guarded, db=2, password="sesame").exists("microq:queues")
+        assert cli("worker", "--burst", "-q", "--in-process", *words, url=None)[0] == 0
+        assert re.search(r"default +0 .* 1 +0 +0\n", cli("info", *words, url=None)[1])
+    finally:
+        sentinel.kill()
+        sentinel.wait()
+
+
+def test_flags_of_rq_without_a_meaning_here_are_ignored(redis, cli):
+    words = [
+        "--worker-ttl",
+        "420",
+        "--maintenance-interval",
+        "60",
+        "--job-monitoring-interval",
+        "9",
+    ]
+    status, _, error = cli("worker", "--burst", "-q", *words)
+    assert status == 0 and error.count("\n") == 1 and "--worker-ttl" in error and "--lease" in error
+
+
+def test_a_worker_takes_the_flags_of_rq(server, redis, queue, tmp_path):
+    queue.enqueue(fail)
+    words = ["-b", "-v", "-n", "bee", "--results-ttl", "5", "--max-jobs", "1", "-ds", "random"]
+    words += ["-s", "--max-idle-time", "1"]
+    words += ["--exception-handler", "test_microq.note_failure", "--pid", tmp_path / "pid"]
+    words += ["--log-format", "%(levelname)s %(asctime)s %(message)s", "--date-format", "AT"]
+    status, _, log = microq_command("worker", "default", "--url", server.url, *words)
+    assert status == 0 and "INFO AT worker bee (pid" in log and "noted boom" in log
+    assert f"(pid {(tmp_path / 'pid').read_text().strip()})" in log
+    status, _, log = microq_command("worker", "-b", "--logging_level", "error", "-u", server.url)
+    assert (status, log) == (0, "")
+
+
+def note_failure(job, kind, error, trace):
+    print("noted", error, file=sys.stderr)
+
+
+@pytest.mark.parametrize("words", [[], ["wroker"], ["worker", "--foo"], ["requeue"], ["enqueue"]])
+def test_wrong_words_are_answered_with_help(cli, words):
+    status, shown, error = cli(*words, url=None)
+    assert (status, shown) == (2, "") and "usage: python -m microq" in error
+    assert "COMMAND" in error or words[0] in error
+
+
+@pytest.mark.parametrize("name", microq._COMMANDS)
+def test_every_command_explains_itself(cli, name):
+    status, shown, error = cli(name, "--help", url=None)
+    assert (status, error) == (0, "") and f"examples:\n  python -m microq {name}" in shown
+    assert not re.search(r"%\(prog|%%", shown)
+
+
+def test_a_closed_pipe_and_ctrl_c_end_quietly(server, redis):
+    for i in range(3000):
+        redis.sadd("microq:queues", f"queue{i}")
+    python = f"{sys.executable} -m microq"
+    command = f"set -o pipefail; {python} info --raw --url {server.url} | head -1"
+    done = subprocess.run(["bash", "-c", command], cwd=HERE, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("queue queue0 0 ")
+    redis.delete("microq:queues")
+    command = [*python.split(), "info", "--interval", "0.1", "--url", server.url]
+    info = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for _ in range(3):
+        assert (
+            info.stdout.readline() == b"0 queues, 0 queued, 0 started; 0 workers, 0 busy\n"
+            or b"/s" in info.stdout.readline()
+        )
+    info.send_signal(signal.SIGINT)
+    assert info.communicate(timeout=5)[1] == b"" and info.returncode == 130
+
+
+def test_info_shows_queues_and_workers(server, redis, queue, cli, start_worker):
+    Queue("low", redis).enqueue(add)
+    start_worker("--name", "bee", "low", "default", "high")
+    wait_until(lambda: Queue("low", redis).finished_job_registry.count)
+    job = queue.enqueue(sleep, 30, job_id="dreams")
+    wait_until(lambda: job.is_started)
+    shown = cli("info")[1]
+    assert shown.startswith("3 queues, 0 queued, 1 started; 1 workers, 1 busy\n")
+    assert re.search(r"^default +0 +1 +0 +0 +0 +0 +0$", shown, re.M), shown
+    assert re.search(r"^bee +busy +\d +0 low,default,high test_microq.sleep dreams$", shown, re.M)
+    for protocol in (2, 3):
+        assert cli("info", url=f"{server.url}?protocol={protocol}")[1] == shown
+    raw = cli("info", "--raw", "default", "low")[1].splitlines()
+    zeros = "scheduled=0 deferred=0 finished=0 failed=0 canceled=0"
+    assert raw[0] == f"queue default 0 started=1 {zeros}" and raw[1].startswith("queue low 0 ")
+    assert re.fullmatch(r"worker bee busy low,default,high finished=\d failed=0", raw[2])
+    assert "bee" not in cli("info", "-Q")[1] and "deferred" not in cli("info", "-W")[1]
+    assert cli("info", "--raw", "--only-workers")[1].splitlines() == [raw[2]]
+    shown = cli("info", "--by-queue")[1]
+    assert re.search(r"^high +bee +busy +test_microq.sleep dreams$", shown, re.M), shown
+    assert "default" in cli("info", "-R", "-W")[1] and "bee" not in cli("info", "-R", "-Q")[1]
+    send_stop_job_command(redis, "dreams")
+
+
+def test_info_takes_two_round_trips_whatever_there_is(redis, monkeypatch):
+    for i in range(20):
+        Queue(f"q{i}", redis).enqueue(add)
+        claim(Queue(f"q{i}", redis), worker=f"w{i}")
+        redis.set(
+            f"microq:worker:w{i}", json.dumps({"name": f"w{i}", "good": 0, "bad": 0, "queues": []})
+        )
+    trips = []
+    send = microq._send
+    monkeypatch.setattr(microq, "_send", lambda *words: trips.append(words) or send(*words))
+    look = microq._look_around(redis, [f"q{i}" for i in range(20)])
+    assert len(trips) == 2 and len(look.queues) == len(look.workers) == len(look.known) == 20
+    assert all(each["state"] == "busy" and "add" in each["job"] for each in look.workers)
+
+
+class Terminal:
+    """A pseudo-terminal with a program in it, and what stands on its screen."""
+
+    def __init__(self, command, columns=100, lines=30, **environ):
+        self.master, self.slave = pty.openpty()
+        self.before = termios.tcgetattr(self.slave)
+        self.resize(columns, lines)
+        self.process = subprocess.Popen(
+            command, stdin=self.slave, stdout=self.slave, stderr=subprocess.PIPE, cwd=HERE,
+            start_new_session=True, env=clean_env() | {"TERM": "xterm"} | environ,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )  # fmt: skip
+        self.log = b""
+        os.set_blocking(self.master, False)
+
+    def resize(self, columns, lines):
+        self.columns, self.lines = columns, lines
+        fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("4H", lines, columns, 0, 0))
+
+    def read(self):
+        with contextlib.suppress(BlockingIOError):
+            while data := os.read(self.master, 65536):
+                self.log += data
+        return self.log.decode()
+
+    def screen(self):
+        """Return the lines of the last whole page, without colours, and check that it fits."""
+        pages = re.findall(r"\x1b\[\?2026h\x1b\[H(.*?)\x1b\[J\x1b\[\?2026l", self.read(), re.S)
+        return re.split(r"\r+\n", re.sub(r"\x1b\[[0-9;]*[mK]", "", (pages or [""])[-1]))
+
+    def shows(self, text):
+        return wait_until(lambda: text in "\n".join(self.screen()))
+
+    def fits(self):
+        lines = self.screen()
+        return len(lines) <= self.lines and max(map(len, lines)) < self.columns
+
+    def check_restored(self):
+        """The program is gone, and screen, cursor, line wrap and modes are as they were."""
+        self.process.wait(5)
+        log = self.read()
+        for mode in ("?1049", "?25", "?7"):
+            switches = re.findall(rf"\x1b\[\{mode}([hl])", log)
+            assert len(switches) % 2 == 0 and switches[-1] != switches[0]
+        assert not log.endswith("\n") and termios.tcgetattr(self.slave) == self.before
+        assert self.process.stderr.read() == b""
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+        self.process.stderr.close()
+        os.close(self.master)
+        os.close(self.slave)
+
+
+@pytest.fixture
+def terminal(server):
+    terminals = []
+
+    def start(*words, **options):
+        command = [sys.executable, "-m", "microq", "info", "--url", server.url, *words]
+        terminals.append(Terminal(command, **options))
+        return terminals[-1]
+
+    yield start
+    for each in terminals:
+        each.close()
+
+
+def test_info_is_live_on_a_terminal(redis, queue, terminal):
+    for name, number in (("default", 4), ("a-queue-with-a-name-that-goes-on-and-on", 2), ("z", 0)):
+        for _ in range(number):
+            Queue(name, redis).enqueue(add)
+    live = terminal("--interval", "0.1", columns=140)
+    live.shows("2 queues, 6 queued")
+    assert "\x1b[32m" in live.log.decode() or "\x1b[36m" in live.log.decode()
+    bars = {line.split()[0][:3]: line.count("█") for line in live.screen() if "█" in line}
+    assert bars["a-q"] == -(-bars["def"] // 2) > 0 and live.fits()
+    queue.enqueue(add)
+    live.shows("2 queues, 7 queued")
+    with Worker(queue, name="bee"):
+        live.shows("finished/s")
+        wait_until(lambda: re.search(r"bee +(idle|busy) +5 ", "\n".join(live.screen())))
+        wait_until(lambda: re.search(r"[1-9]\d*\.\d finished/s", live.read()))
+    live.resize(35, 12)
+    wait_until(live.fits)
+    assert any(re.match("a-queue.*… +2 ", line) for line in live.screen()), live.screen()
+    live.resize(120, 40)
+    live.shows("a-queue-with-a-name-that-goes-on-and-on")
+    os.write(live.master, b"q")
+    live.check_restored()
+    assert live.process.returncode == 0
+
+
+def test_many_queues_and_workers_share_a_small_screen(redis, terminal):
+    for i in range(30):
+        queue = Queue(f"queue{i:02}", redis)
+        queue.enqueue(add)
+        claim(queue, worker=f"w{i:02}")
+        about = {"name": f"w{i:02}", "good": i, "bad": 0, "queues": [queue.name]}
+        redis.set(f"microq:worker:w{i:02}", json.dumps(about), ex=60)
+    live = terminal("--interval", "60", columns=80, lines=20)
+    live.shows("30 queues")
+    screen = live.screen()
+    assert live.fits(), screen
+    assert sum("more" in line for line in screen) == 2
+    assert (
+        sum("queue0" in line for line in screen) > 5 and sum("busy" in line for line in screen) > 5
+    )
+    live.resize(80, 100)  # shows at once, whatever the interval
+    wait_until(lambda: sum("busy" in line for line in live.screen()) == 31)
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), ("\x03", 130)]
+)
+def test_a_signal_leaves_the_terminal_as_it_was(redis, terminal, number, status):
+    live = terminal("--interval", "60", NO_COLOR="1")
+    live.shows("0 queues")
+    assert not re.search(r"\x1b\[\d+m", live.read())
+    if isinstance(number, str):
+        os.write(live.master, number.encode())
+    else:
+        live.process.send_signal(number)
+    live.check_restored()
+    assert live.process.returncode == status
+
+
+def test_ctrl_z_gives_the_terminal_back_for_a_while(redis, terminal):
+    live = terminal("--interval", "60")
+    live.shows("0 queues")
+    live.process.send_signal(signal.SIGTSTP)
+    wait_until(lambda: live.read().endswith("\x1b[?7h\x1b[?25h\x1b[?1049l"))
+    wait_until(lambda: termios.tcgetattr(live.slave) == live.before)
+    assert os.WIFSTOPPED(os.waitpid(live.process.pid, os.WUNTRACED)[1])
+    pages = live.read().count("\x1b[H")
+    live.process.send_signal(signal.SIGCONT)
+    wait_until(lambda: live.read().count("\x1b[H") > pages)
+    os.write(live.master, b"Q")
+    live.check_restored()
+
+
+def test_a_live_view_outlives_its_server(tmp_path, terminal):
+    server = Server(tmp_path)
+    live = terminal("--interval", "0.1", "--url", server.url)
+    live.shows("0 queues")
+    server.stop()
+    live.shows("no answer from Redis")
+    server.start()
+    wait_until(lambda: "no answer" not in "\n".join(live.screen()))
+    os.write(live.master, b"q")
+    live.check_restored()
+    server.stop()
 
 
 # ---- The examples of RQ's documentation ----------------------------------------------------------
