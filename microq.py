@@ -1579,17 +1579,14 @@ return 1
 
 AGENDA = Script("""
 -- agenda: read the entries of cron; `name` runs it, if it is not ''.  Returns the time, whether the
--- name is new, and for each queue the hash of last ticks, that of entries, and the schedulers.
-local name, at, new, found = ARGV[1], now(), 0, {}
-for i, q in ipairs(KEYS) do
-  if name ~= '' then
-    new = math.max(new, call('ZADD', q .. 'schedulers', stamp(at), name))
-    call('ZREMRANGEBYSCORE', q .. 'schedulers', '-inf', at - 60)
-  end
-  local schedulers = call('ZRANGE', q .. 'schedulers', 0, -1, 'WITHSCORES')
-  found[i] = {call('HGETALL', q .. 'ticks'), call('HGETALL', q .. 'cron'), schedulers}
+-- name is new, and the hash of last ticks, that of entries, and the schedulers.
+local q, name, at, new = KEYS[1], ARGV[1], now(), 0
+if name ~= '' then
+  new = call('ZADD', q .. 'schedulers', stamp(at), name)
+  call('ZREMRANGEBYSCORE', q .. 'schedulers', '-inf', at - 60)
 end
-return {stamp(at), new, found}
+local schedulers = call('ZRANGE', q .. 'schedulers', 0, -1, 'WITHSCORES')
+return {stamp(at), new, {call('HGETALL', q .. 'ticks'), call('HGETALL', q .. 'cron'), schedulers}}
 """)
 
 LOOK = Script("""
@@ -3942,8 +3939,7 @@ class _Keeper:
             names = [queue.name for queue in self.workers[0].queues]
             commands.append(("SADD", _QUEUES, *names))
         queues = self.workers[0].queues if self.scheduler else []
-        if queues:
-            commands.append(AGENDA([queue.prefix for queue in queues], self.name))
+        commands += [AGENDA(queue.prefix, self.name) for queue in queues]
         *replies, suspended = _send(self.server, *commands, ("PTTL", _SUSPENDED))
         self.beaten_at, self.unknown, self.told = time.monotonic(), False, told
         self.backoff = _Backoff(self.lease / 3)
@@ -3963,15 +3959,15 @@ class _Keeper:
         if suspended > 0:  # look again when it ends
             self.beaten_at = min(self.beaten_at, self.beaten_at + suspended / 1000 - self.lease / 3)
         if queues:
-            self.run_cron(queues, *replies[-1])
+            self.run_cron(queues, replies[-len(queues) :])
 
-    def run_cron(self, queues: list[Queue], at: bytes, new: int, tables: list[Any]) -> None:
+    def run_cron(self, queues: list[Queue], agendas: list[Any]) -> None:
         """Enqueue what is due, a lease ahead, so that any worker starts it on time."""
-        self.forgotten |= new == 1  # it did not know our name
+        self.forgotten |= any(new for _, new, _ in agendas)  # it did not know our name
         if self.cron and self.forgotten:
             self.cron.save()
         self.forgotten = False
-        _hand_out(self.server, queues, at, tables, self.lease)
+        _hand_out(self.server, queues, agendas, self.lease)
 
     def listen(self, until: float) -> None:
         """Wait for commands, for the bell, or until something is to be done."""
@@ -4508,7 +4504,7 @@ class CronJob:
     def all(cls, connection: Redis | None = None) -> list[CronJob]:
         """Return the entries of all queues, as they are stored.  Two round trips."""
         found = []
-        for _, _, [(*hashes, _)] in _agendas(connection, Queue.all(connection)):
+        for _, _, (*hashes, _) in _agendas(connection, Queue.all(connection)):
             ticks, entries = map(_pairs, hashes)
             for slug, spec in entries.items():
                 with contextlib.suppress(Exception):  # it is garbled
@@ -4590,12 +4586,12 @@ def _agendas(connection: Redis | None, queues: Sequence[Queue], name: str = "") 
 
 
 def _hand_out(
-    connection: Any, queues: Iterable[Queue], at: bytes, tables: Iterable[Any], ahead: float
+    connection: Any, queues: Iterable[Queue], agendas: Iterable[Any], ahead: float
 ) -> list[tuple[str, str]]:
     """Enqueue the ticks that come up to `ahead` seconds from now.  Return the keys of the entries
     of those that no other has handed out."""
     offers, commands = [], []
-    for queue, (*hashes, _) in zip(queues, tables, strict=True):
+    for queue, (at, _, (*hashes, _)) in zip(queues, agendas, strict=True):
         ticks, entries = map(_pairs, hashes)
         for slug, spec in entries.items():
             try:
@@ -4671,8 +4667,7 @@ class CronScheduler:
         commands += [AGENDA(queue.prefix, "") for queue in queues]
         replies = _send(self.connection, *commands) if commands else []
         agendas = replies[len(replies) - len(queues) :]
-        tables, at = [tables[0] for _, _, tables in agendas], agendas[0][0] if agendas else b"0"
-        done = _hand_out(self.connection, queues, at, tables, ahead)
+        done = _hand_out(self.connection, queues, agendas, ahead)
         for each in CronJob.all(self.connection):
             if each._key in ours:
                 vars(ours[each._key]).update(_last=each._last, _since=each._since)
@@ -4695,7 +4690,7 @@ class CronScheduler:
         if not self._jobs:
             raise ValueError("nothing is registered, so there is nothing to run")
         queues = sorted({job.queue_name for job in self._jobs})
-        clock = _Clock(queues, self.name, self.connection)
+        clock = _Clock(queues, self.name, connection=self.connection)
         keeper = _Keeper(self.name, [clock], with_scheduler=True)
         keeper.cron, clock._prefixes = self, []  # it takes no part in the queues
         keeper.run(self.logging_level)
@@ -4723,7 +4718,7 @@ class CronScheduler:
     def all(cls, connection: Redis | None = None) -> list[CronScheduler]:
         """Return what has run cron in the last minute, workers too, with the entries it owns."""
         entries, found = CronJob.all(connection), {}
-        for at, _, [(*_, beats)] in _agendas(connection, Queue.all(connection)):
+        for at, _, (*_, beats) in _agendas(connection, Queue.all(connection)):
             for name, beat in _pairs(beats).items():
                 if float(beat) > float(at) - 60:
                     found[name] = each = cls(connection, name=name)

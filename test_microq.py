@@ -4311,13 +4311,13 @@ def test_entry_sent_twice_changes_once(redis):
 
 def test_a_tick_is_handed_out_once_by_all_who_have_read_the_same(redis, queue):
     scheduler_with(redis, interval=1).enqueue_jobs()
-    at, _, agenda = microq._ask(redis, *microq.AGENDA(queue.prefix, ""))
+    agenda = [microq._ask(redis, *microq.AGENDA(queue.prefix, ""))]
     before = len(ticks(redis))
-    handed = [len(microq._hand_out(redis, [queue], at, agenda, ahead)) for ahead in (3, 3, 5, 5)]
+    handed = [len(microq._hand_out(redis, [queue], agenda, ahead)) for ahead in (3, 3, 5, 5)]
     assert handed == [3, 0, 2, 0]
     assert len(ticks(redis)) == before + 5
     scheduler_with(redis, interval=1, args=(1,)).enqueue_jobs()  # who has read the old entry
-    assert microq._hand_out(redis, [queue], at, agenda, 30) == []  # is too late
+    assert microq._hand_out(redis, [queue], agenda, 30) == []  # is too late
     assert len(set(ticks(redis))) == len(ticks(redis))
 
 
