@@ -5404,7 +5404,7 @@ def test_docs_executions_of_a_job(redis, start_worker, tmp_path):
 
     queue = Queue(connection=redis)
     start_worker()
-    job = queue.enqueue(stay, str(tmp_path / "log"), 1)
+    job = queue.enqueue(stay, str(tmp_path / "log"), 0.5)
     people(tmp_path / "log")
     [execution] = job.get_executions()
     began = datetime.now(timezone.utc) - timedelta(seconds=5)
@@ -5561,13 +5561,13 @@ def test_docs_latest_result_waits(redis, start_worker):
     from microq import Queue
 
     queue = Queue(connection=redis)
-    job = queue.enqueue(sleep, 0.5)
+    job = queue.enqueue(sleep, 0.3)
     began = time.monotonic()
     result = job.latest_result(timeout=60)  # Will hang for about as long as the job sleeps.
-    assert result.return_value == 0.5 and time.monotonic() - began < 5
-    assert job.latest_result(timeout=60).return_value == 0.5  # now it is there
+    assert result.return_value == 0.3 and time.monotonic() - began < 5
+    assert job.latest_result(timeout=60).return_value == 0.3  # now it is there
     nobody = Queue("nobody", connection=redis).enqueue(say_hello)
-    assert nobody.latest_result(timeout=1) is None
+    assert nobody.latest_result(timeout=0.3) is None
 
 
 def test_docs_a_job_asks_for_a_retry(redis):
@@ -5680,9 +5680,9 @@ def test_docs_worker_with_scheduler(redis):
     from microq import Queue, Worker
 
     queue = Queue(connection=redis)
-    job = queue.enqueue_in(timedelta(seconds=1), say_hello)
+    job = queue.enqueue_in(timedelta(seconds=0.3), say_hello)
     worker = Worker(queues=[queue], connection=redis)
-    worker.work(with_scheduler=True, max_idle_time=2)
+    worker.work(with_scheduler=True, max_idle_time=0.6)
     assert job.is_finished
 
 
@@ -5691,7 +5691,7 @@ def test_docs_registries(redis, start_worker, tmp_path):
 
     queue = Queue(connection=redis)
     start_worker()
-    job = queue.enqueue(stay, str(tmp_path / "log"), 1)
+    job = queue.enqueue(stay, str(tmp_path / "log"), 0.7)
     people(tmp_path / "log")
     for registry in (
         StartedJobRegistry(queue=queue),
@@ -5701,7 +5701,6 @@ def test_docs_registries(redis, start_worker, tmp_path):
         assert registry.get_queue() == queue
         assert (registry.count, registry.get_job_ids()) == (1, [job.id])
         assert job in registry and job.id in registry and "nobody" not in registry
-    wait_until(lambda: job.is_finished)
 
 
 def test_docs_registries_of_all_kinds_forget_jobs(redis):
@@ -5824,9 +5823,9 @@ def test_docs_workers_are_named_listed_and_counted(redis, start_worker, tmp_path
 
 
 def test_docs_worker_classes(redis):
-    from microq import Queue, RandomWorker, RoundRobinWorker, SimpleWorker, SpawnWorker
+    from microq import Queue, RandomWorker, RoundRobinWorker, SimpleWorker
 
-    for kind in (SimpleWorker, RoundRobinWorker, RandomWorker, SpawnWorker):
+    for kind in (SimpleWorker, RoundRobinWorker, RandomWorker):
         queues = [Queue(name, connection=redis) for name in ("q1", "q2", "q3")]
         jobs = [queue.enqueue(say_hello) for queue in queues for _ in range(2)]
         worker = kind(queues)
@@ -5836,6 +5835,17 @@ def test_docs_worker_classes(redis):
         assert kind is not RoundRobinWorker or served == ["q1", "q2", "q3"] * 2
         assert kind is not SimpleWorker or served == ["q1", "q1", "q2", "q2", "q3", "q3"]
         assert all(job.return_value() == "hello you" for job in jobs), kind
+
+
+@pytest.mark.xfail(strict=True, raises=ImportError, reason="left out so far")
+def test_docs_spawn_worker(redis):
+    from microq import Queue, SpawnWorker
+
+    queue = Queue("default", connection=redis)
+    job = queue.enqueue(say_hello)
+    worker = SpawnWorker([queue])
+    worker.work(burst=True)
+    assert job.return_value() == "hello you"
 
 
 def test_docs_worker_pool_runs_a_class_of_workers(redis):
@@ -6163,7 +6173,7 @@ def test_docs_shell_workers(redis, server, tmp_path):
         f"worker w2 -b -w microq.RoundRobinWorker --path {tmp_path} -q",
         "worker w3 -b -w microq.RandomWorker --max-idle-time 9 "
         "--maintenance-interval 60 --worker-ttl 30 --job-monitoring-interval 5",
-        "worker w4 -b -w microq.SpawnWorker -v --log-format <%(message)s> --date-format %H",
+        "worker w4 -b -v --log-format <%(message)s> --date-format %H",
         "worker c1 -b -w test_microq.CustomWorker "
         "--job-class test_microq.CustomJob --queue-class test_microq.CustomQueue",
         f"worker h1 -b {handlers}",
@@ -6223,8 +6233,54 @@ def test_docs_shell_info_polls(redis, server, queue):
 
 def test_docs_supervisor_ends_workers_by_sigterm(redis, queue, start_worker, tmp_path):
     process = start_worker()
-    job = queue.enqueue(stay, str(tmp_path / "log"), 0.7)
+    job = queue.enqueue(stay, str(tmp_path / "log"), 0.5)
     people(tmp_path / "log")
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=10)
     assert process.returncode == 0 and job.return_value() == "stayed"
+
+
+# What README says of RQ's names
+
+
+README = (HERE / "README.md").read_text()
+
+
+def rows_of_rq_names():
+    """Return the rows of README's table, as (names, fate)."""
+    table = re.search(r"(?ms)^## Coming from RQ$.*?^\|---\|---\|---\|$(.*?)^## ", README)[1]
+    rows = [line.strip("| ").split(" | ") for line in table.strip().splitlines()]
+    return [(re.findall(r"`([^`]+)`", row[0]), row[1].rstrip(" |")) for row in rows]
+
+
+def is_here(name, owner):
+    """Tell whether microq has what a row names: `Queue`, and after it `.all`; `retry=`, `--url`."""
+    if name.startswith("."):
+        name, kind = name[1:], getattr(microq, owner)
+        code = "".join(inspect.getsource(each) for each in kind.__mro__ if each is not object)
+        return hasattr(kind, name) or bool(
+            re.search(rf"self\.{name}\b.* = |^    {name}: ", code, re.M)
+        )
+    if re.fullmatch(r"\w+", name):
+        return hasattr(microq, name)
+    source = Path(microq.__file__).read_text()
+    return bool(re.search(rf"(?<![\w-]){re.escape(name.strip('= '))}\b", source))
+
+
+def test_the_table_of_rq_names_is_true():
+    rows, wrong = rows_of_rq_names(), []
+    assert len(rows) > 40 and {fate for _, fate in rows} == {"same", "better", "left out"}
+    for names, fate in rows:
+        owner = ""
+        for name in names:
+            if not re.search(r"[$ ]|^rq\b", name) and is_here(name, owner) != (fate != "left out"):
+                wrong.append((owner, name, fate))
+            owner = name if re.fullmatch(r"[A-Z]\w+", name) else owner
+        for command in [name.split()[1] for name in names if name.startswith("rq ")]:
+            with pytest.raises(SystemExit, match="0"):
+                microq.main([command, "--help"])
+    assert wrong == []
+
+
+def test_every_public_name_is_in_the_readme():
+    assert [name for name in microq.__all__ if not re.search(rf"\b{name}\b", README)] == []
