@@ -5045,6 +5045,10 @@ def black_hole(job, *exc_info):
     return False
 
 
+def child_env():
+    return clean_env() | {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
+
+
 @pytest.fixture
 def reported():
     REPORTED.clear()
@@ -5789,8 +5793,7 @@ def test_docs_worker_script_preloads(redis, server, tmp_path):
         """
     (tmp_path / "work.py").write_text(textwrap.dedent(code).replace("URL", repr(server.url)))
     job = Queue(connection=redis).enqueue(say_hello)
-    environ = clean_env() | {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
-    subprocess.run([sys.executable, tmp_path / "work.py"], check=True, env=environ, timeout=20)
+    subprocess.run([sys.executable, tmp_path / "work.py"], check=True, env=child_env(), timeout=20)
     assert job.return_value() == "hello you"
 
 
@@ -5989,21 +5992,27 @@ def test_docs_connections_of_each_queue(redis, server, tmp_path):
         other.stop()
 
 
-def test_docs_cron_config_file(redis, server, tmp_path, hooks):
+def test_docs_cron_config_file(redis, server, tmp_path, monkeypatch, hooks):
+    from microq import CronScheduler
+
     url, asked = hooks
     code = f"""
         from microq import cron, Webhook
-        from test_microq import add, describe, say_hello
+        from tasks import backup_database, cleanup_temp_files, generate_report
 
         # at once, and then every 30 minutes
-        cron.register(say_hello, queue_name='maintenance', interval=1800,
-                      webhooks=[Webhook('{url}/done', 'finished'), Webhook('{url}/bad', 'failed')])
+        cron.register(
+            cleanup_temp_files,
+            queue_name='maintenance',
+            interval=1800,
+            webhooks=[Webhook('{url}/done', 'finished'), Webhook('{url}/bad', 'failed')],
+        )
 
         cron.register(
-            describe,
+            generate_report,
             queue_name='reports',
             args=('daily_metrics',),
-            kwargs={{'description': 'json', 'ttl': 5}},
+            kwargs={{'format': 'json', 'ttl': 5}},
             interval=1,
             job_timeout=600,
             result_ttl=3600,
@@ -6011,28 +6020,37 @@ def test_docs_cron_config_file(redis, server, tmp_path, hooks):
         )
 
         # every day at 3:00 AM
-        cron.register(add, queue_name='maintenance', cron='0 3 * * *', name='backup')
+        cron.register(backup_database, queue_name='maintenance', cron='0 3 * * *', name='backup')
         """
-    (tmp_path / "cron_config.py").write_text(textwrap.dedent(code))
+    (tmp_path / "src" / "myapp").mkdir(parents=True)
+    (tmp_path / "src" / "myapp" / "cron_config.py").write_text(textwrap.dedent(code))
+    (tmp_path / "src" / "cron_config.py").write_text(textwrap.dedent(code))
+    functions = "def generate_report(*args, **kwargs): return [*args, kwargs]\n"
+    functions += "def cleanup_temp_files(): pass\n" + "def backup_database(): pass\n"
+    (tmp_path / "src" / "tasks.py").write_text(functions)
+    monkeypatch.syspath_prepend(tmp_path / "src")
+    monkeypatch.delitem(sys.modules, "tasks", raising=False)
+    scheduler = CronScheduler(connection=redis)
+    scheduler.load_config_from_file(str(tmp_path / "src" / "cron_config.py"))
+    assert [job.interval for job in scheduler.get_jobs()] == [1800, 1, None]
+    command = [sys.executable, "-m", "microq", "cron", "myapp.cron_config", "--url", server.url]
+    process = subprocess.Popen(
+        [*command, "--path", "src"], cwd=tmp_path, env=child_env(), stderr=subprocess.PIPE
+    )
     reports = Queue("reports", connection=redis)
     maintenance = Queue("maintenance", connection=redis)
-    for config in ("cron_config.py", "cron_config"):
-        redis.flushall()
-        command = [sys.executable, "-m", "microq", "cron", config, "--url", server.url]
-        environ = clean_env() | {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
-        process = subprocess.Popen(command, cwd=tmp_path, env=environ, stderr=subprocess.PIPE)
-        try:
-            for queue in (maintenance, reports, reports):
-                wait_until(lambda queue=queue: work(queue))
-        finally:
-            process.terminate()
-            process.communicate(timeout=10)
-        assert process.returncode == 0
-        job = Job.fetch(reports.finished_job_registry.get_job_ids()[0], connection=redis)
-        assert job.return_value() == ["daily_metrics", "json", 5]
-        assert (job.timeout, job.result_ttl, job.failure_ttl) == (600, 3600, 86400)
-        wait_until(lambda: asked)
-        assert asked.pop()[1] == "/done"
+    try:
+        for queue in (maintenance, reports, reports):
+            wait_until(lambda queue=queue: work(queue))
+    finally:
+        process.terminate()
+        process.communicate(timeout=10)
+    assert process.returncode == 0
+    job = Job.fetch(reports.finished_job_registry.get_job_ids()[0], connection=redis)
+    assert job.return_value() == ["daily_metrics", {"format": "json", "ttl": 5}]
+    assert (job.timeout, job.result_ttl, job.failure_ttl) == (600, 3600, 86400)
+    wait_until(lambda: asked)
+    assert asked.pop()[1] == "/done"
 
 
 def test_docs_cron_scheduler(redis, server, tmp_path):
@@ -6054,8 +6072,7 @@ def test_docs_cron_scheduler(redis, server, tmp_path):
         except KeyboardInterrupt:
             print('Shutting down cron scheduler...')
         """
-    environ = clean_env() | {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], env=environ)
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], env=child_env())
     try:
         queue = Queue("maintenance", connection=redis)
         wait_until(lambda: work(queue))
@@ -6165,36 +6182,52 @@ def test_docs_shell_commands_look_and_repair(redis, queue, server, capsys):
 
 def test_docs_shell_workers(redis, server, tmp_path):
     """All at the same time, each with queues of its own."""
-    handlers = "--exception-handler test_microq.mark --exception-handler test_microq.mark_2"
+    code = """
+        from microq import Job, Queue, Worker, get_current_job
+
+        class CustomJob(Job): pass
+        class CustomQueue(Queue): job_class = CustomJob
+        class CustomWorker(Worker): pass
+
+        def say_hello(): return "hello you"
+        def say_class(): return type(get_current_job()).__name__
+        def div_by_zero(): return 1 / 0
+
+        def mark(job, *exc_info):
+            job.meta["marks"] = job.meta.get("marks", 0) + 1
+            job.save_meta()
+
+        mark_2 = mark
+        """
+    (tmp_path / "mine.py").write_text(textwrap.dedent(code))
+    handlers = "--exception-handler mine.mark --exception-handler mine.mark_2"
     commands = [
-        "worker high default low --burst",
+        "worker high default low --burst -ds round_robin",
         "worker w1 -b -w microq.SimpleWorker --name simple --max-jobs 9 --with-scheduler "
         "--results-ttl 77 --disable-job-desc-logging",
         f"worker w2 -b -w microq.RoundRobinWorker --path {tmp_path} -q",
         "worker w3 -b -w microq.RandomWorker --max-idle-time 9 "
         "--maintenance-interval 60 --worker-ttl 30 --job-monitoring-interval 5",
-        "worker w4 -b -v --log-format <%(message)s> --date-format %H",
-        "worker c1 -b -w test_microq.CustomWorker "
-        "--job-class test_microq.CustomJob --queue-class test_microq.CustomQueue",
+        "worker c1 -b -w mine.CustomWorker -v --log-format <%(message)s> --date-format %H "
+        "--job-class mine.CustomJob --queue-class mine.CustomQueue",
         f"worker h1 -b {handlers}",
         f"worker j1 -b --serializer json {handlers} --disable-default-exception-handler",
-        "worker j2 -b --serializer microq.JSONSerializer -ds round_robin",
-        "worker-pool p1 p2 p3 -n 3 --burst",
-        "worker-pool c2 -n 4 -l WARNING -b -w microq.SimpleWorker -S pickle "
-        "-j test_microq.CustomJob",
+        "worker-pool j2 j3 j4 -n 3 --burst --serializer microq.JSONSerializer",
+        "worker-pool c2 -n 4 -l WARNING -b -w microq.SimpleWorker -S pickle -j mine.CustomJob",
     ]
     commands = [words.split() for words in commands]
     jobs = {}
     for words in commands:
         for name in itertools.takewhile(lambda word: word[0] != "-", words[1:]):
             q = Queue(name, connection=redis, serializer="json" if name[0] == "j" else None)
-            jobs[name] = q.enqueue(class_of_current_job if name[0] == "c" else say_hello)
-            if "test_microq.mark" in words:
-                jobs[name + "bad"] = q.enqueue(div_by_zero)
-    environ = clean_env() | {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
-    python, pipe = [sys.executable, "-m", "microq"], subprocess.PIPE
+            jobs[name] = q.enqueue("mine.say_class" if name[0] == "c" else "mine.say_hello")
+            if "mine.mark" in words:
+                jobs[name + "bad"] = q.enqueue("mine.div_by_zero")
+    python, options = [sys.executable, "-m", "microq"], {"cwd": tmp_path, "env": child_env()}
     processes = [
-        subprocess.Popen([*python, *words, "-u", server.url], env=environ, stderr=pipe, text=True)
+        subprocess.Popen(
+            [*python, *words, "-u", server.url], **options, stderr=subprocess.PIPE, text=True
+        )
         for words in commands
     ]
     for words, process in zip(commands, processes, strict=True):
@@ -6208,19 +6241,10 @@ def test_docs_shell_workers(redis, server, tmp_path):
     assert jobs["w1"].latest_result().worker_name == "simple"
 
 
-def mark(job, *exc_info):
-    job.meta["marks"] = job.meta.get("marks", 0) + 1
-    job.save_meta()
-
-
-mark_2 = mark
-
-
 def test_docs_shell_info_polls(redis, server, queue):
     queue.enqueue(say_hello)
     command = [sys.executable, "-m", "microq", "info", "--interval", "0.2", "--url", server.url]
-    environ = clean_env() | {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
-    process = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, env=child_env(), stdout=subprocess.PIPE, text=True)
     seen = 0
     for line in process.stdout:
         seen += "default" in line
@@ -6245,6 +6269,7 @@ def test_docs_supervisor_ends_workers_by_sigterm(redis, queue, start_worker, tmp
 
 README = (HERE / "README.md").read_text()
 CODE = Path(microq.__file__).read_text()
+CLASSES = dict(re.findall(r"(?ms)^class (\w+)(.*?)(?=^\S)", CODE))
 
 
 def rows_of_rq_names():
@@ -6257,9 +6282,10 @@ def rows_of_rq_names():
 def is_here(name, owner):
     """Tell whether microq has what a row names: `Queue`, and after it `.all`; `retry=`, `--url`."""
     if name.startswith("."):
-        body = re.search(rf"(?ms)^class {owner}\b.*?(?=^\S|\Z)", CODE)
-        made = body and re.search(rf"(?m)self\.{name[1:]}\b.* = |^    {name[1:]}: ", body[0])
-        return hasattr(getattr(microq, owner), name[1:]) or bool(made)
+        kind, name = getattr(microq, owner), name[1:]
+        bodies = " ".join(CLASSES.get(each.__name__, "") for each in kind.__mro__)
+        made = re.search(rf"(?m)self\.{name}\b.* = |^    {name}: ", bodies)
+        return hasattr(kind, name) or bool(made)
     if re.fullmatch(r"\w+", name):
         return hasattr(microq, name)
     return bool(re.search(rf"(?<![\w-]){re.escape(name.strip('='))}\b", CODE))
