@@ -6180,8 +6180,7 @@ def test_docs_shell_commands_look_and_repair(redis, queue, server, capsys):
     command("resume")
 
 
-def test_docs_shell_workers(redis, server, tmp_path):
-    """All at the same time, each with queues of its own."""
+def test_docs_shell_workers(redis, server, tmp_path, monkeypatch):
     code = """
         from microq import Job, Queue, Worker, get_current_job
 
@@ -6223,16 +6222,10 @@ def test_docs_shell_workers(redis, server, tmp_path):
             jobs[name] = q.enqueue("mine.say_class" if name[0] == "c" else "mine.say_hello")
             if "mine.mark" in words:
                 jobs[name + "bad"] = q.enqueue("mine.div_by_zero")
-    python, options = [sys.executable, "-m", "microq"], {"cwd": tmp_path, "env": child_env()}
-    processes = [
-        subprocess.Popen(
-            [*python, *words, "-u", server.url], **options, stderr=subprocess.PIPE, text=True
-        )
-        for words in commands
-    ]
-    for words, process in zip(commands, processes, strict=True):
-        log = process.communicate(timeout=30)[1]
-        assert process.returncode == 0, (words, log)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    for words in commands:
+        assert microq.main([*words, "--url", server.url]) == 0, words
     for name, job in jobs.items():
         if name.endswith("bad"):
             assert job.is_failed and job.get_meta() == {"marks": 2}, name
