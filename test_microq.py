@@ -5403,18 +5403,17 @@ def test_docs_jobs_are_created_and_fetched(redis, page):
     assert job.return_value() == 6 and jobs[2].return_value() == "hello x"
 
 
-def test_docs_executions_of_a_job(redis, start_worker, tmp_path):
+def test_docs_executions_of_a_job(redis, tmp_path):
     from microq import Queue
 
     queue = Queue(connection=redis)
-    start_worker()
-    job = queue.enqueue(stay, str(tmp_path / "log"), 0.5)
-    people(tmp_path / "log")
-    [execution] = job.get_executions()
-    began = datetime.now(timezone.utc) - timedelta(seconds=5)
-    assert began < execution.created_at <= execution.last_heartbeat and execution.id
-    wait_until(lambda: job.is_finished)
-    assert job.get_executions() == []
+    with Worker(queue):
+        job = queue.enqueue(stay, str(tmp_path / "log"), 0.5)
+        people(tmp_path / "log")
+        [execution] = job.get_executions()
+        began = datetime.now(timezone.utc) - timedelta(seconds=5)
+        assert began < execution.created_at <= execution.last_heartbeat and execution.id
+    assert job.is_finished and job.get_executions() == []
 
 
 def test_docs_a_started_job_is_stopped(redis, queue, start_worker, tmp_path):
@@ -5560,15 +5559,15 @@ def test_docs_results(redis):
     assert types == [Result.Type.FAILED, Result.Type.RETRIED]  # RQ keeps the last one only
 
 
-def test_docs_latest_result_waits(redis, start_worker):
-    start_worker()
+def test_docs_latest_result_waits(redis):
     from microq import Queue
 
     queue = Queue(connection=redis)
-    job = queue.enqueue(sleep, 0.3)
-    began = time.monotonic()
-    result = job.latest_result(timeout=60)  # Will hang for about as long as the job sleeps.
-    assert result.return_value == 0.3 and time.monotonic() - began < 5
+    with Worker(queue):
+        job = queue.enqueue(sleep, 0.3)
+        began = time.monotonic()
+        result = job.latest_result(timeout=60)  # Will hang for about as long as the job sleeps.
+        assert result.return_value == 0.3 and time.monotonic() - began < 5
     assert job.latest_result(timeout=60).return_value == 0.3  # now it is there
     nobody = Queue("nobody", connection=redis).enqueue(say_hello)
     assert nobody.latest_result(timeout=0.3) is None
@@ -5690,21 +5689,21 @@ def test_docs_worker_with_scheduler(redis):
     assert job.is_finished
 
 
-def test_docs_registries(redis, start_worker, tmp_path):
+def test_docs_registries(redis, tmp_path):
     from microq import Queue, StartedJobRegistry
 
     queue = Queue(connection=redis)
-    start_worker()
-    job = queue.enqueue(stay, str(tmp_path / "log"), 0.7)
-    people(tmp_path / "log")
-    for registry in (
-        StartedJobRegistry(queue=queue),
-        StartedJobRegistry(name="default", connection=redis),
-        StartedJobRegistry("default", connection=redis),
-    ):
-        assert registry.get_queue() == queue
-        assert (registry.count, registry.get_job_ids()) == (1, [job.id])
-        assert job in registry and job.id in registry and "nobody" not in registry
+    with Worker(queue):
+        job = queue.enqueue(stay, str(tmp_path / "log"), 0.5)
+        people(tmp_path / "log")
+        for registry in (
+            StartedJobRegistry(queue=queue),
+            StartedJobRegistry(name="default", connection=redis),
+            StartedJobRegistry("default", connection=redis),
+        ):
+            assert registry.get_queue() == queue
+            assert (registry.count, registry.get_job_ids()) == (1, [job.id])
+            assert job in registry and job.id in registry and "nobody" not in registry
 
 
 def test_docs_registries_of_all_kinds_forget_jobs(redis):
