@@ -449,7 +449,8 @@ class Callback:
 
 @dataclass(frozen=True)
 class Webhook:
-    """An HTTP request to be made when a job has 'finished' or 'failed', once that is stored.
+    """An HTTP request to be made when a job has 'finished' or 'failed', once that is stored, and
+    before the worker's next job, or after the others of a batch.
 
     A POST carries JSON: job_id, func_name, status, enqueued_at, ended_at and, if it failed,
     exc_info.  Errors are logged."""
@@ -481,7 +482,8 @@ class RateLimit:
     """A limit that all jobs with the same key share, whatever queue they are in; those beyond it
     wait as rate_limited, in order.
 
-    concurrency - how many may be queued or running at a time
+    concurrency - how many may be queued or running at a time; a run whose job was canceled or
+                  deleted meanwhile does not count
     rate, per   - how many may enter their queues within so many seconds, 60; those beyond are
                   scheduled"""
 
@@ -1007,12 +1009,19 @@ end
 -- What one queue has to say to another, or to a limit, may have to go to another node.  So the
 -- script that causes it puts it into an outbox, until it has arrived: see deliver.  What is for the
 -- queue itself is done at once.
-local posted, post, receive, admit, give_up_slot, tell, conclude = {}
+local posted, post, leftover, receive, ask, admit, give_up_slot, tell, conclude = {}
 function post(q, to, text, at)
-  if to == q then return receive(q, text, at) end
+  posted.n = (posted.n or 0) + 1
+  if to == q and posted.n <= 1000 then return receive(q, text, at) end  -- more take too long
   text = to .. ' ' .. text
   call('SADD', q .. 'outbox', text)
   posted[#posted + 1], posted[#posted + 2] = q, text
+end
+function leftover(q, most)  -- what is in the outbox, of any time
+  for _, text in ipairs(call('SRANDMEMBER', q .. 'outbox', most)) do
+    posted[#posted + 1], posted[#posted + 2] = q, text
+  end
+  return posted
 end
 function give_up_slot(q, id, slot, limit, at)
   local to, numbers = string.match(limit or '', '^(%S+) (.*)$')
@@ -1036,6 +1045,13 @@ function conclude(q, id, status, at)  -- a job will not run any more
   if slot then give_up_slot(q, id, slot, limit, at) end
   if watched then tell(q, id, status, at) end
 end
+function ask(q, id, at)  -- for the slot that the job has or wants; true if it makes sense
+  local slot, limit = unpack(call('HMGET', q .. 'job:' .. id, 'slot', 'rate_limit'))
+  local to, numbers = string.match(limit or '', '^(%S+) (%d+ %d+ [%d.]+)$')
+  if not (slot and to) then return false end
+  post(q, to, 'ask ' .. q .. ' ' .. id .. ' ' .. slot .. ' ' .. numbers, at)
+  return true
+end
 function admit(q, id, at)  -- ... -> as far as it may go: scheduled, rate_limited, queued
   local job = q .. 'job:' .. id
   local fields = {'due', 'rate_limit', 'slot', 'at_front'}
@@ -1044,21 +1060,25 @@ function admit(q, id, at)  -- ... -> as far as it may go: scheduled, rate_limite
   if due and due > at then return later(q, id, due) end
   if due then
     call('HDEL', job, 'due')
-    if slot and due + 1 < at then  -- nobody was there in time, and its like may be many
+    local rate, per = string.match(limit or '', ' (%d+) (%S+)$')
+    local gap = math.max(1, (tonumber(per) or 0) / math.max(1, rate or 1))
+    if slot and due + gap < at then  -- nobody was there in time, and its like may be many
       give_up_slot(q, id, slot, limit, at)
       slot = nil
     end
   end
-  local to, numbers = string.match(limit or '', '^(%S+) (%d+ %d+ %S+)$')
-  if to and not slot then
-    slot = stamp(at)
+  if limit and not slot then
+    slot = stamp(at + (posted.n or 0) / 1e6)  -- so they keep their order
     call('HSET', job, 'slot', slot)
     call('ZADD', q .. 'rate_limited', slot, id)
-    post(q, to, 'ask ' .. q .. ' ' .. id .. ' ' .. slot .. ' ' .. numbers, at)
-  else ready(q, id, front, at) end
+    if ask(q, id, at) then return end
+    call('ZREM', q .. 'rate_limited', id)  -- it is garbled
+  end
+  ready(q, id, front, at)
 end
 function receive(q, text, at)
   local verb, id, rest = string.match(text, '^(%S+) (%S+) (.*)$')
+  if not verb then return end
   if verb == 'depend' then  -- <parent> <dependent>: note it, or say that the parent has ended
     local job, status = q .. 'job:' .. id, place(q, id)
     local to, child, since, allow = string.match(rest, '^(%S+) (%S+) (%S+) (%S+)$')
@@ -1151,6 +1171,7 @@ local function bequeath(job, last, result)  -- leave a verdict to the callbacks,
   if last == ' stopped' then failure, hooks = nil, stopped end
   if had or not (failure or hooks) then return false end
   call('HSET', job, 'verdict', last .. ' ' .. result)
+  call('HDEL', job, 'ttl')  -- it has failed, and must stay visible
   return true
 end
 
@@ -1388,7 +1409,7 @@ BEAT = Script("""
 -- a token that was lost with its taker.  Returns the names of the dead, the time, the time of the
 -- next scheduled job or '', whether the worker was known and in time, and what is in the outboxes.
 local worker, lease, state, oldest, policy, failure_ttl = unpack(ARGV)
-local at, dead, next_due, fit, left = now(), {}, nil, 1, {}
+local at, dead, next_due, fit = now(), {}, nil, 1
 for _, q in ipairs(KEYS) do
   local seats, over, number = call('HGETALL', q .. 'workers'), {}, nil
   for i = 1, #seats, 2 do
@@ -1419,14 +1440,17 @@ for _, q in ipairs(KEYS) do
     if name ~= worker then call('HDEL', q .. 'workers', name) end
   end
   sweep(q, at, 10000)
+  local waiters = call('ZCOUNT', q .. 'rate_limited', '-inf', at - 60)
+  if waiters > 0 then  -- has its limit forgotten it, or another that has vanished?
+    local n = math.random(waiters) - 1
+    ask(q, call('ZRANGE', q .. 'rate_limited', n, n)[1], at)
+  end
   local due = promote(q, at)
   if due and due < (next_due or math.huge) then next_due = due end
   if due and due < at + lease or call('LLEN', q .. 'queued') > 0 then wake(q) end
-  for _, text in ipairs(call('SRANDMEMBER', q .. 'outbox', 100)) do
-    left[#left + 1], left[#left + 2] = q, text
-  end
+  leftover(q, 1000)
 end
-return {dead, stamp(at), next_due and stamp(next_due) or '', fit, left}
+return {dead, stamp(at), next_due and stamp(next_due) or '', fit, posted}
 """)
 
 RELEASE = Script("""
@@ -1463,7 +1487,7 @@ MOVE = Script("""
 local q, id, from, to, front, failure_ttl, nonce, verdict = KEYS[1], unpack(ARGV)
 local job, at, was = q .. 'job:' .. id, now(), place(q, id)
 local moved = was and string.match(call('HGET', job, 'moved') or '', '^' .. nonce .. ' (.*)')
-if moved then return {moved, posted} end
+if moved then return {moved, leftover(q, 100)} end
 if not was and to == 'gone' then call('LREM', q .. 'queued', 1, id) end  -- it had a ttl
 if not was or not string.find(from, was, 1, true) then return {was or '', posted} end
 if was == 'started' then call('HDEL', q .. was, id)
@@ -1499,18 +1523,20 @@ local function grant(member, due)
 end
 for _, text in ipairs(ARGV) do
   local verb, member = string.match(text, '^(%S+) (.*)$')
-  if verb == 'ask' and not call('ZSCORE', holders, member) then
+  if verb == 'ask' and call('ZSCORE', holders, member) then grant(member, at)  -- it was lost
+  elseif verb == 'ask' then
     call('ZADD', waiting, 'NX', string.match(member, '^%S+ %S+ (%S+)'), member)
   elseif verb == 'free' then
     call('ZREM', holders, member)
     call('ZREM', waiting, member)
-  elseif verb ~= 'ask' then receive(q, text, at) end
+  else receive(q, text, at) end
 end
 while true do
   local member = call('ZRANGE', waiting, 0, 0)[1]
   if not member then break end
   local most, rate, per = string.match(member, '(%S+) (%S+) (%S+)$')
   most, rate, per = tonumber(most), tonumber(rate), tonumber(per)
+  if not (most and rate and per) then most, rate = 0, 0 end  -- garbled: it harms nobody else
   if most > 0 and call('ZCARD', holders) >= most then  -- has one of them been lost?
     local oldest, since = unpack(call('ZRANGE', holders, 0, 0, 'WITHSCORES'))
     if since + 60 < at then
@@ -1530,11 +1556,8 @@ while true do
   grant(member, due)
 end
 for _, key in ipairs({holders, waiting, starts}) do call('EXPIRE', key, 366 * 86400) end
-if #posted == 0 then
-  for _, text in ipairs(call('SRANDMEMBER', q .. 'outbox', 20)) do
-    posted[#posted + 1], posted[#posted + 2] = q, text
-  end
-end
+local limit = string.find(q, '^microq:limit:')  -- a queue has keepers, which look for many
+if #posted == 0 and (limit or call('SCARD', q .. 'outbox') <= 20) then leftover(q, 20) end
 return posted
 """)
 
@@ -1605,17 +1628,28 @@ def _deliver(connection: Any, posts: Sequence[bytes]) -> None:
     """Take words (queue's prefix, word, ..) where they belong, and what these cause in turn, then
     take them out of the outboxes.  Whoever finds a word there may do so, as often as it takes."""
     seen: dict[tuple[bytes, bytes], None] = {}
+    stuck = set[bytes]()  # where nothing arrives now
     while fresh := dict.fromkeys(zip(posts[::2], posts[1::2], strict=True)).keys() - seen.keys():
         seen.update(dict.fromkeys(fresh))
-        to: dict[str, list[bytes]] = {}
+        to: dict[bytes, list[bytes]] = {}
         for _, text in sorted(fresh):
-            target, _, words = text.partition(b" ")
-            to.setdefault(target.decode(), []).append(words)
-        replies = _send(connection, *(DELIVER(target, *words) for target, words in to.items()))
-        posts = [word for reply in replies for word in reply]
+            target, _, word = text.partition(b" ")
+            to.setdefault(target, []).append(word)
+        posts = []
+        for target, words in to.items():
+            name, parts = target.decode(errors="replace"), range(0, len(words), CHUNK)
+            try:
+                calls = [DELIVER(name, *words[i : i + CHUNK]) for i in parts]
+                posts += [word for reply in _send(connection, *calls) for word in reply]
+            except (exceptions.RedisError, exceptions.RedisClusterException) as error:
+                log.warning("words for %s have to wait: %s", name, error)
+                stuck.add(target)
     outboxes: dict[bytes, list[bytes]] = {}
     for prefix, text in seen:
-        outboxes.setdefault(prefix, []).append(text)
+        target = text.partition(b" ")[0]
+        # What a limit has to say is found again by those who speak to it.
+        if target not in stuck and not (stuck and target.startswith(b"microq:limit:")):
+            outboxes.setdefault(prefix, []).append(text)
     if outboxes:
         acks = [("SREM", prefix + b"outbox", *texts) for prefix, texts in outboxes.items()]
         _send(connection, *acks)
@@ -2887,10 +2921,14 @@ def _send_webhooks(job: Job, outcome: Outcome, place: str) -> None:
             body = json.dumps(about).encode() if hook.method == "POST" else None
             headers = {"Content-Type": "application/json"} | (hook.headers or {})
             request = Request(hook.url, body, headers, method=hook.method)
+            leash = _leash()
             try:
+                leash.begin(hook.timeout)  # urlopen's own is for each packet
                 urlopen(request, timeout=hook.timeout).close()
-            except Exception as error:  # whatever they answer
-                log.warning("webhook %s of job %s: %s", hook.url, job.id, error)
+            except (Exception, JobTimeoutException) as error:  # whatever they answer
+                log.warning("webhook %s of job %s: %s", hook.url, job.id, repr(error))
+            finally:
+                leash.end()
 
 
 def _tell(handlers: Iterable[Callable[..., Any]], job: Job, error: BaseException) -> None:
@@ -3452,6 +3490,8 @@ class Worker:
                 if self._claimed:  # too late to run them
                     self._give_back()
                     self._exchange(claim=False)
+                    self._notify()
+                    self._carry(self._courier)
                 return b"n" if worn and not (done or slate.stopping) else b"e"
             self._wait(min(due, idle_since + self._max_idle_time))
 
@@ -3951,6 +3991,8 @@ class _Keeper:
                 log.warning("worker %s is silent; its jobs run again", name.decode())
             with contextlib.suppress(ServerUnavailable):
                 _deliver(self.server, left)
+            if len(left) >= 2 * CHUNK:  # there is more
+                self.beaten_at = 0.0
         if (suspended != -2) is not self.workers[0]._slate.suspended:
             log.info("suspended" if suspended != -2 else "resumed")
             for worker in self.workers:
