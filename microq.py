@@ -110,7 +110,8 @@ Fields of a job's hash; only what differs from the default is stored
     group_id                            name
 
 Map of the file: 1 errors, 2 values, 3 encoding, 4 Redis, 5 transitions, 6 job,
-7 queue, 8 running a job, 9 worker, 10 supervision, 11 embedded server, 12 command line.
+7 queue, 8 running a job, 9 worker, 10 supervision, 11 cron, 12 embedded server,
+13 command line.
 """
 
 from __future__ import annotations
@@ -4359,7 +4360,7 @@ def _look_again(connection: Redis | None) -> None:
             send_command(connection, key.removeprefix("microq:worker:"), "suspension")
 
 
-# ---- Cron ----------------------------------------------------------------------------------------
+# ---- 11. Cron ------------------------------------------------------------------------------------
 # An entry is kept in its queue, with the last tick that was handed out.  Each keeper with a
 # scheduler reads both with its beat, and hands out what follows, up to a lease ahead, as jobs that
 # are scheduled for their tick.  The script enqueue does that if the last tick is still the one that
@@ -4772,7 +4773,7 @@ def get_cron_job_ids(
 cron = sys.modules[__name__]  # for `from microq import cron; cron.register(..)`
 
 
-# ---- 11. Embedded server -------------------------------------------------------------------------
+# ---- 12. Embedded server -------------------------------------------------------------------------
 # A private server on a unix socket, for a machine that has none.  The server of a directory is
 # shared by the processes of its user that name the directory: each holds a lock, as do its forks.
 # The first one starts the server, beside an usher: it waits until it has the lock for itself, since
@@ -4867,7 +4868,7 @@ def _start_server(home: Path, private: bool) -> subprocess.Popen[bytes]:
     raise ServerUnavailable(f"the server did not start; see {home / 'log'}")
 
 
-# ---- 12. Command line ----------------------------------------------------------------------------
+# ---- 13. Command line ----------------------------------------------------------------------------
 # A function for each command, a table of the commands, and one of what they take; main() parses,
 # calls the function, and turns an error into one line.  Flags beat the environment, which beats the
 # config module.

@@ -365,7 +365,7 @@ def test_the_map_of_the_file_names_its_sections():
     text = Path(microq.__file__).read_text()
     sections = re.findall(r"^# ---- (\d+\. [\w ]+?) -+$", text, re.M)
     shown = re.search(r"Map of the file: (.*)\.\n", microq.__doc__, re.S)[1]
-    assert len(sections) == 12
+    assert len(sections) == 13
     for section in sections:
         assert section.replace(".", "").lower() in " ".join(shown.split()).lower()
 
@@ -3323,7 +3323,7 @@ def test_the_torture_in_short():
     assert "lost 0, unexplained 0, doubled 0" in done.stdout
 
 
-# ---- 11. Embedded server -------------------------------------------------------------------------
+# ---- 12. Embedded server -------------------------------------------------------------------------
 
 
 def test_a_private_server_ends_with_its_process(tmp_path):
@@ -3386,7 +3386,7 @@ def test_a_directory_that_no_socket_fits_in_is_refused(tmp_path):
         microq.embedded(tmp_path / ("long" * 30))
 
 
-# ---- 12. Command line, and whole processes -------------------------------------------------------
+# ---- 13. Command line, and whole processes -------------------------------------------------------
 
 
 def start_script(code, **options):
@@ -4106,7 +4106,7 @@ def test_jobs_run_on_a_fake_of_redis():
     assert job.is_finished and job.result == 3 and later.is_failed
 
 
-# ---- Cron ----------------------------------------------------------------------------------------
+# ---- 11. Cron ------------------------------------------------------------------------------------
 
 
 def moments(expression, zone, start, count):
