@@ -4894,68 +4894,60 @@ def _server_of(options: argparse.Namespace) -> Redis:
         sentinel = Sentinel(nodes, sentinel_kwargs=own, **more)
         master: Redis = sentinel.master_for(known.get("MASTER_NAME", "mymaster"), redis_class=make)
         return master
-    kinds: dict[str, Callable[[Any], Any]] = {"port": int, "db": int}
-    kinds["ssl"] = lambda word: str(word).lower() in ("1", "true", "yes", "on")
+    truth = lambda word: str(word).lower() in ("1", "true", "yes", "on")  # noqa: E731
+    kinds: dict[str, Any] = {"port": int, "db": int, "ssl": truth}
     names = "host port db username password ssl ssl_ca_certs ssl_cert_reqs ssl_ca_data ssl_keyfile "
     given = {name: where.get(f"REDIS_{name.upper()}") for name in f"{names}ssl_certfile".split()}
     return make(**{name: kinds.get(name, str)(word) for name, word in given.items() if word})
 
 
-_KEYWORDS = {
-    "results_ttl": "default_result_ttl", "timeout": "job_timeout",
-    "exception_handler": "exception_handlers",
-}  # fmt: skip
-
-
-def _given(options: argparse.Namespace, names: str) -> dict[str, Any]:
+def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
     """Return those of the options that were given, as keywords."""
-    words = {name: getattr(options, name) for name in names.split()}
-    return {_KEYWORDS.get(name, name): word for name, word in words.items() if word is not None}
+    return {name: word for name in names if (word := getattr(options, name, None)) is not None}
 
 
-def _queue_of(options: argparse.Namespace, name: str, connection: Redis) -> Queue:
+def _queue_of(options: argparse.Namespace, name: str) -> Queue:
     make: type[Queue] = options.queue_class or Queue
-    return make(name, connection=connection, **_given(options, "serializer job_class"))
+    return make(name, connection=options.server, **_given(options, "serializer", "job_class"))
 
 
-def _worker(options: argparse.Namespace, pool: bool = False) -> None:
-    server, settings = _server_of(options), options.settings
+def _worker(options: argparse.Namespace) -> None:
+    server, settings, pool = options.server, options.settings, options.command == "worker-pool"
     if not pool and is_suspended(server):
         raise MicroqError(f"workers are suspended; to go on: {_PROGRAM} resume")
     if options.worker_ttl:
         text = "--worker-ttl and RQ's intervals are ignored; a lease does all that, see --lease"
         print(f"microq: {text}", file=sys.stderr)
-    names = "name serializer results_ttl lease jobs_per_fork exception_handler job_class "
-    names += "queue_class disable_default_exception_handler"
-    more = {"name": settings.get("NAME")} | _given(options, names)
-    more |= {"fork": False} if options.in_process else {}
-    more |= {"log_job_description": False} if options.disable_job_desc_logging else {}
-    queues, number = options.queues or settings.get("QUEUES") or "default", options.num_workers or 1
-    kind, run = options.worker_class or Worker, None  # type: Any, Any
+    more = {"name": settings.get("NAME"), "fork": False if options.in_process else None}
+    more |= _given(options, *inspect.signature(Worker).parameters)
+    more |= {"queues": options.queues or settings.get("QUEUES") or "default", "connection": server}
+    more["log_job_description"] = not options.disable_job_desc_logging
+    kind, number = options.worker_class or Worker, options.num_workers or 1
+    run: Any
     if pool or (number > 1 and not options.in_process):
-        run = WorkerPool(queues, server, number, kind, **more).start
-    run = run or kind(queues, connection=server, **more).work
+        run = WorkerPool(num_workers=number, worker_class=kind, **more).start
+    else:
+        run = kind(**more).work
     if options.pid:
         Path(options.pid).write_text(f"{os.getpid()}\n")
     level = "DEBUG" if options.verbose else "WARNING" if options.quiet else options.logging_level
     level = level or (None if "DICT_CONFIG" in settings else "INFO")
-    names = "log_format date_format max_jobs max_idle_time with_scheduler dequeue_strategy"
-    limits = _given(options, names)
-    run(bool(options.burst), level and level.upper(), **limits)
+    limits = _given(options, *inspect.signature(Worker.work).parameters)
+    run(**limits | {"logging_level": level})
 
 
 def _argument(text: str) -> tuple[str, Any]:
     """Read "value", ":json" or "%literal"; "name=value", "name:=json" or "name%=literal" as (name
     or '', value).  A value "@path" stands for what is in that file."""
-    pattern = r"(?s)(?:([A-Za-z_]\w*)([:%]?)=|([:%]))?(.*)"
-    name, sign, alone, value = re.fullmatch(pattern, text).groups()  # type: ignore[union-attr]
+    pattern = r"(?s)(?:([A-Za-z_]\w*)(?=[:%]?=))?([:%]?)(?(1)=)(.*)"
+    name, sign, value = re.fullmatch(pattern, text).groups()  # type: ignore[union-attr]
     if value.startswith("@"):
         value = Path(value[1:]).read_text()
-    read: dict[str, Callable[[str], Any]] = {":": json.loads, "%": ast.literal_eval}
+    kinds = {":": (json.loads, "JSON"), "%": (ast.literal_eval, "Python literal")}
+    read, kind = kinds.get(sign, (str, "text"))
     try:
-        return name or "", read.get(sign or alone, str)(value)
+        return name or "", read(value)
     except (ValueError, SyntaxError, TypeError) as error:
-        kind = "JSON" if ":" in (sign, alone) else "Python literal"
         raise ValueError(f"{text!r} is no {kind}: {error}") from None
 
 
@@ -4964,14 +4956,14 @@ def _enqueue(options: argparse.Namespace) -> None:
     args, kwargs = [value for name, value in pairs if not name], dict(p for p in pairs if p[0])
     if len(args) + len(kwargs) < len(pairs) or (options.schedule_at and options.schedule_in):
         raise ValueError("give each keyword once, and --schedule-at or --schedule-in, not both")
-    names = "timeout result_ttl ttl failure_ttl description job_id at_front depends_on"
-    more = _given(options, names) | {"args": args, "kwargs": kwargs}
+    more = _given(options, *_OPTIONS, "job_timeout", "at_front") | {"args": args, "kwargs": kwargs}
     if options.retry_max or options.retry_interval:
         more["retry"] = Retry(options.retry_max or 1, options.retry_interval or 0)
-    queue = _queue_of(options, options.queue or "default", _server_of(options))
+    queue = _queue_of(options, options.queue or "default")
     if options.schedule_at:
-        moment = datetime.fromisoformat(options.schedule_at).astimezone()
-        job = queue.enqueue_at(moment, options.function, **more)
+        job = queue.enqueue_at(
+            datetime.fromisoformat(options.schedule_at), options.function, **more
+        )
     elif options.schedule_in:
         job = queue.enqueue_in(options.schedule_in, options.function, **more)
     else:
@@ -4981,23 +4973,21 @@ def _enqueue(options: argparse.Namespace) -> None:
 
 
 def _cron(options: argparse.Namespace) -> None:
-    level = (options.logging_level or "INFO").upper()
-    scheduler = CronScheduler(_server_of(options), level, options.name or "")
+    scheduler = CronScheduler(**_given(options, "logging_level", "name"), connection=options.server)
     scheduler.load_config_from_file(options.config_path)
     scheduler.start()
 
 
 def _empty(options: argparse.Namespace) -> None:
-    server = _server_of(options)
-    names = [queue.name for queue in Queue.all(server)] if options.all else options.queues
+    names = [queue.name for queue in Queue.all(options.server)] if options.all else options.queues
     for name in names:
-        print(f"{_queue_of(options, name, server).empty()} jobs removed from {name}")
+        print(f"{_queue_of(options, name).empty()} jobs removed from {name}")
     if not names:
         print("nothing to do; name queues, or give --all")
 
 
 def _requeue(options: argparse.Namespace) -> int:
-    registry = _queue_of(options, options.queue, _server_of(options)).failed_job_registry
+    registry = _queue_of(options, options.queue).failed_job_registry
     ids, count = registry.get_job_ids() if options.all else options.ids, 0
     for id in ids:
         try:
@@ -5010,12 +5000,12 @@ def _requeue(options: argparse.Namespace) -> int:
 
 
 def _suspend(options: argparse.Namespace) -> None:
-    suspend(_server_of(options), options.duration)
+    suspend(options.server, options.duration)
     print(f"workers start no more jobs; to go on: {_PROGRAM} resume")
 
 
 def _resume(options: argparse.Namespace) -> None:
-    resume(_server_of(options))
+    resume(options.server)
     print("workers go on")
 
 
@@ -5023,41 +5013,41 @@ class _Look(NamedTuple):
     """What `info` shows, as it was at one time."""
 
     at: float  # monotonic
-    known: list[str]  # the names of all queues
     queues: dict[str, list[int]]  # how many jobs are in each container
-    workers: list[dict[str, Any]]  # what they tell of themselves, and "state" and "job"
+    workers: list[tuple[Any, ...]]  # name, state, counts of finished and failed, queues, job
     suspended: bool
 
 
 def _look_around(connection: Redis, of: Sequence[str]) -> _Look:
-    """Read how the queues of these names are, and their workers, in two round trips."""
-    asked, queues = list[Command](), [Queue(name, connection) for name in of]
-    size = len(_CONTAINERS) + 2
+    """Read how the queues of these names are, and their workers, in two round trips; or of all
+    queues, in three."""
+    queues = [Queue(name, connection) for name in of] or Queue.all(connection)
+    asked, size = list[Command](), len(_CONTAINERS) + 2
     for queue in queues:
         asked += [Registry(queue, each)._size() for each in _CONTAINERS]
         asked += [("HKEYS", f"{queue.prefix}workers"), ("HGETALL", f"{queue.prefix}started")]
-    ends = ("SMEMBERS", _QUEUES), ("EXISTS", _SUSPENDED)
-    *replies, known, suspended = _send(connection, *asked, *ends)
+    *replies, suspended = _send(connection, *asked, ("EXISTS", _SUSPENDED))
     counts, held = dict[str, list[int]](), dict[bytes, list[Any]]()  # jobs by worker
     for i, queue in enumerate(queues):
-        *counts[queue.name], workers, started = replies[i * size : (i + 1) * size]
-        held |= {name: held.get(name, []) for name in workers}
+        *counts[queue.name], names, started = replies[i * size : (i + 1) * size]
+        held |= {name: held.get(name, []) for name in names}
         flat = iter(started if isinstance(started, list) else itertools.chain(*started.items()))
         for id, token in zip(flat, flat, strict=True):
             name, _, claim = token.partition(b" ")[0].rpartition(b".")
             held.setdefault(name, []).append((int(claim), id.decode(), queue.prefix))
-    names, runs = sorted(held), {name: min(jobs) for name, jobs in held.items() if jobs}
-    asked = [("GET", b"microq:worker:" + name) for name in names]
+    runs = {name: min(jobs) for name, jobs in sorted(held.items()) if jobs}
+    asked = [("GET", b"microq:worker:" + name) for name in sorted(held)]
     asked += [("HGET", f"{prefix}job:{id}", "func") for _, id, prefix in runs.values()]
-    replies, abouts = _send(connection, *asked) if asked else [], list[dict[str, Any]]()
-    funcs = dict(zip(runs, replies[len(names) :], strict=True))
-    for name, record in zip(names, replies, strict=False):
+    replies, workers = _send(connection, *asked) if asked else [], list[tuple[Any, ...]]()
+    funcs = dict(zip(runs, replies[len(held) :], strict=True))
+    for name, record in zip(sorted(held), replies, strict=False):
         text, others = (funcs.get(name) or b"").decode(errors="replace"), len(held[name]) - 1
         text += f" {runs[name][1]}" + f" +{others}" * (others > 0) if name in runs else ""
         state = "busy" if name in runs else "suspended" if suspended else "idle"
-        abouts += [json.loads(record) | {"state": state, "job": text}] if record else []
-    known = sorted(each.decode() for each in known)
-    return _Look(time.monotonic(), known, counts, abouts, bool(suspended))
+        if record:
+            who, good, bad, on = map(json.loads(record).get, ("name", "good", "bad", "queues"))
+            workers.append((who, state, good, bad, ",".join(on), text))
+    return _Look(time.monotonic(), counts, workers, bool(suspended))
 
 
 # ANSI's colours of cells, else of columns; "" is that of the bars.
@@ -5096,12 +5086,12 @@ def _table(
 def _summary(old: _Look, new: _Look) -> str:
     """Count what there is, and what ended per second between the looks, if they are two."""
     queued, started = (sum(counts[i] for counts in new.queues.values()) for i in range(2))
-    busy = sum(each["state"] == "busy" for each in new.workers)
+    busy = sum(each[1] == "busy" for each in new.workers)
     text = f"{len(new.queues)} queues, {queued} queued, {started} started; "
     text += f"{len(new.workers)} workers, {busy} busy"
-    before = {each["name"]: each for each in old.workers}
-    for key, word in (("good", "finished"), ("bad", "failed")) if old is not new else ():
-        grown = [each[key] - before.get(each["name"], each)[key] for each in new.workers]
+    before = {each[0]: each for each in old.workers}
+    for i, word in ((2, "finished"), (3, "failed")) if old is not new else ():
+        grown = [each[i] - before.get(each[0], each)[i] for each in new.workers]
         text += f"; {sum(max(0, more) for more in grown) / (new.at - old.at):.1f} {word}/s"
     return text + ("; SUSPENDED" if new.suspended else "")
 
@@ -5112,13 +5102,9 @@ def _page(
 ) -> list[str]:  # fmt: skip
     """Lay out the last look in lines; with bars, if the width has a limit."""
     queues = {} if options.only_workers else looks[-1].queues
-    workers = [] if options.only_queues else looks[-1].workers
-    rows = [
-        [w["name"], w["state"], w["good"], w["bad"], ",".join(w["queues"]), w["job"]]
-        for w in workers
-    ]
-    lines = []
+    rows = [] if options.only_queues else looks[-1].workers
     if options.raw:
+        lines = []
         for name, (queued, *counts) in queues.items():
             words = map("{}={}".format, _CONTAINERS[1:], counts)
             lines.append(" ".join(["queue", name, str(queued), *words]))
@@ -5127,16 +5113,16 @@ def _page(
     room = max(5, width - len(" ".join(head)) - max(map(len, ["", *queues])))
     size = min(40, room) if width < 10**6 else 0
     most = max([1, *(each[0] for each in queues.values())])
-    table = [[name, *each, "█" * -(-each[0] * size // most)] for name, each in queues.items()]
+    table = [(name, *each, "█" * -(-each[0] * size // most)) for name, each in queues.items()]
     tables = [(head, table), (["worker", "state", "finished", "failed", "queues", "job"], rows)]
     if options.by_queue and not options.only_queues:
         table = []
         for name in looks[-1].queues:
-            on = [[w[0], w[1], w[5]] for w in rows if name in w[4].split(",")]
-            table += [[name, *each] for each in on or [["-", "", ""]]]
+            on = [(name, w[0], w[1], w[5]) for w in rows if name in w[4].split(",")]
+            table += on or [(name, "-", "", "")]
         tables[1] = ["queue", "worker", "state", "job"], table
     text = (title + _summary(looks[0], looks[-1]))[:width]
-    lines.append(f"\x1b[{33 if looks[-1].suspended else 1}m{text}\x1b[0m" if coloured else text)
+    lines = [f"\x1b[{33 if looks[-1].suspended else 1}m{text}\x1b[0m" if coloured else text]
     tables = [each for each in tables if each[1]]
     for i, (head, table) in enumerate(tables):
         behind, left = sum(len(rest) + 2 for _, rest in tables[i + 1 :]), height - len(lines)
@@ -5163,9 +5149,8 @@ def _screen(page: Callable[..., list[str]]) -> Iterator[Callable[[str, float], A
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
             width, height = os.get_terminal_size(out.fileno())
-            lines = page(title, width - 1 if width else 79, height or 24)
-            text = "\x1b[K\r\n".join(lines)  # from the top left, and (2026) all of it at once
-            text = f"\x1b[?2026h\x1b[H{text}\x1b[J\x1b[?2026l"
+            text = "\x1b[K\r\n".join(page(title, width - 1 if width else 79, height or 24))
+            text = f"\x1b[?2026h\x1b[H{text}\x1b[J\x1b[?2026l"  # (2026) all of it at once
             out.buffer.write(text.encode(out.encoding, "replace"))
             out.flush()
             if bell.watch(left, *keys):
@@ -5197,16 +5182,15 @@ def _screen(page: Callable[..., list[str]]) -> Iterator[Callable[[str, float], A
 
 
 def _info(options: argparse.Namespace) -> None:
-    server, names = _server_of(options), options.queues
+    server, names = options.server, options.queues
     every = _seconds(options.interval, "--interval") if options.interval else math.inf
     known = [queue.name for queue in Queue.all(server)]
-    if unknown := set(names) - set(known):
-        there = ", ".join(known) or "none"
-        raise ValueError(f"no queue {', '.join(sorted(unknown))}; there are: {there}")
+    if unknown := sorted({*names} - {*known}):
+        raise ValueError(f"no queue {', '.join(unknown)}; there are: {', '.join(known) or 'none'}")
     terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     live = terminal and every < math.inf and not options.raw
     # A rate is that of three seconds, or since the last look.
-    looks = deque([_look_around(server, names or known)], 1 + min(30, math.ceil(3 / every)))
+    looks = deque([_look_around(server, names)], 1 + min(30, math.ceil(3 / every)))
     page = functools.partial(_page, options, terminal and not os.environ.get("NO_COLOR"), looks)
 
     def show(title: str, seconds: float) -> Any:
@@ -5218,7 +5202,7 @@ def _info(options: argparse.Namespace) -> None:
         trouble = ""
         while not show_page(f"{time.strftime('%H:%M:%S')}  {trouble}", every):
             try:
-                looks.append(_look_around(server, names or looks[-1].known))
+                looks.append(_look_around(server, names))
                 trouble = ""
             except ServerUnavailable as error:
                 if not live:
@@ -5235,7 +5219,7 @@ def _demo_flaky() -> str:
 
 def _demo(options: argparse.Namespace) -> None:
     queue = Queue("demo", embedded())
-    print("A private server is running, and holds these jobs in the queue 'demo':\n")
+    print("A private server is running; a queue 'demo' on it gets five jobs.")
     backoff = Retry(max=3, interval=0.5, backoff=2, jitter=0.1)
     jobs = {
         "succeeds": queue.enqueue(pow, 2, 3),
@@ -5244,9 +5228,7 @@ def _demo(options: argparse.Namespace) -> None:
         "repeated twice, 1 s apart": queue.enqueue(max, 1, 2, repeat=Repeat(2, interval=1)),
         "delayed by 3 s": queue.enqueue_in(3, sum, [20, 22]),
     }
-    for what, job in jobs.items():
-        print(f"  {job.id}  {job.description:22}  {what}")
-    print("\nA worker runs them, and stops when it was idle for 2 seconds:\n", flush=True)
+    print("A worker runs them, and stops when it was idle for 2 seconds:\n", flush=True)
     Worker(queue).work(max_idle_time=2, with_scheduler=True)
     print("\nWhat became of them:\n")
     for what, job in jobs.items():
@@ -5258,10 +5240,7 @@ def _demo(options: argparse.Namespace) -> None:
 # A function, what it does, and examples.
 _COMMANDS: dict[str, tuple[Any, ...]] = {
     "worker": (_worker, "run jobs", "high low --with-scheduler", "-b --in-process --max-jobs 9 -q"),
-    "worker-pool": (
-        functools.partial(_worker, pool=True), "run jobs in several processes",
-        "high low -n 4 --pid /run/microq.pid",
-    ),
+    "worker-pool": (_worker, "run jobs in several processes", "high low -n 4 --pid /run/mq.pid"),
     "enqueue": (
         _enqueue, "store a job, and print its id",
         "tasks.send ann@example.com subject=hello --retry-max 3 --retry-interval 10",
@@ -5307,8 +5286,8 @@ worker worker-pool  --lease S  silence that costs it its jobs, 15
 worker worker-pool  --max-jobs N  stop after so many
 worker worker-pool  --max-idle-time SEC  stop after so long without any
 worker worker-pool  -ds --dequeue-strategy WORD  default, round_robin or random
-worker worker-pool  --results-ttl S  how long to keep results, 500
-worker worker-pool  --exception-handler NAME...  a dotted name
+worker worker-pool  --default-result-ttl --results-ttl S  how long to keep results, 500
+worker worker-pool  --exception-handlers --exception-handler NAME...  a dotted name
 worker worker-pool  -d --disable-default-exception-handler  leave a failure to your handlers
 worker worker-pool  --disable-job-desc-logging  log no more than the id of a job
 worker worker-pool  --pid FILE  write the process id there
@@ -5319,7 +5298,7 @@ worker worker-pool  --log-format FORMAT  %(asctime)s %(message)s
 worker worker-pool  --date-format FORMAT  %H:%M:%S
 worker worker-pool  --worker-ttl --maintenance-interval --job-monitoring-interval S  RQ's, ignored
 enqueue  -q --queue NAME  default
-enqueue  --timeout S  how long it may run: seconds, or 5m, 2h, 1d; 180
+enqueue  --job-timeout --timeout S  how long it may run: seconds, or 5m, 2h, 1d; 180
 enqueue  --result-ttl S  how long to keep its result, 500
 enqueue  --ttl S  how long it may wait
 enqueue  --failure-ttl S  how long to keep it if it fails, 365d
@@ -5352,7 +5331,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Any]:
     for name, (function, help, *examples) in _COMMANDS.items():
         epilog = "\n  ".join(["examples:", *(f"%(prog)s {each}" for each in examples)])
         sub = commands.add_parser(name, help=help, description=help, epilog=epilog, **raw)
-        sub.set_defaults(run=function)
+        sub.set_defaults(run=function, command=name)
         for line in _FLAGS.strip().splitlines():
             owners, words, text = line.split("  ", 2)
             if name in owners.split() or (owners == "any" and name != "demo"):
@@ -5368,7 +5347,10 @@ def _add_flag(parser: argparse.ArgumentParser, words: list[str], text: str) -> N
         words, more["nargs"] = [last.rstrip("*")], "*" if last.endswith("*") else None
     else:
         words, more["metavar"] = words[:-1], (word := last.strip("[].!"))
-        more["required"], more["type"] = "!" in last, {"N": int, "SEC": float}.get(word, str)
+        more["required"], more["type"] = (
+            "!" in last,
+            {"N": int, "SEC": float, "LEVEL": str.upper}.get(word, str),
+        )
         more |= {"action": "append"} if "..." in last else {}
         more |= {"nargs": "?", "const": ""} if "[" in last else {}
     parser.add_argument(*words, **more)
@@ -5386,6 +5368,7 @@ def _configure(options: argparse.Namespace) -> None:
     if "DICT_CONFIG" in options.settings:
         plan = {"disable_existing_loggers": False} | options.settings["DICT_CONFIG"]
         importlib.import_module("logging.config").dictConfig(plan)
+    options.server = _server_of(options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
