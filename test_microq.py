@@ -1478,7 +1478,7 @@ def test_an_idle_worker_in_either_place_takes_delayed_jobs_on_time(server, redis
         for job, delay in zip(jobs, (0.7, 0.4, 0.2), strict=True):
             job.refresh()
             late = (job.started_at - job.created_at).total_seconds() - delay
-            assert -0.01 < late < 0.5
+            assert -0.01 < late < 1
         queue.delete()
 
 
@@ -4801,12 +4801,12 @@ def test_info_shows_queues_and_workers(server, redis, queue, cli, start_worker):
     wait_until(lambda: job.is_started)
     shown = cli("info")[1]
     assert shown.startswith("3 queues, 0 queued, 1 started; 1 workers, 1 busy\n")
-    assert re.search(r"^default +0 +1 +0 +0 +0 +0 +0$", shown, re.M), shown
+    assert re.search(r"^default +0 +1 +0 +0 +0 +0 +0 +0$", shown, re.M), shown
     assert re.search(r"^bee +busy +\d +0 low,default,high test_microq.sleep dreams$", shown, re.M)
     for protocol in (2, 3):
         assert cli("info", url=f"{server.url}?protocol={protocol}")[1] == shown
     raw = cli("info", "--raw", "default", "low")[1].splitlines()
-    zeros = "scheduled=0 deferred=0 finished=0 failed=0 canceled=0"
+    zeros = "scheduled=0 deferred=0 rate_limited=0 finished=0 failed=0 canceled=0"
     assert raw[0] == f"queue default 0 started=1 {zeros}" and raw[1].startswith("queue low 0 ")
     assert re.fullmatch(r"worker bee busy low,default,high finished=\d failed=0", raw[2])
     assert "bee" not in cli("info", "-Q")[1] and "deferred" not in cli("info", "-W")[1]
