@@ -4434,6 +4434,7 @@ class _Expression:
                 return t
         raise ValueError(f"cron={text!r} never comes")
 
+    @functools.lru_cache(10000)  # noqa: B019  most of the time, each beat asks for the same
     def next_after(self, moment: float) -> float:
         """Return when it comes next; seconds since the epoch, like `moment`."""
 
@@ -4453,11 +4454,6 @@ class _Expression:
 
 
 _expression = functools.lru_cache(1000)(_Expression)
-
-
-@functools.lru_cache(10000)  # most of the time, each beat asks for the same
-def _next_after(text: str, zone: str, moment: float) -> float:
-    return _expression(text, zone).next_after(moment)
 
 
 class CronJob:
@@ -4525,7 +4521,7 @@ class CronJob:
     def _after(self, moment: float, last: float) -> float:
         """Return the first tick after `moment`, where `last` is one."""
         if self.cron:
-            return _next_after(self.cron, self.timezone, moment)
+            return _expression(self.cron, self.timezone).next_after(moment)
         interval = self.interval or 1.0
         return last + (math.floor((moment - last) / interval) + 1) * interval
 
@@ -4597,10 +4593,10 @@ def _hand_out(
         for slug, spec in entries.items():
             try:
                 entry = CronJob._of(spec, ticks[slug])
-                last, since = entry._last, entry._since
+                last = entry._last
                 for tick in entry._ticks(float(at), ahead):
                     job = entry._made(f"{slug}-{int(tick)}", queue)
-                    guard = f"{slug} {last:.6f} {since:.6f} {tick:.6f}"
+                    guard = f"{slug} {last:.6f} {entry._since:.6f} {tick:.6f}"
                     words = _enqueue_words(job, entry.at_front, 0)
                     commands.append(ENQUEUE(queue.prefix, guard, *words))
                     offers.append(entry._key)
@@ -4664,15 +4660,17 @@ class CronScheduler:
         for job in self._jobs:
             job.owner = self.owner
             commands += [job._store(job._to_json()), ("SADD", _QUEUES, job.queue_name)]
-        queues = [Queue(name, self.connection) for name in {job.queue_name for job in self._jobs}]
-        commands += [AGENDA(queue.prefix, "") for queue in queues]
-        replies = _send(self.connection, *commands) if commands else []
-        agendas = replies[len(replies) - len(queues) :]
+        _send(self.connection, *commands)
+        agendas = _agendas(self.connection, queues := self._queues())
         done = _hand_out(self.connection, queues, agendas, ahead)
         for each in CronJob.all(self.connection):
             if each._key in ours:
                 vars(ours[each._key]).update(_last=each._last, _since=each._since)
         return [ours[key] for key in dict.fromkeys(done) if key in ours]
+
+    def _queues(self) -> list[Queue]:
+        names = sorted({job.queue_name for job in self._jobs})
+        return [Queue(name, self.connection) for name in names]
 
     def save(self) -> None:
         """Store the entries, and hand out their first ticks; what is the same goes on as it was."""
@@ -4690,8 +4688,7 @@ class CronScheduler:
         has a scheduler does the same; there may be any number of both."""
         if not self._jobs:
             raise ValueError("nothing is registered, so there is nothing to run")
-        queues = sorted({job.queue_name for job in self._jobs})
-        clock = _Clock(queues, self.name, connection=self.connection)
+        clock = _Clock(self._queues(), self.name)
         keeper = _Keeper(self.name, [clock], with_scheduler=True)
         keeper.cron, clock._prefixes = self, []  # it takes no part in the queues
         keeper.run(self.logging_level)
@@ -4711,8 +4708,7 @@ class CronScheduler:
 
     def heartbeat(self) -> None:
         """Tell fetch() and all() that this is alive, as start() does by itself."""
-        queues = [Queue(name) for name in {job.queue_name for job in self._jobs}]
-        _agendas(self.connection, queues, self.name)
+        _agendas(self.connection, self._queues(), self.name)
         self.last_heartbeat = _utc(time.time())
 
     @classmethod
@@ -4766,8 +4762,8 @@ def get_cron_job_ids(
     name: str, connection: Redis | None = None, start: int = 0, end: int = -1
 ) -> list[str]:
     """Return the ids of the jobs of an entry, as CronJob.get_job_ids()."""
-    found = [each for each in CronJob.all(connection) if each.name == name]
-    return found[0].get_job_ids(connection, start, end) if found else []
+    found = (each for each in CronJob.all(connection) if each.name == name)
+    return next((each.get_job_ids(connection, start, end) for each in found), [])
 
 
 cron = sys.modules[__name__]  # for `from microq import cron; cron.register(..)`
@@ -4943,7 +4939,7 @@ def _argument(text: str) -> tuple[str, Any]:
     name, sign, value = re.fullmatch(pattern, text).groups()  # type: ignore[union-attr]
     if value.startswith("@"):
         value = Path(value[1:]).read_text()
-    kinds = {":": (json.loads, "JSON"), "%": (ast.literal_eval, "Python literal")}
+    kinds: dict[str, Any] = {":": (json.loads, "JSON"), "%": (ast.literal_eval, "Python literal")}
     read, kind = kinds.get(sign, (str, "text"))
     try:
         return name or "", read(value)

@@ -4347,6 +4347,8 @@ def test_an_entry_that_is_garbled_harms_no_other(redis, queue, caplog):
         redis.hset(f"{Q}cron", slug, spec)
         redis.hset(f"{Q}ticks", slug, "1 1")
     redis.hset(f"{Q}cron", "e", redis.hget(f"{Q}cron", "a"))
+    redis.hset(f"{Q}cron", "f", redis.hget(f"{Q}cron", "a").replace(b"job", b"jab"))
+    redis.hset(f"{Q}ticks", "f", "1 1")
     first = ticks(redis)
     redis.hset(f"{Q}ticks", "a", f"{time.time() - 70:.6f} 5.000000")
     worker = SimpleWorker(queue)
@@ -4354,9 +4356,9 @@ def test_an_entry_that_is_garbled_harms_no_other(redis, queue, caplog):
     worker.work(burst=True, logging_level=None, with_scheduler=True)
     assert len(ticks(redis)) == len(first) + 1
     assert sorted(record.args[0] for record in caplog.records if record.levelname == "ERROR") == [
-        *"bcde"
+        *"bcdef"
     ]
-    assert [job.name for job in CronJob.all(redis)] == ["a"]
+    assert [job.name for job in CronJob.all(redis)] == ["a", "a"]
     assert CronScheduler(redis).remove("b")
 
 
