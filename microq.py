@@ -3271,9 +3271,7 @@ class Worker:
         """Return the workers that are alive, those of `queue` only if it is given, by name; further
         options are for the constructor."""
         connection = queue.connection if queue else _connect(connection)
-        asked = [("GET", key) for key in cls.all_keys(connection, queue)]
-        records = _send(connection, *asked) if asked else []
-        return [cls._of_record(record, connection, options) for record in records if record]
+        return cls._fetch(cls.all_keys(connection, queue), connection, options)
 
     @classmethod
     def all_keys(cls, connection: Redis | None = None, queue: Queue | None = None) -> list[str]:
@@ -3294,17 +3292,18 @@ class Worker:
     ) -> Worker | None:
         """Return the worker of this name, or key; None if it is not alive.  Its counts are those
         of its last heartbeat, up to a second old while it is busy."""
-        connection = _connect(connection)
-        record = _ask(connection, "GET", f"microq:worker:{key.removeprefix('microq:worker:')}")
-        return cls._of_record(record, connection, options) if record else None
+        keys = [f"microq:worker:{key.removeprefix('microq:worker:')}"]
+        return next(iter(cls._fetch(keys, _connect(connection), options)), None)
 
     @classmethod
-    def _of_record(cls, record: bytes, connection: Redis, options: dict[str, Any]) -> Worker:
-        about = json.loads(record)
-        options = {each: about[each] for each in ("name", "lease", "fork")} | options
-        worker = cls(about["queues"], connection=connection, **options)
-        worker._take_in(about)
-        return worker
+    def _fetch(cls, keys: list[str], connection: Redis, options: dict[str, Any]) -> list[Worker]:
+        found, asked = list[Worker](), [("GET", key) for key in keys]
+        for record in filter(None, _send(connection, *asked)):
+            about = json.loads(record)
+            known = {each: about[each] for each in ("name", "lease", "fork")} | options
+            found.append(cls(about["queues"], connection=connection, **known))
+            found[-1]._take_in(about)
+        return found
 
     def _take_in(self, about: dict[str, Any]) -> None:
         for each in ("hostname", "pid", "version", "python_version"):
@@ -3330,9 +3329,7 @@ class Worker:
         """Return the job that the worker holds; None if there is none."""
         return next((run.job for run in self.get_current_executions()), None)
 
-    def get_current_job_id(self) -> str | None:
-        """Return the id of the job that the worker holds; None if there is none."""
-        return getattr(self.get_current_job(), "id", None)
+    get_current_job_id = lambda self: getattr(self.get_current_job(), "id", None)  # noqa: E731
 
     def get_state(self) -> WorkerStatus:
         """Return whether it is busy, suspended or idle."""
@@ -3718,21 +3715,22 @@ class Worker:
 
     def _report(self, execution: Execution, outcome: Outcome, place: str) -> None:
         """Log and count what became of a job, which is now at `place`."""
-        job, well = execution.job, outcome.type is ResultType.SUCCESSFUL
+        job, lost, well = execution.job, place == "lost", outcome.type is ResultType.SUCCESSFUL
+        failed = outcome.type is ResultType.FAILED
         self._slate.seconds += outcome.seconds
-        self._slate.good += well and place != "lost"
-        self._slate.bad += outcome.type is ResultType.FAILED and place != "lost"
+        self._slate.good += well and not lost
+        self._slate.bad += failed and not lost
         if "webhooks" in job._fields and outcome.type is not ResultType.STOPPED:
             self._hooks.append((job, outcome, place))
-        if well and place != "lost" and not log.isEnabledFor(logging.INFO):
-            return None
-        if place == "lost":
+        if lost:
             text = "%s: job %s is no longer ours (it was taken away); its result is dropped"
             return log.warning(text, job.origin, job.id)
+        if well and not log.isEnabledFor(logging.INFO):
+            return None
         verdicts = {"successful": "OK", "failed": "FAILED", "retried": "to be run again"}
         verdict = verdicts.get(outcome.type, "stopped")
         text = f"{job.origin}: job {verdict} ({job.id}), {outcome.seconds:.3f} s"
-        if failed := outcome.type is ResultType.FAILED:
+        if failed:
             *_, reason = ["", *outcome.payload.decode(errors="replace").splitlines()]
             text += f": {reason}"
         place, _, due = place.partition(" ")
@@ -3854,9 +3852,8 @@ class _Keeper:
             # One that is unknown would be sent again, behind those that came after it.
             _send(self.server, *(("SCRIPT", "LOAD", script.lua) for script in SCRIPTS.values()))
         self.beat("fresh")
-        names = ", ".join(queue.name for queue in self.workers[0].queues)
         log.info("worker %s (pid %d), microq %s", self.name, os.getpid(), __version__)
-        log.info("listening on %s", names)
+        log.info("listening on %s", ", ".join(self.workers[0].queue_names()))
         if self.forks:
             _title(f"microq {self.name}")
         try:
@@ -3937,8 +3934,7 @@ class _Keeper:
         if state == "fresh":
             commands.append(("DEL", self.ear.keys[0]))  # words for an earlier one of this name
         if self.unknown:
-            names = [queue.name for queue in self.workers[0].queues]
-            commands.append(("SADD", _QUEUES, *names))
+            commands.append(("SADD", _QUEUES, *self.workers[0].queue_names()))
         queues = self.workers[0].queues if self.scheduler else []
         commands += [AGENDA(queue.prefix, self.name) for queue in queues]
         *replies, suspended = _send(self.server, *commands, ("PTTL", _SUSPENDED))
@@ -3952,10 +3948,10 @@ class _Keeper:
                 log.warning("worker %s is silent; its jobs run again", name.decode())
             with contextlib.suppress(ServerUnavailable):
                 _deliver(self.server, left)
-        if (suspended != -2) is not self.workers[0]._slate.suspended:
-            log.info("suspended" if suspended != -2 else "resumed")
+        if (paused := suspended != -2) is not self.workers[0]._slate.suspended:
+            log.info("suspended" if paused else "resumed")
             for worker in self.workers:
-                worker._slate.suspended = suspended != -2
+                worker._slate.suspended = paused
                 worker._bell.ring()
         if suspended > 0:  # look again when it ends
             self.beaten_at = min(self.beaten_at, self.beaten_at + suspended / 1000 - self.lease / 3)
@@ -4010,9 +4006,9 @@ class _Keeper:
                 with contextlib.suppress(OSError):
                     kill(worker._pid, signal.SIGKILL)
         elif (current := worker._current) and verdict.type is ResultType.STOPPED:
-            strike = current.job._strike if current.job.id.encode() in text.split() else None
-            if strike:
-                strike(StopRequested)
+            job = current.job
+            if job.id.encode() in text.split() and job._strike:
+                job._strike(StopRequested)
 
     def supervise(self, worker: Worker) -> float:
         """Reap, kill or start the child of a worker; return when to look again."""
@@ -4031,10 +4027,8 @@ class _Keeper:
             if self.cold:
                 self.kill(worker, slate.text, _given_up(0))
             elif 0 < slate.kill_at <= now:
-                text = f"killed, {KILL_GRACE:g} s after its timeout had no effect"
-                self.kill(
-                    worker, slate.text, Outcome(ResultType.FAILED, text.encode(), 0, "killed")
-                )
+                text = f"killed, {KILL_GRACE:g} s after its timeout had no effect".encode()
+                self.kill(worker, slate.text, Outcome(ResultType.FAILED, text, rule="killed"))
         elif over:
             late = now - (self.stopping_since or now) > self.lease  # its lease ends by itself
             if late or not worker._died:
@@ -4205,9 +4199,8 @@ class _Keeper:
                 os.kill(pid, signal.SIGKILL)
         self.attempt(self.reap_replaced)
         commands: list[Command] = [("DEL", self.ear.keys[0])]
-        if self.scheduler:
-            queues = self.workers[0].queues
-            commands += [("ZREM", f"{queue.prefix}schedulers", self.name) for queue in queues]
+        for queue in self.workers[0].queues if self.scheduler else ():
+            commands.append(("ZREM", f"{queue.prefix}schedulers", self.name))
         for worker in self.workers:
             with worker._lock:  # its relief may still be there
                 if worker._current and worker._current not in [run[0] for run in worker._done]:
