@@ -3915,8 +3915,7 @@ class _Keeper:
     def next_beat(self) -> float:
         """Return when to beat: each second while jobs run, so that others see what we do."""
         slates = [worker._slate for worker in self.workers]
-        busy = any(slate.kill_at for slate in slates)
-        busy = busy or self.told != sum(slate.seconds for slate in slates)
+        busy = any(s.kill_at for s in slates) or self.told != sum(s.seconds for s in slates)
         at = self.beaten_at + min(self.lease / 3, 1.0 if busy else math.inf)
         if busy and self.scheduler:
             at = min(at, *(slate.due for slate in slates))
@@ -3955,16 +3954,12 @@ class _Keeper:
                 worker._bell.ring()
         if suspended > 0:  # look again when it ends
             self.beaten_at = min(self.beaten_at, self.beaten_at + suspended / 1000 - self.lease / 3)
-        if queues:
-            self.run_cron(queues, replies[-len(queues) :])
-
-    def run_cron(self, queues: list[Queue], agendas: list[Any]) -> None:
-        """Enqueue what is due, a lease ahead, so that any worker starts it on time."""
-        self.forgotten |= any(new for _, new, _ in agendas)  # it did not know our name
+        agendas = replies[len(replies) - len(queues) :]
+        self.forgotten |= any(new for _, new, _ in agendas)  # the server did not know our name
         if self.cron and self.forgotten:
             self.cron.save()
         self.forgotten = False
-        _hand_out(self.server, queues, agendas, self.lease)
+        _hand_out(self.server, queues, agendas, self.lease)  # so that all are started on time
 
     def listen(self, until: float) -> None:
         """Wait for commands, for the bell, or until something is to be done."""
@@ -4208,11 +4203,9 @@ class _Keeper:
                 commands += [("DEL", worker.key), *worker._farewell("")]
                 worker._claimed.clear()
                 worker._done, worker._behind, worker._flight = [], [], _Flight()
-            lines = worker._server, worker._spare_line, worker._ear, worker._courier
-            for line in (*lines, *worker._lines):
-                line.close()
-            worker._bell.close()
-            worker._gate.close()
+            ends: list[Any] = [worker._server, worker._spare_line, worker._ear, worker._courier]
+            for end in (*ends, *worker._lines, worker._bell, worker._gate):
+                end.close()
         try:
             _send(self.server, *commands)
         except exceptions.RedisError as error:
@@ -4271,11 +4264,10 @@ class WorkerPool:
         if not isinstance(num_workers, int) or num_workers < 1:
             raise ValueError(f"num_workers={num_workers!r}: give a positive number")
         self.name = name or _new_name()
-        options["fork"] = True
-        numbers = range(1, num_workers + 1)
-        names = [f"{self.name}-{i}" for i in numbers] if num_workers > 1 else [self.name]
-        make = functools.partial(worker_class, queues, connection=connection, **options)
-        self._workers = [make(name=name) for name in names]
+        options |= {"connection": connection, "fork": True}
+        several = [f"{self.name}-{i + 1}" for i in range(num_workers)]
+        names = several if num_workers > 1 else [self.name]
+        self._workers = [worker_class(queues, name=name, **options) for name in names]
         self._keeper: _Keeper | None = None
 
     worker_dict = property(lambda self: {each.name: each for each in self._workers})
@@ -4865,12 +4857,12 @@ def _start_server(home: Path, private: bool) -> subprocess.Popen[bytes]:
 _PROGRAM = f"python -m {__name__}"
 
 
-def _server_of(options: argparse.Namespace) -> Redis:
+def _server_of(options: argparse.Namespace) -> Any:
     """Return a connection to the server that is named: by a flag or $MICROQ_URL, else in the config
     module, else in $REDIS_URL or $REDIS_HOST and the like; else the one on localhost."""
     if options.embedded is not None:
         return embedded(options.embedded or None)
-    make: type[Redis] = options.connection_class or Redis
+    make = options.connection_class or Redis
     named = any(re.match("REDIS_|SENTINEL$", name) for name in options.settings)
     where = options.settings if named else os.environ
     known: dict[str, Any] = options.settings.get("SENTINEL") or {}
@@ -4881,8 +4873,7 @@ def _server_of(options: argparse.Namespace) -> Redis:
         more = {word.lower(): known[word] for word in words} | known.get("CONNECTION_KWARGS", {})
         nodes, own = known.get("INSTANCES", [("localhost", 26379)]), known.get("SENTINEL_KWARGS")
         sentinel = Sentinel(nodes, sentinel_kwargs=own, **more)
-        master: Redis = sentinel.master_for(known.get("MASTER_NAME", "mymaster"), redis_class=make)
-        return master
+        return sentinel.master_for(known.get("MASTER_NAME", "mymaster"), redis_class=make)
     truth = lambda word: str(word).lower() in ("1", "true", "yes", "on")  # noqa: E731
     kinds: dict[str, Any] = {"port": int, "db": int, "ssl": truth}
     names = "host port db username password ssl ssl_ca_certs ssl_cert_reqs ssl_ca_data ssl_keyfile "
@@ -4897,20 +4888,20 @@ def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 def _queue_of(options: argparse.Namespace, name: str) -> Queue:
     make: type[Queue] = options.queue_class or Queue
-    return make(name, connection=options.server, **_given(options, "serializer", "job_class"))
+    return make(name, **_given(options, "connection", "serializer", "job_class"))
 
 
 def _worker(options: argparse.Namespace) -> None:
-    server, settings, pool = options.server, options.settings, options.command == "worker-pool"
-    if not pool and is_suspended(server):
+    settings, pool = options.settings, options.command == "worker-pool"
+    if not pool and is_suspended(options.connection):
         raise MicroqError(f"workers are suspended; to go on: {_PROGRAM} resume")
     if options.worker_ttl:
         text = "--worker-ttl and RQ's intervals are ignored; a lease does all that, see --lease"
         print(f"microq: {text}", file=sys.stderr)
+    options.queues = options.queues or settings.get("QUEUES") or "default"
     more = {"name": settings.get("NAME"), "fork": False if options.in_process else None}
+    more |= {"log_job_description": not options.disable_job_desc_logging}
     more |= _given(options, *inspect.signature(Worker).parameters)
-    more |= {"queues": options.queues or settings.get("QUEUES") or "default", "connection": server}
-    more["log_job_description"] = not options.disable_job_desc_logging
     kind, number = options.worker_class or Worker, options.num_workers or 1
     run: Any
     if pool or (number > 1 and not options.in_process):
@@ -4962,13 +4953,13 @@ def _enqueue(options: argparse.Namespace) -> None:
 
 
 def _cron(options: argparse.Namespace) -> None:
-    scheduler = CronScheduler(**_given(options, "logging_level", "name"), connection=options.server)
+    scheduler = CronScheduler(**_given(options, "connection", "logging_level", "name"))
     scheduler.load_config_from_file(options.config_path)
     scheduler.start()
 
 
 def _empty(options: argparse.Namespace) -> None:
-    names = [queue.name for queue in Queue.all(options.server)] if options.all else options.queues
+    names = [each.name for each in Queue.all(options.connection)] if options.all else options.queues
     for name in names:
         print(f"{_queue_of(options, name).empty()} jobs removed from {name}")
     if not names:
@@ -4989,12 +4980,12 @@ def _requeue(options: argparse.Namespace) -> int:
 
 
 def _suspend(options: argparse.Namespace) -> None:
-    suspend(options.server, options.duration)
+    suspend(options.connection, options.duration)
     print(f"workers start no more jobs; to go on: {_PROGRAM} resume")
 
 
 def _resume(options: argparse.Namespace) -> None:
-    resume(options.server)
+    resume(options.connection)
     print("workers go on")
 
 
@@ -5171,7 +5162,7 @@ def _screen(page: Callable[..., list[str]]) -> Iterator[Callable[[str, float], A
 
 
 def _info(options: argparse.Namespace) -> None:
-    server, names = options.server, options.queues
+    server, names = options.connection, options.queues
     every = _seconds(options.interval, "--interval") if options.interval else math.inf
     known = [queue.name for queue in Queue.all(server)]
     if unknown := sorted({*names} - {*known}):
@@ -5357,7 +5348,7 @@ def _configure(options: argparse.Namespace) -> None:
     if "DICT_CONFIG" in options.settings:
         plan = {"disable_existing_loggers": False} | options.settings["DICT_CONFIG"]
         importlib.import_module("logging.config").dictConfig(plan)
-    options.server = _server_of(options)
+    options.connection = _server_of(options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
