@@ -4893,9 +4893,10 @@ def _worker(options: argparse.Namespace) -> None:
         text = "--worker-ttl and RQ's intervals are ignored; a lease does all that, see --lease"
         print(f"microq: {text}", file=sys.stderr)
     options.queues = options.queues or settings.get("QUEUES") or "default"
-    more = {"name": settings.get("NAME"), "fork": False if options.in_process else None}
-    more |= {"log_job_description": not options.disable_job_desc_logging}
-    more |= _given(options, *inspect.signature(Worker).parameters)
+    options.name = options.name or settings.get("NAME")
+    options.fork = False if options.in_process else None
+    options.log_job_description = False if options.disable_job_desc_logging else None
+    more = _given(options, *inspect.signature(Worker).parameters)
     kind, number = options.worker_class or Worker, options.num_workers or 1
     run: Any
     if pool or (number > 1 and not options.in_process):
@@ -4935,9 +4936,8 @@ def _enqueue(options: argparse.Namespace) -> None:
         more["retry"] = Retry(options.retry_max or 1, options.retry_interval or 0)
     queue = _queue_of(options, options.queue or "default")
     if options.schedule_at:
-        job = queue.enqueue_at(
-            datetime.fromisoformat(options.schedule_at), options.function, **more
-        )
+        moment = datetime.fromisoformat(options.schedule_at).astimezone()
+        job = queue.enqueue_at(moment, options.function, **more)
     elif options.schedule_in:
         job = queue.enqueue_in(options.schedule_in, options.function, **more)
     else:
@@ -5009,7 +5009,7 @@ def _look_around(connection: Redis, of: Sequence[str]) -> _Look:
         for id, token in zip(flat, flat, strict=True):
             name, _, claim = token.partition(b" ")[0].rpartition(b".")
             held.setdefault(name, []).append((int(claim), id.decode(), queue.prefix))
-    runs = {name: min(jobs) for name, jobs in sorted(held.items()) if jobs}
+    runs = {name: min(jobs) for name, jobs in held.items() if jobs}
     asked = [("GET", b"microq:worker:" + name) for name in sorted(held)]
     asked += [("HGET", f"{prefix}job:{id}", "func") for _, id, prefix in runs.values()]
     replies, workers = _send(connection, *asked) if asked else [], list[tuple[Any, ...]]()
