@@ -109,9 +109,8 @@ Fields of a job's hash; only what differs from the default is stored
     callback_error                      "<execution>\n<traceback>"
     group_id                            name
 
-Map of the file: 1 errors, 2 values, 3 encoding, 4 Redis, 5 transitions, 6 job,
-7 queue, 8 running a job, 9 worker, 10 supervision, 11 cron, 12 embedded server,
-13 command line.
+Map of the file: 1 errors, 2 values, 3 encoding, 4 Redis, 5 transitions, 6 job, 7 queue,
+8 running a job, 9 worker, 10 supervision, 11 cron, 12 embedded server, 13 command line.
 """
 
 from __future__ import annotations
@@ -3320,8 +3319,7 @@ class Worker:
     def get_current_executions(self, refresh: bool = True) -> list[Execution]:
         """Return the executions of the jobs that the worker holds, of which it runs one."""
         jobs = [job for queue in self.queues for job in queue.started_job_registry.get_jobs()]
-        runs = [job._execution for job in jobs]
-        return [run for run in runs if run and run.worker_name == self.name]
+        return [run for job in jobs if (run := job._execution) and run.worker_name == self.name]
 
     current_execution_count = property(lambda self: len(self.get_current_executions()))
 
@@ -3988,8 +3986,7 @@ class _Keeper:
         elif command == "stop-job" and running == words.get("job_id"):
             self.kill(worker, text, Outcome(ResultType.STOPPED, _STOPPED, rule="stopped"))
         elif command == "kill-horse" and running:
-            killed = Outcome(ResultType.FAILED, b"killed by a command", rule="killed")
-            self.kill(worker, text, killed)
+            self.kill(worker, text, Outcome(ResultType.FAILED, b"killed by a command", 0, "killed"))
         elif command not in ("stop-job", "kill-horse"):
             log.warning("that is no command")
 
