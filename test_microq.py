@@ -367,7 +367,7 @@ def test_the_map_of_the_file_names_its_sections():
     text = Path(microq.__file__).read_text()
     sections = re.findall(r"^# ---- (\d+\. [\w ]+?) -+$", text, re.M)
     shown = re.search(r"Map of the file: (.*)\.\n", microq.__doc__, re.S)[1]
-    assert len(sections) == 12
+    assert len(sections) == 13
     for section in sections:
         assert section.replace(".", "").lower() in " ".join(shown.split()).lower()
 
@@ -3325,7 +3325,7 @@ def test_the_torture_in_short():
     assert "lost 0, unexplained 0, doubled 0" in done.stdout
 
 
-# ---- 11. Embedded server -------------------------------------------------------------------------
+# ---- 12. Embedded server -------------------------------------------------------------------------
 
 
 def test_a_private_server_ends_with_its_process(tmp_path):
@@ -3388,7 +3388,7 @@ def test_a_directory_that_no_socket_fits_in_is_refused(tmp_path):
         microq.embedded(tmp_path / ("long" * 30))
 
 
-# ---- 12. Command line, and whole processes -------------------------------------------------------
+# ---- 13. Command line, and whole processes -------------------------------------------------------
 
 
 def start_script(code, **options):
@@ -4108,7 +4108,7 @@ def test_jobs_run_on_a_fake_of_redis():
     assert job.is_finished and job.result == 3 and later.is_failed
 
 
-# ---- Cron ----------------------------------------------------------------------------------------
+# ---- 11. Cron ------------------------------------------------------------------------------------
 
 
 def moments(expression, zone, start, count):
@@ -4349,6 +4349,8 @@ def test_an_entry_that_is_garbled_harms_no_other(redis, queue, caplog):
         redis.hset(f"{Q}cron", slug, spec)
         redis.hset(f"{Q}ticks", slug, "1 1")
     redis.hset(f"{Q}cron", "e", redis.hget(f"{Q}cron", "a"))
+    redis.hset(f"{Q}cron", "f", redis.hget(f"{Q}cron", "a").replace(b"job", b"jab"))
+    redis.hset(f"{Q}ticks", "f", "1 1")
     first = ticks(redis)
     redis.hset(f"{Q}ticks", "a", f"{time.time() - 70:.6f} 5.000000")
     worker = SimpleWorker(queue)
@@ -4356,9 +4358,9 @@ def test_an_entry_that_is_garbled_harms_no_other(redis, queue, caplog):
     worker.work(burst=True, logging_level=None, with_scheduler=True)
     assert len(ticks(redis)) == len(first) + 1
     assert sorted(record.args[0] for record in caplog.records if record.levelname == "ERROR") == [
-        *"bcde"
+        *"bcdef"
     ]
-    assert [job.name for job in CronJob.all(redis)] == ["a"]
+    assert [job.name for job in CronJob.all(redis)] == ["a", "a"]
     assert CronScheduler(redis).remove("b")
 
 
@@ -4819,7 +4821,7 @@ def test_info_shows_queues_and_workers(server, redis, queue, cli, start_worker):
     send_stop_job_command(redis, "dreams")
 
 
-def test_info_takes_two_round_trips_whatever_there_is(redis, monkeypatch):
+def test_info_takes_two_round_trips_whatever_there_is_in_the_queues(redis, monkeypatch):
     for i in range(20):
         Queue(f"q{i}", redis).enqueue(add)
         claim(Queue(f"q{i}", redis), worker=f"w{i}")
@@ -4830,8 +4832,8 @@ def test_info_takes_two_round_trips_whatever_there_is(redis, monkeypatch):
     send = microq._send
     monkeypatch.setattr(microq, "_send", lambda *words: trips.append(words) or send(*words))
     look = microq._look_around(redis, [f"q{i}" for i in range(20)])
-    assert len(trips) == 2 and len(look.queues) == len(look.workers) == len(look.known) == 20
-    assert all(each["state"] == "busy" and "add" in each["job"] for each in look.workers)
+    assert len(trips) == 2 and len(look.queues) == len(look.workers) == 20
+    assert all(each[1] == "busy" and "add" in each[5] for each in look.workers)
 
 
 class Terminal:
