@@ -193,10 +193,10 @@ __all__ = [
     "MicroqError", "NoSuchGroupError", "NoSuchJobError", "PickleSerializer", "Queue",
     "RandomWorker", "RateLimit", "RateLimitedJobRegistry", "Registry", "Repeat", "Result", "Retry",
     "RoundRobinWorker", "ScheduledJobRegistry", "SchedulerNotFound", "ServerUnavailable",
-    "SignedSerializer", "SimpleWorker", "StartedJobRegistry", "StopRequested", "TimeoutFormatError",
-    "TimerDeathPenalty", "UnixSignalDeathPenalty", "Webhook", "Worker", "WorkerPool",
-    "WorkerStatus", "__version__", "cancel_job", "clean_registries", "create_cron", "cron",
-    "embedded", "get_cron_job_ids", "get_current_job", "is_suspended", "job", "main",
+    "SignedSerializer", "SimpleWorker", "SpawnWorker", "StartedJobRegistry", "StopRequested",
+    "TimeoutFormatError", "TimerDeathPenalty", "UnixSignalDeathPenalty", "Webhook", "Worker",
+    "WorkerPool", "WorkerStatus", "__version__", "cancel_job", "clean_registries", "create_cron",
+    "cron", "embedded", "get_cron_job_ids", "get_current_job", "is_suspended", "job", "main",
     "parse_timeout", "register", "requeue_job", "resolve_serializer", "resume", "send_command",
     "send_kill_horse_command", "send_shutdown_command", "send_stop_job_command", "suspend",
 ]
@@ -3239,6 +3239,7 @@ class Worker:
     block waits until nothing is queued."""
 
     fork, dequeue_strategy = True, "default"
+    exactly: int | None = None  # the default of jobs_per_fork
     job_class: Any = None
     queue_class: Any = Queue
 
@@ -3277,6 +3278,7 @@ class Worker:
         # it is, before one of them may judge the others.
         self._patience = self.lease / 3
         self.fork = type(self).fork if fork is None else fork
+        jobs_per_fork = self.exactly if jobs_per_fork is None else jobs_per_fork
         self._exactly = jobs_per_fork is not None
         self.jobs_per_fork = JOBS_PER_FORK if jobs_per_fork is None else jobs_per_fork
         if not isinstance(self.jobs_per_fork, int) or self.jobs_per_fork < 1:
@@ -3796,6 +3798,12 @@ class SimpleWorker(Worker):
     """A worker that runs jobs in its own process: faster, and without protection."""
 
     fork = False
+
+
+class SpawnWorker(Worker):
+    """A worker that runs each job in a process of its own."""
+
+    exactly = 1
 
 
 class RoundRobinWorker(Worker):

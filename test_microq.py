@@ -5842,7 +5842,6 @@ def test_docs_worker_classes(redis):
         assert all(job.return_value() == "hello you" for job in jobs), kind
 
 
-@pytest.mark.xfail(strict=True, raises=ImportError, reason="left out so far")
 def test_docs_spawn_worker(redis):
     from microq import Queue, SpawnWorker
 
