@@ -434,12 +434,7 @@ class Callback:
     timeout: Any = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.func, str):
-            if not hasattr(self.func, "__qualname__"):
-                raise TypeError(
-                    f"a Callback takes a function or its dotted name, not {self.func!r}"
-                )
-            object.__setattr__(self, "func", _func_name(self.func))
+        object.__setattr__(self, "func", _func_name(self.func))
         seconds = CALLBACK_TIMEOUT if self.timeout is None else _seconds(self.timeout, "timeout")
         object.__setattr__(self, "timeout", seconds)
 
@@ -459,9 +454,6 @@ class Webhook:
     method: str = field(default="GET", kw_only=True)
     headers: dict[str, str] | None = field(default=None, kw_only=True)
     timeout: float = field(default=10, kw_only=True)
-
-    def to_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
 
     def __post_init__(self) -> None:
         if not re.match(r"https?://[^/]", str(self.url)):
@@ -686,7 +678,14 @@ def _adopt_main() -> str | None:
 
 
 def _func_name(func: Any) -> str:
-    """Return the dotted name by which a worker finds `func`; ValueError if it could not."""
+    """Return the dotted name by which a worker finds `func`; ValueError if it could not. A name
+    that was given as such is taken as it is."""
+    if isinstance(func, str) and re.fullmatch(r"[^\s.]+(\.[^\s.]+)+", func):
+        return func
+    if isinstance(func, str):
+        raise ValueError(f"{func!r}: give a dotted name, 'package.module.function'")
+    if not callable(func) or not hasattr(func, "__qualname__"):
+        raise TypeError(f"give a function or its dotted name, not {func!r}")
     module, qualname = getattr(func, "__module__", None) or "builtins", func.__qualname__
     if module == "__main__" and not (module := _adopt_main() or ""):
         raise ValueError(f"{qualname} was defined at a prompt; a worker can only import files")
@@ -1635,11 +1634,6 @@ def _field(name: str, default: float | None, doc: str) -> Any:
     return property(value, doc=doc)
 
 
-def _or_default(name: str) -> Any:
-    """Make a method that returns an attribute of the job, or else a default."""
-    return lambda job, default=None: default if (has := getattr(job, name)) is None else has
-
-
 def _is(status: JobStatus) -> Any:
     return property(lambda job: job.get_status() == status, doc=f"Asks whether it is {status}.")
 
@@ -1780,7 +1774,8 @@ class Job:
     result_ttl = _field("result_ttl", None, "Seconds to keep a result; None: the worker's default.")
     failure_ttl = _field("failure_ttl", DEFAULT_FAILURE_TTL, "Seconds to keep a failed job.")
     ttl = _field("ttl", None, "Seconds it may wait in the queue; None for no limit.")
-    get_ttl, get_result_ttl = _or_default("ttl"), _or_default("result_ttl")
+    get_ttl = lambda s, default=None: default if s.ttl is None else s.ttl  # noqa: E731
+    get_result_ttl = lambda s, default=None: default if s.result_ttl is None else s.result_ttl  # noqa: E731
     enqueue_at_front = property(lambda self: bool(self._number("at_front")))
     group_id = property(lambda self: self._text("group_id") or None)
     number_of_retries = property(lambda self: int(self._number("retries") or 0))
@@ -2063,13 +2058,11 @@ def _is_over(job: Job) -> bool:
     return not _look([job]) or job._status in _OVER
 
 
+_name_of_field = functools.lru_cache(100)(lambda name: name.decode(errors="replace"))
+
+
 def _pairs(flat: Sequence[bytes]) -> dict[str, bytes]:
     return dict(zip(map(_name_of_field, flat[::2]), flat[1::2], strict=True))
-
-
-@functools.lru_cache(100)
-def _name_of_field(name: bytes) -> str:
-    return name.decode(errors="replace")
 
 
 def _short(value: Any) -> str:
@@ -2437,7 +2430,7 @@ class Queue(Registry):
         if name == "max_crashes" and value < 0:
             raise ValueError(f"max_crashes={value}: give 0 or more")
         if name == "webhooks":
-            return json.dumps([Webhook.to_dict(hook) for hook in value]).encode()
+            return json.dumps([vars(hook) for hook in value]).encode()
         if name == "meta":
             return _dumps(self.serializer, value, "meta")
         field: bytes = value.to_field() if hasattr(value, "to_field") else str(value).encode()
@@ -2447,20 +2440,14 @@ class Queue(Registry):
         """Return the fields `func` and `args`, of a function that a worker can find."""
         call: tuple[Any, ...] = (tuple(args or ()), dict(kwargs or {}))
         owner = getattr(func, "__self__", None)
-        if isinstance(func, str):
-            name = func
-            if not re.fullmatch(r"[^\s.]+(\.[^\s.]+)+", name):
-                raise ValueError(f"{name!r}: give a dotted name, 'package.module.function'")
-        elif not callable(func):
-            raise TypeError(f"enqueue takes a function or its dotted name, not {func!r}")
-        elif inspect.isclass(owner):
+        if inspect.isclass(owner):
             name = f"{_func_name(owner)}.{func.__name__}"
         elif owner is not None and not inspect.ismodule(owner):
             name, call = f".{func.__name__}", (*call, owner)
-        elif hasattr(func, "__qualname__"):
-            name = _func_name(func)
-        else:
+        elif callable(func) and not hasattr(func, "__qualname__"):
             name, call = ".__call__", (*call, func)
+        else:
+            name = _func_name(func)
         if isinstance(self.serializer, SignedSerializer):
             call = name, call  # so that nobody has another function called with it
         elif len(call) == 2 and not any(call):
