@@ -2378,21 +2378,19 @@ class Queue(Registry):
         raises may have stored earlier thousands."""
         jobs: list[Job] = []
         group = Group(self.connection, group_id) if group_id else None
-        rest, finish, more = iter(job_datas), None, {"group_id": group_id} if group else {}
+        rest, more = iter(job_datas), {"group_id": group_id} if group else {}
+        storing: Iterator[None] = iter(())
         with contextlib.closing(_Line(self.connection, None)) as line:
             while chunk := list(itertools.islice(rest, CHUNK)):
-                made = [
-                    (self.create_job(*each.call, **each.options | more), each.at_front)
-                    for each in chunk
-                ]
+                made = [self.create_job(*each.call, **each.options | more) for each in chunk]
                 if group:
-                    group._add_jobs([job for job, _ in made], pipeline)
-                if finish:
-                    finish()
-                finish = self._begin_store(made, pipeline, line=line)
-                jobs += [job for job, _ in made]
-            if finish:
-                finish()
+                    group._add_jobs(made, pipeline)
+                next(storing, None)
+                fronts = [each.at_front for each in chunk]
+                storing = self._storing([*zip(made, fronts, strict=True)], pipeline, line=line)
+                next(storing)
+                jobs += made
+            next(storing, None)
         return jobs
 
     def create_job(self, func: Func, args: Any = None, kwargs: Any = None, **options: Any) -> Job:
@@ -2480,31 +2478,26 @@ class Queue(Registry):
 
     def _store(self, jobs: Sequence[tuple[Job, bool]], pipeline: Any, delay: float = -1) -> None:
         """Run the script `enqueue` for (job, at_front) pairs; delay -1 means now."""
-        self._begin_store(jobs, pipeline, delay)()
+        for _ in self._storing(jobs, pipeline, delay):
+            pass
 
-    def _begin_store(
+    def _storing(
         self, jobs: Sequence[tuple[Job, bool]], pipeline: Any, delay: float = -1,
         line: _Line | None = None,
-    ) -> Callable[[], None]:  # fmt: skip
-        """Prepare that, and return what does it; over `line` the server begins already."""
+    ) -> Iterator[None]:  # fmt: skip
+        """Do that in two steps; over `line` the server begins at the first."""
         if len({job.id for job, _ in jobs}) < len(jobs):
             raise DuplicateJobError("the same job_id stands twice in one enqueue_many()")
         if not self.is_async and pipeline is not None:
             raise TypeError("is_async=False runs jobs at once; it can't use a pipeline")
-        if any(job._depends_on for job, _ in jobs):
-            self._find_parents([job for job, _ in jobs])
+        self._find_parents([job for job, _ in jobs])
         words = [word for job, front in jobs for word in _enqueue_words(job, front, delay)]
         register = () if self._known else (("SADD", _QUEUES, self.name),)
         commands = (ENQUEUE(self.prefix, delay, *words), *register)
         ahead = line if line and pipeline is None and len(jobs) == CHUNK else None
         if ahead:
             ahead.post(commands)
-        return functools.partial(self._finish_store, jobs, pipeline, delay, commands, ahead)
-
-    def _finish_store(
-        self, jobs: Sequence[tuple[Job, bool]], pipeline: Any, delay: float,
-        commands: tuple[Command, ...], ahead: _Line | None,
-    ) -> None:  # fmt: skip
+        yield
         if pipeline is not None:
             for each in commands:
                 pipeline.execute_command(*_spelled_out(each))
