@@ -2529,19 +2529,15 @@ class Queue(Registry):
         trips, unless they are given as Job objects."""
         wanted = [each for job in jobs if job._depends_on for each in job._depends_on.jobs]
         ids = {each for each in wanted if isinstance(each, str)} - {job.id for job in jobs}
-        found = Job.fetch_many(ids, self.connection) if ids else []
-        keys = {job.id: f"{job.queue.prefix}{job.id}" for job in found if job}
+        found = {job.id: job for job in Job.fetch_many(ids, self.connection) if job} if ids else {}
         for job in jobs:
             if not (rule := job._depends_on):
                 continue
             if job.id in map(_id_of, rule.jobs):
                 raise InvalidJobDependency(f"job {job.id!r} can't depend on itself")
-            names = [
-                keys.get(each, f"{self.prefix}{each}")
-                if isinstance(each, str)
-                else f"{each.queue.prefix}{each.id}"
-                for each in rule.jobs
-            ]
+            parents = [found.get(each, each) for each in rule.jobs]
+            parents = [self._job(each) if isinstance(each, str) else each for each in parents]
+            names = [f"{each.queue.prefix}{each.id}" for each in parents]
             allow = {"True": "failed", "False": "none"}.get(str(rule.allow_failure), "any")
             job._fields["depends_on"] = " ".join([*dict.fromkeys(names), allow]).encode()
 
@@ -2577,11 +2573,9 @@ class Queue(Registry):
             raise InvalidJobOperation(f"queue {self.name!r} still has jobs; empty it first")
         for registry in registries:
             registry.empty()
-        rest: list[Command]
-        rest = [("ZREMRANGEBYSCORE", each.key, "-inf", time.time()) for each in registries[5:]]
-        gone = [f"{self.prefix}{each}" for each in ("wake", "cron", "ticks", "schedulers")]
-        rest += [("SREM", _QUEUES, self.name), ("DEL", *gone)]
-        _send(self.connection, *rest)
+        old = [("ZREMRANGEBYSCORE", each.key, "-inf", time.time()) for each in registries[5:]]
+        rest = [f"{self.prefix}{each}" for each in ("wake", "cron", "ticks", "schedulers")]
+        _send(self.connection, *old, ("SREM", _QUEUES, self.name), ("DEL", *rest))
         self._known = False
 
     def __eq__(self, other: object) -> bool:
@@ -2766,19 +2760,18 @@ def perform(
     job, began = execution.job, time.perf_counter()
     token = _current_job.set(job)
     try:
-        outcome: Outcome
-        outcome, *details = _attempt(job, handlers, began, describe)
-        _call_back(job, outcome, details)
+        outcome, end = _attempt(job, handlers, began, describe)
+        _call_back(job, outcome, end)
         return outcome
     except _Interrupt:
-        return _given_up(time.perf_counter() - began)
+        return _GIVEN_UP._replace(seconds=time.perf_counter() - began)
     finally:
         _current_job.reset(token)
 
 
 def _attempt(
     job: Job, handlers: Iterable[Callable[..., Any]], began: float, describe: bool
-) -> tuple[Any, ...]:
+) -> tuple[Outcome, Any]:
     """Run a job; return its outcome, with what its callback is told: the value, or the error."""
     try:
         if log.isEnabledFor(logging.INFO):
@@ -2787,30 +2780,23 @@ def _attempt(
         job._rule("retry"), job._rule("repeat")  # garbled ones must show before the job runs
         if "verdict" in job._fields:  # it was ended from outside, and only has to hear of it
             kind, _, text = job._text("verdict").strip().partition(" ")
-            error = AbandonedJobError(text)
-            return Outcome(ResultType(kind), text.encode()), type(error), error, None
-        leash = _leash()
-        job._strike = leash.begin(job.timeout)
-        try:
-            value = job.perform()
-        finally:
-            leash.end()
+            return Outcome(ResultType(kind), text.encode()), AbandonedJobError(text)
+        value = _within(job.timeout, job, job.perform)
         seconds = time.perf_counter() - began
         if isinstance(value, Retry):
-            return (Outcome(ResultType.RETRIED, b"", seconds, "retry", value.to_field()),)
+            return Outcome(ResultType.RETRIED, b"", seconds, "retry", value.to_field()), None
         try:
             payload = b"" if value is None else _dumps(job.serializer, value, "the result")
             if len(payload) > MAX_RESULT:
                 raise TypeError(f"its result of {len(payload)} bytes is too large to store")
         except TypeError as error:
             text = f"result: {_short(value)}\nthe job ran, but {error}\n"
-            outcome = Outcome(ResultType.FAILED, text.encode(), seconds)
-            return outcome, type(error), error, error.__traceback__
+            return Outcome(ResultType.FAILED, text.encode(), seconds), error
         return Outcome(ResultType.SUCCESSFUL, payload, seconds, "repeat"), value
     except _Interrupt:
         raise
     except StopRequested:
-        return (Outcome(ResultType.STOPPED, _STOPPED, time.perf_counter() - began),)
+        return Outcome(ResultType.STOPPED, _STOPPED, time.perf_counter() - began), None
     except BaseException as error:  # SystemExit too: a job must not end its worker
         seconds = time.perf_counter() - began
         if isinstance(error, JobTimeoutException):
@@ -2818,8 +2804,18 @@ def _attempt(
         text = "".join(traceback.format_exception(error))[-MAX_TRACEBACK:]
         rule = "" if isinstance(error, DeserializationError) else "retry"
         _tell(handlers, job, error)
-        outcome = Outcome(ResultType.FAILED, text.encode(errors="replace"), seconds, rule)
-        return outcome, type(error), error, error.__traceback__
+        return Outcome(ResultType.FAILED, text.encode(errors="replace"), seconds, rule), error
+
+
+def _within(seconds: float, job: Job, call: Callable[[], Any]) -> Any:
+    """Return what a call that belongs to a job returns within so many seconds."""
+    leash = _thread.leash
+    job._strike = leash.begin(seconds)
+    try:
+        value = call()
+        return _run_coroutine(value) if inspect.iscoroutine(value) else value
+    finally:
+        leash.end()
 
 
 _CALLBACKS = {
@@ -2829,22 +2825,18 @@ _CALLBACKS = {
 }
 
 
-def _call_back(job: Job, outcome: Outcome, details: Sequence[Any]) -> None:
+def _call_back(job: Job, outcome: Outcome, end: Any) -> None:
     """Run the callback for this outcome, which is not stored yet: if the worker dies here, the job
     runs again.  Whatever else it does changes nothing; its traceback is kept with the job."""
     name = _CALLBACKS.get(outcome.type, "")
     if name not in job._fields:
         return
-    leash, details = _leash(), () if name == "on_stopped" else details
+    about: tuple[Any, ...] = (end,) if name == "on_success" else ()
+    if name == "on_failure":
+        about = type(end), end, end.__traceback__
     try:
         func, _, seconds = job._text(name).partition(" ")
-        job._strike = leash.begin(float(seconds))
-        try:
-            value = _find(func)(job, job.connection, *details)
-            if inspect.iscoroutine(value):
-                _run_coroutine(value)
-        finally:
-            leash.end()
+        _within(float(seconds), job, lambda: _find(func)(job, job.connection, *about))
     except _Interrupt:
         raise
     except BaseException as error:
@@ -2877,15 +2869,16 @@ def _tell(handlers: Iterable[Callable[..., Any]], job: Job, error: BaseException
     for handler in handlers:
         try:
             again = handler(job, type(error), error, error.__traceback__)
+            if again is not None and not again:
+                return
         except Exception:
             log.exception("exception handler %r failed for job %s", handler, job.id)
-        else:
-            if again is not None and not again:
-                break
 
 
 _STOPPED = b"stopped by a command"
 _CRASHES = Retry(MAX_CRASHES, 0, enqueue_at_front=True).to_field()
+# A run that ends because its worker is to end at once.
+_GIVEN_UP = Outcome(ResultType.FAILED, b"its worker was shut down", 0, "interrupt", _CRASHES)
 
 
 def _too_large(outcome: Outcome) -> Outcome:
@@ -2894,11 +2887,6 @@ def _too_large(outcome: Outcome) -> Outcome:
         return outcome
     text = f"its result of {len(outcome.payload)} bytes is too large for the connection"
     return Outcome(ResultType.FAILED, text.encode(), outcome.seconds)
-
-
-def _given_up(seconds: float) -> Outcome:
-    """Return the outcome of a run that ends because its worker is to end at once."""
-    return Outcome(ResultType.FAILED, b"its worker was shut down", seconds, "interrupt", _CRASHES)
 
 
 class _Leash:
@@ -2962,23 +2950,22 @@ class _Leash:
             self.timer.cancel()
 
 
-def _leash() -> _Leash:
-    """Return the leash of this thread."""
-    if not hasattr(_thread, "leash"):
-        _thread.leash = _Leash()
-    leash: _Leash = _thread.leash
-    return leash
+class _Thread(threading.local):
+    """What a thread that runs jobs has: a leash, an event loop, and the process that made it."""
+
+    def __init__(self) -> None:
+        self.leash, self.pid = _Leash(), 0
+        self.loop: Any = None
 
 
-_thread = threading.local()  # its `leash`; its `loop`, with the process that it was made in
+_thread = _Thread()
 
 
 def _run_coroutine(coroutine: Any) -> Any:
     """Run it on the event loop of this thread, made if need be.  Tasks it leaves are cancelled."""
-    pid, loop = getattr(_thread, "loop", (None, None))
-    if loop is None or pid != os.getpid():
-        loop = asyncio.new_event_loop()
-        _thread.loop = os.getpid(), loop
+    if _thread.pid != os.getpid():
+        _thread.pid, _thread.loop = os.getpid(), asyncio.new_event_loop()
+    loop = _thread.loop
     try:
         return loop.run_until_complete(coroutine)
     finally:
@@ -2989,9 +2976,8 @@ def _run_coroutine(coroutine: Any) -> Any:
 
 
 def _close_event_loop() -> None:
-    pid, loop = getattr(_thread, "loop", (None, None))
-    if loop and pid == os.getpid():
-        del _thread.loop
+    if _thread.pid == os.getpid():
+        loop, _thread.pid = _thread.loop, 0
         loop.run_until_complete(loop.shutdown_asyncgens())
         loop.run_until_complete(loop.shutdown_default_executor())
         loop.close()
@@ -4008,7 +3994,7 @@ class _Keeper:
         over = slate.stopping or slate.phase == b"e"
         if worker._pid:
             if self.cold:
-                self.kill(worker, slate.text, _given_up(0))
+                self.kill(worker, slate.text, _GIVEN_UP)
             elif 0 < slate.kill_at <= now:
                 text = f"killed, {KILL_GRACE:g} s after its timeout had no effect"
                 self.kill(
@@ -4134,7 +4120,7 @@ class _Keeper:
         if verdict and verdict[0] == slate.text:
             outcome = verdict[1]._replace(seconds=seconds)
         elif verdict or slate.phase == b"g":  # another job was meant; or see start()
-            outcome = _given_up(seconds)
+            outcome = _GIVEN_UP._replace(seconds=seconds)
         slate.kill_at = 0
         worker._done = [(Execution(job, token), outcome)]
         if worker._killed_handler and outcome.rule == "crash":
@@ -4190,7 +4176,7 @@ class _Keeper:
         for worker in self.workers:
             with worker._lock:  # its relief may still be there
                 if worker._current and worker._current not in [run[0] for run in worker._done]:
-                    worker._done.append((worker._current, _given_up(0)))
+                    worker._done.append((worker._current, _GIVEN_UP))
                 commands += [("DEL", worker.key), *worker._farewell("")]
                 worker._claimed.clear()
                 worker._done, worker._behind, worker._flight = [], [], _Flight()
