@@ -446,8 +446,7 @@ class Callback:
 class Webhook:
     """An HTTP request to be made when a job has 'finished' or 'failed', once that is stored.
 
-    A POST carries JSON: job_id, func_name, status, enqueued_at, ended_at and, if it failed,
-    exc_info.  Errors are logged."""
+    A POST carries JSON: job_id, func_name, status, enqueued_at, ended_at, exc_info if it failed."""
 
     url: str
     job_status: str
@@ -474,8 +473,7 @@ class RateLimit:
     wait as rate_limited, in order.
 
     concurrency - how many may be queued or running at a time
-    rate, per   - how many may enter their queues within so many seconds, 60; those beyond are
-                  scheduled"""
+    rate, per   - how many may enter their queues in so many seconds, 60; others are scheduled"""
 
     key: str
     concurrency: int | None = None
@@ -678,8 +676,7 @@ def _adopt_main() -> str | None:
 
 
 def _func_name(func: Any) -> str:
-    """Return the dotted name by which a worker finds `func`; ValueError if it could not. A name
-    that was given as such is taken as it is."""
+    """Return the dotted name, if it is none, by which a worker finds `func`; else ValueError."""
     if isinstance(func, str) and re.fullmatch(r"[^\s.]+(\.[^\s.]+)+", func):
         return func
     if isinstance(func, str):
@@ -1670,8 +1667,7 @@ class Job:
         id: str | None = None, origin: str = "default", serializer: Any = None,
         status: JobStatus | None = None, **options: Any,
     ) -> Job:  # fmt: skip
-        """Return a job for Queue.enqueue_job() or schedule_job(), where it gets its status; the
-        options are those of Queue.create_job()."""
+        """Return a job for Queue.enqueue_job(), with the options of Queue.create_job()."""
         queue = Queue(origin or "default", connection, job_class=cls, serializer=serializer)
         return queue.create_job(func, args, kwargs, job_id=id, **options)
 
@@ -1686,8 +1682,7 @@ class Job:
     def fetch_many(
         cls, job_ids: Iterable[str], connection: Redis | None = None, serializer: Any = None
     ) -> list[Job | None]:
-        """Return the jobs of these ids in the same order, None for each that is missing. Two round
-        trips, however many ids and queues there are."""
+        """Return the jobs of these ids, None for each that is missing.  Two round trips."""
         ids, queues = [_id_of(id) for id in job_ids], Queue.all(connection, cls, serializer)
         jobs = _look([cls(id, queue, {}) for id in ids for queue in queues])
         found = {job.id: job for job in jobs}
@@ -1856,15 +1851,13 @@ class Job:
     allow_dependency_failures = property(lambda self: not self._text("depends_on").endswith("none"))
 
     def fetch_dependencies(self) -> list[Job]:
-        """Return the jobs that this one depends on, as far as there is a record of them.  One round
-        trip."""
+        """Return those jobs that this one depends on which still exist.  One round trip."""
         return _look([self._of_key(*key.rpartition(":")[::2]) for key in self._parents])
 
     dependency = property(lambda self: (self.fetch_dependencies() or [None])[0])
 
     def dependency_results(self) -> list[Any]:
-        """Return what the jobs that this one depends on have returned, in their order; None for one
-        that failed, or is gone.  One round trip."""
+        """Return what these returned; None for one that failed, or is gone.  One round trip."""
         results = {job.id: job._last for job in self.fetch_dependencies()}
         return [results[id].return_value if results.get(id) else None for id in self.dependency_ids]
 
@@ -1893,17 +1886,15 @@ class Job:
         return [self._execution] if self._execution else []
 
     def latest_result(self, timeout: float = 0) -> Result | None:
-        """Return how the last run ended; None if none has. With a `timeout`, wait up to so many
-        seconds for the first result.  The server sends word, nobody polls; the wait takes a
-        connection of its own."""
+        """Return how the last run ended; None if none has. With a `timeout`, wait so many seconds
+        for the first result: without polling, but over a connection of its own."""
         results = self.results()
         if not results and timeout > 0:
             results = self._when_moved(timeout, Job.results)
         return results[0] if results else None
 
     def _when_moved(self, timeout: float, ask: Callable[[Job], Any]) -> Any:
-        """Return ask(self) if that is true; else once a run has ended, the job was moved, or after
-        `timeout`."""
+        """Return ask(self) once it is true, the job has ended or was moved, or at the timeout."""
         deadline = time.monotonic() + timeout
         waited = AMEND(self.queue.prefix, self.id, "waited", 1)
         with self.connection.pubsub() as channel:
@@ -1978,9 +1969,8 @@ class Job:
     def delete(
         self, pipeline: Any = None, remove_from_queue: bool = True, delete_dependents: bool = False
     ) -> None:
-        """Remove the job and its results, in whatever state and out of its queue in any case; a run
-        is not recorded.  Dependents that wait for nothing else stay deferred, unless they are to be
-        deleted, too."""
+        """Remove the job and its results, in whatever state, from its queue too; a run is not
+        recorded.  Dependents that wait for nothing else stay deferred, or are deleted, too."""
         for job in self._dependents() if delete_dependents else ():
             job.delete()
         with contextlib.suppress(NoSuchJobError):
@@ -2190,8 +2180,7 @@ class Registry:
         return found
 
     def remove(self, job: Job | str, pipeline: Any = None, delete_job: bool = True) -> None:
-        """Delete a job of this registry, in any case, since it is nowhere else.  Raises as
-        requeue()."""
+        """Delete a job of this registry, since it is nowhere else.  Raises as requeue()."""
         self._job(job)._move(self.container, "gone", pipeline=pipeline)
 
     def empty(self) -> int:
@@ -2394,8 +2383,7 @@ class Queue(Registry):
         return jobs
 
     def create_job(self, func: Func, args: Any = None, kwargs: Any = None, **options: Any) -> Job:
-        """Return a job that is not stored yet; enqueue_job() or schedule_job() do that. The options
-        are those of enqueue(), with `timeout` for job_timeout."""
+        """Return a job for enqueue_job(); options as of enqueue(), `timeout` for job_timeout."""
         fields = self._encode_call(func, args, kwargs)
         if options.get("timeout") is None and self.default_timeout != DEFAULT_TIMEOUT:
             options["timeout"] = self.default_timeout
@@ -2525,8 +2513,7 @@ class Queue(Registry):
             _look([job for job, _ in jobs])
 
     def _find_parents(self, jobs: Sequence[Job]) -> None:
-        """Note where those are on which the jobs depend, those of unknown ids being ours. Two round
-        trips, unless they are given as Job objects."""
+        """Note where those are on which jobs depend: here, if unknown.  Two round trips for ids."""
         wanted = [each for job in jobs if job._depends_on for each in job._depends_on.jobs]
         ids = {each for each in wanted if isinstance(each, str)} - {job.id for job in jobs}
         found = {job.id: job for job in Job.fetch_many(ids, self.connection) if job} if ids else {}
@@ -2613,9 +2600,8 @@ def job(
     queue: Queue | str, connection: Redis | None = None, *, queue_class: Any = None,
     serializer: Any = None, **options: Any,
 ) -> Callable[[Callable[..., Any]], Any]:  # fmt: skip
-    """Decorate a function with .delay() and .enqueue(), which store a call of it in `queue`; the
-    options are at_front and those of Queue.create_job(); job_id, at_front and depends_on may be
-    given with each call, too."""
+    """Decorate a function with .delay() and .enqueue(), which store a call of it. The options are
+    those of enqueue_call(); job_id, at_front and depends_on may stand in each call, too."""
     per_call, make = {"job_id", "at_front", "depends_on"}, _class(queue_class, Queue)
     make = functools.partial(make, serializer=serializer)
     find = functools.cache(lambda: queue if isinstance(queue, Queue) else make(queue, connection))
@@ -2673,9 +2659,8 @@ class Group:
         return queue.enqueue_many(job_datas, pipeline, group_id=self.name)
 
     def enqueue_callback(self, queue: Queue, f: Func, *args: Any, **kwargs: Any) -> Job:
-        """Store a call to be run when all jobs of the group, as it is now, have ended, in whatever
-        way, and return its job; see Queue.enqueue().  One round trip more, and one for each other
-        queue."""
+        """Store a call to be run when all that are jobs of the group now have ended, in whatever
+        way; see Queue.enqueue().  One round trip more, and one for each other queue."""
         return queue.enqueue(f, *args, depends_on=Dependency(self._members(), "any"), **kwargs)
 
     def _add_jobs(self, jobs: Iterable[Job], pipeline: Any) -> None:
@@ -2716,7 +2701,7 @@ class Group:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until all jobs have ended, up to `timeout` seconds if it is given; tell whether they
-        have.  The server sends word, nobody polls; the wait takes a connection of its own."""
+        have.  See Job.latest_result()."""
         deadline = time.monotonic() + (math.inf if timeout is None else timeout)
         pending = self._members()
         while pending := [job for job in self._live(pending) if job._status not in _OVER]:
@@ -2755,8 +2740,7 @@ def perform(
     execution: Execution, handlers: Iterable[Callable[..., Any]] = (), describe: bool = True
 ) -> Outcome:
     """Run a job under its timeout and then its callback, and return how that ended.  If it raised,
-    the handlers are told (job, type, exception, traceback), until one returns False.  `describe` is
-    for the log."""
+    the handlers are told (job, type, exception, traceback), until one returns False."""
     job, began = execution.job, time.perf_counter()
     token = _current_job.set(job)
     try:
