@@ -183,7 +183,6 @@ if __name__ == "__main__":
     sys.exit(importlib.import_module(_name).main())
 
 __version__ = VERSION = "0.1.0"
-# fmt: off
 __all__ = [
     "VERSION", "AbandonedJobError", "BaseDeathPenalty", "Callback", "CanceledJobRegistry",
     "CronJob", "CronScheduler", "DefaultSerializer", "DeferredJobRegistry", "Dependency",
@@ -199,8 +198,7 @@ __all__ = [
     "embedded", "get_cron_job_ids", "get_current_job", "is_suspended", "job", "main",
     "parse_timeout", "register", "requeue_job", "resolve_serializer", "resume", "send_command",
     "send_kill_horse_command", "send_shutdown_command", "send_stop_job_command", "suspend",
-]
-# fmt: on
+]  # fmt: skip
 
 DEFAULT_TIMEOUT = 180.0  # seconds a job may run (RQ's default)
 DEFAULT_RESULT_TTL = 500.0  # seconds a result is kept (RQ's default)
@@ -1862,8 +1860,8 @@ class Job:
         return [results[id].return_value if results.get(id) else None for id in self.dependency_ids]
 
     def _of_key(self, queue: str, id: str) -> Job:
-        name = re.sub(r"^\{(.*)\}$", r"\1", queue.partition(":")[2])
-        return Job(id, Queue(name, self.connection, serializer=self.serializer), {})
+        key, serializer = f"{queue}:queued", self.serializer
+        return Job(id, Queue.from_queue_key(key, self.connection, serializer=serializer), {})
 
     def _dependents(self) -> list[Job]:
         entries = _ask(self.connection, "SMEMBERS", f"{self.key}:dependents")
@@ -2023,10 +2021,10 @@ class Execution:
     @staticmethod
     def fetch(id: str, job_id: str, connection: Redis | None = None) -> Execution:
         """Return the execution of this id, or raise ValueError if it has ended."""
-        for execution in Job.fetch(job_id, connection).get_executions():
-            if execution.id == id:
-                return execution
-        raise ValueError(f"execution {id!r} of job {job_id!r} has ended")
+        execution = Job.fetch(job_id, connection)._execution
+        if not execution or execution.id != id:
+            raise ValueError(f"execution {id!r} of job {job_id!r} has ended")
+        return execution
 
     def refresh(self) -> None:
         """Read its last heartbeat; raises as fetch()."""
@@ -2041,11 +2039,6 @@ def _look(jobs: Sequence[Job]) -> list[Job]:
     for job, reply in found:
         job._take_in(*reply)
     return [job for job, _ in found]
-
-
-def _is_over(job: Job) -> bool:
-    """Read a job, and tell whether it has ended, or is gone."""
-    return not _look([job]) or job._status in _OVER
 
 
 _name_of_field = functools.lru_cache(100)(lambda name: name.decode(errors="replace"))
@@ -2709,8 +2702,8 @@ class Group:
                 return False
             # When one of those that joined last has ended, few others have not.  There is no word
             # from a job whose ttl ends.
-            last = pending[-1]
-            last._when_moved(min(left, 10), _is_over)
+            ask = lambda job: not _look([job]) or job._status in _OVER  # noqa: E731
+            pending[-1]._when_moved(min(left, 10), ask)
         return True
 
     def delete_job(self, job_id: str) -> None:
@@ -2802,11 +2795,7 @@ def _within(seconds: float, job: Job, call: Callable[[], Any]) -> Any:
         leash.end()
 
 
-_CALLBACKS = {
-    ResultType.SUCCESSFUL: "on_success",
-    ResultType.FAILED: "on_failure",
-    ResultType.STOPPED: "on_stopped",
-}
+_CALLBACKS = {"successful": "on_success", "failed": "on_failure", "stopped": "on_stopped"}
 
 
 def _call_back(job: Job, outcome: Outcome, end: Any) -> None:
@@ -2886,7 +2875,6 @@ class _Leash:
         self.run = 0  # counts the jobs, so that nothing strikes the next one
         self.deadline = 0.0  # of the job that runs; 0: there is none
         self.struck: tuple[int, type[BaseException]] | None = None  # a run, and why it is to end
-        self.handler = self.on_alarm
         self.timer: threading.Timer | None = None
 
     def begin(self, seconds: float) -> Callable[[type[BaseException]], None]:
@@ -2895,8 +2883,8 @@ class _Leash:
         self.deadline = time.monotonic() + seconds if seconds > 0 else math.inf
         strike = functools.partial(self.strike, self.run)
         if self.main:
-            if _signal.getsignal(signal.SIGALRM) is not self.handler:  # a job took it
-                signal.signal(signal.SIGALRM, self.handler)
+            if _signal.getsignal(signal.SIGALRM) != self.on_alarm:  # a job took it
+                signal.signal(signal.SIGALRM, self.on_alarm)
             signal.setitimer(signal.ITIMER_REAL, max(0.0, seconds))
         elif seconds > 0:
             self.timer = threading.Timer(seconds, strike, [JobTimeoutException])
