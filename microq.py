@@ -222,6 +222,7 @@ CHUNK = 1000  # jobs per script call, which keeps a script near 10 ms
 log = logging.getLogger("microq")
 Func = Callable[..., Any] | str  # a function, or its dotted name
 Command = tuple[Any, ...]  # a Redis command: its name and arguments
+Handlers = Iterable[Callable[..., Any]]  # called with (job, type, exception, traceback)
 
 # ---- 1. Errors -----------------------------------------------------------------------------------
 # All derive from MicroqError, but for the timeout of a job, which the job's own `except Exception`
@@ -1638,13 +1639,11 @@ class Job:
 
     queue: Queue
 
-    def __init__(
-        self, id: str, queue: Queue, fields: dict[str, bytes], nonce: str | None = None
-    ) -> None:
+    def __init__(self, id: str, queue: Queue, fields: dict[str, bytes], nonce: Any = None) -> None:
         self.id, self._fields = id, fields
         self._enter(queue)
         # Tells a second life of an id from a copy of the first call; None: made when it is sent.
-        self._nonce = nonce
+        self._nonce: str | None = nonce
         self._status: JobStatus | None = JobStatus.CREATED  # None: to be looked up
         self._execution: Execution | None = None
         self._strike: Any = None  # raises an exception in it while it runs here
@@ -1835,9 +1834,7 @@ class Job:
     is_stopped, is_canceled = _is(JobStatus.STOPPED), _is(JobStatus.CANCELED)
     is_rate_limited = _is(JobStatus.RATE_LIMITED)
 
-    webhooks = property(
-        lambda self: [Webhook(**each) for each in json.loads(self._fields.get("webhooks", "[]"))]
-    )
+    webhooks = property(lambda s: [Webhook(**w) for w in json.loads(s._text("webhooks") or "[]")])
     has_rate_limit = property(lambda self: "rate_limit" in self._fields)
     _limit = property(lambda self: self._text("rate_limit").split() or [None, "0"])
     rate_limit_key = property(lambda self: self._limit[0] and self._limit[0][14:-2])
@@ -2142,8 +2139,8 @@ class Registry:
         status = found._status if found else None
         return ("failed" if status == JobStatus.STOPPED else status) == self.container
 
-    def _job(self, job: Job | str, fields: dict[str, bytes] | None = None) -> Job:
-        return self.queue.job_class(_id_of(job), self.queue, fields or {})
+    def _job(self, job: Job | str) -> Job:
+        return self.queue.job_class(_id_of(job), self.queue, {})
 
     def get_job_ids(
         self, start: int = 0, end: int = -1, desc: bool = False, cleanup: bool = True
@@ -2310,20 +2307,18 @@ class Queue(Registry):
         One round trip.  Raises ValueError or TypeError for a bad option or an argument that can't
         be serialized, DuplicateJobError if `job_id` is that of a job that has not ended; then
         nothing was stored."""
-        return self._enqueue_with_options(-1, f, args, kwargs)
+        return self._sort_and_enqueue(-1, f, args, kwargs)
 
     def enqueue_at(self, datetime: datetime, f: Func, *args: Any, **kwargs: Any) -> Job:
         """Store a call to be run at `datetime`, which must be aware; see enqueue()."""
-        return self._enqueue_with_options(_delay_until(datetime), f, args, kwargs)
+        return self._sort_and_enqueue(_delay_until(datetime), f, args, kwargs)
 
     def enqueue_in(self, time_delta: Any, f: Func, *args: Any, **kwargs: Any) -> Job:
         """Store a call to be run after a timedelta, or seconds; see enqueue()."""
         delay = _seconds(time_delta, "time_delta", (0,))
-        return self._enqueue_with_options(delay, f, args, kwargs)
+        return self._sort_and_enqueue(delay, f, args, kwargs)
 
-    def _enqueue_with_options(
-        self, delay: float, f: Func, args: Any, kwargs: dict[str, Any]
-    ) -> Job:
+    def _sort_and_enqueue(self, delay: float, f: Func, args: Any, kwargs: dict[str, Any]) -> Job:
         """Sort keywords into options and the function's own, and enqueue."""
         names = _OPTIONS.keys() & kwargs.keys() - {"timeout", "group_id"}
         options = {name: kwargs.pop(name) for name in names}
@@ -2389,10 +2384,8 @@ class Queue(Registry):
         id, parents, unique = map(options.get, ("job_id", "depends_on", "unique"))
         if unique not in (None, True, False, "pending") or (unique and id is None):
             raise ValueError(f"unique={unique!r}: give True or 'pending', and a job_id")
-        if id is None:
-            job = self.job_class(secrets.token_urlsafe(16), self, fields, nonce="")
-        else:
-            job = self._job(id, fields)
+        new = secrets.token_urlsafe(16) if id is None else _id_of(id)
+        job = self.job_class(new, self, fields, nonce="" if id is None else None)
         job._unique = unique is True
         if parents:
             job._depends_on = parents if isinstance(parents, Dependency) else Dependency(parents)
@@ -2729,9 +2722,7 @@ class Group:
 # _settlement() turns an Outcome into the one transition that records it.
 
 
-def perform(
-    execution: Execution, handlers: Iterable[Callable[..., Any]] = (), describe: bool = True
-) -> Outcome:
+def perform(execution: Execution, handlers: Handlers = (), describe: bool = True) -> Outcome:
     """Run a job under its timeout and then its callback, and return how that ended.  If it raised,
     the handlers are told (job, type, exception, traceback), until one returns False."""
     job, began = execution.job, time.perf_counter()
@@ -2746,9 +2737,7 @@ def perform(
         _current_job.reset(token)
 
 
-def _attempt(
-    job: Job, handlers: Iterable[Callable[..., Any]], began: float, describe: bool
-) -> tuple[Outcome, Any]:
+def _attempt(job: Job, handlers: Handlers, began: float, describe: bool) -> tuple[Outcome, Any]:
     """Run a job; return its outcome, with what its callback is told: the value, or the error."""
     try:
         if log.isEnabledFor(logging.INFO):
@@ -2838,7 +2827,7 @@ def _send_webhooks(job: Job, outcome: Outcome, place: str) -> None:
                 log.warning("webhook %s of job %s: %s", hook.url, job.id, error)
 
 
-def _tell(handlers: Iterable[Callable[..., Any]], job: Job, error: BaseException) -> None:
+def _tell(handlers: Handlers, job: Job, error: BaseException) -> None:
     for handler in handlers:
         try:
             again = handler(job, type(error), error, error.__traceback__)
