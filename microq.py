@@ -1871,9 +1871,7 @@ class Job:
     finished_job_registry = property(lambda self: self.queue.finished_job_registry)
     failed_job_registry = property(lambda self: self.queue.failed_job_registry)
 
-    def get_position(self) -> int | None:
-        """Return how many jobs are before this one; None if it does not wait.  O(n)."""
-        return self.queue.get_job_position(self)
+    get_position = lambda self: self.queue.get_job_position(self)  # noqa: E731
 
     def get_executions(self) -> list[Execution]:
         """Return the run in progress, as a list of one; an empty list if there is none."""
@@ -2046,7 +2044,10 @@ def _pairs(flat: Sequence[bytes]) -> dict[str, bytes]:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception:  # that is no reason not to run the job
+        text = object.__repr__(value)
     return text if len(text) <= 75 else f"{text[:72]}..."
 
 
@@ -2301,7 +2302,6 @@ class Queue(Registry):
         rate_limit  - a RateLimit, none
         unique      - True: refuse a job_id of which there is any record; "pending": one that has
                       not ended, as is done in any case
-        group_id    - the name of a Group that it belongs to, none
         pipeline    - a redis-py pipeline to carry the command, which you execute, none
 
         One round trip.  Raises ValueError or TypeError for a bad option or an argument that can't
@@ -2310,7 +2310,7 @@ class Queue(Registry):
         return self._sort_and_enqueue(-1, f, args, kwargs)
 
     def enqueue_at(self, datetime: datetime, f: Func, *args: Any, **kwargs: Any) -> Job:
-        """Store a call to be run at `datetime`, which must be aware; see enqueue()."""
+        """Store a call to be run at `datetime`, which is local if naive; see enqueue()."""
         return self._sort_and_enqueue(_delay_until(datetime), f, args, kwargs)
 
     def enqueue_in(self, time_delta: Any, f: Func, *args: Any, **kwargs: Any) -> Job:
