@@ -2107,11 +2107,19 @@ class EnqueueData(NamedTuple):
 
 
 class Registry:
-    """The ids of a queue's jobs in one container; reading it changes nothing."""
+    """The jobs of a queue in one container; to read it changes nothing."""
 
-    def __init__(self, queue: Queue, container: str) -> None:
-        self.queue, self.container = queue, container
-        self.key = f"{queue.prefix}{container}"
+    container = "queued"
+
+    def __init__(
+        self, name: str = "default", connection: Redis | None = None, job_class: Any = None,
+        queue: Queue | None = None, serializer: Any = None,
+    ) -> None:  # fmt: skip
+        more = {"job_class": job_class, "serializer": serializer}
+        self.queue = queue or Queue(name, connection, **more)
+        self.name: str = self.queue.name
+        self.connection: Any = self.queue.connection
+        self.key = f"{self.queue.prefix}{self.container}"
 
     def _command(self, list_: str, hash_: str, zset: str, *limit: Any) -> Command:
         """Return the command for this type of container; only live records of a zset count."""
@@ -2125,7 +2133,7 @@ class Registry:
         return self._command("LLEN", "HLEN", "ZCOUNT")
 
     def __len__(self) -> int:
-        return int(_ask(self.queue.connection, *self._size()))
+        return int(_ask(self.connection, *self._size()))
 
     count = property(__len__)
 
@@ -2153,7 +2161,7 @@ class Registry:
         command = self._command("LRANGE", "HKEYS", zset, *limit)
         if self.container == "queued":
             command += (start, end)
-        ids = [id.decode() for id in _ask(self.queue.connection, *command)]
+        ids = [id.decode() for id in _ask(self.connection, *command)]
         if self.container == "started":
             ids = sorted(ids, reverse=desc)[start : end + 1 or None]
         return ids
@@ -2180,24 +2188,10 @@ class Registry:
         places: list[bytes] = []
         for start in range(0, len(ids), CHUNK):
             moves = [MOVE(self.queue.prefix, id, *words) for id in ids[start : start + CHUNK]]
-            replies = _send(self.queue.connection, *moves)
+            replies = _send(self.connection, *moves)
             places += [was for was, _ in replies]
-            _deliver(self.queue.connection, [word for _, posts in replies for word in posts])
+            _deliver(self.connection, [word for _, posts in replies for word in posts])
         return places.count(self.container.encode())
-
-
-class _JobRegistry(Registry):
-    """The jobs of a queue in one state; the queue is given, or its name."""
-
-    container = ""
-
-    def __init__(
-        self, name: str = "default", connection: Redis | None = None, job_class: Any = None,
-        queue: Queue | None = None, serializer: Any = None,
-    ) -> None:  # fmt: skip
-        more = {"job_class": job_class, "serializer": serializer}
-        super().__init__(queue or Queue(name, connection, **more), self.container)
-        self.name, self.connection = self.queue.name, self.queue.connection
 
     def get_expiration_time(self, job: Job | str) -> datetime | None:
         """Return when the record of a job expires, or a scheduled one is due; None for never.
@@ -2219,13 +2213,13 @@ class _JobRegistry(Registry):
             _ask(self.connection, "ZREMRANGEBYSCORE", self.key, "-inf", until)
 
 
-_REGISTRIES: dict[str, type[_JobRegistry]] = {
-    each: type(f"{each.title().replace('_', '')}JobRegistry", (_JobRegistry,), {"container": each})
-    for each in _CONTAINERS[1:]
+_REGISTRIES: dict[str, type[Registry]] = {
+    each: type(f"{each.title().replace('_', '')}JobRegistry", (Registry,), {"container": each})
+    for each in _CONTAINERS
 }
-StartedJobRegistry, ScheduledJobRegistry, DeferredJobRegistry = list(_REGISTRIES.values())[:3]
-RateLimitedJobRegistry, FinishedJobRegistry = list(_REGISTRIES.values())[3:5]
-FailedJobRegistry, CanceledJobRegistry = list(_REGISTRIES.values())[5:]
+StartedJobRegistry, ScheduledJobRegistry, DeferredJobRegistry = list(_REGISTRIES.values())[1:4]
+RateLimitedJobRegistry, FinishedJobRegistry = list(_REGISTRIES.values())[4:6]
+FailedJobRegistry, CanceledJobRegistry = list(_REGISTRIES.values())[6:]
 
 
 def clean_registries(queue: Queue, exception_handlers: Any = None) -> None:
@@ -2255,7 +2249,7 @@ class Queue(Registry):
         death_penalty_class: Any = None,
     ) -> None:  # fmt: skip
         self.name, self.prefix, self.connection = name, _prefix(name), _connect(connection)
-        super().__init__(self, "queued")
+        self.queue, self.key = self, f"{self.prefix}queued"
         self.serializer = resolve_serializer(serializer)
         self.job_class = _class(job_class, self.job_class)
         timeout = DEFAULT_TIMEOUT if default_timeout is None else default_timeout
@@ -2541,7 +2535,7 @@ class Queue(Registry):
     def delete(self, delete_jobs: bool = True) -> None:
         """Delete the queue with its jobs in all states. With delete_jobs=False it must be empty:
         raises InvalidJobOperation if not."""
-        registries = [Registry(self, container) for container in _CONTAINERS]
+        registries = [each(queue=self) for each in _REGISTRIES.values()]
         if not delete_jobs and any(len(registry) for registry in registries):
             raise InvalidJobOperation(f"queue {self.name!r} still has jobs; empty it first")
         for registry in registries:
@@ -4496,7 +4490,7 @@ class CronJob:
     ) -> list[str]:
         """Return the ids, <name>-<tick>, of its jobs that still exist, `start` to `end`, the latest
         first.  O(n) in the jobs of the queue."""
-        registries = [Registry(Queue(self.queue_name, connection), each) for each in _CONTAINERS]
+        registries = [each(self.queue_name, connection) for each in _REGISTRIES.values()]
         ids = [id for each in registries for id in each.get_job_ids()]
         ids = [id for id in ids if re.fullmatch(rf"{self._key[1]}-\d+", id)]
         return sorted(ids, key=lambda id: -int(id.rpartition("-")[2]))[start : end + 1 or None]
@@ -4960,7 +4954,7 @@ def _look_around(connection: Redis, of: Sequence[str]) -> _Look:
     asked, queues = list[Command](), [Queue(name, connection) for name in of]
     size = len(_CONTAINERS) + 2
     for queue in queues:
-        asked += [Registry(queue, each)._size() for each in _CONTAINERS]
+        asked += [each(queue=queue)._size() for each in _REGISTRIES.values()]
         asked += [("HKEYS", f"{queue.prefix}workers"), ("HGETALL", f"{queue.prefix}started")]
     ends = ("SMEMBERS", _QUEUES), ("EXISTS", _SUSPENDED)
     *replies, known, suspended = _send(connection, *asked, *ends)
