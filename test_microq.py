@@ -32,6 +32,7 @@ from collections import Counter
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
+import fakeredis
 import pytest
 import redis as redis_py
 
@@ -4113,8 +4114,8 @@ def test_a_worker_that_was_found_is_refreshed(redis, queue, start_worker):
 
 
 def test_jobs_run_on_a_fake_of_redis():
-    """For tests without a server, where fakeredis[lua] is installed."""
-    connection = pytest.importorskip("fakeredis").FakeStrictRedis()
+    """For tests without a server."""
+    connection = fakeredis.FakeStrictRedis()
     job = Queue(is_async=False, connection=connection).enqueue(add, 1, b=2)
     later = Queue(connection=connection).enqueue(fail)
     work(later.queue)
