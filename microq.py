@@ -1650,7 +1650,7 @@ class Job:
         self._began: float | None = None  # when its run here began, by the server's clock
         self._meta: dict[str, Any] | None = None
         self._decoded: tuple[Any, ...] | None = None  # the call, once it was asked for
-        self._unique = False
+        self._unique = self._at_front = False
         self._depends_on: Dependency | None = None  # as it was created
 
     def _enter(self, queue: Any) -> None:
@@ -2088,21 +2088,21 @@ _CONTAINERS = [
 ]  # fmt: skip
 _ENDED = _CONTAINERS[5:]
 _OVER = (*_ENDED, "stopped")
-# The options of a job: a type; for durations, what may be given beside a positive number.
+# The options of a job: a type; for durations, what may be given beside a positive number; None for
+# those that become no field.
 _OPTIONS: dict[str, Any] = {
     "timeout": (-1,), "result_ttl": (-1, 0), "failure_ttl": (-1, 0), "ttl": (), "description": str,
-    "job_id": str, "meta": dict, "retry": Retry, "repeat": Repeat, "max_crashes": int,
-    "depends_on": object, "rate_limit": RateLimit, "unique": object, "group_id": str,
-    "webhooks": list, "on_success": Callback, "on_failure": Callback, "on_stopped": Callback,
+    "meta": dict, "retry": Retry, "repeat": Repeat, "max_crashes": int, "rate_limit": RateLimit,
+    "group_id": str, "webhooks": list, "on_success": Callback, "on_failure": Callback,
+    "on_stopped": Callback, "job_id": None, "depends_on": None, "unique": None, "at_front": None,
 }  # fmt: skip
-_CALL = {"func", "args", *_OPTIONS}  # the fields that a job begins its life with
+_CALL = {"func", "args", *_OPTIONS} - {"at_front"}  # the fields that a job begins its life with
 
 
 class EnqueueData(NamedTuple):
     """A call and its options, for enqueue_many(); made by Queue.prepare_data()."""
 
     call: tuple[Func, Any, Any]
-    at_front: bool
     options: dict[str, Any]
 
 
@@ -2317,29 +2317,27 @@ class Queue(Registry):
         names = _OPTIONS.keys() & kwargs.keys() - {"timeout", "group_id"}
         options = {name: kwargs.pop(name) for name in names}
         options["timeout"] = kwargs.pop("job_timeout", None)
-        at_front, pipeline = kwargs.pop("at_front", False), kwargs.pop("pipeline", None)
+        pipeline = kwargs.pop("pipeline", None)
         if "args" in kwargs or "kwargs" in kwargs:
             own = kwargs.pop("args", None), kwargs.pop("kwargs", None)
             if args or kwargs:
                 raise TypeError("give arguments in args= and kwargs=, or directly, not both")
             args, kwargs = own
         job = self.create_job(f, args, kwargs, **options)
-        self._store([(job, at_front)], pipeline, delay)
+        self._store([job], pipeline, delay)
         return job
 
-    def enqueue_call(
-        self, func: Func, args: Any = None, kwargs: Any = None, *,
-        at_front: bool = False, pipeline: Any = None, **options: Any,
-    ) -> Job:  # fmt: skip
-        """Store a call, its arguments and the options of create_job() spelled apart."""
-        return self.enqueue_job(self.create_job(func, args, kwargs, **options), pipeline, at_front)
+    def enqueue_call(self, func: Func, args: Any = None, kwargs: Any = None, **options: Any) -> Job:
+        """Store a call; the options are `pipeline` and those of create_job()."""
+        pipeline = options.pop("pipeline", None)
+        return self.enqueue_job(self.create_job(func, args, kwargs, **options), pipeline)
 
     @staticmethod
     def prepare_data(
-        func: Func, args: Any = None, kwargs: Any = None, at_front: bool = False, **options: Any
+        func: Func, args: Any = None, kwargs: Any = None, **options: Any
     ) -> EnqueueData:
         """Return a call with the options of create_job(), for enqueue_many()."""
-        return EnqueueData((func, args, kwargs), at_front, options)
+        return EnqueueData((func, args, kwargs), options)
 
     def enqueue_many(
         self, job_datas: Iterable[EnqueueData], pipeline: Any = None, group_id: str | None = None
@@ -2357,8 +2355,7 @@ class Queue(Registry):
                 if group:
                     group._add_jobs(made, pipeline)
                 next(storing, None)
-                fronts = [each.at_front for each in chunk]
-                storing = self._storing([*zip(made, fronts, strict=True)], pipeline, line=line)
+                storing = self._storing(made, pipeline, line=line)
                 next(storing)
                 jobs += made
             next(storing, None)
@@ -2370,17 +2367,16 @@ class Queue(Registry):
         if options.get("timeout") is None and self.default_timeout != DEFAULT_TIMEOUT:
             options["timeout"] = self.default_timeout
         for name, value in options.items():
-            kind = _OPTIONS.get(name)
-            if kind is None:
+            if name not in _OPTIONS:
                 raise TypeError(f"{name!r} is no option; there are: {', '.join(_OPTIONS)}")
-            if value is not None and name not in ("job_id", "depends_on", "unique"):
+            if value is not None and (kind := _OPTIONS[name]) is not None:
                 fields[name] = self._encode_option(name, kind, value)
         id, parents, unique = map(options.get, ("job_id", "depends_on", "unique"))
         if unique not in (None, True, False, "pending") or (unique and id is None):
             raise ValueError(f"unique={unique!r}: give True or 'pending', and a job_id")
         new = secrets.token_urlsafe(16) if id is None else _id_of(id)
         job = self.job_class(new, self, fields, nonce="" if id is None else None)
-        job._unique = unique is True
+        job._unique, job._at_front = unique is True, bool(options.get("at_front"))
         if parents:
             job._depends_on = parents if isinstance(parents, Dependency) else Dependency(parents)
         return job
@@ -2424,7 +2420,8 @@ class Queue(Registry):
     def enqueue_job(self, job: Job, pipeline: Any = None, at_front: bool = False) -> Job:
         """Store a job made by create_job() or Job.create(); one that has ended begins a new life.
         Raises InvalidJobOperation for a job that is in another queue."""
-        self._store([(self._adopt(job), at_front)], pipeline)
+        job._at_front |= at_front
+        self._store([self._adopt(job)], pipeline)
         return job
 
     def _adopt(self, job: Job) -> Job:
@@ -2441,25 +2438,24 @@ class Queue(Registry):
 
     def schedule_job(self, job: Job, datetime: datetime, pipeline: Any = None) -> Job:
         """Store a job made by create_job(), to be run at `datetime`; see enqueue_job()."""
-        self._store([(self._adopt(job), False)], pipeline, _delay_until(datetime))
+        self._store([self._adopt(job)], pipeline, _delay_until(datetime))
         return job
 
-    def _store(self, jobs: Sequence[tuple[Job, bool]], pipeline: Any, delay: float = -1) -> None:
-        """Run the script `enqueue` for (job, at_front) pairs; delay -1 means now."""
+    def _store(self, jobs: Sequence[Job], pipeline: Any, delay: float = -1) -> None:
+        """Run the script `enqueue`; a delay of -1 means now."""
         for _ in self._storing(jobs, pipeline, delay):
             pass
 
     def _storing(
-        self, jobs: Sequence[tuple[Job, bool]], pipeline: Any, delay: float = -1,
-        line: _Line | None = None,
-    ) -> Iterator[None]:  # fmt: skip
+        self, jobs: Sequence[Job], pipeline: Any, delay: float = -1, line: _Line | None = None
+    ) -> Iterator[None]:
         """Do that in two steps; over `line` the server begins at the first."""
-        if len({job.id for job, _ in jobs}) < len(jobs):
+        if len({job.id for job in jobs}) < len(jobs):
             raise DuplicateJobError("the same job_id stands twice in one enqueue_many()")
         if not self.is_async and pipeline is not None:
             raise TypeError("is_async=False runs jobs at once; it can't use a pipeline")
-        self._find_parents([job for job, _ in jobs])
-        words = [word for job, front in jobs for word in _enqueue_words(job, front, delay)]
+        self._find_parents(jobs)
+        words = [word for job in jobs for word in _enqueue_words(job, job._at_front, delay)]
         register = () if self._known else (("SADD", _QUEUES, self.name),)
         commands = (ENQUEUE(self.prefix, delay, *words), *register)
         ahead = line if line and pipeline is None and len(jobs) == CHUNK else None
@@ -2481,16 +2477,16 @@ class Queue(Registry):
             if isinstance(reply, list):
                 reply, posts = reply
                 _deliver(self.connection, posts)
-            for job, _ in jobs:
+            for job in jobs:
                 job._fields["created_at"] = reply
-        for job, _ in jobs:
+        for job in jobs:
             job._status = JobStatus.SCHEDULED if delay >= 0 else JobStatus.QUEUED
             if "depends_on" in job._fields or "rate_limit" in job._fields:
                 job._status = None  # to be looked up
-            job._nonce = None  # should it be enqueued once more
+            job._nonce, job._at_front = None, False  # should it be enqueued once more
         if not self.is_async and delay < 0:
             SimpleWorker(self).work(burst=True, logging_level=None)
-            _look([job for job, _ in jobs])
+            _look(jobs)
 
     def _find_parents(self, jobs: Sequence[Job]) -> None:
         """Note where those are on which jobs depend: here, if unknown.  Two round trips for ids."""
@@ -2540,9 +2536,9 @@ class Queue(Registry):
             raise InvalidJobOperation(f"queue {self.name!r} still has jobs; empty it first")
         for registry in registries:
             registry.empty()
-        old = [("ZREMRANGEBYSCORE", each.key, "-inf", time.time()) for each in registries[5:]]
+            registry.cleanup()
         rest = [f"{self.prefix}{each}" for each in ("wake", "cron", "ticks", "schedulers")]
-        _send(self.connection, *old, ("SREM", _QUEUES, self.name), ("DEL", *rest))
+        _send(self.connection, ("SREM", _QUEUES, self.name), ("DEL", *rest))
         self._known = False
 
     def __eq__(self, other: object) -> bool:
