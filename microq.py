@@ -325,9 +325,8 @@ class ResultType(str, enum.Enum):
 
 
 def _seconds(value: Any, name: str, special: tuple[int, ...] = ()) -> float:
-    """Return a duration in seconds: a number, a timedelta, "90", "30s", "5m", "2h" or "1d".
-    `special` lists values beside the positive ones that have a meaning, as -1 for "no limit".
-    Raises TypeError or ValueError, which name the option."""
+    """Return a duration in seconds: a number, a timedelta, "90", "30s", "5m", "2h" or "1d"; one
+    that is positive, or in `special`.  Raises TypeError or ValueError, which name the option."""
     if isinstance(value, timedelta):
         value = value.total_seconds()
     elif isinstance(value, str):
@@ -1626,8 +1625,7 @@ _current_job: contextvars.ContextVar[Job | None] = contextvars.ContextVar("job",
 
 def _field(name: str, default: float | None, doc: str) -> Any:
     """Make an attribute that reads a number from the hash."""
-    value = lambda job: default if (number := job._number(name)) is None else number  # noqa: E731
-    return property(value, doc=doc)
+    return property(lambda job: default if (has := job._number(name)) is None else has, doc=doc)
 
 
 def _is(status: JobStatus) -> Any:
@@ -1802,9 +1800,8 @@ class Job:
         return self._fields.get(name, b"").decode(errors="replace")
 
     def _number(self, name: str) -> float | None:
-        if not self._fields.get(name):
+        if not (text := self._text(name)):
             return None
-        text = self._text(name)
         if not re.fullmatch(r"-?\d{1,10}(\.\d+)?(e-\d+)?", text):
             raise self._garbled(name)
         return float(text)
@@ -2144,8 +2141,7 @@ class Registry:
         return True
 
     def __contains__(self, job: Job | str) -> bool:
-        found = self.queue.fetch_job(_id_of(job))
-        status = found._status if found else None
+        status = getattr(self.queue.fetch_job(_id_of(job)), "_status", None)
         return ("failed" if status == JobStatus.STOPPED else status) == self.container
 
     def _job(self, job: Job | str) -> Job:
