@@ -2416,7 +2416,7 @@ class Queue(Registry):
     def enqueue_job(self, job: Job, pipeline: Any = None, at_front: bool = False) -> Job:
         """Store a job made by create_job() or Job.create(); one that has ended begins a new life.
         Raises InvalidJobOperation for a job that is in another queue."""
-        job._at_front |= at_front
+        job._at_front = job._at_front or bool(at_front)
         self._store([self._adopt(job)], pipeline)
         return job
 
