@@ -13,6 +13,7 @@ import fcntl
 import gc
 import http.server
 import importlib.util
+import itertools
 import json
 import os
 import pty
@@ -5001,3 +5002,1320 @@ def test_a_live_view_outlives_its_server(tmp_path, terminal):
     os.write(live.master, b"q")
     live.check_restored()
     server.stop()
+
+
+# ---- The examples of RQ's documentation ----------------------------------------------------------
+# What RQ's documentation does with RQ, with only the import changed.  One test for each of its
+# topics; what it shows by print() is asserted, and what waits for a minute waits less.
+
+
+def say_hello(name="you"):
+    return f"hello {name}"
+
+
+def div_by_zero(x=1):
+    return x / 0
+
+
+def fib(n):
+    return n if n < 2 else fib(n - 1) + fib(n - 2)
+
+
+def describe(url, description=None, ttl=None):
+    return [url, description, ttl]
+
+
+def return_retry(max=1, interval=60):
+    return Retry(max=max, interval=interval)
+
+
+def id_of_current_job():
+    return get_current_job().id
+
+
+REPORTED = []  # what callbacks and handlers were told
+
+
+def report_success(job, connection, result, *args, **kwargs):
+    REPORTED.append(("success", job.id, result))
+
+
+def report_failure(job, connection, type, value, traceback):
+    REPORTED.append(("failure", job.id, type.__name__))
+
+
+def report_stopped(job, connection):
+    job.meta["stopped"] = True
+    job.save_meta()
+
+
+def foo_handler(job, exc_type, exc_value, traceback):
+    REPORTED.append(("foo", job.id, exc_type.__name__))
+
+
+def bar_handler(job, *exc_info):
+    REPORTED.append(("bar", job.id, exc_info[0].__name__))
+
+
+def black_hole(job, *exc_info):
+    return False
+
+
+def child_env():
+    return clean_env() | {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
+
+
+@pytest.fixture
+def reported():
+    REPORTED.clear()
+    return REPORTED
+
+
+@pytest.fixture
+def hooks():
+    """A local web server; its URL, and what it was asked: (method, path, header X-Key, body)."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            asked.append((self.command, self.path, self.headers.get("X-Key"), body))
+            self.send_response(200)
+            self.end_headers()
+
+        do_POST = do_GET
+
+        def log_message(self, *words):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever).start()
+    yield f"http://127.0.0.1:{server.server_port}", asked
+    server.shutdown()
+    server.server_close()
+
+
+def test_docs_enqueue_a_function_and_look_at_its_result_later(redis, page):
+    from microq import Queue
+
+    q = Queue(connection=redis)  # no args implies the default queue
+    job = q.enqueue(count_words_at_url, page)
+    assert job.result is None
+    work(q)
+    assert job.result == job.return_value() == 6
+    low = Queue("low", connection=redis)
+    job = low.enqueue(count_words_at_url, page)
+    assert (job.origin, low.job_ids, len(q)) == ("low", [job.id], 0)
+
+
+def test_docs_enqueue_with_every_option(redis):
+    from microq import Queue
+
+    q = Queue(connection=redis)
+    first = q.enqueue(say_hello)
+    for timeout, seconds in ((2, 2), ("2", 2), ("1h", 3600), ("3m", 180), ("5s", 5)):
+        assert q.enqueue(say_hello, job_timeout=timeout).timeout == seconds
+    job = q.enqueue(
+        say_hello,
+        "ann",
+        result_ttl=86400,
+        ttl=60,
+        failure_ttl=300,
+        depends_on=first,
+        job_id="my_job_id",
+        at_front=True,
+        description="a greeting",
+        on_success=report_success,
+        on_failure=report_failure,
+        meta={"user": 7},
+    )
+    stored = Job.fetch("my_job_id", connection=redis)
+    assert job.id == "my_job_id" and stored.get_status() == "deferred"
+    assert (stored.result_ttl, stored.ttl, stored.failure_ttl) == (86400, 60, 300)
+    assert (stored.description, stored.meta, stored.args) == ("a greeting", {"user": 7}, ("ann",))
+
+
+def test_docs_priority_by_place_and_by_queue(redis, tmp_path):
+    from microq import Queue, Worker
+
+    queue, log = Queue(connection=redis), tmp_path / "log"
+    later = queue.enqueue(say_hello)
+    job = queue.enqueue(say_hello, at_front=True)
+    assert queue.job_ids == [job.id, later.id]
+    high_priority_queue = Queue("high", connection=redis)
+    low_priority_queue = Queue("low", connection=redis)
+    low_priority_queue.enqueue(append, str(log), "not urgent")
+    high_priority_queue.enqueue(append, str(log), "urgent")
+    Worker(["high", "low"], connection=redis).work(burst=True)
+    assert log.read_text() == "urgent\nnot urgent\n"
+
+
+def test_docs_name_clashes_are_solved_by_args_and_kwargs(redis):
+    from microq import Queue
+
+    q = Queue("low", connection=redis)
+    job = q.enqueue(
+        describe,
+        ttl=30,  # This ttl will be used by RQ
+        args=("http://nvie.com",),
+        kwargs={"description": "Function description", "ttl": 15},  # passed on to the function
+    )
+    assert job.ttl == 30
+    work(q)
+    assert job.return_value() == ["http://nvie.com", "Function description", 15]
+
+
+def test_docs_string_functions_need_not_be_here(redis, tmp_path, monkeypatch):
+    from microq import Queue
+
+    q = Queue("low", connection=redis)
+    job = q.enqueue("my_package.my_module.my_func", 3, 4)
+    (tmp_path / "my_package").mkdir()
+    (tmp_path / "my_package" / "my_module.py").write_text("def my_func(x, y):\n    return x * y\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    work(q)
+    assert job.return_value() == 12
+
+
+def test_docs_bulk_enqueueing(redis):
+    from microq import Queue
+
+    q = Queue(connection=redis)
+    jobs = q.enqueue_many(
+        [
+            Queue.prepare_data(say_hello, ("ann",), job_id="my_job_id"),
+            Queue.prepare_data(say_hello, ("bob",), job_id="my_other_job_id"),
+        ]
+    )
+    assert q.job_ids == [job.id for job in jobs] == ["my_job_id", "my_other_job_id"]
+    with q.connection.pipeline() as pipe:
+        jobs += q.enqueue_many(
+            [
+                Queue.prepare_data(say_hello, ("eve",), job_id="my_third_job_id"),
+                Queue.prepare_data(fail, job_id="my_last_job_id", retry=Retry(2), timeout=9),
+            ],
+            pipeline=pipe,
+        )
+        assert len(q) == 2
+        pipe.execute()
+    work(q)
+    assert [job.return_value() for job in jobs[:3]] == ["hello ann", "hello bob", "hello eve"]
+    assert jobs[3].get_status() == "failed" and len(jobs[3].results()) == 3
+
+
+def test_docs_group_of_jobs(redis):
+    from microq import Group, Queue
+
+    q = Queue(connection=redis)
+    group = Group.create(connection=redis)
+    jobs = group.enqueue_many(
+        queue=q,
+        job_datas=[
+            Queue.prepare_data(say_hello, ("ann",), job_id="my_job_id"),
+            Queue.prepare_data(say_hello, ("bob",), job_id="my_other_job_id"),
+        ],
+    )
+    assert {job.id for job in group.get_jobs()} == {job.id for job in jobs}
+    assert jobs[0].group_id == group.name
+    named = Group.create(connection=redis, name="my_group")
+    named.enqueue_many(q, [Queue.prepare_data(add, (1,))])
+    work(q)
+    [job] = Group.fetch("my_group", connection=redis).get_jobs()
+    assert job.return_value() == 1
+    assert {each.name for each in Group.all(connection=redis)} == {group.name, "my_group"}
+
+
+def test_docs_unique_jobs(redis):
+    from microq import DuplicateJobError, Queue
+
+    queue = Queue(connection=redis)
+    job = queue.enqueue(say_hello, "user", job_id="welcome-42", unique=True)
+    with pytest.raises(DuplicateJobError):
+        queue.enqueue(say_hello, "user", job_id="welcome-42", unique=True)
+    work(queue)
+    assert job.is_finished
+    with pytest.raises(DuplicateJobError):  # as long as its result is there
+        queue.enqueue(say_hello, "user", job_id="welcome-42", unique=True)
+    job.delete()
+    queue.enqueue(say_hello, "user", job_id="welcome-42", unique=True)
+    queue.enqueue_in(timedelta(minutes=5), say_hello, job_id="remind-42", unique=True)
+    with pytest.raises(DuplicateJobError):
+        queue.enqueue_in(timedelta(minutes=5), say_hello, job_id="remind-42", unique=True)
+    with pytest.raises(ValueError):
+        queue.enqueue(say_hello, unique=True)  # without a job_id
+
+
+def test_docs_concurrency_rate_limits(redis):
+    from microq import Queue, RateLimit
+
+    queue = Queue(connection=redis)
+    limit = RateLimit(key="reports", concurrency=2)
+    jobs = [queue.enqueue(say_hello, rate_limit=limit) for _ in range(3)]
+    assert [job.get_status() for job in jobs] == ["queued", "queued", "rate_limited"]
+    assert len(queue) == 2
+    work(queue)
+    assert all(job.is_finished for job in jobs)
+
+
+def test_docs_dependencies_on_one_job_or_several(redis, tmp_path):
+    from microq import Queue
+
+    q, log = Queue("low", connection=redis), str(tmp_path / "log")
+    report_job = q.enqueue(append, log, "report")
+    send_job = q.enqueue(append, log, "send", depends_on=report_job)
+    foo_job, bar_job = q.enqueue(say_hello), q.enqueue(say_hello)
+    baz_job = q.enqueue(append, log, "baz", depends_on=[foo_job, bar_job.id])
+    assert (send_job.get_status(), baz_job.is_deferred, len(q)) == ("deferred", True, 3)
+    assert send_job in q.deferred_job_registry
+    work(q)
+    assert send_job.is_finished and baz_job.is_finished
+    assert (tmp_path / "log").read_text() == "report\nsend\nbaz\n"
+    report_job = q.enqueue(add)
+    later = q.enqueue_in(timedelta(seconds=0), append, log, "later", depends_on=report_job)
+    assert later.is_deferred  # RQ does not wait
+    failed = q.enqueue(div_by_zero)
+    waits = q.enqueue(say_hello, depends_on=failed)
+    work(q)
+    assert (
+        later.is_finished and failed.is_failed and waits.is_deferred
+    )  # it runs after a success only
+
+
+def test_docs_dependency_that_may_fail(redis, reported, tmp_path):
+    from microq import Dependency, Queue
+
+    queue, log = Queue(connection=redis), str(tmp_path / "log")
+    reports = {"on_success": report_success, "on_failure": report_failure}
+    job_1 = queue.enqueue(div_by_zero, **reports)
+    last = queue.enqueue(append, log, "last")
+    dependency = Dependency(jobs=[job_1], allow_failure=True, enqueue_at_front=True)
+    job_2 = queue.enqueue(append, log, "first", depends_on=dependency, **reports)
+    assert job_2.is_deferred
+    work(queue)  # job_2 will execute even though its dependency (job_1) fails
+    assert job_1.is_failed and job_2.is_finished and last.is_finished
+    assert reported == [("failure", job_1.id, "ZeroDivisionError"), ("success", job_2.id, None)]
+    assert (tmp_path / "log").read_text() == "first\nlast\n"
+
+
+def test_docs_callbacks(redis, reported):
+    from microq import Callback, Queue
+
+    queue = Queue(connection=redis)
+    bare = {"on_success": report_success, "on_failure": report_failure}
+    timed = {
+        "on_success": Callback(report_success),  # 60 seconds by default
+        "on_failure": Callback(report_failure, timeout=10),
+        "on_stopped": Callback("test_microq.report_stopped", timeout="2m"),
+    }
+    jobs = [queue.enqueue(func, **each) for each in (bare, timed) for func in (add, div_by_zero)]
+    work(queue)
+    good, bad, good_2, bad_2 = [job.id for job in jobs]
+    assert reported == [
+        ("success", good, 0), ("failure", bad, "ZeroDivisionError"),
+        ("success", good_2, 0), ("failure", bad_2, "ZeroDivisionError"),
+    ]  # fmt: skip
+    job = queue.enqueue(add, on_success=Callback(bad_callback), retry=Retry(max=2))
+    work(queue)
+    assert job.is_finished and len(job.results()) == 1  # RQ makes it a failure, and runs it again
+
+
+def bad_callback(job, connection, result):
+    raise KeyError("callback")
+
+
+def test_docs_webhooks(redis, hooks):
+    from microq import Queue, Webhook
+
+    queue, (url, asked) = Queue(connection=redis), hooks
+    webhooks = [
+        Webhook(f"{url}/finished", job_status="finished"),
+        Webhook(f"{url}/failed", job_status="failed", method="POST", headers={"X-Key": "secret"}),
+    ]
+    queue.enqueue(say_hello, webhooks=webhooks)
+    bad = queue.enqueue(div_by_zero, webhooks=webhooks)
+    queue.enqueue(say_hello, webhooks=[Webhook(f"{url}/post", "finished", method="POST")])
+    queue.enqueue(say_hello, webhooks=[Webhook("http://127.0.0.1:9/nobody", "finished", timeout=5)])
+    work(queue)
+    wait_until(lambda: len(asked) == 3)
+    assert asked[0][:2] == ("GET", "/finished")
+    assert asked[1][:3] == ("POST", "/failed", "secret")
+    body = json.loads(asked[1][3])
+    assert (body["job_id"], body["status"]) == (bad.id, "failed")
+    assert body["func_name"] == "test_microq.div_by_zero" and body["enqueued_at"] < body["ended_at"]
+    assert "ZeroDivisionError" in body["exc_info"]
+    assert asked[2][:2] == ("POST", "/post") and "exc_info" not in json.loads(asked[2][3])
+    assert len(queue.finished_job_registry) == 3
+
+
+def test_docs_queue_methods(redis):
+    from microq import Queue
+
+    q = Queue(connection=redis)
+    q.enqueue(say_hello, job_id="my_id")
+    q.enqueue(say_hello)
+    assert len(q) == q.count == 2
+    queued_job_ids = q.job_ids
+    queued_jobs = q.jobs
+    job = q.fetch_job("my_id")
+    assert queued_job_ids == [each.id for each in queued_jobs] and queued_jobs[0] == job
+    assert q.fetch_job("nobody") is None
+    assert q.empty() == 2 and q.is_empty() and q.fetch_job("my_id") is None
+    job = q.enqueue(say_hello)
+    q.delete(delete_jobs=True)
+    assert not Job.exists(job.id, connection=redis) and Queue.all(connection=redis) == []
+    q.enqueue(say_hello)  # makes it anew
+    assert Queue.all(connection=redis) == [q]
+
+
+def test_docs_decorator(redis, server, tmp_path, monkeypatch):
+    from microq import Queue
+
+    code = """
+        from redis import Redis
+        from microq import job
+
+        @job("low", connection=Redis.from_url(URL), timeout=5, result_ttl=60)
+        def add(x, y):
+            return x + y
+        """
+    path = tmp_path / "decorated.py"
+    path.write_text(textwrap.dedent(code).replace("URL", repr(server.url)))
+    monkeypatch.syspath_prepend(tmp_path)
+    from decorated import add
+
+    job = add.delay(3, 4)
+    other = add.enqueue(3, y=5, job_id="mine", at_front=True)
+    low = Queue("low", connection=redis)
+    assert low.job_ids == ["mine", job.id] and (job.timeout, job.result_ttl) == (5, 60)
+    work(low)
+    assert (job.return_value(), other.return_value(), add(1, 2)) == (7, 8, 3)
+
+
+def test_docs_sync_queues_need_no_worker(redis, reported):
+    from microq import Queue
+
+    q = Queue("low", is_async=False, connection=redis)
+    job = q.enqueue(fib, 8, on_success=report_success)
+    assert job.is_finished and job.result == job.return_value() == 21
+    assert reported == [("success", job.id, 21)]
+    assert q.enqueue(div_by_zero).is_failed
+
+
+def test_docs_jobs_are_created_and_fetched(redis, page):
+    from microq import Job, Queue
+
+    q = Queue(connection=redis)
+    job = q.enqueue(count_words_at_url, page, job_id="foo_id")
+    job = Job.create(count_words_at_url, (page,), connection=redis)
+    q.enqueue_job(job)
+    q.enqueue_job(Job.create(say_hello, kwargs={"name": "x"}, id="bar_id", connection=redis))
+    work(q)
+    stored = Job.fetch("foo_id", connection=redis)
+    assert stored.get_status() == "finished" and stored.func_name.endswith("count_words_at_url")
+    assert (stored.args, stored.kwargs, stored.result) == ((page,), {}, 6)
+    assert stored.enqueued_at <= stored.started_at <= stored.ended_at
+    jobs = Job.fetch_many(["foo_id", "nobody", "bar_id"], connection=redis)
+    assert [each and each.id for each in jobs] == ["foo_id", None, "bar_id"]
+    assert job.return_value() == 6 and jobs[2].return_value() == "hello x"
+
+
+def test_docs_executions_of_a_job(redis, tmp_path):
+    from microq import Queue
+
+    queue = Queue(connection=redis)
+    with Worker(queue):
+        job = queue.enqueue(stay, str(tmp_path / "log"), 0.5)
+        people(tmp_path / "log")
+        [execution] = job.get_executions()
+        began = datetime.now(timezone.utc) - timedelta(seconds=5)
+        assert began < execution.created_at <= execution.last_heartbeat and execution.id
+    assert job.is_finished and job.get_executions() == []
+
+
+def test_docs_a_started_job_is_stopped(redis, queue, start_worker, tmp_path):
+    from microq import Callback, FailedJobRegistry, send_stop_job_command
+
+    start_worker()
+    job = queue.enqueue(stay, str(tmp_path / "log"), on_stopped=Callback(report_stopped, timeout=9))
+    people(tmp_path / "log")
+    send_stop_job_command(redis, job.id)
+    wait_until(lambda: job.is_stopped)
+    assert job.get_status() == "stopped" and job in FailedJobRegistry(queue=queue)
+    assert wait_until(lambda: job.get_meta().get("stopped"))
+    with pytest.raises(InvalidJobOperation):  # it is not executing any more
+        send_stop_job_command(redis, job.id)
+
+
+def test_docs_jobs_are_canceled(redis):
+    from microq import CanceledJobRegistry, Job, Queue, cancel_job
+
+    queue = Queue(connection=redis)
+    job = queue.enqueue(say_hello, job_id="my_job_id")
+    waits = queue.enqueue(say_hello, depends_on=job)
+    job = Job.fetch("my_job_id", connection=redis)
+    job.cancel()
+    assert job.get_status() == "canceled" and job.is_canceled
+    registry = CanceledJobRegistry(job.origin, connection=job.connection)
+    assert job in registry and len(queue) == 0 and waits.is_deferred
+    with pytest.raises(InvalidJobOperation):
+        job.cancel()
+    job = queue.enqueue(say_hello)
+    heir = queue.enqueue(say_hello, depends_on=job)
+    job.cancel(enqueue_dependents=True)
+    assert queue.job_ids == [heir.id]
+    cancel_job(heir.id, connection=redis)
+    assert heir.is_canceled
+
+
+def test_docs_serializers(redis):
+    from microq import Job, JSONSerializer, Queue, SimpleWorker
+
+    for serializer in ("json", JSONSerializer):
+        queue = Queue("foo", connection=redis, serializer=serializer)
+        job = queue.enqueue(add, [1], b=[2], meta={"a": 1})
+        worker = SimpleWorker("foo", connection=redis, serializer=serializer)
+        worker.work(burst=True)
+        stored = Job.fetch(job.id, connection=redis, serializer=JSONSerializer)
+        assert stored.return_value() == [1, 2] and stored.meta == {"a": 1}
+
+
+def test_docs_current_job_and_its_meta(redis):
+    from microq import Queue, get_current_job
+
+    queue = Queue(connection=redis)
+    job, other = queue.enqueue(id_of_current_job), queue.enqueue(handled_by)
+    work(queue)
+    assert job.return_value() == job.id and get_current_job() is None
+    other.refresh()
+    assert other.meta == other.get_meta() == {"handled_by": socket.gethostname()}
+
+
+def handled_by():
+    job = get_current_job()
+    job.meta["handled_by"] = socket.gethostname()
+    job.save_meta()
+
+
+def test_docs_ttls(redis):
+    from microq import Job, NoSuchJobError, Queue, SimpleWorker
+
+    q = Queue(connection=redis)
+    for seconds in (86400, 600, 0, -1):
+        job = q.enqueue(say_hello, result_ttl=seconds, ttl=43, failure_ttl=300)
+        work(q)
+        if seconds == 0:
+            with pytest.raises(NoSuchJobError):
+                Job.fetch(job.id, connection=redis)
+        else:
+            stored = Job.fetch(job.id, connection=redis)
+            assert (stored.result_ttl, stored.ttl, stored.failure_ttl) == (seconds, 43, 300)
+            assert stored.return_value() == "hello you"
+    plain = q.enqueue(say_hello)
+    assert plain.ttl is None
+    short = q.enqueue(say_hello, ttl=1)
+    q.enqueue(say_hello, job_id="brief", result_ttl=1)
+    SimpleWorker([q]).work(burst=True, max_jobs=1)
+    time.sleep(1.1)
+    work(q)
+    assert not Job.exists(short.id, connection=redis) and plain.is_finished
+    time.sleep(1.1)
+    assert not Job.exists("brief", connection=redis)
+
+
+def test_docs_position_in_the_queue(redis):
+    from microq import Queue
+
+    q = Queue(connection=redis)
+    job = q.enqueue(say_hello)
+    job2 = q.enqueue(say_hello)
+    assert (job.get_position(), job2.get_position()) == (0, 1)
+    assert (q.get_job_position(job), q.get_job_position(job2.id)) == (0, 1)
+    q.empty()
+    assert q.get_job_position(job) is None
+
+
+def test_docs_failed_jobs_are_kept_and_requeued(redis):
+    from microq import FailedJobRegistry, Queue, Worker, requeue_job
+
+    queue = Queue(connection=redis)
+    job = queue.enqueue(div_by_zero, 1)
+    registry = queue.failed_job_registry
+    worker = Worker([queue])
+    worker.work(burst=True)
+    assert len(registry) == 1  # Failed jobs are kept in FailedJobRegistry
+    registry.requeue(job)  # Puts job back in its original queue
+    assert len(registry) == 0
+    assert queue.count == 1
+    worker.work(burst=True)
+    for job_id in FailedJobRegistry(queue=queue).get_job_ids():
+        registry.requeue(job_id)
+    assert (len(registry), queue.count) == (0, 1)
+    worker.work(burst=True)
+    requeue_job(job.id, connection=redis)
+    assert job.is_queued
+
+
+def test_docs_results(redis):
+    from microq import Job, Queue, Result
+
+    queue = Queue(connection=redis)
+    queue.enqueue(add, 1, 2, job_id="my_id")
+    queue.enqueue(div_by_zero, job_id="bad", retry=Retry(max=1))
+    work(queue)
+    job = Job.fetch(id="my_id", connection=redis)
+    result = job.latest_result()
+    assert result.type == result.Type.SUCCESSFUL and result.return_value == 3
+    assert result.job_id == "my_id" and job.return_value() == job.return_value(refresh=True) == 3
+    assert abs(result.created_at.timestamp() - time.time()) < 5
+    bad = Job.fetch(id="bad", connection=redis)
+    result = bad.latest_result()
+    assert result.type == result.Type.FAILED and "ZeroDivisionError" in result.exc_string
+    assert bad.return_value() is None and result.return_value is None
+    types = [result.type for result in bad.results() if result.created_at]
+    assert types == [Result.Type.FAILED, Result.Type.RETRIED]  # RQ keeps the last one only
+
+
+def test_docs_latest_result_waits(redis):
+    from microq import Queue
+
+    queue = Queue(connection=redis)
+    with Worker(queue):
+        job = queue.enqueue(sleep, 0.3)
+        began = time.monotonic()
+        result = job.latest_result(timeout=60)  # Will hang for about as long as the job sleeps.
+        assert result.return_value == 0.3 and time.monotonic() - began < 5
+    assert job.latest_result(timeout=60).return_value == 0.3  # now it is there
+    nobody = Queue("nobody", connection=redis).enqueue(say_hello)
+    assert nobody.latest_result(timeout=0.3) is None
+
+
+def test_docs_a_job_asks_for_a_retry(redis):
+    from microq import Queue
+
+    queue = Queue(connection=redis)
+    job = queue.enqueue(return_retry, max=3, interval=60)
+    again = queue.enqueue(return_retry, max=2, interval=0)
+    work(queue)
+    assert job.is_scheduled and job in queue.scheduled_job_registry
+    kinds = job.latest_result().Type
+    assert job.latest_result().type == kinds.RETRIED
+    again.refresh()
+    assert again.is_failed and again.number_of_retries == 2
+    types = [result.type for result in again.results()]
+    assert types == [kinds.MAX_RETRIES_EXCEEDED, kinds.RETRIED, kinds.RETRIED]
+
+
+def test_docs_timeouts(redis):
+    from microq import Queue
+
+    q = Queue(connection=redis)
+    assert q.enqueue(say_hello).timeout == 180
+    q.enqueue(describe, args=("x",), kwargs={"ttl": 1}, job_timeout=600)  # 10 mins
+    assert q.jobs[1].timeout == 600
+    high = Queue("high", connection=redis, default_timeout=8)  # 8 secs
+    low = Queue("low", connection=redis, default_timeout=600)  # 10 mins
+    assert (high.enqueue(sleep, 9).timeout, low.enqueue(sleep, 9).timeout) == (8, 600)
+    assert low.enqueue(sleep, 9, job_timeout=3600).timeout == 3600  # 1 hr
+    slow = q.enqueue(sleep, 5, job_timeout=1)
+    work(q)
+    assert slow.is_failed and "JobTimeoutException" in slow.exc_info
+
+
+def test_docs_scheduling(redis):
+    from microq import Queue, ScheduledJobRegistry
+
+    queue = Queue(name="default", connection=redis)
+    registry = ScheduledJobRegistry(queue=queue)
+    # Schedules job to be run at 9:15, October 10th in the local timezone
+    job = queue.enqueue_at(datetime(2030, 10, 10, 9, 15), say_hello)
+    local = datetime(2030, 10, 10, 9, 15).astimezone()
+    assert abs(registry.get_scheduled_time(job) - local) < timedelta(seconds=1)
+    aware = queue.enqueue_at(datetime(2031, 1, 1, 3, 30, tzinfo=timezone.utc), say_hello)
+    soon = queue.enqueue_in(timedelta(seconds=10), say_hello)
+    assert soon.get_status() == "scheduled" and soon.id not in queue.job_ids
+    assert all(each in registry for each in (job, aware, soon)) and len(registry) == 3
+    assert registry.get_job_ids() == [soon.id, job.id, aware.id]
+
+
+def test_docs_scheduling_in_the_past_means_now(redis):
+    from microq import Queue, Worker
+
+    queue = Queue(connection=redis)
+    job = queue.enqueue_at(datetime(2019, 10, 10, 9, 15), say_hello)  # RQ's very example
+    Worker([queue]).work(burst=True, with_scheduler=True)
+    assert job.is_finished
+
+
+def test_docs_repeat(redis):
+    from microq import Queue, Repeat, Worker
+
+    queue = Queue(connection=redis)
+    job = queue.enqueue(say_hello, repeat=Repeat(times=3, interval=30))
+    assert (job.repeats_left, job.repeat_intervals) == (3, [30])
+    job_2 = queue.enqueue(say_hello, repeat=Repeat(times=3, interval=[5, 10, 15]))
+    assert job_2.repeat_intervals == [5, 10, 15]
+    at_once = queue.enqueue(say_hello, repeat=Repeat(times=2))
+    bad = queue.enqueue(div_by_zero, repeat=Repeat(times=2))
+    later = queue.enqueue_in(timedelta(hours=1), say_hello, repeat=Repeat(times=3, interval=30))
+    Worker([queue]).work(burst=True)
+    assert job.is_scheduled and job_2.is_scheduled and later.is_scheduled
+    job.refresh()
+    assert job.repeats_left == 2
+    assert at_once.is_finished and len(at_once.results()) == 3
+    assert bad.is_failed and len(bad.results()) == 1  # repeated after a success only
+
+
+def test_docs_retry(redis):
+    from microq import Queue, Retry
+
+    queue = Queue(connection=redis)
+    # Retry up to 3 times, failed job will be requeued immediately
+    job = queue.enqueue(flaky_by_meta, 3, retry=Retry(max=3))
+    # Retry up to 3 times, with 60 seconds interval in between executions
+    later = queue.enqueue(div_by_zero, retry=Retry(max=3, interval=60))
+    # Retry up to 3 times, with longer interval in between retries
+    longer = queue.enqueue(div_by_zero, retry=Retry(max=3, interval=[10, 30, 60]))
+    assert (later.retries_left, longer.retry_intervals) == (3, [10, 30, 60])
+    work(queue)
+    assert job.return_value() == "done"
+    assert later.is_scheduled and longer.is_scheduled
+    first = queue.scheduled_job_registry.get_scheduled_time(longer).timestamp()
+    second = queue.scheduled_job_registry.get_scheduled_time(later).timestamp()
+    assert 45 < second - first < 55
+    later.refresh()
+    assert later.retries_left == 2
+
+
+def flaky_by_meta(failures):
+    job = get_current_job()
+    job.meta["runs"] = job.meta.get("runs", 0) + 1
+    job.save_meta()
+    if job.meta["runs"] <= failures:
+        raise ValueError("not yet")
+    return "done"
+
+
+def test_docs_worker_with_scheduler(redis):
+    from microq import Queue, Worker
+
+    queue = Queue(connection=redis)
+    job = queue.enqueue_in(timedelta(seconds=0.3), say_hello)
+    worker = Worker(queues=[queue], connection=redis)
+    worker.work(with_scheduler=True, max_idle_time=0.6)
+    assert job.is_finished
+
+
+def test_docs_registries(redis, tmp_path):
+    from microq import Queue, StartedJobRegistry
+
+    queue = Queue(connection=redis)
+    with Worker(queue):
+        job = queue.enqueue(stay, str(tmp_path / "log"), 0.5)
+        people(tmp_path / "log")
+        for registry in (
+            StartedJobRegistry(queue=queue),
+            StartedJobRegistry(name="default", connection=redis),
+            StartedJobRegistry("default", connection=redis),
+        ):
+            assert registry.get_queue() == queue
+            assert (registry.count, registry.get_job_ids()) == (1, [job.id])
+            assert job in registry and job.id in registry and "nobody" not in registry
+
+
+def test_docs_registries_of_all_kinds_forget_jobs(redis):
+    from microq import (
+        CanceledJobRegistry,
+        DeferredJobRegistry,
+        FailedJobRegistry,
+        FinishedJobRegistry,
+        Job,
+        Queue,
+        ScheduledJobRegistry,
+    )
+
+    queue = Queue(connection=redis)
+    done, bad, gone = queue.enqueue(add), queue.enqueue(div_by_zero), queue.enqueue(add)
+    gone.cancel()
+    waits = queue.enqueue(add, depends_on=bad)
+    later = queue.enqueue_in(timedelta(hours=1), add)
+    work(queue)
+    kinds = {
+        FinishedJobRegistry: done, FailedJobRegistry: bad, CanceledJobRegistry: gone,
+        DeferredJobRegistry: waits, ScheduledJobRegistry: later,
+    }  # fmt: skip
+    for kind, job in kinds.items():
+        registry = kind(queue=queue)
+        assert registry.get_job_ids() == [job.id] and job in registry, kind
+        registry.remove(job, delete_job=True)
+        assert job not in registry and not Job.exists(job.id, connection=redis), kind
+
+
+def test_docs_exceptions_go_to_the_failed_job_registry(redis):
+    from microq import FailedJobRegistry, Job, Queue
+
+    queue = Queue(connection=redis)
+    queue.enqueue(fail, "ouch")
+    work(queue)
+    registry = FailedJobRegistry(queue=queue)
+    for job_id in registry.get_job_ids():
+        job = Job.fetch(job_id, connection=redis)
+        assert job.exc_info.startswith("Traceback") and "ValueError: ouch" in job.exc_info
+
+
+def test_docs_exception_handlers(redis, reported):
+    from microq import Queue, SimpleWorker
+
+    q = Queue(connection=redis)
+    for handlers, heard in (
+        ([foo_handler, bar_handler], ["foo", "bar"]),  # a None falls through
+        ([foo_handler, black_hole, bar_handler], ["foo"]),
+    ):
+        reported.clear()
+        job = q.enqueue(div_by_zero)
+        w = SimpleWorker([q], exception_handlers=handlers)
+        w.work(burst=True)
+        assert reported == [(name, job.id, "ZeroDivisionError") for name in heard]
+    job = q.enqueue(div_by_zero)
+    w = SimpleWorker([q], exception_handlers=[foo_handler], disable_default_exception_handler=True)
+    w.work(burst=True)
+    assert reported[-1][0] == "foo" and job.is_failed
+
+
+def test_docs_work_horse_killed_handler(redis, reported):
+    from microq import Queue, Worker
+
+    def my_work_horse_killed_handler(job, retpid, ret_val, rusage):
+        reported.append((job.id, retpid > 0, os.WTERMSIG(ret_val), rusage.ru_maxrss > 0))
+
+    q = Queue(connection=redis)
+    job = q.enqueue(kill_self)
+    w = Worker([q], work_horse_killed_handler=my_work_horse_killed_handler)
+    w.work(burst=True)
+    assert set(reported) == {(job.id, True, signal.SIGKILL, True)} and job.is_failed
+
+
+def test_docs_worker_script_preloads(redis, server, tmp_path):
+    code = """
+        from redis import Redis
+        from microq import Worker
+
+        # Preload libraries
+        import test_microq
+
+        # Provide the worker with the list of queues (str) to listen to.
+        w = Worker(["default"], connection=Redis.from_url(URL))
+        w.work(burst=True)
+        """
+    (tmp_path / "work.py").write_text(textwrap.dedent(code).replace("URL", repr(server.url)))
+    job = Queue(connection=redis).enqueue(say_hello)
+    subprocess.run([sys.executable, tmp_path / "work.py"], check=True, env=child_env(), timeout=20)
+    assert job.return_value() == "hello you"
+
+
+def test_docs_workers_are_named_listed_and_counted(redis, start_worker, tmp_path):
+    from microq import Queue, Worker, WorkerStatus, send_kill_horse_command, send_shutdown_command
+
+    queue = Queue("default", connection=redis)
+    worker = Worker([queue], connection=redis, name="foo")
+    assert (worker.name, worker.queues, worker.queue_names()) == ("foo", [queue], ["default"])
+    process = start_worker("--name", "bar")
+    assert Worker.count(connection=redis) == Worker.count(queue=queue) == 1
+    assert Worker.count(queue=Queue("other", connection=redis)) == 0
+    [worker] = Worker.all(queue=queue)
+    assert (worker.name, worker.pid, worker.hostname) == ("bar", process.pid, socket.gethostname())
+    assert (worker.successful_job_count, worker.failed_job_count) == (0, 0)
+    assert worker.total_working_time == 0 and worker.birth_date <= worker.last_heartbeat
+    wait_until(lambda: Worker.all(redis)[0].state == WorkerStatus.IDLE)
+    job = queue.enqueue(stay, str(tmp_path / "log"))
+    people(tmp_path / "log")
+    workers = Worker.all(redis)
+    for worker in workers:
+        if worker.state == WorkerStatus.BUSY:
+            assert worker.get_current_job() == job and worker.get_current_job_id() == job.id
+            send_kill_horse_command(redis, worker.name)
+    wait_until(lambda: job.is_failed)
+    for worker in Worker.all(redis):
+        send_shutdown_command(redis, worker.name)  # Tells worker to shutdown
+    process.communicate(timeout=10)
+    assert process.returncode == 0 and Worker.count(redis) == 0
+
+
+def test_docs_worker_classes(redis):
+    from microq import Queue, RandomWorker, RoundRobinWorker, SimpleWorker
+
+    for kind in (SimpleWorker, RoundRobinWorker, RandomWorker):
+        queues = [Queue(name, connection=redis) for name in ("q1", "q2", "q3")]
+        jobs = [queue.enqueue(say_hello) for queue in queues for _ in range(2)]
+        worker = kind(queues)
+        worker.work(burst=True)
+        jobs.sort(key=lambda job: job.latest_result().created_at)
+        served = [job.origin for job in jobs]
+        assert kind is not RoundRobinWorker or served == ["q1", "q2", "q3"] * 2
+        assert kind is not SimpleWorker or served == ["q1", "q1", "q2", "q2", "q3", "q3"]
+        assert all(job.return_value() == "hello you" for job in jobs), kind
+
+
+@pytest.mark.xfail(strict=True, raises=ImportError, reason="left out so far")
+def test_docs_spawn_worker(redis):
+    from microq import Queue, SpawnWorker
+
+    queue = Queue("default", connection=redis)
+    job = queue.enqueue(say_hello)
+    worker = SpawnWorker([queue])
+    worker.work(burst=True)
+    assert job.return_value() == "hello you"
+
+
+def test_docs_worker_pool_runs_a_class_of_workers(redis):
+    from microq import Queue, SimpleWorker, WorkerPool
+
+    queue = Queue(connection=redis)
+    jobs = [queue.enqueue(say_hello) for _ in range(4)]
+    pool = WorkerPool(["default"], connection=redis, num_workers=2, worker_class=SimpleWorker)
+    pool.start(burst=True)
+    assert all(job.is_finished for job in jobs)
+
+
+class CustomJob(Job):
+    def shout(self):
+        return self.return_value().upper()
+
+
+class CustomQueue(Queue):
+    job_class = CustomJob
+
+
+class CustomWorker(Worker):
+    pass
+
+
+def test_docs_custom_job_and_queue_classes(redis):
+    from microq import Queue, SimpleWorker
+
+    queue = CustomQueue("default", connection=redis)
+    job = queue.enqueue(say_hello)
+    work(queue)
+    assert isinstance(job, CustomJob) and job.shout() == "HELLO YOU"
+    assert isinstance(queue.fetch_job(job.id), CustomJob)
+    assert isinstance(CustomJob.fetch(job.id, connection=redis), CustomJob)
+    named = Queue("default", connection=redis, job_class="test_microq.CustomJob")
+    assert isinstance(named.fetch_job(job.id), CustomJob)
+    other = named.enqueue(class_of_current_job)
+    worker = SimpleWorker(["default"], connection=redis, job_class=CustomJob)
+    worker.work(burst=True)
+    assert other.return_value() == "CustomJob"
+
+
+def class_of_current_job():
+    return type(get_current_job()).__name__
+
+
+def test_docs_settings_module(redis, server, tmp_path):
+    code = f"""
+        REDIS_URL = {server.url!r}
+
+        # Queues to listen on
+        QUEUES = ['high', 'default', 'low']
+
+        # If you want custom worker name
+        NAME = 'worker-1024'
+
+        # If you want to use a dictConfig for more complex/consistent logging requirements.
+        DICT_CONFIG = {{
+            'version': 1,
+            'disable_existing_loggers': False,
+            'formatters': {{'standard': {{'format': '%(levelname)s <%(name)s> %(message)s'}}}},
+            'handlers': {{
+                'default': {{
+                    'level': 'INFO',
+                    'formatter': 'standard',
+                    'class': 'logging.StreamHandler',
+                    'stream': 'ext://sys.stderr',  # Default is stderr
+                }},
+            }},
+            'loggers': {{
+                'root': {{'handlers': ['default'], 'level': 'INFO', 'propagate': False}},
+            }},
+        }}
+        """
+    (tmp_path / "settings.py").write_text(textwrap.dedent(code))
+    jobs = [Queue(name, connection=redis).enqueue(say_hello) for name in ("default", "low")]
+    status, _, log = microq_command("worker", "-c", "settings", "--burst", cwd=tmp_path)
+    assert status == 0 and all(job.is_finished for job in jobs)
+    assert jobs[0].latest_result().worker_name == "worker-1024" and "INFO <" in log
+    status, out, _ = microq_command("info", "--config", "settings", cwd=tmp_path)
+    assert status == 0 and "low" in out
+
+
+class ShownRedis(redis_py.Redis):
+    """A client that only tells what it is made with."""
+
+    def __init__(self, **options):
+        pool = options.get("connection_pool")
+        options = options if pool is None else {"of": pool.service_name, **pool.connection_kwargs}
+        raise ValueError(str({name: options[name] for name in sorted(options)}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "shown"),
+    [
+        (
+            "SENTINEL = {'INSTANCES': [('remote.host1.org', 26379)], 'SOCKET_TIMEOUT': None, "
+            "'USERNAME': 'me', 'PASSWORD': 'secret', 'DB': 2, 'MASTER_NAME': 'master'}",
+            ["'of': 'master'", "'password': 'secret'", "'db': 2", "'username': 'me'"],
+        ),
+        (
+            "REDIS_HOST = 'redis.example.com'\nREDIS_PORT = 6380\nREDIS_DB = 3\n"
+            "REDIS_PASSWORD = 'very secret'",
+            ["'host': 'redis.example.com'", "'port': 6380", "'db': 3", "'password': 'very secret'"],
+        ),
+        (
+            "REDIS_HOST = 'redis.example.com'\nREDIS_SSL = True\n"
+            "REDIS_SSL_CA_CERTS = '/ca.pem'\nREDIS_SSL_CERT_REQS = 'required'",
+            ["'ssl': True", "'ssl_ca_certs': '/ca.pem'", "'ssl_cert_reqs': 'required'"],
+        ),
+    ],
+    ids=["SENTINEL", "REDIS_HOST", "REDIS_SSL"],
+)
+def test_docs_settings_name_sentinels_and_certificates(
+    tmp_path, monkeypatch, capsys, settings, shown
+):
+    name = f"settings_{abs(hash(settings))}"
+    (tmp_path / f"{name}.py").write_text(settings)
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ["info", "--config", name, "--connection-class", "test_microq.ShownRedis"]
+    assert microq.main(words) == 1
+    told = capsys.readouterr().err
+    assert [each for each in shown if each not in told] == []
+
+
+def test_docs_connections_of_each_queue(redis, server, tmp_path):
+    from microq import Queue
+
+    home = tmp_path / "other"
+    home.mkdir()
+    other = Server(home)
+    try:
+        conn1 = redis_py.Redis.from_url(server.url)
+        conn2 = redis_py.Redis.from_url(other.url, socket_timeout=500)
+        q1, q2 = Queue("foo", connection=conn1), Queue("foo", connection=conn2)
+        job = q2.enqueue(say_hello)
+        assert (len(q1), len(q2)) == (0, 1)
+        work(q2)
+        assert job.is_finished and q1.fetch_job(job.id) is None
+    finally:
+        other.stop()
+
+
+def test_docs_cron_config_file(redis, server, tmp_path, monkeypatch, hooks):
+    from microq import CronScheduler
+
+    url, asked = hooks
+    code = f"""
+        from microq import cron, Webhook
+        from tasks import backup_database, cleanup_temp_files, generate_report
+
+        # at once, and then every 30 minutes
+        cron.register(
+            cleanup_temp_files,
+            queue_name='maintenance',
+            interval=1800,
+            webhooks=[Webhook('{url}/done', 'finished'), Webhook('{url}/bad', 'failed')],
+        )
+
+        cron.register(
+            generate_report,
+            queue_name='reports',
+            args=('daily_metrics',),
+            kwargs={{'format': 'json', 'ttl': 5}},
+            interval=1,
+            job_timeout=600,
+            result_ttl=3600,
+            failure_ttl=86400,
+        )
+
+        # every day at 3:00 AM
+        cron.register(backup_database, queue_name='maintenance', cron='0 3 * * *', name='backup')
+        """
+    (tmp_path / "src" / "myapp").mkdir(parents=True)
+    (tmp_path / "src" / "myapp" / "cron_config.py").write_text(textwrap.dedent(code))
+    (tmp_path / "src" / "cron_config.py").write_text(textwrap.dedent(code))
+    functions = "def generate_report(*args, **kwargs): return [*args, kwargs]\n"
+    functions += "def cleanup_temp_files(): pass\n" + "def backup_database(): pass\n"
+    (tmp_path / "src" / "tasks.py").write_text(functions)
+    monkeypatch.syspath_prepend(tmp_path / "src")
+    monkeypatch.delitem(sys.modules, "tasks", raising=False)
+    scheduler = CronScheduler(connection=redis)
+    scheduler.load_config_from_file(str(tmp_path / "src" / "cron_config.py"))
+    assert [job.interval for job in scheduler.get_jobs()] == [1800, 1, None]
+    command = [sys.executable, "-m", "microq", "cron", "myapp.cron_config", "--url", server.url]
+    process = subprocess.Popen(
+        [*command, "--path", "src"], cwd=tmp_path, env=child_env(), stderr=subprocess.PIPE
+    )
+    reports = Queue("reports", connection=redis)
+    maintenance = Queue("maintenance", connection=redis)
+    try:
+        for queue in (maintenance, reports, reports):
+            wait_until(lambda queue=queue: work(queue))
+    finally:
+        process.terminate()
+        process.communicate(timeout=10)
+    assert process.returncode == 0
+    job = Job.fetch(reports.finished_job_registry.get_job_ids()[0], connection=redis)
+    assert job.return_value() == ["daily_metrics", {"format": "json", "ttl": 5}]
+    assert (job.timeout, job.result_ttl, job.failure_ttl) == (600, 3600, 86400)
+    wait_until(lambda: asked)
+    assert asked.pop()[1] == "/done"
+
+
+def test_docs_cron_scheduler(redis, server, tmp_path):
+    from microq import CronScheduler, Queue
+
+    code = f"""
+        import redis
+        from microq import CronScheduler
+        from test_microq import add, say_hello
+
+        # Create a cron scheduler
+        redis_conn = redis.Redis.from_url({server.url!r})
+        cron = CronScheduler(connection=redis_conn, logging_level='INFO', name='my-cron')
+        cron.register(say_hello, queue_name='maintenance', interval=3600)
+        cron.register(add, queue_name='reports', args=(1,), cron='0 9 * * *')
+        assert len(cron.get_jobs()) == 2
+        try:
+            cron.start()
+        except KeyboardInterrupt:
+            print('Shutting down cron scheduler...')
+        """
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], env=child_env())
+    try:
+        queue = Queue("maintenance", connection=redis)
+        wait_until(lambda: work(queue))
+        [running] = CronScheduler.all(connection=redis)
+        assert running.name == "my-cron"
+        fetched = CronScheduler.fetch("my-cron", connection=redis)
+        jobs = {job.func_name.rpartition(".")[2]: job for job in fetched.get_jobs()}
+        assert jobs["say_hello"].interval == 3600 and jobs["add"].cron == "0 9 * * *"
+        assert jobs["add"].next_enqueue_time > datetime.now(timezone.utc)
+        assert fetched.last_heartbeat is not None
+    finally:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=10) == 0
+
+
+def test_docs_testing_with_a_simple_worker(redis):
+    from microq import Queue, SimpleWorker, TimerDeathPenalty
+
+    class TimedWorker(SimpleWorker):
+        death_penalty_class = TimerDeathPenalty
+
+    queue = Queue(connection=redis)
+    job = queue.enqueue(say_hello)
+    worker = SimpleWorker([queue], connection=queue.connection)
+    worker.work(burst=True)  # Runs enqueued job
+    assert job.is_finished
+    late = queue.enqueue(spin, 10, job_timeout=1)
+    TimedWorker([queue], connection=queue.connection).work(burst=True)
+    assert late.is_failed and "JobTimeoutException" in late.exc_info
+
+
+# Shell
+
+
+@pytest.mark.parametrize(
+    ("words", "args", "kwargs"),
+    [
+        (["abc"], ("abc",), {}),
+        (["abc=def"], (), {"abc": "def"}),
+        ([':{"json": "abc"}'], ({"json": "abc"},), {}),
+        (['key:={"json": "abc"}'], (), {"key": {"json": "abc"}}),
+        (["%1, 2"], ((1, 2),), {}),
+        (["%None"], (None,), {}),
+        (["%True"], (True,), {}),
+        (["key%=(1, 2)"], (), {"key": (1, 2)}),
+        (['key%={"foo": True}'], (), {"key": {"foo": True}}),
+        (["@text"], ('{"a": [1]}',), {}),
+        (["key=@text"], (), {"key": '{"a": [1]}'}),
+        ([":@text"], ({"a": [1]},), {}),
+        (["key:=@text"], (), {"key": {"a": [1]}}),
+    ],
+    ids=lambda words: words[0] if isinstance(words, list) else "",
+)
+def test_docs_shell_enqueue_reads_arguments(
+    redis, queue, server, tmp_path, monkeypatch, words, args, kwargs
+):
+    monkeypatch.chdir(tmp_path)
+    Path("text").write_text('{"a": [1]}')
+    assert microq.main(["enqueue", "-u", server.url, "path.to.func", *words]) == 0
+    [job] = queue.jobs
+    assert (job.func_name, tuple(job.args), job.kwargs) == ("path.to.func", args, kwargs)
+
+
+def test_docs_shell_commands_look_and_repair(redis, queue, server, capsys):
+    def command(*words):
+        assert microq.main([*words, "-u", server.url]) == 0
+        return capsys.readouterr().out
+
+    first = queue.enqueue(say_hello, job_id="first")
+    command(
+        "enqueue", "test_microq.div_by_zero", "-q", "myqueue", "--job-id", "id1",
+        "--timeout", "5m", "--result-ttl", "60", "--ttl", "1h", "--failure-ttl", "2d",
+        "--description", "a failure", "--at-front", "--retry-max", "2", "--retry-interval", "0",
+    )  # fmt: skip
+    myqueue = Queue("myqueue", connection=redis)
+    [job] = myqueue.jobs
+    assert (job.timeout, job.result_ttl, job.ttl, job.failure_ttl) == (300, 60, 3600, 172800)
+    assert job.description == "a failure"
+    command("enqueue", "test_microq.add", "--job-id", "second", "--depends-on", "first")
+    assert queue.fetch_job("second").is_deferred
+    command("enqueue", "test_microq.add", "--job-id", "third", "--schedule-in", "10s")
+    command("enqueue", "test_microq.add", "--schedule-at", "2031-05-27T21:45:00", "--quiet")
+    assert len(queue.scheduled_job_registry) == 2
+    command("enqueue", "test_microq.div_by_zero", "-q", "myqueue", "--job-id", "id2")
+    work(myqueue)
+    assert len(myqueue.failed_job_registry) == 2
+    assert "myqueue" in command("info") and "myqueue" not in command("info", "default")
+    for words in (["-R"], ["--raw"], ["-Q"], ["-W"]):
+        assert command("info", *words)
+    words = ["requeue", "--queue", "myqueue", "-u", server.url, "nobody", "id1"]
+    assert microq.main(words) == 1  # RQ stops at the first that is not there
+    assert myqueue.job_ids == ["id1"]
+    command("requeue", "--queue", "myqueue", "--all")
+    assert set(myqueue.job_ids) == {"id1", "id2"}
+    command("empty", "myqueue")
+    assert len(myqueue) == 0 and first.is_queued
+    command("empty", "--all")
+    assert len(queue) == 0
+    command("suspend")
+    assert is_suspended(redis)
+    command("resume")
+    assert not is_suspended(redis)
+    command("suspend", "--duration", "300")
+    assert is_suspended(redis)
+    command("resume")
+
+
+def test_docs_shell_workers(redis, server, tmp_path, monkeypatch):
+    code = """
+        from microq import Job, Queue, Worker, get_current_job
+
+        class CustomJob(Job): pass
+        class CustomQueue(Queue): job_class = CustomJob
+        class CustomWorker(Worker): pass
+
+        def say_hello(): return "hello you"
+        def say_class(): return type(get_current_job()).__name__
+        def div_by_zero(): return 1 / 0
+
+        def mark(job, *exc_info):
+            job.meta["marks"] = job.meta.get("marks", 0) + 1
+            job.save_meta()
+
+        mark_2 = mark
+        """
+    (tmp_path / "mine.py").write_text(textwrap.dedent(code))
+    handlers = "--exception-handler mine.mark --exception-handler mine.mark_2"
+    commands = [
+        "worker high default low --burst -ds round_robin",
+        "worker w1 -b -w microq.SimpleWorker --name simple --max-jobs 9 --with-scheduler "
+        "--results-ttl 77 --disable-job-desc-logging",
+        f"worker w2 -b -w microq.RoundRobinWorker --path {tmp_path} -q",
+        "worker w3 -b -w microq.RandomWorker --max-idle-time 9 "
+        "--maintenance-interval 60 --worker-ttl 30 --job-monitoring-interval 5",
+        "worker c1 -b -w mine.CustomWorker -v --log-format <%(message)s> --date-format %H "
+        "--job-class mine.CustomJob --queue-class mine.CustomQueue",
+        f"worker h1 -b {handlers}",
+        f"worker j1 -b --serializer json {handlers} --disable-default-exception-handler",
+        "worker-pool j2 j3 j4 -n 3 --burst --serializer microq.JSONSerializer",
+        "worker-pool c2 -n 4 -l WARNING -b -w microq.SimpleWorker -S pickle -j mine.CustomJob",
+    ]
+    commands = [words.split() for words in commands]
+    jobs = {}
+    for words in commands:
+        for name in itertools.takewhile(lambda word: word[0] != "-", words[1:]):
+            q = Queue(name, connection=redis, serializer="json" if name[0] == "j" else None)
+            jobs[name] = q.enqueue("mine.say_class" if name[0] == "c" else "mine.say_hello")
+            if "mine.mark" in words:
+                jobs[name + "bad"] = q.enqueue("mine.div_by_zero")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    for words in commands:
+        assert microq.main([*words, "--url", server.url]) == 0, words
+    for name, job in jobs.items():
+        if name.endswith("bad"):
+            assert job.is_failed and job.get_meta() == {"marks": 2}, name
+        else:
+            assert job.return_value() == ("CustomJob" if name[0] == "c" else "hello you"), name
+    assert jobs["w1"].latest_result().worker_name == "simple"
+
+
+def test_docs_shell_info_polls(redis, server, queue):
+    queue.enqueue(say_hello)
+    command = [sys.executable, "-m", "microq", "info", "--interval", "0.2", "--url", server.url]
+    process = subprocess.Popen(command, env=child_env(), stdout=subprocess.PIPE, text=True)
+    seen = 0
+    for line in process.stdout:
+        seen += "default" in line
+        if seen == 3:
+            break
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=10)
+    assert seen == 3
+
+
+def test_docs_supervisor_ends_workers_by_sigterm(redis, queue, start_worker, tmp_path):
+    process = start_worker()
+    job = queue.enqueue(stay, str(tmp_path / "log"), 0.5)
+    people(tmp_path / "log")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=10)
+    assert process.returncode == 0 and job.return_value() == "stayed"
+
+
+# What README says of RQ's names
+
+
+README = (HERE / "README.md").read_text()
+CODE = Path(microq.__file__).read_text()
+CLASSES = dict(re.findall(r"(?ms)^class (\w+)(.*?)(?=^\S)", CODE))
+
+
+def rows_of_rq_names():
+    """Return the rows of README's table, as (names, fate)."""
+    table = re.search(r"(?ms)^## Coming from RQ$.*?^\|---\|---\|---\|$(.*?)\n\n", README)[1]
+    rows = [line.strip("| ").split(" | ") for line in table.strip().splitlines()]
+    return [(re.findall(r"`([^`]+)`", row[0]), row[1].rstrip(" |")) for row in rows]
+
+
+def is_here(name, owner):
+    """Tell whether microq has what a row names: `Queue`, and after it `.all`; `retry=`, `--url`."""
+    if name.startswith("."):
+        kind, name = getattr(microq, owner), name[1:]
+        bodies = " ".join(CLASSES.get(each.__name__, "") for each in kind.__mro__)
+        made = re.search(rf"(?m)self\.{name}\b.* = |^    {name}: ", bodies)
+        return hasattr(kind, name) or bool(made)
+    if re.fullmatch(r"\w+", name):
+        return hasattr(microq, name)
+    return bool(re.search(rf"(?<![\w-]){re.escape(name.strip('='))}\b", CODE))
+
+
+def test_the_table_of_rq_names_is_true():
+    rows, wrong = rows_of_rq_names(), []
+    assert len(rows) > 40 and {fate for _, fate in rows} == {"same", "better", "left out"}
+    for names, fate in rows:
+        owner = ""
+        for name, following in itertools.pairwise([*names, ""]):
+            if re.fullmatch(r"[A-Z]\w+", name):
+                owner = name
+                if following.startswith("."):  # it only says whose names these are
+                    continue
+            if not re.search(r"[$ ]|^rq\b", name) and is_here(name, owner) != (fate != "left out"):
+                wrong.append((owner, name, fate))
+        for command in [name.split()[1] for name in names if name.startswith("rq ")]:
+            with pytest.raises(SystemExit, match="0"):
+                microq.main([command, "--help"])
+    assert not wrong, wrong
+
+
+def test_every_public_name_is_in_the_readme():
+    assert [name for name in microq.__all__ if not re.search(rf"\b{name}\b", README)] == []
