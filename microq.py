@@ -183,7 +183,6 @@ if __name__ == "__main__":
     sys.exit(importlib.import_module(_name).main())
 
 __version__ = VERSION = "0.1.0"
-# fmt: off
 __all__ = [
     "VERSION", "AbandonedJobError", "BaseDeathPenalty", "Callback", "CanceledJobRegistry",
     "CronJob", "CronScheduler", "DefaultSerializer", "DeferredJobRegistry", "Dependency",
@@ -199,8 +198,7 @@ __all__ = [
     "cron", "embedded", "get_cron_job_ids", "get_current_job", "is_suspended", "job", "main",
     "parse_timeout", "register", "requeue_job", "resolve_serializer", "resume", "send_command",
     "send_kill_horse_command", "send_shutdown_command", "send_stop_job_command", "suspend",
-]
-# fmt: on
+]  # fmt: skip
 
 DEFAULT_TIMEOUT = 180.0  # seconds a job may run (RQ's default)
 DEFAULT_RESULT_TTL = 500.0  # seconds a result is kept (RQ's default)
@@ -224,6 +222,7 @@ CHUNK = 1000  # jobs per script call, which keeps a script near 10 ms
 log = logging.getLogger("microq")
 Func = Callable[..., Any] | str  # a function, or its dotted name
 Command = tuple[Any, ...]  # a Redis command: its name and arguments
+Handlers = Iterable[Callable[..., Any]]  # called with (job, type, exception, traceback)
 
 # ---- 1. Errors -----------------------------------------------------------------------------------
 # All derive from MicroqError, but for the timeout of a job, which the job's own `except Exception`
@@ -326,9 +325,8 @@ class ResultType(str, enum.Enum):
 
 
 def _seconds(value: Any, name: str, special: tuple[int, ...] = ()) -> float:
-    """Return a duration in seconds: a number, a timedelta, "90", "30s", "5m", "2h" or "1d".
-    `special` lists values beside the positive ones that have a meaning, as -1 for "no limit".
-    Raises TypeError or ValueError, which name the option."""
+    """Return a duration in seconds: a number, a timedelta, "90", "30s", "5m", "2h" or "1d"; one
+    that is positive, or in `special`.  Raises TypeError or ValueError, which name the option."""
     if isinstance(value, timedelta):
         value = value.total_seconds()
     elif isinstance(value, str):
@@ -434,12 +432,7 @@ class Callback:
     timeout: Any = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.func, str):
-            if not hasattr(self.func, "__qualname__"):
-                raise TypeError(
-                    f"a Callback takes a function or its dotted name, not {self.func!r}"
-                )
-            object.__setattr__(self, "func", _func_name(self.func))
+        object.__setattr__(self, "func", _func_name(self.func))
         seconds = CALLBACK_TIMEOUT if self.timeout is None else _seconds(self.timeout, "timeout")
         object.__setattr__(self, "timeout", seconds)
 
@@ -452,17 +445,13 @@ class Webhook:
     """An HTTP request to be made when a job has 'finished' or 'failed', once that is stored, and
     before the worker's next job, or after the others of a batch.
 
-    A POST carries JSON: job_id, func_name, status, enqueued_at, ended_at and, if it failed,
-    exc_info.  Errors are logged."""
+    A POST carries JSON: job_id, func_name, status, enqueued_at, ended_at, exc_info if it failed."""
 
     url: str
     job_status: str
     method: str = field(default="GET", kw_only=True)
     headers: dict[str, str] | None = field(default=None, kw_only=True)
     timeout: float = field(default=10, kw_only=True)
-
-    def to_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
 
     def __post_init__(self) -> None:
         if not re.match(r"https?://[^/]", str(self.url)):
@@ -484,8 +473,7 @@ class RateLimit:
 
     concurrency - how many may be queued or running at a time; a run whose job was canceled or
                   deleted meanwhile does not count
-    rate, per   - how many may enter their queues within so many seconds, 60; those beyond are
-                  scheduled"""
+    rate, per   - how many may enter their queues in so many seconds, 60; others are scheduled"""
 
     key: str
     concurrency: int | None = None
@@ -688,7 +676,13 @@ def _adopt_main() -> str | None:
 
 
 def _func_name(func: Any) -> str:
-    """Return the dotted name by which a worker finds `func`; ValueError if it could not."""
+    """Return the dotted name, if it is none, by which a worker finds `func`; else ValueError."""
+    if isinstance(func, str) and re.fullmatch(r"[^\s.]+(\.[^\s.]+)+", func):
+        return func
+    if isinstance(func, str):
+        raise ValueError(f"{func!r}: give a dotted name, 'package.module.function'")
+    if not callable(func) or not hasattr(func, "__qualname__"):
+        raise TypeError(f"give a function or its dotted name, not {func!r}")
     module, qualname = getattr(func, "__module__", None) or "builtins", func.__qualname__
     if module == "__main__" and not (module := _adopt_main() or ""):
         raise ValueError(f"{qualname} was defined at a prompt; a worker can only import files")
@@ -1665,13 +1659,7 @@ _current_job: contextvars.ContextVar[Job | None] = contextvars.ContextVar("job",
 
 def _field(name: str, default: float | None, doc: str) -> Any:
     """Make an attribute that reads a number from the hash."""
-    value = lambda job: default if (number := job._number(name)) is None else number  # noqa: E731
-    return property(value, doc=doc)
-
-
-def _or_default(name: str) -> Any:
-    """Make a method that returns an attribute of the job, or else a default."""
-    return lambda job, default=None: default if (has := getattr(job, name)) is None else has
+    return property(lambda job: default if (has := job._number(name)) is None else has, doc=doc)
 
 
 def _is(status: JobStatus) -> Any:
@@ -1683,20 +1671,18 @@ class Job:
 
     queue: Queue
 
-    def __init__(
-        self, id: str, queue: Queue, fields: dict[str, bytes], nonce: str | None = None
-    ) -> None:
+    def __init__(self, id: str, queue: Queue, fields: dict[str, bytes], nonce: Any = None) -> None:
         self.id, self._fields = id, fields
         self._enter(queue)
         # Tells a second life of an id from a copy of the first call; None: made when it is sent.
-        self._nonce = nonce
+        self._nonce: str | None = nonce
         self._status: JobStatus | None = JobStatus.CREATED  # None: to be looked up
         self._execution: Execution | None = None
         self._strike: Any = None  # raises an exception in it while it runs here
         self._began: float | None = None  # when its run here began, by the server's clock
         self._meta: dict[str, Any] | None = None
         self._decoded: tuple[Any, ...] | None = None  # the call, once it was asked for
-        self._unique = False
+        self._unique = self._at_front = False
         self._depends_on: Dependency | None = None  # as it was created
 
     def _enter(self, queue: Any) -> None:
@@ -1710,8 +1696,7 @@ class Job:
         id: str | None = None, origin: str = "default", serializer: Any = None,
         status: JobStatus | None = None, **options: Any,
     ) -> Job:  # fmt: skip
-        """Return a job for Queue.enqueue_job() or schedule_job(), where it gets its status; the
-        options are those of Queue.create_job()."""
+        """Return a job for Queue.enqueue_job(), with the options of Queue.create_job()."""
         queue = Queue(origin or "default", connection, job_class=cls, serializer=serializer)
         return queue.create_job(func, args, kwargs, job_id=id, **options)
 
@@ -1726,8 +1711,7 @@ class Job:
     def fetch_many(
         cls, job_ids: Iterable[str], connection: Redis | None = None, serializer: Any = None
     ) -> list[Job | None]:
-        """Return the jobs of these ids in the same order, None for each that is missing. Two round
-        trips, however many ids and queues there are."""
+        """Return the jobs of these ids, None for each that is missing.  Two round trips."""
         ids, queues = [_id_of(id) for id in job_ids], Queue.all(connection, cls, serializer)
         jobs = _look([cls(id, queue, {}) for id in ids for queue in queues])
         found = {job.id: job for job in jobs}
@@ -1814,7 +1798,8 @@ class Job:
     result_ttl = _field("result_ttl", None, "Seconds to keep a result; None: the worker's default.")
     failure_ttl = _field("failure_ttl", DEFAULT_FAILURE_TTL, "Seconds to keep a failed job.")
     ttl = _field("ttl", None, "Seconds it may wait in the queue; None for no limit.")
-    get_ttl, get_result_ttl = _or_default("ttl"), _or_default("result_ttl")
+    get_ttl = lambda s, default=None: default if s.ttl is None else s.ttl  # noqa: E731
+    get_result_ttl = lambda s, default=None: default if s.result_ttl is None else s.result_ttl  # noqa: E731
     enqueue_at_front = property(lambda self: bool(self._number("at_front")))
     group_id = property(lambda self: self._text("group_id") or None)
     number_of_retries = property(lambda self: int(self._number("retries") or 0))
@@ -1849,9 +1834,8 @@ class Job:
         return self._fields.get(name, b"").decode(errors="replace")
 
     def _number(self, name: str) -> float | None:
-        if not self._fields.get(name):
+        if not (text := self._text(name)):
             return None
-        text = self._text(name)
         if not re.fullmatch(r"-?\d{1,10}(\.\d+)?(e-\d+)?", text):
             raise self._garbled(name)
         return float(text)
@@ -1881,9 +1865,7 @@ class Job:
     is_stopped, is_canceled = _is(JobStatus.STOPPED), _is(JobStatus.CANCELED)
     is_rate_limited = _is(JobStatus.RATE_LIMITED)
 
-    webhooks = property(
-        lambda self: [Webhook(**each) for each in json.loads(self._fields.get("webhooks", "[]"))]
-    )
+    webhooks = property(lambda s: [Webhook(**w) for w in json.loads(s._text("webhooks") or "[]")])
     has_rate_limit = property(lambda self: "rate_limit" in self._fields)
     _limit = property(lambda self: self._text("rate_limit").split() or [None, "0"])
     rate_limit_key = property(lambda self: self._limit[0] and self._limit[0][14:-2])
@@ -1895,21 +1877,19 @@ class Job:
     allow_dependency_failures = property(lambda self: not self._text("depends_on").endswith("none"))
 
     def fetch_dependencies(self) -> list[Job]:
-        """Return the jobs that this one depends on, as far as there is a record of them.  One round
-        trip."""
+        """Return those jobs that this one depends on which still exist.  One round trip."""
         return _look([self._of_key(*key.rpartition(":")[::2]) for key in self._parents])
 
     dependency = property(lambda self: (self.fetch_dependencies() or [None])[0])
 
     def dependency_results(self) -> list[Any]:
-        """Return what the jobs that this one depends on have returned, in their order; None for one
-        that failed, or is gone.  One round trip."""
+        """Return what these returned; None for one that failed, or is gone.  One round trip."""
         results = {job.id: job._last for job in self.fetch_dependencies()}
         return [results[id].return_value if results.get(id) else None for id in self.dependency_ids]
 
     def _of_key(self, queue: str, id: str) -> Job:
-        name = re.sub(r"^\{(.*)\}$", r"\1", queue.partition(":")[2])
-        return Job(id, Queue(name, self.connection, serializer=self.serializer), {})
+        key, serializer = f"{queue}:queued", self.serializer
+        return Job(id, Queue.from_queue_key(key, self.connection, serializer=serializer), {})
 
     def _dependents(self) -> list[Job]:
         entries = _ask(self.connection, "SMEMBERS", f"{self.key}:dependents")
@@ -1922,9 +1902,7 @@ class Job:
     finished_job_registry = property(lambda self: self.queue.finished_job_registry)
     failed_job_registry = property(lambda self: self.queue.failed_job_registry)
 
-    def get_position(self) -> int | None:
-        """Return how many jobs are before this one; None if it does not wait.  O(n)."""
-        return self.queue.get_job_position(self)
+    get_position = lambda self: self.queue.get_job_position(self)  # noqa: E731
 
     def get_executions(self) -> list[Execution]:
         """Return the run in progress, as a list of one; an empty list if there is none."""
@@ -1932,17 +1910,15 @@ class Job:
         return [self._execution] if self._execution else []
 
     def latest_result(self, timeout: float = 0) -> Result | None:
-        """Return how the last run ended; None if none has. With a `timeout`, wait up to so many
-        seconds for the first result.  The server sends word, nobody polls; the wait takes a
-        connection of its own."""
+        """Return how the last run ended; None if none has. With a `timeout`, wait so many seconds
+        for the first result: without polling, but over a connection of its own."""
         results = self.results()
         if not results and timeout > 0:
             results = self._when_moved(timeout, Job.results)
         return results[0] if results else None
 
     def _when_moved(self, timeout: float, ask: Callable[[Job], Any]) -> Any:
-        """Return ask(self) if that is true; else once a run has ended, the job was moved, or after
-        `timeout`."""
+        """Return ask(self) once it is true, the job has ended or was moved, or at the timeout."""
         deadline = time.monotonic() + timeout
         waited = AMEND(self.queue.prefix, self.id, "waited", 1)
         with self.connection.pubsub() as channel:
@@ -2017,9 +1993,8 @@ class Job:
     def delete(
         self, pipeline: Any = None, remove_from_queue: bool = True, delete_dependents: bool = False
     ) -> None:
-        """Remove the job and its results, in whatever state and out of its queue in any case; a run
-        is not recorded.  Dependents that wait for nothing else stay deferred, unless they are to be
-        deleted, too."""
+        """Remove the job and its results, in whatever state, from its queue too; a run is not
+        recorded.  Dependents that wait for nothing else stay deferred, or are deleted, too."""
         for job in self._dependents() if delete_dependents else ():
             job.delete()
         with contextlib.suppress(NoSuchJobError):
@@ -2072,10 +2047,10 @@ class Execution:
     @staticmethod
     def fetch(id: str, job_id: str, connection: Redis | None = None) -> Execution:
         """Return the execution of this id, or raise ValueError if it has ended."""
-        for execution in Job.fetch(job_id, connection).get_executions():
-            if execution.id == id:
-                return execution
-        raise ValueError(f"execution {id!r} of job {job_id!r} has ended")
+        execution = Job.fetch(job_id, connection)._execution
+        if not execution or execution.id != id:
+            raise ValueError(f"execution {id!r} of job {job_id!r} has ended")
+        return execution
 
     def refresh(self) -> None:
         """Read its last heartbeat; raises as fetch()."""
@@ -2092,22 +2067,18 @@ def _look(jobs: Sequence[Job]) -> list[Job]:
     return [job for job, _ in found]
 
 
-def _is_over(job: Job) -> bool:
-    """Read a job, and tell whether it has ended, or is gone."""
-    return not _look([job]) or job._status in _OVER
+_name_of_field = functools.lru_cache(100)(lambda name: name.decode(errors="replace"))
 
 
 def _pairs(flat: Sequence[bytes]) -> dict[str, bytes]:
     return dict(zip(map(_name_of_field, flat[::2]), flat[1::2], strict=True))
 
 
-@functools.lru_cache(100)
-def _name_of_field(name: bytes) -> str:
-    return name.decode(errors="replace")
-
-
 def _short(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception:  # that is no reason not to run the job
+        text = object.__repr__(value)
     return text if len(text) <= 75 else f"{text[:72]}..."
 
 
@@ -2148,30 +2119,38 @@ _CONTAINERS = [
 ]  # fmt: skip
 _ENDED = _CONTAINERS[5:]
 _OVER = (*_ENDED, "stopped")
-# The options of a job: a type; for durations, what may be given beside a positive number.
+# The options of a job: a type; for durations, what may be given beside a positive number; None for
+# those that become no field.
 _OPTIONS: dict[str, Any] = {
     "timeout": (-1,), "result_ttl": (-1, 0), "failure_ttl": (-1, 0), "ttl": (), "description": str,
-    "job_id": str, "meta": dict, "retry": Retry, "repeat": Repeat, "max_crashes": int,
-    "depends_on": object, "rate_limit": RateLimit, "unique": object, "group_id": str,
-    "webhooks": list, "on_success": Callback, "on_failure": Callback, "on_stopped": Callback,
+    "meta": dict, "retry": Retry, "repeat": Repeat, "max_crashes": int, "rate_limit": RateLimit,
+    "group_id": str, "webhooks": list, "on_success": Callback, "on_failure": Callback,
+    "on_stopped": Callback, "job_id": None, "depends_on": None, "unique": None, "at_front": None,
 }  # fmt: skip
-_CALL = {"func", "args", *_OPTIONS}  # the fields that a job begins its life with
+_CALL = {"func", "args", *_OPTIONS} - {"at_front"}  # the fields that a job begins its life with
 
 
 class EnqueueData(NamedTuple):
     """A call and its options, for enqueue_many(); made by Queue.prepare_data()."""
 
     call: tuple[Func, Any, Any]
-    at_front: bool
     options: dict[str, Any]
 
 
 class Registry:
-    """The ids of a queue's jobs in one container; reading it changes nothing."""
+    """The jobs of a queue in one container; to read it changes nothing."""
 
-    def __init__(self, queue: Queue, container: str) -> None:
-        self.queue, self.container = queue, container
-        self.key = f"{queue.prefix}{container}"
+    container = "queued"
+
+    def __init__(
+        self, name: str = "default", connection: Redis | None = None, job_class: Any = None,
+        queue: Queue | None = None, serializer: Any = None,
+    ) -> None:  # fmt: skip
+        more = {"job_class": job_class, "serializer": serializer}
+        self.queue = queue or Queue(name, connection, **more)
+        self.name: str = self.queue.name
+        self.connection: Any = self.queue.connection
+        self.key = f"{self.queue.prefix}{self.container}"
 
     def _command(self, list_: str, hash_: str, zset: str, *limit: Any) -> Command:
         """Return the command for this type of container; only live records of a zset count."""
@@ -2185,7 +2164,7 @@ class Registry:
         return self._command("LLEN", "HLEN", "ZCOUNT")
 
     def __len__(self) -> int:
-        return int(_ask(self.queue.connection, *self._size()))
+        return int(_ask(self.connection, *self._size()))
 
     count = property(__len__)
 
@@ -2196,12 +2175,11 @@ class Registry:
         return True
 
     def __contains__(self, job: Job | str) -> bool:
-        found = self.queue.fetch_job(_id_of(job))
-        status = found._status if found else None
+        status = getattr(self.queue.fetch_job(_id_of(job)), "_status", None)
         return ("failed" if status == JobStatus.STOPPED else status) == self.container
 
-    def _job(self, job: Job | str, fields: dict[str, bytes] | None = None) -> Job:
-        return self.queue.job_class(_id_of(job), self.queue, fields or {})
+    def _job(self, job: Job | str) -> Job:
+        return self.queue.job_class(_id_of(job), self.queue, {})
 
     def get_job_ids(
         self, start: int = 0, end: int = -1, desc: bool = False, cleanup: bool = True
@@ -2213,7 +2191,7 @@ class Registry:
         command = self._command("LRANGE", "HKEYS", zset, *limit)
         if self.container == "queued":
             command += (start, end)
-        ids = [id.decode() for id in _ask(self.queue.connection, *command)]
+        ids = [id.decode() for id in _ask(self.connection, *command)]
         if self.container == "started":
             ids = sorted(ids, reverse=desc)[start : end + 1 or None]
         return ids
@@ -2231,8 +2209,7 @@ class Registry:
         return found
 
     def remove(self, job: Job | str, pipeline: Any = None, delete_job: bool = True) -> None:
-        """Delete a job of this registry, in any case, since it is nowhere else.  Raises as
-        requeue()."""
+        """Delete a job of this registry, since it is nowhere else.  Raises as requeue()."""
         self._job(job)._move(self.container, "gone", pipeline=pipeline)
 
     def empty(self) -> int:
@@ -2241,24 +2218,10 @@ class Registry:
         places: list[bytes] = []
         for start in range(0, len(ids), CHUNK):
             moves = [MOVE(self.queue.prefix, id, *words) for id in ids[start : start + CHUNK]]
-            replies = _send(self.queue.connection, *moves)
+            replies = _send(self.connection, *moves)
             places += [was for was, _ in replies]
-            _deliver(self.queue.connection, [word for _, posts in replies for word in posts])
+            _deliver(self.connection, [word for _, posts in replies for word in posts])
         return places.count(self.container.encode())
-
-
-class _JobRegistry(Registry):
-    """The jobs of a queue in one state; the queue is given, or its name."""
-
-    container = ""
-
-    def __init__(
-        self, name: str = "default", connection: Redis | None = None, job_class: Any = None,
-        queue: Queue | None = None, serializer: Any = None,
-    ) -> None:  # fmt: skip
-        more = {"job_class": job_class, "serializer": serializer}
-        super().__init__(queue or Queue(name, connection, **more), self.container)
-        self.name, self.connection = self.queue.name, self.queue.connection
 
     def get_expiration_time(self, job: Job | str) -> datetime | None:
         """Return when the record of a job expires, or a scheduled one is due; None for never.
@@ -2280,13 +2243,13 @@ class _JobRegistry(Registry):
             _ask(self.connection, "ZREMRANGEBYSCORE", self.key, "-inf", until)
 
 
-_REGISTRIES: dict[str, type[_JobRegistry]] = {
-    each: type(f"{each.title().replace('_', '')}JobRegistry", (_JobRegistry,), {"container": each})
-    for each in _CONTAINERS[1:]
+_REGISTRIES: dict[str, type[Registry]] = {
+    each: type(f"{each.title().replace('_', '')}JobRegistry", (Registry,), {"container": each})
+    for each in _CONTAINERS
 }
-StartedJobRegistry, ScheduledJobRegistry, DeferredJobRegistry = list(_REGISTRIES.values())[:3]
-RateLimitedJobRegistry, FinishedJobRegistry = list(_REGISTRIES.values())[3:5]
-FailedJobRegistry, CanceledJobRegistry = list(_REGISTRIES.values())[5:]
+StartedJobRegistry, ScheduledJobRegistry, DeferredJobRegistry = list(_REGISTRIES.values())[1:4]
+RateLimitedJobRegistry, FinishedJobRegistry = list(_REGISTRIES.values())[4:6]
+FailedJobRegistry, CanceledJobRegistry = list(_REGISTRIES.values())[6:]
 
 
 def clean_registries(queue: Queue, exception_handlers: Any = None) -> None:
@@ -2316,7 +2279,7 @@ class Queue(Registry):
         death_penalty_class: Any = None,
     ) -> None:  # fmt: skip
         self.name, self.prefix, self.connection = name, _prefix(name), _connect(connection)
-        super().__init__(self, "queued")
+        self.queue, self.key = self, f"{self.prefix}queued"
         self.serializer = resolve_serializer(serializer)
         self.job_class = _class(job_class, self.job_class)
         timeout = DEFAULT_TIMEOUT if default_timeout is None else default_timeout
@@ -2363,53 +2326,48 @@ class Queue(Registry):
         rate_limit  - a RateLimit, none
         unique      - True: refuse a job_id of which there is any record; "pending": one that has
                       not ended, as is done in any case
-        group_id    - the name of a Group that it belongs to, none
         pipeline    - a redis-py pipeline to carry the command, which you execute, none
 
         One round trip.  Raises ValueError or TypeError for a bad option or an argument that can't
         be serialized, DuplicateJobError if `job_id` is that of a job that has not ended; then
         nothing was stored."""
-        return self._enqueue_with_options(-1, f, args, kwargs)
+        return self._sort_and_enqueue(-1, f, args, kwargs)
 
     def enqueue_at(self, datetime: datetime, f: Func, *args: Any, **kwargs: Any) -> Job:
-        """Store a call to be run at `datetime`, which must be aware; see enqueue()."""
-        return self._enqueue_with_options(_delay_until(datetime), f, args, kwargs)
+        """Store a call to be run at `datetime`, which is local if naive; see enqueue()."""
+        return self._sort_and_enqueue(_delay_until(datetime), f, args, kwargs)
 
     def enqueue_in(self, time_delta: Any, f: Func, *args: Any, **kwargs: Any) -> Job:
         """Store a call to be run after a timedelta, or seconds; see enqueue()."""
         delay = _seconds(time_delta, "time_delta", (0,))
-        return self._enqueue_with_options(delay, f, args, kwargs)
+        return self._sort_and_enqueue(delay, f, args, kwargs)
 
-    def _enqueue_with_options(
-        self, delay: float, f: Func, args: Any, kwargs: dict[str, Any]
-    ) -> Job:
+    def _sort_and_enqueue(self, delay: float, f: Func, args: Any, kwargs: dict[str, Any]) -> Job:
         """Sort keywords into options and the function's own, and enqueue."""
         names = _OPTIONS.keys() & kwargs.keys() - {"timeout", "group_id"}
         options = {name: kwargs.pop(name) for name in names}
         options["timeout"] = kwargs.pop("job_timeout", None)
-        at_front, pipeline = kwargs.pop("at_front", False), kwargs.pop("pipeline", None)
+        pipeline = kwargs.pop("pipeline", None)
         if "args" in kwargs or "kwargs" in kwargs:
             own = kwargs.pop("args", None), kwargs.pop("kwargs", None)
             if args or kwargs:
                 raise TypeError("give arguments in args= and kwargs=, or directly, not both")
             args, kwargs = own
         job = self.create_job(f, args, kwargs, **options)
-        self._store([(job, at_front)], pipeline, delay)
+        self._store([job], pipeline, delay)
         return job
 
-    def enqueue_call(
-        self, func: Func, args: Any = None, kwargs: Any = None, *,
-        at_front: bool = False, pipeline: Any = None, **options: Any,
-    ) -> Job:  # fmt: skip
-        """Store a call, its arguments and the options of create_job() spelled apart."""
-        return self.enqueue_job(self.create_job(func, args, kwargs, **options), pipeline, at_front)
+    def enqueue_call(self, func: Func, args: Any = None, kwargs: Any = None, **options: Any) -> Job:
+        """Store a call; the options are `pipeline` and those of create_job()."""
+        pipeline = options.pop("pipeline", None)
+        return self.enqueue_job(self.create_job(func, args, kwargs, **options), pipeline)
 
     @staticmethod
     def prepare_data(
-        func: Func, args: Any = None, kwargs: Any = None, at_front: bool = False, **options: Any
+        func: Func, args: Any = None, kwargs: Any = None, **options: Any
     ) -> EnqueueData:
         """Return a call with the options of create_job(), for enqueue_many()."""
-        return EnqueueData((func, args, kwargs), at_front, options)
+        return EnqueueData((func, args, kwargs), options)
 
     def enqueue_many(
         self, job_datas: Iterable[EnqueueData], pipeline: Any = None, group_id: str | None = None
@@ -2419,43 +2377,36 @@ class Queue(Registry):
         raises may have stored earlier thousands."""
         jobs: list[Job] = []
         group = Group(self.connection, group_id) if group_id else None
-        rest, finish, more = iter(job_datas), None, {"group_id": group_id} if group else {}
+        rest, more = iter(job_datas), {"group_id": group_id} if group else {}
+        storing: Iterator[None] = iter(())
         with contextlib.closing(_Line(self.connection, None)) as line:
             while chunk := list(itertools.islice(rest, CHUNK)):
-                made = [
-                    (self.create_job(*each.call, **each.options | more), each.at_front)
-                    for each in chunk
-                ]
+                made = [self.create_job(*each.call, **each.options | more) for each in chunk]
                 if group:
-                    group._add_jobs([job for job, _ in made], pipeline)
-                if finish:
-                    finish()
-                finish = self._begin_store(made, pipeline, line=line)
-                jobs += [job for job, _ in made]
-            if finish:
-                finish()
+                    group._add_jobs(made, pipeline)
+                next(storing, None)
+                storing = self._storing(made, pipeline, line=line)
+                next(storing)
+                jobs += made
+            next(storing, None)
         return jobs
 
     def create_job(self, func: Func, args: Any = None, kwargs: Any = None, **options: Any) -> Job:
-        """Return a job that is not stored yet; enqueue_job() or schedule_job() do that. The options
-        are those of enqueue(), with `timeout` for job_timeout."""
+        """Return a job for enqueue_job(); options as of enqueue(), `timeout` for job_timeout."""
         fields = self._encode_call(func, args, kwargs)
         if options.get("timeout") is None and self.default_timeout != DEFAULT_TIMEOUT:
             options["timeout"] = self.default_timeout
         for name, value in options.items():
-            kind = _OPTIONS.get(name)
-            if kind is None:
+            if name not in _OPTIONS:
                 raise TypeError(f"{name!r} is no option; there are: {', '.join(_OPTIONS)}")
-            if value is not None and name not in ("job_id", "depends_on", "unique"):
+            if value is not None and (kind := _OPTIONS[name]) is not None:
                 fields[name] = self._encode_option(name, kind, value)
         id, parents, unique = map(options.get, ("job_id", "depends_on", "unique"))
         if unique not in (None, True, False, "pending") or (unique and id is None):
             raise ValueError(f"unique={unique!r}: give True or 'pending', and a job_id")
-        if id is None:
-            job = self.job_class(secrets.token_urlsafe(16), self, fields, nonce="")
-        else:
-            job = self._job(id, fields)
-        job._unique = unique is True
+        new = secrets.token_urlsafe(16) if id is None else _id_of(id)
+        job = self.job_class(new, self, fields, nonce="" if id is None else None)
+        job._unique, job._at_front = unique is True, bool(options.get("at_front"))
         if parents:
             job._depends_on = parents if isinstance(parents, Dependency) else Dependency(parents)
         return job
@@ -2471,7 +2422,7 @@ class Queue(Registry):
         if name == "max_crashes" and value < 0:
             raise ValueError(f"max_crashes={value}: give 0 or more")
         if name == "webhooks":
-            return json.dumps([Webhook.to_dict(hook) for hook in value]).encode()
+            return json.dumps([vars(hook) for hook in value]).encode()
         if name == "meta":
             return _dumps(self.serializer, value, "meta")
         field: bytes = value.to_field() if hasattr(value, "to_field") else str(value).encode()
@@ -2481,20 +2432,14 @@ class Queue(Registry):
         """Return the fields `func` and `args`, of a function that a worker can find."""
         call: tuple[Any, ...] = (tuple(args or ()), dict(kwargs or {}))
         owner = getattr(func, "__self__", None)
-        if isinstance(func, str):
-            name = func
-            if not re.fullmatch(r"[^\s.]+(\.[^\s.]+)+", name):
-                raise ValueError(f"{name!r}: give a dotted name, 'package.module.function'")
-        elif not callable(func):
-            raise TypeError(f"enqueue takes a function or its dotted name, not {func!r}")
-        elif inspect.isclass(owner):
+        if inspect.isclass(owner):
             name = f"{_func_name(owner)}.{func.__name__}"
         elif owner is not None and not inspect.ismodule(owner):
             name, call = f".{func.__name__}", (*call, owner)
-        elif hasattr(func, "__qualname__"):
-            name = _func_name(func)
-        else:
+        elif callable(func) and not hasattr(func, "__qualname__"):
             name, call = ".__call__", (*call, func)
+        else:
+            name = _func_name(func)
         if isinstance(self.serializer, SignedSerializer):
             call = name, call  # so that nobody has another function called with it
         elif len(call) == 2 and not any(call):
@@ -2505,7 +2450,8 @@ class Queue(Registry):
     def enqueue_job(self, job: Job, pipeline: Any = None, at_front: bool = False) -> Job:
         """Store a job made by create_job() or Job.create(); one that has ended begins a new life.
         Raises InvalidJobOperation for a job that is in another queue."""
-        self._store([(self._adopt(job), at_front)], pipeline)
+        job._at_front = job._at_front or bool(at_front)
+        self._store([self._adopt(job)], pipeline)
         return job
 
     def _adopt(self, job: Job) -> Job:
@@ -2522,36 +2468,30 @@ class Queue(Registry):
 
     def schedule_job(self, job: Job, datetime: datetime, pipeline: Any = None) -> Job:
         """Store a job made by create_job(), to be run at `datetime`; see enqueue_job()."""
-        self._store([(self._adopt(job), False)], pipeline, _delay_until(datetime))
+        self._store([self._adopt(job)], pipeline, _delay_until(datetime))
         return job
 
-    def _store(self, jobs: Sequence[tuple[Job, bool]], pipeline: Any, delay: float = -1) -> None:
-        """Run the script `enqueue` for (job, at_front) pairs; delay -1 means now."""
-        self._begin_store(jobs, pipeline, delay)()
+    def _store(self, jobs: Sequence[Job], pipeline: Any, delay: float = -1) -> None:
+        """Run the script `enqueue`; a delay of -1 means now."""
+        for _ in self._storing(jobs, pipeline, delay):
+            pass
 
-    def _begin_store(
-        self, jobs: Sequence[tuple[Job, bool]], pipeline: Any, delay: float = -1,
-        line: _Line | None = None,
-    ) -> Callable[[], None]:  # fmt: skip
-        """Prepare that, and return what does it; over `line` the server begins already."""
-        if len({job.id for job, _ in jobs}) < len(jobs):
+    def _storing(
+        self, jobs: Sequence[Job], pipeline: Any, delay: float = -1, line: _Line | None = None
+    ) -> Iterator[None]:
+        """Do that in two steps; over `line` the server begins at the first."""
+        if len({job.id for job in jobs}) < len(jobs):
             raise DuplicateJobError("the same job_id stands twice in one enqueue_many()")
         if not self.is_async and pipeline is not None:
             raise TypeError("is_async=False runs jobs at once; it can't use a pipeline")
-        if any(job._depends_on for job, _ in jobs):
-            self._find_parents([job for job, _ in jobs])
-        words = [word for job, front in jobs for word in _enqueue_words(job, front, delay)]
+        self._find_parents(jobs)
+        words = [word for job in jobs for word in _enqueue_words(job, job._at_front, delay)]
         register = () if self._known else (("SADD", _QUEUES, self.name),)
         commands = (ENQUEUE(self.prefix, delay, *words), *register)
         ahead = line if line and pipeline is None and len(jobs) == CHUNK else None
         if ahead:
             ahead.post(commands)
-        return functools.partial(self._finish_store, jobs, pipeline, delay, commands, ahead)
-
-    def _finish_store(
-        self, jobs: Sequence[tuple[Job, bool]], pipeline: Any, delay: float,
-        commands: tuple[Command, ...], ahead: _Line | None,
-    ) -> None:  # fmt: skip
+        yield
         if pipeline is not None:
             for each in commands:
                 pipeline.execute_command(*_spelled_out(each))
@@ -2567,35 +2507,30 @@ class Queue(Registry):
             if isinstance(reply, list):
                 reply, posts = reply
                 _deliver(self.connection, posts)
-            for job, _ in jobs:
+            for job in jobs:
                 job._fields["created_at"] = reply
-        for job, _ in jobs:
+        for job in jobs:
             job._status = JobStatus.SCHEDULED if delay >= 0 else JobStatus.QUEUED
             if "depends_on" in job._fields or "rate_limit" in job._fields:
                 job._status = None  # to be looked up
-            job._nonce = None  # should it be enqueued once more
+            job._nonce, job._at_front = None, False  # should it be enqueued once more
         if not self.is_async and delay < 0:
             SimpleWorker(self).work(burst=True, logging_level=None)
-            _look([job for job, _ in jobs])
+            _look(jobs)
 
     def _find_parents(self, jobs: Sequence[Job]) -> None:
-        """Note where those are on which the jobs depend, those of unknown ids being ours. Two round
-        trips, unless they are given as Job objects."""
+        """Note where those are on which jobs depend: here, if unknown.  Two round trips for ids."""
         wanted = [each for job in jobs if job._depends_on for each in job._depends_on.jobs]
         ids = {each for each in wanted if isinstance(each, str)} - {job.id for job in jobs}
-        found = Job.fetch_many(ids, self.connection) if ids else []
-        keys = {job.id: f"{job.queue.prefix}{job.id}" for job in found if job}
+        found = {job.id: job for job in Job.fetch_many(ids, self.connection) if job} if ids else {}
         for job in jobs:
             if not (rule := job._depends_on):
                 continue
             if job.id in map(_id_of, rule.jobs):
                 raise InvalidJobDependency(f"job {job.id!r} can't depend on itself")
-            names = [
-                keys.get(each, f"{self.prefix}{each}")
-                if isinstance(each, str)
-                else f"{each.queue.prefix}{each.id}"
-                for each in rule.jobs
-            ]
+            parents = [found.get(each, each) for each in rule.jobs]
+            parents = [self._job(each) if isinstance(each, str) else each for each in parents]
+            names = [f"{each.queue.prefix}{each.id}" for each in parents]
             allow = {"True": "failed", "False": "none"}.get(str(rule.allow_failure), "any")
             job._fields["depends_on"] = " ".join([*dict.fromkeys(names), allow]).encode()
 
@@ -2626,16 +2561,14 @@ class Queue(Registry):
     def delete(self, delete_jobs: bool = True) -> None:
         """Delete the queue with its jobs in all states. With delete_jobs=False it must be empty:
         raises InvalidJobOperation if not."""
-        registries = [Registry(self, container) for container in _CONTAINERS]
+        registries = [each(queue=self) for each in _REGISTRIES.values()]
         if not delete_jobs and any(len(registry) for registry in registries):
             raise InvalidJobOperation(f"queue {self.name!r} still has jobs; empty it first")
         for registry in registries:
             registry.empty()
-        rest: list[Command]
-        rest = [("ZREMRANGEBYSCORE", each.key, "-inf", time.time()) for each in registries[5:]]
-        gone = [f"{self.prefix}{each}" for each in ("wake", "cron", "ticks", "schedulers")]
-        rest += [("SREM", _QUEUES, self.name), ("DEL", *gone)]
-        _send(self.connection, *rest)
+            registry.cleanup()
+        rest = [f"{self.prefix}{each}" for each in ("wake", "cron", "ticks", "schedulers")]
+        _send(self.connection, ("SREM", _QUEUES, self.name), ("DEL", *rest))
         self._known = False
 
     def __eq__(self, other: object) -> bool:
@@ -2673,9 +2606,8 @@ def job(
     queue: Queue | str, connection: Redis | None = None, *, queue_class: Any = None,
     serializer: Any = None, **options: Any,
 ) -> Callable[[Callable[..., Any]], Any]:  # fmt: skip
-    """Decorate a function with .delay() and .enqueue(), which store a call of it in `queue`; the
-    options are at_front and those of Queue.create_job(); job_id, at_front and depends_on may be
-    given with each call, too."""
+    """Decorate a function with .delay() and .enqueue(), which store a call of it. The options are
+    those of enqueue_call(); job_id, at_front and depends_on may stand in each call, too."""
     per_call, make = {"job_id", "at_front", "depends_on"}, _class(queue_class, Queue)
     make = functools.partial(make, serializer=serializer)
     find = functools.cache(lambda: queue if isinstance(queue, Queue) else make(queue, connection))
@@ -2733,9 +2665,8 @@ class Group:
         return queue.enqueue_many(job_datas, pipeline, group_id=self.name)
 
     def enqueue_callback(self, queue: Queue, f: Func, *args: Any, **kwargs: Any) -> Job:
-        """Store a call to be run when all jobs of the group, as it is now, have ended, in whatever
-        way, and return its job; see Queue.enqueue().  One round trip more, and one for each other
-        queue."""
+        """Store a call to be run when all that are jobs of the group now have ended, in whatever
+        way; see Queue.enqueue().  One round trip more, and one for each other queue."""
         return queue.enqueue(f, *args, depends_on=Dependency(self._members(), "any"), **kwargs)
 
     def _add_jobs(self, jobs: Iterable[Job], pipeline: Any) -> None:
@@ -2776,7 +2707,7 @@ class Group:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until all jobs have ended, up to `timeout` seconds if it is given; tell whether they
-        have.  The server sends word, nobody polls; the wait takes a connection of its own."""
+        have.  See Job.latest_result()."""
         deadline = time.monotonic() + (math.inf if timeout is None else timeout)
         pending = self._members()
         while pending := [job for job in self._live(pending) if job._status not in _OVER]:
@@ -2784,8 +2715,8 @@ class Group:
                 return False
             # When one of those that joined last has ended, few others have not.  There is no word
             # from a job whose ttl ends.
-            last = pending[-1]
-            last._when_moved(min(left, 10), _is_over)
+            ask = lambda job: not _look([job]) or job._status in _OVER  # noqa: E731
+            pending[-1]._when_moved(min(left, 10), ask)
         return True
 
     def delete_job(self, job_id: str) -> None:
@@ -2811,28 +2742,22 @@ class Group:
 # _settlement() turns an Outcome into the one transition that records it.
 
 
-def perform(
-    execution: Execution, handlers: Iterable[Callable[..., Any]] = (), describe: bool = True
-) -> Outcome:
+def perform(execution: Execution, handlers: Handlers = (), describe: bool = True) -> Outcome:
     """Run a job under its timeout and then its callback, and return how that ended.  If it raised,
-    the handlers are told (job, type, exception, traceback), until one returns False.  `describe` is
-    for the log."""
+    the handlers are told (job, type, exception, traceback), until one returns False."""
     job, began = execution.job, time.perf_counter()
     token = _current_job.set(job)
     try:
-        outcome: Outcome
-        outcome, *details = _attempt(job, handlers, began, describe)
-        _call_back(job, outcome, details)
+        outcome, end = _attempt(job, handlers, began, describe)
+        _call_back(job, outcome, end)
         return outcome
     except _Interrupt:
-        return _given_up(time.perf_counter() - began)
+        return _GIVEN_UP._replace(seconds=time.perf_counter() - began)
     finally:
         _current_job.reset(token)
 
 
-def _attempt(
-    job: Job, handlers: Iterable[Callable[..., Any]], began: float, describe: bool
-) -> tuple[Any, ...]:
+def _attempt(job: Job, handlers: Handlers, began: float, describe: bool) -> tuple[Outcome, Any]:
     """Run a job; return its outcome, with what its callback is told: the value, or the error."""
     try:
         if log.isEnabledFor(logging.INFO):
@@ -2841,30 +2766,23 @@ def _attempt(
         job._rule("retry"), job._rule("repeat")  # garbled ones must show before the job runs
         if "verdict" in job._fields:  # it was ended from outside, and only has to hear of it
             kind, _, text = job._text("verdict").strip().partition(" ")
-            error = AbandonedJobError(text)
-            return Outcome(ResultType(kind), text.encode()), type(error), error, None
-        leash = _leash()
-        job._strike = leash.begin(job.timeout)
-        try:
-            value = job.perform()
-        finally:
-            leash.end()
+            return Outcome(ResultType(kind), text.encode()), AbandonedJobError(text)
+        value = _within(job.timeout, job, job.perform)
         seconds = time.perf_counter() - began
         if isinstance(value, Retry):
-            return (Outcome(ResultType.RETRIED, b"", seconds, "retry", value.to_field()),)
+            return Outcome(ResultType.RETRIED, b"", seconds, "retry", value.to_field()), None
         try:
             payload = b"" if value is None else _dumps(job.serializer, value, "the result")
             if len(payload) > MAX_RESULT:
                 raise TypeError(f"its result of {len(payload)} bytes is too large to store")
         except TypeError as error:
             text = f"result: {_short(value)}\nthe job ran, but {error}\n"
-            outcome = Outcome(ResultType.FAILED, text.encode(), seconds)
-            return outcome, type(error), error, error.__traceback__
+            return Outcome(ResultType.FAILED, text.encode(), seconds), error
         return Outcome(ResultType.SUCCESSFUL, payload, seconds, "repeat"), value
     except _Interrupt:
         raise
     except StopRequested:
-        return (Outcome(ResultType.STOPPED, _STOPPED, time.perf_counter() - began),)
+        return Outcome(ResultType.STOPPED, _STOPPED, time.perf_counter() - began), None
     except BaseException as error:  # SystemExit too: a job must not end its worker
         seconds = time.perf_counter() - began
         if isinstance(error, JobTimeoutException):
@@ -2872,33 +2790,35 @@ def _attempt(
         text = "".join(traceback.format_exception(error))[-MAX_TRACEBACK:]
         rule = "" if isinstance(error, DeserializationError) else "retry"
         _tell(handlers, job, error)
-        outcome = Outcome(ResultType.FAILED, text.encode(errors="replace"), seconds, rule)
-        return outcome, type(error), error, error.__traceback__
+        return Outcome(ResultType.FAILED, text.encode(errors="replace"), seconds, rule), error
 
 
-_CALLBACKS = {
-    ResultType.SUCCESSFUL: "on_success",
-    ResultType.FAILED: "on_failure",
-    ResultType.STOPPED: "on_stopped",
-}
+def _within(seconds: float, job: Job, call: Callable[[], Any]) -> Any:
+    """Return what a call that belongs to a job returns within so many seconds."""
+    leash = _thread.leash
+    job._strike = leash.begin(seconds)
+    try:
+        value = call()
+        return _run_coroutine(value) if inspect.iscoroutine(value) else value
+    finally:
+        leash.end()
 
 
-def _call_back(job: Job, outcome: Outcome, details: Sequence[Any]) -> None:
+_CALLBACKS = {"successful": "on_success", "failed": "on_failure", "stopped": "on_stopped"}
+
+
+def _call_back(job: Job, outcome: Outcome, end: Any) -> None:
     """Run the callback for this outcome, which is not stored yet: if the worker dies here, the job
     runs again.  Whatever else it does changes nothing; its traceback is kept with the job."""
     name = _CALLBACKS.get(outcome.type, "")
     if name not in job._fields:
         return
-    leash, details = _leash(), () if name == "on_stopped" else details
+    about: tuple[Any, ...] = (end,) if name == "on_success" else ()
+    if name == "on_failure":
+        about = type(end), end, end.__traceback__
     try:
         func, _, seconds = job._text(name).partition(" ")
-        job._strike = leash.begin(float(seconds))
-        try:
-            value = _find(func)(job, job.connection, *details)
-            if inspect.iscoroutine(value):
-                _run_coroutine(value)
-        finally:
-            leash.end()
+        _within(float(seconds), job, lambda: _find(func)(job, job.connection, *about))
     except _Interrupt:
         raise
     except BaseException as error:
@@ -2921,29 +2841,27 @@ def _send_webhooks(job: Job, outcome: Outcome, place: str) -> None:
             body = json.dumps(about).encode() if hook.method == "POST" else None
             headers = {"Content-Type": "application/json"} | (hook.headers or {})
             request = Request(hook.url, body, headers, method=hook.method)
-            leash = _leash()
+            get = functools.partial(urlopen, request, timeout=hook.timeout)  # of each packet
             try:
-                leash.begin(hook.timeout)  # urlopen's own is for each packet
-                urlopen(request, timeout=hook.timeout).close()
+                _within(hook.timeout, job, get).close()
             except (Exception, JobTimeoutException) as error:  # whatever they answer
-                log.warning("webhook %s of job %s: %s", hook.url, job.id, repr(error))
-            finally:
-                leash.end()
+                log.warning("webhook %s of job %s: %r", hook.url, job.id, error)
 
 
-def _tell(handlers: Iterable[Callable[..., Any]], job: Job, error: BaseException) -> None:
+def _tell(handlers: Handlers, job: Job, error: BaseException) -> None:
     for handler in handlers:
         try:
             again = handler(job, type(error), error, error.__traceback__)
+            if again is not None and not again:
+                return
         except Exception:
             log.exception("exception handler %r failed for job %s", handler, job.id)
-        else:
-            if again is not None and not again:
-                break
 
 
 _STOPPED = b"stopped by a command"
 _CRASHES = Retry(MAX_CRASHES, 0, enqueue_at_front=True).to_field()
+# A run that ends because its worker is to end at once.
+_GIVEN_UP = Outcome(ResultType.FAILED, b"its worker was shut down", 0, "interrupt", _CRASHES)
 
 
 def _too_large(outcome: Outcome) -> Outcome:
@@ -2952,11 +2870,6 @@ def _too_large(outcome: Outcome) -> Outcome:
         return outcome
     text = f"its result of {len(outcome.payload)} bytes is too large for the connection"
     return Outcome(ResultType.FAILED, text.encode(), outcome.seconds)
-
-
-def _given_up(seconds: float) -> Outcome:
-    """Return the outcome of a run that ends because its worker is to end at once."""
-    return Outcome(ResultType.FAILED, b"its worker was shut down", seconds, "interrupt", _CRASHES)
 
 
 class _Leash:
@@ -2972,7 +2885,6 @@ class _Leash:
         self.run = 0  # counts the jobs, so that nothing strikes the next one
         self.deadline = 0.0  # of the job that runs; 0: there is none
         self.struck: tuple[int, type[BaseException]] | None = None  # a run, and why it is to end
-        self.handler = self.on_alarm
         self.timer: threading.Timer | None = None
 
     def begin(self, seconds: float) -> Callable[[type[BaseException]], None]:
@@ -2981,8 +2893,8 @@ class _Leash:
         self.deadline = time.monotonic() + seconds if seconds > 0 else math.inf
         strike = functools.partial(self.strike, self.run)
         if self.main:
-            if _signal.getsignal(signal.SIGALRM) is not self.handler:  # a job took it
-                signal.signal(signal.SIGALRM, self.handler)
+            if _signal.getsignal(signal.SIGALRM) != self.on_alarm:  # a job took it
+                signal.signal(signal.SIGALRM, self.on_alarm)
             signal.setitimer(signal.ITIMER_REAL, max(0.0, seconds))
         elif seconds > 0:
             self.timer = threading.Timer(seconds, strike, [JobTimeoutException])
@@ -3020,23 +2932,22 @@ class _Leash:
             self.timer.cancel()
 
 
-def _leash() -> _Leash:
-    """Return the leash of this thread."""
-    if not hasattr(_thread, "leash"):
-        _thread.leash = _Leash()
-    leash: _Leash = _thread.leash
-    return leash
+class _Thread(threading.local):
+    """What a thread that runs jobs has: a leash, an event loop, and the process that made it."""
+
+    def __init__(self) -> None:
+        self.leash, self.pid = _Leash(), 0
+        self.loop: Any = None
 
 
-_thread = threading.local()  # its `leash`; its `loop`, with the process that it was made in
+_thread = _Thread()
 
 
 def _run_coroutine(coroutine: Any) -> Any:
     """Run it on the event loop of this thread, made if need be.  Tasks it leaves are cancelled."""
-    pid, loop = getattr(_thread, "loop", (None, None))
-    if loop is None or pid != os.getpid():
-        loop = asyncio.new_event_loop()
-        _thread.loop = os.getpid(), loop
+    if _thread.pid != os.getpid():
+        _thread.pid, _thread.loop = os.getpid(), asyncio.new_event_loop()
+    loop = _thread.loop
     try:
         return loop.run_until_complete(coroutine)
     finally:
@@ -3047,9 +2958,8 @@ def _run_coroutine(coroutine: Any) -> Any:
 
 
 def _close_event_loop() -> None:
-    pid, loop = getattr(_thread, "loop", (None, None))
-    if loop and pid == os.getpid():
-        del _thread.loop
+    if _thread.pid == os.getpid():
+        loop, _thread.pid = _thread.loop, 0
         loop.run_until_complete(loop.shutdown_asyncgens())
         loop.run_until_complete(loop.shutdown_default_executor())
         loop.close()
@@ -4067,7 +3977,7 @@ class _Keeper:
         over = slate.stopping or slate.phase == b"e"
         if worker._pid:
             if self.cold:
-                self.kill(worker, slate.text, _given_up(0))
+                self.kill(worker, slate.text, _GIVEN_UP)
             elif 0 < slate.kill_at <= now:
                 text = f"killed, {KILL_GRACE:g} s after its timeout had no effect".encode()
                 self.kill(worker, slate.text, Outcome(ResultType.FAILED, text, rule="killed"))
@@ -4191,7 +4101,7 @@ class _Keeper:
         if verdict and verdict[0] == slate.text:
             outcome = verdict[1]._replace(seconds=seconds)
         elif verdict or slate.phase == b"g":  # another job was meant; or see start()
-            outcome = _given_up(seconds)
+            outcome = _GIVEN_UP._replace(seconds=seconds)
         slate.kill_at = 0
         worker._done = [(Execution(job, token), outcome)]
         if worker._killed_handler and outcome.rule == "crash":
@@ -4246,7 +4156,7 @@ class _Keeper:
         for worker in self.workers:
             with worker._lock:  # its relief may still be there
                 if worker._current and worker._current not in [run[0] for run in worker._done]:
-                    worker._done.append((worker._current, _given_up(0)))
+                    worker._done.append((worker._current, _GIVEN_UP))
                 commands += [("DEL", worker.key), *worker._farewell("")]
                 worker._claimed.clear()
                 worker._done, worker._behind, worker._flight = [], [], _Flight()
@@ -4596,7 +4506,7 @@ class CronJob:
     ) -> list[str]:
         """Return the ids, <name>-<tick>, of its jobs that still exist, `start` to `end`, the latest
         first.  O(n) in the jobs of the queue."""
-        registries = [Registry(Queue(self.queue_name, connection), each) for each in _CONTAINERS]
+        registries = [each(self.queue_name, connection) for each in _REGISTRIES.values()]
         ids = [id for each in registries for id in each.get_job_ids()]
         ids = [id for id in ids if re.fullmatch(rf"{self._key[1]}-\d+", id)]
         return sorted(ids, key=lambda id: -int(id.rpartition("-")[2]))[start : end + 1 or None]
@@ -5045,7 +4955,7 @@ def _look_around(connection: Redis, of: Sequence[str]) -> _Look:
     queues = [Queue(name, connection) for name in of] or Queue.all(connection)
     asked, size = list[Command](), len(_CONTAINERS) + 2
     for queue in queues:
-        asked += [Registry(queue, each)._size() for each in _CONTAINERS]
+        asked += [each(queue=queue)._size() for each in _REGISTRIES.values()]
         asked += [("HKEYS", f"{queue.prefix}workers"), ("HGETALL", f"{queue.prefix}started")]
     *replies, suspended = _send(connection, *asked, ("EXISTS", _SUSPENDED))
     counts, held = dict[str, list[int]](), dict[bytes, list[Any]]()  # jobs by worker

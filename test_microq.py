@@ -477,6 +477,8 @@ def local_function():
 def test_what_no_worker_could_run_is_refused(redis, queue, func, error, text):
     with pytest.raises(error, match=text):
         queue.enqueue(func)
+    with pytest.raises((TypeError, ValueError)):
+        queue.enqueue(add, on_success=func)
     assert redis.dbsize() == 0
 
 
@@ -1236,6 +1238,19 @@ def test_a_result_that_cannot_be_serialized_fails_the_job_without_a_retry(queue,
     run()
     assert job.is_failed and len(job.results()) == 1 and after.is_finished
     assert "can't be serialized" in job.latest_result().exc_string
+
+
+class Shy:
+    def __repr__(self):
+        raise RuntimeError("not me")
+
+
+def test_an_argument_that_cannot_be_shown_is_no_reason_to_fail(queue, caplog):
+    job = queue.enqueue(str.format, "x", Shy())
+    with caplog.at_level("INFO", "microq"):
+        work(queue)
+    assert job.return_value() == "x" and "Shy object" in job.description
+    assert "Shy object" in caplog.text
 
 
 @pytest.mark.parametrize(
