@@ -1644,9 +1644,9 @@ def _deliver(connection: Any, posts: Sequence[bytes]) -> None:
         # What a limit has to say is found again by those who speak to it.
         if target not in stuck and not (stuck and target.startswith(b"microq:limit:")):
             outboxes.setdefault(prefix, []).append(text)
-    if outboxes:
-        acks = [("SREM", prefix + b"outbox", *texts) for prefix, texts in outboxes.items()]
-        _send(connection, *acks)
+    acks = [("SREM", prefix + b"outbox", *texts) for prefix, texts in outboxes.items()]
+    with contextlib.suppress(ServerUnavailable):  # what is still there is delivered once more
+        _send(connection, *acks) if acks else []
 
 
 # ---- 6. Job --------------------------------------------------------------------------------------
@@ -1671,11 +1671,14 @@ class Job:
 
     queue: Queue
 
-    def __init__(self, id: str, queue: Queue, fields: dict[str, bytes], nonce: Any = None) -> None:
-        self.id, self._fields = id, fields
-        self._enter(queue)
+    def __init__(
+        self, id: str, queue: Queue | None = None, fields: dict[str, bytes] | None = None,
+        nonce: str | None = None, connection: Redis | None = None, serializer: Any = None,
+    ) -> None:  # fmt: skip
+        self.id, self._fields = id, {} if fields is None else fields
+        self._enter(queue or Queue("default", connection, serializer=serializer))
         # Tells a second life of an id from a copy of the first call; None: made when it is sent.
-        self._nonce: str | None = nonce
+        self._nonce = nonce
         self._status: JobStatus | None = JobStatus.CREATED  # None: to be looked up
         self._execution: Execution | None = None
         self._strike: Any = None  # raises an exception in it while it runs here
@@ -2430,6 +2433,8 @@ class Queue(Registry):
 
     def _encode_call(self, func: Any, args: Any, kwargs: Any) -> dict[str, bytes]:
         """Return the fields `func` and `args`, of a function that a worker can find."""
+        if isinstance(args, str | bytes):
+            raise TypeError(f"args={args!r}: give a tuple or a list, as in ({args!r},)")
         call: tuple[Any, ...] = (tuple(args or ()), dict(kwargs or {}))
         owner = getattr(func, "__self__", None)
         if inspect.isclass(owner):
@@ -2447,10 +2452,12 @@ class Queue(Registry):
         data = _dumps(self.serializer, call, f"the arguments of {name}")
         return {"func": name.encode(), "args": data}
 
-    def enqueue_job(self, job: Job, pipeline: Any = None, at_front: bool = False) -> Job:
+    def enqueue_job(
+        self, job: Job, pipeline: Any = None, at_front: bool = False, unique: bool = False
+    ) -> Job:
         """Store a job made by create_job() or Job.create(); one that has ended begins a new life.
         Raises InvalidJobOperation for a job that is in another queue."""
-        job._at_front = job._at_front or bool(at_front)
+        job._at_front, job._unique = job._at_front or bool(at_front), job._unique or unique
         self._store([self._adopt(job)], pipeline)
         return job
 
@@ -2466,8 +2473,11 @@ class Queue(Registry):
             raise InvalidJobOperation(f"{job!r} is in a queue already, which is not {self!r}")
         return job
 
-    def schedule_job(self, job: Job, datetime: datetime, pipeline: Any = None) -> Job:
+    def schedule_job(
+        self, job: Job, datetime: datetime, pipeline: Any = None, unique: bool = False
+    ) -> Job:
         """Store a job made by create_job(), to be run at `datetime`; see enqueue_job()."""
+        job._unique = job._unique or unique
         self._store([self._adopt(job)], pipeline, _delay_until(datetime))
         return job
 
@@ -4844,6 +4854,8 @@ def _queue_of(options: argparse.Namespace, name: str) -> Queue:
 
 def _worker(options: argparse.Namespace) -> None:
     settings, pool = options.settings, options.command == "worker-pool"
+    if pool and options.in_process:
+        raise ValueError("a pool forks its workers; start several with worker --in-process")
     if not pool and is_suspended(options.connection):
         raise MicroqError(f"workers are suspended; to go on: {_PROGRAM} resume")
     if options.worker_ttl:

@@ -2014,6 +2014,22 @@ def test_the_callback_of_a_group_runs_when_all_its_jobs_have_ended(redis, pair):
     assert microq.Group.create(redis).enqueue_callback(second, add).is_queued
 
 
+def test_a_made_job_may_be_unique_and_arguments_are_no_string(queue):
+    Job(id="x", connection=queue.connection, serializer="json").delete()
+    queue.enqueue(add, job_id="x")
+    work(queue)
+    for again in (queue.enqueue_job, lambda job, **how: queue.schedule_job(job, soon(), **how)):
+        with pytest.raises(DuplicateJobError):
+            again(queue.create_job(add, job_id="x"), unique=True)
+    assert queue.enqueue_job(queue.create_job(add, job_id="x")).is_queued
+    with pytest.raises(TypeError, match="tuple"):
+        Queue.prepare_data(add, "abc") and queue.enqueue_many([Queue.prepare_data(add, "abc")])
+
+
+def soon():
+    return datetime.now() + timedelta(seconds=9)
+
+
 def test_a_job_cannot_wait_for_itself(queue):
     with pytest.raises(InvalidJobDependency):
         queue.enqueue(add, job_id="me", depends_on="me")
