@@ -190,14 +190,15 @@ __all__ = [
     "FailedJobRegistry", "FinishedJobRegistry", "Group", "InvalidJobDependency",
     "InvalidJobOperation", "JSONSerializer", "Job", "JobStatus", "JobTimeoutException",
     "MicroqError", "NoSuchGroupError", "NoSuchJobError", "PickleSerializer", "Queue",
-    "RandomWorker", "RateLimit", "RateLimitedJobRegistry", "Registry", "Repeat", "Result", "Retry",
-    "RoundRobinWorker", "ScheduledJobRegistry", "SchedulerNotFound", "ServerUnavailable",
-    "SignedSerializer", "SimpleWorker", "SpawnWorker", "StartedJobRegistry", "StopRequested",
-    "TimeoutFormatError", "TimerDeathPenalty", "UnixSignalDeathPenalty", "Webhook", "Worker",
-    "WorkerPool", "WorkerStatus", "__version__", "cancel_job", "clean_registries", "create_cron",
-    "cron", "embedded", "get_cron_job_ids", "get_current_job", "is_suspended", "job", "main",
-    "parse_timeout", "register", "requeue_job", "resolve_serializer", "resume", "send_command",
-    "send_kill_horse_command", "send_shutdown_command", "send_stop_job_command", "suspend",
+    "RandomWorker", "RateLimit", "RateLimitRegistry", "RateLimitedJobRegistry", "Registry",
+    "Repeat", "Result", "Retry", "RoundRobinWorker", "ScheduledJobRegistry", "SchedulerNotFound",
+    "ServerUnavailable", "SignedSerializer", "SimpleWorker", "SpawnWorker", "StartedJobRegistry",
+    "StopRequested", "TimeoutFormatError", "TimerDeathPenalty", "UnixSignalDeathPenalty", "Webhook",
+    "Worker", "WorkerPool", "WorkerStatus", "__version__", "cancel_job", "clean_registries",
+    "create_cron", "cron", "embedded", "get_cron_job_ids", "get_current_job", "is_suspended", "job",
+    "main", "parse_timeout", "register", "requeue_job", "resolve_serializer", "resume",
+    "send_command", "send_kill_horse_command", "send_shutdown_command", "send_stop_job_command",
+    "suspend",
 ]  # fmt: skip
 
 DEFAULT_TIMEOUT = 180.0  # seconds a job may run (RQ's default)
@@ -494,6 +495,9 @@ class RateLimit:
     def to_field(self) -> bytes:
         numbers = f"{self.concurrency or 0} {self.rate or 0} {self.per:.15g}"
         return f"microq:limit:{{{self.key}}}: {numbers}".encode()
+
+
+_CALLBACKS = {"successful": "on_success", "failed": "on_failure", "stopped": "on_stopped"}
 
 
 class Outcome(NamedTuple):
@@ -1662,6 +1666,13 @@ def _field(name: str, default: float | None, doc: str) -> Any:
     return property(lambda job: default if (has := job._number(name)) is None else has, doc=doc)
 
 
+def _callback(name: str, part: int, read: Callable[[str], Any]) -> Any:
+    """Make an attribute that reads the function of a callback, or its timeout; None without it."""
+    return property(
+        lambda job: (name in job._fields and read(job._text(name).split()[part])) or None
+    )
+
+
 def _is(status: JobStatus) -> Any:
     return property(lambda job: job.get_status() == status, doc=f"Asks whether it is {status}.")
 
@@ -1869,6 +1880,12 @@ class Job:
     is_rate_limited = _is(JobStatus.RATE_LIMITED)
 
     webhooks = property(lambda s: [Webhook(**w) for w in json.loads(s._text("webhooks") or "[]")])
+    success_callback, failure_callback, stopped_callback = (
+        _callback(name, 0, _find) for name in _CALLBACKS.values()
+    )
+    success_callback_timeout, failure_callback_timeout, stopped_callback_timeout = (
+        _callback(name, 1, float) for name in _CALLBACKS.values()
+    )
     has_rate_limit = property(lambda self: "rate_limit" in self._fields)
     _limit = property(lambda self: self._text("rate_limit").split() or [None, "0"])
     rate_limit_key = property(lambda self: self._limit[0] and self._limit[0][14:-2])
@@ -2633,6 +2650,24 @@ def job(
     return decorate
 
 
+class RateLimitRegistry:
+    """The jobs that share the RateLimit of this key, in whatever queues."""
+
+    def __init__(self, key: str, connection: Redis | None = None) -> None:
+        self.key, self.connection = key, _connect(connection)
+
+    from_job = classmethod(lambda cls, job: cls(job.rate_limit_key, job.connection))
+
+    def _ids(self, part: str) -> list[str]:
+        key = f"microq:limit:{{{self.key}}}:{part}"
+        return [each.decode().split()[1] for each in _ask(self.connection, "ZRANGE", key, 0, -1)]
+
+    get_allowed_job_ids = lambda self: self._ids("holders")  # noqa: E731  they have a slot
+    get_rate_limited_job_ids = lambda self: self._ids("waiting")  # noqa: E731
+    get_allowed_count = lambda self: len(self.get_allowed_job_ids())  # noqa: E731
+    get_rate_limited_count = lambda self: len(self.get_rate_limited_job_ids())  # noqa: E731
+
+
 class Group:
     """Jobs under a common name, in whatever queues; enqueue_many() puts them there.  A group is
     forgotten a week after the last ones joined, and by cleanup() when none of them exists."""
@@ -2812,9 +2847,6 @@ def _within(seconds: float, job: Job, call: Callable[[], Any]) -> Any:
         return _run_coroutine(value) if inspect.iscoroutine(value) else value
     finally:
         leash.end()
-
-
-_CALLBACKS = {"successful": "on_success", "failed": "on_failure", "stopped": "on_stopped"}
 
 
 def _call_back(job: Job, outcome: Outcome, end: Any) -> None:

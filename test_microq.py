@@ -2245,6 +2245,15 @@ def test_a_limit_that_makes_no_sense_is_refused(words):
         RateLimit(**({"key": "k"} | more | words))
 
 
+def test_a_limit_shows_its_jobs(redis, queue):
+    limit = RateLimit("k", concurrency=1)
+    first, second = (queue.enqueue(add, rate_limit=limit) for _ in range(2))
+    registry = microq.RateLimitRegistry.from_job(first)
+    assert registry.get_allowed_job_ids() == [first.id] and registry.get_allowed_count() == 1
+    assert registry.get_rate_limited_job_ids() == [second.id]
+    assert microq.RateLimitRegistry("k", redis).get_rate_limited_count() == 1
+
+
 def test_unique_refuses_an_id_of_which_there_is_any_record(redis, queue):
     job = queue.enqueue(add, job_id="a", unique=True)
     work(queue)
@@ -2306,6 +2315,12 @@ def test_callbacks_are_told_how_a_job_ended(redis, queue, told, run):
     queue.enqueue(flaky, 1, job_id="c", retry=Retry(1), on_failure=Callback(tell_failure))
     run()
     assert told() == ["success a 3", "success b 4", "failure c ValueError not yet"]
+
+
+def test_a_job_knows_its_callbacks(queue):
+    job = queue.enqueue(add, on_failure=Callback(raise_late, "2m"))
+    assert job.failure_callback is raise_late and job.failure_callback_timeout == 120
+    assert job.success_callback is job.stopped_callback_timeout is None
 
 
 @pytest.mark.parametrize("callback", [raise_late, Callback(hang_late, 0.1), "nowhere.to_be_found"])
@@ -3327,6 +3342,45 @@ def test_a_server_that_pauses_is_waited_for(redis, queue, start_worker):
     start_worker()
     redis.execute_command("CLIENT", "PAUSE", 700, "ALL")
     assert queue.enqueue(add, 1).latest_result(timeout=5).return_value == 1
+
+
+def test_the_commands_in_the_readme_are_enough(server, redis):
+    """Under an ACL user that may do nothing else."""
+    readme = (HERE / "README.md").read_text()
+    [rule] = re.findall(r"ACL SETUSER jobs (.*?)\n\n", readme, re.S)
+    redis.execute_command("ACL", "SETUSER", "jobs", "reset", *rule.replace("\\\n", "").split())
+    try:
+        client = redis_py.Redis.from_url(server.url, username="jobs", password="secret")
+        queue, other = Queue(connection=client), Queue("other", client)
+        limit = RateLimit("k", concurrency=1, rate=9)
+        parent = queue.enqueue(fail, retry=Retry(1), ttl=60, rate_limit=limit)
+        child = other.enqueue(add, depends_on=Dependency(parent, True), rate_limit=limit)
+        group = microq.Group.create(client)
+        jobs = group.enqueue_many(queue, [Queue.prepare_data(add, repeat=Repeat(1))] * 2)
+        done = group.enqueue_callback(other, add, 3)
+        scheduler = CronScheduler(client, name="s")
+        scheduler.register(add, "default", interval=60, name="a")
+        scheduler.save()
+        with Worker([queue, other], lease=1):
+            assert group.wait(9) and done.latest_result(timeout=5).return_value == 3
+            suspend(client, 1)
+            assert Worker.count(client) == 1 and Worker.all(client)[0].state
+        Worker([queue, other]).work(burst=True, logging_level=None, with_scheduler=True)
+        assert statuses(parent, child, *jobs) == ["failed"] + ["finished"] * 3
+        assert microq_command("info", "--url", server.url.replace("//", "//jobs:secret@"))[0] == 0
+        jobs[0].save_meta()
+        queue.get_job_position(queue.enqueue(add, pipeline=None))
+        with client.pipeline() as pipe:
+            queue.enqueue(add, pipeline=pipe)
+            pipe.execute()
+        for registry in (queue.finished_job_registry, queue.failed_job_registry):
+            registry.get_job_ids(desc=True), registry.cleanup(), registry.count
+        scheduler.remove("a")
+        group.cleanup()
+        queue.delete()
+        other.delete()
+    finally:
+        redis.execute_command("ACL", "DELUSER", "jobs")
 
 
 def test_a_server_that_refuses_writes_is_waited_for(redis, queue, start_worker, tmp_path):
