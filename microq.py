@@ -83,9 +83,10 @@ Queues that one worker serves on a Cluster share a slot by naming the tag: "{mai
     microq:{q}:job:<id>:waits   set     keys of the jobs that a deferred one still waits for
     microq:{q}:job:<id>:dependents set  "<prefix> <id> <created_at> <allow>", told of its end
     microq:limit:{key}:holders  zset    "<prefix> <id> <slot> <numbers>" that have a slot
-    microq:limit:{key}:waiting  zset    likewise those that want one; both expire after a year
-    microq:limit:{key}:starts   list    when the last jobs of a rate may start, likewise
-    microq:limit:{key}:outbox   set     words for queues, until they have arrived
+    microq:limit:{key}:waiting  zset    likewise those that want one
+    microq:limit:{key}:starts   list    when the last jobs of a rate may start
+    microq:limit:{key}:outbox   set     words for queues, until they have arrived; a limit that is
+                                        not used for a year is forgotten
 
 Fields of a job's hash; only what differs from the default is stored
 
@@ -1553,9 +1554,12 @@ while true do
   call('ZADD', holders, stamp(at), member)
   grant(member, due)
 end
-for _, key in ipairs({holders, waiting, starts}) do call('EXPIRE', key, 366 * 86400) end
-local limit = string.find(q, '^microq:limit:')  -- a queue has keepers, which look for many
-if #posted == 0 and (limit or call('SCARD', q .. 'outbox') <= 20) then leftover(q, 20) end
+local limit, outbox = string.find(q, '^microq:limit:'), q .. 'outbox'
+for _, key in ipairs(limit and {holders, waiting, starts, outbox} or {}) do
+  call('EXPIRE', key, 366 * 86400)
+end
+-- A queue has keepers, which look for what is left.
+if #posted == 0 and (limit or call('SCARD', outbox) <= 20) then leftover(q, 20) end
 return posted
 """)
 
