@@ -1215,7 +1215,7 @@ local function settle(q, at, words)
         else ready(q, id, front, at) end
       elseif OUTSIDE[rule] and bequeath(job, last, result) then
         ready(q, id, true, at)
-        to = 'queued'
+        to = 'verdict'
       else  -- no rule, one that makes no sense, or it is used up
         local option, more, watched, slot, limit = 'result_ttl', nil, nil, nil, nil
         if last ~= '' then to, option = 'failed', 'failure_ttl' end
@@ -1225,7 +1225,9 @@ local function settle(q, at, words)
           tell(q, id, last == ' stopped' and 'stopped' or to, at)
           more = true
         end
-        if ttl == 0 then drop(job)
+        if ttl == 0 then
+          if watched then tell(q, id, 'gone', at) end
+          drop(job)
         else
           local list = filed[to]
           keep(job, ttl, not more)
@@ -1493,10 +1495,11 @@ if was == 'started' then call('HDEL', q .. was, id)
 elseif was == 'queued' then call('LREM', q .. was, 1, id)
 else call('ZREM', q .. was, id) end
 if to ~= 'gone' then call('HSET', job, 'moved', nonce .. ' ' .. was) end
-if not ENDED[was] then conclude(q, id, verdict, at) end
+if to == 'gone' or not ENDED[was] then conclude(q, id, verdict, at) end
 if to == 'queued' then
   call('HDEL', job, 'retries', 'repeats', 'crashes', 'due', 'verdict', 'callback_error')
   if front == '1' then call('HSET', job, 'at_front', 1) end
+  keep(job, -1)
   admit(q, id, at)
 else
   local ttl = to == 'canceled' and ttl_or(failure_ttl, call('HGET', job, 'failure_ttl')) or 0
@@ -1631,10 +1634,10 @@ def _deliver(connection: Any, posts: Sequence[bytes]) -> None:
     take them out of the outboxes.  Whoever finds a word there may do so, as often as it takes."""
     seen: dict[tuple[bytes, bytes], None] = {}
     stuck = set[bytes]()  # where nothing arrives now
-    while fresh := dict.fromkeys(zip(posts[::2], posts[1::2], strict=True)).keys() - seen.keys():
+    while fresh := [each for each in zip(posts[::2], posts[1::2], strict=True) if each not in seen]:
         seen.update(dict.fromkeys(fresh))
         to: dict[bytes, list[bytes]] = {}
-        for _, text in sorted(fresh):
+        for _, text in dict.fromkeys(fresh):
             target, _, word = text.partition(b" ")
             to.setdefault(target, []).append(word)
         posts = []
@@ -1908,12 +1911,14 @@ class Job:
 
     def dependency_results(self) -> list[Any]:
         """Return what these returned; None for one that failed, or is gone.  One round trip."""
-        results = {job.id: job._last for job in self.fetch_dependencies()}
-        return [results[id].return_value if results.get(id) else None for id in self.dependency_ids]
+        found = {f"{job.queue.prefix}{job.id}": job._last for job in self.fetch_dependencies()}
+        results = map(found.get, self._parents)
+        return [result.return_value if result else None for result in results]
 
     def _of_key(self, queue: str, id: str) -> Job:
         key, serializer = f"{queue}:queued", self.serializer
-        return Job(id, Queue.from_queue_key(key, self.connection, serializer=serializer), {})
+        place = Queue.from_queue_key(key, self.connection, serializer=serializer)
+        return type(self)(id, place, {})
 
     def _dependents(self) -> list[Job]:
         entries = _ask(self.connection, "SMEMBERS", f"{self.key}:dependents")
@@ -2546,7 +2551,11 @@ class Queue(Registry):
                 job._status = None  # to be looked up
             job._nonce, job._at_front = None, False  # should it be enqueued once more
         if not self.is_async and delay < 0:
-            SimpleWorker(self).work(burst=True, logging_level=None)
+            outer, _thread.leash = _thread.leash, _Leash()
+            try:
+                SimpleWorker(self).work(burst=True, logging_level=None)
+            finally:
+                outer.resume()
             _look(jobs)
 
     def _find_parents(self, jobs: Sequence[Job]) -> None:
@@ -2716,6 +2725,8 @@ class Group:
     def enqueue_callback(self, queue: Queue, f: Func, *args: Any, **kwargs: Any) -> Job:
         """Store a call to be run when all that are jobs of the group now have ended, in whatever
         way; see Queue.enqueue().  One round trip more, and one for each other queue."""
+        if kwargs.get("pipeline") is not None:
+            raise TypeError("a callback can't be put into a pipeline; its jobs may be there, too")
         return queue.enqueue(f, *args, depends_on=Dependency(self._members(), "any"), **kwargs)
 
     def _add_jobs(self, jobs: Iterable[Job], pipeline: Any) -> None:
@@ -2947,6 +2958,15 @@ class _Leash:
             self.timer.daemon = True
             self.timer.start()
         return strike
+
+    def resume(self) -> None:
+        """Go on with the job that has run a worker of its own in this thread."""
+        _thread.leash = self
+        if self.main and self.deadline:
+            left = 0 if self.struck and self.struck[0] == self.run else self.deadline
+            signal.signal(signal.SIGALRM, self.on_alarm)
+            left = min(max(0.001, left - time.monotonic()), 1e6)
+            signal.setitimer(signal.ITIMER_REAL, left)
 
     def on_alarm(self, *details: Any) -> None:  # between two jobs it means nothing
         if self.deadline and self.struck and self.struck[0] == self.run:
@@ -3730,7 +3750,8 @@ class Worker:
             *_, reason = ["", *outcome.payload.decode(errors="replace").splitlines()]
             text += f": {reason}"
         place, _, due = place.partition(" ")
-        text += "; runs again" if place in ("queued", "scheduled") else ""
+        more = {"queued": "; runs again", "scheduled": "; runs again", "verdict": "; calls back"}
+        text += more.get(place, "")
         text += f" at {datetime.fromtimestamp(float(due)):%H:%M:%S}" if due else ""
         log.log(logging.ERROR if failed else logging.INFO, text)
 
@@ -3853,6 +3874,7 @@ class _Keeper:
         if not isinstance(self.connection, RedisCluster):
             # One that is unknown would be sent again, behind those that came after it.
             _send(self.server, *(("SCRIPT", "LOAD", script.lua) for script in SCRIPTS.values()))
+        self.check_names()
         self.beat("fresh")
         log.info("worker %s (pid %d), microq %s", self.name, os.getpid(), __version__)
         log.info("listening on %s", ", ".join(self.workers[0].queue_names()))
@@ -3870,6 +3892,20 @@ class _Keeper:
             log.warning("cold shutdown: what was running will run again")
             raise SystemExit(1)
         return any(worker._slate.count for worker in self.workers)
+
+    def check_names(self) -> None:
+        """Raise ValueError if another worker of our name is alive, as far as one can see."""
+        for worker in self.workers:
+            [record] = _send(self.server, ("GET", worker.key))
+            about = json.loads(record or "{}")
+            pid, host = about.get("pid", os.getpid()), about.get("hostname", worker.hostname)
+            with contextlib.suppress(ProcessLookupError):  # then it has died
+                if host == worker.hostname:
+                    with contextlib.suppress(PermissionError):  # it is of another user
+                        os.kill(pid, 0)
+                if (pid, host) != (os.getpid(), worker.hostname):
+                    text = f"a worker {worker.name!r} is alive (process {pid} on {host}); choose "
+                    raise ValueError(text + "another name, or wait for the end of its lease")
 
     def run_here(self, worker: Worker) -> None:
         """Run the loop of a worker in this thread, and keep it in another."""
@@ -4462,7 +4498,7 @@ class CronJob:
             raise ValueError(f"interval={interval!r}: give a second or more")
         if missed not in (words := ["latest", "all", "skip"]):
             raise ValueError(f"missed={missed!r}: use one of {words}")
-        if own := {"job_id", "unique", "depends_on"} & options.keys():
+        if own := {"job_id", "unique", "depends_on", "group_id"} & options.keys():
             raise TypeError(f"{min(own)} is no option of cron, which gives its jobs their ids")
         options["timeout"] = options.pop("job_timeout", None)
         made = Queue(queue_name, serializer=serializer).create_job(func, args, kwargs, **options)
@@ -4471,6 +4507,7 @@ class CronJob:
         self.cron, self.missed, self.at_front = cron, missed, bool(at_front)
         here = os.environ.get("TZ") or os.path.realpath("/etc/localtime")
         zone = timezone or here.rpartition("/zoneinfo/")[2].lstrip(":")
+        zone = zone if zone != here or os.path.exists(here) or "TZ" in os.environ else "UTC"
         self.timezone = str(zone).replace("Etc/UTC", "UTC") if cron else "UTC"
         _id_of(f"{_slug(self.name)}-{int(time.time())}")
         self._read(b"")
@@ -5237,7 +5274,7 @@ _COMMANDS: dict[str, tuple[Any, ...]] = {
 # What they take: commands; flags, with a word for what follows (N: an int; SEC: a float; ...: may
 # be given again), or the name of an argument (*: any number); what it means.
 _FLAGS = """
-any  -u --url URL  redis://..; else that of the config module, $REDIS_URL, $REDIS_HOST, localhost
+any  -u --url URL  redis://..; or $MICROQ_URL, the config module, $REDIS_URL, $REDIS_HOST, localhost
 any  --embedded [DIR]  use a private server; the one of DIR is durable, and shared
 any  -c --config MODULE  with REDIS_URL or SENTINEL; QUEUES, NAME and DICT_CONFIG for workers
 any  -w --worker-class NAME  Worker, or another, by its dotted name

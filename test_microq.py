@@ -2030,6 +2030,55 @@ def soon():
     return datetime.now() + timedelta(seconds=9)
 
 
+def test_what_is_requeued_behind_a_full_limit_keeps_its_record(redis, queue):
+    limit = RateLimit("k", concurrency=1)
+    job = queue.enqueue(add, 1, rate_limit=limit, result_ttl=1)
+    work(queue)
+    queue.enqueue(add, rate_limit=limit)
+    job.requeue()
+    assert job.is_rate_limited and redis.pttl(job.key) == -1
+    work(queue)
+    assert job.is_finished
+
+
+@pytest.mark.parametrize("ttl", [0, 60])
+def test_a_failed_parent_that_is_gone_holds_nobody_up(redis, pair, ttl):
+    first, second = pair
+    failed, other = first.enqueue(fail, failure_ttl=ttl), first.enqueue(add, 2)
+    child = second.enqueue(results_before, depends_on=[failed, other])
+    SimpleWorker(first).work(max_jobs=1, logging_level=None)
+    failed.delete()
+    work_all(redis)
+    assert child.return_value() == [None, 2]
+
+
+def enqueue_and_sleep(path):
+    Queue("sync", redis_py.Redis(unix_socket_path=path), is_async=False).enqueue(add)
+    time.sleep(9)
+
+
+def test_a_job_that_runs_another_keeps_its_own_timeout(redis, run, queue):
+    path = redis.connection_pool.connection_kwargs["path"]
+    job, began = queue.enqueue(enqueue_and_sleep, path, job_timeout=0.5), time.monotonic()
+    run()
+    assert job.is_failed and "timeout of 0.5 s" in job.exc_info
+    assert time.monotonic() - began < 5
+
+
+def test_a_second_worker_of_the_same_name_is_refused(redis, queue, start_worker):
+    start_worker("--name", "bee")
+    status, _, error = microq_command(
+        "worker", "-b", "-n", "bee", "--url", redis_url(redis), "--in-process"
+    )
+    assert status == 1 and "'bee' is alive" in error
+    with pytest.raises(ValueError, match="choose another name"):
+        Worker(queue, name="bee").work(burst=True, logging_level=None)
+
+
+def redis_url(redis):
+    return f"unix://{redis.connection_pool.connection_kwargs['path']}"
+
+
 def test_a_job_cannot_wait_for_itself(queue):
     with pytest.raises(InvalidJobDependency):
         queue.enqueue(add, job_id="me", depends_on="me")
