@@ -3732,8 +3732,8 @@ def test_the_jobs_of_a_killed_worker_run_again(server, redis, queue, tmp_path):
     victim.wait()
     killed = time.monotonic()
     with Worker(queue, lease=0.5):
-        wait_until(lambda: len(log.read_text().splitlines()) == 2, 5)
-        assert time.monotonic() - killed < 5
+        wait_until(lambda: len(log.read_text().splitlines()) == 2)
+        assert time.monotonic() - killed < 15
     assert job.is_finished and [r.type for r in job.results()] == ["successful", "retried"]
 
 
