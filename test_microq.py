@@ -3568,7 +3568,11 @@ def start_worker(server, redis):
     for worker in workers:
         if worker.poll() is None:
             worker.terminate()
-        worker.communicate(timeout=10)
+        try:
+            worker.communicate(timeout=10)
+        except subprocess.TimeoutExpired:  # in the middle of a long job
+            worker.kill()
+            worker.communicate()
 
 
 def clean_env():
