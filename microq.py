@@ -924,6 +924,22 @@ def _ask(connection: Redis, *command: Any) -> Any:
     return _send(connection, command)[0]
 
 
+def _eviction_warning(line: _Line) -> str:
+    """Return what to say of a server that deletes keys when its memory is full; '' if it never
+    does, or does not tell.  In a Cluster, of the node that holds the key of `line`.  One round
+    trip."""
+    try:
+        [about] = _talk(line.open(), [("INFO", "memory")])
+    except (exceptions.RedisError, exceptions.RedisClusterException, OSError):
+        return ""
+    found = re.search(rb"maxmemory_policy:(\S+)", about)
+    policy = found[1].decode() if found else "noeviction"
+    if policy == "noeviction":
+        return ""
+    loss = "when its memory is full, the server deletes jobs"
+    return f"maxmemory-policy is {policy}: {loss}; set it to noeviction"
+
+
 def _connect(connection: Redis | None = None) -> Redis:
     """Return `connection`, or one to $MICROQ_URL, else $REDIS_URL, else localhost."""
     if connection is None:
@@ -1314,15 +1330,17 @@ return #posted > 0 and {created_at, posted} or created_at
 CLAIM = Script("""
 -- claim: queued -> started, for the claim `number` of `worker`, up to n jobs from the queues in
 -- order; before that scheduled -> queued.  Returns the time, the time of the next scheduled job (or
--- now, if there may be more to claim, or ''), the execution, and {queue, id, hash} for each job.  A
--- number seen before returns what it holds, an older one nothing.  `mode` is 'ahead' if the worker
--- still has others to run, or 'waiting' if this was sent along with BLPOP, maybe long ago: then a
--- worker that is late, which may be gone, gets nothing.
+-- now, if there may be more to claim, or ''), the execution, {queue, id, hash} for each job, what
+-- is posted, and how many ids had no record, since it expired or the server evicted it.  A number
+-- seen before returns what it holds, an older one nothing.  `mode` is 'ahead' if the worker still
+-- has others to run, or 'waiting' if this was sent along with BLPOP, maybe long ago: then a worker
+-- that is late, which may be gone, gets nothing.
 local worker, number, lease, n = ARGV[1], tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4])
 local mode = ARGV[5]
 local at, next_due, claimed = now(), nil, {}
 local name = worker .. '.' .. number
 local execution, full, seen, size = name .. ' ' .. stamp(at), false, {}, 0
+local missing = 0
 -- Hold `ids`, popped from a queue, as far as they are jobs, up to a megabyte.  One that has
 -- crashed, or runs at most once, is claimed alone: a crash is blamed on all that a worker holds.
 local function hold(i, q, ids)
@@ -1330,6 +1348,7 @@ local function hold(i, q, ids)
   for k, id in ipairs(ids) do
     local job, alone, valid = q .. 'job:' .. id, false, true
     local hash, ttl, since = redis.pcall('HGETALL', job), nil, nil
+    if #hash == 0 and not hash.err and not seen[job] then missing = missing + 1 end
     if hash.err or #hash == 0 or seen[job] then valid, hash = false, {} end  -- it is no job
     seen[job] = true
     for f = 1, #hash, 2 do
@@ -1390,7 +1409,7 @@ for i, q in ipairs(KEYS) do  -- what we leave behind is for others to see
   local took = #claimed > 0 or tried[i] or mode == 'waiting'
   if took and (soon or call('LLEN', q .. 'queued') > 0) then wake(q) end
 end
-return {stamp(at), next_due and stamp(next_due) or '', execution, claimed, posted}
+return {stamp(at), next_due and stamp(next_due) or '', execution, claimed, posted, missing}
 """)
 
 SETTLE = Script("""
@@ -3523,10 +3542,13 @@ class Worker:
 
     def _take(
         self, flight: _Flight, at: bytes, due: bytes, token: bytes, claimed: list[Any],
-        posts: list[bytes],
+        posts: list[bytes], missing: int,
     ) -> float:  # fmt: skip
         """Take in the reply to a claim; return when the next scheduled job is due."""
         self._posts += posts
+        if missing:
+            text = "%d ids without a record: the jobs expired (ttl), or the server evicted them"
+            log.info(text, missing)
         execution, beat, stamp = token.decode(), _utc(float(at)), float(token.partition(b" ")[2])
         # The server's clock said so at some time from the sending to now.
         least, most = stamp - time.monotonic(), stamp - flight.sent_at
@@ -3869,7 +3891,7 @@ class _Keeper:
             log.setLevel(level)
         _adopt_main()
         patience = self.workers[0]._patience
-        self.server = _Line(self.connection, patience)
+        self.server = _Line(self.connection, patience, self.workers[0]._prefixes[0])
         self.ear = _Ear(self.connection, patience, [f"microq:inbox:{self.name}"])
         if not isinstance(self.connection, RedisCluster):
             # One that is unknown would be sent again, behind those that came after it.
@@ -3878,6 +3900,8 @@ class _Keeper:
         self.beat("fresh")
         log.info("worker %s (pid %d), microq %s", self.name, os.getpid(), __version__)
         log.info("listening on %s", ", ".join(self.workers[0].queue_names()))
+        if warning := _eviction_warning(self.server):
+            log.warning(warning)
         if self.forks:
             _title(f"microq {self.name}")
         try:

@@ -329,7 +329,7 @@ def work(queue, **options):
 def claim(queue, worker="w", number=1, lease=15, n=1):
     """Claim by hand; return [(id, execution)]."""
     command = microq.CLAIM(queue.prefix, worker, number, lease, n)
-    _, _, execution, claimed, _ = microq._ask(queue.connection, *command)
+    _, _, execution, claimed, _, _ = microq._ask(queue.connection, *command)
     return [(id.decode(), execution.decode()) for _, id, _ in claimed]
 
 
@@ -3351,6 +3351,40 @@ def test_commands_are_heard_after_the_connection_was_cut(redis, queue, start_wor
     send_shutdown_command(redis, "bee")
     worker.communicate(timeout=9)
     assert worker.returncode == 0
+
+
+def test_a_worker_warns_of_a_server_that_evicts_keys(redis, queue, caplog):
+    """What a server deletes to make room is lost, against the promise."""
+    work(queue)
+    assert "maxmemory-policy" not in caplog.text
+    redis.config_set("maxmemory-policy", "allkeys-lru")
+    try:
+        work(queue)
+    finally:
+        redis.config_set("maxmemory-policy", "noeviction")
+    [record] = [each for each in caplog.records if "maxmemory-policy" in each.getMessage()]
+    assert record.levelname == "WARNING" and "allkeys-lru" in record.getMessage()
+
+
+def test_a_worker_that_may_not_read_the_eviction_policy_works(server, redis):
+    redis.execute_command("ACL", "SETUSER", "u", "reset", "on", ">p", "~*", "&*", "+@all", "-info")
+    try:
+        queue = Queue(connection=redis_py.Redis.from_url(server.url, username="u", password="p"))
+        job = queue.enqueue(add)
+        work(queue)
+        assert job.is_finished
+    finally:
+        redis.execute_command("ACL", "DELUSER", "u")
+
+
+def test_a_worker_counts_the_ids_whose_record_was_evicted(redis, queue, caplog):
+    jobs = [queue.enqueue(add), queue.enqueue(add)]
+    kept = queue.enqueue(add)
+    redis.delete(*(job.key for job in jobs))
+    with caplog.at_level("INFO", "microq"):
+        work(queue)
+    counts = [r.args[0] for r in caplog.records if "without a record" in r.getMessage()]
+    assert sum(counts) == 2 and kept.is_finished
 
 
 def test_commands_to_a_dead_worker_are_not_for_the_next_of_its_name(redis, queue, start_worker):
