@@ -220,6 +220,7 @@ JOBS_PER_FORK = 1000  # jobs after which a child is replaced, but not in its fir
 SPARE = 256  # jobs that a child has left when the next one is forked
 GROUP_TTL = 7 * 86400  # seconds after which a group is forgotten, unless more jobs join it
 CHUNK = 1000  # jobs per script call, which keeps a script near 10 ms
+RECHECK = 10.0  # seconds after which a wait for a job asks again, as no message may have come
 
 log = logging.getLogger("microq")
 Func = Callable[..., Any] | str  # a function, or its dotted name
@@ -1966,17 +1967,37 @@ class Job:
         return results[0] if results else None
 
     def _when_moved(self, timeout: float, ask: Callable[[Job], Any]) -> Any:
-        """Return ask(self) once it is true, the job has ended or was moved, or at the timeout."""
+        """Return ask(self) once it is true, the job was moved or is gone, or at the timeout.
+
+        A message may be lost with its connection, and a record that expires publishes nothing.
+        So after each subscription, which redis-py repeats when it connects again, and after
+        RECHECK seconds without a message, the job is asked again.  Until the timeout an outage is
+        waited out."""
         deadline = time.monotonic() + timeout
+        backoff = _Backoff(1.0)
+        while (left := deadline - time.monotonic()) > 0:
+            try:
+                with self.connection.pubsub() as channel:
+                    channel.subscribe(self.key)
+                    while (left := deadline - time.monotonic()) > 0:
+                        message = channel.get_message(timeout=min(left, RECHECK))
+                        if message and message["type"] == "message":
+                            return ask(self)
+                        answer, may_come = self._ask_to_be_told(ask)
+                        if answer or not may_come:
+                            return answer
+                        backoff = _Backoff(1.0)
+            except _OUTAGES as error:
+                pause = backoff.after(error, f"waiting for job {self.id}")
+                time.sleep(max(0.0, min(pause, deadline - time.monotonic())))
+        return ask(self)
+
+    def _ask_to_be_told(self, ask: Callable[[Job], Any]) -> tuple[Any, bool]:
+        """Have the end of the next run published; return ask(self), and whether a run may come."""
         waited = AMEND(self.queue.prefix, self.id, "waited", 1)
-        with self.connection.pubsub() as channel:
-            channel.subscribe(self.key)
-            channel.get_message(timeout=timeout)  # confirms it: from here on we hear
-            there = _ask(self.connection, *waited)
-            if not (answer := ask(self)) and there:
-                channel.get_message(timeout=max(0, deadline - time.monotonic()))
-                answer = ask(self)
-        return answer
+        canceled = ("ZSCORE", f"{self.queue.prefix}canceled", self.id)
+        exists, canceled_until = _send(self.connection, waited, canceled)
+        return ask(self), bool(exists) and canceled_until is None
 
     def results(self) -> list[Result]:
         """Return how the last runs ended, the latest first; ten are kept."""

@@ -992,12 +992,89 @@ def test_a_result_is_awaited_without_polling(server, redis, queue):
     queue.empty()
 
 
+def ask_from_another_thread(job, timeout, redis):
+    """Call latest_result(timeout) beside the test; return a function that waits for its value."""
+    values = []
+
+    def ask():
+        values.append(job.latest_result(timeout=timeout))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    wait_until(lambda: job.key.encode() in redis.pubsub_channels())
+    wait_until(lambda: redis.hget(job.key, "waited"))
+
+    def value():
+        thread.join(timeout=30)
+        return values[0]
+
+    return value
+
+
+def test_a_wait_for_a_result_goes_on_after_its_connection_was_cut(server, redis, queue):
+    waiting = Queue(connection=redis_py.Redis.from_url(server.url))
+    job = queue.enqueue(add, 1)
+    value = ask_from_another_thread(waiting.fetch_job(job.id), 30, redis)
+    for _ in range(2):
+        redis.hdel(job.key, "waited")
+        redis.client_kill_filter(_type="pubsub")
+        wait_until(lambda: redis.hget(job.key, "waited"))
+    work(queue)
+    assert value().return_value == 1
+
+
+def test_a_wait_for_a_result_outlasts_a_restart_of_the_server(tmp_path):
+    server = Server(tmp_path, "--port", "0", "--appendonly", "yes", "--appendfsync", "always")
+    connection = redis_py.Redis.from_url(server.url)
+    queue = Queue(connection=connection)
+    try:
+        job = queue.enqueue(add, 1)
+        value = ask_from_another_thread(job, 60, connection)
+        server.stop()
+        time.sleep(0.3)  # so that it is not there when the wait connects again
+        server.start()
+        wait_until(lambda: job.key.encode() in connection.pubsub_channels())
+        work(queue)
+        assert value().return_value == 1
+        check_invariants(connection)
+    finally:
+        server.stop()
+
+
+def test_a_wait_without_a_server_ends_in_time_by_an_error(tmp_path):
+    server = Server(tmp_path, "--port", "0")
+    connection = redis_py.Redis.from_url(server.url)
+    job, raised = Queue(connection=connection).enqueue(add), []
+
+    def ask():
+        with pytest.raises(ServerUnavailable) as error:
+            job.latest_result(timeout=2)
+        raised.append(error)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        wait_until(lambda: connection.hget(job.key, "waited"))
+    finally:
+        server.stop()
+    thread.join(timeout=30)
+    assert raised
+
+
+def test_a_wait_ends_when_the_job_expires_in_its_queue(redis, queue, monkeypatch):
+    """A record that expires publishes nothing."""
+    monkeypatch.setattr(microq, "RECHECK", 0.1)
+    assert queue.enqueue(add, ttl=0.3).latest_result(timeout=30) is None
+    queue.empty()
+
+
 def test_a_wait_ends_when_the_job_is_canceled_or_unknown(redis, queue):
     job = queue.enqueue(add)
     threading.Timer(0.2, job.cancel).start()
     began = time.monotonic()
     assert job.latest_result(timeout=10) is None
     assert queue.create_job(add).latest_result(timeout=10) is None
+    assert job.latest_result(timeout=10) is None  # as it was canceled before
     assert time.monotonic() - began < 5
 
 
