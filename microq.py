@@ -292,6 +292,39 @@ class _Interrupt(BaseException):
 # Plain records without Redis and without a clock.  Each checks what it is given, so that a mistake
 # shows where it is made and nothing is stored.
 
+# Characters that a terminal obeys, or that make a line read as another one: control characters
+# (C0, C1), ends of lines and paragraphs, directions of writing (UAX #9); and halves of surrogate
+# pairs, which can't be encoded.
+_CONTROL_CHARACTER = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def _printable(text: str, keep: str = "") -> str:
+    """Return `text` with an escape, such as \\x1b, for each control character that is not in
+    `keep`.  Text that others have written goes through here before it is printed or logged."""
+
+    def escape(match: re.Match[str]) -> str:
+        return match[0] if match[0] in keep else ascii(match[0])[1:-1]
+
+    return _CONTROL_CHARACTER.sub(escape, text)
+
+
+def _make_printable(record: logging.LogRecord) -> bool:
+    """Escape control characters in a log record: a message is one line, a traceback several."""
+    with contextlib.suppress(Exception):  # a message that can't be formatted: logging reports it
+        message = record.getMessage()
+        printable = _printable(message)
+        if printable != message:
+            record.msg, record.args = printable, ()
+        if record.exc_info:
+            traceback_text = logging.Formatter().formatException(record.exc_info)
+            record.exc_text = _printable(traceback_text, keep="\n\t")
+    return True
+
+
+log.addFilter(_make_printable)
+
 
 class JobStatus(str, enum.Enum):
     """Where a job stands, in RQ's words; created: not stored yet; stopped: a way to be failed."""
@@ -757,8 +790,11 @@ _TROUBLE = "NOREPLICAS|MISCONF|BUSY |MASTERDOWN|CLUSTERDOWN|TRYAGAIN|READONLY|OO
 
 def _prefix(queue: str) -> str:
     """Return what all keys of `queue` begin with; ValueError if the name gives no slot."""
-    if not isinstance(queue, str) or not re.fullmatch(r"(\{[^{}\s]+\})?[^{}\s]+", queue):
-        rule = "no white space, and braces only around a tag at the front, as in '{mail}high'"
+    shape = r"(\{[^{}\s]+\})?[^{}\s]+"
+    valid = isinstance(queue, str) and re.fullmatch(shape, queue)
+    if not valid or _CONTROL_CHARACTER.search(queue):
+        rule = "no white space, no control characters, and "
+        rule += "braces only around a tag at the front, as in '{mail}high'"
         raise ValueError(f"queue name {queue!r}: a non-empty string, {rule}")
     return f"microq:{queue}:" if queue[0] == "{" else f"microq:{{{queue}}}:"
 

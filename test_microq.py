@@ -200,6 +200,10 @@ def fail(message="boom"):
     raise ValueError(message)
 
 
+def raise_description(job, *details):
+    raise ValueError(job.description)
+
+
 def sleep(seconds):
     time.sleep(seconds)
     return seconds
@@ -537,6 +541,23 @@ def test_a_bad_serializer_is_refused(redis):
 def test_a_queue_name_that_gives_no_slot_is_refused(redis, name):
     with pytest.raises(ValueError, match="name"):
         Queue(name, connection=redis)
+
+
+@pytest.mark.parametrize("character", list("\x00\x1b\x7f\x85\x9b\u2028\u202e\u2066\udcff"))
+def test_a_queue_name_with_a_control_character_is_refused(redis, character):
+    """No name makes a terminal obey, or reads as another name."""
+    for name in (f"a{character}b", f"{{a{character}}}b"):
+        with pytest.raises(ValueError, match="name") as refusal:
+            Queue(name, connection=redis)
+        assert str(refusal.value).isprintable()
+
+
+@pytest.mark.parametrize("name", ["mail", "почта", "郵便", "चिट्ठी", "नमस्\u200dते", "📬", "a:b/c.d"])
+def test_a_queue_name_may_be_of_any_language(redis, name):
+    queue = Queue(name, connection=redis)
+    job = queue.enqueue(add, 1)
+    work(queue)
+    assert job.return_value() == 1 and queue in Queue.all(redis)
 
 
 def test_queues_with_a_tag_share_a_slot(redis):
@@ -2748,6 +2769,19 @@ def logged(worker):
     """End a worker, and return its log."""
     worker.terminate()
     return worker.communicate(timeout=10)[1]
+
+
+def test_no_control_character_of_a_job_reaches_the_log(queue, start_worker):
+    """Who enqueues a job does not command the terminal of who reads the worker's log."""
+    attack = "\x1b]0;title\x07\x9b2J\r\u202e\u2028\x85end"
+    handler = ("--exception-handler", "test_microq.raise_description")
+    worker = start_worker("--in-process", "--name", "w", *handler)
+    job = queue.enqueue(fail, attack, description=attack, on_failure=raise_description)
+    queue.connection.rpush("microq:inbox:w", attack)
+    wait_until(lambda: job.is_failed and not queue.connection.exists("microq:inbox:w"))
+    text = logged(worker)
+    assert "Traceback" in text and "\\x1b]0;title\\x07\\x9b2J\\r\\u202e" in text
+    assert not [each for each in text if not (each.isprintable() or each in "\n\t")]
 
 
 def test_the_job_of_a_killed_child_runs_again_within_a_second(queue, start_worker, tmp_path):
