@@ -736,6 +736,17 @@ def test_after_an_outage_nobody_is_judged_by_one_who_was_late_himself(redis, que
     assert microq._ask(redis, *command)[0] == [b"busy"]
 
 
+def test_a_worker_that_has_not_been_on_time_for_a_lease_takes_no_jobs_from_others(redis, queue):
+    """After an outage all leases have ended, and the first worker that is back knows no better."""
+    job = queue.enqueue(add)
+    claim(queue, "busy", lease=0.01)
+    time.sleep(0.02)
+    for state, dead in (("fresh", []), ("", []), ("", []), ("judge", [b"busy"])):
+        command = microq.BEAT(queue.prefix, "w", 15, state, "", microq._CRASHES, 100)
+        assert microq._ask(redis, *command)[0] == dead
+        assert job.is_started is not bool(dead)
+
+
 def test_what_came_back_with_older_data_is_given_back_by_the_worker_that_holds_it(redis, queue):
     """As after a fail-over to a replica that was behind: `started` names a run that has ended."""
     job, current = queue.enqueue(add), queue.enqueue(add)
@@ -876,6 +887,27 @@ def test_expired_records_are_swept(redis, queue):
     assert not any(Job.exists(job.id, redis) for job in jobs)
     beat(queue)
     assert redis.zcard(Q + "finished") == redis.zcard(Q + "failed") == 0
+
+
+def test_a_heartbeat_forgets_all_that_expired_and_nothing_else(redis, queue):
+    past, future = 1, time.time() + 60
+    redis.zadd(Q + "failed", {"a": past, "b": past, "c": past, "d": future, "e": "inf"})
+    redis.zadd(Q + "finished", {"a": past})
+    redis.zadd(Q + "canceled", {"a": future})
+    command = microq.BEAT(queue.prefix, "w", 15, "fresh", "", microq._CRASHES, 100)
+    microq._ask(redis, *command)
+    assert redis.zrange(Q + "failed", 0, -1) == [b"d", b"e"]
+    assert not redis.exists(Q + "finished") and redis.zcard(Q + "canceled") == 1
+
+
+def test_each_run_that_is_settled_forgets_two_that_expired(redis, queue):
+    """So expired ids never become more, and settling never waits for many of them."""
+    redis.zadd(Q + "failed", {f"old{i}": i for i in range(1, 10)})
+    for number in (1, 2):
+        job = queue.enqueue(add)
+        [(_, execution)] = claim(queue, number=number)
+        settle(queue, job.id, execution)
+        assert redis.zrange(Q + "failed", 0, 0) == [f"old{1 + 2 * number}".encode()]
 
 
 def test_a_cluster_takes_every_command(tmp_path):
@@ -1450,6 +1482,24 @@ def test_a_job_is_repeated_after_success(queue, run):
     waits.cancel()
 
 
+def test_each_repeat_has_all_its_retries(queue, run):
+    job = queue.enqueue(flaky, 1, retry=Retry(1), repeat=Repeat(times=2))
+    run()
+    assert [result.type for result in job.results()] == ["successful", "retried"] * 3
+
+
+def test_each_repeat_may_crash_as_often_as_the_first_run(redis, queue):
+    job = queue.enqueue(add, repeat=Repeat(times=1), max_crashes=1)
+    for number in (1, 3):
+        claim(queue, "dead", number=number, lease=0.01)
+        time.sleep(0.02)
+        assert beat(queue) == [b"dead"] and job.is_queued
+        [(_, execution)] = claim(queue, "w", number=number + 1)
+        settle(queue, job.id, execution, rule="repeat")
+    types = [result.type for result in job.results()]
+    assert types == ["successful", "retried"] * 2 and job.is_finished
+
+
 def test_the_current_job_is_known_inside_a_job_only(queue, run):
     assert get_current_job() is None
     job = queue.enqueue(note, "k", "v")
@@ -1885,6 +1935,42 @@ def test_a_slow_job_keeps_nothing_that_was_claimed_ahead(queue, run):
     count, waiting = slow.return_value()
     assert count == 1 and waiting == [job.id for job in behind]
     assert all(len(job.results()) == 1 for job in [*before, slow, *behind])
+
+
+def finished_so_far():
+    """How many jobs have been settled; it takes 3 ms, so that a batch of such jobs is not slow."""
+    time.sleep(0.003)
+    return len(get_current_job().queue.finished_job_registry)
+
+
+def test_outcomes_of_a_batch_are_settled_while_it_runs(queue, run):
+    """So a crash repeats few jobs: two fill 5 ms, and as many are under way to the server."""
+    before = queue.enqueue_many([Queue.prepare_data(add)] * 200)
+    jobs = queue.enqueue_many([Queue.prepare_data(finished_so_far)] * 100)
+    run()
+    unsettled = [len(before) + i - job.return_value() for i, job in enumerate(jobs)]
+    assert max(unsettled[20:]) <= 8, unsettled  # before these, there are tiny ones among them
+
+
+def take_a_while(*details):
+    time.sleep(0.015)
+
+
+def held_for(seconds):
+    time.sleep(seconds)
+    return held()
+
+
+@pytest.mark.parametrize("options", [{}, {"on_success": Callback(take_a_while)}])
+def test_jobs_that_are_no_longer_tiny_are_claimed_one_by_one(queue, run, options):
+    """Too fast to be relieved of what waits behind them, too slow to let it wait for long."""
+    queue.enqueue_many([Queue.prepare_data(add)] * 20)
+    seconds = 0 if options else 0.015
+    data = Queue.prepare_data(held_for, (seconds,), **options)
+    jobs = queue.enqueue_many([data] * 100)
+    run()
+    counts = [job.return_value()[0] for job in jobs]
+    assert counts[-20:] == [1] * 20, counts
 
 
 ORDER: list[int] = []
@@ -3016,6 +3102,21 @@ def test_a_job_stuck_where_no_exception_reaches_is_killed_on_time(queue, monkeyp
     assert "after its timeout" in job.latest_result().exc_string and len(job.results()) == 1
 
 
+def clean_up(path):
+    try:
+        time.sleep(30)
+    finally:
+        time.sleep(1.5)  # the parent looks at its child once a second
+        append(path)
+
+
+def test_a_job_over_its_time_may_clean_up_before_it_is_killed(queue, tmp_path):
+    job = queue.enqueue(clean_up, str(tmp_path / "log"), job_timeout=0.2)
+    Worker(queue).work(burst=True, logging_level=None)
+    assert (tmp_path / "log").read_text() == "x\n"
+    assert "JobTimeoutException" in job.latest_result().exc_string
+
+
 def test_a_job_killed_for_its_time_is_retried_if_it_has_a_retry(queue, monkeypatch):
     monkeypatch.setattr(microq, "KILL_GRACE", 0.1)
     job = queue.enqueue(stubborn, 30, job_timeout=0.1, retry=Retry(1))
@@ -3422,6 +3523,19 @@ def test_a_silent_network_is_left_for_a_new_connection(server, redis, queue, tmp
         assert worker.wait(10) == 0
 
 
+def test_workers_do_not_all_come_back_at_the_same_time():
+    """Attempts to reach a server: at once, then after pauses that grow up to a cap, by chance."""
+    error = OSError("gone")
+    pauses = []
+    for _ in range(20):
+        backoff = microq._Backoff(1.0)
+        pauses.append([backoff.after(error, "test") for _ in range(7)])
+    longest = [0, 0.1, 0.2, 0.4, 0.8, 1, 1]
+    for one, most in zip(zip(*pauses, strict=True), longest, strict=True):
+        assert all(most / 2 <= pause <= most for pause in one)
+        assert len(set(one)) > 10 or not most
+
+
 @pytest.mark.parametrize("fork", [True, False])
 def test_lost_replies_neither_lose_nor_double_a_job(server, redis, queue, tmp_path, fork):
     proxy, log = Proxy(tmp_path / "p", server.path), tmp_path / "log"
@@ -3496,6 +3610,43 @@ def test_a_worker_counts_the_ids_whose_record_was_evicted(redis, queue, caplog):
         work(queue)
     counts = [r.args[0] for r in caplog.records if "without a record" in r.getMessage()]
     assert sum(counts) == 2 and kept.is_finished
+
+
+GO_ON = threading.Event()
+
+
+def wait_to_go_on():
+    assert GO_ON.wait(30)
+
+
+def heartbeats(redis, name, count):
+    """Wait for so many heartbeats of a worker."""
+    seen = {Worker.find_by_key(name, redis).last_heartbeat}
+    wait_until(
+        lambda: seen.add(Worker.find_by_key(name, redis).last_heartbeat) or len(seen) > count
+    )
+
+
+def test_a_worker_takes_jobs_from_others_only_after_a_lease_without_trouble(redis, queue):
+    """The others may have been cut off, too, and be on their way back."""
+    GO_ON.clear()
+    since = time.monotonic()
+    with Worker(queue, lease=2) as worker:
+        try:
+            running, job = queue.enqueue(wait_to_go_on), queue.enqueue(add)
+            wait_until(lambda: running.is_started)
+            for number, trouble in enumerate(("just started", "cut off"), 1):
+                if trouble == "cut off":
+                    since = time.monotonic()
+                    redis.client_kill_filter(_type="normal", skipme=True)
+                [(id, _)] = claim(queue, "other", number=number, lease=0.01)
+                heartbeats(redis, worker.name, 2)
+                assert id == job.id
+                assert job.is_started or time.monotonic() - since > worker.lease
+                wait_until(lambda: job.is_queued)
+        finally:
+            GO_ON.set()
+    assert running.is_finished and job.is_finished
 
 
 def test_commands_to_a_dead_worker_are_not_for_the_next_of_its_name(redis, queue, start_worker):
