@@ -3948,7 +3948,7 @@ class _Keeper:
             log.setLevel(level)
         _adopt_main()
         patience = self.workers[0]._patience
-        self.server = _Line(self.connection, patience, self.workers[0]._prefixes[0])
+        self.server = _Line(self.connection, patience, self.workers[0].queues[0].prefix)
         self.ear = _Ear(self.connection, patience, [f"microq:inbox:{self.name}"])
         if not isinstance(self.connection, RedisCluster):
             # One that is unknown would be sent again, behind those that came after it.
