@@ -50,9 +50,15 @@ the container is its status.
     move      not ended   canceled              the job is where it is said to be,
               ended       queued                else where it is
               any         (gone)
+    sweep     ended       (gone)                the record has expired; settle and beat do this too
     amend     any         the same              the job exists, else 0
+    join      any         the same              (the job becomes one of a group)
+    leave     any         the same              it joined the group long enough ago
     entry     scheduled   (gone)                the entry of cron changes: its ticks ahead
     look      any         the same              (it reads)
+    where     any         the same              (it reads)
+    count     any         the same              (it reads)
+    list      any         the same              (it reads)
     agenda    any         the same              (it reads the entries of cron)
 
 Keys.  {q} is the queue's name in braces, so that a queue lives in one slot of a Redis Cluster.
@@ -819,6 +825,10 @@ class Script:
         keys = [prefixes] if isinstance(prefixes, str) else prefixes
         return ("EVALSHA", self.sha, len(keys), *keys, *args)
 
+    def on_key(self, key: str, *args: Any) -> Command:
+        """Return the command that runs a script whose one key is a whole key."""
+        return ("EVALSHA", self.sha, 1, key, *args)
+
 
 def _spelled_out(command: Command) -> Command:
     """Return the command with the text of its script, which works on any server."""
@@ -1049,7 +1059,10 @@ local function sweep(q, at, most)  -- forget ended jobs whose record has expired
     if old > 0 then call('ZREMRANGEBYRANK', q .. name, 0, math.min(old, most) - 1) end
   end
 end
-local function place(q, id)  -- the container a job is in; nil if there is no such job
+-- The container a job is in; nil if there is no such job.  The list is not searched, since that
+-- takes the longer the more jobs wait, and the status of a job is asked for often: a record that is
+-- in no other container counts as queued.
+local function place(q, id)
   if call('EXISTS', q .. 'job:' .. id) == 0 then return nil end
   if call('HEXISTS', q .. 'started', id) == 1 then return 'started' end
   for name in string.gmatch('scheduled deferred rate_limited finished failed canceled', '%S+') do
@@ -1622,6 +1635,15 @@ if #posted == 0 and (limit or call('SCARD', outbox) <= 20) then leftover(q, 20) 
 return posted
 """)
 
+SWEEP = Script("""
+-- sweep: forget jobs of an ended container, a thousand in one call, whose record has expired until
+-- then, '' for now.  Returns how many there were, and what is posted.
+local key, at = KEYS[1] .. ARGV[1], now()
+local old = call('ZCOUNT', key, '-inf', stamp(math.min(at, tonumber(ARGV[2]) or at)))
+if old > 0 then call('ZREMRANGEBYRANK', key, 0, math.min(old, 1000) - 1) end
+return {math.min(old, 1000), {}}
+""")
+
 AMEND = Script("""
 -- amend: set a field of a job's hash.  Returns 1, or 0 if there is no such job.
 local job, name, value = KEYS[1] .. 'job:' .. ARGV[1], ARGV[2], ARGV[3]
@@ -1682,6 +1704,55 @@ if not status then return {'', '', '', {}} end
 local execution = call('HGET', q .. 'started', id) or ''
 local seat = call('HGET', q .. 'workers', string.match(execution, '^(.*)%.%d+ ') or '') or ''
 return {status, execution, string.match(seat, '^%S+') or '', call('HGETALL', q .. 'job:' .. id)}
+""")
+
+WHERE = Script("""
+-- where: for each id, the container that its job is in, '' if there is no such job; then, in the
+-- same order, the groups of these jobs, '' for none.
+local q, places, groups = KEYS[1], {}, {}
+for i, id in ipairs(ARGV) do
+  places[i] = place(q, id) or ''
+  groups[i] = places[i] ~= '' and call('HGET', q .. 'job:' .. id, 'group_id') or ''
+end
+return {places, groups}
+""")
+
+COUNT = Script("""
+-- count: how many members of a sorted set of times have one that is still to come.
+return call('ZCOUNT', KEYS[1] .. ARGV[1], '(' .. stamp(now()), '+inf')
+""")
+
+LIST = Script("""
+-- list: those members, `count` of them from `offset` on, -1 for all; from the last one if `desc`.
+local key, offset, count, desc = KEYS[1] .. ARGV[1], ARGV[2], ARGV[3], ARGV[4] == '1'
+local low = '(' .. stamp(now())
+if desc then return call('ZREVRANGEBYSCORE', key, '+inf', low, 'LIMIT', offset, count) end
+return call('ZRANGEBYSCORE', key, low, '+inf', 'LIMIT', offset, count)
+""")
+
+JOIN = Script("""
+-- join: enter members into the sorted set of times KEYS[1], `ahead` seconds from now and in their
+-- order, behind those that joined before; it expires in `ttl` seconds, unless more join.  If it
+-- holds times to come, those that have passed leave it.
+local key, ahead, ttl, at, entries = KEYS[1], tonumber(ARGV[1]), ARGV[2], now(), {}
+if ahead > 0 then call('ZREMRANGEBYSCORE', key, '-inf', stamp(at)) end
+local last = tonumber(call('ZRANGE', key, -1, -1, 'WITHSCORES')[2]) or 0
+local first = math.max(at + ahead, last + 1e-6)
+for i = 3, #ARGV do
+  entries[#entries + 1] = stamp(first + (i - 3) / 1e6)
+  entries[#entries + 1] = ARGV[i]
+end
+call('ZADD', key, unpack(entries))
+call('EXPIRE', key, ttl)
+""")
+
+LEAVE = Script("""
+-- leave: take members out of the sorted set of times KEYS[1] that joined it `age` seconds ago.
+local before = now() - ARGV[1]
+for i = 2, #ARGV do
+  local since = call('ZSCORE', KEYS[1], ARGV[i])
+  if since and tonumber(since) <= before then call('ZREM', KEYS[1], ARGV[i]) end
+end
 """)
 
 
@@ -2172,6 +2243,25 @@ def _look(jobs: Sequence[Job]) -> list[Job]:
     return [job for job, _ in found]
 
 
+def _where(jobs: Sequence[Job]) -> list[tuple[bytes, bytes]]:
+    """Return the container and the group of each job of one connection, b"" for none; one round
+    trip, in which no arguments and results travel."""
+    by_queue: dict[str, list[int]] = {}
+    for i, job in enumerate(jobs):
+        by_queue.setdefault(job.queue.prefix, []).append(i)
+    calls, indexes = list[Command](), list[list[int]]()
+    for prefix, all_indexes in by_queue.items():
+        for start in range(0, len(all_indexes), CHUNK):
+            indexes.append(all_indexes[start : start + CHUNK])
+            calls.append(WHERE(prefix, *(jobs[i].id for i in indexes[-1])))
+    found = [(b"", b"")] * len(jobs)
+    replies = _send(jobs[0].connection, *calls) if jobs else []
+    for part, (places, groups) in zip(indexes, replies, strict=True):
+        for i, place, group in zip(part, places, groups, strict=True):
+            found[i] = place, group
+    return found
+
+
 _name_of_field = functools.lru_cache(100)(lambda name: name.decode(errors="replace"))
 
 
@@ -2223,7 +2313,6 @@ _CONTAINERS = [
     "queued", "started", "scheduled", "deferred", "rate_limited", "finished", "failed", "canceled",
 ]  # fmt: skip
 _ENDED = _CONTAINERS[5:]
-_OVER = (*_ENDED, "stopped")
 # The options of a job: a type; for durations, what may be given beside a positive number; None for
 # those that become no field.
 _OPTIONS: dict[str, Any] = {
@@ -2257,16 +2346,12 @@ class Registry:
         self.connection: Any = self.queue.connection
         self.key = f"{self.queue.prefix}{self.container}"
 
-    def _command(self, list_: str, hash_: str, zset: str, *limit: Any) -> Command:
-        """Return the command for this type of container; only live records of a zset count."""
-        if self.container in ("queued", "started"):
-            return (list_ if self.container == "queued" else hash_, self.key)
-        low = f"({time.time()}" if self.container in _ENDED else "-inf"
-        bounds = ("+inf", low) if "REV" in zset else (low, "+inf")
-        return (zset, self.key, *bounds, *limit)
-
     def _size(self) -> Command:
-        return self._command("LLEN", "HLEN", "ZCOUNT")
+        """Return the command that counts; of records that expire, those that have not."""
+        if self.container in _ENDED:
+            return COUNT(self.queue.prefix, self.container)
+        command = {"queued": "LLEN", "started": "HLEN"}.get(self.container, "ZCARD")
+        return (command, self.key)
 
     def __len__(self) -> int:
         return int(_ask(self.connection, *self._size()))
@@ -2291,11 +2376,19 @@ class Registry:
     ) -> list[str]:
         """Return ids `start` to `end`, both included and from 0; an end of -1 is the last.
         Scheduled jobs are in the order of their times, ended ones in that of their expiry."""
-        limit = "LIMIT", start, -1 if end < 0 else end - start + 1
-        zset = "ZREVRANGEBYSCORE" if desc else "ZRANGEBYSCORE"
-        command = self._command("LRANGE", "HKEYS", zset, *limit)
+        count = -1 if end < 0 else end - start + 1
+        command: Command
         if self.container == "queued":
-            command += (start, end)
+            command = ("LRANGE", self.key, start, end)
+        elif self.container == "started":
+            command = ("HKEYS", self.key)
+        elif self.container in _ENDED:
+            command = LIST(self.queue.prefix, self.container, start, count, int(desc))
+        else:
+            read, bounds = "ZRANGEBYSCORE", ("-inf", "+inf")
+            if desc:
+                read, bounds = "ZREVRANGEBYSCORE", ("+inf", "-inf")
+            command = (read, self.key, *bounds, "LIMIT", start, count)
         ids = [id.decode() for id in _ask(self.connection, *command)]
         if self.container == "started":
             ids = sorted(ids, reverse=desc)[start : end + 1 or None]
@@ -2342,10 +2435,12 @@ class Registry:
         return [(run.job_id, run.id) for job in self.get_jobs() if (run := job._execution)]
 
     def cleanup(self, timestamp: float | None = None, exception_handlers: Any = None) -> None:
-        """Forget jobs whose record has expired, which the worker's beat does, too."""
-        if self.container in _ENDED:
-            until = time.time() if timestamp is None else timestamp
-            _ask(self.connection, "ZREMRANGEBYSCORE", self.key, "-inf", until)
+        """Forget jobs whose record has expired by the server's clock, or had at `timestamp` if
+        that is earlier; the worker's beat does this, too."""
+        until, swept = "" if timestamp is None else timestamp, 1
+        while swept and self.container in _ENDED:
+            swept, posts = _ask(self.connection, *SWEEP(self.queue.prefix, self.container, until))
+            _deliver(self.connection, posts)
 
 
 _REGISTRIES: dict[str, type[Registry]] = {
@@ -2781,7 +2876,7 @@ class Group:
     def all(cls, connection: Redis | None = None) -> list[Group]:
         """Return all groups, in the order in which the last jobs joined them."""
         connection = _connect(connection)
-        names = _ask(connection, "ZRANGEBYSCORE", _GROUPS, time.time(), "+inf")
+        names = _ask(connection, *LIST.on_key(_GROUPS, "", 0, -1, 0))
         groups = [cls(connection, name.decode()) for name in names]
         there = _send(connection, *[("EXISTS", each.key) for each in groups]) if groups else []
         return list(itertools.compress(groups, there))
@@ -2806,36 +2901,35 @@ class Group:
         return queue.enqueue(f, *args, depends_on=Dependency(self._members(), "any"), **kwargs)
 
     def _add_jobs(self, jobs: Iterable[Job], pipeline: Any) -> None:
-        now = time.time()
-        at = itertools.count(now, 1e-6)  # so that they keep their order
-        members = [word for job in jobs for word in (next(at), self._member(job))]
-        commands: list[Command] = [
-            ("ZADD", self.key, *members), ("EXPIRE", self.key, GROUP_TTL),
-            ("ZADD", _GROUPS, now + GROUP_TTL, self.name), ("EXPIRE", _GROUPS, GROUP_TTL),
-            ("ZREMRANGEBYSCORE", _GROUPS, "-inf", now),
-        ]  # fmt: skip
+        members = [self._member(job) for job in jobs]
+        commands = [
+            JOIN.on_key(self.key, 0, GROUP_TTL, *members),
+            JOIN.on_key(_GROUPS, GROUP_TTL, GROUP_TTL, self.name),
+        ]
         if pipeline is None:
             _send(self.connection, *commands)
         for command in commands if pipeline is not None else ():
-            pipeline.execute_command(*command)
+            pipeline.execute_command(*_spelled_out(command))
 
     _member = staticmethod(lambda job: f"{job.id} {job.origin}")
 
-    def _members(self, before: Any = "+inf") -> list[Job]:
-        """Return the jobs that joined before that time, not read yet."""
-        members = _ask(self.connection, "ZRANGEBYSCORE", self.key, "-inf", before)
+    def _members(self) -> list[Job]:
+        """Return the jobs that joined, in their order, not read yet."""
+        members = _ask(self.connection, "ZRANGE", self.key, 0, -1)
         pairs = [member.decode().split() for member in members]
         make = functools.partial(Queue, connection=self.connection, serializer=self._serializer)
         queues = {name: make(name) for name in {name for _, name in pairs}}
         return [Job(id, queues[name], {}) for id, name in pairs]
 
-    def _live(self, jobs: Sequence[Job]) -> list[Job]:
-        """Read jobs; return those that exist, and have not a new life outside of the group."""
-        return [job for job in _look(jobs) if job.group_id == self.name]
+    def _containers(self, jobs: Sequence[Job]) -> list[str]:
+        """Return the container of each job; "" if it does not exist, or has a new life outside of
+        the group."""
+        name = self.name.encode()
+        return [place.decode() if group == name else "" for place, group in _where(jobs)]
 
     def get_jobs(self) -> list[Job]:
         """Return the jobs that still exist.  Two round trips, however many they are."""
-        return self._live(self._members())
+        return [job for job in _look(self._members()) if job.group_id == self.name]
 
     def counts(self) -> dict[str, int]:
         """Return how many of the jobs that still exist have which status."""
@@ -2845,29 +2939,45 @@ class Group:
         """Wait until all jobs have ended, up to `timeout` seconds if it is given; tell whether they
         have.  See Job.latest_result()."""
         deadline = time.monotonic() + (math.inf if timeout is None else timeout)
-        pending = self._members()
-        while pending := [job for job in self._live(pending) if job._status not in _OVER]:
-            if (left := deadline - time.monotonic()) <= 0:
-                return False
-            # When one of those that joined last has ended, few others have not.  There is no word
-            # from a job whose ttl ends.
-            ask = lambda job: not _look([job]) or job._status in _OVER  # noqa: E731
-            pending[-1]._when_moved(min(left, 10), ask)
+        pending, size = self._members(), 1
+        while pending:
+            # From the end, where those are that joined last: when these have ended, few others have
+            # not.  Those that have ended are not read again, and the portions grow while all have.
+            portion = pending[-size:]
+            places = self._containers(portion)
+            left = [j for j, at in zip(portion, places, strict=True) if at and at not in _ENDED]
+            pending[-size:] = left
+            size = min(2 * size, CHUNK)
+            if left:
+                size = 1
+                seconds = deadline - time.monotonic()
+                if seconds <= 0:
+                    return False
+                left[-1]._when_moved(seconds, self._has_ended)
         return True
+
+    def _has_ended(self, job: Job) -> bool:
+        """Tell whether a job of the group has ended; also if it does not exist any more."""
+        [container] = self._containers([job])
+        return not container or container in _ENDED
 
     def delete_job(self, job_id: str) -> None:
         """Take a job out of the group; it lives on."""
-        self._remove(job for job in self._members() if job.id == job_id)
+        self._remove([job for job in self._members() if job.id == job_id], age=0)
 
     def cleanup(self) -> None:
-        """Take out of the group what does not exist, a minute after it joined: till then it may be
-        about to be stored, and two clocks may differ."""
-        members = self._members(before=time.time() - 60)
-        self._remove(set(members) - set(self._live(members)))
+        """Take out of the group the jobs that do not exist, a minute after they joined: till then
+        they may be about to be stored."""
+        members = self._members()
+        for start in range(0, len(members), CHUNK):
+            jobs = members[start : start + CHUNK]
+            containers = self._containers(jobs)
+            self._remove([j for j, at in zip(jobs, containers, strict=True) if not at], age=60)
 
-    def _remove(self, jobs: Iterable[Job]) -> None:
-        if members := [*map(self._member, jobs)]:
-            _ask(self.connection, "ZREM", self.key, *members)
+    def _remove(self, jobs: Sequence[Job], age: float) -> None:
+        """Take out of the group those of the jobs that joined `age` seconds ago."""
+        if jobs:
+            _ask(self.connection, *LEAVE.on_key(self.key, age, *map(self._member, jobs)))
 
     def __repr__(self) -> str:
         return f"Group({self.name!r})"

@@ -4319,6 +4319,49 @@ def test_a_groups_wait_bears_jobs_that_vanish(redis, queue):
     timer.join()
 
 
+def lua_reads_of_jobs(redis):
+    """Return how often a script looked into a container `started`, as it does to find a job."""
+    return redis.info("commandstats").get("cmdstat_hexists", {}).get("calls", 0)
+
+
+@pytest.mark.parametrize("order", ["first to last", "last to first", "by chance"])
+def test_the_wait_of_a_group_reads_few_jobs_when_one_has_ended(redis, queue, order):
+    """In whatever order they end, each job is read some times, and not once for each other."""
+    group, answers = microq.Group.create(redis), []
+    jobs = group.enqueue_many(queue, [Queue.prepare_data(add)] * 150)
+    if order == "last to first":
+        jobs.reverse()
+    elif order == "by chance":
+        random.Random(1).shuffle(jobs)
+    pending = {job.key.encode() for job in jobs}
+
+    def is_awaited():
+        """Tell whether the wait has come to a job that has not ended."""
+        awaited = pending.intersection(redis.pubsub_channels())
+        return any(redis.hget(key, "waited") for key in awaited)
+
+    redis.config_resetstat()
+    thread = threading.Thread(target=lambda: answers.append(group.wait(60)))
+    thread.start()
+    for job in jobs:
+        wait_until(is_awaited)
+        job.cancel()
+        pending.remove(job.key.encode())
+    thread.join()
+    assert answers == [True]
+    assert lua_reads_of_jobs(redis) < 10 * len(jobs), "more than ten looks for each job"
+
+
+def test_the_wait_of_a_group_carries_no_arguments_or_results(redis, queue):
+    group = microq.Group.create(redis)
+    data = Queue.prepare_data(add, ("x" * 100_000, "y"))
+    group.enqueue_many(queue, [data] * 20)
+    work(queue)
+    before = redis.info("stats")["total_net_output_bytes"]
+    assert group.wait(1)
+    assert redis.info("stats")["total_net_output_bytes"] - before < 100_000
+
+
 @pytest.mark.parametrize(
     ("queue_class", "job_class"),
     [(MyQueue, None), (Queue, MyJob), (Queue, f"{__name__}.MyJob")],
@@ -4471,6 +4514,63 @@ def test_registries_are_made_by_name_or_queue(redis, queue):
         queue.failed_job_registry.get_expiration_time("good")
     queue.failed_job_registry.remove("bad", delete_job=True)
     assert "bad" not in queue.failed_job_registry and queue.fetch_job("bad") is None
+
+
+@pytest.fixture(params=[-3600, 3600], ids=["behind", "ahead"])
+def wrong_clock(request, monkeypatch):
+    """Set the clock of this client, as microq reads it, an hour off."""
+
+    class Clock:
+        def time(self):
+            return time.time() + request.param
+
+        def __getattr__(self, name):
+            return getattr(time, name)
+
+    monkeypatch.setattr(microq, "time", Clock())
+
+
+def test_a_client_with_a_wrong_clock_reads_and_cleans_registries(redis, queue, wrong_clock):
+    """What counts is whether a record has expired by the server's clock."""
+    finished, failed = queue.enqueue(add), queue.enqueue(fail, failure_ttl=60)
+    gone = queue.enqueue(add, result_ttl=0.05)
+    SimpleWorker(queue, default_result_ttl=60).work(burst=True, logging_level=None)
+    wait_until(lambda: not redis.exists(gone.key))
+    registries = [queue.finished_job_registry, queue.failed_job_registry]
+    for _ in range(2):
+        assert [len(each) for each in registries] == [1, 1]
+        assert [each.get_job_ids() for each in registries] == [[finished.id], [failed.id]]
+        assert queue.finished_job_registry.get_job_ids(desc=True) == [finished.id]
+        assert finished.is_finished and failed.is_failed
+        microq.clean_registries(queue)
+        assert [redis.zcard(each.key) for each in registries] == [1, 1]
+
+
+def test_a_registry_is_cleaned_of_what_had_expired_at_a_time(redis, queue):
+    """A time to come makes no orphan of a record that is alive."""
+    job, gone = queue.enqueue(add), queue.enqueue(add, result_ttl=0.05)
+    work(queue)
+    wait_until(lambda: not redis.exists(gone.key))
+    registry = queue.finished_job_registry
+    registry.cleanup(timestamp=1)
+    assert redis.zcard(registry.key) == 2
+    registry.cleanup(timestamp=time.time() + 86400)
+    assert redis.zrange(registry.key, 0, -1) == [job.id.encode()] and job.is_finished
+
+
+def test_a_client_with_a_wrong_clock_finds_and_cleans_groups(redis, queue, wrong_clock):
+    group = microq.Group.create(redis, "g")
+    gone, kept = group.enqueue_many(queue, [Queue.prepare_data(add)] * 2)
+    gone.delete()
+    redis.zadd("microq:groups", {"early": time.time() + 60})
+    redis.zadd("microq:group:early", {f"{kept.id} default": 1})
+    assert [each.name for each in microq.Group.all(redis)] == ["early", "g"]
+    group.cleanup()
+    assert redis.zcard(group.key) == 2  # the one that is gone joined within the last minute
+    redis.zincrby(group.key, -61, f"{gone.id} default")
+    group.cleanup()
+    assert group.get_jobs() == [kept]
+    assert redis.zrange(group.key, 0, -1) == [f"{kept.id} default".encode()]
 
 
 def test_reading_registries_changes_nothing_and_cleaning_forgets_what_expired(redis, queue):
