@@ -4893,9 +4893,13 @@ class CronScheduler:
     def remove(self, name: str) -> bool:
         """Remove an entry, whoever owns it; False if there is none.  What was enqueued runs."""
         self._jobs = [job for job in self._jobs if job._key[1] != _slug(name)]
-        queues = Queue.all(self.connection)
-        removals = [ENTRY(queue.prefix, _slug(name), "", 0) for queue in queues]
-        return bool(removals) and any(_send(self.connection, *removals))
+        slug, queues = _slug(name), Queue.all(self.connection)
+        lookups = [("HEXISTS", f"{queue.prefix}cron", slug) for queue in queues]
+        # Asked before, since a removal that was sent twice answers that there is nothing.
+        found = bool(queues) and any(_send(self.connection, *lookups))
+        if found:
+            _send(self.connection, *[ENTRY(queue.prefix, slug, "", 0) for queue in queues])
+        return found
 
     def start(self) -> None:
         """Store the entries and run cron for their queues, until SIGINT or SIGTERM. A worker that
