@@ -5608,3 +5608,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = str(error) if isinstance(error, known) else f"{type(error).__name__}: {error}"
         print(f"microq: {' '.join(text.split())}", file=sys.stderr)
         return 1
+def _open_standard_streams() -> None:
+    """Open what the shell has closed (`>&-`), so that the text for it goes nowhere, and not into
+    the next file or socket that gets its number."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  until the process ends
+
+
+    _open_standard_streams()
