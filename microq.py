@@ -192,7 +192,8 @@ if __name__ == "__main__":
 __version__ = VERSION = "0.1.0"
 __all__ = [
     "VERSION", "AbandonedJobError", "BaseDeathPenalty", "Callback", "CanceledJobRegistry",
-    "CronJob", "CronScheduler", "DefaultSerializer", "DeferredJobRegistry", "Dependency",
+    "ClusterUsageError", "CronJob", "CronScheduler", "DefaultSerializer", "DeferredJobRegistry",
+    "Dependency",
     "DequeueStrategy", "DeserializationError", "DuplicateJobError", "EnqueueData", "Execution",
     "FailedJobRegistry", "FinishedJobRegistry", "Group", "InvalidJobDependency",
     "InvalidJobOperation", "JSONSerializer", "Job", "JobStatus", "JobTimeoutException",
@@ -280,6 +281,10 @@ class TimeoutFormatError(MicroqError, ValueError):
 
 class ServerUnavailable(MicroqError, exceptions.ConnectionError):
     """No usable answer from Redis; the call may or may not have reached it."""
+
+
+class ClusterUsageError(MicroqError, exceptions.ResponseError):
+    """A client or queues that don't fit a Redis Cluster; the message says what to change."""
 
 
 class JobTimeoutException(BaseException):
@@ -784,7 +789,6 @@ def _delay_until(moment: datetime) -> float:
 SCRIPTS: dict[str, Script] = {}  # by SHA1
 _QUEUES, _GROUPS = "microq:queues", "microq:groups"
 _ONCE = RedisRetry(NoBackoff(), 0)  # redis-py's word for trying once
-_from_url = functools.cache(Redis.from_url)
 
 # What passes by itself: no server, one that loads, a fail-over, a disk or memory that is full.
 _OUTAGES = (
@@ -846,18 +850,49 @@ def _send(connection: Any, *commands: Command) -> list[Any]:
         except exceptions.NoScriptError:
             return _round_trip(connection, [_spelled_out(each) for each in commands])
     except (exceptions.RedisError, exceptions.RedisClusterException) as error:
+        client = connection.connection if isinstance(connection, _Line) else connection
+        if advice := _cluster_advice(client, error):
+            raise ClusterUsageError(advice) from error
         if not isinstance(error, _OUTAGES) and not re.search(_TROUBLE, str(error)):
             raise
-        client = getattr(connection, "connection", None) or connection
-        known = getattr(getattr(client, "connection_pool", None), "connection_kwargs", {})
-        place = known.get("path") or f"{known.get('host', '?')}:{known.get('port', '?')}"
-        remedy = "start one (redis-server), name one by --url or $MICROQ_URL, or use the embedded "
-        remedy += "one (pip install 'microq[embedded]', microq.embedded())"
-        if isinstance(error, exceptions.AuthenticationError):
-            remedy = "check user and password in the URL (redis://user:password@host)"
-        elif not isinstance(error, exceptions.ConnectionError | exceptions.TimeoutError):
-            remedy = "it may pass by itself; if not, look after its memory, disk and replicas"
-        raise ServerUnavailable(f"no answer from Redis at {place}: {error}; {remedy}") from error
+        raise _unavailable(_address(client), error) from error
+
+
+def _cluster_advice(client: Any, error: Exception) -> str:
+    """Return what to change where a Redis Cluster is not used as one; '' for any other error."""
+    if isinstance(error, exceptions.ClusterCrossSlotError) or "same key slot" in str(error):
+        return (
+            "the queues of a worker are in different slots of this Redis Cluster; name a tag that "
+            "they share, as in '{mail}high', '{mail}low'"
+        )
+    if isinstance(error, exceptions.AskError) and not isinstance(client, RedisCluster):
+        return (
+            f"this is a Redis Cluster: {_address(client)} holds only a part of the keys; connect "
+            "by redis.RedisCluster, a URL redis+cluster://.., or --cluster on the command line"
+        )
+    return ""
+
+
+def _address(client: Any) -> str:
+    """Return where the server of a client is, for messages."""
+    if isinstance(client, RedisCluster):
+        return ", ".join(client.nodes_manager.startup_nodes)
+    pool = getattr(client, "connection_pool", None)
+    options = getattr(pool, "connection_kwargs", {})
+    return options.get("path") or f"{options.get('host', '?')}:{options.get('port', '?')}"
+
+
+def _unavailable(address: str, error: BaseException) -> ServerUnavailable:
+    """Return the error that tells of an outage, and what to do about it."""
+    remedy = (
+        "start one (redis-server), name one by --url or $MICROQ_URL, or use the embedded one "
+        "(pip install 'microq[embedded]', microq.embedded())"
+    )
+    if isinstance(error, exceptions.AuthenticationError):
+        remedy = "check user and password in the URL (redis://user:password@host)"
+    elif not isinstance(error, exceptions.ConnectionError | exceptions.TimeoutError):
+        remedy = "it may pass by itself; if not, look after its memory, disk and replicas"
+    return ServerUnavailable(f"no answer from Redis at {address}: {error}; {remedy}")
 
 
 class _Line:
@@ -987,11 +1022,44 @@ def _eviction_warning(line: _Line) -> str:
     return f"maxmemory-policy is {policy}: {loss}; set it to noeviction"
 
 
+def _make_client(kind: Any, **options: Any) -> Any:
+    """Return a client of the class `kind`; with url=, by its from_url().
+
+    A RedisCluster asks its nodes at once. Raises ServerUnavailable if none answers,
+    ClusterUsageError if the server is no Cluster, ValueError for an option that is not for one."""
+    make = kind.from_url if "url" in options else kind
+    try:
+        return make(**options)
+    except exceptions.RedisClusterException as error:
+        if error.__cause__ is None:
+            raise ValueError(f"a Redis Cluster was asked for: {error}") from error
+        if "not enabled" in str(error):
+            advice = "this server is no Redis Cluster; name it by redis://.., without --cluster"
+            raise ClusterUsageError(advice) from error
+        address = f"{options.get('host')}:{options.get('port', 6379)}"
+        if "url" in options:  # without its password
+            address = re.sub("//.*@", "//", options["url"]).partition("?")[0]
+        raise _unavailable(address, error.__cause__) from error
+
+
+def _client_of_url(url: str, kind: Any = None) -> Any:
+    """Return a client for `url`: a RedisCluster for redis+cluster:// and rediss+cluster://, which
+    name a node of it, else a Redis; or one of the class `kind`."""
+    scheme, cluster, rest = url.partition("+cluster://")
+    if cluster:
+        return _make_client(kind or RedisCluster, url=f"{scheme}://{rest}")
+    return _make_client(kind or Redis, url=url)
+
+
+_from_url = functools.cache(_client_of_url)
+
+
 def _connect(connection: Redis | None = None) -> Redis:
     """Return `connection`, or one to $MICROQ_URL, else $REDIS_URL, else localhost."""
     if connection is None:
         url = os.environ.get("MICROQ_URL") or os.environ.get("REDIS_URL")
-        return _from_url(url or "redis://localhost:6379")
+        client: Redis = _from_url(url or "redis://localhost:6379")
+        return client
     if not isinstance(connection, Redis | RedisCluster):
         raise TypeError(f"connection takes a redis.Redis, not {connection!r}")
     return connection
@@ -5091,23 +5159,26 @@ def _server_of(options: argparse.Namespace) -> Any:
     module, else in $REDIS_URL or $REDIS_HOST and the like; else the one on localhost."""
     if options.embedded is not None:
         return embedded(options.embedded or None)
-    make = options.connection_class or Redis
+    make = options.connection_class or (RedisCluster if options.cluster else None)
     named = any(re.match("REDIS_|SENTINEL$", name) for name in options.settings)
     where = options.settings if named else os.environ
     known: dict[str, Any] = options.settings.get("SENTINEL") or {}
     if url := options.url or (not known and where.get("REDIS_URL")):
-        return make.from_url(url)
+        return _client_of_url(url, make)
+    if known and options.cluster:
+        raise ValueError("--cluster: the config module names Sentinels, and these know no Cluster")
     if known:
         words = {"DB", "USERNAME", "PASSWORD", "SOCKET_TIMEOUT", "SSL"} & known.keys()
         more = {word.lower(): known[word] for word in words} | known.get("CONNECTION_KWARGS", {})
         nodes, own = known.get("INSTANCES", [("localhost", 26379)]), known.get("SENTINEL_KWARGS")
         sentinel = Sentinel(nodes, sentinel_kwargs=own, **more)
-        return sentinel.master_for(known.get("MASTER_NAME", "mymaster"), redis_class=make)
+        return sentinel.master_for(known.get("MASTER_NAME", "mymaster"), redis_class=make or Redis)
     truth = lambda word: str(word).lower() in ("1", "true", "yes", "on")  # noqa: E731
     kinds: dict[str, Any] = {"port": int, "db": int, "ssl": truth}
     names = "host port db username password ssl ssl_ca_certs ssl_cert_reqs ssl_ca_data ssl_keyfile "
     given = {name: where.get(f"REDIS_{name.upper()}") for name in f"{names}ssl_certfile".split()}
-    return make(**{name: kinds.get(name, str)(word) for name, word in given.items() if word})
+    parts = {name: kinds.get(name, str)(word) for name, word in given.items() if word}
+    return _make_client(make or Redis, **{"host": "localhost"} | parts)
 
 
 def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
@@ -5470,6 +5541,7 @@ _COMMANDS: dict[str, tuple[Any, ...]] = {
 # be given again), or the name of an argument (*: any number); what it means.
 _FLAGS = """
 any  -u --url URL  redis://..; or $MICROQ_URL, the config module, $REDIS_URL, $REDIS_HOST, localhost
+any  --cluster  the server is a node of a Redis Cluster, as with --url redis+cluster://..
 any  --embedded [DIR]  use a private server; the one of DIR is durable, and shared
 any  -c --config MODULE  with REDIS_URL or SENTINEL; QUEUES, NAME and DICT_CONFIG for workers
 any  -w --worker-class NAME  Worker, or another, by its dotted name
@@ -5580,9 +5652,18 @@ def _configure(options: argparse.Namespace) -> None:
     options.connection = _server_of(options)
 
 
+def _open_standard_streams() -> None:
+    """Open what the shell has closed (`>&-`), so that the text for it goes nowhere, and not into
+    the next file or socket that gets its number."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  until the process ends
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line, and return the exit status: 1 for an error, 2 for words that make no
     sense, 130 for Ctrl-C."""
+    _open_standard_streams()
     parser, commands = _parser()
     name, *words = (sys.argv[1:] if argv is None else argv) or [""]
     if not name:
@@ -5608,12 +5689,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = str(error) if isinstance(error, known) else f"{type(error).__name__}: {error}"
         print(f"microq: {' '.join(text.split())}", file=sys.stderr)
         return 1
-def _open_standard_streams() -> None:
-    """Open what the shell has closed (`>&-`), so that the text for it goes nowhere, and not into
-    the next file or socket that gets its number."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  until the process ends
-
-
-    _open_standard_streams()

@@ -5111,6 +5111,106 @@ def test_flags_may_stand_anywhere(redis, queue, cli):
     assert job.args == ("--dashes",)
 
 
+@pytest.fixture(scope="session")
+def two_masters(tmp_path_factory):
+    """The ports of a Cluster of two masters; each has half of the slots."""
+    servers, ports = [], []
+    for slots in (range(8192), range(8192, 16384)):
+        ports.append(free_port())
+        options = ["--port", str(ports[-1]), "--bind", "127.0.0.1", "--cluster-enabled", "yes"]
+        servers.append(Server(tmp_path_factory.mktemp("c"), *options))
+        node = redis_py.Redis(port=ports[-1])
+        node.execute_command("CLUSTER", "ADDSLOTS", *slots)
+        node.execute_command("CLUSTER", "MEET", "127.0.0.1", ports[0])
+    for port in ports:
+        node = redis_py.Redis(port=port)
+        wait_until(lambda node=node: node.execute_command("CLUSTER INFO")["cluster_state"] == "ok")
+    yield ports
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture
+def cluster_ports(two_masters):
+    for port in two_masters:
+        redis_py.Redis(port=port).flushall()
+    return two_masters
+
+
+def test_the_command_line_works_on_a_cluster(cluster_ports, cli, monkeypatch):
+    url = f"redis://127.0.0.1:{cluster_ports[0]}"
+    cluster_url = url.replace("redis://", "redis+cluster://")
+    for i, queue in enumerate(["a", "b", "c", "d"]):  # in the slots of both masters
+        words = ["--url", cluster_url] if i % 2 else ["--url", url, "--cluster"]
+        assert cli("enqueue", "a.b", "-q", queue, *words, url=None)[0] == 0
+        assert cli("worker", queue, "--burst", "-q", *words, url=None) == (0, "", "")
+        shown = cli("info", queue, *words, url=None)[1]
+        assert re.search(rf"^{queue} +0 .* 0 +1 +0$", shown, re.M), shown
+    monkeypatch.setenv("REDIS_HOST", "127.0.0.1")
+    monkeypatch.setenv("REDIS_PORT", str(cluster_ports[1]))
+    assert cli("info", "--cluster", url=None)[1].startswith("4 queues, 0 queued")
+    monkeypatch.setenv("MICROQ_URL", cluster_url)
+    assert cli("info", url=None)[1].startswith("4 queues, 0 queued")
+    job = Queue("e").enqueue(add, 1)  # no connection given
+    assert work(Queue("e")) and job.return_value() == 1
+
+
+@pytest.mark.parametrize("words", [[], ["--in-process"], ["-n", "2"]])
+def test_queues_in_two_slots_are_told_to_share_a_tag(cluster_ports, cli, words):
+    """Slots: "high" 9976 and "low" 15214; a worker's script may touch the keys of one only."""
+    url = f"redis+cluster://127.0.0.1:{cluster_ports[0]}"
+    status, shown, error = cli("worker", "high", "low", "-b", *words, "--url", url, url=None)
+    assert (status, shown, error.count("\n")) == (1, "", 1)
+    assert "'{mail}high'" in error and "no answer" not in error
+    words = ["{mail}high", "{mail}low", "-b", "-q", *words]
+    assert cli("worker", *words, "--url", url, url=None) == (0, "", "")
+
+
+def test_a_plain_url_of_a_cluster_is_called_one(cluster_ports, cli):
+    """Slots: "b" 3300 is the first node's, "microq:queues" 12171 the second's."""
+    for port in cluster_ports:
+        for words in (["enqueue", "a.b", "-q", "b"], ["worker", "b", "--burst"]):
+            status, _, error = cli(*words, url=f"redis://127.0.0.1:{port}")
+            assert (status, error.count("\n")) == (1, 1) and "this is a Redis Cluster" in error
+        queue = Queue("b", redis_py.Redis(port=port))
+        with pytest.raises(microq.ClusterUsageError, match="RedisCluster"):
+            queue.enqueue(add)
+        with pytest.raises(microq.ClusterUsageError, match="RedisCluster"):
+            work(queue)
+
+
+def test_what_is_no_cluster_is_not_taken_for_one(server, guarded, cluster_ports, cli):
+    for url, text in [
+        (server.url, "Unix"),
+        (f"redis://127.0.0.1:{cluster_ports[0]}/3", "db"),
+        (f"redis://127.0.0.1:{free_port()}", "no answer from Redis at redis://127.0.0.1"),
+        (f"redis://:guess@127.0.0.1:{guarded}", "check user and password"),
+        (f"redis://:sesame@127.0.0.1:{guarded}", "no Redis Cluster"),
+    ]:
+        status, _, error = cli("info", "--cluster", url=url)
+        assert (status, error.count("\n")) == (1, 1) and text in error
+        assert "guess@" not in error and "sesame" not in error
+
+
+def test_a_closed_output_is_no_error(server, redis, queue):
+    command = f"{sys.executable} -m microq enqueue test_microq.add --url {server.url}"
+    for closed in (">&-", "<&- >&- 2>&-"):
+        assert subprocess.run(f"{command} {closed}", shell=True, cwd=HERE).returncode == 0
+    assert len(queue) == 2
+
+
+def test_an_entry_is_removed_though_the_script_was_sent_again(cluster_ports):
+    """One of two nodes has lost the script, so that it is sent again to both."""
+    cluster = redis_py.RedisCluster(host="127.0.0.1", port=cluster_ports[0])
+    scheduler = CronScheduler(cluster)
+    for name in "ab":
+        scheduler.register(add, name, name=name, interval=60)
+    scheduler.save()
+    redis_py.Redis(port=cluster_ports[1]).script_flush()
+    assert scheduler.remove("b") and not scheduler.remove("b")
+    assert [job.name for job in CronJob.all(cluster)] == ["a"]
+
+
 def test_requeue_does_what_it_can(redis, queue, cli):
     for id in "abc":
         queue.enqueue(fail, job_id=id)
