@@ -5405,6 +5405,8 @@ def _page(
         tables[1] = ["queue", "worker", "state", "job"], table
     text = (title + _summary(looks[0], looks[-1]))[:width]
     lines = [f"\x1b[{33 if looks[-1].suspended else 1}m{text}\x1b[0m" if coloured else text]
+    if options.warning:
+        lines.append(f"warning: {options.warning}"[:width])
     tables = [each for each in tables if each[1]]
     for i, (head, table) in enumerate(tables):
         behind, left = sum(len(rest) + 2 for _, rest in tables[i + 1 :]), height - len(lines)
@@ -5469,6 +5471,10 @@ def _info(options: argparse.Namespace) -> None:
     known = [queue.name for queue in Queue.all(server)]
     if unknown := sorted({*names} - {*known}):
         raise ValueError(f"no queue {', '.join(unknown)}; there are: {', '.join(known) or 'none'}")
+    if not options.raw:
+        keys = [Queue(name).prefix for name in names or known]
+        with contextlib.closing(_Line(server, None, *keys[:1])) as line:
+            options.warning = _eviction_warning(line)
     terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     live = terminal and every < math.inf and not options.raw
     # A rate is that of three seconds, or since the last look.

@@ -5460,6 +5460,17 @@ def test_info_shows_queues_and_workers(server, redis, queue, cli, start_worker):
     send_stop_job_command(redis, "dreams")
 
 
+def test_info_warns_of_a_server_that_evicts_keys(redis, queue, cli):
+    queue.enqueue(add)
+    assert "warning" not in cli("info")[1]
+    redis.config_set("maxmemory-policy", "allkeys-lru")
+    try:
+        assert cli("info")[1].splitlines()[1].startswith("warning: maxmemory-policy is allkeys-lru")
+        assert "warning" not in cli("info", "--raw")[1]
+    finally:
+        redis.config_set("maxmemory-policy", "noeviction")
+
+
 def test_info_takes_two_round_trips_whatever_there_is_in_the_queues(redis, monkeypatch):
     for i in range(20):
         Queue(f"q{i}", redis).enqueue(add)
