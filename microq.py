@@ -5276,7 +5276,7 @@ def _requeue(options: argparse.Namespace) -> int:
             registry.requeue(id)
             count += 1
         except (NoSuchJobError, InvalidJobOperation, ValueError) as error:
-            print(f"microq: {error}", file=sys.stderr)
+            print(f"microq: {_printable(str(error))}", file=sys.stderr)
     print(f"{count} of {len(ids)} jobs requeued" if ids else "nothing to do; name jobs, or --all")
     return int(count < len(ids))
 
@@ -5328,7 +5328,8 @@ def _look_around(connection: Redis, of: Sequence[str]) -> _Look:
         state = "busy" if name in runs else "suspended" if suspended else "idle"
         if record:
             who, good, bad, on = map(json.loads(record).get, ("name", "good", "bad", "queues"))
-            workers.append((who, state, good, bad, ",".join(on), text))
+            who, on, text = map(_printable, (str(who), ",".join(map(str, on)), text))
+            workers.append((who, state, int(good), int(bad), on, text))
     return _Look(time.monotonic(), counts, workers, bool(suspended))
 
 
@@ -5355,7 +5356,7 @@ def _table(
         for title, cell, size in zip(head, row, sizes, strict=True):
             if left <= 0:
                 break
-            text = "".join(each if each.isprintable() else "?" for each in str(cell))
+            text = str(cell)
             text = text if len(text) <= size else f"{text[: max(0, size - 1)]}…"
             text = (text.rjust if title in _CONTAINERS else text.ljust)(size)[:left]
             left -= size + 1
@@ -5522,7 +5523,8 @@ def _demo(options: argparse.Namespace) -> None:
     for what, job in jobs.items():
         last, *older = job.results()
         value = last.return_value or str(last.exc_string).splitlines()[-1]
-        print(f"  {job.get_status():9} {len(older) + 1} run(s)  {value!s:46} {what}")
+        value = _printable(str(value))
+        print(f"  {job.get_status():9} {len(older) + 1} run(s)  {value:46} {what}")
 
 
 # A function, what it does, and examples.
@@ -5693,5 +5695,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.debug("this is where", exc_info=True)
         known = MicroqError | exceptions.RedisError | TypeError | ValueError | OSError
         text = str(error) if isinstance(error, known) else f"{type(error).__name__}: {error}"
-        print(f"microq: {' '.join(text.split())}", file=sys.stderr)
+        print(f"microq: {_printable(' '.join(text.split()))}", file=sys.stderr)
         return 1

@@ -5460,6 +5460,25 @@ def test_info_shows_queues_and_workers(server, redis, queue, cli, start_worker):
     send_stop_job_command(redis, "dreams")
 
 
+def test_no_control_character_reaches_the_terminal(redis, queue, cli):
+    """Who writes to the server does not command the terminal of who looks at it."""
+    attack = "\x1b]0;title\x07\x9b2J\u202e"
+    record = {"name": f"w{attack}", "good": 0, "bad": 0, "queues": [f"q{attack}", "default"]}
+    redis.set("microq:worker:w", json.dumps(record), ex=60)
+    queue.enqueue(add, job_id="a")
+    claim(queue)
+    redis.hset(f"{Q}job:a", "func", f"f{attack}")
+    escaped = "\\x1b]0;title\\x07\\x9b2J\\u202e"
+    outputs = [cli("info", *words) for words in ([], ["--raw"], ["--by-queue"])]
+    outputs += [cli("info", attack), cli("requeue", "--queue", "default", attack)]
+    outputs += [cli("empty", attack), cli("enqueue", attack), cli("worker", "--name", attack, "-b")]
+    outputs += [cli("suspend", "--duration", attack), cli("cron", attack)]
+    for _, shown, error in outputs:
+        assert escaped in shown + error
+        text = re.sub(r"\x1b\[\d+m", "", shown + error)
+        assert not [each for each in text if not (each.isprintable() or each == "\n")], text
+
+
 def test_info_warns_of_a_server_that_evicts_keys(redis, queue, cli):
     queue.enqueue(add)
     assert "warning" not in cli("info")[1]
