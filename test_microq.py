@@ -170,19 +170,42 @@ def table_of_keys():
 
 
 def check_invariants(redis):
-    """Each job is in one container, and no key is left that the layout does not name."""
+    """Each job is in one container, and no key is left that the layout does not name.  Whatever is
+    kept beside a job is gone with it, and ended jobs expire when their container says."""
     table = table_of_keys()
-    jobs = Counter()
+    jobs, parts = Counter(), []
     for key in redis.scan_iter(count=1000):
         pattern = key_pattern(key.decode())
         assert table.get(pattern) == redis.type(key).decode(), key
         if pattern == "microq:{q}:job:<id>":
             prefix, id = key.split(b"job:")
             jobs[prefix, id] = 0
+        elif pattern.startswith("microq:{q}:job:<id>:"):
+            parts.append((*re.fullmatch(rb"(.*?)job:(.*):(\w+)", key).groups(), redis.pttl(key)))
+        elif pattern.startswith("microq:limit:"):
+            assert redis.pttl(key) > 0, key
+        elif pattern == "microq:{q}:wake":
+            assert redis.llen(key) == 1
     for prefix in {prefix for prefix, _ in jobs}:
         for ids in containers(redis, prefix.decode()).values():
             jobs.update((prefix, id) for id in ids if (prefix, id) in jobs)
+        check_expiry(redis, prefix, jobs)
     assert set(jobs.values()) <= {1}, jobs
+    for prefix, id, part, ttl in parts:
+        assert (prefix, id) in jobs or ttl > 0, (id, part)
+        if part == b"waits":
+            assert redis.zscore(prefix + b"deferred", id) is not None, id
+
+
+def check_expiry(redis, prefix, jobs):
+    seconds, microseconds = redis.time()
+    for name in (b"finished", b"failed", b"canceled"):
+        for id, score in redis.zrange(prefix + name, 0, -1, withscores=True):
+            keys = [prefix + b"job:" + id + part for part in (b"", b":results")]
+            for key in (key for key in keys if (prefix, id) in jobs and redis.exists(key)):
+                ttl = redis.pttl(key) / 1000
+                due = seconds + microseconds / 1e6 + ttl if ttl > 0 else float("inf")
+                assert due == score or abs(due - score) < 2, (key, ttl, score)
 
 
 # ---- Jobs ----------------------------------------------------------------------------------------
