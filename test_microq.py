@@ -201,7 +201,7 @@ def check_expiry(redis, prefix, jobs):
     seconds, microseconds = redis.time()
     for name in (b"finished", b"failed", b"canceled"):
         for id, score in redis.zrange(prefix + name, 0, -1, withscores=True):
-            keys = [prefix + b"job:" + id + part for part in (b"", b":results")]
+            keys = [prefix + b"job:" + id + part for part in (b"", b":results", b":dependents")]
             for key in (key for key in keys if (prefix, id) in jobs and redis.exists(key)):
                 ttl = redis.pttl(key) / 1000
                 due = seconds + microseconds / 1e6 + ttl if ttl > 0 else float("inf")
@@ -728,6 +728,53 @@ def test_a_claim_leaves_a_token_for_what_it_leaves_behind(redis):
     command = microq.CLAIM([first.prefix, second.prefix], "w", 1, 15, 1)
     assert len(microq._ask(redis, *command)[3]) == 1
     assert redis.llen(second.prefix + "wake") == 1
+
+
+def test_whatever_comes_into_a_queue_wakes_an_idle_worker(redis, queue):
+    """Else it would come to know by a heartbeat only, seconds later."""
+    numbers = itertools.count(1)
+
+    def wakes(act):
+        redis.delete(Q + "wake")
+        act()
+        return redis.exists(Q + "wake") == 1
+
+    def end(job, **options):
+        [(_, execution)] = claim(queue, number=next(numbers))
+        return wakes(lambda: settle(queue, job.id, execution, **options))
+
+    job = queue.create_job(add, retry=Retry(1))
+    assert wakes(lambda: queue.enqueue_job(job))
+    assert end(job, rule="retry", last=" failed") and not end(job, last=" failed")
+    assert wakes(job.requeue)
+    child = queue.enqueue(add, depends_on=job)
+    assert end(job) and child.is_queued  # at once, as both are of one queue
+    claim(queue, "dead", number=1, lease=0.01)
+    time.sleep(0.02)
+    assert wakes(lambda: beat(queue)) and child.is_queued
+    claim(queue, number=next(numbers))
+    assert wakes(lambda: microq._ask(redis, *microq.RELEASE(queue.prefix, "w", 15, "")))
+    child.cancel()
+    assert wakes(lambda: queue.enqueue_in(60, add))  # its worker must wait for less time now
+    assert wakes(lambda: queue.enqueue_in(30, add)) and not wakes(lambda: queue.enqueue_in(90, add))
+    assert wakes(lambda: queue.enqueue(add, at_front=True))
+    assert wakes(lambda: queue.enqueue_many([Queue.prepare_data(add)] * 2))
+
+
+@pytest.mark.parametrize(("lease", "tokens"), [(15, 1), (5, 0)])
+def test_a_token_is_left_for_a_job_that_is_due_before_the_next_heartbeat(
+    redis, queue, lease, tokens
+):
+    """The worker that took the last token runs a job now, and another may be there to wait."""
+    job, soon = queue.enqueue(add), queue.enqueue_in(10, add)
+    for call in (
+        microq.CLAIM(queue.prefix, "w", 1, lease, 1),
+        microq.BEAT(queue.prefix, "w", lease, "", 1, microq._CRASHES, 100),
+    ):
+        redis.delete(Q + "wake")
+        microq._ask(redis, *call)
+        assert redis.llen(Q + "wake") == tokens, call[2:]
+    assert job.is_started and soon.is_scheduled
 
 
 def test_a_rule_that_makes_no_sense_to_the_script_ends_the_job(redis, queue):
@@ -2257,6 +2304,17 @@ def test_a_failed_parent_that_is_gone_holds_nobody_up(redis, pair, ttl):
     failed.delete()
     work_all(redis)
     assert child.return_value() == [None, 2]
+
+
+def test_a_garbled_dependent_holds_nobody_up(redis, pair):
+    first, second = pair
+    parent = first.enqueue(add, 1)
+    child = second.enqueue(results_before, depends_on=parent)
+    redis.sadd(parent.key + ":dependents", "garbage", "microq:{x}: too few")
+    work_all(redis)
+    assert parent.is_finished and child.return_value() == [1]
+    parent.delete()
+    assert not redis.keys(f"{parent.key}*")
 
 
 def enqueue_and_sleep(path):
