@@ -4254,11 +4254,12 @@ class _Keeper:
         if suspended > 0:  # look again when it ends
             self.beaten_at = min(self.beaten_at, self.beaten_at + suspended / 1000 - self.lease / 3)
         agendas = replies[len(replies) - len(queues) :]
-        self.forgotten |= any(new for _, new, _ in agendas)  # the server did not know our name
+        cron = list(map(_StoredCron.parse, queues, agendas))
+        self.forgotten |= any(stored.new_scheduler for stored in cron)
         if self.cron and self.forgotten:
             self.cron.save()
         self.forgotten = False
-        _hand_out(self.server, queues, agendas, self.lease)  # so that all are started on time
+        _enqueue_ticks(self.server, cron, self.lease)  # so that all are started on time
 
     def listen(self, until: float) -> None:
         """Wait for commands, for the bell, or until something is to be done."""
@@ -4644,105 +4645,205 @@ def _look_again(connection: Redis | None) -> None:
 
 
 # ---- 11. Cron ------------------------------------------------------------------------------------
-# An entry is kept in its queue, with the last tick that was handed out.  Each keeper with a
-# scheduler reads both with its beat, and hands out what follows, up to a lease ahead, as jobs that
-# are scheduled for their tick.  The script enqueue does that if the last tick is still the one that
-# was read, so there may be any number of schedulers, and each may die at any time.  The time is
-# that of the server.
-
-_FIELDS = (
-    ("minute", 0, 59, ""), ("hour", 0, 23, ""), ("day of month", 1, 31, ""),
-    ("month", 1, 12, "jan feb mar apr may jun jul aug sep oct nov dec"),
-    ("day of week", 0, 7, "sun mon tue wed thu fri sat"),
-)  # fmt: skip
-_NICKNAMES = {
-    "@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *", "@monthly": "0 0 1 * *",
-    "@weekly": "0 0 * * 0", "@daily": "0 0 * * *", "@midnight": "0 0 * * *", "@hourly": "0 * * * *",
-}  # fmt: skip
-_complain = functools.lru_cache(1000)(log.error)  # once about each thing
-_registered: list[CronJob] = []
+# Jobs that are enqueued by the clock.  An entry of cron is stored in its queue, beside its last
+# tick: the time for which a job was enqueued last.  A supervisor with a scheduler reads both with
+# each heartbeat, and enqueues a scheduled job for each tick that comes up to a lease ahead.  The
+# script enqueue takes a tick only if the last tick is still the one that was read.  So any number
+# of schedulers may run, each of them may die at any time, and no tick is enqueued twice.  The time
+# is the server's.
 
 
-class _Expression:
-    """When a cron expression comes, by the clock on the wall of a time zone, as in Vixie cron."""
+class _CronField(NamedTuple):
+    """One of the five fields of a cron expression."""
+
+    name: str
+    low: int
+    high: int
+    names: str = ""  # names for the numbers, from `low` on
+
+    def number(self, text: str) -> int:
+        """Return the number that a text stands for; ValueError if none."""
+        names = self.names.split()
+        return self.low + names.index(text) if text in names else int(text)
+
+
+_CRON_FIELDS = (
+    _CronField("minute", 0, 59),
+    _CronField("hour", 0, 23),
+    _CronField("day of month", 1, 31),
+    _CronField("month", 1, 12, "jan feb mar apr may jun jul aug sep oct nov dec"),
+    _CronField("day of week", 0, 7, "sun mon tue wed thu fri sat"),
+)
+_CRON_NICKNAMES = {
+    "@yearly": "0 0 1 1 *",
+    "@annually": "0 0 1 1 *",
+    "@monthly": "0 0 1 * *",
+    "@weekly": "0 0 * * 0",
+    "@daily": "0 0 * * *",
+    "@midnight": "0 0 * * *",
+    "@hourly": "0 * * * *",
+}
+_MISSED_POLICIES = ("latest", "all", "skip")
+_MAX_MISSED = 1000  # ticks that missed="all" makes up for
+_SCHEDULER_TTL = 60.0  # seconds after which a scheduler without a heartbeat is forgotten
+_registered_entries: list[CronJob] = []  # by register()
+
+
+@functools.lru_cache(1000)
+def _log_error_once(text: str, *args: str) -> None:
+    log.error(text, *args)
+
+
+class _CronExpression:
+    """A cron expression in a time zone, as Vixie cron reads it.
+
+    Local times are datetimes without a time zone; timestamps are seconds since the epoch."""
 
     def __init__(self, text: str, zone: str) -> None:
-        words = _NICKNAMES.get(text.strip().lower(), text).lower().split()
-        if len(words) != 5:
-            shape = "minute, hour, day of month, month, day of week"
-            raise ValueError(f"cron={text!r}: give {shape}, or one of {', '.join(_NICKNAMES)}")
-        sets = [self._numbers(word, *field) for word, field in zip(words, _FIELDS, strict=True)]
-        self.minutes, self.hours, self.days, self.months, self.weekdays = sets
-        # Of two days that are restricted, either will do.
-        self.both = "*" in (words[2][0], words[4][0])
-        self.often = "*" in (words[0][0], words[1][0])  # so it follows each change of the clocks
+        self.text = text
+        fields = _CRON_NICKNAMES.get(text.strip().lower(), text).lower().split()
+        if len(fields) != len(_CRON_FIELDS):
+            shape = ", ".join(field.name for field in _CRON_FIELDS)
+            raise ValueError(f"cron={text!r}: give {shape}, or one of {', '.join(_CRON_NICKNAMES)}")
+        minute, hour, day, _, weekday = fields
+        numbers = map(self._parse_field, fields, _CRON_FIELDS)
+        self.minutes, self.hours, self.days, self.months, self.weekdays = numbers
+        # Vixie cron: where both days are restricted, either of them is enough.
+        self.days_and_weekdays = day.startswith("*") or weekday.startswith("*")
+        # Vixie cron: an expression with a wildcard follows each change of the clocks.
+        self.has_wildcard = minute.startswith("*") or hour.startswith("*")
         try:
             self.zone = timezone.utc if zone == "UTC" else zoneinfo.ZoneInfo(zone)
         except (KeyError, ValueError, OSError):
             raise ValueError(f"timezone={zone!r}: give one such as 'Europe/Berlin'") from None
-        self.next(datetime(2000, 1, 1), text)
+        self.next_local(datetime(2000, 1, 1))  # ValueError if there is none
+
+    def _parse_field(self, text: str, field: _CronField) -> set[int]:
+        """Return the numbers that a field stands for: {0, 20, 40} for "*/20" as minutes."""
+        numbers: set[int] = set()
+        for part in text.split(","):
+            try:
+                numbers.update(self._parse_part(part, field))
+            except ValueError:
+                names = f", {field.names}" if field.names else ""
+                allowed = f"{field.low} to {field.high}{names}; *, a-b, */n, a-b/n, or a list"
+                raise ValueError(f"cron: {part!r} is no {field.name}: give {allowed}") from None
+        if field.high == 7:
+            return {number % 7 for number in numbers}  # both 0 and 7 are Sunday
+        return numbers
 
     @staticmethod
-    def _numbers(word: str, name: str, low: int, high: int, names: str) -> set[int]:
-        """Return the numbers that a field means."""
-        known, found = {each: str(low + i) for i, each in enumerate(names.split())}, set()
-        for part in word.split(","):
-            match = re.fullmatch(r"(?:\*|(\w+)(?:-(\w+))?)(?:/(\d+))?", part)
-            try:
-                first, last, step = match.groups()  # type: ignore[union-attr]
-                begin, end = (int(known.get(each, each) or low) for each in (first, last or first))
-                end = high if not last and (step or not first) else end
-                if not low <= begin <= end <= high:
-                    raise ValueError
-                found |= set(range(begin, end + 1, int(step or 1)))
-            except (AttributeError, ValueError):
-                what = f"{low} to {high}{names and f', {names}'}; *, a-b, */n, a-b/n, or a list"
-                raise ValueError(f"cron: {part!r} is no {name}: give {what}") from None
-        return {number % 7 for number in found} if high == 7 else found
+    def _parse_part(part: str, field: _CronField) -> range:
+        """Return the numbers of "*", "5", "1-5", and of these with a step, as in "*/2"."""
+        match = re.fullmatch(r"(?:\*|(\w+)(?:-(\w+))?)(?:/(\d+))?", part)
+        if not match:
+            raise ValueError(part)
+        first, last, step = match.groups()
+        low = field.number(first) if first else field.low
+        high = field.high
+        if last:
+            high = field.number(last)
+        elif first and not step:
+            high = low
+        if not field.low <= low <= high <= field.high:
+            raise ValueError(part)
+        return range(low, high + 1, int(step or 1))
 
-    def next(self, wall: datetime, text: str = "") -> datetime:
-        """Return the first time after `wall`, on its clock."""
-        t, day = wall.replace(second=0, microsecond=0) + timedelta(minutes=1), timedelta(days=1)
-        while t.year <= wall.year + 41:  # for 29 February on a Sunday
-            days = t.day in self.days, t.isoweekday() % 7 in self.weekdays
-            if t.month not in self.months:
-                t = (t.replace(day=1, hour=0, minute=0) + 32 * day).replace(day=1)
-            elif t.hour > max(self.hours) or not (all(days) if self.both else any(days)):
-                t = t.replace(hour=0, minute=0) + day
-            elif t.hour not in self.hours or t.minute > max(self.minutes):
-                t = t.replace(minute=0) + timedelta(hours=1)
-            elif t.minute not in self.minutes:
-                t += timedelta(minutes=1)
+    def _includes_day(self, local: datetime) -> bool:
+        day = local.day in self.days
+        weekday = local.isoweekday() % 7 in self.weekdays
+        if self.days_and_weekdays:
+            return day and weekday
+        return day or weekday
+
+    def next_local(self, after: datetime) -> datetime:
+        """Return the first local time after `after` that matches, whether or not clocks are changed
+        then.  Raises ValueError if no day ever matches."""
+        local = after.replace(second=0, microsecond=0) + timedelta(minutes=1)
+        while local.year <= after.year + 41:  # 29 February on a certain day of the week
+            if local.month not in self.months:
+                in_next_month = local.replace(day=1, hour=0, minute=0) + timedelta(days=32)
+                local = in_next_month.replace(day=1)
+            elif not self._includes_day(local) or local.hour > max(self.hours):
+                local = local.replace(hour=0, minute=0) + timedelta(days=1)
+            elif local.hour not in self.hours or local.minute > max(self.minutes):
+                local = local.replace(minute=0) + timedelta(hours=1)
+            elif local.minute not in self.minutes:
+                local += timedelta(minutes=1)
             else:
-                return t
-        raise ValueError(f"cron={text!r} never comes")
+                return local
+        raise ValueError(f"cron={self.text!r} never comes")
 
-    @functools.lru_cache(10000)  # noqa: B019  most of the time, each beat asks for the same
+    def _timestamps(self, local: datetime) -> tuple[float, float]:
+        """Return when clocks show a local time for the first time, and for the second time. The two
+        differ where clocks are set back; where clocks skip the time, the second is the earlier."""
+        first = local.replace(tzinfo=self.zone, fold=0).timestamp()
+        second = local.replace(tzinfo=self.zone, fold=1).timestamp()
+        return first, second
+
+    def _ticks_at(self, local: datetime) -> list[float]:
+        """Return the timestamps at which the expression comes for a local time that matches."""
+        first, second = self._timestamps(local)
+        if second < first:  # clocks skip this time
+            if self.has_wildcard:
+                return []
+            while second < first:
+                local += timedelta(minutes=1)
+                first, second = self._timestamps(local)
+        elif second > first and self.has_wildcard:
+            return [first, second]
+        return [first]
+
+    @functools.lru_cache(10000)  # noqa: B019  nearly every heartbeat asks for the same
     def next_after(self, moment: float) -> float:
-        """Return when it comes next; seconds since the epoch, like `moment`."""
-
-        def at(wall: datetime) -> list[float]:
-            return [wall.replace(tzinfo=self.zone, fold=i).timestamp() for i in (0, 1)]
-
-        wall, best = datetime.fromtimestamp(moment, self.zone).replace(tzinfo=None), math.inf
-        first, again = at(wall)
-        t = wall - timedelta(seconds=again - first)  # clocks will be set back: what was comes again
-        while t <= wall or best == math.inf:
-            t = there = self.next(t)
-            while (times := at(there))[1] < times[0]:  # clocks are set forward past it
-                there += timedelta(minutes=1)
-            if there == t or not self.often:
-                best = min([best, *(each for each in times[: 1 + self.often] if each > moment)])
-        return best
+        """Return the first tick after a timestamp, as a timestamp."""
+        local_now = datetime.fromtimestamp(moment, self.zone).replace(tzinfo=None)
+        first, second = self._timestamps(local_now)
+        # In an hour that clocks show twice, earlier local times may come once more.
+        local = local_now - timedelta(seconds=second - first)
+        tick = math.inf
+        while local <= local_now or tick == math.inf:
+            local = self.next_local(local)
+            tick = min([tick, *(each for each in self._ticks_at(local) if each > moment)])
+        return tick
 
 
-_expression = functools.lru_cache(1000)(_Expression)
+_cron_expression = functools.lru_cache(1000)(_CronExpression)
+
+
+def _local_zone_name() -> str:
+    """Return the time zone of this process: $TZ, else where /etc/localtime leads to, else UTC."""
+    name = os.environ.get("TZ", "").lstrip(":")
+    if not name:
+        name = os.path.realpath("/etc/localtime")
+        if not os.path.exists(name):
+            return "UTC"
+    name = name.rpartition("/zoneinfo/")[2]
+    return "UTC" if name == "Etc/UTC" else name
+
+
+def _slug(name: str) -> str:
+    """Return the name of an entry in the characters that an id may have."""
+    return re.sub(r"[^A-Za-z0-9_-]", "_", name)
 
 
 class CronJob:
-    """An entry of cron, made by register(): a call with its options, and when to enqueue it.
+    """An entry of cron, made by register(): a call with its options, and when to enqueue it."""
 
-    Its attributes are what was registered, `func_name`, and its `owner`, see CronScheduler."""
+    name: str
+    queue_name: str
+    owner: str  # the name of the CronScheduler that stored the entry, or ''
+    cron: str | None  # an expression, or None
+    interval: float | None  # seconds, or None; either this or `cron` is given
+    timezone: str  # of `cron`
+    missed: str  # what to do about ticks that came while no scheduler was there
+    at_front: bool
+    fields: dict[str, str]  # those of each job, as in Redis; each character stands for a byte
+
+    _STORED = (
+        "name", "queue_name", "owner", "cron", "interval", "timezone", "missed", "at_front",
+        "fields",
+    )  # fmt: skip
 
     def __init__(
         self, func: Func, queue_name: str, args: Any = None, kwargs: Any = None,
@@ -4752,145 +4853,227 @@ class CronJob:
     ) -> None:  # fmt: skip
         if (interval is None) == (cron is None):
             raise ValueError("give either interval=, in seconds, or cron=, as in '0 9 * * mon-fri'")
-        self.interval = _seconds(interval, "interval") if cron is None else None
-        if (self.interval or 1) < 1:
-            raise ValueError(f"interval={interval!r}: give a second or more")
-        if missed not in (words := ["latest", "all", "skip"]):
-            raise ValueError(f"missed={missed!r}: use one of {words}")
-        if own := {"job_id", "unique", "depends_on", "group_id"} & options.keys():
-            raise TypeError(f"{min(own)} is no option of cron, which gives its jobs their ids")
+        if missed not in _MISSED_POLICIES:
+            raise ValueError(f"missed={missed!r}: use one of {[*_MISSED_POLICIES]}")
+        for option in ("job_id", "unique", "depends_on", "group_id"):
+            if option in options:
+                raise TypeError(f"{option} is no option of cron, which gives its jobs their ids")
         options["timeout"] = options.pop("job_timeout", None)
-        made = Queue(queue_name, serializer=serializer).create_job(func, args, kwargs, **options)
-        self.job = {field: value.decode("latin-1") for field, value in made._fields.items()}
-        self.name, self.queue_name, self.owner = name or made.func_name, queue_name, ""
-        self.cron, self.missed, self.at_front = cron, missed, bool(at_front)
-        here = os.environ.get("TZ") or os.path.realpath("/etc/localtime")
-        zone = timezone or here.rpartition("/zoneinfo/")[2].lstrip(":")
-        zone = zone if zone != here or os.path.exists(here) or "TZ" in os.environ else "UTC"
-        self.timezone = str(zone).replace("Etc/UTC", "UTC") if cron else "UTC"
-        _id_of(f"{_slug(self.name)}-{int(time.time())}")
-        self._read(b"")
+        job = Queue(queue_name, serializer=serializer).create_job(func, args, kwargs, **options)
+        self.fields = {name: value.decode("latin-1") for name, value in job._fields.items()}
+        self.name = name or job.func_name
+        self.queue_name = queue_name
+        self.owner = ""
+        self.missed = missed
+        self.at_front = bool(at_front)
+        self.cron = cron
+        self.interval = None
+        if interval is not None:
+            self.interval = _seconds(interval, "interval")
+            if self.interval < 1:
+                raise ValueError(f"interval={interval!r}: give a second or more")
+        self.timezone = "UTC"
+        if cron is not None:
+            self.timezone = str(timezone or _local_zone_name())
+            _cron_expression(cron, self.timezone)  # ValueError if it makes no sense
+        _id_of(f"{self.slug}-{int(time.time())}")  # ValueError if the ids would be too long
+        self._set_ticks(b"")
 
-    func_name = property(lambda self: self.job["func"].removesuffix("()"))
-    _key = property(lambda self: (self.queue_name, _slug(self.name)))
+    @property
+    def func_name(self) -> str:
+        """The dotted name of the function."""
+        return self.fields["func"].removesuffix("()")
 
-    def _read(self, ticks: bytes) -> None:
-        """Take in "<last tick> <registered_at>", or b"" for an entry that is not stored."""
-        if self.cron:
-            _expression(self.cron, self.timezone)  # raises here if it makes no sense
-        never = time.time() - (self.interval or 0), math.inf
-        self._last, self._since = map(float, ticks.split() or never)
+    @property
+    def slug(self) -> str:
+        """What the ids of the entry's jobs begin with; the key of the entry in its queue, too."""
+        return _slug(self.name)
 
-    @classmethod
-    def all(cls, connection: Redis | None = None) -> list[CronJob]:
-        """Return the entries of all queues, as they are stored.  Two round trips."""
-        found = []
-        for _, _, (*hashes, _) in _agendas(connection, Queue.all(connection)):
-            ticks, entries = map(_pairs, hashes)
-            for slug, spec in entries.items():
-                with contextlib.suppress(Exception):  # it is garbled
-                    found.append(cls._of(spec, ticks[slug]))
-        return sorted(found, key=lambda each: each.name)
+    @property
+    def next_enqueue_time(self) -> datetime:
+        """The next tick for which a job will be enqueued."""
+        return _utc(self._next_tick())
 
-    @classmethod
-    def _of(cls, spec: bytes, ticks: bytes) -> CronJob:
-        entry = cls.__new__(cls)
-        vars(entry).update(json.loads(spec))
-        entry._read(ticks)
-        return entry
+    @property
+    def latest_enqueue_time(self) -> datetime | None:
+        """The last tick for which a job was enqueued, up to a lease before it; None if none was."""
+        # The tick that an entry begins with lies a second or more before its registration.
+        if self._last_tick <= self._registered_at - 1:
+            return None
+        return _utc(self._last_tick)
 
-    def _to_json(self) -> str:
-        return json.dumps({k: v for k, v in vars(self).items() if k[0] != "_"}, sort_keys=True)
-
-    def _after(self, moment: float, last: float) -> float:
-        """Return the first tick after `moment`, where `last` is one."""
-        if self.cron:
-            return _expression(self.cron, self.timezone).next_after(moment)
-        interval = self.interval or 1.0
-        return last + (math.floor((moment - last) / interval) + 1) * interval
-
-    def _ticks(self, now: float, ahead: float) -> list[float]:
-        """Return the ticks to hand out: of those missed what `missed` says, and those ahead."""
-        most, span = 1000 if self.missed == "all" else 1, 60.0
-        while self._next <= now + ahead:
-            start, found = max(self._last, now - span), []
-            tick = self._after(start, self._last)
-            while tick <= now + ahead:
-                found.append(tick)
-                tick = self._after(tick, tick)
-            past = sum(tick <= now for tick in found)
-            if past >= most or start == self._last or self.missed == "skip":
-                return found[max(0, past - most) :]
-            span *= 4
-        return []
-
-    def _made(self, id: str, queue: Queue) -> Job:
-        fields = {name: value.encode("latin-1") for name, value in self.job.items()}
-        return Job(id, queue, fields, nonce="")
-
-    def _store(self, spec: str) -> Command:
-        return ENTRY(_prefix(self.queue_name), self._key[1], spec, self.interval or 0)
-
-    _next = property(lambda self: self._after(self._last, self._last))
-    next_enqueue_time = property(lambda self: _utc(self._next), doc="The next tick to hand out.")
-    should_run = lambda self: self._next <= time.time()  # noqa: E731
-
-    # The last tick handed out, up to a lease before its time; None if there was none.
-    latest_enqueue_time = property(lambda s: _utc(s._last) if s._last > s._since - 1 else None)
+    def should_run(self) -> bool:
+        """Tell whether the next tick has come."""
+        return self._next_tick() <= time.time()
 
     def enqueue(self, connection: Redis | None = None) -> Job:
         """Enqueue the call now, beside its ticks, and return the job."""
         queue = Queue(self.queue_name, connection)
-        return queue.enqueue_job(self._made(secrets.token_urlsafe(16), queue), None, self.at_front)
+        job = self._make_job(secrets.token_urlsafe(16), queue)
+        return queue.enqueue_job(job, at_front=self.at_front)
 
     def get_job_ids(
         self, connection: Redis | None = None, start: int = 0, end: int = -1
     ) -> list[str]:
         """Return the ids, <name>-<tick>, of its jobs that still exist, `start` to `end`, the latest
         first.  O(n) in the jobs of the queue."""
-        registries = [each(self.queue_name, connection) for each in _REGISTRIES.values()]
-        ids = [id for each in registries for id in each.get_job_ids()]
-        ids = [id for id in ids if re.fullmatch(rf"{self._key[1]}-\d+", id)]
-        return sorted(ids, key=lambda id: -int(id.rpartition("-")[2]))[start : end + 1 or None]
+        tick_by_id: dict[str, int] = {}
+        for registry in _REGISTRIES.values():
+            for id in registry(self.queue_name, connection).get_job_ids():
+                slug, _, tick = id.rpartition("-")
+                if slug == self.slug and tick.isdecimal():
+                    tick_by_id[id] = int(tick)
+        ids = sorted(tick_by_id, key=tick_by_id.__getitem__, reverse=True)
+        return ids[start : end + 1 or None]
+
+    @classmethod
+    def all(cls, connection: Redis | None = None) -> list[CronJob]:
+        """Return the entries of all queues, as they are stored.  Two round trips."""
+        entries = []
+        for stored in _read_cron(connection, Queue.all(connection)):
+            for slug in stored.entries:
+                with contextlib.suppress(Exception):  # this one is garbled
+                    entries.append(stored.load(slug))
+        return sorted(entries, key=lambda entry: entry.name)
+
+    @classmethod
+    def from_json(cls, text: bytes | str, ticks: bytes = b"") -> CronJob:
+        """Return an entry as it was stored.  Raises an exception of any kind if it is garbled."""
+        entry = cls.__new__(cls)
+        record = json.loads(text)
+        for name in cls._STORED:
+            setattr(entry, name, record[name])
+        if entry.cron:
+            _cron_expression(entry.cron, entry.timezone)  # ValueError if it makes no sense
+        entry._set_ticks(ticks)
+        return entry
+
+    def to_json(self) -> str:
+        """Return the entry as it is stored; the same text for the same entry."""
+        return json.dumps({name: getattr(self, name) for name in self._STORED}, sort_keys=True)
+
+    def _set_ticks(self, ticks: bytes) -> None:
+        """Take over "<last tick> <registered_at>" from Redis; b"" for an entry that is not stored:
+        then an interval has a tick now."""
+        self._last_tick = time.time() - (self.interval or 0)
+        self._registered_at = math.inf
+        if ticks:
+            self._last_tick, self._registered_at = map(float, ticks.split())
+
+    def _next_tick(self) -> float:
+        return self._tick_after(self._last_tick, self._last_tick)
+
+    def _tick_after(self, moment: float, base: float) -> float:
+        """Return the first tick after `moment`.  Those of an interval are counted from `base`."""
+        if self.cron:
+            return _cron_expression(self.cron, self.timezone).next_after(moment)
+        interval = self.interval or 1.0
+        passed = math.floor((moment - base) / interval)
+        return base + (passed + 1) * interval
+
+    def _due_ticks(self, now: float, ahead: float) -> list[float]:
+        """Return the ticks to enqueue: those up to `ahead` seconds after `now`, and of those that
+        were missed as many as `missed` says, the latest ones."""
+        if self._next_tick() > now + ahead:
+            return []
+        max_missed = _MAX_MISSED if self.missed == "all" else 1
+        # Thousands may have been missed.  So look back a minute; if that finds too few, four, ..
+        span = 60.0
+        while True:
+            start = max(self._last_tick, now - span)
+            ticks = self._ticks_between(start, now + ahead)
+            count = len([tick for tick in ticks if tick <= now])
+            if count >= max_missed or start == self._last_tick or self.missed == "skip":
+                return ticks[max(0, count - max_missed) :]
+            span *= 4
+
+    def _ticks_between(self, start: float, end: float) -> list[float]:
+        ticks = []
+        tick = self._tick_after(start, self._last_tick)
+        while tick <= end:
+            ticks.append(tick)
+            tick = self._tick_after(tick, tick)
+        return ticks
+
+    def _tick_commands(self, queue: Queue, now: float, ahead: float) -> list[Command]:
+        """Return the commands that enqueue the due ticks.  Each answers '' if the last tick is not
+        the one that was read, since another scheduler was faster."""
+        commands = []
+        last_tick = self._last_tick
+        for tick in self._due_ticks(now, ahead):
+            job = self._make_job(f"{self.slug}-{int(tick)}", queue)
+            guard = f"{self.slug} {last_tick:.6f} {self._registered_at:.6f} {tick:.6f}"
+            commands.append(ENQUEUE(queue.prefix, guard, *_enqueue_words(job, self.at_front, 0)))
+            last_tick = tick
+        return commands
+
+    def _store_command(self) -> Command:
+        """Return the command that stores the entry.  The same entry goes on as it was."""
+        return ENTRY(_prefix(self.queue_name), self.slug, self.to_json(), self.interval or 0)
+
+    def _remove_command(self) -> Command:
+        """Return the command that removes the entry, and what it has enqueued ahead."""
+        return ENTRY(_prefix(self.queue_name), self.slug, "", self.interval or 0)
+
+    def _make_job(self, id: str, queue: Queue) -> Job:
+        fields = {name: value.encode("latin-1") for name, value in self.fields.items()}
+        return Job(id, queue, fields, nonce="")
 
 
-def _slug(name: str) -> str:
-    """Return what the ids of an entry's jobs begin with; it is the key of the entry, too."""
-    return re.sub(r"[^A-Za-z0-9_-]", "_", name)
+class _StoredCron(NamedTuple):
+    """What the script agenda reads: the entries of a queue, and who runs cron for the queue."""
+
+    queue: Queue
+    now: float
+    new_scheduler: bool  # whether the one that reads was unknown to the server
+    entries: dict[str, bytes]  # by slug, as JSON
+    ticks: dict[str, bytes]  # by slug
+    schedulers: dict[str, float]  # their last heartbeats
+
+    @classmethod
+    def parse(cls, queue: Queue, reply: Any) -> _StoredCron:
+        now, new, (ticks, entries, schedulers) = reply
+        heartbeats = {name: float(beat) for name, beat in _pairs(schedulers).items()}
+        return cls(queue, float(now), bool(new), _pairs(entries), _pairs(ticks), heartbeats)
+
+    def load(self, slug: str) -> CronJob:
+        """Return an entry; see CronJob.from_json()."""
+        return CronJob.from_json(self.entries[slug], self.ticks[slug])
 
 
-def _agendas(connection: Redis | None, queues: Sequence[Queue], name: str = "") -> list[Any]:
-    asked = [AGENDA(queue.prefix, name) for queue in queues]  # they need not share a slot
-    return _send(_connect(connection), *asked) if asked else []
+def _read_cron(
+    connection: Redis | None, queues: Sequence[Queue], scheduler: str = ""
+) -> list[_StoredCron]:
+    """Return what is stored in the queues, after a heartbeat of `scheduler` if that is not ''."""
+    if not queues:
+        return []
+    commands = [AGENDA(queue.prefix, scheduler) for queue in queues]  # each in its own slot
+    replies = _send(_connect(connection), *commands)
+    return [_StoredCron.parse(queue, reply) for queue, reply in zip(queues, replies, strict=True)]
 
 
-def _hand_out(
-    connection: Any, queues: Iterable[Queue], agendas: Iterable[Any], ahead: float
+def _enqueue_ticks(
+    connection: Any, cron: Iterable[_StoredCron], ahead: float
 ) -> list[tuple[str, str]]:
-    """Enqueue the ticks that come up to `ahead` seconds from now.  Return the keys of the entries
-    of those that no other has handed out."""
-    offers, commands = [], []
-    for queue, (at, _, (*hashes, _)) in zip(queues, agendas, strict=True):
-        ticks, entries = map(_pairs, hashes)
-        for slug, spec in entries.items():
+    """Enqueue the ticks that come up to `ahead` seconds from now.  Return (queue name, slug) for
+    each tick that no other scheduler has enqueued."""
+    keys: list[tuple[str, str]] = []
+    commands: list[Command] = []
+    for stored in cron:
+        for slug in stored.entries:
             try:
-                entry = CronJob._of(spec, ticks[slug])
-                last = entry._last
-                for tick in entry._ticks(float(at), ahead):
-                    job = entry._made(f"{slug}-{int(tick)}", queue)
-                    guard = f"{slug} {last:.6f} {entry._since:.6f} {tick:.6f}"
-                    words = _enqueue_words(job, entry.at_front, 0)
-                    commands.append(ENQUEUE(queue.prefix, guard, *words))
-                    offers.append(entry._key)
-                    last = tick
+                ticks = stored.load(slug)._tick_commands(stored.queue, stored.now, ahead)
             except Exception as error:
-                _complain("cron entry %s of %s: %s", slug, queue.name, repr(error))
+                _log_error_once("cron entry %s of %s: %s", slug, stored.queue.name, repr(error))
+                continue
+            keys += [(stored.queue.name, slug)] * len(ticks)
+            commands += ticks
     replies = _send(connection, *commands) if commands else []
-    return [offer for offer, reply in zip(offers, replies, strict=True) if reply]
+    return [key for key, reply in zip(keys, replies, strict=True) if reply]
 
 
-class _Clock(SimpleWorker):
-    """A worker without jobs, whose keeper runs cron."""
+class _CronOnlyLoop(SimpleWorker):
+    """A worker that runs no jobs: its supervisor runs cron, while the loop waits for the end."""
 
     def _loop(self) -> bytes:
         while not self._slate.stopping:
@@ -4910,111 +5093,134 @@ class CronScheduler:
     def __init__(
         self, connection: Redis | None = None, logging_level: str | int = "INFO", name: str = ""
     ) -> None:
-        self.connection, self.logging_level = _connect(connection), logging_level
-        self.name, self.owner = name or _new_name(), name
+        self.connection = _connect(connection)
+        self.logging_level = logging_level
+        self.name = name or _new_name()
+        self.owner = name
         self.last_heartbeat: datetime | None = None
         self._jobs: list[CronJob] = []
 
     def register(self, func: Func, queue_name: str, *args: Any, **options: Any) -> CronJob:
         """Add an entry, which start(), save() and enqueue_jobs() store; see register()."""
-        return self._add(CronJob(func, queue_name, *args, **options))
+        job = CronJob(func, queue_name, *args, **options)
+        self._add(job)
+        return job
 
-    def _add(self, job: CronJob) -> CronJob:
-        taken, numbers = {each._key[1] for each in self._jobs}, itertools.count(2)
-        if job._key[1] in taken and job.name != job.func_name:
+    def _add(self, job: CronJob) -> None:
+        """Add an entry; one that is named after its function gets a number if there are several."""
+        taken = {other.slug for other in self._jobs}
+        if job.slug in taken and job.name != job.func_name:
             raise ValueError(f"an entry {job.name!r} is registered already; choose another name=")
-        while job._key[1] in taken:
+        numbers = itertools.count(2)
+        while job.slug in taken:
             job.name = f"{job.func_name}-{next(numbers)}"
         self._jobs.append(job)
-        return job
 
     def get_jobs(self) -> list[CronJob]:
         """Return the entries registered here; CronJob.all() returns those that are stored."""
         return list(self._jobs)
 
+    def save(self) -> None:
+        """Store the entries, and enqueue their first ticks; the same entry goes on as it was."""
+        self.enqueue_jobs(LEASE)
+
     def enqueue_jobs(self, ahead: float = 0.0) -> list[CronJob]:
-        """Store the entries, enqueue what is due up to `ahead` seconds from now, and return the
-        entries of which something was."""
-        ours, commands = {job._key: job for job in self._jobs}, []
-        for each in CronJob.all(self.connection) if self.owner else ():
-            if each.owner == self.owner and each._key not in ours:
-                commands.append(each._store(""))
+        """Store the entries, enqueue their ticks up to `ahead` seconds from now, and return the
+        entries that had any."""
+        ours = {(job.queue_name, job.slug): job for job in self._jobs}
+        self._store()
+        cron = _read_cron(self.connection, self._queues())
+        enqueued = _enqueue_ticks(self.connection, cron, ahead)
+        for stored in _read_cron(self.connection, self._queues()):
+            for slug, ticks in stored.ticks.items():
+                if job := ours.get((stored.queue.name, slug)):
+                    job._set_ticks(ticks)
+        return [ours[key] for key in dict.fromkeys(enqueued) if key in ours]
+
+    def _store(self) -> None:
+        """Store the entries, and remove those that the owner registers no longer."""
+        commands: list[Command] = []
+        if self.owner:
+            ours = {(job.queue_name, job.slug) for job in self._jobs}
+            for job in CronJob.all(self.connection):
+                if job.owner == self.owner and (job.queue_name, job.slug) not in ours:
+                    commands.append(job._remove_command())
         for job in self._jobs:
             job.owner = self.owner
-            commands += [job._store(job._to_json()), ("SADD", _QUEUES, job.queue_name)]
-        _send(self.connection, *commands)
-        agendas = _agendas(self.connection, queues := self._queues())
-        done = _hand_out(self.connection, queues, agendas, ahead)
-        for each in CronJob.all(self.connection):
-            if each._key in ours:
-                vars(ours[each._key]).update(_last=each._last, _since=each._since)
-        return [ours[key] for key in dict.fromkeys(done) if key in ours]
+            commands.append(job._store_command())
+            commands.append(("SADD", _QUEUES, job.queue_name))
+        if commands:
+            _send(self.connection, *commands)
 
     def _queues(self) -> list[Queue]:
         names = sorted({job.queue_name for job in self._jobs})
         return [Queue(name, self.connection) for name in names]
 
-    def save(self) -> None:
-        """Store the entries, and hand out their first ticks; what is the same goes on as it was."""
-        self.enqueue_jobs(LEASE)
-
     def remove(self, name: str) -> bool:
         """Remove an entry, whoever owns it; False if there is none.  What was enqueued runs."""
-        self._jobs = [job for job in self._jobs if job._key[1] != _slug(name)]
-        slug, queues = _slug(name), Queue.all(self.connection)
-        lookups = [("HEXISTS", f"{queue.prefix}cron", slug) for queue in queues]
+        slug = _slug(name)
+        self._jobs = [job for job in self._jobs if job.slug != slug]
+        queues = Queue.all(self.connection)
+        if not queues:
+            return False
         # Asked before, since a removal that was sent twice answers that there is nothing.
-        found = bool(queues) and any(_send(self.connection, *lookups))
-        if found:
+        lookups = [("HEXISTS", f"{queue.prefix}cron", slug) for queue in queues]
+        exists = any(_send(self.connection, *lookups))
+        if exists:
             _send(self.connection, *[ENTRY(queue.prefix, slug, "", 0) for queue in queues])
-        return found
+        return exists
 
     def start(self) -> None:
         """Store the entries and run cron for their queues, until SIGINT or SIGTERM. A worker that
         has a scheduler does the same; there may be any number of both."""
         if not self._jobs:
             raise ValueError("nothing is registered, so there is nothing to run")
-        clock = _Clock(self._queues(), self.name)
-        keeper = _Keeper(self.name, [clock], with_scheduler=True)
-        keeper.cron, clock._prefixes = self, []  # it takes no part in the queues
-        keeper.run(self.logging_level)
+        loop = _CronOnlyLoop(self._queues(), self.name)
+        supervisor = _Keeper(self.name, [loop], with_scheduler=True)
+        supervisor.cron = self
+        loop._prefixes = []  # so that it is no worker of these queues
+        supervisor.run(self.logging_level)
 
     def load_config_from_file(self, config_path: str) -> None:
         """Add what a module registers; give its path, or dotted name."""
-        path, name = Path(config_path), config_path
+        path = Path(config_path)
+        name = config_path
         if path.is_file():
             sys.path.insert(0, str(path.parent.resolve()))
             name = path.stem
         sys.modules.pop(name, None)
         importlib.invalidate_caches()
-        _registered.clear()
+        _registered_entries.clear()
         importlib.import_module(name)
-        self._jobs += create_cron(self.connection)._jobs
+        for job in _registered_entries:
+            self._add(job)
         self.owner = self.owner or config_path
 
     def heartbeat(self) -> None:
         """Tell fetch() and all() that this is alive, as start() does by itself."""
-        _agendas(self.connection, self._queues(), self.name)
+        _read_cron(self.connection, self._queues(), self.name)
         self.last_heartbeat = _utc(time.time())
 
     @classmethod
     def all(cls, connection: Redis | None = None) -> list[CronScheduler]:
         """Return what has run cron in the last minute, workers too, with the entries it owns."""
-        entries, found = CronJob.all(connection), {}
-        for at, _, (*_, beats) in _agendas(connection, Queue.all(connection)):
-            for name, beat in _pairs(beats).items():
-                if float(beat) > float(at) - 60:
-                    found[name] = each = cls(connection, name=name)
-                    each.last_heartbeat = _utc(float(beat))
-                    each._jobs = [job for job in entries if job.owner == name]
-        return [found[name] for name in sorted(found)]
+        entries = CronJob.all(connection)
+        schedulers: dict[str, CronScheduler] = {}
+        for stored in _read_cron(connection, Queue.all(connection)):
+            for name, heartbeat in stored.schedulers.items():
+                if heartbeat > stored.now - _SCHEDULER_TTL:
+                    scheduler = cls(connection, name=name)
+                    scheduler.last_heartbeat = _utc(heartbeat)
+                    scheduler._jobs = [job for job in entries if job.owner == name]
+                    schedulers[name] = scheduler
+        return [schedulers[name] for name in sorted(schedulers)]
 
     @classmethod
     def fetch(cls, name: str, connection: Redis | None = None) -> CronScheduler:
         """Return the one of this name that all() returns, or raise SchedulerNotFound."""
-        for each in cls.all(connection):
-            if each.name == name:
-                return each
+        for scheduler in cls.all(connection):
+            if scheduler.name == name:
+                return scheduler
         raise SchedulerNotFound(f"no scheduler {name!r} was heard of in the last minute")
 
 
@@ -5032,14 +5238,15 @@ def register(func: Func, queue_name: str, *args: Any, **options: Any) -> CronJob
 
     Where clocks are set forward, what is left out comes at that moment; where they are set back, it
     comes once; but if minute or hour begins with '*', whenever the clock on the wall says so."""
-    _registered.append(CronJob(func, queue_name, *args, **options))
-    return _registered[-1]
+    job = CronJob(func, queue_name, *args, **options)
+    _registered_entries.append(job)
+    return job
 
 
 def create_cron(connection: Redis | None = None) -> CronScheduler:
     """Return a scheduler with what was added by register()."""
     scheduler = CronScheduler(connection)
-    for job in _registered:
+    for job in _registered_entries:
         scheduler._add(job)
     return scheduler
 
@@ -5048,10 +5255,13 @@ def get_cron_job_ids(
     name: str, connection: Redis | None = None, start: int = 0, end: int = -1
 ) -> list[str]:
     """Return the ids of the jobs of an entry, as CronJob.get_job_ids()."""
-    found = (each for each in CronJob.all(connection) if each.name == name)
-    return next((each.get_job_ids(connection, start, end) for each in found), [])
+    for job in CronJob.all(connection):
+        if job.name == name:
+            return job.get_job_ids(connection, start, end)
+    return []
 
 
+# RQ's other names.
 cron = sys.modules[__name__]  # for `from microq import cron; cron.register(..)`
 
 

@@ -4733,7 +4733,7 @@ def test_jobs_run_on_a_fake_of_redis():
 
 def moments(expression, zone, start, count):
     """Return the next times of an expression, as text in the zone, with its offset."""
-    cron, found = microq._Expression(expression, zone), []
+    cron, found = microq._CronExpression(expression, zone), []
     at = datetime.fromisoformat(start).replace(tzinfo=timezone.utc).timestamp()
     for _ in range(count):
         at = cron.next_after(at)
@@ -4821,7 +4821,7 @@ def test_an_expression_survives_a_change_of_the_clocks(expression, start, expect
 )
 def test_an_expression_that_makes_no_sense_is_refused(expression, word):
     with pytest.raises(ValueError, match=word):
-        microq._Expression(expression, "UTC")
+        microq._CronExpression(expression, "UTC")
 
 
 @pytest.mark.parametrize(
@@ -4924,21 +4924,21 @@ def ids(queue):
 
 def test_entry_sent_twice_changes_once(redis):
     [job] = scheduler_with(redis).get_jobs()
-    command = job._store(job._to_json())
+    command = job._store_command()
     assert microq._send(redis, command, command) == [1, 0]
-    assert microq._send(redis, job._store(""), job._store("")) == [1, 0]
+    assert microq._send(redis, job._remove_command(), job._remove_command()) == [1, 0]
     assert redis.keys() == []
 
 
 def test_a_tick_is_handed_out_once_by_all_who_have_read_the_same(redis, queue):
     scheduler_with(redis, interval=1).enqueue_jobs()
-    agenda = [microq._ask(redis, *microq.AGENDA(queue.prefix, ""))]
+    cron = microq._read_cron(redis, [queue])
     before = len(ticks(redis))
-    handed = [len(microq._hand_out(redis, [queue], agenda, ahead)) for ahead in (3, 3, 5, 5)]
+    handed = [len(microq._enqueue_ticks(redis, cron, ahead)) for ahead in (3, 3, 5, 5)]
     assert handed == [3, 0, 2, 0]
     assert len(ticks(redis)) == before + 5
     scheduler_with(redis, interval=1, args=(1,)).enqueue_jobs()  # who has read the old entry
-    assert microq._hand_out(redis, [queue], agenda, 30) == []  # is too late
+    assert microq._enqueue_ticks(redis, cron, 30) == []  # is too late
     assert len(set(ticks(redis))) == len(ticks(redis))
 
 
@@ -4954,11 +4954,11 @@ def test_a_tick_is_handed_out_once_by_all_who_have_read_the_same(redis, queue):
 )
 def test_what_was_missed_is_made_up_for_as_the_entry_says(missed, ago, expected):
     job = CronJob(add, "default", interval=10, missed=missed)
-    job._last = 1e9 - ago
-    assert job._ticks(1e9, 0) == [1e9 + each for each in expected]
+    job._last_tick = 1e9 - ago
+    assert job._due_ticks(1e9, 0) == [1e9 + each for each in expected]
     job, day = CronJob(add, "default", cron="0 0 * * *", missed=missed, timezone="UTC"), 86400.0
-    job._last = 0.0
-    assert job._ticks(2000 * day + 3600, 0) == {
+    job._last_tick = 0.0
+    assert job._due_ticks(2000 * day + 3600, 0) == {
         "latest": [2000 * day], "skip": [], "all": [day * n for n in range(1001, 2001)]
     }[missed]  # fmt: skip
 
@@ -4969,7 +4969,7 @@ def test_an_entry_that_is_garbled_harms_no_other(redis, queue, caplog):
         redis.hset(f"{Q}cron", slug, spec)
         redis.hset(f"{Q}ticks", slug, "1 1")
     redis.hset(f"{Q}cron", "e", redis.hget(f"{Q}cron", "a"))
-    redis.hset(f"{Q}cron", "f", redis.hget(f"{Q}cron", "a").replace(b"job", b"jab"))
+    redis.hset(f"{Q}cron", "f", redis.hget(f"{Q}cron", "a").replace(b'"fields"', b'"felds"'))
     redis.hset(f"{Q}ticks", "f", "1 1")
     first = ticks(redis)
     redis.hset(f"{Q}ticks", "a", f"{time.time() - 70:.6f} 5.000000")
@@ -4980,7 +4980,7 @@ def test_an_entry_that_is_garbled_harms_no_other(redis, queue, caplog):
     assert sorted(record.args[0] for record in caplog.records if record.levelname == "ERROR") == [
         *"bcdef"
     ]
-    assert [job.name for job in CronJob.all(redis)] == ["a", "a"]
+    assert [job.name for job in CronJob.all(redis)] == ["a"]
     assert CronScheduler(redis).remove("b")
 
 
