@@ -60,6 +60,7 @@ the container is its status.
     count     any         the same              (it reads)
     list      any         the same              (it reads)
     agenda    any         the same              (it reads the entries of cron)
+    register  any         the same              (it holds the name of a worker)
 
 Keys.  {q} is the queue's name in braces, so that a queue lives in one slot of a Redis Cluster.
 Queues that one worker serves on a Cluster share a slot by naming the tag: "{mail}high".
@@ -74,7 +75,7 @@ Queues that one worker serves on a Cluster share a slot by naming the tag: "{mai
     microq:{q}:wake             list    at most one token: "there may be work"
     microq:{q}:scheduled        zset    ids by the time they are due
     microq:{q}:started          hash    id -> "<execution> <started_at>"
-    microq:{q}:workers          hash    worker -> "<heartbeat_at> <lease> <claim>"
+    microq:{q}:workers          hash    worker -> "<heartbeat_at> <lease> <claim> <instance>"
     microq:{q}:deferred         zset    ids that wait for other jobs, by the time since when
     microq:{q}:rate_limited     zset    ids that wait for a slot of their limit, likewise
     microq:{q}:outbox           set     words for other queues, until they have arrived
@@ -1085,15 +1086,23 @@ local function ttl_or(default, text)  -- a garbled number is not for EXPIRE
   local ttl = tonumber(text)
   return ttl and math.abs(ttl) < 1e10 and ttl or tonumber(default)
 end
-local function last_claim(q, worker)
-  return tonumber(string.match(call('HGET', q .. 'workers', worker) or '0', '%d+$'))
+local function read_lease(entry)  -- returns its end, last claim, instance; nil if it is garbled
+  local beat, lease, claim, instance =
+    string.match(entry or '', '^(%d+%.?%d*) (%d[%d.e+-]*) (%d+) ?(%S*)$')
+  lease = tonumber(lease)
+  if lease then return beat + lease, tonumber(claim), instance end
 end
-local function is_late(seat, at)
-  local beat, lease = string.match(seat or '', '^(%S+) (%S+) ')
-  return not beat or beat + lease < at
+local function last_claim(q, worker, instance)  -- nil: another instance has the name now
+  local _, claim, holder = read_lease(call('HGET', q .. 'workers', worker))
+  if claim and holder ~= instance then return nil end
+  return claim or 0
 end
-local function sit(q, worker, at, lease, number)  -- renew the seat of a worker
-  call('HSET', q .. 'workers', worker, stamp(at) .. ' ' .. lease .. ' ' .. number)
+local function sit(q, worker, instance, at, lease, number)  -- renew the lease of a worker
+  local entry = stamp(at) .. ' ' .. lease .. ' ' .. number .. ' ' .. instance
+  call('HSET', q .. 'workers', worker, entry)
+end
+local function identity(holder)  -- returns the name and the instance of a worker
+  return string.match(holder, '^(%S+) ?(%S*)$')
 end
 local function give_back(q, id)  -- started -> queued, not counted
   call('HDEL', q .. 'started', id)
@@ -1450,10 +1459,12 @@ CLAIM = Script("""
 -- order; before that scheduled -> queued.  Returns the time, the time of the next scheduled job (or
 -- now, if there may be more to claim, or ''), the execution, {queue, id, hash} for each job, what
 -- is posted, and how many ids had no record, since it expired or the server evicted it.  A number
--- seen before returns what it holds, an older one nothing.  `mode` is 'ahead' if the worker still
--- has others to run, or 'waiting' if this was sent along with BLPOP, maybe long ago: then a worker
--- that is late, which may be gone, gets nothing.
-local worker, number, lease, n = ARGV[1], tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4])
+-- seen before returns what it holds, an older one nothing.  A worker that was frozen for longer
+-- than its lease, so that another instance has its name now, gets nothing.  `mode` is 'ahead' if
+-- the worker still has others to run, or 'waiting' if this was sent along with BLPOP, maybe long
+-- ago: then a worker that is late, which may be gone, gets nothing.
+local worker, instance = identity(ARGV[1])
+local number, lease, n = tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4])
 local mode = ARGV[5]
 local at, next_due, claimed = now(), nil, {}
 local name = worker .. '.' .. number
@@ -1501,7 +1512,7 @@ local dues, tried = {}, {}
 for i, q in ipairs(KEYS) do
   dues[i] = promote(q, at)
   if dues[i] and dues[i] < (next_due or math.huge) then next_due = dues[i] end
-  local last = last_claim(q, worker)
+  local last = last_claim(q, worker, instance) or math.huge
   local started = number == last and call('HGETALL', q .. 'started') or {}
   for k = 1, #started, 2 do
     local id = started[k]
@@ -1510,9 +1521,9 @@ for i, q in ipairs(KEYS) do
       claimed[#claimed + 1] = {i, id, call('HGETALL', q .. 'job:' .. id)}
     end
   end
-  local gone = mode == 'waiting' and is_late(call('HGET', q .. 'workers', worker), at)
-  if number > last and not gone then
-    sit(q, worker, at, lease, number)
+  local late = mode == 'waiting' and (read_lease(call('HGET', q .. 'workers', worker)) or 0) < at
+  if number > last and not late then
+    sit(q, worker, instance, at, lease, number)
     for _ = 1, 100 do
       local ids = #claimed < n and not full and call('LPOP', q .. 'queued', n - #claimed)
       if not ids then break end
@@ -1546,23 +1557,32 @@ BEAT = Script("""
 -- released.  Then what any worker does for all: sweep what expired, promote what is due, and mend
 -- a token that was lost with its taker.  Returns the names of the dead, the time, the time of the
 -- next scheduled job or '', whether the worker was known and in time, and what is in the outboxes.
-local worker, lease, state, oldest, policy, failure_ttl = unpack(ARGV)
+-- Where another instance has the name now, it returns 'taken' and changes nothing.
+local holder, lease, state, oldest, policy, failure_ttl = unpack(ARGV)
+local worker, instance = identity(holder)
 local at, dead, next_due, fit = now(), {}, nil, 1
+for _, q in ipairs(state ~= 'fresh' and KEYS or {}) do
+  local lease_end, _, other = read_lease(call('HGET', q .. 'workers', worker))
+  if lease_end and lease_end >= at and other ~= instance then return 'taken' end
+end
 for _, q in ipairs(KEYS) do
   local seats, over, number = call('HGETALL', q .. 'workers'), {}, nil
   for i = 1, #seats, 2 do
-    local late = is_late(seats[i + 1], at)
-    if seats[i] == worker and state ~= 'fresh' then number = not late and last_claim(q, worker)
-    elseif late or seats[i] == worker then over[seats[i]] = true end
+    local lease_end, claim, other = read_lease(seats[i + 1])
+    local late = not lease_end or lease_end < at
+    if seats[i] ~= worker then over[seats[i]] = late or nil
+    elseif state == 'fresh' or claim and other ~= instance then over[worker] = true
+    else number = not late and claim end
   end
   if not number then fit = 0 end
   if not number or state ~= 'judge' then over = {[worker] = over[worker]} end
-  sit(q, worker, at, lease, over[worker] and 0 or last_claim(q, worker))
+  sit(q, worker, instance, at, lease, over[worker] and 0 or last_claim(q, worker, instance))
   local started, crashed = call('HGETALL', q .. 'started'), {}
   for i = #started - 1, 1, -2 do  -- from the end, so that the first is at the front again
     local id, execution = started[i], started[i + 1]
     local name, claim, since = string.match(execution, '^(.*)%.(%d+) (%S+)$')
-    if over[name] then
+    since = tonumber(since) or at
+    if name and over[name] then
       local ended = string.format('%s %.6f', execution, at - since)
       local reason = 'worker ' .. name .. ' died while it ran this job'
       local words = {id, execution, ended, reason, ' failed', failure_ttl, 'crash', policy, 0}
@@ -1594,12 +1614,15 @@ return {dead, stamp(at), next_due and stamp(next_due) or '', fit, posted}
 RELEASE = Script("""
 -- release: started -> queued, at the front, what `worker` holds by claims up to `number`, or of it
 -- only the jobs named; nothing is counted.  Without names, `number` is the last claim that a dead
--- child of it can have sent: one that arrives late takes nothing; '' signs the worker off.  Returns
--- how many jobs there were.
-local worker, lease, number = unpack(ARGV)
+-- child of it can have sent: one that arrives late takes nothing; '' signs the worker off.  Where
+-- another instance has the name now, it releases nothing.  Returns how many jobs there were.
+local holder, lease, number = unpack(ARGV)
+local worker, instance = identity(holder)
 local count = 0
 for _, q in ipairs(KEYS) do
+  local last = last_claim(q, worker, instance)
   local ids = ARGV[4] and {unpack(ARGV, 4)} or call('HKEYS', q .. 'started')
+  if not last then ids = {} end
   for i = #ids, 1, -1 do  -- from the end, so that the first is at the front again
     local id, token = ids[i], call('HGET', q .. 'started', ids[i]) or ''
     local name, claim = string.match(token, '^(.*)%.(%d+) ')
@@ -1608,9 +1631,10 @@ for _, q in ipairs(KEYS) do
       count = count + 1
     end
   end
-  if number == '' then call('HDEL', q .. 'workers', worker)
-  elseif not ARGV[4] and last_claim(q, worker) < tonumber(number) then
-    sit(q, worker, now(), lease, number)
+  if not last then  -- its lease is another's
+  elseif number == '' then call('HDEL', q .. 'workers', worker)
+  elseif not ARGV[4] and last < tonumber(number) then
+    sit(q, worker, instance, now(), lease, number)
   end
   -- It listened for these two.
   if call('EXISTS', q .. 'queued', q .. 'scheduled') > 0 then wake(q) end
@@ -1712,6 +1736,19 @@ if old > 0 then call('ZREMRANGEBYRANK', key, 0, math.min(old, 1000) - 1) end
 return {math.min(old, 1000), {}}
 """)
 
+REGISTER = Script("""
+-- register: store the record of a worker, for `lease` milliseconds, 0: remove it.  It holds the
+-- name: returns '' if that is done, else the record of another instance, which keeps the name,
+-- unless its record is still `dead`.  The key is the record's own.
+local key, instance, record, lease, dead = KEYS[1], unpack(ARGV)
+local held = redis.pcall('GET', key)
+local valid, about = pcall(cjson.decode, held)
+local holder = valid and type(about) == 'table' and about.instance
+if type(holder) == 'string' and holder ~= instance and held ~= dead then return held end
+if lease == '0' then call('DEL', key) else call('SET', key, record, 'PX', lease) end
+return ''
+""")
+
 AMEND = Script("""
 -- amend: set a field of a job's hash.  Returns 1, or 0 if there is no such job.
 local job, name, value = KEYS[1] .. 'job:' .. ARGV[1], ARGV[2], ARGV[3]
@@ -1771,7 +1808,8 @@ local status = place(q, id)
 if not status then return {'', '', '', {}} end
 local execution = call('HGET', q .. 'started', id) or ''
 local seat = call('HGET', q .. 'workers', string.match(execution, '^(.*)%.%d+ ') or '') or ''
-return {status, execution, string.match(seat, '^%S+') or '', call('HGETALL', q .. 'job:' .. id)}
+local heartbeat_at = string.match(seat, '^%d+%.%d+') or ''
+return {status, execution, heartbeat_at, call('HGETALL', q .. 'job:' .. id)}
 """)
 
 WHERE = Script("""
@@ -3435,6 +3473,44 @@ def _new_name() -> str:
     return f"{host}.{os.getpid()}.{secrets.token_hex(2)}"
 
 
+def _pid_namespace() -> str:
+    """Return what tells where the number of a process counts: the boot of a kernel, and the
+    namespace within it, as that of a container; or the name of the host on other systems."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
+
+
+def _process_exists(pid: Any) -> bool:
+    """Return whether there is a process of this number; it may be another user's."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _read_record(record: bytes | None) -> dict[str, Any]:
+    """Return what the record of a worker says; nothing if there is none, or it is garbled."""
+    try:
+        about = json.loads(record or b"null")
+    except ValueError:
+        return {}
+    valid = isinstance(about, dict) and about.keys() >= _RECORD and isinstance(about["pid"], int)
+    return about if valid else {}
+
+
+# What a worker's record says, as JSON; `instance` tells workers of one name apart.
+_RECORD = {
+    "name", "instance", "inbox", "queues", "hostname", "pid", "pid_namespace", "version",
+    "python_version", "birth", "beat", "lease", "fork", "good", "bad", "seconds",
+}  # fmt: skip
+
+
 def _function(func: Any) -> Any:
     """Return a function that was given as such, or by its dotted name."""
     found = _find(func) if isinstance(func, str) else func
@@ -3527,8 +3603,10 @@ class Worker:
         self._relief: threading.Thread | None = None
         self._thread: Any = None
         self._pid = 0  # of the child
+        self._instance = ""  # tells the worker that works from others of its name
 
     key = property(lambda self: f"microq:worker:{self.name}")
+    _holder = property(lambda self: f"{self.name} {self._instance}")
     successful_job_count = property(lambda self: self._slate.good)
     failed_job_count = property(lambda self: self._slate.bad)
     total_working_time = property(lambda self: self._slate.seconds, doc="Seconds.")
@@ -3548,7 +3626,7 @@ class Worker:
         queues = [queue] if queue else Queue.all(connection)
         asked = [("HKEYS", f"{each.prefix}workers") for each in queues]
         names = set().union(*_send(queues[0].connection, *asked)) if queues else set()
-        return sorted(f"microq:worker:{name.decode()}" for name in names)
+        return sorted(f"microq:worker:{name.decode(errors='replace')}" for name in names)
 
     @classmethod
     def count(cls, connection: Redis | None = None, queue: Queue | None = None) -> int:
@@ -3567,8 +3645,7 @@ class Worker:
     @classmethod
     def _fetch(cls, keys: list[str], connection: Redis, options: dict[str, Any]) -> list[Worker]:
         found, asked = list[Worker](), [("GET", key) for key in keys]
-        for record in filter(None, _send(connection, *asked)):
-            about = json.loads(record)
+        for about in filter(None, map(_read_record, _send(connection, *asked))):
             known = {each: about[each] for each in ("name", "lease", "fork")} | options
             found.append(cls(about["queues"], connection=connection, **known))
             found[-1]._take_in(about)
@@ -3583,8 +3660,8 @@ class Worker:
 
     def refresh(self) -> None:
         """Read again what find_by_key() read; nothing changes if it is no longer alive."""
-        if record := _ask(self.connection, "GET", self.key):
-            self._take_in(json.loads(record))
+        if about := _read_record(_ask(self.connection, "GET", self.key)):
+            self._take_in(about)
 
     def get_current_executions(self, refresh: bool = True) -> list[Execution]:
         """Return the executions of the jobs that the worker holds, of which it runs one."""
@@ -3633,8 +3710,8 @@ class Worker:
                            queue that was served goes to the end; 'random': by chance, each time
 
         SIGINT or SIGTERM finishes the current job; a second one, at least a second later, gives
-        it up, and it will run again.  Raises ServerUnavailable if there is no server at the start;
-        later it waits for one to come back."""
+        it up, and it will run again.  Raises ServerUnavailable if no server answers for a lease at
+        the start; later it waits for one to come back."""
         limits = max_jobs, max_idle_time, dequeue_strategy
         keeper = _Keeper(self.name, [self], burst, with_scheduler, *limits)
         return keeper.run(logging_level, date_format, log_format)
@@ -3653,6 +3730,7 @@ class Worker:
         for name in ("good", "bad", "seconds"):
             setattr(self._slate, name, getattr(before, name))
         self._keeper, self._burst = keeper, burst
+        self._instance = secrets.token_hex(6)
         self._server = _Line(self.connection, self._patience)
         wakes = [f"{prefix}wake" for prefix in self._prefixes]
         self._ear = _Ear(self.connection, self._patience, wakes)
@@ -3683,6 +3761,7 @@ class Worker:
         return json.dumps({
             "name": self.name, "inbox": inbox, "queues": self.queue_names(),
             "hostname": self.hostname, "pid": self.pid, "version": self.version,
+            "instance": self._instance, "pid_namespace": _pid_namespace(),
             "python_version": self.python_version, "birth": self.birth_date.timestamp(),
             "beat": time.time(), "lease": self.lease, "fork": self.fork,
             "good": slate.good, "bad": slate.bad, "seconds": slate.seconds,
@@ -3690,7 +3769,7 @@ class Worker:
 
     def _farewell(self, number: Any) -> list[Command]:
         """Return what settles the last outcome, and gives back whatever else it holds."""
-        release = RELEASE(self._prefixes, self.name, self.lease, number)
+        release = RELEASE(self._prefixes, self._holder, self.lease, number)
         return [*self._debts(), release]
 
     def _loop(self) -> bytes:
@@ -3756,7 +3835,7 @@ class Worker:
             if self._strategy == "random":
                 random.shuffle(self._serving)
             prefixes = [queue.prefix for queue in self._serving]
-            words = (self.name, slate.number, self.lease, most, "ahead" if left else mode)
+            words = (self._holder, slate.number, self.lease, most, "ahead" if left else mode)
             commands.append(CLAIM(prefixes, *words))
         counts = len(self._done), len(self._behind), most
         self._flight = _Flight(tuple(commands), *counts, time.monotonic())
@@ -3820,7 +3899,7 @@ class Worker:
         for execution in self._behind:
             behind.setdefault(execution.job.queue.prefix, []).append(execution.job.id)
         for prefix, ids in behind.items():
-            commands.append(RELEASE(prefix, self.name, self.lease, self._slate.number, *ids))
+            commands.append(RELEASE(prefix, self._holder, self.lease, self._slate.number, *ids))
         return commands
 
     def _paid(self, replies: list[Any], flight: _Flight | None = None) -> None:
@@ -3983,7 +4062,7 @@ class Worker:
             self._slate.stopping = True
         if self._flight.most and (self._slate.stopping or self._slate.suspended):
             # Perhaps the claim was under way, and holds jobs.
-            release = RELEASE(self._prefixes, self.name, self.lease, self._slate.number)
+            release = RELEASE(self._prefixes, self._holder, self.lease, self._slate.number)
             self._flight = _Flight((release,))
 
     def _report(self, execution: Execution, outcome: Outcome, place: str) -> None:
@@ -4113,6 +4192,7 @@ class _Keeper:
         self.forgotten = True  # whether it has lost them
         self.told = 0.0  # the seconds of work that the last beat told
         self.healthy_since = 0.0  # since when we have beaten in time
+        self.lost_name = ""  # the name of a worker that is another's now
 
     def run(
         self, level: str | int | None, date_format: str | None = None, log_format: str | None = None
@@ -4128,11 +4208,7 @@ class _Keeper:
         patience = self.workers[0]._patience
         self.server = _Line(self.connection, patience, self.workers[0].queues[0].prefix)
         self.ear = _Ear(self.connection, patience, [f"microq:inbox:{self.name}"])
-        if not isinstance(self.connection, RedisCluster):
-            # One that is unknown would be sent again, behind those that came after it.
-            _send(self.server, *(("SCRIPT", "LOAD", script.lua) for script in SCRIPTS.values()))
-        self.check_names()
-        self.beat("fresh")
+        self.sign_on()
         log.info("worker %s (pid %d), microq %s", self.name, os.getpid(), __version__)
         log.info("listening on %s", ", ".join(self.workers[0].queue_names()))
         if warning := _eviction_warning(self.server):
@@ -4147,24 +4223,77 @@ class _Keeper:
             pass  # between jobs, or in a handler of a job that failed
         finally:
             self.leave()
+        if self.lost_name:
+            text = f"worker {self.lost_name!r} was silent for longer than its lease"
+            raise MicroqError(f"{text}, and another worker has taken its name")
         if self.cold:
             log.warning("cold shutdown: what was running will run again")
             raise SystemExit(1)
         return any(worker._slate.count for worker in self.workers)
 
-    def check_names(self) -> None:
-        """Raise ValueError if another worker of our name is alive, as far as one can see."""
-        for worker in self.workers:
-            [record] = _send(self.server, ("GET", worker.key))
-            about = json.loads(record or "{}")
-            pid, host = about.get("pid", os.getpid()), about.get("hostname", worker.hostname)
-            with contextlib.suppress(ProcessLookupError):  # then it has died
-                if host == worker.hostname:
-                    with contextlib.suppress(PermissionError):  # it is of another user
-                        os.kill(pid, 0)
-                if (pid, host) != (os.getpid(), worker.hostname):
-                    text = f"a worker {worker.name!r} is alive (process {pid} on {host}); choose "
-                    raise ValueError(text + "another name, or wait for the end of its lease")
+    def sign_on(self) -> None:
+        """Take the names of the workers, and beat for the first time.  Where the server does not
+        answer, try again for the time of a lease, then raise ServerUnavailable."""
+        backoff, until = _Backoff(self.lease / 3), time.monotonic() + self.lease
+        while True:
+            try:
+                if not isinstance(self.connection, RedisCluster):
+                    # A script that is unknown would be sent again, behind those that follow it.
+                    scripts = [("SCRIPT", "LOAD", script.lua) for script in SCRIPTS.values()]
+                    _send(self.server, *scripts)
+                for worker in self.workers:
+                    self.take_name(worker)
+                return self.beat("fresh")
+            except ServerUnavailable as error:
+                wrong = isinstance(error.__cause__, exceptions.AuthenticationError)
+                if wrong or self.stopping_since or time.monotonic() >= until:
+                    raise
+                time.sleep(backoff.after(error, f"worker {self.name}"))
+            except ValueError:
+                _send(self.server, *map(self.give_up_name, self.workers))
+                raise
+
+    def take_name(self, worker: Worker) -> None:
+        """Hold the name of a worker from now on.  A process of that name which has died gives way
+        at once if it ran beside this one; elsewhere when its record expires.  Raises ValueError if
+        a worker of the name is alive, or may be."""
+        dead, first, until = b"", b"", time.monotonic() + self.lease
+        while record := _send(self.server, self.register(worker, dead))[0]:
+            about = _read_record(record)
+            pid, host = about.get("pid"), about.get("hostname")
+            # One that has this process's own number ran in another container, or before an exec.
+            near = about.get("pid_namespace") == _pid_namespace() and pid != os.getpid()
+            if not about or (near and not _process_exists(pid)):
+                dead = record
+            elif near or first not in (b"", record) or time.monotonic() >= until:
+                text = f"a worker {worker.name!r} is alive (process {pid} on {host}); choose "
+                raise ValueError(text + "another name, or wait for the end of its lease")
+            else:
+                if not first:
+                    text = "a worker %r was there (process %s on %s): waiting for a sign of life"
+                    log.info(text, worker.name, pid, host)
+                first = record
+                time.sleep(min(0.1, self.lease / 10))
+
+    def register(self, worker: Worker, dead: bytes = b"") -> Command:
+        """Return the command that stores the record of a worker, if the name is its own, or held
+        by the record `dead`."""
+        lease = max(1, int(self.lease * 1000))
+        return REGISTER(worker.key, worker._instance, worker._about(self.name), lease, dead)
+
+    def give_up_name(self, worker: Worker) -> Command:
+        """Return the command that removes the record of a worker, if the name is its own."""
+        return REGISTER(worker.key, worker._instance, "", 0, "")
+
+    def has_lost_name(self, replies: list[Any]) -> bool:
+        """Return whether another worker has one of the names by now, as the replies to a beat say.
+        Then it has given away what was held by that name, so what runs here is ended."""
+        for worker, other, reply in zip(self.workers, replies[::2], replies[1::2], strict=False):
+            if other or reply == b"taken":
+                log.error("worker %s: another worker has this name now", worker.name)
+                self.lost_name, self.cold = worker.name, self.forks
+                self.stop()
+        return self.lost_name != ""
 
     def run_here(self, worker: Worker) -> None:
         """Run the loop of a worker in this thread, and keep it in another."""
@@ -4216,17 +4345,16 @@ class _Keeper:
         at = self.beaten_at + min(self.lease / 3, 1.0 if busy else math.inf)
         if busy and self.scheduler:
             at = min(at, *(slate.due for slate in slates))
-        return max(at, self.silent_until)
+        return math.inf if self.lost_name else max(at, self.silent_until)
 
     def beat(self, state: str) -> None:
         """Renew the leases, and do the house-keeping that comes with it; promote what is due."""
         commands: list[Command] = []
         told = sum(worker._slate.seconds for worker in self.workers)
         for worker in self.workers:
-            about = worker._about(self.name)
-            commands.append(("SET", worker.key, about, "PX", int(self.lease * 1000)))
+            commands.append(self.register(worker))
             words = (worker.lease, state, worker._slate.oldest, _CRASHES, DEFAULT_FAILURE_TTL)
-            commands.append(BEAT(worker._prefixes, worker.name, *words))
+            commands.append(BEAT(worker._prefixes, worker._holder, *words))
         if state == "fresh":
             commands.append(("DEL", self.ear.keys[0]))  # words for an earlier one of this name
         if self.unknown:
@@ -4236,6 +4364,8 @@ class _Keeper:
         *replies, suspended = _send(self.server, *commands, ("PTTL", _SUSPENDED))
         self.beaten_at, self.unknown, self.told = time.monotonic(), False, told
         self.backoff = _Backoff(self.lease / 3)
+        if self.has_lost_name(replies):
+            return
         for worker, (dead, at, due, fit, left) in zip(self.workers, replies[1::2], strict=False):
             worker._slate.due = self.beaten_at + float(due) - float(at) if due else math.inf
             if not fit:  # we were late, or the server has lost its data, or is another one
@@ -4246,13 +4376,7 @@ class _Keeper:
                 _deliver(self.server, left)
             if len(left) >= 2 * CHUNK:  # there is more
                 self.beaten_at = 0.0
-        if (paused := suspended != -2) is not self.workers[0]._slate.suspended:
-            log.info("suspended" if paused else "resumed")
-            for worker in self.workers:
-                worker._slate.suspended = paused
-                worker._bell.ring()
-        if suspended > 0:  # look again when it ends
-            self.beaten_at = min(self.beaten_at, self.beaten_at + suspended / 1000 - self.lease / 3)
+        self.suspend_for(suspended)
         agendas = replies[len(replies) - len(queues) :]
         cron = list(map(_StoredCron.parse, queues, agendas))
         self.forgotten |= any(stored.new_scheduler for stored in cron)
@@ -4261,10 +4385,20 @@ class _Keeper:
         self.forgotten = False
         _enqueue_ticks(self.server, cron, self.lease)  # so that all are started on time
 
+    def suspend_for(self, ttl: int) -> None:
+        """Have the workers claim nothing or go on, by the time to live of the key that says so."""
+        if (paused := ttl != -2) is not self.workers[0]._slate.suspended:
+            log.info("suspended" if paused else "resumed")
+            for worker in self.workers:
+                worker._slate.suspended = paused
+                worker._bell.ring()
+        if ttl > 0:  # look again when it ends
+            self.beaten_at = min(self.beaten_at, self.beaten_at + ttl / 1000 - self.lease / 3)
+
     def listen(self, until: float) -> None:
         """Wait for commands, for the bell, or until something is to be done."""
         seconds = until - time.monotonic()
-        if time.monotonic() < self.silent_until:
+        if time.monotonic() < self.silent_until or self.lost_name:
             self.bell.watch(seconds)
         elif heard := self.ear.hears(seconds, self.bell):
             self.obey(heard[0][1])
@@ -4492,14 +4626,15 @@ class _Keeper:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.attempt(self.reap_replaced)
-        commands: list[Command] = [("DEL", self.ear.keys[0])]
+        # Commands that wait are for whoever has the name now.
+        commands: list[Command] = [] if self.lost_name else [("DEL", self.ear.keys[0])]
         for queue in self.workers[0].queues if self.scheduler else ():
             commands.append(("ZREM", f"{queue.prefix}schedulers", self.name))
         for worker in self.workers:
             with worker._lock:  # its relief may still be there
                 if worker._current and worker._current not in [run[0] for run in worker._done]:
                     worker._done.append((worker._current, _GIVEN_UP))
-                commands += [("DEL", worker.key), *worker._farewell("")]
+                commands += [self.give_up_name(worker), *worker._farewell("")]
                 worker._claimed.clear()
                 worker._done, worker._behind, worker._flight = [], [], _Flight()
             ends: list[Any] = [worker._server, worker._spare_line, worker._ear, worker._courier]
@@ -4592,10 +4727,10 @@ _SUSPENDED = "microq:suspended"
 def send_command(connection: Redis | None, worker_name: str, command: str, **details: Any) -> None:
     """Tell a worker something; it hears within a second or so.  Raises ValueError if no worker of
     this name is alive."""
-    record = _ask(_connect(connection), "GET", f"microq:worker:{worker_name}")
-    if not record:
+    about = _read_record(_ask(_connect(connection), "GET", f"microq:worker:{worker_name}"))
+    if not about:
         raise ValueError(f"no worker {worker_name!r} is alive; see Worker.all()")
-    inbox = f"microq:inbox:{json.loads(record)['inbox']}"
+    inbox = f"microq:inbox:{about['inbox']}"
     words = json.dumps({"command": command, "worker": worker_name, **details})
     # What nobody takes, because the worker died meanwhile, goes after a minute.
     _send(_connect(connection), ("RPUSH", inbox, words), ("EXPIRE", inbox, 60))

@@ -624,7 +624,8 @@ def test_the_users_pipeline_carries_an_enqueue(redis, queue):
 
 def test_no_server_is_an_error_that_helps(tmp_path):
     queue = Queue(connection=redis_py.Redis(unix_socket_path=str(tmp_path / "none"), retry=None))
-    for call in (lambda: queue.enqueue(add), lambda: work(queue), queue.all, lambda: len(queue)):
+    worker = SimpleWorker(queue, lease=0.1)
+    for call in (lambda: queue.enqueue(add), worker.work, queue.all, lambda: len(queue)):
         with pytest.raises(ServerUnavailable, match="redis-server"):
             call()
     with pytest.raises(redis_py.exceptions.ConnectionError):
@@ -2338,6 +2339,171 @@ def test_a_second_worker_of_the_same_name_is_refused(redis, queue, start_worker)
     assert status == 1 and "'bee' is alive" in error
     with pytest.raises(ValueError, match="choose another name"):
         Worker(queue, name="bee").work(burst=True, logging_level=None)
+
+
+def test_of_workers_of_one_name_that_start_together_one_is_accepted(redis, queue, server):
+    """The others are refused; if not, they would share their claims, and run every job each."""
+    code = f"""
+import redis, sys, test_microq
+from microq import Worker
+worker = Worker("default", "bee", connection=redis.Redis.from_url({server.url!r}))
+print("ready", flush=True)
+sys.stdin.readline()
+worker.work()
+"""
+    workers = [start_script(code, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    try:
+        for worker in workers:
+            assert worker.stdout.readline() == "ready\n"
+        redis.client_pause(300)  # milliseconds; so that they go on in step
+        for worker in workers:
+            worker.stdin.write("\n")
+            worker.stdin.flush()
+        wait_until(lambda: sum(worker.poll() is None for worker in workers) == 1)
+        jobs = [queue.enqueue(add, i) for i in range(20)]
+        wait_until(lambda: all(job.is_finished for job in jobs))
+        assert all(len(job.results()) == 1 for job in jobs)
+        refused = [worker for worker in workers if worker.poll() is not None]
+        assert all("'bee' is alive" in worker.communicate()[1] for worker in refused)
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.communicate()
+
+
+def test_a_worker_takes_the_name_of_a_dead_process_at_once(queue, start_worker, tmp_path):
+    """As a service that is started again has the name of the one before."""
+    dead, log = start_worker("--name", "bee", "--lease", "600"), tmp_path / "log"
+    job = queue.enqueue(stay, str(log), 1)
+    people(log)
+    dead.kill()
+    dead.communicate()
+    command = [sys.executable, "-m", "microq", "worker", "-b", "-n", "bee"]
+    url = redis_url(queue.connection)
+    subprocess.run([*command, "--url", url, "--lease", "600"], check=True, timeout=30)
+    assert job.is_finished and job.latest_result().worker_name == "bee"
+
+
+def record_of_another_container(worker, **details):
+    """The record of a worker with the same name, host and process, but in another container."""
+    about = json.loads(worker._about("bee")) | {"instance": "a", "pid_namespace": "there"}
+    return json.dumps(about | details)
+
+
+def test_a_worker_waits_for_the_lease_of_one_in_another_container(redis, queue):
+    """The number of a process says nothing in another container, even on a host of that name."""
+    worker = Worker(queue, "bee", lease=20, fork=False)
+    redis.set(worker.key, record_of_another_container(worker, pid=2**22), px=300)
+    queue.enqueue(add)
+    assert worker.work(burst=True, logging_level=None) is True
+    redis.set(worker.key, record_of_another_container(worker))
+    errors = []
+
+    def start():
+        with pytest.raises(ValueError, match="'bee' is alive") as caught:
+            worker.work(burst=True, logging_level=None)
+        errors.append(caught)
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    try:
+        for beat in itertools.count():  # a beat, seen sooner or later
+            redis.set(worker.key, record_of_another_container(worker, beat=beat))
+            thread.join(0.05)
+            if not thread.is_alive() or beat == 200:
+                break
+    finally:
+        redis.delete(worker.key)
+        thread.join()
+    assert errors
+
+
+@pytest.mark.parametrize("words", [[], ["--in-process"]], ids=["fork", "in-process"])
+def test_a_frozen_worker_ends_if_another_has_taken_its_name(
+    redis, queue, start_worker, tmp_path, words
+):
+    frozen, log = start_worker("--name", "bee", "--lease", "2", *words), tmp_path / "log"
+    job = queue.enqueue(stay, str(log), 1)
+    people(log)
+    pids = [frozen.pid, *children_of(frozen.pid)]
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: not redis.exists("microq:worker:bee"))
+    try:
+        command = [sys.executable, "-m", "microq", "worker", "-n", "bee", "--lease", "2"]
+        url = redis_url(redis)
+        other = subprocess.Popen([*command, "--url", url], stderr=subprocess.PIPE, text=True)
+        people(log, 2)
+        instance = json.loads(redis.get("microq:worker:bee"))["instance"]
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+    try:
+        _, error = frozen.communicate(timeout=20)
+        assert frozen.returncode == 1 and "another worker has taken its name" in error
+        wait_until(lambda: job.is_finished)
+        assert [each.type for each in job.results()] == ["successful", "retried"]
+        later = queue.enqueue(add, 1)
+        assert later.latest_result(timeout=10).return_value == 1
+        assert json.loads(redis.get("microq:worker:bee"))["instance"] == instance
+    finally:
+        other.terminate()
+        other.communicate()
+
+
+def test_what_an_earlier_instance_of_a_worker_sends_late_changes_nothing(redis, queue):
+    jobs = [queue.enqueue(add) for _ in range(3)]
+    rest = (15, "judge", "", microq._CRASHES, 100)
+    fresh = (15, "fresh", "", microq._CRASHES, 100)
+    microq._ask(redis, *microq.BEAT(queue.prefix, "w early", *fresh))
+    assert claim(queue, "w early", 1) != []
+    microq._ask(redis, *microq.BEAT(queue.prefix, "w late", *fresh))
+    [held] = claim(queue, "w late", 1)
+    for words in ("", 2, (9, *(job.id for job in jobs))):
+        words = words if isinstance(words, tuple) else (words,)
+        assert microq._ask(redis, *microq.RELEASE(queue.prefix, "w early", 15, *words)) == 0
+    assert claim(queue, "w early", 1) == claim(queue, "w early", 2) == []
+    assert microq._ask(redis, *microq.BEAT(queue.prefix, "w early", *rest)) == b"taken"
+    assert redis.hkeys(f"{Q}started") == [held[0].encode()]
+    assert claim(queue, "w late", 1) == [held] and claim(queue, "w late", 2) != []
+
+
+def test_a_garbled_lease_or_record_ends_no_worker(redis, queue):
+    entries = ["", "garbage", "1 2", "1.2.3 15 1", "nan 15 1 a", "1 -- 1 a"]
+    redis.hset(f"{Q}workers", mapping={f"w{i}": text for i, text in enumerate(entries)})
+    redis.hset(f"{Q}workers", "bee", "garbage")
+    redis.hset(f"{Q}workers", b"\xff", "1 15 1 a")
+    lost = queue.enqueue(add)
+    redis.lrem(f"{Q}queued", 0, lost.id)
+    redis.hset(f"{Q}started", lost.id, "bee.1 garbage")
+    for record in ('{"instance": 7}', "[", '{"instance": "a"}', '["a"]'):
+        redis.set("microq:worker:bee", record)
+        assert Worker.all(redis) == []
+        job = queue.enqueue(add, 1)
+        assert Worker(queue, "bee", fork=False).work(burst=True, logging_level=None)
+        assert job.is_finished
+    assert lost.is_finished
+    wait_until(lambda: beat(queue) or redis.hkeys(f"{Q}workers") == [b"other"])
+    assert redis.hkeys(f"{Q}workers") == [b"other"]
+
+
+def test_a_worker_tries_for_a_lease_to_reach_a_server_at_its_start(tmp_path):
+    server = Server(tmp_path)
+    server.stop()
+    code = f"import redis; from microq import *; redis = redis.Redis.from_url({server.url!r})\n"
+    code += "Worker('default', connection=redis, lease=60).work(max_jobs=1)"
+    worker = start_script(code, stderr=subprocess.PIPE, text=True)
+    try:
+        assert "trying again" in worker.stderr.readline()
+        server.start()
+        job = Queue(connection=redis_py.Redis.from_url(server.url)).enqueue(len, "ab")
+        assert job.latest_result(timeout=20).return_value == 2
+        worker.communicate(timeout=20)
+        assert worker.returncode == 0
+    finally:
+        worker.kill()
+        worker.communicate()
+        server.stop()
 
 
 def redis_url(redis):
