@@ -1077,6 +1077,7 @@ def _connect(connection: Redis | None = None) -> Redis:
 _PRELUDE = """--!df flags=allow-undeclared-keys
 local call = redis.call
 local ENDED = {finished = 1, failed = 1, canceled = 1}
+local FAILURE_TTL = 31536000  -- a year, that of failed jobs without an option
 local function stamp(at) return string.format('%.6f', at) end
 local function now() local time = call('TIME') return time[1] + time[2] / 1e6 end  -- seconds
 local function wake(q)  -- one blocked worker goes to look, unless a token says so already
@@ -1270,7 +1271,7 @@ end
 local function record(job, ended, result, name, ttl)
   local old = call('HMGET', job, 'ended', 'result', 'waited', name, 'dependents', 'slot',
     'rate_limit')
-  if old[1] then
+  if old[1] and old[1] ~= ended then  -- the same: a call of which a part was denied, sent again
     call('RPUSH', job .. ':results', old[1] .. '\\n' .. (old[2] or ''))
     call('LTRIM', job .. ':results', -9, -1)
   end
@@ -1317,11 +1318,19 @@ local function bequeath(job, last, result)  -- leave a verdict to the callbacks,
   return true
 end
 
+local function is_denial(text)  -- in the words of Valkey, and of Redis
+  return string.find(text, 'ACL failure', 1, true)
+    or string.find(text, "executing the script can't", 1, true)
+end
+
 -- started -> queued | scheduled while the job's own rule, or else `policy`, allows it; after that
 -- -> finished or, with a type in `last`, failed; for runs of 9 `words` each: id, execution, ended,
 -- result, last, ttl, rule, policy, chance.  `last` completes `ended` for a run that has no
 -- successor.  A job that was ended from outside, and has callbacks, is queued once more to run them
--- by its `verdict`.  Returns where each job is now, with the time that it is due, or 'lost'.
+-- by its `verdict`.  Returns where each job is now, with the time that it is due, or 'lost', or
+-- 'refused <error>' for a job whose outcome can't be stored, since a key of another type is in the
+-- way: it is failed by that error.  If the user may not run a command (ACL), that error is raised,
+-- and the executions hold the jobs that are not settled until the call comes again.
 local function settle(q, at, words)
   local ids, ours, places, filed, stamps = {}, {}, {}, {finished = {}, failed = {}}, {}
   for w = 1, #words, 9 do ids[#ids + 1] = words[w] end
@@ -1330,7 +1339,7 @@ local function settle(q, at, words)
     if holders[i] == words[9 * i - 7] and not mine[id] then mine[id], ours[#ours + 1] = i, id end
   end
   if #ours > 0 then call('HDEL', q .. 'started', unpack(ours)) end
-  for i, id in ipairs(ids) do
+  local function settle_run(i, id)
     local w, job, to, delay, front, counter, count = 9 * i - 8, q .. 'job:' .. id, 'finished'
     local ended, result, last, ttl = words[w + 2], words[w + 3], words[w + 4], words[w + 5]
     local rule, ruled = words[w + 6], nil
@@ -1380,11 +1389,36 @@ local function settle(q, at, words)
         end
       end
     end
+    return to
+  end
+  local function refuse(i, id, text)
+    local w = 9 * i - 8
+    words[w + 3], words[w + 4], words[w + 5], words[w + 6] = text, ' failed', FAILURE_TTL, ''
+    call('DEL', q .. 'job:' .. id .. ':results')
+    return pcall(settle_run, i, id) and 'refused ' .. text or 'lost'  -- lost: it is no job any more
+  end
+  local denial
+  local function attempt(call_it, ...)
+    local done, reply = pcall(call_it, ...)
+    if done then return reply end
+    local text = type(reply) == 'table' and reply.err or reply
+    if is_denial(text) then denial = text end
+    return nil, text
+  end
+  local function hold_again(i, id) call('HSET', q .. 'started', id, words[9 * i - 7]) end
+  for i, id in ipairs(ids) do
+    local to, text
+    if not denial then to, text = attempt(settle_run, i, id) end
+    if text and not denial then to = refuse(i, id, text) end
+    if denial and mine[id] == i then hold_again(i, id) end
     places[i] = to
   end
   for name, list in pairs(filed) do
-    if #list > 0 then call('ZADD', q .. name, unpack(list)) end
+    local _, text
+    if #list > 0 then _, text = attempt(call, 'ZADD', q .. name, unpack(list)) end
+    for k = 2, text and #list or 0, 2 do hold_again(mine[list[k]], list[k]) end
   end
+  if denial then error(denial, 0) end
   return places
 end
 """
@@ -3174,7 +3208,7 @@ def _call_back(job: Job, outcome: Outcome, end: Any) -> None:
         log.exception("%s of job %s failed", name, job.id)
         text = "".join(traceback.format_exception(error))[-MAX_TRACEBACK:]
         note = f"{job._execution.id if job._execution else ''}\n{text}".encode(errors="replace")
-        with contextlib.suppress(ServerUnavailable):
+        with contextlib.suppress(exceptions.RedisError):
             _ask(job.connection, *AMEND(job.queue.prefix, job.id, "callback_error", note))
 
 
@@ -3915,7 +3949,7 @@ class Worker:
     def _carry(self, line: Any) -> None:
         """Deliver what was posted for other queues; if that fails, whoever beats for ours will."""
         posts, self._posts = self._posts, []
-        with contextlib.suppress(ServerUnavailable):
+        with contextlib.suppress(exceptions.RedisError):
             _deliver(line, posts)
 
     def _notify(self) -> None:
@@ -4017,23 +4051,25 @@ class Worker:
                     silent_until = now + backoff.after(error, f"relief of worker {self.name}")
 
     def _insist(self, *commands: Command) -> list[Any]:
-        """Run commands, as often as it takes until the server is there to do it.  Return nothing
-        if it is there, but something large to be settled has ended the connection five times."""
+        """Run commands, as often as it takes until the server is there to do it, and does not
+        refuse them (a user without permission, say).  Return nothing if it is there, but something
+        large to be settled has ended the connection five times."""
         backoff, began, refused = _Backoff(self._patience), time.monotonic(), 0
         done = self._done[: self._flight.done]
         large = max((len(outcome.payload) for _, outcome in done), default=0) > LARGE
         while True:
             try:
                 return _send(self._server, *commands)
-            except ServerUnavailable as error:
+            except (ServerUnavailable, exceptions.ResponseError) as error:
                 if large:
-                    with contextlib.suppress(ServerUnavailable):
+                    with contextlib.suppress(ServerUnavailable, exceptions.ResponseError):
                         refused += _send(self._server, ("PING",)) != []
                     if refused >= 5 and isinstance(error.__cause__, exceptions.ConnectionError):
                         return []
                 leaving = self._slate.stopping or (self._burst and self._thread)
                 if leaving and time.monotonic() - began > self.lease:
-                    raise
+                    text = f"the server does not take what worker {self.name} has to say: {error}"
+                    raise ServerUnavailable(text) from error
                 time.sleep(backoff.after(error, f"worker {self.name}"))
 
     def _wait(self, until: float) -> None:
@@ -4067,6 +4103,9 @@ class Worker:
 
     def _report(self, execution: Execution, outcome: Outcome, place: str) -> None:
         """Log and count what became of a job, which is now at `place`."""
+        if place.startswith("refused "):
+            outcome = Outcome(ResultType.FAILED, place.encode(), outcome.seconds)
+            place = "failed"
         job, lost, well = execution.job, place == "lost", outcome.type is ResultType.SUCCESSFUL
         failed = outcome.type is ResultType.FAILED
         self._slate.seconds += outcome.seconds

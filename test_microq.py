@@ -3825,6 +3825,118 @@ def test_commands_are_heard_after_the_connection_was_cut(redis, queue, start_wor
     assert worker.returncode == 0
 
 
+@pytest.fixture
+def permit(redis):
+    """Change what the user `jobs` may do, who may do everything at first."""
+
+    def permit(*rules):
+        redis.execute_command("ACL", "SETUSER", "jobs", *rules)
+        redis.execute_command("ACL", "LOG", "RESET")
+
+    permit("reset", "on", ">secret", "~*", "&*", "+@all")
+    yield permit
+    redis.execute_command("ACL", "DELUSER", "jobs")
+
+
+def wait_for_refusals(redis, number):
+    """Wait until the server has refused so many commands since the last change of permissions."""
+
+    wait_until(lambda: sum(int(each["count"]) for each in redis.acl_log()) >= number)
+
+
+def append_twice(path, seconds):
+    append(path, "begins")
+    time.sleep(seconds)
+    append(path, "ends")
+    return "good"
+
+
+@pytest.mark.parametrize("words", [[], ["--in-process"]], ids=["fork", "in-process"])
+@pytest.mark.parametrize("denial", [["-eval", "-evalsha"], ["resetkeys", "~other:*"], ["-zadd"]])
+def test_a_good_run_whose_outcome_is_refused_is_settled_later(
+    server, redis, queue, start_worker, permit, tmp_path, words, denial
+):
+    """NOPERM while a run is settled is waited out like an outage, and no crash."""
+    url, path = server.url.replace("//", "//jobs:secret@"), tmp_path / "log"
+    worker = start_worker("--url", url, *words)
+    job = queue.enqueue(append_twice, str(path), 0.5, max_crashes=0, result_ttl=60)
+    wait_until(path.exists)
+    permit(*denial)
+    wait_until(lambda: "ends" in path.read_text())
+    wait_for_refusals(redis, 3)
+    assert job.is_started
+    permit("+@all", "~*")
+    wait_until(lambda: not job.is_started)
+    assert job.is_finished and job.return_value() == "good" and len(job.results()) == 1
+    assert not redis.hexists(job.key, "crashes") and path.read_text().count("begins") == 1
+    assert queue.enqueue(add, 1).latest_result(timeout=20).return_value == 1
+    assert worker.poll() is None and "trying again" in logged(worker)
+
+
+REVOKE = []
+
+
+def revoke_and_raise(job, connection, *details):
+    REVOKE.pop()()
+    raise ValueError("late")
+
+
+def test_a_callback_whose_error_is_refused_changes_nothing(server, redis, permit):
+    connection = redis_py.Redis.from_url(server.url, username="jobs", password="secret")
+    queue = Queue(connection=connection)
+    REVOKE[:] = [lambda: permit("-eval", "-evalsha")]
+    job = Queue(connection=redis).enqueue(add, 1, on_success=revoke_and_raise)
+    with Worker(queue):
+        wait_until(lambda: not REVOKE)
+        wait_for_refusals(redis, 3)
+        permit("+@all")
+        wait_until(lambda: job.is_finished)
+    assert job.return_value() == 1 and len(job.results()) == 1
+
+
+@pytest.mark.parametrize("words", [[], ["--in-process"]], ids=["fork", "in-process"])
+def test_a_worker_whose_commands_are_refused_ends_a_lease_after_it_was_told_to(
+    server, redis, queue, start_worker, permit, tmp_path, words
+):
+    url, path = server.url.replace("//", "//jobs:secret@"), tmp_path / "log"
+    worker = start_worker("--url", url, "--lease", "1", *words)
+    queue.enqueue(append_twice, str(path), 0.2)
+    wait_until(path.exists)
+    permit("-eval", "-evalsha")
+    wait_for_refusals(redis, 3)
+    worker.terminate()
+    assert "no permissions" in worker.communicate(timeout=20)[1]
+    permit("+@all")
+
+
+def spoil_results():
+    job = get_current_job()
+    job.connection.set(f"{job.key}:results", "x")
+
+
+def spoil_record():
+    job = get_current_job()
+    job.connection.set(job.key, "x")
+
+
+def test_an_outcome_that_the_server_never_takes_fails_its_job_alone(redis, queue, run):
+    spoiled, *others = (
+        queue.enqueue(spoil_results, repeat=Repeat(1)),
+        *map(queue.enqueue, [add] * 5),
+    )
+    run()
+    assert spoiled.is_failed and "WRONGTYPE" in spoiled.latest_result().exc_string
+    assert all(job.is_finished for job in others)
+
+
+def test_an_outcome_whose_record_was_replaced_is_dropped(redis, queue, run):
+    spoiled, *others = queue.enqueue(spoil_record), *map(queue.enqueue, [add] * 5)
+    run()
+    assert redis.get(spoiled.key) == b"x" and all(job.is_finished for job in others)
+    redis.delete(spoiled.key)
+    assert not redis.exists(f"{Q}started")
+
+
 def test_a_worker_warns_of_a_server_that_evicts_keys(redis, queue, caplog):
     """What a server deletes to make room is lost, against the promise."""
     work(queue)
