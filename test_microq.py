@@ -4119,6 +4119,15 @@ def test_the_torture_in_short():
     assert "lost 0, unexplained 0, doubled 0" in done.stdout
 
 
+def test_the_torture_of_a_network_in_short():
+    """Replies are lost, requests doubled, cut and delayed; bench/torture.py does it at length."""
+    command = [sys.executable, HERE / "bench" / "torture.py", "microq", "--seconds", "6"]
+    command += ["--seed", "20", "--server", server_program(), "--network", "--rate", "40"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "lost 0, unexplained 0, doubled 0" in done.stdout
+
+
 # ---- 12. Embedded server -------------------------------------------------------------------------
 
 

