@@ -4123,9 +4123,17 @@ def test_the_torture_of_a_network_in_short():
     """Replies are lost, requests doubled, cut and delayed; bench/torture.py does it at length."""
     command = [sys.executable, HERE / "bench" / "torture.py", "microq", "--seconds", "6"]
     command += ["--seed", "20", "--server", server_program(), "--network", "--rate", "40"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "lost 0, unexplained 0, doubled 0" in done.stdout
+
+
+def test_the_model_in_short():
+    """Random operations break no promise; bench/model.py does more of them."""
+    command = [sys.executable, HERE / "bench" / "model.py", "--examples", "20", "--steps", "30"]
+    command += ["--server", server_program()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # ---- 12. Embedded server -------------------------------------------------------------------------
