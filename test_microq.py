@@ -721,6 +721,32 @@ def test_an_id_used_again_after_it_expired_in_the_queue_runs_once(redis, queue):
     assert claim(queue, "w3") == [] and queue.fetch_job("b").is_scheduled
 
 
+def test_a_job_with_many_results_goes_without_a_trace(redis, queue):
+    kept = queue.enqueue(fail, retry=Retry(2))
+    gone = queue.enqueue(flaky, 2, retry=Retry(2), result_ttl=0)
+    work(queue)
+    assert len(kept.results()) == 3
+    kept.delete()
+    assert not redis.keys(f"{kept.key}*") and not redis.keys(f"{gone.key}*")
+
+
+def test_a_scheduled_job_whose_record_is_lost_does_not_come_back_as_a_stump(redis, queue):
+    lost, job = queue.enqueue_in(0, add), queue.enqueue_in(0, add)
+    redis.delete(lost.key)
+    assert [id for id, _ in claim(queue, n=8)] == [job.id]
+    assert not redis.exists(lost.key) and redis.zcard(Q + "scheduled") == 0
+
+
+def test_a_claim_says_when_there_is_more_that_is_due(redis, queue):
+    """A script promotes so many at once; the worker must not wait before the next call."""
+    queue.enqueue_many([Queue.prepare_data(add)] * 150)
+    ids = queue.job_ids
+    redis.delete(Q + "queued")
+    redis.zadd(Q + "scheduled", dict.fromkeys(ids, 1))
+    at, due, *_ = microq._ask(redis, *microq.CLAIM(queue.prefix, "w", 1, 15, 1))
+    assert due and float(due) <= float(at) and redis.zcard(Q + "scheduled") == 50
+
+
 def test_a_claim_leaves_a_token_for_what_it_leaves_behind(redis):
     first, second = Queue("{t}a", redis), Queue("{t}b", redis)
     second.enqueue(add)
@@ -1553,6 +1579,18 @@ def test_a_job_is_repeated_after_success(queue, run):
     waits.cancel()
 
 
+def fail_once():
+    if get_current_job().number_of_retries == 0:
+        raise ValueError("boom")
+
+
+def test_a_run_that_returns_nothing_leaves_nothing_of_the_run_before(queue, run):
+    job = queue.enqueue(fail_once, retry=Retry(1))
+    run()
+    assert job.is_finished and job.latest_result().return_value is None
+    assert job.return_value() is None and "boom" in job.results()[1].exc_string
+
+
 def test_each_repeat_has_all_its_retries(queue, run):
     job = queue.enqueue(flaky, 1, retry=Retry(1), repeat=Repeat(times=2))
     run()
@@ -2318,6 +2356,37 @@ def test_a_garbled_dependent_holds_nobody_up(redis, pair):
     assert not redis.keys(f"{parent.key}*")
 
 
+def test_a_garbled_word_between_queues_holds_nobody_up(redis, pair):
+    first, second = pair
+    parent = first.enqueue(add, 1)
+    child = second.enqueue(results_before, depends_on=parent)
+    for prefix in {first.prefix, second.prefix}:
+        redis.sadd(prefix + "outbox", f"{prefix} garbage", f"{prefix} ended nothing")
+    for each in {first.prefix, second.prefix}:
+        command = microq.BEAT(each, "w", 15, "fresh", "", microq._CRASHES, 100)
+        microq._deliver(redis, microq._ask(redis, *command)[-1])
+    work_all(redis)
+    assert child.return_value() == [1]
+
+
+@pytest.mark.parametrize(
+    ("last", "ready"),
+    [(" failed", {"failed", "any"}), (" stopped", {"any"}), ("", {"none", "failed", "any"})],
+)
+def test_a_dependent_that_comes_after_the_end_of_its_parent(redis, pair, last, ready):
+    first, second = pair
+    parent = first.enqueue(add, failure_ttl=60)
+    before = second.enqueue(add, depends_on=parent)  # the check at the end looks after its trace
+    [(_, execution)] = claim(first)
+    settle(first, parent.id, execution, last=last)
+    for allow in ("none", "failed", "any"):
+        options = {"none": {}, "failed": {"allow_failure": True}, "any": {"allow_failure": "any"}}
+        child = second.enqueue(add, depends_on=Dependency(parent, **options[allow]))
+        assert child.is_queued is (allow in ready), allow
+    work_all(redis)
+    assert before.is_deferred is (last != "")
+
+
 def enqueue_and_sleep(path):
     Queue("sync", redis_py.Redis(unix_socket_path=path), is_async=False).enqueue(add)
     time.sleep(9)
@@ -2672,6 +2741,44 @@ def test_a_retry_keeps_its_slot_or_gives_it_up_while_it_waits(redis, queue):
     time.sleep(0.2)
     work_all(redis)
     assert statuses(waits) == ["failed"] and redis.zcard("microq:limit:{k}:holders") == 0
+
+
+def test_many_jobs_of_a_limit_keep_their_order(redis, queue):
+    limit = RateLimit("k", concurrency=1)
+    jobs = queue.enqueue_many([Queue.prepare_data(add, rate_limit=limit)] * 12)
+    work_all(redis)
+    ends = [job.latest_result().created_at for job in jobs]
+    assert ends == sorted(ends)
+
+
+def test_a_job_whose_limit_is_garbled_runs_without_it(redis, queue):
+    job = queue.enqueue(add, 1, rate_limit=RateLimit("k", concurrency=1))
+    job.cancel()
+    redis.hset(job.key, "rate_limit", "garbage")
+    job.requeue()
+    assert job.is_queued
+    work(queue)
+    assert job.return_value() == 1
+
+
+def test_a_retry_at_once_asks_its_rate_again(redis, queue):
+    job = queue.enqueue(fail, retry=Retry(1), rate_limit=RateLimit("k", rate=1, per=60))
+    work(queue)
+    assert job.is_scheduled and len(job.results()) == 1
+
+
+@pytest.mark.parametrize(("per", "at_once"), [(10, 1), (1000, 4)])
+def test_jobs_of_a_rate_that_nobody_ran_in_time_do_not_come_all_at_once(redis, queue, per, at_once):
+    """Each may start late by what the rate leaves between two of them; after that it asks again."""
+    limit = RateLimit("k", rate=1, per=per)
+    jobs = [queue.enqueue(add, rate_limit=limit) for _ in range(4)]
+    assert statuses(*jobs) == ["queued", "scheduled", "scheduled", "scheduled"]
+    for job in jobs[1:]:  # as if the last of them had been due 20 s ago
+        redis.zadd(Q + "scheduled", {job.id: time.time() - 20})
+        redis.hset(job.key, "due", time.time() - 20)
+    work(queue)
+    assert statuses(*jobs).count("finished") == at_once
+    assert not any(job.is_finished and redis.hexists(job.key, "due") for job in jobs)
 
 
 def test_a_limit_holds_for_delayed_and_dependent_jobs(redis, queue):
