@@ -599,8 +599,11 @@ class Result:
     @property
     def return_value(self) -> Any:
         """What the function returned; None if it did not."""
-        what, known = f"the result of job {self.job_id}", self.type is ResultType.SUCCESSFUL
-        return _loads(self.job.serializer, self.payload, what) if known and self.payload else None
+        if self.type is not ResultType.SUCCESSFUL or not self.payload:
+            return None
+        context = self.job._signed_context("result", self.execution_id)
+        what = f"the result of job {self.job_id}"
+        return _loads(self.job.serializer, self.payload, what, *context)
 
     @property
     def callback_error(self) -> str | None:
@@ -655,30 +658,40 @@ class JSONSerializer:
 
 
 class SignedSerializer:
-    """Another serializer's data behind an HMAC-SHA256 made with `secret`, or else $MICROQ_SECRET;
-    what bears another signature is refused before the `inner` serializer, pickle, sees it."""
+    """Another serializer's data behind an HMAC-SHA256 made with `secret`, or else $MICROQ_SECRET.
+    Data with another signature is refused before the `inner` serializer, pickle, reads it.
+
+    The signature covers `context` too, byte strings that say what the data is for: data signed for
+    one context is refused in any other.  What a job signs is in Job._signed_context()."""
 
     def __init__(self, secret: str | bytes | None = None, inner: Any = None) -> None:
         if not (secret := secret or os.environ.get("MICROQ_SECRET")):
             raise ValueError("signing needs a secret: give one, or set $MICROQ_SECRET")
         self.inner, self._secret = resolve_serializer(inner), os.fsencode(secret)
 
-    def _sign(self, data: bytes) -> bytes:
-        return hmac.digest(self._secret, data, "sha256")
+    def sign(self, data: bytes, *context: bytes) -> bytes:
+        """Return serialized data behind its signature.  Each part is signed behind its length, so
+        that no two sequences of parts read the same."""
+        parts = [b"%d:%b" % (len(part), part) for part in (*context, data)]
+        return hmac.digest(self._secret, b"".join(parts), "sha256") + data
 
-    def dumps(self, obj: Any) -> bytes:
-        data = _dumps(self.inner, obj, "this")
-        return self._sign(data) + data
+    def is_signed(self, signed: bytes, *context: bytes) -> bool:
+        """Tell whether sign() returned this, for the same context and with the same secret."""
+        return hmac.compare_digest(signed, self.sign(signed[32:], *context))
 
-    def loads(self, data: bytes) -> Any:
-        if not hmac.compare_digest(data[:32], self._sign(data[32:])):
-            raise DeserializationError("its signature is not by our secret; it was not read")
-        return self.inner.loads(data[32:])
+    def dumps(self, obj: Any, *context: bytes) -> bytes:
+        return self.sign(_dumps(self.inner, obj, "this"), *context)
+
+    def loads(self, signed: bytes, *context: bytes) -> Any:
+        if not self.is_signed(signed, *context):
+            raise DeserializationError(_NOT_SIGNED)
+        return self.inner.loads(signed[32:])
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, SignedSerializer) and self._secret == other._secret
 
 
+_NOT_SIGNED = "its signature is not by our secret, or is for something else; it was not read"
 DefaultSerializer = PickleSerializer
 _SERIALIZERS = {"pickle": PickleSerializer, "json": JSONSerializer, "signed": SignedSerializer}
 
@@ -696,18 +709,18 @@ def resolve_serializer(choice: Any = None) -> Any:
     return found
 
 
-def _loads(serializer: Any, data: bytes, what: str) -> Any:
+def _loads(serializer: Any, data: bytes, what: str, *context: bytes) -> Any:
     try:
-        return serializer.loads(data)
+        return serializer.loads(data, *context)
     except Exception as error:
         hint = "is the code the same, and the serializer of the queue and of the worker?"
         text = f"{what} can't be read ({type(error).__name__}: {error}); {hint}"
         raise DeserializationError(text) from error
 
 
-def _dumps(serializer: Any, value: Any, what: str) -> bytes:
+def _dumps(serializer: Any, value: Any, what: str, *context: bytes) -> bytes:
     try:
-        data = serializer.dumps(value)
+        data = serializer.dumps(value, *context)
     except Exception as error:
         raise TypeError(f"{what} can't be serialized: {type(error).__name__}: {error}") from error
     return data if isinstance(data, bytes) else str(data).encode()
@@ -2029,18 +2042,64 @@ class Job:
         if self._decoded is None:
             call: Any = ((), {})
             if "args" in self._fields:
-                call = _loads(self.serializer, self._fields["args"], f"the call of job {self.id}")
-            elif not self._fields.get("func", b"").endswith(b"()"):
+                call = self._load("args", f"the call of job {self.id}")
+            elif not self._fields.get("func", b"").endswith(b"()") or self._signs:
                 raise DeserializationError(f"job {self.id} has lost its field 'args'")
-            if isinstance(self.serializer, SignedSerializer):
-                name, call = call
-                if name != self._text("func"):
-                    text = f"the call of job {self.id} was signed for {name}, not for this function"
-                    raise DeserializationError(text)
             if not isinstance(call, (list, tuple)) or len(call) not in (2, 3):
                 raise DeserializationError(f"the call of job {self.id} is no (args, kwargs)")
             self._decoded = (*call, None)
         return self._decoded
+
+    _signs = property(lambda self: isinstance(self.serializer, SignedSerializer))
+
+    def _signed_context(self, kind: str, execution_id: str = "", entry: str = "") -> list[bytes]:
+        """Return what the signature of this job's 'args', 'meta' or 'result' covers beside the
+        data; nothing for a serializer that does not sign.
+
+        All cover what they are, and the job's key, or for ticks of cron that of their entry, since
+        who enqueues these need not have the secret.  Args cover all that names a function or a URL
+        to be called; a result covers its execution."""
+        if not self._signs:
+            return []
+        key = f"{self.queue.prefix}cron:{entry}" if entry else self.key
+        context = [kind.encode(), key.encode(), execution_id.encode()]
+        if kind == "args":
+            for name in _SIGNED_FIELDS:
+                if name in self._fields:
+                    context += [name.encode(), self._fields[name]]
+        return context
+
+    def _sign(self, entry: str = "") -> None:
+        """Sign what was serialized here for this job, or for an entry of cron."""
+        for name in ("args", "meta") if self._signs else ():
+            if name in self._fields:
+                context = self._signed_context(name, entry=entry)
+                self._fields[name] = self.serializer.sign(self._fields[name][32:], *context)
+
+    def _context_of(self, name: str) -> list[bytes]:
+        """Return the context for which 'args' or 'meta' was signed: this job, or else the entry of
+        cron that its id names."""
+        context = self._signed_context(name)
+        if self.serializer.is_signed(self._fields.get(name, b""), *context):
+            return context
+        return self._signed_context(name, entry=self.id.rpartition("-")[0])
+
+    def _load(self, name: str, what: str) -> Any:
+        """Deserialize 'args' or 'meta'."""
+        context = self._context_of(name) if self._signs else []
+        return _loads(self.serializer, self._fields[name], what, *context)
+
+    def _check_signature(self) -> None:
+        """Raise DeserializationError if the call, or what is to be called at its end, is not as it
+        was signed.  The job has no callbacks and webhooks then, so nobody calls them."""
+        if not self._signs:
+            return
+        signed, context = self._fields.get("args", b""), self._context_of("args")
+        if not self.serializer.is_signed(signed, *context):
+            for name in _SIGNED_FIELDS:
+                if name != "func":
+                    self._fields.pop(name, None)
+            raise DeserializationError(f"the call of job {self.id} can't be read: {_NOT_SIGNED}")
 
     args = property(lambda self: tuple(self._call[0]))
     kwargs = property(lambda self: dict(self._call[1]))
@@ -2269,7 +2328,7 @@ class Job:
         """A dict of your own that travels with the job; save_meta() stores it."""
         if self._meta is None:
             data = self._fields.get("meta")
-            self._meta = _loads(self.serializer, data, f"meta of {self.id}") if data else {}
+            self._meta = self._load("meta", f"meta of {self.id}") if data else {}
         return self._meta
 
     @meta.setter
@@ -2284,7 +2343,7 @@ class Job:
 
     def save_meta(self) -> None:
         """Store `meta`.  Raises NoSuchJobError, and stores nothing, if the job is gone."""
-        data = _dumps(self.serializer, self.meta, "meta")
+        data = _dumps(self.serializer, self.meta, "meta", *self._signed_context("meta"))
         if not _ask(self.connection, *AMEND(self.queue.prefix, self.id, "meta", data)):
             raise NoSuchJobError(f"job {self.id!r} is gone; its meta was not saved")
 
@@ -2462,6 +2521,8 @@ _OPTIONS: dict[str, Any] = {
     "on_stopped": Callback, "job_id": None, "depends_on": None, "unique": None, "at_front": None,
 }  # fmt: skip
 _CALL = {"func", "args", *_OPTIONS} - {"at_front"}  # the fields that a job begins its life with
+# The fields that say what is called; see Job._signed_context().
+_SIGNED_FIELDS = ("func", "on_success", "on_failure", "on_stopped", "webhooks")
 
 
 class EnqueueData(NamedTuple):
@@ -2746,6 +2807,7 @@ class Queue(Registry):
             raise ValueError(f"unique={unique!r}: give True or 'pending', and a job_id")
         new = secrets.token_urlsafe(16) if id is None else _id_of(id)
         job = self.job_class(new, self, fields, nonce="" if id is None else None)
+        job._sign()
         job._unique, job._at_front = unique is True, bool(options.get("at_front"))
         if parents:
             job._depends_on = parents if isinstance(parents, Dependency) else Dependency(parents)
@@ -2782,9 +2844,8 @@ class Queue(Registry):
             name, call = ".__call__", (*call, func)
         else:
             name = _func_name(func)
-        if isinstance(self.serializer, SignedSerializer):
-            call = name, call  # so that nobody has another function called with it
-        elif len(call) == 2 and not any(call):
+        signs = isinstance(self.serializer, SignedSerializer)
+        if len(call) == 2 and not any(call) and not signs:
             return {"func": f"{name}()".encode()}
         data = _dumps(self.serializer, call, f"the arguments of {name}")
         return {"func": name.encode(), "args": data}
@@ -2804,6 +2865,7 @@ class Queue(Registry):
             if job.serializer != self.serializer:
                 raise TypeError(f"{job!r} was made with another serializer than that of {self!r}")
             job._enter(self)
+            job._sign()
             if self.default_timeout != DEFAULT_TIMEOUT:
                 job._fields.setdefault("timeout", f"{self.default_timeout:.15g}".encode())
         if job.queue != self:
@@ -2945,7 +3007,7 @@ def _enqueue_words(job: Job, at_front: bool, delay: float) -> list[Any]:
         if at_front:
             fields["at_front"] = b"1"
     if job._meta is not None:
-        fields["meta"] = _dumps(job.serializer, job._meta, "meta")
+        fields["meta"] = _dumps(job.serializer, job._meta, "meta", *job._signed_context("meta"))
     if job._nonce is None:
         job._nonce = secrets.token_urlsafe(6)
     mode = "front " * bool(at_front) + "unique " * job._unique + "careful" * careful
@@ -3134,7 +3196,7 @@ def perform(execution: Execution, handlers: Handlers = (), describe: bool = True
     job, began = execution.job, time.perf_counter()
     token = _current_job.set(job)
     try:
-        outcome, end = _attempt(job, handlers, began, describe)
+        outcome, end = _attempt(execution, handlers, began, describe)
         _call_back(job, outcome, end)
         return outcome
     except _Interrupt:
@@ -3143,9 +3205,13 @@ def perform(execution: Execution, handlers: Handlers = (), describe: bool = True
         _current_job.reset(token)
 
 
-def _attempt(job: Job, handlers: Handlers, began: float, describe: bool) -> tuple[Outcome, Any]:
+def _attempt(
+    execution: Execution, handlers: Handlers, began: float, describe: bool
+) -> tuple[Outcome, Any]:
     """Run a job; return its outcome, with what its callback is told: the value, or the error."""
+    job = execution.job
     try:
+        job._check_signature()
         if log.isEnabledFor(logging.INFO):
             what = " ".join(job.description.split()) if describe else "job"
             log.info("%s: %s (%s)", job.origin, what, job.id)
@@ -3158,7 +3224,10 @@ def _attempt(job: Job, handlers: Handlers, began: float, describe: bool) -> tupl
         if isinstance(value, Retry):
             return Outcome(ResultType.RETRIED, b"", seconds, "retry", value.to_field()), None
         try:
-            payload = b"" if value is None else _dumps(job.serializer, value, "the result")
+            payload = b""
+            if value is not None:
+                context = job._signed_context("result", execution.id)
+                payload = _dumps(job.serializer, value, "the result", *context)
             if len(payload) > MAX_RESULT:
                 raise TypeError(f"its result of {len(payload)} bytes is too large to store")
         except TypeError as error:
@@ -5033,9 +5102,10 @@ class CronJob:
             if option in options:
                 raise TypeError(f"{option} is no option of cron, which gives its jobs their ids")
         options["timeout"] = options.pop("job_timeout", None)
-        job = Queue(queue_name, serializer=serializer).create_job(func, args, kwargs, **options)
-        self.fields = {name: value.decode("latin-1") for name, value in job._fields.items()}
-        self.name = name or job.func_name
+        queue = Queue(queue_name, serializer=serializer)
+        self._job = queue.create_job(func, args, kwargs, **options)  # is never stored
+        self.name = name or self._job.func_name
+        self._sign()
         self.queue_name = queue_name
         self.owner = ""
         self.missed = missed
@@ -5050,8 +5120,19 @@ class CronJob:
         if cron is not None:
             self.timezone = str(timezone or _local_zone_name())
             _cron_expression(cron, self.timezone)  # ValueError if it makes no sense
-        _id_of(f"{self.slug}-{int(time.time())}")  # ValueError if the ids would be too long
+        _id_of(self._new_id())  # ValueError if the ids would be too long
         self._set_ticks(b"")
+
+    def _sign(self) -> None:
+        """Take the fields of the call, signed for this entry."""
+        self._job._sign(entry=self.slug)
+        fields = self._job._fields
+        self.fields = {name: value.decode("latin-1") for name, value in fields.items()}
+
+    def _new_id(self) -> str:
+        """Return an id for a job beside the ticks.  It begins with the slug of the entry, since the
+        call is signed for that."""
+        return f"{self.slug}-x{secrets.token_hex(10)}"
 
     @property
     def func_name(self) -> str:
@@ -5083,7 +5164,7 @@ class CronJob:
     def enqueue(self, connection: Redis | None = None) -> Job:
         """Enqueue the call now, beside its ticks, and return the job."""
         queue = Queue(self.queue_name, connection)
-        job = self._make_job(secrets.token_urlsafe(16), queue)
+        job = self._make_job(self._new_id(), queue)
         return queue.enqueue_job(job, at_front=self.at_front)
 
     def get_job_ids(
@@ -5288,6 +5369,7 @@ class CronScheduler:
         numbers = itertools.count(2)
         while job.slug in taken:
             job.name = f"{job.func_name}-{next(numbers)}"
+            job._sign()
         self._jobs.append(job)
 
     def get_jobs(self) -> list[CronJob]:

@@ -4657,6 +4657,138 @@ def test_a_signed_serializer_refuses_what_was_not_signed_before_it_is_read(
     assert queue.serializer == microq.resolve_serializer("signed") != other
 
 
+@pytest.fixture
+def signing(redis, monkeypatch):
+    """A queue whose jobs are signed."""
+    monkeypatch.setenv("MICROQ_SECRET", "s")
+    return Queue(connection=redis, serializer="signed")
+
+
+def refused(job):
+    return job.is_failed and "its signature is not by our secret" in job.exc_info
+
+
+def test_a_signed_result_is_no_call(signing, redis):
+    """A function returns what others may choose; with another label it would be a call."""
+    job = signing.enqueue(add, ((0, 1), {}), ())
+    work(signing)
+    assert job.return_value() == ((0, 1), {})
+    for func in ("builtins.divmod", "builtins.divmod()"):
+        forged = signing.enqueue(add)
+        redis.hset(forged.key, mapping={"func": func, "args": redis.hget(job.key, "result")})
+        work(signing)
+        assert refused(forged)
+    bare = signing.enqueue(add)
+    redis.hset(bare.key, "func", "test_microq.add()")
+    redis.hdel(bare.key, "args")
+    work(signing)
+    assert refused(bare)
+
+
+def test_what_is_signed_for_a_job_is_refused_in_another(signing, redis):
+    one, two = (signing.enqueue(add, i, meta={"i": i}) for i in (1, 2))
+    replayed = signing.enqueue(add, 3)
+    redis.hset(replayed.key, "args", redis.hget(one.key, "args"))
+    redis.hset(two.key, "meta", redis.hget(one.key, "meta"))
+    work(signing)
+    assert refused(replayed) and one.get_meta() == {"i": 1}
+    assert one.return_value() == 1 and two.return_value() == 2
+    redis.hset(two.key, "result", redis.hget(one.key, "result"))
+    for read in (two.return_value, two.get_meta):
+        with pytest.raises(DeserializationError, match="signature"):
+            read()
+    redis.hset(two.key, "meta", redis.hget(two.key, "result"))
+    with pytest.raises(DeserializationError, match="signature"):
+        two.get_meta()
+    one.requeue()
+    redis.hset(one.key, "result", redis.hget(one.key, "result"))
+    work(signing)
+    latest, first = one.results()
+    assert latest.return_value == first.return_value == 1
+    swapped = microq.Result(one, latest.ended, first.payload)
+    with pytest.raises(DeserializationError, match="signature"):
+        assert swapped.return_value
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("func", "builtins.print"),
+        ("on_success", "test_microq.note_end 60"),
+        ("on_failure", "test_microq.note_end 60"),
+        ("on_stopped", "test_microq.note_end 60"),
+        ("webhooks", '[{"url": "http://127.0.0.1:1/", "job_status": "failed"}]'),
+    ],
+)
+def test_nothing_is_called_that_was_not_signed(signing, redis, caplog, field, value):
+    """Not even to tell that the job has failed, or, with a pending end, without its run."""
+    called.clear()
+    for end in (None, "failed killed", "stopped stopped by a command"):
+        job = signing.enqueue(fail)
+        redis.hset(job.key, field, value)
+        if end:
+            redis.hset(job.key, "verdict", end)
+        work(signing)
+        assert refused(job) and not called and "webhook" not in caplog.text
+    signed = signing.enqueue(fail, on_failure=note_end)
+    work(signing)
+    assert signed.is_failed and called == [signed]
+
+
+called = []
+
+
+def note_end(job, connection, *details):
+    called.append(job)
+
+
+def test_every_way_to_enqueue_signs(signing, redis):
+    """Jobs that are moved before they are stored, in a pipeline, by a decorator, methods, again."""
+    called.clear()
+    other = Queue("other", redis, serializer="signed", default_timeout=9)
+    made = Job.create(add, (1,), {"b": 1}, redis, serializer="signed", meta={"k": 1})
+    made.meta["j"] = 2
+    jobs = [signing.enqueue_job(made)]
+    jobs += [other.enqueue_job(signing.create_job(add, (2,), meta={"k": 1}, on_success=note_end))]
+    jobs += signing.enqueue_many([Queue.prepare_data(add, (3,)), Queue.prepare_data(nothing)])
+    with redis.pipeline() as pipeline:
+        jobs += [signing.enqueue(add, 4, pipeline=pipeline)]
+        pipeline.execute()
+    jobs += [signing.enqueue(Greeter("hi").greet, "you"), signing.enqueue(Greeter.make, "hello")]
+    jobs += [signing.enqueue(Greeter("hi"), "you")]
+    jobs += [microq.job(signing)(shout).delay("a")]
+    jobs += [signing.enqueue(sum_of_dependencies, depends_on=jobs[:2], job_id="sum")]
+    work([signing, other])
+    values = [2, 2, 3, None, 4, "hi you", "hello you", "hi, you!", "A", 4]
+    assert [job.return_value() for job in jobs] == values
+    assert jobs[0].get_meta() == {"k": 1, "j": 2} and jobs[1].get_meta() == {"k": 1}
+    assert called == [jobs[1]] and Job.fetch("sum", redis, "signed").args == ()
+    jobs[0].requeue()
+    again = signing.enqueue_job(signing.fetch_job("sum"))  # a new life
+    work(signing)
+    assert jobs[0].return_value() == 2 and again.return_value() == 4
+
+
+def shout(word):
+    return word.upper()
+
+
+def sum_of_dependencies():
+    return sum(get_current_job().dependency_results())
+
+
+def test_a_signed_serializer_signs_for_users_too(monkeypatch):
+    signer = microq.SignedSerializer("s", inner="json")
+    data = signer.dumps([1], b"a", b"bc")
+    assert signer.loads(data, b"a", b"bc") == [1] and signer.loads(signer.dumps([2])) == [2]
+    for context in ((), (b"ab", b"c"), (b"a",), (b"a", b"bc", b"")):
+        with pytest.raises(DeserializationError):
+            signer.loads(data, *context)
+    for garbled in (b"", data[:31], data[1:], data + b" ", b"x" * 40):
+        with pytest.raises(DeserializationError):
+            signer.loads(garbled, b"a", b"bc")
+
+
 def test_serializers_are_resolved_by_name():
     assert microq.resolve_serializer() is microq.DefaultSerializer is microq.PickleSerializer
     for choice in ("json", "microq.JSONSerializer", microq.JSONSerializer):
@@ -5300,6 +5432,32 @@ def test_a_call_goes_with_its_options(redis, queue):
     beside = CronJob.all(redis)[0].enqueue(redis)
     work(queue)
     assert job.return_value() == beside.return_value() == 3
+
+
+def test_ticks_of_a_signed_entry_need_no_secret_to_be_enqueued(redis, monkeypatch):
+    """The entry is signed when it is registered; a scheduler has no secret, a worker has."""
+    scheduler = CronScheduler(redis)
+    signer = microq.SignedSerializer("s")
+    options = {"interval": 60, "serializer": signer, "meta": {"m": 1}}
+    for _ in range(2):
+        scheduler.register(add, "default", args=(1,), kwargs={"b": 2}, **options)
+    scheduler.save()
+    scheduler.save()
+    signing = Queue(connection=redis, serializer=signer)
+    names = [entry.name for entry in CronJob.all(redis)]
+    jobs = [signing.fetch_job(get_cron_job_ids(name, redis)[0]) for name in names]
+    jobs += [signing.fetch_job(entry.enqueue(redis).id) for entry in CronJob.all(redis)]
+    forged = [signing.fetch_job(entry.enqueue(redis).id) for entry in CronJob.all(redis)]
+    for job, other in zip(forged, reversed(forged), strict=True):
+        redis.hset(job.key, "args", other.data)  # signed for another entry
+    work(signing)
+    assert names == ["test_microq.add", "test_microq.add-2"]
+    assert [job.return_value() for job in jobs] == [3] * 4
+    assert [job.get_meta() for job in jobs] == [{"m": 1}] * 4
+    assert all(job.is_failed for job in forged)
+    jobs[0].meta["n"] = 2
+    jobs[0].save_meta()
+    assert signing.fetch_job(jobs[0].id).meta == {"m": 1, "n": 2}
 
 
 def test_an_entry_that_changes_goes_on_and_takes_back_what_waits(redis, queue):
