@@ -732,7 +732,8 @@ def _adopt_main() -> str | None:
     and for `python -m microq`, which has no functions of its own."""
     main = sys.modules["__main__"]
     file, spec = getattr(main, "__file__", None) or "", getattr(main, "__spec__", None)
-    if not os.path.isfile(file) or os.path.samefile(file, __file__):
+    # Paths are compared, not files: this one may be in a zip.
+    if not os.path.isfile(file) or os.path.realpath(file) == os.path.realpath(__file__):
         return None
     name: str = spec.name if spec else Path(file).stem
     sys.modules.setdefault(name, main)

@@ -29,6 +29,7 @@ import termios
 import textwrap
 import threading
 import time
+import zipfile
 from collections import Counter
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -4402,6 +4403,31 @@ def test_the_front_page(redis, queue, page, start_worker):
     assert re.search(r"^\d\d:\d\d:\d\d listening on default$", log, re.M)
     assert f"default: test_microq.count_words_at_url({page!r}) ({job.id})" in log
     assert f"default: job OK ({job.id})" in log and "ValueError: boom; runs again at" in log
+
+
+@pytest.mark.parametrize("fork", [False, True])
+def test_a_copy_in_a_zip_works(server, redis, tmp_path, fork):
+    """The functions of a script run, and `python -m microq` does."""
+    archive = tmp_path / "lib.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.write(microq.__file__, "microq.py")
+    code = f"""
+        import microq
+        def double(number): return 2 * number
+        if __name__ == "__main__":
+            queue = microq.Queue(connection=microq._connect())
+            job = queue.enqueue(double, 4)
+            microq.Worker(queue, fork={fork}).work(burst=True)
+            print(microq.__file__, job.return_value())
+    """
+    (tmp_path / "script.py").write_text(textwrap.dedent(code))
+    environ = clean_env() | {"PYTHONPATH": str(archive), "MICROQ_URL": server.url}
+    shown = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, env=environ, capture_output=True, text=True
+    )
+    assert shown.stdout == f"{archive}/microq.py 8\n", shown.stderr
+    status, out, _ = microq_command("info", "--raw", cwd=tmp_path, **environ)
+    assert (status, out.split()[:2]) == (0, ["queue", "default"])
 
 
 def test_a_vendored_copy_works_under_its_own_name(server, redis, tmp_path, start_worker):
