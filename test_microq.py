@@ -4295,11 +4295,167 @@ def test_a_failed_start_leaves_no_lock_and_a_child_keeps_its_server(tmp_path, mo
             time.sleep(0.5)
             print(connection.ping())
             sys.stdout.flush()
-            os.kill(connection.info("server")["process_id"], 15)
+            os.kill(connection.info("server")["process_id"], 9)
             os._exit(0)
         time.sleep(0.2)
     """
     assert run_script(textwrap.dedent(code)).stdout == "True\n"
+
+
+def process_ids(home):
+    """Return the process ids of the server of a directory and of its monitor."""
+    server = redis_py.Redis(unix_socket_path=str(home / "redis.sock"))
+    pid = wait_until(lambda: server.info("server")["process_id"])
+    parent = subprocess.run(["ps", "-o", "ppid=", "-p", str(pid)], capture_output=True, text=True)
+    return pid, int(parent.stdout)
+
+
+USER = """
+import os, sys, microq
+queue = microq.Queue(connection=microq.embedded({home}))
+print(queue.connection.get_connection_kwargs()["path"], flush=True)
+for line in sys.stdin:
+    print(queue.enqueue("test_microq.add", int(line)).id, flush=True)
+"""
+
+
+def start_user(home):
+    """Start a process that uses the server of a directory; it enqueues a job for each line."""
+    code = USER.format(home=repr(str(home)) if home else "")
+    user = start_script(code, text=True)
+    return user, Path(user.stdout.readline().strip()).parent
+
+
+def tell(user, number):
+    user.stdin.write(f"{number}\n")
+    user.stdin.flush()
+    return user.stdout.readline().strip()
+
+
+@pytest.mark.parametrize("private", [False, True])
+@pytest.mark.parametrize("victim", ["server", "monitor", "both"])
+def test_a_killed_server_is_started_again_by_its_users(tmp_path, private, victim):
+    """The users live, and none of them is told to do anything about it."""
+    user, home = start_user(None if private else tmp_path / "data")
+    first = tell(user, 1)
+    server, monitor = process_ids(home)
+    for pid in {"server": [server], "monitor": [monitor], "both": [monitor, server]}[victim]:
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not is_alive(server))
+    second = tell(user, 2)
+    connection = redis_py.Redis(unix_socket_path=str(home / "redis.sock"))
+    queue = Queue(connection=connection)
+    assert queue.job_ids == ([second] if private else [first, second])
+    server, monitor = process_ids(home)
+    connection.close()
+    user.communicate(timeout=20)
+    wait_until(lambda: not is_alive(server) and not is_alive(monitor))
+    wait_until(lambda: not (home if private else home / "redis.sock").exists())
+
+
+def test_all_users_of_a_killed_server_share_the_next_one(tmp_path):
+    users = [start_user(tmp_path)[0] for _ in range(3)]
+    os.kill(process_ids(tmp_path)[0], signal.SIGKILL)
+    for i, user in enumerate(users):
+        user.stdin.write(f"{i}\n")
+        user.stdin.flush()
+    ids = [user.stdout.readline().strip() for user in users]
+    queue = Queue(connection=redis_py.Redis(unix_socket_path=str(tmp_path / "redis.sock")))
+    assert sorted(queue.job_ids) == sorted(ids)
+    queue.connection.close()
+    for user in users:
+        user.communicate(timeout=20)
+    wait_until(lambda: not (tmp_path / "redis.sock").exists())
+
+
+def test_a_server_outlasts_signals_to_all_until_its_users_have_left(tmp_path):
+    """`systemctl stop` sends SIGTERM to all processes of a service, Ctrl-C SIGINT."""
+    home, log = tmp_path / "data", tmp_path / "log"
+    command = [sys.executable, "-m", "microq", "worker", f"--embedded={home}"]
+    worker = subprocess.Popen(command, cwd=HERE, env=clean_env(), stderr=subprocess.PIPE)
+    code = f"import microq; q = microq.Queue(connection=microq.embedded({str(home)!r}));"
+    enqueue = f"print(q.enqueue('test_microq.wait_for_file', {str(log)!r}).id)"
+    id = run_script(code + enqueue).stdout.strip()
+    pids = process_ids(home)
+    child = int(wait_until(lambda: log.exists() and log.read_text()))
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        for pid in pids:
+            os.kill(pid, number)
+    for pid in (child, worker.pid):
+        os.kill(pid, signal.SIGTERM)
+    wait_until(lambda: b"finishing the current job" in worker.stderr.readline())
+    Path(f"{log}.go").touch()
+    worker.communicate(timeout=30)
+    assert worker.returncode == 0
+    wait_until(lambda: not any(map(is_alive, pids)))
+    assert run_script(code + f"print(q.fetch_job({id!r}).return_value())").stdout == "gone on\n"
+
+
+def wait_for_file(path):
+    Path(path).write_text(str(os.getpid()))
+    wait_until(Path(f"{path}.go").exists, 60)
+    return "gone on"
+
+
+def test_the_files_of_a_server_are_for_its_user_alone(tmp_path):
+    """Also in a directory that was there, whatever the umask is."""
+    home = tmp_path / "data"
+    home.mkdir()
+    home.chmod(0o755)
+    (home / "lock").touch(0o644)
+    code = f"import os, microq; os.umask(0); microq.embedded({str(home)!r}).set('a', 1); input()"
+    user = start_script(code, text=True)
+    wait_until((home / "redis.sock").exists)
+    process_ids(home)
+    paths = [home, *home.rglob("*")]
+    assert {"lock", "log", "redis.sock"} <= {path.name for path in paths}
+    assert not [path for path in paths if path.stat().st_mode & 0o077]
+    user.communicate("\n", timeout=20)
+    wait_until(lambda: not (home / "redis.sock").exists())
+
+
+@pytest.mark.parametrize("name", ["lock", "monitor.lock", "redis.sock", "log", "appendonlydir"])
+def test_no_link_in_the_directory_of_a_server_is_followed(tmp_path, name):
+    home, target = tmp_path / "data", tmp_path / "target"
+    home.mkdir()
+    target.write_text("precious")
+    (home / name).symlink_to(target)
+    with pytest.raises(ServerUnavailable, match="is a link"):
+        microq.embedded(home)
+    assert target.read_text() == "precious"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_a_directory_or_server_of_another_user_is_refused(tmp_path):
+    home = tmp_path / "data"
+    home.mkdir()
+    with socket.socket(socket.AF_UNIX) as foreign:
+        foreign.bind(str(home / "redis.sock"))
+        foreign.listen()
+        os.chown(home / "redis.sock", 12345, 12345)
+        with pytest.raises(ServerUnavailable, match="not of this user"):
+            microq.embedded(home)
+        (home / "redis.sock").unlink()
+    os.chown(home, 12345, 12345)
+    with pytest.raises(ServerUnavailable, match="name one of your own"):
+        microq.embedded(home)
+    assert not list(home.iterdir())
+
+
+def test_a_directory_that_all_may_write_to_is_refused(tmp_path):
+    tmp_path.chmod(0o1777)
+    with pytest.raises(ServerUnavailable, match="all users may write"):
+        microq.embedded(tmp_path)
+    assert tmp_path.stat().st_mode & 0o7777 == 0o1777
+
+
+def test_a_server_that_can_not_start_is_reported_at_once(tmp_path):
+    (tmp_path / "appendonlydir").write_text("no directory")
+    code = f"import microq; microq.embedded({str(tmp_path)!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=20
+    )
+    assert "the server did not start; see" in done.stderr
 
 
 def test_a_directory_that_no_socket_fits_in_is_refused(tmp_path):
