@@ -227,6 +227,7 @@ MAX_BATCH = 128  # jobs claimed at once
 AHEAD = 8  # size of a batch from which on the next one is claimed while it runs
 JOBS_PER_FORK = 1000  # jobs after which a child is replaced, but not in its first second
 SPARE = 256  # jobs that a child has left when the next one is forked
+SLOT_TIMEOUT = 10.0  # seconds that a call waits for a slot of a Cluster that nobody serves now
 GROUP_TTL = 7 * 86400  # seconds after which a group is forgotten, unless more jobs join it
 CHUNK = 1000  # jobs per script call, which keeps a script near 10 ms
 RECHECK = 10.0  # seconds after which a wait for a job asks again, as no message may have come
@@ -799,8 +800,8 @@ def _delay_until(moment: datetime) -> float:
 # ---- 4. Redis ------------------------------------------------------------------------------------
 # How commands reach the server; those of one call travel in one round trip.  A script's KEYS are
 # prefixes of queues, "microq:{q}:": they carry the hash tag, so the call finds its Cluster slot,
-# and the script appends the names in the table above.  Replies are bytes, whatever the connection
-# decodes.
+# and the script appends the names in the table above.  While a slot moves to another node, no
+# script runs on it: see Script.__call__.  Replies are bytes, whatever the connection decodes.
 
 SCRIPTS: dict[str, Script] = {}  # by SHA1
 _QUEUES, _GROUPS = "microq:queues", "microq:groups"
@@ -841,13 +842,20 @@ class Script:
         SCRIPTS[self.sha] = self
 
     def __call__(self, prefixes: str | Sequence[str], *args: Any) -> Command:
-        """Return the command that runs the script."""
+        """Return the command that runs the script.
+
+        A prefix is no key, so the master from which a slot migrates sends the call on (ASK), and
+        the master that imports the slot would run it beside the keys that are still to come.  It
+        answers TRYAGAIN to a call with two keys, if one of them is missing.  So there is one more
+        key behind the prefixes, which never exists, and the head of the script removes it."""
         keys = [prefixes] if isinstance(prefixes, str) else prefixes
-        return ("EVALSHA", self.sha, len(keys), *keys, *args)
+        more = [f"{keys[0]}-"] if keys else []
+        return ("EVALSHA", self.sha, len(keys) + len(more), *keys, *more, *args)
 
     def on_key(self, key: str, *args: Any) -> Command:
-        """Return the command that runs a script whose one key is a whole key."""
-        return ("EVALSHA", self.sha, 1, key, *args)
+        """Return the command that runs a script whose one key is a whole key. The head of the
+        script removes the second one, which a Cluster takes for the same key."""
+        return ("EVALSHA", self.sha, 2, key, key, *args)
 
 
 def _spelled_out(command: Command) -> Command:
@@ -936,7 +944,7 @@ class _Line:
     def exchange(self, commands: Sequence[Command]) -> list[Any]:
         """Run the commands in one round trip, or read the replies if they were posted."""
         if isinstance(self.connection, RedisCluster):  # they may go to several nodes
-            return _round_trip(self.connection, commands)
+            return _pipeline(self.connection, commands)
         if self.posted and self.posted != commands:
             self.close()  # with the replies to others in it
         sent, self.posted = self.posted, ()
@@ -991,7 +999,18 @@ def _talk(wire: Any, commands: Sequence[Command], sent: bool = False) -> list[An
 def _round_trip(connection: Any, commands: Sequence[Command]) -> list[Any]:
     if isinstance(connection, _Line):
         return connection.exchange(commands)
-    if not isinstance(connection, RedisCluster) and connection.connection is None:
+    if isinstance(connection, RedisCluster):
+        deadline = time.monotonic() + SLOT_TIMEOUT
+        while True:
+            try:
+                return _pipeline(connection, commands)
+            except exceptions.ClusterError:
+                # The slot is on its way to another node (redis-py gives up after half a second of
+                # TRYAGAIN), or has no master at the moment.
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(0.1)
+    if connection.connection is None:
         # What redis-py does around a command costs more than the round trip; so keep connections
         # like those of its pool, and without their checks: what fails is sent again.  They are kept
         # in the pool, since they may refer to it, but it does not know of them.
@@ -1011,10 +1030,15 @@ def _round_trip(connection: Any, commands: Sequence[Command]) -> list[Any]:
             return replies
         finally:
             idle.append(wire) if len(idle) < pool.max_connections else wire.disconnect()
+    return _pipeline(connection, commands)
+
+
+def _pipeline(connection: Any, commands: Sequence[Command]) -> list[Any]:
+    """Run the commands by a pipeline of redis-py, which follows the slots of a Cluster."""
     with connection.pipeline(transaction=False) as pipe:
         for command in commands:
             pipe.execute_command(*command, NEVER_DECODE=True)
-        replies = pipe.execute()
+        replies: list[Any] = pipe.execute()
         return replies
 
 
@@ -1090,6 +1114,7 @@ def _connect(connection: Redis | None = None) -> Redis:
 # give it a test that sends it twice.
 
 _PRELUDE = """--!df flags=allow-undeclared-keys
+KEYS[#KEYS] = nil  -- the key that never exists: see Script.__call__
 local call = redis.call
 local ENDED = {finished = 1, failed = 1, canceled = 1}
 local FAILURE_TTL = 31536000  -- a year, that of failed jobs without an option
@@ -4389,11 +4414,11 @@ class _Keeper:
         """Return the command that stores the record of a worker, if the name is its own, or held
         by the record `dead`."""
         lease = max(1, int(self.lease * 1000))
-        return REGISTER(worker.key, worker._instance, worker._about(self.name), lease, dead)
+        return REGISTER.on_key(worker.key, worker._instance, worker._about(self.name), lease, dead)
 
     def give_up_name(self, worker: Worker) -> Command:
         """Return the command that removes the record of a worker, if the name is its own."""
-        return REGISTER(worker.key, worker._instance, "", 0, "")
+        return REGISTER.on_key(worker.key, worker._instance, "", 0, "")
 
     def has_lost_name(self, replies: list[Any]) -> bool:
         """Return whether another worker has one of the names by now, as the replies to a beat say.

@@ -37,6 +37,7 @@ from pathlib import Path
 import fakeredis
 import pytest
 import redis as redis_py
+from redis.crc import key_slot
 
 import microq
 from microq import (
@@ -1008,49 +1009,305 @@ def test_each_run_that_is_settled_forgets_two_that_expired(redis, queue):
         assert redis.zrange(Q + "failed", 0, 0) == [f"old{1 + 2 * number}".encode()]
 
 
-def test_a_cluster_takes_every_command(tmp_path):
-    """On a Cluster a script may touch the keys of one slot only, and so may BLPOP."""
-    port = free_port()
-    options = ["--port", str(port), "--cluster-enabled", "yes", "--bind", "127.0.0.1"]
-    server = Server(tmp_path, *options)
-    try:
-        node = redis_py.Redis.from_url(server.url)
-        node.execute_command("CLUSTER", "ADDSLOTS", *range(16384))
-        wait_until(lambda: node.execute_command("CLUSTER INFO")["cluster_state"] == "ok")
-        cluster = redis_py.RedisCluster(host="127.0.0.1", port=port)
-        queues = [Queue("{mail}high", cluster), Queue("{mail}low", cluster)]
-        with Worker(queues):
-            jobs = [queue.enqueue(flaky, 1, retry=Retry(1)) for queue in queues]
-            jobs += queues[0].enqueue_many([Queue.prepare_data(add, (1,))] * 3)
-            later = queues[1].enqueue_in(0.1, add, 1)
-            assert later.latest_result(timeout=5).return_value == 1
-        assert all(job.is_finished for job in jobs)
-        assert len(Job.fetch_many([job.id for job in jobs], cluster)) == 5
-        group = microq.Group(cluster)
-        group.enqueue_many(queues[1], [Queue.prepare_data(add)])[0].cancel()
-        assert group.wait(5) and group.counts() == {"canceled": 1}
-        assert [each.name for each in microq.Group.all(cluster)] == [group.name]
-        jobs[0].requeue()
-        jobs[0].cancel()
-        queues[0].delete()
-        assert [queue.name for queue in Queue.all(cluster)] == ["{mail}low"]
-        other, limit = Queue("other", cluster), RateLimit("k", concurrency=1)
-        parents = [queues[1].enqueue(add, i, rate_limit=limit) for i in (1, 2)]
-        child = other.enqueue(results_before, depends_on=parents, rate_limit=limit)
-        assert statuses(*parents, child) == ["queued", "rate_limited", "deferred"]
-        work(queues[1])
-        work(other)
-        assert child.return_value() == [1, 2]
-    finally:
-        server.stop()
-
-
 def free_port():
-    """Return a port that is free, and low enough for a Cluster's bus 10,000 above it."""
-    for port in range(20000 + os.getpid() % 20000, 50000):
-        with socket.socket() as one, contextlib.suppress(OSError):
+    return free_ports(1)[0]
+
+
+def free_ports(count):
+    """Return free ports with a free bus port 10,000 above, below those that the system gives out;
+    each process looks at ten of its own first."""
+    found = []
+    for port in range(10000 + os.getpid() % 1200 * 10, 22700):
+        with socket.socket() as one, socket.socket() as bus, contextlib.suppress(OSError):
             one.bind(("127.0.0.1", port))
-            return port
+            bus.bind(("127.0.0.1", port + 10000))
+            found.append(port)
+        if len(found) == count:
+            return found
+
+
+# On a Cluster
+
+
+class Cluster:
+    """Three masters on loopback ports, with a replica of the first one."""
+
+    def __init__(self, home: Path):
+        ports = free_ports(4)
+        self.nodes = []
+        for port in ports:
+            folder = home / str(port)
+            folder.mkdir()
+            options = ["--port", str(port), "--bind", "127.0.0.1", "--cluster-enabled", "yes"]
+            # Long enough that no busy machine takes a living node for a dead one.
+            options += ["--cluster-node-timeout", "15000", "--repl-diskless-sync-delay", "0"]
+            self.nodes.append(Server(folder, *options))
+        for i, node in enumerate(self.nodes):
+            call = redis_py.Redis.from_url(node.url).execute_command
+            call("CLUSTER", "SET-CONFIG-EPOCH", i + 1)
+            if i < 3:
+                call("CLUSTER", "ADDSLOTS", *range(i * 5461, (i + 1) * 5461 + (i == 2)))
+            if i > 0:
+                call("CLUSTER", "MEET", "127.0.0.1", ports[0])
+        wait_until(lambda: all(len(self.table(node)) == 4 for node in self.nodes))
+        [first] = [id for id, row in self.table(self.nodes[0]).items() if "myself" in row]
+        wait_until(lambda: first in self.table(self.nodes[3]))
+        self.call(self.nodes[3], "CLUSTER", "REPLICATE", first)
+        self.wait_until_sound()
+        self.client = self.connect()
+
+    def port(self, node):
+        return int(node.command[node.command.index("--port") + 1])
+
+    def connect(self, node=None):
+        """Return a client that asks this node what concerns no slot."""
+        port = self.port(node or self.nodes[0])
+        client = redis_py.RedisCluster(host="127.0.0.1", port=port)
+        client.replace_default_node(client.get_node("127.0.0.1", port))
+        return client
+
+    def call(self, node, *command, asking=False):
+        with redis_py.Redis.from_url(node.url, decode_responses=True) as client:
+            pipe = client.pipeline(transaction=False)
+            if asking:
+                pipe.execute_command("ASKING")
+            pipe.execute_command(*command)
+            return pipe.execute()[-1]
+
+    def table(self, node):
+        """Return {id: row} of the nodes that a node knows."""
+        return {row.split()[0]: row for row in self.call(node, "CLUSTER", "NODES").splitlines()}
+
+    def id(self, node):
+        [id] = [id for id, row in self.table(node).items() if "myself" in row]
+        return id
+
+    def masters(self):
+        """Return the masters; the first one is that with the replica."""
+        found = [node for node in self.nodes if self.call(node, "ROLE")[0] == "master"]
+        return sorted(found, key=lambda node: -len(self.call(node, "ROLE")[2]))
+
+    def is_sound(self):
+        """Tell whether all agree on the slots, none of which is open, and the replica is linked."""
+        roles, views = [], set()
+        for node in self.nodes:
+            roles.append(self.call(node, "ROLE"))
+            rows = self.table(node)
+            slots = {id: row.split()[8:] for id, row in rows.items()}
+            if "cluster_state:ok" not in str(self.call(node, "CLUSTER", "INFO")) or any(
+                "fail" in row.split()[2] or "[" in row for row in rows.values()
+            ):
+                return False
+            views.add(json.dumps(slots, sort_keys=True))
+        linked = [role[3] for role in roles if role[0] == "slave"] == ["connected"]
+        return linked and len(views) == 1
+
+    def wait_until_sound(self):
+        wait_until(self.is_sound, 30)
+
+    def lowest_slots(self, node, count):
+        """Return the slots that redis-cli moves first."""
+        ranges = [each.split("-") for each in self.table(node)[self.id(node)].split()[8:]]
+        slots = sorted(s for each in ranges for s in range(int(each[0]), int(each[-1]) + 1))
+        return slots[:count]
+
+    def names(self, slots, count=1, key="{}"):
+        """Return names for which a key (by default what stands in braces) is in these slots."""
+        found = []
+        for i in itertools.count():
+            if key_slot(key.format(f"n{i}").encode()) in slots:
+                found.append(f"n{i}")
+            if len(found) == count:
+                return found
+
+    def reshard(self, source, target, count):
+        """Return a process that moves slots, a key at a time."""
+        program = redis_cli()
+        if program is None:
+            pytest.skip("no redis-cli beside the server, and no /usr/bin/redis-cli")
+        words = [program, "--cluster", "reshard", f"127.0.0.1:{self.port(source)}", "--cluster-yes"]
+        words += ["--cluster-from", self.id(source), "--cluster-to", self.id(target)]
+        words += ["--cluster-slots", str(count), "--cluster-pipeline", "1"]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        return subprocess.Popen(words, text=True, **pipes)
+
+    @contextlib.contextmanager
+    def open_slot(self, slot, source, target):
+        """Open a slot in the way that a migration does; move it at the end."""
+        ids = {node: self.id(node) for node in (source, target)}
+        self.call(target, "CLUSTER", "SETSLOT", slot, "IMPORTING", ids[source])
+        self.call(source, "CLUSTER", "SETSLOT", slot, "MIGRATING", ids[target])
+        try:
+            yield
+        finally:
+            keys = self.call(source, "CLUSTER", "GETKEYSINSLOT", slot, 1000)
+            if keys:
+                where = "127.0.0.1", self.port(target)
+                self.call(source, "MIGRATE", *where, "", 0, 5000, "KEYS", *keys)
+            for node in (target, *self.masters()):
+                self.call(node, "CLUSTER", "SETSLOT", slot, "NODE", ids[target])
+            self.wait_until_sound()
+
+    def stop(self):
+        for node in self.nodes:
+            node.stop()
+
+
+def redis_cli():
+    """Return the path of a redis-cli, or None."""
+    for path in (Path(server_program()).with_name("redis-cli"), Path("/usr/bin/redis-cli")):
+        if os.access(path, os.X_OK):
+            return str(path)
+    return None
+
+
+@pytest.fixture(scope="session")
+def whole_cluster(tmp_path_factory):
+    cluster = Cluster(tmp_path_factory.mktemp("c"))
+    yield cluster
+    cluster.stop()
+
+
+@pytest.fixture
+def cluster(whole_cluster):
+    """The Cluster, empty; what is left on all nodes is checked, and that no slot is open."""
+    for node in whole_cluster.masters():
+        whole_cluster.call(node, "FLUSHALL")
+    yield whole_cluster
+    whole_cluster.wait_until_sound()
+    check_invariants(whole_cluster.client)
+
+
+def test_a_cluster_takes_every_command(cluster):
+    """On a Cluster a script may touch the keys of one slot only, and so may BLPOP."""
+    client = cluster.client
+    queues = [Queue("{mail}high", client), Queue("{mail}low", client)]
+    with Worker(queues):
+        jobs = [queue.enqueue(flaky, 1, retry=Retry(1)) for queue in queues]
+        jobs += queues[0].enqueue_many([Queue.prepare_data(add, (1,))] * 3)
+        later = queues[1].enqueue_in(0.1, add, 1)
+        assert later.latest_result(timeout=5).return_value == 1
+    assert all(job.is_finished for job in jobs)
+    assert len(Job.fetch_many([job.id for job in jobs], client)) == 5
+    group = microq.Group(client)
+    group.enqueue_many(queues[1], [Queue.prepare_data(add)])[0].cancel()
+    assert group.wait(5) and group.counts() == {"canceled": 1}
+    assert [each.name for each in microq.Group.all(client)] == [group.name]
+    jobs[0].requeue()
+    jobs[0].cancel()
+    queues[0].delete()
+    assert [queue.name for queue in Queue.all(client)] == ["{mail}low"]
+    other, limit = Queue("other", client), RateLimit("k", concurrency=1)
+    parents = [queues[1].enqueue(add, i, rate_limit=limit) for i in (1, 2)]
+    child = other.enqueue(results_before, depends_on=parents, rate_limit=limit)
+    assert statuses(*parents, child) == ["queued", "rate_limited", "deferred"]
+    work(queues[1])
+    work(other)
+    assert child.return_value() == [1, 2]
+
+
+def test_no_script_runs_while_its_slot_is_on_its_way(cluster):
+    """Nothing comes to be on the new node before the keys of the slot are there."""
+    first, second, _ = cluster.masters()
+    [slot] = cluster.lowest_slots(first, 1)
+    [name] = cluster.names([slot])
+    job = Queue(name, cluster.client).enqueue(add)
+    with cluster.open_slot(slot, first, second):
+        for prefixes in ([job.queue.prefix], [job.queue.prefix, f"microq:{{{name}}}low:"]):
+            for script in microq.SCRIPTS.values():
+                command = microq._spelled_out(script(prefixes, *["1"] * 9))
+                with pytest.raises(redis_py.exceptions.AskError):
+                    cluster.call(first, *command)
+                with pytest.raises(redis_py.exceptions.TryAgainError):
+                    cluster.call(second, *command, asking=True)
+    assert job.is_queued
+
+
+def test_a_client_waits_for_a_slot_that_is_on_its_way(cluster, monkeypatch):
+    first, second, _ = cluster.masters()
+    [slot] = cluster.lowest_slots(first, 1)
+    queue = Queue(cluster.names([slot])[0], cluster.client)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(cluster.open_slot(slot, first, second))
+        with monkeypatch.context() as patch:
+            patch.setattr(microq, "SLOT_TIMEOUT", 0)
+            with pytest.raises(ServerUnavailable, match="TTL exhausted"):
+                queue.enqueue(add)
+        timer = threading.Timer(1, stack.pop_all().close)
+        timer.start()
+        job = queue.enqueue(add, 1)
+        timer.join()
+    assert len(queue) == 1
+    work(queue)
+    assert job.return_value() == 1
+
+
+CLUSTER_WORKER = """
+import microq, redis, sys
+port = int(sys.argv[1])
+connection = redis.RedisCluster(host="127.0.0.1", port=port)
+connection.replace_default_node(connection.get_node("127.0.0.1", port))
+worker = microq.Worker(sys.argv[2:], connection=connection, lease=60)
+worker.work(with_scheduler=True, logging_level="WARNING")
+"""
+
+
+@contextlib.contextmanager
+def cluster_workers(cluster, node, *names):
+    """Run a forking worker for each queue, since they may be in several slots; see connect()."""
+    command = [sys.executable, "-c", CLUSTER_WORKER, str(cluster.port(node))]
+    workers = [subprocess.Popen([*command, name], cwd=HERE) for name in names]
+    try:
+        yield workers
+    finally:
+        for worker in workers:
+            worker.terminate()
+        assert [worker.wait(30) for worker in workers] == [0] * len(workers)
+
+
+def lines_of(path):
+    return Counter(path.read_text().split()) if path.exists() else Counter()
+
+
+def test_slots_that_move_to_another_node_under_load_lose_nothing(cluster, tmp_path):
+    """The slots of two queues, of a limit, and of a dependent, while all are in use."""
+    log, (first, second, _) = tmp_path / "log", cluster.masters()
+    slots = cluster.lowest_slots(first, 8)
+    names = cluster.names(slots, 3)
+    here, there = (Queue(name, cluster.client) for name in names[:2])
+    limit, jobs, cron = RateLimit(names[2], concurrency=3), [], CronScheduler(cluster.client)
+    cron.register(append, here.name, (str(log), "tick"), interval=1, name="each", result_ttl=-1)
+
+    def load(count):
+        for _ in range(count):
+            n, path = len(jobs), str(log)
+            parent = here.enqueue(append, path, n)
+            limited = there.enqueue(append, path, n + 1, rate_limit=limit)
+            late = here.enqueue_in(0.2, append, path, n + 2)
+            last = there.enqueue(append, path, n + 3, depends_on=[parent, limited, late])
+            jobs.extend([parent, limited, late, last])
+
+    calls = [Queue.prepare_data(append, (str(log), n)) for n in range(300)]
+    jobs += here.enqueue_many(calls)
+    load(10)
+    cron.save()
+    with cluster_workers(cluster, first, *names[:2]):
+        wait_until(log.exists)
+        for source, target in ((first, second), (second, first)):
+            moving = cluster.reshard(source, target, 8)
+            for _ in range(1000):
+                load(1)
+                if moving.poll() is not None:
+                    break
+            assert moving.wait(60) == 0, moving.stdout.read()
+        load(1)
+        wait_until(lambda: set(statuses(*jobs)) == {"finished"}, 60)
+    ran, ticks = lines_of(log), []
+    for id in here.finished_job_registry.get_job_ids():
+        if id.startswith("each-"):
+            ticks.append(int(id.removeprefix("each-")))
+    assert ran.pop("tick") == len(ticks) == max(ticks) - min(ticks) + 1
+    assert ran == Counter(str(n) for n in range(len(jobs)))
 
 
 # ---- 6. Job --------------------------------------------------------------------------------------
