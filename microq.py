@@ -812,6 +812,7 @@ _OUTAGES = (
     exceptions.ConnectionError, exceptions.TimeoutError, exceptions.ReadOnlyError,
     exceptions.OutOfMemoryError, exceptions.ClusterError, exceptions.RedisClusterException,
 )  # fmt: skip
+_UNREACHABLE = (exceptions.ConnectionError, exceptions.TimeoutError)
 _TROUBLE = "NOREPLICAS|MISCONF|BUSY |MASTERDOWN|CLUSTERDOWN|TRYAGAIN|READONLY|OOM "
 
 
@@ -1004,7 +1005,7 @@ def _round_trip(connection: Any, commands: Sequence[Command]) -> list[Any]:
         while True:
             try:
                 return _pipeline(connection, commands)
-            except exceptions.ClusterError:
+            except (exceptions.ClusterError, *_UNREACHABLE):
                 # The slot is on its way to another node (redis-py gives up after half a second of
                 # TRYAGAIN), or has no master at the moment.
                 if time.monotonic() >= deadline:
@@ -1023,7 +1024,7 @@ def _round_trip(connection: Any, commands: Sequence[Command]) -> list[Any]:
                 wire = pool.connection_class(**pool.connection_kwargs)
         try:
             return _talk(wire, commands)
-        except (exceptions.ConnectionError, exceptions.TimeoutError):
+        except _UNREACHABLE:
             # It may have been closed while it was idle.
             again = functools.partial(_talk, wire, commands)
             replies: list[Any] = wire.retry.call_with_retry(again, lambda error: None)
@@ -1035,11 +1036,17 @@ def _round_trip(connection: Any, commands: Sequence[Command]) -> list[Any]:
 
 def _pipeline(connection: Any, commands: Sequence[Command]) -> list[Any]:
     """Run the commands by a pipeline of redis-py, which follows the slots of a Cluster."""
-    with connection.pipeline(transaction=False) as pipe:
-        for command in commands:
-            pipe.execute_command(*command, NEVER_DECODE=True)
-        replies: list[Any] = pipe.execute()
-        return replies
+    try:
+        with connection.pipeline(transaction=False) as pipe:
+            for command in commands:
+                pipe.execute_command(*command, NEVER_DECODE=True)
+            replies: list[Any] = pipe.execute()
+            return replies
+    except _UNREACHABLE:
+        if isinstance(connection, RedisCluster):
+            # redis-py asks its default node which keys a script has, and stays with a dead one.
+            connection.replace_default_node()
+        raise
 
 
 def _ask(connection: Redis, *command: Any) -> Any:
@@ -3588,8 +3595,13 @@ class _Ear(_Line):
                     raise exceptions.TimeoutError("the server has gone silent")
                 elif now >= until or bell.watch(min(until, self._dead_at) - now, self.wire._sock):
                     return None
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if isinstance(self.connection, RedisCluster) and isinstance(
+                error, (exceptions.MovedError, *_UNREACHABLE)
+            ):
+                # redis-py learns from its own calls where a slot is now; none is for this slot.
+                self.connection.nodes_manager.initialize()
             raise
 
     def close(self) -> None:
