@@ -846,6 +846,31 @@ def test_a_worker_that_has_not_been_on_time_for_a_lease_takes_no_jobs_from_other
         assert job.is_started is not bool(dead)
 
 
+def test_a_heartbeat_tells_whether_the_worker_was_known_and_on_time(redis, queue):
+    """Else it tells the server again what this may have lost, and takes nothing for a lease."""
+
+    def known(state, lease):
+        command = microq.BEAT(queue.prefix, "w", lease, state, 0, microq._CRASHES, 100)
+        reply = microq._ask(redis, *command)
+        assert redis.hexists(Q + "workers", "w")
+        return reply[3] == 1
+
+    assert not known("judge", 15) and known("judge", 15) and not known("fresh", 15)
+    assert known("", 0.01)
+    time.sleep(0.02)
+    assert not known("judge", 15) and known("judge", 15)
+    redis.delete(Q + "workers")
+    assert not known("judge", 15)
+
+
+def test_a_job_that_was_claimed_less_than_a_lease_ago_is_not_taken_for_older_data(redis, queue):
+    """The claim may be under way to the worker, which cannot name it yet."""
+    job = queue.enqueue(add)
+    claim(queue, "w", number=1)
+    microq._ask(redis, *microq.BEAT(queue.prefix, "w", 15, "", 9, microq._CRASHES, 100))
+    assert job.is_started
+
+
 def test_what_came_back_with_older_data_is_given_back_by_the_worker_that_holds_it(redis, queue):
     """As after a fail-over to a replica that was behind: `started` names a run that has ended."""
     job, current = queue.enqueue(add), queue.enqueue(add)
@@ -3074,6 +3099,18 @@ def test_a_retry_at_once_asks_its_rate_again(redis, queue):
     job = queue.enqueue(fail, retry=Retry(1), rate_limit=RateLimit("k", rate=1, per=60))
     work(queue)
     assert job.is_scheduled and len(job.results()) == 1
+
+
+def test_a_job_that_its_limit_has_forgotten_asks_again(redis, queue):
+    """As after a fail-over of the node that holds the limit, to a replica that was behind."""
+    limit = RateLimit("k", concurrency=1)
+    first, second = [queue.enqueue(add, rate_limit=limit) for _ in range(2)]
+    redis.delete(*redis.keys("microq:limit:{k}:*"))
+    for score, status in ((time.time(), "rate_limited"), (1, "queued")):
+        redis.zadd(Q + "rate_limited", {second.id: score})
+        command = microq.BEAT(queue.prefix, "w", 15, "fresh", 0, microq._CRASHES, 100)
+        microq._deliver(redis, microq._ask(redis, *command)[-1])
+        assert statuses(first, second) == ["queued", status]
 
 
 @pytest.mark.parametrize(("per", "at_once"), [(10, 1), (1000, 4)])
