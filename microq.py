@@ -790,11 +790,12 @@ def _utc(at: float) -> datetime:
     return datetime.fromtimestamp(at, timezone.utc)
 
 
-def _delay_until(moment: datetime) -> float:
-    """Return the seconds from now to `moment`, in local time if it is naive; 0 if it is past."""
+def _delay_until(moment: datetime) -> str:
+    """Return what tells the script `enqueue` that a job is due at `moment`, in local time if it is
+    naive.  This host's clock, which may be wrong, has no part in it."""
     if not isinstance(moment, datetime):
         raise TypeError(f"give a datetime, not {moment!r}")
-    return max(0.0, moment.timestamp() - time.time())
+    return f"@{moment.timestamp():.6f}"
 
 
 # ---- 4. Redis ------------------------------------------------------------------------------------
@@ -1471,17 +1472,20 @@ end
 """
 
 ENQUEUE = Script("""
--- enqueue: new -> queued, or scheduled if `delay` >= 0.  Jobs are id, nonce, mode, ttl, count of
--- words, words of the hash; the mode is 'front', 'careful' if it depends on others or has a limit,
--- 'unique' if there must be no record of the id, or ''.  Returns the time, or {time, posted}, or
--- {'taken', id, status} if one of them has not ended: then none is stored.
-local q, delay = KEYS[1], tonumber(ARGV[1])
-local at, i, starts, keys, fresh, back, careful = now(), 2, {}, {}, {}, {}, {}
-if not delay then  -- a tick of cron: entry, its last tick, this one; if others were faster, nothing
+-- enqueue: new -> queued, or scheduled.  The first argument is -1 for queued; the seconds from now,
+-- or '@' and the time, when the jobs are due; or a tick of cron.  Jobs are id, nonce, mode, ttl,
+-- count of words, words of the hash; the mode is 'front', 'careful' if it depends on others or has
+-- a limit, 'unique' if there must be no record of the id, or ''.  Returns the time, or {time,
+-- posted}, or {'taken', id, status} if one of them has not ended: then none is stored.
+local q, at, due = KEYS[1], now(), nil
+local i, starts, keys, fresh, back, careful = 2, {}, {}, {}, {}, {}
+if tonumber(ARGV[1]) then due = tonumber(ARGV[1]) >= 0 and at + ARGV[1] or nil
+elseif string.sub(ARGV[1], 1, 1) == '@' then due = tonumber(string.sub(ARGV[1], 2))
+else  -- a tick of cron: entry, its last tick, this one; if others were faster, nothing
   local name, last, tick = string.match(ARGV[1], '^(%S+) (%S+ %S+) (%S+)$')
   if call('HGET', q .. 'ticks', name) ~= last then return '' end
   call('HSET', q .. 'ticks', name, tick .. string.match(last, ' .*'))
-  delay = math.max(0, tick - at)
+  due = math.max(at, tick)
 end
 while ARGV[i] do
   starts[#starts + 1], keys[#keys + 1] = i, q .. 'job:' .. ARGV[i]
@@ -1509,7 +1513,7 @@ for _, k in ipairs(fresh) do
   end
   call('HSET', job, 'created_at', created_at, unpack(ARGV, i + 5, i + 4 + words))
   if string.find(mode, 'careful') then careful[#careful + 1] = id
-  elseif delay >= 0 then later(q, id, at + delay)
+  elseif due then later(q, id, due)
   else
     if ttl ~= '' then call('PEXPIRE', job, math.ceil(ttl * 1000)) end
     if string.find(mode, 'front') then call('LPUSH', q .. 'queued', id)
@@ -1517,10 +1521,10 @@ for _, k in ipairs(fresh) do
   end
 end
 if #back > 0 then call('RPUSH', q .. 'queued', unpack(back)) end
-if delay < 0 then wake(q) end
+if not due then wake(q) end
 for _, id in ipairs(careful) do
   local job = q .. 'job:' .. id
-  if delay >= 0 then call('HSET', job, 'due', stamp(at + delay)) end
+  if due then call('HSET', job, 'due', stamp(due)) end
   local parents, allow = string.match(call('HGET', job, 'depends_on') or '', '^(.-) ?(%S*)$')
   if parents == '' then admit(q, id, at)
   else
@@ -2777,7 +2781,9 @@ class Queue(Registry):
         delay = _seconds(time_delta, "time_delta", (0,))
         return self._sort_and_enqueue(delay, f, args, kwargs)
 
-    def _sort_and_enqueue(self, delay: float, f: Func, args: Any, kwargs: dict[str, Any]) -> Job:
+    def _sort_and_enqueue(
+        self, delay: float | str, f: Func, args: Any, kwargs: dict[str, Any]
+    ) -> Job:
         """Sort keywords into options and the function's own, and enqueue."""
         names = _OPTIONS.keys() & kwargs.keys() - {"timeout", "group_id"}
         options = {name: kwargs.pop(name) for name in names}
@@ -2914,14 +2920,15 @@ class Queue(Registry):
         self._store([self._adopt(job)], pipeline, _delay_until(datetime))
         return job
 
-    def _store(self, jobs: Sequence[Job], pipeline: Any, delay: float = -1) -> None:
-        """Run the script `enqueue`; a delay of -1 means now."""
+    def _store(self, jobs: Sequence[Job], pipeline: Any, delay: float | str = -1) -> None:
+        """Run the script `enqueue`; a delay of -1 means now, else see _delay_until()."""
         for _ in self._storing(jobs, pipeline, delay):
             pass
 
     def _storing(
-        self, jobs: Sequence[Job], pipeline: Any, delay: float = -1, line: _Line | None = None
-    ) -> Iterator[None]:
+        self, jobs: Sequence[Job], pipeline: Any, delay: float | str = -1,
+        line: _Line | None = None,
+    ) -> Iterator[None]:  # fmt: skip
         """Do that in two steps; over `line` the server begins at the first."""
         if len({job.id for job in jobs}) < len(jobs):
             raise DuplicateJobError("the same job_id stands twice in one enqueue_many()")
@@ -2953,11 +2960,11 @@ class Queue(Registry):
             for job in jobs:
                 job._fields["created_at"] = reply
         for job in jobs:
-            job._status = JobStatus.SCHEDULED if delay >= 0 else JobStatus.QUEUED
+            job._status = JobStatus.QUEUED if delay == -1 else JobStatus.SCHEDULED
             if "depends_on" in job._fields or "rate_limit" in job._fields:
                 job._status = None  # to be looked up
             job._nonce, job._at_front = None, False  # should it be enqueued once more
-        if not self.is_async and delay < 0:
+        if not self.is_async and delay == -1:
             outer, _thread.leash = _thread.leash, _Leash()
             try:
                 SimpleWorker(self).work(burst=True, logging_level=None)
@@ -3031,12 +3038,12 @@ class Queue(Registry):
         return f"Queue({self.name!r})"
 
 
-def _enqueue_words(job: Job, at_front: bool, delay: float) -> list[Any]:
+def _enqueue_words(job: Job, at_front: bool, delay: float | str) -> list[Any]:
     """Return the arguments of `enqueue` for one job."""
     fields = {name: value for name, value in job._fields.items() if name in _CALL}
     careful = "depends_on" in fields or "rate_limit" in fields
     at_front = at_front or (job._depends_on is not None and job._depends_on.enqueue_at_front)
-    if delay >= 0 or careful:
+    if delay != -1 or careful:
         fields["enqueued_at"] = b""  # not yet
         if at_front:
             fields["at_front"] = b"1"

@@ -1711,6 +1711,35 @@ def test_scheduled_jobs_wait_for_their_time(redis, queue):
     assert len(queue.scheduled_job_registry) == 1
 
 
+def server_time(redis):
+    seconds, microseconds = redis.time()
+    return seconds + microseconds / 1e6
+
+
+@pytest.mark.parametrize("error", [600, -600])
+def test_a_clients_clock_has_no_part_in_when_a_job_is_due(redis, queue, monkeypatch, error):
+    """enqueue_at() names the moment, and enqueue_in() counts from the server's now."""
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + error)
+    moments = [datetime(2033, 5, 18, 3, 33, 20, 123456 + i, timezone.utc) for i in range(50)]
+    registry = queue.scheduled_job_registry
+    for moment in moments:
+        job = queue.enqueue_at(moment, add)
+        assert registry.get_scheduled_time(job) == moment
+    later = queue.schedule_job(queue.create_job(add), moments[0])
+    assert registry.get_scheduled_time(later) == moments[0] and later.is_scheduled
+    parent = queue.enqueue(add)
+    child = queue.enqueue_at(moments[1], add, depends_on=parent)
+    assert microq._ask(redis, "HGET", child.key, "due") == b"2000000000.123457"
+    soon, now = queue.enqueue_in(100, add), server_time(redis)
+    assert now + 90 < redis.zscore(Q + "scheduled", soon.id) <= now + 100
+    past = queue.enqueue_at(datetime(2019, 10, 10), add)
+    due = queue.enqueue_at(datetime.fromtimestamp(now), add)
+    ahead = queue.enqueue_at(datetime.fromtimestamp(now + 300), add)
+    work(queue)
+    assert statuses(past, due, ahead) == ["finished", "finished", "scheduled"]
+
+
 def test_jobs_due_together_keep_their_order_and_front(redis, queue):
     ids = [queue.enqueue_in(0.01 * i, add, i).id for i in range(1, 4)]
     front = queue.enqueue_in(0.05, add, 9, at_front=True)
