@@ -1199,20 +1199,23 @@ end
 
 -- What one queue has to say to another, or to a limit, may have to go to another node.  So the
 -- script that causes it puts it into an outbox, until it has arrived: see deliver.  What is for the
--- queue itself is done at once.
-local posted, post, leftover, receive, ask, admit, give_up_slot, tell, conclude = {}
-function post(q, to, text, at)
-  posted.n = (posted.n or 0) + 1
-  if to == q and posted.n <= 1000 then return receive(q, text, at) end  -- more take too long
+-- queue itself is done at once, up to `most` words in one call; more would hold the server.
+local posted = {n = 0, most = 1000}
+local mail, post, leftover, receive, ask, admit, give_up_slot, tell, tell_some, conclude, vanish
+function mail(q, to, text)
   text = to .. ' ' .. text
   call('SADD', q .. 'outbox', text)
   posted[#posted + 1], posted[#posted + 2] = q, text
 end
-function leftover(q, most)  -- what is in the outbox, of any time
+function post(q, to, text, at)
+  posted.n = posted.n + 1
+  if to == q and posted.n <= posted.most then receive(q, text, at) else mail(q, to, text) end
+end
+function leftover(q, most, list)  -- add to `list` what is in the outbox, of any time
   for _, text in ipairs(call('SRANDMEMBER', q .. 'outbox', most)) do
-    posted[#posted + 1], posted[#posted + 2] = q, text
+    list[#list + 1], list[#list + 2] = q, text
   end
-  return posted
+  return list
 end
 function give_up_slot(q, id, slot, limit, at)
   local to, numbers = string.match(limit or '', '^(%S+) (.*)$')
@@ -1691,7 +1694,7 @@ for _, q in ipairs(KEYS) do
   local due = promote(q, at)
   if due and due < (next_due or math.huge) then next_due = due end
   if due and due < at + lease or call('LLEN', q .. 'queued') > 0 then wake(q) end
-  leftover(q, 1000)
+  leftover(q, 1000, posted)
 end
 return {dead, stamp(at), next_due and stamp(next_due) or '', fit, posted}
 """)
@@ -1734,7 +1737,7 @@ MOVE = Script("""
 local q, id, from, to, front, failure_ttl, nonce, verdict = KEYS[1], unpack(ARGV)
 local job, at, was = q .. 'job:' .. id, now(), place(q, id)
 local moved = was and string.match(call('HGET', job, 'moved') or '', '^' .. nonce .. ' (.*)')
-if moved then return {moved, leftover(q, 100)} end
+if moved then return {moved, leftover(q, 100, posted)} end
 if not was and to == 'gone' then call('LREM', q .. 'queued', 1, id) end  -- it had a ttl
 if not was or not string.find(from, was, 1, true) then return {was or '', posted} end
 if was == 'started' then call('HDEL', q .. was, id)
@@ -1762,8 +1765,9 @@ return {was, posted}
 
 DELIVER = Script("""
 -- deliver: do what the words that other queues have posted to this one, or to this limit, ask for.
--- Each may come twice.  Returns what is posted in turn, else what had been and is still there.
-local q, at = KEYS[1], now()
+-- Each may come twice.  Returns what is posted in turn and, if that is nothing, what had been
+-- posted and is still there.
+local q, at, left = KEYS[1], now(), {}
 local holders, waiting, starts = q .. 'holders', q .. 'waiting', q .. 'starts'
 local function grant(member, due)
   local to, id, slot, numbers = string.match(member, '^(%S+) (%S+) (%S+) (.*)$')
@@ -1808,8 +1812,8 @@ for _, key in ipairs(limit and {holders, waiting, starts, outbox} or {}) do
   call('EXPIRE', key, 366 * 86400)
 end
 -- A queue has keepers, which look for what is left.
-if #posted == 0 and (limit or call('SCARD', outbox) <= 20) then leftover(q, 20) end
-return posted
+if #posted == 0 and (limit or call('SCARD', outbox) <= 20) then leftover(q, 20, left) end
+return {posted, left}
 """)
 
 SWEEP = Script("""
@@ -1948,32 +1952,56 @@ end
 
 
 def _deliver(connection: Any, posts: Sequence[bytes]) -> None:
-    """Take words (queue's prefix, word, ..) where they belong, and what these cause in turn, then
-    take them out of the outboxes.  Whoever finds a word there may do so, as often as it takes."""
-    seen: dict[tuple[bytes, bytes], None] = {}
+    """Take words (queue's prefix, word, ..) where they belong, and what these cause in turn, in
+    rounds, and take them out of the outboxes.  Whoever finds a word there may do so, as often as it
+    takes.  A word that is said again, since it was caused again, is delivered again."""
+    words = dict.fromkeys(zip(posts[::2], posts[1::2], strict=True))
+    known = set(words)
+    arrived: dict[tuple[bytes, bytes], None] = {}
     stuck = set[bytes]()  # where nothing arrives now
-    while fresh := [each for each in zip(posts[::2], posts[1::2], strict=True) if each not in seen]:
-        seen.update(dict.fromkeys(fresh))
-        to: dict[bytes, list[bytes]] = {}
-        for _, text in dict.fromkeys(fresh):
+    while words:
+        to: dict[bytes, dict[bytes, None]] = {}
+        for _, text in words:
             target, _, word = text.partition(b" ")
-            to.setdefault(target, []).append(word)
-        posts = []
-        for target, words in to.items():
-            name, parts = target.decode(errors="replace"), range(0, len(words), CHUNK)
+            to.setdefault(target, {})[word] = None
+        caused: list[bytes] = []
+        left: list[bytes] = []
+        for target in [each for each in to if each not in stuck]:
+            name, texts = target.decode(errors="replace"), list(to[target])
+            calls = [DELIVER(name, *texts[i : i + CHUNK]) for i in range(0, len(texts), CHUNK)]
             try:
-                calls = [DELIVER(name, *words[i : i + CHUNK]) for i in parts]
-                posts += [word for reply in _send(connection, *calls) for word in reply]
+                for new, old in _send(connection, *calls):
+                    caused += new
+                    left += old
             except (exceptions.RedisError, exceptions.RedisClusterException) as error:
                 log.warning("words for %s have to wait: %s", name, error)
                 stuck.add(target)
+        arrived |= {each: None for each in words if each[1].partition(b" ")[0] not in stuck}
+        words = dict.fromkeys(zip(caused[::2], caused[1::2], strict=True))
+        found = zip(left[::2], left[1::2], strict=True)
+        words |= {each: None for each in found if each not in known}
+        known |= words.keys()
+        for each in words.keys() & arrived.keys():
+            del arrived[each]
+        if len(arrived) >= CHUNK or not words:
+            # What a limit has to say is found again by those who speak to it; so what was said to
+            # it stays until all that it caused has arrived.
+            limits = [each for each in arrived if each[1].startswith(b"microq:limit:")]
+            keep = dict.fromkeys(limits if words or stuck else ())
+            _acknowledge(connection, arrived.keys() - keep.keys())
+            arrived = keep
+
+
+def _acknowledge(connection: Any, words: Iterable[tuple[bytes, bytes]]) -> None:
+    """Take words that have arrived out of their outboxes."""
     outboxes: dict[bytes, list[bytes]] = {}
-    for prefix, text in seen:
-        target = text.partition(b" ")[0]
-        # What a limit has to say is found again by those who speak to it.
-        if target not in stuck and not (stuck and target.startswith(b"microq:limit:")):
-            outboxes.setdefault(prefix, []).append(text)
-    acks = [("SREM", prefix + b"outbox", *texts) for prefix, texts in outboxes.items()]
+    for prefix, text in words:
+        outboxes.setdefault(prefix, []).append(text)
+    acks = [
+        ("SREM", prefix + b"outbox", *texts[i : i + CHUNK])
+        for prefix, texts in outboxes.items()
+        for i in range(0, len(texts), CHUNK)
+    ]
     with contextlib.suppress(ServerUnavailable):  # what is still there is delivered once more
         _send(connection, *acks) if acks else []
 

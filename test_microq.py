@@ -3004,6 +3004,19 @@ def test_words_that_come_twice_mean_the_same(redis, pair):
     assert redis.zcard("microq:limit:{k}:holders") == 0
 
 
+def test_a_word_that_is_said_again_is_delivered_again(redis, queue):
+    """Here the limit grants a slot to a job that has said, before it asked, that it wants none."""
+    pipe = redis.pipeline()
+    job = queue.enqueue(add, rate_limit=RateLimit("k", concurrency=1), pipeline=pipe)
+    pipe.execute()
+    [ask] = redis.smembers(Q + "outbox")
+    job.cancel(pipeline=pipe)
+    pipe.execute()
+    [free] = redis.smembers(Q + "outbox") - {ask}
+    microq._deliver(redis, [queue.prefix.encode(), free, queue.prefix.encode(), ask])
+    assert redis.zcard("microq:limit:{k}:holders") == 0 and not redis.keys("*outbox*")
+
+
 DIES = """
 import os, signal, sys, microq
 point, count = sys.argv[1], int(sys.argv[2])
