@@ -88,7 +88,8 @@ Queues that one worker serves on a Cluster share a slot by naming the tag: "{mai
     microq:{q}:job:<id>         hash    the call and its options, later its outcome
     microq:{q}:job:<id>:results list    older results, where there is more than one
     microq:{q}:job:<id>:waits   set     keys of the jobs that a deferred one still waits for
-    microq:{q}:job:<id>:dependents set  "<prefix> <id> <created_at> <allow>", told of its end
+    microq:{q}:job:<id>:dependents:<allow> set  "<prefix> <id> <created_at>", told of its end
+    microq:{q}:job:<id>:untold:<n> set  dependents from there, which an end has still to be told to
     microq:limit:{key}:holders  zset    "<prefix> <id> <slot> <numbers>" that have a slot
     microq:limit:{key}:waiting  zset    likewise those that want one
     microq:limit:{key}:starts   list    when the last jobs of a rate may start
@@ -108,7 +109,8 @@ Fields of a job's hash; only what differs from the default is stored
     nonce, moved                        tell a second enqueue or move from one that was sent again
     waited                              somebody waits for the first result
     depends_on                          "<prefix><id> .. <allow>", allow: none, failed, any
-    dependents                          somebody depends on it
+    dependents                          somebody depends on it; it ends with the sweep, which tells
+                                        them, and not by itself
     due                                 not to be queued before, once it waits no longer
     rate_limit, slot                    "<prefix of the limit> <numbers>"; that it asked for, or has
     on_success, on_failure, on_stopped  "<dotted name> <timeout>"
@@ -1157,16 +1159,15 @@ local function give_back(q, id)  -- started -> queued, not counted
   call('HDEL', q .. 'started', id)
   call('LPUSH', q .. 'queued', id)
 end
+-- Let a record expire in `ttl` seconds; negative: never.  It is rounded so that the record never
+-- outlives its entry in a container, since a record without an entry counts as queued.
 local keep
-function keep(job, ttl, only)  -- let a record expire in `ttl` seconds; negative: never
-  if ttl < 0 then call('PERSIST', job) else call('PEXPIRE', job, math.ceil(ttl * 1000)) end
-  if not only then
-    for _, part in ipairs({':results', ':dependents'}) do keep(job .. part, ttl, true) end
-  end
+function keep(job, ttl, only)
+  if ttl < 0 then call('PERSIST', job)
+  else call('PEXPIRE', job, math.floor(ttl * 1000) - 1) end
+  if not only then keep(job .. ':results', ttl, true) end
 end
-local function drop(job)
-  call('DEL', job, job .. ':results', job .. ':dependents', job .. ':waits')
-end
+local function drop(job) call('DEL', job, job .. ':results', job .. ':waits') end
 local function ready(q, id, front, at)  -- ... -> queued, where its ttl begins
   local job = q .. 'job:' .. id
   local ttl, watched, slot = unpack(call('HMGET', job, 'ttl', 'dependents', 'slot'))
@@ -1179,20 +1180,15 @@ local function later(q, id, due)  -- ... -> scheduled; if it is the next one, se
   call('ZADD', q .. 'scheduled', stamp(due), id)
   if call('ZRANGE', q .. 'scheduled', 0, 0)[1] == id then wake(q) end
 end
-local function sweep(q, at, most)  -- forget ended jobs whose record has expired
-  for name in pairs(ENDED) do
-    local old = call('ZCOUNT', q .. name, '-inf', stamp(at))
-    if old > 0 then call('ZREMRANGEBYRANK', q .. name, 0, math.min(old, most) - 1) end
-  end
-end
--- The container a job is in; nil if there is no such job.  The list is not searched, since that
--- takes the longer the more jobs wait, and the status of a job is asked for often: a record that is
--- in no other container counts as queued.
+-- The container a job is in, and its score there; nil if there is no such job.  The list is not
+-- searched, since that takes the longer the more jobs wait, and the status of a job is asked for
+-- often: a record that is in no other container counts as queued.
 local function place(q, id)
   if call('EXISTS', q .. 'job:' .. id) == 0 then return nil end
   if call('HEXISTS', q .. 'started', id) == 1 then return 'started' end
   for name in string.gmatch('scheduled deferred rate_limited finished failed canceled', '%S+') do
-    if call('ZSCORE', q .. name, id) then return name end
+    local score = call('ZSCORE', q .. name, id)
+    if score then return name, score end
   end
   return 'queued'
 end
@@ -1222,22 +1218,41 @@ function give_up_slot(q, id, slot, limit, at)
   call('HDEL', q .. 'job:' .. id, 'slot')
   if to then post(q, to, 'free ' .. q .. ' ' .. id .. ' ' .. slot .. ' ' .. numbers, at) end
 end
-function tell(q, id, status, at)  -- its dependents of its end, if it counts for them
-  local list = q .. 'job:' .. id .. ':dependents'
-  for _, entry in ipairs(call('SMEMBERS', list)) do
-    local to, child, since, allow = string.match(entry, '^(%S+) (%S+) (%S+) (%S+)$')
+-- Tell dependents in the set `list` of the end of a job, as many as this call has room for.
+-- Returns whether there are more.
+function tell_some(q, id, verb, list, at)
+  local room = math.max(0, posted.most - posted.n)
+  local entries = room > 0 and call('SPOP', list, room) or {}
+  for _, entry in ipairs(entries) do
+    local to, child = string.match(entry, '^(%S+) (%S+ %S+)$')
+    if to then post(q, to, verb .. ' ' .. q .. id .. ' ' .. child, at) end
+  end
+  return #entries == room and call('EXISTS', list) == 1
+end
+-- Tell all dependents for which this end of the job counts; `gone` is for all.  Those for whom this
+-- call has no room are set apart, since the job may begin a new life with others, and told by a
+-- word in the queue's own outbox, which stays there until the last of them is told.
+function tell(q, id, status, at)
+  for _, allow in ipairs({'any', 'failed', 'none'}) do
+    local list = q .. 'job:' .. id .. ':dependents:' .. allow
     local counts = status == 'finished' or status == allow or allow == 'any'
-    if to and (counts or status == 'gone') then
-      call('SREM', list, entry)
-      post(q, to, (counts and 'ended ' or 'gone ') .. q .. id .. ' ' .. child .. ' ' .. since, at)
+    local verb = counts and 'ended' or 'gone'
+    if (counts or status == 'gone') and tell_some(q, id, verb, list, at) then
+      local rest = q .. 'job:' .. id .. ':untold:' .. allow .. stamp(at)
+      call('RENAME', list, rest)
+      mail(q, q, 'tell ' .. id .. ' ' .. verb .. ' ' .. rest)
     end
   end
 end
-function conclude(q, id, status, at)  -- a job will not run any more
+function conclude(q, id, status, at)  -- a job gives up its slot; with a status, it has ended
   local job = q .. 'job:' .. id
   local watched, slot, limit = unpack(call('HMGET', job, 'dependents', 'slot', 'rate_limit'))
   if slot then give_up_slot(q, id, slot, limit, at) end
-  if watched then tell(q, id, status, at) end
+  if watched and status then tell(q, id, status, at) end
+end
+function vanish(q, id, at)  -- delete a job, and tell those that it concerns
+  conclude(q, id, 'gone', at)
+  drop(q .. 'job:' .. id)
 end
 function ask(q, id, at)  -- for the slot that the job has or wants; true if it makes sense
   local slot, limit = unpack(call('HMGET', q .. 'job:' .. id, 'slot', 'rate_limit'))
@@ -1262,7 +1277,7 @@ function admit(q, id, at)  -- ... -> as far as it may go: scheduled, rate_limite
     end
   end
   if limit and not slot then
-    slot = stamp(at + (posted.n or 0) / 1e6)  -- so they keep their order
+    slot = stamp(at + posted.n / 1e6)  -- so they keep their order
     call('HSET', job, 'slot', slot)
     call('ZADD', q .. 'rate_limited', slot, id)
     if ask(q, id, at) then return end
@@ -1274,20 +1289,26 @@ function receive(q, text, at)
   local verb, id, rest = string.match(text, '^(%S+) (%S+) (.*)$')
   if not verb then return end
   if verb == 'depend' then  -- <parent> <dependent>: note it, or say that the parent has ended
-    local job, status = q .. 'job:' .. id, place(q, id)
-    local to, child, since, allow = string.match(rest, '^(%S+) (%S+) (%S+) (%S+)$')
+    local job, status, expires_at = q .. 'job:' .. id, place(q, id)
+    local to, child, allow = string.match(rest, '^(%S+) (%S+ %S+) (%S+)$')
+    if ENDED[status] and tonumber(expires_at) <= at then  -- the sweep is late
+      vanish(q, id, at)
+      status = nil
+    end
     if status == 'failed' and string.find(call('HGET', job, 'ended') or '', ' stopped$') then
       status = 'stopped'
     end
     local over = ENDED[status] or status == 'stopped'
     if not status or status == 'finished' or over and (allow == 'any' or allow == status) then
-      return post(q, to, 'ended ' .. q .. id .. ' ' .. child .. ' ' .. since, at)
+      return post(q, to, 'ended ' .. q .. id .. ' ' .. child, at)
     end
-    call('SADD', job .. ':dependents', rest)
+    if allow ~= 'any' and allow ~= 'failed' then allow = 'none' end
+    call('SADD', job .. ':dependents:' .. allow, to .. ' ' .. child)
     call('HSET', job, 'dependents', 1)
-    local left = call('PTTL', job)
-    if over and left > 0 then keep(job .. ':dependents', left / 1000, true)
-    else call('PERSIST', job) end
+    keep(job, -1)
+  elseif verb == 'tell' then  -- <parent> <ended|gone> <set of dependents>
+    local what, list = string.match(rest, '^(%S+) (%S+)$')
+    if list and tell_some(q, id, what, list, at) then mail(q, q, text) end
   elseif verb ~= 'grant' then  -- ended|gone <parent's key> <dependent> <since when it is that job>
     local child, since = string.match(rest, '^(%S+) (%S+)$')
     local job = q .. 'job:' .. child
@@ -1306,6 +1327,27 @@ function receive(q, text, at)
       admit(q, id, at)
     end
   end
+end
+-- Whether others depend on the job: then its record doesn't expire by itself, but by the sweep.
+local function is_parent(job)
+  local list = job .. ':dependents:'
+  return call('EXISTS', list .. 'any', list .. 'failed', list .. 'none') > 0
+end
+-- Forget up to `most` ended jobs of a container whose record has expired until then; a record that
+-- is still there is that of a parent, and nobody depends on a finished job.  Returns how many.
+local function sweep_container(q, name, at, most)
+  local old = math.min(most, call('ZCOUNT', q .. name, '-inf', stamp(at)))
+  if old == 0 then return 0 end
+  if name ~= 'finished' then
+    old = math.min(old, 1000)
+    for _, id in ipairs(call('ZRANGE', q .. name, 0, old - 1)) do
+      if call('EXISTS', q .. 'job:' .. id) == 1 then vanish(q, id, at) end
+    end
+  end
+  return call('ZREMRANGEBYRANK', q .. name, 0, old - 1)
+end
+local function sweep(q, at, most)
+  for name in pairs(ENDED) do sweep_container(q, name, at, most) end
 end
 local function promote(q, at)  -- scheduled -> queued, what is due; returns when the next is
   for _ = 1, 100 do
@@ -1426,14 +1468,14 @@ local function settle(q, at, words)
         if slot then give_up_slot(q, id, slot, limit, at) end
         if watched then
           tell(q, id, last == ' stopped' and 'stopped' or to, at)
-          more = true
+          watched = is_parent(job)
         end
         if ttl == 0 then
           if watched then tell(q, id, 'gone', at) end
           drop(job)
         else
           local list = filed[to]
-          keep(job, ttl, not more)
+          keep(job, watched and -1 or ttl, not more)
           stamps[ttl] = stamps[ttl] or (ttl < 0 and '+inf' or stamp(at + ttl))
           list[#list + 1] = stamps[ttl]
           list[#list + 1] = id
@@ -1507,12 +1549,10 @@ for _, k in ipairs(fresh) do
   local id, nonce, mode, ttl, words = unpack(ARGV, i, i + 4)
   if nonce ~= '' then  -- a chosen id may have a record of its last life
     for name in pairs(ENDED) do call('ZREM', q .. name, id) end
+    local watched = call('HGET', job, 'dependents')  -- and somebody who still hopes for it
     call('DEL', job, job .. ':results')
     call('HSET', job, 'nonce', nonce)
-    if call('EXISTS', job .. ':dependents') == 1 then  -- and somebody who still hopes for it
-      call('PERSIST', job .. ':dependents')
-      call('HSET', job, 'dependents', 1)
-    end
+    if watched then call('HSET', job, 'dependents', 1) end
   end
   call('HSET', job, 'created_at', created_at, unpack(ARGV, i + 5, i + 4 + words))
   if string.find(mode, 'careful') then careful[#careful + 1] = id
@@ -1581,8 +1621,7 @@ local function hold(i, q, ids)
     since = ttl and tonumber(since or call('HGET', job, 'created_at'))
     if valid and since and since + ttl < at then  -- it has dependents, or a slot
       valid = false
-      conclude(q, id, 'gone', at)
-      drop(job)
+      vanish(q, id, at)
     end
     full = full or valid and (alone or size > 1048576)
     local others = mode == 'ahead' or #claimed > 0
@@ -1744,7 +1783,10 @@ if was == 'started' then call('HDEL', q .. was, id)
 elseif was == 'queued' then call('LREM', q .. was, 1, id)
 else call('ZREM', q .. was, id) end
 if to ~= 'gone' then call('HSET', job, 'moved', nonce .. ' ' .. was) end
-if to == 'gone' or not ENDED[was] then conclude(q, id, verdict, at) end
+call('DEL', job .. ':waits')
+if to ~= 'gone' and not ENDED[was] then
+  conclude(q, id, to == 'canceled' and verdict or nil, at)
+end
 if to == 'queued' then
   call('HDEL', job, 'retries', 'repeats', 'crashes', 'due', 'verdict', 'callback_error')
   if front == '1' then call('HSET', job, 'at_front', 1) end
@@ -1752,11 +1794,10 @@ if to == 'queued' then
   admit(q, id, at)
 else
   local ttl = to == 'canceled' and ttl_or(failure_ttl, call('HGET', job, 'failure_ttl')) or 0
-  call('DEL', job .. ':waits')
-  if ttl == 0 then drop(job)
+  if ttl == 0 then vanish(q, id, at)
   else
     call('ZADD', q .. to, ttl < 0 and '+inf' or stamp(at + ttl), id)
-    keep(job, ttl)
+    keep(job, is_parent(job) and -1 or ttl)
   end
 end
 redis.pcall('PUBLISH', job, to)
@@ -1819,10 +1860,8 @@ return {posted, left}
 SWEEP = Script("""
 -- sweep: forget jobs of an ended container, a thousand in one call, whose record has expired until
 -- then, '' for now.  Returns how many there were, and what is posted.
-local key, at = KEYS[1] .. ARGV[1], now()
-local old = call('ZCOUNT', key, '-inf', stamp(math.min(at, tonumber(ARGV[2]) or at)))
-if old > 0 then call('ZREMRANGEBYRANK', key, 0, math.min(old, 1000) - 1) end
-return {math.min(old, 1000), {}}
+local q, name, at = KEYS[1], ARGV[1], now()
+return {sweep_container(q, name, math.min(at, tonumber(ARGV[2]) or at), 1000), posted}
 """)
 
 REGISTER = Script("""
@@ -1861,7 +1900,7 @@ for _, id in ipairs(ahead) do
   if string.match(id, '^(.*)%-%d+$') == name and call('HGET', job, 'enqueued_at') == '' then
     first = first or call('ZSCORE', q .. 'scheduled', id)
     call('ZREM', q .. 'scheduled', id)
-    call('DEL', job)
+    vanish(q, id, at)
   end
 end
 local base = math.floor(at) - math.max(1, back)
@@ -2313,7 +2352,8 @@ class Job:
         return type(self)(id, place, {})
 
     def _dependents(self) -> list[Job]:
-        entries = _ask(self.connection, "SMEMBERS", f"{self.key}:dependents")
+        lists = [f"{self.key}:dependents:{allow}" for allow in ("any", "failed", "none")]
+        entries = _ask(self.connection, "SUNION", *lists)
         words = [entry.decode().split() for entry in entries]
         return [self._of_key(prefix[:-1], id) for prefix, id, *_ in words]
 

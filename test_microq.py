@@ -162,6 +162,8 @@ def key_pattern(key: str) -> str:
     key = re.sub(r"\{[^}]*\}[^:]*", "{q}", key)
     key = key.replace("limit:{q}", "limit:{key}")
     key = re.sub(r"(worker|inbox|group):.*", r"\1:<name>", key)
+    key = re.sub(r":dependents:\w+$", ":dependents:<allow>", key)
+    key = re.sub(r":untold:.*", ":untold:<n>", key)
     return re.sub(r"job:[^:]+", "job:<id>", key)
 
 
@@ -173,7 +175,8 @@ def table_of_keys():
 
 def check_invariants(redis):
     """Each job is in one container, and no key is left that the layout does not name.  Whatever is
-    kept beside a job is gone with it, and ended jobs expire when their container says."""
+    kept beside a job is gone with it, and ended jobs expire when their container says, but for
+    parents, which the sweep deletes then."""
     table = table_of_keys()
     jobs, parts = Counter(), []
     for key in redis.scan_iter(count=1000):
@@ -183,7 +186,7 @@ def check_invariants(redis):
             prefix, id = key.split(b"job:")
             jobs[prefix, id] = 0
         elif pattern.startswith("microq:{q}:job:<id>:"):
-            parts.append((*re.fullmatch(rb"(.*?)job:(.*):(\w+)", key).groups(), redis.pttl(key)))
+            parts.append((*re.fullmatch(rb"(.*?)job:([^:]+):(.*)", key).groups(), redis.pttl(key)))
         elif pattern.startswith("microq:limit:"):
             assert redis.pttl(key) > 0, key
         elif pattern == "microq:{q}:wake":
@@ -194,6 +197,9 @@ def check_invariants(redis):
         check_expiry(redis, prefix, jobs)
     assert set(jobs.values()) <= {1}, jobs
     for prefix, id, part, ttl in parts:
+        if part.startswith(b"untold:"):  # then a word in the outbox has them told
+            assert redis.exists(prefix + b"outbox")
+            continue
         assert (prefix, id) in jobs or ttl > 0, (id, part)
         if part == b"waits":
             assert redis.zscore(prefix + b"deferred", id) is not None, id
@@ -203,7 +209,11 @@ def check_expiry(redis, prefix, jobs):
     seconds, microseconds = redis.time()
     for name in (b"finished", b"failed", b"canceled"):
         for id, score in redis.zrange(prefix + name, 0, -1, withscores=True):
-            keys = [prefix + b"job:" + id + part for part in (b"", b":results", b":dependents")]
+            job = prefix + b"job:" + id
+            lists = [job + b":dependents:" + allow for allow in (b"any", b"failed", b"none")]
+            if redis.exists(*lists):
+                score = float("inf")
+            keys = [job, job + b":results"]
             for key in (key for key in keys if (prefix, id) in jobs and redis.exists(key)):
                 ttl = redis.pttl(key) / 1000
                 due = seconds + microseconds / 1e6 + ttl if ttl > 0 else float("inf")
@@ -2548,7 +2558,7 @@ def test_a_job_waits_for_those_it_depends_on(redis, pair):
     assert late.get_status() == "queued"
     work_all(redis)
     assert late.return_value() == [1, 2, 3]
-    assert not redis.keys("*:waits") and not redis.keys("*:dependents")
+    assert not redis.keys("*:waits") and not redis.keys("*:dependents*")
 
 
 def test_a_missing_dependency_counts_as_met(redis, pair):
@@ -2712,7 +2722,7 @@ def test_a_garbled_dependent_holds_nobody_up(redis, pair):
     first, second = pair
     parent = first.enqueue(add, 1)
     child = second.enqueue(results_before, depends_on=parent)
-    redis.sadd(parent.key + ":dependents", "garbage", "microq:{x}: too few")
+    redis.sadd(parent.key + ":dependents:none", "garbage", "microq:{x}: too few")
     work_all(redis)
     assert parent.is_finished and child.return_value() == [1]
     parent.delete()
@@ -2748,6 +2758,156 @@ def test_a_dependent_that_comes_after_the_end_of_its_parent(redis, pair, last, r
         assert child.is_queued is (allow in ready), allow
     work_all(redis)
     assert before.is_deferred is (last != "")
+
+
+@pytest.mark.parametrize("end", ["failed", "canceled"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_parent_whose_record_expires_holds_nobody_up(redis, pair, end, when):
+    """A dependent that has other parents runs when these have finished, whether it came before its
+    parent had ended or after."""
+    first, second = pair
+    parent, other = first.enqueue(fail, failure_ttl=60), first.enqueue(add, 2)
+    children = []
+    if when == "before":
+        children.append(second.enqueue(results_before, depends_on=[parent, other]))
+        children.append(second.enqueue(add, depends_on=parent))
+    parent.cancel() if end == "canceled" else claim_and_fail(first, parent)
+    if when == "after":
+        children.append(second.enqueue(results_before, depends_on=[parent, other]))
+        children.append(second.enqueue(add, depends_on=parent))
+    assert parent.get_status() == end and statuses(*children) == ["deferred"] * 2
+    assert redis.ttl(parent.key) == -1 and parent.dependent_ids
+    expire_entry(redis, first, end, parent)
+    work_all(redis)
+    assert statuses(*children) == ["finished", "deferred"]
+    assert children[0].return_value() == [None, 2]
+    assert not redis.exists(parent.key) and not redis.keys("*:dependents:*")
+
+
+def expire_entry(redis, queue, container, job):
+    assert redis.zadd(queue.prefix + container, {job.id: time.time() - 1}, xx=True, ch=True)
+
+
+def claim_and_fail(queue, job):
+    [(id, execution)] = claim(queue)
+    assert id == job.id
+    words = (id, execution, f"{execution} 0.5", "", " failed", 500, "", "", 0)
+    _, posts = microq._ask(queue.connection, *microq.SETTLE(queue.prefix, *words))
+    microq._deliver(queue.connection, posts)
+
+
+def test_a_parent_that_expired_before_the_sweep_came_counts_as_missing(redis, pair):
+    first, second = pair
+    parent = first.enqueue(add, failure_ttl=60)
+    early = second.enqueue(add, depends_on=parent)
+    parent.cancel()
+    expire_entry(redis, first, "canceled", parent)
+    late = second.enqueue(add, depends_on=parent)
+    assert statuses(early, late) == ["deferred", "queued"]
+    assert not redis.exists(parent.key) and not redis.keys("*:dependents:*")
+
+
+def test_to_clean_registries_tells_the_dependents(redis, pair):
+    first, second = pair
+    parent, other = first.enqueue(add, failure_ttl=60), first.enqueue(add)
+    child = second.enqueue(add, 3, depends_on=[parent, other])
+    parent.cancel()
+    microq.clean_registries(first)
+    assert parent.is_canceled
+    expire_entry(redis, first, "canceled", parent)
+    first.canceled_job_registry.cleanup(time.time() - 9)
+    assert redis.exists(parent.key)
+    microq.clean_registries(first)
+    assert not redis.exists(parent.key) and redis.zcard(f"{first.prefix}canceled") == 0
+    work_all(redis)
+    assert child.return_value() == 3
+
+
+def test_a_canceled_parent_without_a_record_holds_nobody_up(redis, pair):
+    first, second = pair
+    parent, other = first.enqueue(add, failure_ttl=0), first.enqueue(add, 2)
+    child = second.enqueue(results_before, depends_on=[parent, other])
+    parent.cancel()
+    work_all(redis)
+    assert child.return_value() == [None, 2]
+
+
+def test_a_tick_that_is_removed_holds_nobody_up(redis, queue):
+    microq.CronScheduler(connection=redis).save()
+    tick = queue.enqueue_in(60, add, job_id="every-99")
+    child, other = None, queue.enqueue(add)
+    child = queue.enqueue(add, 4, depends_on=[tick, other])
+    redis.hset(Q + "cron", "every", "{}")
+    redis.hset(Q + "ticks", "every", f"{time.time() + 99:.6f} {time.time():.6f}")
+    microq._ask(redis, *microq.ENTRY(queue.prefix, "every", "", 0))
+    assert not Job.exists(tick.id, redis)
+    work_all(redis)
+    assert child.return_value() == 4
+
+
+def test_a_job_requeued_before_it_ran_still_has_its_dependents(redis, pair):
+    first, second = pair
+    blocker = first.enqueue_in(60, add)
+    parent = first.enqueue(add, depends_on=blocker)
+    child = second.enqueue(add, 5, depends_on=parent)
+    first.deferred_job_registry.requeue(parent)
+    assert not redis.exists(f"{parent.key}:waits")
+    work_all(redis)
+    assert statuses(parent, child, blocker) == ["finished", "finished", "scheduled"]
+
+
+def test_a_record_ends_before_its_entry(redis, pair):
+    """A dependent that comes in the millisecond in which its parent expires leaves no record that
+    is in no container."""
+    first, second = pair
+    for number in range(30):
+        parent = first.enqueue(add, result_ttl=0.01, job_id=f"p{number}")
+        work(first)
+        end = redis.zscore(f"{first.prefix}finished", parent.id)
+        beat_once = microq.BEAT(first.prefix, "w", 15, "", "", microq._CRASHES, 100)
+        depend = f"depend {parent.id} {second.prefix} c 1 none"
+        commands = [beat_once, microq.DELIVER(first.prefix, depend)]
+        while end and server_time(redis) < end:
+            pass
+        microq._send(redis, *commands)
+        assert not redis.exists(parent.key)
+    redis.delete(f"{first.prefix}outbox")
+
+
+def test_many_dependents_are_told_by_portions(redis, pair):
+    """The script that ends their parent doesn't hold the server for long, and what it leaves to
+    do survives the death of whoever was to do it."""
+    first, second = pair
+    parent, count = first.enqueue(add), 2500
+    data = Queue.prepare_data(nothing, depends_on=parent)
+    children = second.enqueue_many([data] * count)
+    any_end = Queue.prepare_data(nothing, depends_on=Dependency(parent, allow_failure="any"))
+    children += second.enqueue_many([any_end] * 10)
+    [(id, execution)] = claim(first)
+    words = (id, execution, f"{execution} 0.5", "", "", 1, "", "", 0)
+    _, posts = microq._ask(redis, *microq.SETTLE(first.prefix, *words))
+    told = len(second) + redis.scard(f"{first.prefix}outbox")
+    assert 1000 <= told <= 1010 and len(posts) <= 2010
+    # The parent begins a new life, and ends; only those that it has now are told of that.
+    parent.requeue()
+    late = second.enqueue(nothing, depends_on=Dependency(parent, allow_failure=True))
+    parent.delete()
+    assert not redis.exists(parent.key) and late.is_deferred
+    with pytest.MonkeyPatch.context() as patch:
+        calls, send = iter(range(2)), microq._send
+
+        def killed(connection, *commands):
+            if next(calls) == 1:
+                raise KeyboardInterrupt
+            return send(connection, *commands)
+
+        patch.setattr(microq, "_send", killed)
+        with pytest.raises(KeyboardInterrupt):
+            microq._deliver(redis, posts)
+    assert redis.keys("*untold*")
+    work_all(redis)
+    assert Counter(statuses(*children)) == {"finished": count + 10}
+    assert late.is_deferred and not redis.keys("*untold*")
 
 
 def enqueue_and_sleep(path):
@@ -3018,25 +3178,25 @@ def test_a_word_that_is_said_again_is_delivered_again(redis, queue):
 
 
 DIES = """
-import os, signal, sys, microq
+import os, signal, sys, threading, microq
 point, count = sys.argv[1], int(sys.argv[2])
-real = getattr(microq, point)
+real, deliver, thread = getattr(microq, point), microq._deliver, threading.local()
 def dying(*words):
     global count
-    count -= bool(words[1])  # else there is nothing to deliver
-    if count < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
+    if point == "_deliver" or getattr(thread, "delivers", False):
+        count -= bool(words[1])  # else there is nothing to deliver
+        if count < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
     return real(*words)
-def deliver(*words):
-    if point == "_send":
-        microq._send = dying
-        try:
-            return microq_deliver(*words)
-        finally:
-            microq._send = real
-    return dying(*words)
-microq_deliver = microq._deliver
-microq._deliver = deliver
+def delivering(*words):
+    thread.delivers = True
+    try:
+        return deliver(*words)
+    finally:
+        thread.delivers = False
+if point == "_send":
+    microq._deliver = delivering
+setattr(microq, point, dying)
 microq.SimpleWorker(sys.argv[3:], lease=0.5).work(burst=True)
 """
 
