@@ -3083,11 +3083,15 @@ class Queue(Registry):
     def delete(self, delete_jobs: bool = True) -> None:
         """Delete the queue with its jobs in all states. With delete_jobs=False it must be empty:
         raises InvalidJobOperation if not."""
-        registries = [each(queue=self) for each in _REGISTRIES.values()]
+        # In this order what is freed by a job that is deleted comes to a registry further on.
+        order = dict.fromkeys(("deferred", "rate_limited", "scheduled", *_CONTAINERS))
+        registries = [_REGISTRIES[each](queue=self) for each in order]
         if not delete_jobs and any(len(registry) for registry in registries):
             raise InvalidJobOperation(f"queue {self.name!r} still has jobs; empty it first")
+        count = 1
+        while count:  # a worker may have given a job back meanwhile
+            count = sum(registry.empty() for registry in registries)
         for registry in registries:
-            registry.empty()
             registry.cleanup()
         rest = [f"{self.prefix}{each}" for each in ("wake", "cron", "ticks", "schedulers")]
         _send(self.connection, ("SREM", _QUEUES, self.name), ("DEL", *rest))

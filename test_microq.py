@@ -1790,6 +1790,31 @@ def test_empty_and_delete_leave_nothing(redis, queue):
     assert [each.name for each in Queue.all(redis)] == ["default"]
 
 
+def test_delete_leaves_no_dependent_that_it_frees(redis, queue):
+    group = microq.Group.create(redis)
+    group.enqueue_many(queue, [Queue.prepare_data(add), Queue.prepare_data(fail)])
+    callback = group.enqueue_callback(queue, add)
+    chain = queue.enqueue(add, depends_on=Dependency(callback, allow_failure="any"))
+    queue.enqueue(add, depends_on=Dependency(chain, allow_failure="any"))
+    elsewhere = Queue("other", redis).enqueue(add, depends_on=Dependency(chain, "any"))
+    limit = RateLimit("k", concurrency=1)
+    queue.enqueue_many([Queue.prepare_data(add, rate_limit=limit)] * 3)
+    queue.delete()
+    assert not redis.keys(Q + "*") and elsewhere.is_queued
+    assert redis.zcard("microq:limit:{k}:holders") == 0
+
+
+def test_delete_tells_the_dependents_of_a_record_that_has_expired(redis, queue):
+    parent, other = queue.enqueue(add, failure_ttl=60), Queue("other", redis)
+    child = other.enqueue(add, 1, depends_on=[parent, other.enqueue(add)])
+    parent.cancel()
+    expire_entry(redis, queue, "canceled", parent)
+    queue.delete()
+    assert not redis.keys(Q + "*")
+    work(other)
+    assert child.return_value() == 1
+
+
 def test_a_queue_that_is_not_async_runs_jobs_at_once(redis):
     queue = Queue(connection=redis, is_async=False)
     job = queue.enqueue(add, 1, 2)
