@@ -159,11 +159,9 @@ import stat
 import subprocess
 import sys
 import tempfile
-import termios
 import threading
 import time
 import traceback
-import tty
 import zoneinfo
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -5853,11 +5851,20 @@ def _start_server(home: Path, private: bool) -> subprocess.Popen[bytes] | None:
 
 
 # ---- 13. Command line ----------------------------------------------------------------------------
-# A function for each command, a table of the commands, and one of what they take; main() parses,
-# calls the function, and turns an error into one line.  Flags beat the environment, which beats the
-# config module.
+# A command has a function _add_.. that declares its arguments, and a function _cmd_.. that runs it.
+# main() parses the words, completes the options from the environment and the config module, runs
+# the command, and turns an error into one line.  Flags beat the environment, which beats the config
+# module.  What others have written is printed through _printable().
 
 _PROGRAM = f"python -m {__name__}"
+_ADDRESS_PARTS = (
+    "host", "port", "db", "username", "password", "ssl", "ssl_ca_certs", "ssl_cert_reqs",
+    "ssl_ca_data", "ssl_keyfile", "ssl_certfile",
+)  # fmt: skip
+_SENTINEL_PARTS = ("DB", "USERNAME", "PASSWORD", "SOCKET_TIMEOUT", "SSL")
+_ENVIRONMENT_OPTIONS = (
+    "url", "config", "worker_class", "job_class", "queue_class", "connection_class",
+)  # fmt: skip
 
 
 def _server_of(options: argparse.Namespace) -> Any:
@@ -5865,344 +5872,208 @@ def _server_of(options: argparse.Namespace) -> Any:
     module, else in $REDIS_URL or $REDIS_HOST and the like; else the one on localhost."""
     if options.embedded is not None:
         return embedded(options.embedded or None)
-    make = options.connection_class or (RedisCluster if options.cluster else None)
-    named = any(re.match("REDIS_|SENTINEL$", name) for name in options.settings)
-    where = options.settings if named else os.environ
-    known: dict[str, Any] = options.settings.get("SENTINEL") or {}
-    if url := options.url or (not known and where.get("REDIS_URL")):
-        return _client_of_url(url, make)
-    if known and options.cluster:
-        raise ValueError("--cluster: the config module names Sentinels, and these know no Cluster")
-    if known:
-        words = {"DB", "USERNAME", "PASSWORD", "SOCKET_TIMEOUT", "SSL"} & known.keys()
-        more = {word.lower(): known[word] for word in words} | known.get("CONNECTION_KWARGS", {})
-        nodes, own = known.get("INSTANCES", [("localhost", 26379)]), known.get("SENTINEL_KWARGS")
-        sentinel = Sentinel(nodes, sentinel_kwargs=own, **more)
-        return sentinel.master_for(known.get("MASTER_NAME", "mymaster"), redis_class=make or Redis)
-    truth = lambda word: str(word).lower() in ("1", "true", "yes", "on")  # noqa: E731
-    kinds: dict[str, Any] = {"port": int, "db": int, "ssl": truth}
-    names = "host port db username password ssl ssl_ca_certs ssl_cert_reqs ssl_ca_data ssl_keyfile "
-    given = {name: where.get(f"REDIS_{name.upper()}") for name in f"{names}ssl_certfile".split()}
-    parts = {name: kinds.get(name, str)(word) for name, word in given.items() if word}
-    return _make_client(make or Redis, **{"host": "localhost"} | parts)
+    kind = options.connection_class
+    if options.cluster and not kind:
+        kind = RedisCluster
+    if options.url:
+        return _client_of_url(options.url, kind)
+    if sentinel := options.settings.get("SENTINEL"):
+        if options.cluster:
+            raise ValueError("--cluster: the config module names Sentinels, which know no Cluster")
+        return _sentinel_master(sentinel, kind or Redis)
+    settings: Any = os.environ
+    if any(name.startswith("REDIS_") for name in options.settings):
+        settings = options.settings
+    if url := settings.get("REDIS_URL"):
+        return _client_of_url(url, kind)
+    return _make_client(kind or Redis, **_address_parts(settings))
+
+
+def _sentinel_master(settings: dict[str, Any], kind: Any) -> Any:
+    """Return a client of the master that Sentinels name."""
+    parts = {name.lower(): settings[name] for name in _SENTINEL_PARTS if name in settings}
+    parts.update(settings.get("CONNECTION_KWARGS", {}))
+    nodes = settings.get("INSTANCES", [("localhost", 26379)])
+    sentinel = Sentinel(nodes, sentinel_kwargs=settings.get("SENTINEL_KWARGS"), **parts)
+    return sentinel.master_for(settings.get("MASTER_NAME", "mymaster"), redis_class=kind)
+
+
+def _address_parts(settings: Any) -> dict[str, Any]:
+    """Return REDIS_HOST and the like as options of redis.Redis."""
+    parts: dict[str, Any] = {"host": "localhost"}
+    for name in _ADDRESS_PARTS:
+        value = settings.get(f"REDIS_{name.upper()}")
+        if not value:
+            continue
+        if name in ("port", "db"):
+            value = int(value)
+        elif name == "ssl":
+            value = str(value).lower() in ("1", "true", "yes", "on")
+        else:
+            value = str(value)
+        parts[name] = value
+    return parts
 
 
 def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
     """Return those of the options that were given, as keywords."""
-    return {name: word for name in names if (word := getattr(options, name, None)) is not None}
+    values = {name: getattr(options, name, None) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _queue_of(options: argparse.Namespace, name: str) -> Queue:
-    make: type[Queue] = options.queue_class or Queue
-    return make(name, **_given(options, "connection", "serializer", "job_class"))
+    queue_class: type[Queue] = options.queue_class or Queue
+    return queue_class(name, **_given(options, "connection", "serializer", "job_class"))
 
 
-def _worker(options: argparse.Namespace) -> None:
-    settings, pool = options.settings, options.command == "worker-pool"
-    if pool and options.in_process:
-        raise ValueError("a pool forks its workers; start several with worker --in-process")
-    if not pool and is_suspended(options.connection):
+# What the commands do.
+
+
+def _cmd_worker(options: argparse.Namespace) -> None:
+    if is_suspended(options.connection):
         raise MicroqError(f"workers are suspended; to go on: {_PROGRAM} resume")
+    if (options.num_workers or 1) > 1 and not options.in_process:
+        _cmd_worker_pool(options)
+    else:
+        worker_class = options.worker_class or Worker
+        worker = worker_class(**_worker_options(options))
+        _run_worker(options, worker.work)
+
+
+def _cmd_worker_pool(options: argparse.Namespace) -> None:
+    if options.in_process:
+        raise ValueError("a pool forks its workers; start several with worker --in-process")
+    pool = WorkerPool(
+        num_workers=options.num_workers or 1,
+        worker_class=options.worker_class or Worker,
+        **_worker_options(options),
+    )
+    _run_worker(options, pool.start)
+
+
+def _worker_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of Worker()."""
     if options.worker_ttl:
         text = "--worker-ttl and RQ's intervals are ignored; a lease does all that, see --lease"
         print(f"microq: {text}", file=sys.stderr)
-    options.queues = options.queues or settings.get("QUEUES") or "default"
-    options.name = options.name or settings.get("NAME")
-    options.fork = False if options.in_process else None
-    options.log_job_description = False if options.disable_job_desc_logging else None
-    more = _given(options, *inspect.signature(Worker).parameters)
-    kind, number = options.worker_class or Worker, options.num_workers or 1
-    run: Any
-    if pool or (number > 1 and not options.in_process):
-        run = WorkerPool(num_workers=number, worker_class=kind, **more).start
-    else:
-        run = kind(**more).work
+    options.queues = options.queues or options.settings.get("QUEUES") or "default"
+    options.name = options.name or options.settings.get("NAME")
+    if options.in_process:
+        options.fork = False
+    if options.disable_job_desc_logging:
+        options.log_job_description = False
+    return _given(options, *inspect.signature(Worker).parameters)
+
+
+def _run_worker(options: argparse.Namespace, run: Callable[..., Any]) -> None:
+    """Run workers by Worker.work() or WorkerPool.start(), which take the same options."""
     if options.pid:
         Path(options.pid).write_text(f"{os.getpid()}\n")
-    level = "DEBUG" if options.verbose else "WARNING" if options.quiet else options.logging_level
-    level = level or (None if "DICT_CONFIG" in settings else "INFO")
-    limits = _given(options, *inspect.signature(Worker.work).parameters)
-    run(**limits | {"logging_level": level})
+    if options.verbose:
+        options.logging_level = "DEBUG"
+    elif options.quiet:
+        options.logging_level = "WARNING"
+    elif not options.logging_level and "DICT_CONFIG" not in options.settings:
+        options.logging_level = "INFO"
+    run_options = _given(options, *inspect.signature(Worker.work).parameters)
+    run_options.setdefault("logging_level", None)  # logging is set up already
+    run(**run_options)
 
 
-def _argument(text: str) -> tuple[str, Any]:
+def _parse_argument(text: str) -> tuple[str, Any]:
     """Read "value", ":json" or "%literal"; "name=value", "name:=json" or "name%=literal" as (name
     or '', value).  A value "@path" stands for what is in that file."""
-    pattern = r"(?s)(?:([A-Za-z_]\w*)(?=[:%]?=))?([:%]?)(?(1)=)(.*)"
-    name, sign, value = re.fullmatch(pattern, text).groups()  # type: ignore[union-attr]
+    keyword = re.match(r"([A-Za-z_]\w*)([:%]?)=", text)
+    if keyword:
+        name, sign = keyword.groups()
+        value = text[keyword.end() :]
+    else:
+        name = ""
+        sign = text[:1] if text[:1] in (":", "%") else ""
+        value = text[len(sign) :]
     if value.startswith("@"):
         value = Path(value[1:]).read_text()
-    kinds: dict[str, Any] = {":": (json.loads, "JSON"), "%": (ast.literal_eval, "Python literal")}
-    read, kind = kinds.get(sign, (str, "text"))
     try:
-        return name or "", read(value)
+        if sign == ":":
+            return name, json.loads(value)
+        if sign == "%":
+            return name, ast.literal_eval(value)
     except (ValueError, SyntaxError, TypeError) as error:
-        raise ValueError(f"{text!r} is no {kind}: {error}") from None
+        language = "JSON" if sign == ":" else "Python literal"
+        raise ValueError(f"{text!r} is no {language}: {error}") from None
+    return name, value
 
 
-def _enqueue(options: argparse.Namespace) -> None:
-    pairs = [_argument(text) for text in options.arguments]
-    args, kwargs = [value for name, value in pairs if not name], dict(p for p in pairs if p[0])
-    if len(args) + len(kwargs) < len(pairs) or (options.schedule_at and options.schedule_in):
-        raise ValueError("give each keyword once, and --schedule-at or --schedule-in, not both")
-    more = _given(options, *_OPTIONS, "job_timeout", "at_front") | {"args": args, "kwargs": kwargs}
+def _cmd_enqueue(options: argparse.Namespace) -> None:
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    for name, value in map(_parse_argument, options.arguments):
+        if name in kwargs:
+            raise ValueError(f"{name}= is given twice")
+        if name:
+            kwargs[name] = value
+        else:
+            args.append(value)
+    if options.schedule_at and options.schedule_in:
+        raise ValueError("give --schedule-at or --schedule-in, not both")
+    job_options = _given(options, *_OPTIONS, "job_timeout", "at_front")
+    job_options.update(args=args, kwargs=kwargs)
     if options.retry_max or options.retry_interval:
-        more["retry"] = Retry(options.retry_max or 1, options.retry_interval or 0)
+        job_options["retry"] = Retry(options.retry_max or 1, options.retry_interval or 0)
     queue = _queue_of(options, options.queue or "default")
     if options.schedule_at:
         moment = datetime.fromisoformat(options.schedule_at).astimezone()
-        job = queue.enqueue_at(moment, options.function, **more)
+        job = queue.enqueue_at(moment, options.function, **job_options)
     elif options.schedule_in:
-        job = queue.enqueue_in(options.schedule_in, options.function, **more)
+        job = queue.enqueue_in(options.schedule_in, options.function, **job_options)
     else:
-        job = queue.enqueue(options.function, **more)
+        job = queue.enqueue(options.function, **job_options)
     if not options.quiet:
         print(job.id)
 
 
-def _cron(options: argparse.Namespace) -> None:
+def _cmd_cron(options: argparse.Namespace) -> None:
     scheduler = CronScheduler(**_given(options, "connection", "logging_level", "name"))
     scheduler.load_config_from_file(options.config_path)
     scheduler.start()
 
 
-def _empty(options: argparse.Namespace) -> None:
-    names = [each.name for each in Queue.all(options.connection)] if options.all else options.queues
+def _cmd_empty(options: argparse.Namespace) -> None:
+    names = options.queues
+    if options.all:
+        names = [queue.name for queue in Queue.all(options.connection)]
     for name in names:
-        print(f"{_queue_of(options, name).empty()} jobs removed from {name}")
+        count = _queue_of(options, name).empty()
+        print(f"{count} jobs removed from {name}")
     if not names:
         print("nothing to do; name queues, or give --all")
 
 
-def _requeue(options: argparse.Namespace) -> int:
+def _cmd_requeue(options: argparse.Namespace) -> int:
     registry = _queue_of(options, options.queue).failed_job_registry
-    ids, count = registry.get_job_ids() if options.all else options.ids, 0
+    ids = registry.get_job_ids() if options.all else options.ids
+    if not ids:
+        print("nothing to do; name jobs, or --all")
+        return 0
+    count = 0
     for id in ids:
         try:
             registry.requeue(id)
             count += 1
         except (NoSuchJobError, InvalidJobOperation, ValueError) as error:
             print(f"microq: {_printable(str(error))}", file=sys.stderr)
-    print(f"{count} of {len(ids)} jobs requeued" if ids else "nothing to do; name jobs, or --all")
-    return int(count < len(ids))
+    print(f"{count} of {len(ids)} jobs requeued")
+    return 0 if count == len(ids) else 1
 
 
-def _suspend(options: argparse.Namespace) -> None:
+def _cmd_suspend(options: argparse.Namespace) -> None:
     suspend(options.connection, options.duration)
     print(f"workers start no more jobs; to go on: {_PROGRAM} resume")
 
 
-def _resume(options: argparse.Namespace) -> None:
+def _cmd_resume(options: argparse.Namespace) -> None:
     resume(options.connection)
     print("workers go on")
-
-
-class _Look(NamedTuple):
-    """What `info` shows, as it was at one time."""
-
-    at: float  # monotonic
-    queues: dict[str, list[int]]  # how many jobs are in each container
-    workers: list[tuple[Any, ...]]  # name, state, counts of finished and failed, queues, job
-    suspended: bool
-
-
-def _look_around(connection: Redis, of: Sequence[str]) -> _Look:
-    """Read how the queues of these names are, and their workers, in two round trips; or of all
-    queues, in three."""
-    queues = [Queue(name, connection) for name in of] or Queue.all(connection)
-    asked, size = list[Command](), len(_CONTAINERS) + 2
-    for queue in queues:
-        asked += [each(queue=queue)._size() for each in _REGISTRIES.values()]
-        asked += [("HKEYS", f"{queue.prefix}workers"), ("HGETALL", f"{queue.prefix}started")]
-    *replies, suspended = _send(connection, *asked, ("EXISTS", _SUSPENDED))
-    counts, held = dict[str, list[int]](), dict[bytes, list[Any]]()  # jobs by worker
-    for i, queue in enumerate(queues):
-        *counts[queue.name], names, started = replies[i * size : (i + 1) * size]
-        held |= {name: held.get(name, []) for name in names}
-        flat = iter(started if isinstance(started, list) else itertools.chain(*started.items()))
-        for id, token in zip(flat, flat, strict=True):
-            name, _, claim = token.partition(b" ")[0].rpartition(b".")
-            held.setdefault(name, []).append((int(claim), id.decode(), queue.prefix))
-    runs = {name: min(jobs) for name, jobs in held.items() if jobs}
-    asked = [("GET", b"microq:worker:" + name) for name in sorted(held)]
-    asked += [("HGET", f"{prefix}job:{id}", "func") for _, id, prefix in runs.values()]
-    replies, workers = _send(connection, *asked) if asked else [], list[tuple[Any, ...]]()
-    funcs = dict(zip(runs, replies[len(held) :], strict=True))
-    for name, record in zip(sorted(held), replies, strict=False):
-        text, others = (funcs.get(name) or b"").decode(errors="replace"), len(held[name]) - 1
-        text += f" {runs[name][1]}" + f" +{others}" * (others > 0) if name in runs else ""
-        state = "busy" if name in runs else "suspended" if suspended else "idle"
-        if record:
-            who, good, bad, on = map(json.loads(record).get, ("name", "good", "bad", "queues"))
-            who, on, text = map(_printable, (str(who), ",".join(map(str, on)), text))
-            workers.append((who, state, int(good), int(bad), on, text))
-    return _Look(time.monotonic(), counts, workers, bool(suspended))
-
-
-# ANSI's colours of cells, else of columns; "" is that of the bars.
-_STYLES = {"0": 2, "busy": 32, "suspended": 33, "failed": 31, "started": 32, "queued": 36, "": 36}
-
-
-def _table(
-    head: Sequence[str], rows: Sequence[Sequence[Any]], width: int, height: int, coloured: bool
-) -> list[str]:
-    """Lay out rows under a head, in so many columns and lines.  Where the width is short, columns
-    without anything are left out; then the first is cut, and the last has what is left."""
-    if width < len(" ".join(head)) + 8:
-        columns = zip(head, *rows, strict=True)
-        head, *rows = zip(*(each for each in columns if any(each[1:])), strict=True)
-    fits = len(rows) if len(rows) < height else max(0, height - 2)
-    sizes = [max(len(str(cell)) for cell in column) for column in zip(head, *rows, strict=True)]
-    room = width - sum(sizes[1:-1]) - len(sizes) + 1
-    sizes[0] = max(8, min(sizes[0], room - min(sizes[-1], 14)))
-    sizes[-1] = max(0, min(sizes[-1], room - sizes[0]))
-    lines = []
-    for row in [head, *rows[:fits]]:
-        line, left = "", width
-        for title, cell, size in zip(head, row, sizes, strict=True):
-            if left <= 0:
-                break
-            text = str(cell)
-            text = text if len(text) <= size else f"{text[: max(0, size - 1)]}…"
-            text = (text.rjust if title in _CONTAINERS else text.ljust)(size)[:left]
-            left -= size + 1
-            style = 1 if row is head else _STYLES.get(str(cell)) or _STYLES.get(title)
-            line += f"\x1b[{style}m{text}\x1b[0m " if coloured and style else f"{text} "
-        lines.append(line.rstrip(" "))
-    return lines + ([f"… {len(rows) - fits} more"] if fits < len(rows) else [])
-
-
-def _summary(old: _Look, new: _Look) -> str:
-    """Count what there is, and what ended per second between the looks, if they are two."""
-    queued, started = (sum(counts[i] for counts in new.queues.values()) for i in range(2))
-    busy = sum(each[1] == "busy" for each in new.workers)
-    text = f"{len(new.queues)} queues, {queued} queued, {started} started; "
-    text += f"{len(new.workers)} workers, {busy} busy"
-    before = {each[0]: each for each in old.workers}
-    for i, word in ((2, "finished"), (3, "failed")) if old is not new else ():
-        grown = [each[i] - before.get(each[0], each)[i] for each in new.workers]
-        text += f"; {sum(max(0, more) for more in grown) / (new.at - old.at):.1f} {word}/s"
-    return text + ("; SUSPENDED" if new.suspended else "")
-
-
-def _page(
-    options: argparse.Namespace, coloured: bool, looks: Sequence[_Look], title: str = "",
-    width: int = 10**6, height: int = 10**6,
-) -> list[str]:  # fmt: skip
-    """Lay out the last look in lines; with bars, if the width has a limit."""
-    queues = {} if options.only_workers else looks[-1].queues
-    rows = [] if options.only_queues else looks[-1].workers
-    if options.raw:
-        lines = []
-        for name, (queued, *counts) in queues.items():
-            words = map("{}={}".format, _CONTAINERS[1:], counts)
-            lines.append(" ".join(["queue", name, str(queued), *words]))
-        return lines + [f"worker {w[0]} {w[1]} {w[4]} finished={w[2]} failed={w[3]}" for w in rows]
-    head = ["queue", *_CONTAINERS, ""]
-    room = max(5, width - len(" ".join(head)) - max(map(len, ["", *queues])))
-    size = min(40, room) if width < 10**6 else 0
-    most = max([1, *(each[0] for each in queues.values())])
-    table = [(name, *each, "█" * -(-each[0] * size // most)) for name, each in queues.items()]
-    tables = [(head, table), (["worker", "state", "finished", "failed", "queues", "job"], rows)]
-    if options.by_queue and not options.only_queues:
-        table = []
-        for name in looks[-1].queues:
-            on = [(name, w[0], w[1], w[5]) for w in rows if name in w[4].split(",")]
-            table += on or [(name, "-", "", "")]
-        tables[1] = ["queue", "worker", "state", "job"], table
-    text = (title + _summary(looks[0], looks[-1]))[:width]
-    lines = [f"\x1b[{33 if looks[-1].suspended else 1}m{text}\x1b[0m" if coloured else text]
-    if options.warning:
-        lines.append(f"warning: {options.warning}"[:width])
-    tables = [each for each in tables if each[1]]
-    for i, (head, table) in enumerate(tables):
-        behind, left = sum(len(rest) + 2 for _, rest in tables[i + 1 :]), height - len(lines)
-        share = max(left // (len(tables) - i), left - behind) - 1
-        lines += ["", *_table(head, table, width, share, coloured)]
-    return lines[:height]
-
-
-@contextlib.contextmanager
-def _screen(page: Callable[..., list[str]]) -> Iterator[Callable[[str, float], Any]]:
-    """Take the terminal, and leave it as it was, however the block ends.  Yields what shows pages
-    of the size that the terminal has, for some seconds, or until `q` is typed: then it is true."""
-    out, bell, told = sys.stdout, _Bell(), list[int]()
-    keys = [sys.stdin.fileno()] if sys.stdin.isatty() else []
-    modes = [termios.tcgetattr(key) for key in keys]
-
-    def switch(on: bool) -> None:  # another screen, without cursor and line wrap; keys at once
-        out.write("\x1b[?1049h\x1b[?25l\x1b[?7l" if on else "\x1b[?7h\x1b[?25h\x1b[?1049l")
-        out.flush()
-        for key, mode in zip(keys, modes, strict=True):
-            tty.setcbreak(key) if on else termios.tcsetattr(key, termios.TCSADRAIN, mode)
-
-    def show(title: str, seconds: float) -> bool:
-        until = time.monotonic() + seconds
-        while (left := until - time.monotonic()) > 0:
-            width, height = os.get_terminal_size(out.fileno())
-            text = "\x1b[K\r\n".join(page(title, width - 1 if width else 79, height or 24))
-            text = f"\x1b[?2026h\x1b[H{text}\x1b[J\x1b[?2026l"  # (2026) all of it at once
-            out.buffer.write(text.encode(out.encoding, "replace"))
-            out.flush()
-            if bell.watch(left, *keys):
-                bell.heard()
-            if signal.SIGTSTP in told:  # Ctrl-Z
-                switch(False)
-                os.kill(os.getpid(), signal.SIGSTOP)
-                switch(True)
-            told.clear()
-            typed = os.read(keys[0], 99) if keys and select.select(keys, [], [], 0)[0] else b"-"
-            if not typed or b"q" in typed.lower():
-                return True
-        return False
-
-    def heed(number: int, frame: Any) -> None:
-        if number == signal.SIGTERM:
-            sys.exit(128 + number)
-        told.append(number)
-
-    with contextlib.ExitStack() as after:
-        after.callback(bell.close)
-        wakeup = signal.set_wakeup_fd(bell.rope.fileno(), warn_on_full_buffer=False)
-        after.callback(signal.set_wakeup_fd, wakeup)
-        for number in (signal.SIGWINCH, signal.SIGTSTP, signal.SIGTERM):
-            after.callback(signal.signal, number, signal.signal(number, heed))
-        after.callback(switch, False)
-        switch(True)
-        yield show
-
-
-def _info(options: argparse.Namespace) -> None:
-    server, names = options.connection, options.queues
-    every = _seconds(options.interval, "--interval") if options.interval else math.inf
-    known = [queue.name for queue in Queue.all(server)]
-    if unknown := sorted({*names} - {*known}):
-        raise ValueError(f"no queue {', '.join(unknown)}; there are: {', '.join(known) or 'none'}")
-    if not options.raw:
-        keys = [Queue(name).prefix for name in names or known]
-        with contextlib.closing(_Line(server, None, *keys[:1])) as line:
-            options.warning = _eviction_warning(line)
-    terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
-    live = terminal and every < math.inf and not options.raw
-    # A rate is that of three seconds, or since the last look.
-    looks = deque([_look_around(server, names)], 1 + min(30, math.ceil(3 / every)))
-    page = functools.partial(_page, options, terminal and not os.environ.get("NO_COLOR"), looks)
-
-    def show(title: str, seconds: float) -> Any:
-        print(*page(), sep="\n", flush=True)
-        time.sleep(seconds if seconds < math.inf else 0)
-        return seconds == math.inf
-
-    with _screen(page) if live else contextlib.nullcontext(show) as show_page:
-        trouble = ""
-        while not show_page(f"{time.strftime('%H:%M:%S')}  {trouble}", every):
-            try:
-                looks.append(_look_around(server, names))
-                trouble = ""
-            except ServerUnavailable as error:
-                if not live:
-                    raise
-                trouble = f"{error}  "
 
 
 def _demo_flaky() -> str:
@@ -6212,7 +6083,7 @@ def _demo_flaky() -> str:
     return "succeeded at last"
 
 
-def _demo(options: argparse.Namespace) -> None:
+def _cmd_demo(options: argparse.Namespace) -> None:
     queue = Queue("demo", embedded())
     print("A private server is running; a queue 'demo' on it gets five jobs.")
     backoff = Retry(max=3, interval=0.5, backoff=2, jitter=0.1)
@@ -6226,143 +6097,238 @@ def _demo(options: argparse.Namespace) -> None:
     print("A worker runs them, and stops when it was idle for 2 seconds:\n", flush=True)
     Worker(queue).work(max_idle_time=2, with_scheduler=True)
     print("\nWhat became of them:\n")
-    for what, job in jobs.items():
-        last, *older = job.results()
-        value = last.return_value or str(last.exc_string).splitlines()[-1]
-        value = _printable(str(value))
-        print(f"  {job.get_status():9} {len(older) + 1} run(s)  {value:46} {what}")
+    for description, job in jobs.items():
+        results = job.results()
+        value = results[0].return_value or str(results[0].exc_string).splitlines()[-1]
+        text = _printable(str(value))
+        print(f"  {job.get_status():9} {len(results)} run(s)  {text:46} {description}")
 
 
-# A function, what it does, and examples.
-_COMMANDS: dict[str, tuple[Any, ...]] = {
-    "worker": (_worker, "run jobs", "high low --with-scheduler", "-b --in-process --max-jobs 9 -q"),
-    "worker-pool": (_worker, "run jobs in several processes", "high low -n 4 --pid /run/mq.pid"),
-    "enqueue": (
-        _enqueue, "store a job, and print its id",
+# What the commands take.
+
+
+def _add_command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], Any], help: str, *examples: str
+) -> argparse.ArgumentParser:
+    """Add a command that is done by `run`; in an example % is written as %%."""
+    lines = [f"%(prog)s {example}".rstrip() for example in examples]
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=help,
+        description=f"{help[0].upper()}{help[1:]}.",
+        epilog="\n  ".join(["examples:", *lines]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run, command=name)
+    return parser
+
+
+def _add_worker(commands: Any) -> None:
+    parser = _add_command(
+        commands, "worker", _cmd_worker, "run jobs",
+        "high low --with-scheduler", "-b --in-process --max-jobs 9 -q",
+    )  # fmt: skip
+    add = parser.add_argument
+    add("-n", "--name", help="of the worker; unique")
+    add("--num-workers", "--processes", type=int, metavar="N", help="how many run at a time, 1")
+    _add_worker_options(parser)
+    _add_common_options(parser)
+
+
+def _add_worker_pool(commands: Any) -> None:
+    parser = _add_command(
+        commands, "worker-pool", _cmd_worker_pool, "run jobs in several processes",
+        "high low -n 4 --pid /run/mq.pid",
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--name", help="of the pool")
+    add("-n", "--num-workers", "--processes", type=int, metavar="N", help="how many at a time, 1")
+    _add_worker_options(parser)
+    _add_common_options(parser)
+
+
+def _add_worker_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("queues", nargs="*", help="in order of priority; by default 'default'")
+    add("-b", "--burst", action="store_true", help="stop when the queues are empty")
+    add("-s", "--with-scheduler", action="store_true", help="run cron; on time even while busy")
+    add("--in-process", action="store_true", help="don't fork: no protection")
+    add("--jobs-per-fork", type=int, metavar="N", help="replace a process after so many jobs, 1000")
+    add("--lease", metavar="S", help="silence after which a worker's jobs are given to others, 15")
+    add("--max-jobs", type=int, metavar="N", help="stop after so many")
+    add("--max-idle-time", type=float, metavar="SEC", help="stop after so long without any")
+    add("-ds", "--dequeue-strategy", metavar="WORD", help="default, round_robin or random")
+    result_ttl = ("--default-result-ttl", "--results-ttl")
+    add(*result_ttl, metavar="S", help="how long to keep results, 500")
+    add(
+        "--exception-handlers", "--exception-handler", action="append", metavar="NAME",
+        help="of a function, dotted; may be given again",
+    )  # fmt: skip
+    add(
+        "-d", "--disable-default-exception-handler", action="store_true",
+        help="leave a failure to your handlers",
+    )  # fmt: skip
+    add("--pid", metavar="FILE", help="write the process id there")
+    _add_log_options(parser)
+    ignored = ("--worker-ttl", "--maintenance-interval", "--job-monitoring-interval")
+    add(*ignored, metavar="S", help="RQ's, ignored")
+
+
+def _add_log_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    _add_logging_level(parser)
+    add("-v", "--verbose", action="store_true", help="the same as --logging-level DEBUG")
+    add("-q", "--quiet", action="store_true", help="the same as --logging-level WARNING")
+    add("--log-format", metavar="FORMAT", help="%%(asctime)s %%(message)s")
+    add("--date-format", metavar="FORMAT", help="%%H:%%M:%%S")
+    add("--disable-job-desc-logging", action="store_true", help="log no more than the id of a job")
+
+
+def _add_logging_level(parser: argparse.ArgumentParser) -> None:
+    names = ("-l", "--logging-level", "--logging_level")
+    parser.add_argument(*names, type=str.upper, metavar="LEVEL", help="INFO")
+
+
+def _add_enqueue(commands: Any) -> None:
+    parser = _add_command(
+        commands, "enqueue", _cmd_enqueue, "store a job, and print its id",
         "tasks.send ann@example.com subject=hello --retry-max 3 --retry-interval 10",
         """tasks.send ':["JSON"]' 'to:={"JSON": 1}' '%%("literal", None)' 'size%%=(1, 2)'""",
         "tasks.send @file text=@file :@file.json data:=@file.json --queue low --schedule-in 1h",
-    ),
-    "info": (_info, "show queues and workers", "", "high low --only-queues", "--interval 1"),
-    "empty": (_empty, "delete the jobs that wait in queues", "high low", "--all"),
-    "requeue": (_requeue, "run failed jobs again", "--queue mail x7 x8", "--queue mail -a"),
-    "suspend": (_suspend, "have all workers pause", "--duration 5m"),
-    "resume": (_resume, "have them go on", ""),
-    "cron": (_cron, "store the entries of a config file, and run cron, no jobs", "cron_config.py"),
-    "demo": (_demo, "see it work, on a private server", ""),
-}  # fmt: skip
-# What they take: commands; flags, with a word for what follows (N: an int; SEC: a float; ...: may
-# be given again), or the name of an argument (*: any number); what it means.
-_FLAGS = """
-any  -u --url URL  redis://..; or $MICROQ_URL, the config module, $REDIS_URL, $REDIS_HOST, localhost
-any  --cluster  the server is a node of a Redis Cluster, as with --url redis+cluster://..
-any  --embedded [DIR]  use a private server; the one of DIR is durable, and shared
-any  -c --config MODULE  with REDIS_URL or SENTINEL; QUEUES, NAME and DICT_CONFIG for workers
-any  -w --worker-class NAME  Worker, or another, by its dotted name
-any  -j --job-class NAME  Job, or another
-any  --queue-class NAME  Queue, or another
-any  --connection-class NAME  redis.Redis, or another
-any  -S --serializer NAME  pickle, json, or another
-any  -P --path DIR...  where to import from, .
-worker worker-pool  queues*  in order of priority; by default 'default'
-info empty  queues*  these only
-enqueue  function  its dotted name
-enqueue  arguments*  value, :json, %literal; name=value, name:=json, name%=literal; @file as value
-requeue  ids*  of failed jobs
-worker  -n --name NAME  of the worker; unique
-cron  config_path  a file, or a dotted name, of a module that calls microq.register()
-cron  --name NAME  of the scheduler, and the owner of the entries; by default config_path
-worker-pool  --name NAME  of the pool
-worker  --num-workers --processes N  how many run jobs at a time, 1
-worker-pool  -n --num-workers --processes N  how many run jobs at a time, 1
-worker worker-pool  -b --burst  stop when the queues are empty
-worker worker-pool  -s --with-scheduler  run cron, and be on time even while busy
-worker worker-pool  --in-process  don't fork: no protection
-worker worker-pool  --jobs-per-fork N  replace a process after so many, 1000, but not in 1 s
-worker worker-pool  --lease S  silence that costs it its jobs, 15
-worker worker-pool  --max-jobs N  stop after so many
-worker worker-pool  --max-idle-time SEC  stop after so long without any
-worker worker-pool  -ds --dequeue-strategy WORD  default, round_robin or random
-worker worker-pool  --default-result-ttl --results-ttl S  how long to keep results, 500
-worker worker-pool  --exception-handlers --exception-handler NAME...  a dotted name
-worker worker-pool  -d --disable-default-exception-handler  leave a failure to your handlers
-worker worker-pool  --disable-job-desc-logging  log no more than the id of a job
-worker worker-pool  --pid FILE  write the process id there
-worker worker-pool cron  -l --logging-level --logging_level LEVEL  INFO
-worker worker-pool  -v --verbose  the same as --logging-level DEBUG
-worker worker-pool  -q --quiet  the same as --logging-level WARNING
-worker worker-pool  --log-format FORMAT  %(asctime)s %(message)s
-worker worker-pool  --date-format FORMAT  %H:%M:%S
-worker worker-pool  --worker-ttl --maintenance-interval --job-monitoring-interval S  RQ's, ignored
-enqueue  -q --queue NAME  default
-enqueue  --job-timeout --timeout S  how long it may run: seconds, or 5m, 2h, 1d; 180
-enqueue  --result-ttl S  how long to keep its result, 500
-enqueue  --ttl S  how long it may wait
-enqueue  --failure-ttl S  how long to keep it if it fails, 365d
-enqueue  --schedule-in S  when to run it
-enqueue  --schedule-at TIME  likewise, as ISO 8601; local time unless it says
-enqueue  --depends-on ID...  run it after this job
-enqueue  --description TEXT  for people
-enqueue  --job-id ID  of your own
-enqueue  --at-front  overtake those that wait
-enqueue  --retry-max N  how often to run it again if it fails
-enqueue  --retry-interval S...  once, or for each retry
-enqueue  --quiet  don't print the id
-info  -i --interval S  look again so often; on a terminal until you type q
-info  -r --raw  for programs: queue NAME COUNT .., worker NAME STATE QUEUES ..
-info  -Q --only-queues  no workers
-info  -W --only-workers  no queues
-info  -R --by-queue  the workers of each queue
-empty requeue  -a --all  all there are
-requeue  --queue NAME!  of the jobs
-suspend  --duration S  no limit
-"""
+    )  # fmt: skip
+    add = parser.add_argument
+    add("function", help="its dotted name")
+    forms = "value, :json, %%literal; name=value, name:=json, name%%=literal; @file as value"
+    add("arguments", nargs="*", help=forms)
+    add("-q", "--queue", metavar="NAME", help="default")
+    add("--job-timeout", "--timeout", metavar="S", help="seconds it may run, or 5m, 2h, 1d; 180")
+    add("--result-ttl", metavar="S", help="how long to keep its result, 500")
+    add("--ttl", metavar="S", help="how long it may wait")
+    add("--failure-ttl", metavar="S", help="how long to keep it if it fails, 365d")
+    add("--schedule-in", metavar="S", help="run it after so long")
+    add("--schedule-at", metavar="TIME", help="run it at that time, ISO 8601; local unless it says")
+    add("--depends-on", action="append", metavar="ID", help="run it after this job; repeatable")
+    add("--description", metavar="TEXT", help="for people")
+    add("--job-id", metavar="ID", help="of your own")
+    add("--at-front", action="store_true", help="overtake those that wait")
+    add("--retry-max", type=int, metavar="N", help="how often to run it again if it fails")
+    add("--retry-interval", action="append", metavar="S", help="once, or for each retry")
+    add("--quiet", action="store_true", help="don't print the id")
+    _add_common_options(parser)
 
 
-def _parser() -> tuple[argparse.ArgumentParser, Any]:
+def _add_info(commands: Any) -> None:
+    parser = _add_command(
+        commands, "info", _cmd_info, "show queues and workers",
+        "", "high low --only-queues", "--interval 1",
+    )  # fmt: skip
+    add = parser.add_argument
+    add("queues", nargs="*", help="these only")
+    add("-i", "--interval", metavar="S", help="show it again after so long, until Ctrl-C")
+    lines = "for programs: queue NAME COUNT .., worker NAME STATE QUEUES .."
+    add("-r", "--raw", action="store_true", help=lines)
+    add("-Q", "--only-queues", action="store_true", help="no workers")
+    add("-W", "--only-workers", action="store_true", help="no queues")
+    add("-R", "--by-queue", action="store_true", help="the workers of each queue")
+    _add_common_options(parser)
+
+
+def _add_empty(commands: Any) -> None:
+    help = "delete the jobs that wait in queues"
+    parser = _add_command(commands, "empty", _cmd_empty, help, "high low", "--all")
+    parser.add_argument("queues", nargs="*", help="these only")
+    parser.add_argument("-a", "--all", action="store_true", help="all queues")
+    _add_common_options(parser)
+
+
+def _add_requeue(commands: Any) -> None:
+    examples = ("--queue mail x7 x8", "--queue mail -a")
+    parser = _add_command(commands, "requeue", _cmd_requeue, "run failed jobs again", *examples)
+    parser.add_argument("ids", nargs="*", help="of failed jobs")
+    parser.add_argument("-a", "--all", action="store_true", help="all failed jobs of the queue")
+    parser.add_argument("--queue", metavar="NAME", required=True, help="of the jobs")
+    _add_common_options(parser)
+
+
+def _add_suspend(commands: Any) -> None:
+    help = "have all workers pause"
+    parser = _add_command(commands, "suspend", _cmd_suspend, help, "--duration 5m")
+    parser.add_argument("--duration", metavar="S", help="no limit")
+    _add_common_options(parser)
+
+
+def _add_resume(commands: Any) -> None:
+    parser = _add_command(commands, "resume", _cmd_resume, "have all workers go on", "")
+    _add_common_options(parser)
+
+
+def _add_cron(commands: Any) -> None:
+    help = "store the entries of a config file, and run cron, no jobs"
+    parser = _add_command(commands, "cron", _cmd_cron, help, "cron_config.py")
+    module = "a file, or a dotted name, of a module that calls microq.register()"
+    parser.add_argument("config_path", help=module)
+    name = "of the scheduler, and the owner of the entries; by default config_path"
+    parser.add_argument("--name", help=name)
+    _add_logging_level(parser)
+    _add_common_options(parser)
+
+
+def _add_demo(commands: Any) -> None:
+    _add_command(commands, "demo", _cmd_demo, "see it work, on a private server", "")
+
+
+def _add_common_options(parser: argparse.ArgumentParser) -> None:
+    """Add what all commands but demo take."""
+    add = parser.add_argument_group("server").add_argument
+    sources = "$MICROQ_URL, the config module, $REDIS_URL, $REDIS_HOST, localhost"
+    add("-u", "--url", help=f"redis://..; or {sources}")
+    add("--cluster", action="store_true", help="a Redis Cluster, as with --url redis+cluster://..")
+    private = "use a private server; the one of DIR is durable, and shared"
+    add("--embedded", nargs="?", const="", metavar="DIR", help=private)
+    names = "with REDIS_URL or SENTINEL; QUEUES, NAME and DICT_CONFIG for workers"
+    add("-c", "--config", metavar="MODULE", help=names)
+
+    add = parser.add_argument_group("classes, by dotted names").add_argument
+    add("-w", "--worker-class", metavar="NAME", help="Worker, or another")
+    add("-j", "--job-class", metavar="NAME", help="Job, or another")
+    add("--queue-class", metavar="NAME", help="Queue, or another")
+    add("--connection-class", metavar="NAME", help="redis.Redis, or another")
+    add("-S", "--serializer", metavar="NAME", help="pickle, json, or another")
+    add("-P", "--path", action="append", metavar="DIR", help="where to import from, .; repeatable")
+
+
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     """Return the parser of the command line, and those of the commands by name."""
-    raw: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser(prog=_PROGRAM, description="Jobs on Redis.", **raw)
+    parser = argparse.ArgumentParser(prog=_PROGRAM, description="Jobs on Redis.")
     parser.add_argument("--version", action="version", version=f"microq {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, (function, help, *examples) in _COMMANDS.items():
-        epilog = "\n  ".join(["examples:", *(f"%(prog)s {each}" for each in examples)])
-        sub = commands.add_parser(name, help=help, description=help, epilog=epilog, **raw)
-        sub.set_defaults(run=function, command=name)
-        for line in _FLAGS.strip().splitlines():
-            owners, words, text = line.split("  ", 2)
-            if name in owners.split() or (owners == "any" and name != "demo"):
-                _add_flag(sub, words.split(), text.replace("%", "%%"))
+    _add_worker(commands)
+    _add_worker_pool(commands)
+    _add_enqueue(commands)
+    _add_info(commands)
+    _add_empty(commands)
+    _add_requeue(commands)
+    _add_suspend(commands)
+    _add_resume(commands)
+    _add_cron(commands)
+    _add_demo(commands)
     return parser, commands.choices
-
-
-def _add_flag(parser: argparse.ArgumentParser, words: list[str], text: str) -> None:
-    last, more = words[-1], dict[str, Any](help=text)
-    if last.startswith("-"):
-        more |= {"action": "store_const", "const": True}
-    elif len(words) == 1:
-        words, more["nargs"] = [last.rstrip("*")], "*" if last.endswith("*") else None
-    else:
-        words, word = words[:-1], last.strip("[].!")
-        kinds: dict[str, Any] = {"N": int, "SEC": float, "LEVEL": str.upper}
-        more |= {"metavar": word, "required": "!" in last, "type": kinds.get(word, str)}
-        more |= {"action": "append"} if "..." in last else {}
-        more |= {"nargs": "?", "const": ""} if "[" in last else {}
-    parser.add_argument(*words, **more)
 
 
 def _configure(options: argparse.Namespace) -> None:
     """Complete the options from the environment, and import what they name."""
     sys.path[:0] = options.path or ["."]
-    for name in ("url", "config", "worker_class", "job_class", "queue_class", "connection_class"):
-        word = getattr(options, name) or os.environ.get(f"MICROQ_{name.upper()}")
-        if word and name.endswith("class"):
-            word = _find(word if "." in word else f"{__name__}.{word}")
-        setattr(options, name, word)
-    options.settings = vars(importlib.import_module(options.config)) if options.config else {}
+    for option in _ENVIRONMENT_OPTIONS:
+        value = getattr(options, option) or os.environ.get(f"MICROQ_{option.upper()}")
+        if value and option.endswith("class"):
+            value = _find(value if "." in value else f"{__name__}.{value}")
+        setattr(options, option, value)
+    options.settings = {}
+    if options.config:
+        options.settings = vars(importlib.import_module(options.config))
     if "DICT_CONFIG" in options.settings:
-        plan = {"disable_existing_loggers": False} | options.settings["DICT_CONFIG"]
-        importlib.import_module("logging.config").dictConfig(plan)
+        config = {"disable_existing_loggers": False} | options.settings["DICT_CONFIG"]
+        importlib.import_module("logging.config").dictConfig(config)
     options.connection = _server_of(options)
 
 
@@ -6379,15 +6345,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     sense, 130 for Ctrl-C."""
     _open_standard_streams()
     parser, commands = _parser()
-    name, *words = (sys.argv[1:] if argv is None else argv) or [""]
-    if not name:
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words:
         parser.print_help(sys.stderr)
         return 2
-    if name not in commands:
-        parser.parse_args([name])  # --help, or an error: it does not return
-    options = commands[name].parse_intermixed_args(words)
+    if words[0] not in commands:
+        parser.parse_args(words[:1])  # --help, or an error: it does not return
+    options = commands[words[0]].parse_intermixed_args(words[1:])
     try:
-        if name != "demo":
+        if options.command != "demo":
             _configure(options)
         status = options.run(options) or 0
         sys.stdout.flush()
@@ -6399,7 +6365,374 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except Exception as error:
         log.debug("this is where", exc_info=True)
-        known = MicroqError | exceptions.RedisError | TypeError | ValueError | OSError
-        text = str(error) if isinstance(error, known) else f"{type(error).__name__}: {error}"
-        print(f"microq: {_printable(' '.join(text.split()))}", file=sys.stderr)
+        print(f"microq: {_error_line(error)}", file=sys.stderr)
         return 1
+
+
+def _error_line(error: Exception) -> str:
+    """Return the message of an error in one line; with its type, unless the message says all."""
+    text = str(error)
+    if not isinstance(
+        error, MicroqError | exceptions.RedisError | TypeError | ValueError | OSError
+    ):
+        text = f"{type(error).__name__}: {text}"
+    return _printable(" ".join(text.split()))
+
+
+# The command info.
+
+_CLEAR_SCREEN = "\x1b[H\x1b[2J"
+_UNLIMITED = 10**6  # columns or lines of an output that is no terminal
+_MAX_BAR = 40  # columns
+_MIN_FIRST, _MIN_LAST = 8, 14  # columns that a table's first and last column get, if they need them
+_DIM, _BOLD, _RED, _GREEN, _YELLOW, _CYAN = 2, 1, 31, 32, 33, 36  # ANSI's codes
+_CELL_STYLES = {"0": _DIM, "busy": _GREEN, "suspended": _YELLOW}
+_BAR_TITLE = ""
+_COLUMN_STYLES = {"queued": _CYAN, "started": _GREEN, "failed": _RED, _BAR_TITLE: _CYAN}
+
+
+class _HeldJob(NamedTuple):
+    """A job that a worker has claimed; of several, the one that it runs has the lowest claim."""
+
+    claim: int
+    id: str
+    prefix: str  # of its queue
+
+
+class _WorkerRow(NamedTuple):
+    """A worker, as info shows it."""
+
+    name: str
+    state: str  # busy, suspended, idle
+    finished: int
+    failed: int
+    queues: list[str]
+    job: str  # function and id, and how many more it holds; '' if it holds none
+
+
+class _Snapshot(NamedTuple):
+    """What info shows, as it was at one time."""
+
+    taken_at: float  # monotonic
+    queues: dict[str, list[int]]  # how many jobs are in each of _CONTAINERS
+    workers: list[_WorkerRow]
+    suspended: bool
+
+    def count(self, container: str) -> int:
+        """Return how many jobs are in a container, in all queues."""
+        index = _CONTAINERS.index(container)
+        return sum(counts[index] for counts in self.queues.values())
+
+
+def _take_snapshot(connection: Redis, names: Sequence[str]) -> _Snapshot:
+    """Read how the queues of these names are, and their workers, in two round trips; or of all
+    queues, in three."""
+    queues = [Queue(name, connection) for name in names] or Queue.all(connection)
+    commands: list[Command] = []
+    for queue in queues:
+        commands += [registry(queue=queue)._size() for registry in _REGISTRIES.values()]
+        commands.append(("HKEYS", f"{queue.prefix}workers"))
+        commands.append(("HGETALL", f"{queue.prefix}started"))
+    *replies, suspended = _send(connection, *commands, ("EXISTS", _SUSPENDED))
+    remaining = iter(replies)
+    counts: dict[str, list[int]] = {}
+    held: dict[bytes, list[_HeldJob]] = {}  # by worker
+    for queue in queues:
+        counts[queue.name] = list(itertools.islice(remaining, len(_REGISTRIES)))
+        for name in next(remaining):
+            held.setdefault(name, [])
+        for name, job in _held_jobs(queue, next(remaining)):
+            held.setdefault(name, []).append(job)
+    workers = _read_workers(connection, held, bool(suspended))
+    return _Snapshot(time.monotonic(), counts, workers, bool(suspended))
+
+
+def _held_jobs(queue: Queue, started: Any) -> Iterator[tuple[bytes, _HeldJob]]:
+    """Return (name of the worker, job) pairs from the hash `started` of a queue."""
+    if not isinstance(started, dict):  # before the protocol RESP3
+        started = dict(zip(started[::2], started[1::2], strict=True))
+    for id, token in started.items():
+        execution = token.partition(b" ")[0]
+        worker, _, claim = execution.rpartition(b".")
+        yield worker, _HeldJob(int(claim), id.decode(), queue.prefix)
+
+
+def _read_workers(
+    connection: Redis, held: dict[bytes, list[_HeldJob]], suspended: bool
+) -> list[_WorkerRow]:
+    """Return a row for each worker that has a record.  One round trip, or none."""
+    if not held:
+        return []
+    names = sorted(held)
+    busy = [name for name in names if held[name]]
+    commands: list[Command] = [("GET", b"microq:worker:" + name) for name in names]
+    for name in busy:
+        job = min(held[name])
+        commands.append(("HGET", f"{job.prefix}job:{job.id}", "func"))
+    replies = _send(connection, *commands)
+    records = replies[: len(names)]
+    funcs = dict(zip(busy, replies[len(names) :], strict=True))
+    rows = []
+    for name, record in zip(names, records, strict=True):
+        state = "suspended" if suspended else "idle"
+        text = ""
+        if held[name]:
+            state = "busy"
+            text = _describe_held(held[name], funcs[name])
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # no record, or a garbled one
+            rows.append(_worker_row(json.loads(record), state, text))
+    return rows
+
+
+def _describe_held(jobs: list[_HeldJob], func: bytes | None) -> str:
+    """Return the job that runs, and how many more the worker has claimed."""
+    name = (func or b"").decode(errors="replace")
+    text = f"{name} {min(jobs).id}"
+    if len(jobs) > 1:
+        text += f" +{len(jobs) - 1}"
+    return _printable(text)
+
+
+def _worker_row(record: dict[str, Any], state: str, job: str) -> _WorkerRow:
+    queues = [_printable(name) for name in record["queues"]]
+    name = _printable(record["name"])
+    return _WorkerRow(name, state, int(record["good"]), int(record["bad"]), queues, job)
+
+
+class _Layout(NamedTuple):
+    """How much fits on the output, and what it can show."""
+
+    width: int = _UNLIMITED
+    height: int = _UNLIMITED
+    coloured: bool = False
+    bars: bool = False
+
+
+class _Table(NamedTuple):
+    titles: Sequence[str]
+    rows: list[Sequence[Any]]
+
+
+def _queue_table(snapshot: _Snapshot, layout: _Layout) -> _Table:
+    table = _Table(["queue", *_CONTAINERS, _BAR_TITLE], [])
+    longest = max(map(len, ["", *snapshot.queues]))
+    room = layout.width - len(" ".join(table.titles)) - longest
+    size = min(_MAX_BAR, max(5, room)) if layout.bars else 0
+    most = max([1, *(counts[0] for counts in snapshot.queues.values())])
+    for name, counts in snapshot.queues.items():
+        bar = "█" * math.ceil(counts[0] * size / most)
+        table.rows.append([name, *counts, bar])
+    return table
+
+
+def _worker_table(snapshot: _Snapshot) -> _Table:
+    table = _Table(["worker", "state", "finished", "failed", "queues", "job"], [])
+    for worker in snapshot.workers:
+        table.rows.append([*worker[:4], ",".join(worker.queues), worker.job])
+    return table
+
+
+def _by_queue_table(snapshot: _Snapshot) -> _Table:
+    """Return a table of the workers of each queue."""
+    table = _Table(["queue", "worker", "state", "job"], [])
+    for name in snapshot.queues:
+        workers = [worker for worker in snapshot.workers if name in worker.queues]
+        for worker in workers:
+            table.rows.append([name, worker.name, worker.state, worker.job])
+        if not workers:
+            table.rows.append([name, "-", "", ""])
+    return table
+
+
+def _column_sizes(table: _Table, width: int) -> list[int]:
+    """Return the widths of the columns.  Where they are too much for `width`, the first column is
+    cut, and the last one gets what is left."""
+    columns = zip(table.titles, *table.rows, strict=True)
+    sizes = [max(len(str(cell)) for cell in column) for column in columns]
+    first, *middle, last = sizes
+    room = width - sum(middle) - len(middle) - 1
+    first = max(_MIN_FIRST, min(first, room - min(last, _MIN_LAST)))
+    last = max(0, min(last, room - first))
+    return [first, *middle, last]
+
+
+def _without_empty_columns(table: _Table) -> _Table:
+    columns = zip(table.titles, *table.rows, strict=True)
+    used = [column for column in columns if any(column[1:])]
+    titles, *rows = zip(*used, strict=True)
+    return _Table(titles, [*rows])
+
+
+def _format_table(table: _Table, max_rows: int, layout: _Layout) -> list[str]:
+    """Return the lines of a table; where rows are too many, the last line says how many more."""
+    if layout.width < len(" ".join(table.titles)) + 8:
+        table = _without_empty_columns(table)
+    shown = table.rows
+    if len(shown) > max_rows:
+        shown = shown[: max(0, max_rows - 1)]
+    sizes = _column_sizes(table, layout.width)
+    lines = [_format_row(table.titles, table.titles, sizes, layout)]
+    lines += [_format_row(table.titles, row, sizes, layout) for row in shown]
+    if len(shown) < len(table.rows):
+        lines.append(f"… {len(table.rows) - len(shown)} more")
+    return lines
+
+
+def _format_row(
+    titles: Sequence[str], row: Sequence[Any], sizes: Sequence[int], layout: _Layout
+) -> str:
+    cells = []
+    left = layout.width
+    for title, value, size in zip(titles, row, sizes, strict=True):
+        if left <= 0:
+            break
+        text = str(value)
+        if len(text) > size:
+            text = f"{text[: max(0, size - 1)]}…"
+        text = text.rjust(size) if title in _CONTAINERS else text.ljust(size)
+        text = text[:left]
+        left -= size + 1
+        style = _CELL_STYLES.get(str(value)) or _COLUMN_STYLES.get(title)
+        if row is titles:
+            style = _BOLD
+        cells.append(_styled(text, style, layout))
+    return " ".join(cells).rstrip(" ")
+
+
+def _styled(text: str, style: int | None, layout: _Layout) -> str:
+    return f"\x1b[{style}m{text}\x1b[0m" if style and layout.coloured else text
+
+
+def _summary(old: _Snapshot, new: _Snapshot) -> str:
+    """Count what there is, and what ended per second between two snapshots, if they are two."""
+    busy = len([worker for worker in new.workers if worker.state == "busy"])
+    text = f"{len(new.queues)} queues, {new.count('queued')} queued, {new.count('started')} started"
+    text += f"; {len(new.workers)} workers, {busy} busy"
+    if new is not old:
+        seconds = new.taken_at - old.taken_at
+        before = {worker.name: worker for worker in old.workers}
+        finished = failed = 0
+        for worker in new.workers:
+            earlier = before.get(worker.name, worker)
+            finished += max(0, worker.finished - earlier.finished)
+            failed += max(0, worker.failed - earlier.failed)
+        text += f"; {finished / seconds:.1f} finished/s; {failed / seconds:.1f} failed/s"
+    if new.suspended:
+        text += "; SUSPENDED"
+    return text
+
+
+def _raw_lines(options: argparse.Namespace, snapshot: _Snapshot) -> list[str]:
+    """Return a line of words for each queue and worker, for programs."""
+    lines = []
+    if not options.only_workers:
+        for name, (queued, *others) in snapshot.queues.items():
+            counts = map("{}={}".format, _CONTAINERS[1:], others)
+            lines.append(" ".join(["queue", name, str(queued), *counts]))
+    if not options.only_queues:
+        for worker in snapshot.workers:
+            queues = ",".join(worker.queues)
+            results = f"finished={worker.finished} failed={worker.failed}"
+            lines.append(f"worker {worker.name} {worker.state} {queues} {results}")
+    return lines
+
+
+def _rows_that_fit(wanted: Sequence[int], lines: int) -> list[int]:
+    """Share lines among tables that want so many: equally, but what one does not need is for the
+    others."""
+    fitting = []
+    for index, rows in enumerate(wanted):
+        equal_share = lines // (len(wanted) - index)
+        unclaimed = lines - sum(wanted[index + 1 :])
+        fitting.append(max(0, min(rows, max(equal_share, unclaimed))))
+        lines -= fitting[-1]
+    return fitting
+
+
+def _render(
+    options: argparse.Namespace, layout: _Layout, heading: Sequence[str], snapshot: _Snapshot
+) -> list[str]:
+    """Return the lines of a page: the heading, and the tables that the options ask for."""
+    tables = []
+    if not options.only_workers:
+        tables.append(_queue_table(snapshot, layout))
+    if options.by_queue and not options.only_queues:
+        tables.append(_by_queue_table(snapshot))
+    elif not options.only_queues:
+        tables.append(_worker_table(snapshot))
+    tables = [table for table in tables if table.rows]
+    style = _YELLOW if snapshot.suspended else _BOLD
+    lines = [_styled(line[: layout.width], style, layout) for line in heading]
+    room = layout.height - len(lines) - 2 * len(tables)  # an empty line and the titles of each
+    rows = _rows_that_fit([len(table.rows) for table in tables], room)
+    for table, max_rows in zip(tables, rows, strict=True):
+        lines += ["", *_format_table(table, max_rows, layout)]
+    return lines[: layout.height]
+
+
+def _eviction_line(options: argparse.Namespace, names: Sequence[str]) -> list[str]:
+    """Return the line that warns of a server that deletes jobs, if it does."""
+    keys = [Queue(name).prefix for name in names]
+    with contextlib.closing(_Line(options.connection, None, *keys[:1])) as line:
+        warning = _eviction_warning(line)
+    return [f"warning: {warning}"] if warning else []
+
+
+def _is_terminal() -> bool:
+    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def _print_page(
+    options: argparse.Namespace, heading: Sequence[str], snapshot: _Snapshot, live: bool
+) -> None:
+    """Print a page; with `live` in place of the page before, of the size that the terminal has."""
+    coloured = _is_terminal() and not os.environ.get("NO_COLOR")
+    layout = _Layout(coloured=coloured)
+    if live:
+        size = os.get_terminal_size(sys.stdout.fileno())
+        columns = size.columns or 80  # 0: the terminal does not know
+        layout = _Layout(columns - 1, (size.lines or 24) - 1, coloured, bars=True)
+    if options.raw:
+        lines = _raw_lines(options, snapshot)
+    else:
+        lines = _render(options, layout, heading, snapshot)
+    text = "\n".join(lines)
+    print(f"{_CLEAR_SCREEN}{text}" if live else text, flush=True)
+
+
+def _cmd_info(options: argparse.Namespace) -> None:
+    known = [queue.name for queue in Queue.all(options.connection)]
+    if unknown := sorted({*options.queues} - {*known}):
+        there = ", ".join(known) or "none"
+        raise ValueError(f"no queue {', '.join(unknown)}; there are: {there}")
+    warning = [] if options.raw else _eviction_line(options, options.queues or known)
+    if options.interval:
+        _poll_info(options, _seconds(options.interval, "--interval"), warning)
+    else:
+        snapshot = _take_snapshot(options.connection, options.queues)
+        _print_page(options, [_summary(snapshot, snapshot), *warning], snapshot, live=False)
+
+
+def _poll_info(options: argparse.Namespace, interval: float, warning: Sequence[str]) -> None:
+    """Print a page each `interval` seconds, until Ctrl-C.  On a terminal, an outage of the server
+    is shown, and does not end it."""
+    live = _is_terminal() and not options.raw
+    if live and isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may lack the character of the bars
+    # Rates are those of three seconds, or of one interval if that is longer.
+    snapshots: deque[_Snapshot] = deque(maxlen=1 + min(30, math.ceil(3 / interval)))
+    snapshots.append(_take_snapshot(options.connection, options.queues))
+    trouble: list[str] = []
+    while True:
+        summary = _summary(snapshots[0], snapshots[-1])
+        if live:
+            summary = f"{time.strftime('%H:%M:%S')}  {summary}"
+        _print_page(options, [summary, *warning, *trouble], snapshots[-1], live)
+        time.sleep(interval)
+        trouble = []
+        try:
+            snapshots.append(_take_snapshot(options.connection, options.queues))
+        except ServerUnavailable as error:
+            if not live:
+                raise
+            trouble = [_error_line(error)]
