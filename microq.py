@@ -5458,8 +5458,9 @@ class CronScheduler:
 
     connection    - a redis.Redis; $MICROQ_URL, else $REDIS_URL, else localhost:6379
     logging_level - of microq's log, in start()
-    name          - also of the owner of the entries; what the owner has stored, and registers no
-                    longer, is removed.  The path of a config file; if there is none, all stay"""
+    name          - of the process, a random one; and of the owner of the entries, the path of the
+                    config file that was loaded.  An entry that the owner has stored, and that is
+                    registered no longer, is removed.  Without an owner nothing is removed"""
 
     def __init__(
         self, connection: Redis | None = None, logging_level: str | int = "INFO", name: str = ""
@@ -5529,7 +5530,7 @@ class CronScheduler:
         return [Queue(name, self.connection) for name in names]
 
     def remove(self, name: str) -> bool:
-        """Remove an entry, whoever owns it; False if there is none.  What was enqueued runs."""
+        """Remove an entry, whoever owns it; False if there is none.  Jobs that are queued run."""
         slug = _slug(name)
         self._jobs = [job for job in self._jobs if job.slug != slug]
         queues = Queue.all(self.connection)
@@ -5569,13 +5570,14 @@ class CronScheduler:
         self.owner = self.owner or config_path
 
     def heartbeat(self) -> None:
-        """Tell fetch() and all() that this is alive, as start() does by itself."""
+        """Tell fetch() and all() that this scheduler is alive; start() does it by itself."""
         _read_cron(self.connection, self._queues(), self.name)
         self.last_heartbeat = _utc(time.time())
 
     @classmethod
     def all(cls, connection: Redis | None = None) -> list[CronScheduler]:
-        """Return what has run cron in the last minute, workers too, with the entries it owns."""
+        """Return the schedulers, workers with a scheduler too, that had a heartbeat in the last
+        minute, with the entries that each of them owns."""
         entries = CronJob.all(connection)
         schedulers: dict[str, CronScheduler] = {}
         for stored in _read_cron(connection, Queue.all(connection)):
@@ -5589,7 +5591,7 @@ class CronScheduler:
 
     @classmethod
     def fetch(cls, name: str, connection: Redis | None = None) -> CronScheduler:
-        """Return the one of this name that all() returns, or raise SchedulerNotFound."""
+        """Return the scheduler of this name; SchedulerNotFound if all() has none."""
         for scheduler in cls.all(connection):
             if scheduler.name == name:
                 return scheduler
@@ -5599,17 +5601,20 @@ class CronScheduler:
 def register(func: Func, queue_name: str, *args: Any, **options: Any) -> CronJob:
     """Add an entry of cron, for a config file or create_cron(), and return it.
 
-    args, kwargs - of the function, none
-    interval     - seconds, 1 or more, the first time at once; or else:
-    cron         - '*/5 9-17 * * mon-fri' or '@daily', read as Vixie cron does
-    name         - unique; the ids of its jobs are <name>-<tick>; the name of the function
-    timezone     - of `cron`, 'Europe/Berlin'; that of the process that registers
-    missed       - of what came while no scheduler was there, 'latest' enqueues one job, 'all' up to
-                   1000, 'skip' one if it is less than a minute late, 'latest'
-    Options of enqueue(), as job_timeout, retry, at_front; serializer, as of a Queue
+    args, kwargs - arguments of the function, none
+    interval     - seconds between two ticks, 1 or more; the first tick is now.  Either this or:
+    cron         - an expression as '*/5 9-17 * * mon-fri' or '@daily', read as Vixie cron does
+    name         - unique; the ids of the entry's jobs are <name>-<tick>; the function's name
+    timezone     - time zone of `cron`, as 'Europe/Berlin'; that of the process that registers
+    missed       - what makes up for ticks that passed while no scheduler was there: 'latest' one
+                   job, 'all' up to 1000 jobs, 'skip' one job if a tick is less than a minute old;
+                   'latest'
+    The options of enqueue() are taken as well, and serializer, as of a Queue.
 
-    Where clocks are set forward, what is left out comes at that moment; where they are set back, it
-    comes once; but if minute or hour begins with '*', whenever the clock on the wall says so."""
+    Where clocks are set forward, a local time that they skip comes at the moment of the change.
+    Where clocks are set back, a local time that they show twice comes the first time only.  But an
+    expression whose minute or hour begins with '*' follows the clocks: it leaves out a time that
+    they skip, and comes twice at a time that they show twice."""
     job = CronJob(func, queue_name, *args, **options)
     _registered_entries.append(job)
     return job
@@ -5922,6 +5927,7 @@ def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 
 def _queue_of(options: argparse.Namespace, name: str) -> Queue:
+    """Return a queue of the class that the options name."""
     queue_class: type[Queue] = options.queue_class or Queue
     return queue_class(name, **_given(options, "connection", "serializer", "job_class"))
 
@@ -6494,6 +6500,7 @@ def _describe_held(jobs: list[_HeldJob], func: bytes | None) -> str:
 
 
 def _worker_row(record: dict[str, Any], state: str, job: str) -> _WorkerRow:
+    """Return a row.  Raises KeyError, TypeError or ValueError for a garbled record."""
     queues = [_printable(name) for name in record["queues"]]
     name = _printable(record["name"])
     return _WorkerRow(name, state, int(record["good"]), int(record["bad"]), queues, job)
@@ -6509,11 +6516,14 @@ class _Layout(NamedTuple):
 
 
 class _Table(NamedTuple):
+    """A table of info; a cell is a text or a number."""
+
     titles: Sequence[str]
     rows: list[Sequence[Any]]
 
 
 def _queue_table(snapshot: _Snapshot, layout: _Layout) -> _Table:
+    """Return a table of the queues, with bars for their queued jobs if the layout has bars."""
     table = _Table(["queue", *_CONTAINERS, _BAR_TITLE], [])
     longest = max(map(len, ["", *snapshot.queues]))
     room = layout.width - len(" ".join(table.titles)) - longest
@@ -6557,6 +6567,7 @@ def _column_sizes(table: _Table, width: int) -> list[int]:
 
 
 def _without_empty_columns(table: _Table) -> _Table:
+    """Return the table without columns that hold nothing but 0 and ''."""
     columns = zip(table.titles, *table.rows, strict=True)
     used = [column for column in columns if any(column[1:])]
     titles, *rows = zip(*used, strict=True)
@@ -6581,6 +6592,7 @@ def _format_table(table: _Table, max_rows: int, layout: _Layout) -> list[str]:
 def _format_row(
     titles: Sequence[str], row: Sequence[Any], sizes: Sequence[int], layout: _Layout
 ) -> str:
+    """Return the line of a row: cells of the given sizes, as far as the width goes."""
     cells = []
     left = layout.width
     for title, value, size in zip(titles, row, sizes, strict=True):
