@@ -1696,7 +1696,7 @@ for _, q in ipairs(KEYS) do
     local lease_end, claim, other = read_lease(seats[i + 1])
     local late = not lease_end or lease_end < at
     if seats[i] ~= worker then over[seats[i]] = late or nil
-    elseif state == 'fresh' or claim and other ~= instance then over[worker] = true
+    elseif other ~= instance and (claim or state == 'fresh') then over[worker] = true
     else number = not late and claim end
   end
   if not number then fit = 0 end
@@ -3567,13 +3567,15 @@ class _Slate(ctypes.Structure):
     """What a loop tells its keeper, and the reverse, in shared memory.  Times are monotonic."""
 
     _fields_ = (
-        ("kill_at", ctypes.c_double),  # when the job that runs must have ended; 0: none runs
+        ("kill_at", ctypes.c_double),  # when the job that runs must have ended; 0: none runs;
+        # negative: it has ended, and is not settled yet
         ("began", ctypes.c_double),  # when it, or else the process, began
         ("due", ctypes.c_double),  # when the next scheduled job is due
         ("seconds", ctypes.c_double),  # spent in jobs so far
         ("number", ctypes.c_uint64),  # of the last claim
         ("oldest", ctypes.c_uint64),  # of the first claim of which jobs may still be held
         ("batch", ctypes.c_uint64),  # how many jobs to claim at once
+        ("turns", ctypes.c_uint64),  # signs of life of a loop, outside of its jobs
         ("count", ctypes.c_uint64),  # of runs so far; those that went well; those that failed
         ("good", ctypes.c_uint64),
         ("bad", ctypes.c_uint64),
@@ -3969,6 +3971,8 @@ class Worker:
         # Of the child: whether its death is still to be told to the server; when the next one may
         # start; what its slate said when it was killed, and with which outcome.
         self._died, self._start_at = False, 0.0
+        # How far its loop was, when that was seen first, and when the keeper last looked.
+        self._turns, self._turned_at, self._watched_at = 0, 0.0, 0.0
         self._verdict: tuple[bytes, Outcome] | None = None
         # Of the next child: its pid, its connection, and those that earlier ones have left.
         self._spare, self._spare_line = 0, self._server
@@ -3996,6 +4000,7 @@ class Worker:
         slate, idle_since = self._slate, time.monotonic()
         self._born = idle_since
         while True:
+            slate.turns += 1
             if slate.count >= self._most and time.monotonic() < self._born + 1:
                 self._most += 0 if self._exactly else self.jobs_per_fork
             worn, done = slate.count >= self._most, slate.count >= self._max_jobs
@@ -4144,6 +4149,7 @@ class Worker:
             self._exchange(claim=False)
         hooks, self._hooks = self._hooks, []
         for words in hooks:
+            self._slate.turns += 1
             try:
                 _send_webhooks(*words)
             except Exception as error:
@@ -4167,7 +4173,7 @@ class Worker:
             outcome = self._run(execution)
             with self._lock:
                 self._done.append((execution, outcome))
-                self._current, slate.kill_at = None, math.inf  # until it is settled
+                self._current, slate.kill_at = None, -1.0  # until it is settled
             slate.count += 1
             longest = max(longest, outcome.seconds)
             if time.monotonic() - began > FLUSH:
@@ -4246,6 +4252,8 @@ class Worker:
             try:
                 return _send(self._server, *commands)
             except (ServerUnavailable, exceptions.ResponseError) as error:
+                if isinstance(error.__cause__ or error, exceptions.ResponseError):
+                    self._slate.turns += 1  # the server is there, though it refuses
                 if large:
                     with contextlib.suppress(ServerUnavailable, exceptions.ResponseError):
                         refused += _send(self._server, ("PING",)) != []
@@ -4266,7 +4274,7 @@ class Worker:
             if not self.fork:  # else signals are for the parent
                 self._keeper.attend(self._bell)
             if self._slate.suspended:
-                self._bell.watch(seconds)
+                self._bell.watch(min(seconds, _Ear.SECONDS))
             else:  # the claim goes along, and saves a round trip when a job comes
                 self._launch(claim=True, mode="waiting")
                 heard = self._ear.hears(seconds, self._bell, *self._flight.commands)
@@ -4417,6 +4425,7 @@ class _Keeper:
         self.told = 0.0  # the seconds of work that the last beat told
         self.healthy_since = 0.0  # since when we have beaten in time
         self.lost_name = ""  # the name of a worker that is another's now
+        self.inherits = self.forks and _inherits_orphans()
 
     def run(
         self, level: str | int | None, date_format: str | None = None, log_format: str | None = None
@@ -4538,7 +4547,8 @@ class _Keeper:
             wake_at = time.monotonic() + (0.1 if self.scheduler else 1.0)
             for worker in self.workers if self.forks else ():
                 wake_at = min(wake_at, self.attempt(self.supervise, worker))
-            self.attempt(self.reap_replaced, os.WNOHANG)
+            self.attempt(self.reap_replaced)
+            self.attempt(self.reap_inherited)
             ended = all(each._start_at == math.inf for each in self.workers)
             self.over = self.over or ended
             wake_at = min(wake_at, self.attempt(self.beat_in_time))
@@ -4667,7 +4677,7 @@ class _Keeper:
         slate, now = worker._slate, time.monotonic()
         if worker._pid:
             self.reap(worker)
-        if worker._spare and os.waitpid(worker._spare, os.WNOHANG)[0]:
+        if worker._spare and _wait_for(worker._spare):
             worker._spare, slate.spare, worker._start_at = 0, False, now + 1
             worker._spare_line.close()
         if worker._died and now >= self.silent_until:  # tell the server
@@ -4678,9 +4688,8 @@ class _Keeper:
         if worker._pid:
             if self.cold:
                 self.kill(worker, slate.text, _GIVEN_UP)
-            elif 0 < slate.kill_at <= now:
-                text = f"killed, {KILL_GRACE:g} s after its timeout had no effect".encode()
-                self.kill(worker, slate.text, Outcome(ResultType.FAILED, text, rule="killed"))
+            else:
+                self.kill_late(worker, now)
         elif over:
             late = now - (self.stopping_since or now) > self.lease  # its lease ends by itself
             if late or not worker._died:
@@ -4691,14 +4700,42 @@ class _Keeper:
             soon = slate.count + SPARE >= worker._most and now >= worker._start_at
             if soon and not (worker._spare or over):
                 self.fork(worker)
-            return slate.kill_at or math.inf
+            return slate.kill_at if slate.kill_at > 0 else math.inf
         return max(worker._start_at, self.silent_until)
+
+    def kill_late(self, worker: Worker, now: float) -> None:
+        """Kill the child if its job is over its time, or if the child hangs without one."""
+        slate = worker._slate
+        if 0 < slate.kill_at <= now:
+            text = f"killed, {KILL_GRACE:g} s after its timeout had no effect"
+            self.kill(worker, slate.text, Outcome(ResultType.FAILED, text.encode(), rule="killed"))
+        elif self.hangs(worker, now):
+            log.error("process %d of worker %s hangs, and is killed", worker._pid, worker.name)
+            text = "its process hung when it had ended, before that was settled"
+            crash = Outcome(ResultType.FAILED, text.encode(), 0, "crash", _CRASHES)
+            self.kill(worker, slate.text, crash)
+
+    def hangs(self, worker: Worker, now: float) -> bool:
+        """Return whether the child makes no progress, though it runs no job.
+
+        A loop turns each time that the server answers, at the latest when BLPOP ends; while the
+        server is away, it may try for long.  So what counts is the time in which this process saw
+        no turn, was itself on time, and had answers from the server: twice the longest wait for an
+        answer, a pause, and the attempt that follows."""
+        slate = worker._slate
+        late = now - worker._watched_at > 5  # we look each second, unless frozen or slow
+        if slate.kill_at > 0 or slate.turns != worker._turns or late:
+            worker._turns, worker._turned_at = slate.turns, now
+        worker._watched_at = now
+        since = max(worker._turned_at, self.healthy_since)
+        return now - since > 2 * (_Ear.SECONDS + worker.lease)
 
     def start(self, worker: Worker) -> None:
         """Have a child run the loop of a worker."""
         slate = worker._slate
         if worker._spare or self.fork(worker):
             slate.phase, slate.began, slate.spare = b"r", time.monotonic(), False
+            worker._turned_at = slate.began
             worker._most = slate.count + worker.jobs_per_fork
             worker._pid, worker._spare = worker._spare, 0
             worker._server = worker._spare_line
@@ -4774,9 +4811,10 @@ class _Keeper:
             else:
                 worker._server.close()
             return
-        pid, status, usage = os.wait4(worker._pid, os.WNOHANG)
-        if not pid:
+        end = _wait_for(worker._pid)
+        if not end:
             return
+        pid, status, usage = end
         slate, verdict = worker._slate, worker._verdict
         worker._pid, worker._verdict, worker._start_at = 0, None, 0.0
         code = os.waitstatus_to_exitcode(status)
@@ -4794,9 +4832,10 @@ class _Keeper:
         index, id, token = slate.text.decode().split(" ", 2)
         job = worker.queues[int(index)]._job(id)
         seconds = time.monotonic() - slate.began
-        memory = usage.ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10)
-        text = f"the process that ran this job for worker {worker.name} {cause}; "
-        text += f"its peak memory was {memory:.0f} MB"
+        text = f"the process that ran this job for worker {worker.name} {cause}"
+        if usage:
+            memory = usage.ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10)
+            text += f"; its peak memory was {memory:.0f} MB"
         outcome = Outcome(ResultType.FAILED, text.encode(), seconds, "crash", _CRASHES)
         if verdict and verdict[0] == slate.text:
             outcome = verdict[1]._replace(seconds=seconds)
@@ -4810,9 +4849,23 @@ class _Keeper:
             except Exception:
                 log.exception("work_horse_killed_handler failed for job %s", id)
 
-    def reap_replaced(self, flags: int = 0) -> None:
+    def reap_replaced(self) -> None:
         """Reap the children that have been replaced."""
-        self.leaving = [pid for pid in self.leaving if not os.waitpid(pid, flags)[0]]
+        self.leaving = [pid for pid in self.leaving if not _wait_for(pid)]
+
+    def reap_inherited(self) -> None:
+        """Reap what jobs have left behind, if this process is the one that inherits orphans.  A
+        process in our own group is no orphan of a job: who started it waits for it."""
+        own = {pid for each in self.workers for pid in (each._pid, each._spare)} | {*self.leaving}
+        while self.inherits:
+            flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+            try:
+                end = os.waitid(os.P_ALL, 0, flags)
+            except ChildProcessError:  # there are no children
+                return
+            if not end or end.si_pid in own or os.getpgid(end.si_pid) == os.getpgrp():
+                return
+            _wait_for(end.si_pid)
 
     def stop(self) -> None:
         """Have the workers finish their current jobs, and end."""
@@ -4849,7 +4902,7 @@ class _Keeper:
         for pid in self.leaving:  # they are spare, or only have to exit; but for errors
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        self.attempt(self.reap_replaced)
+            self.attempt(_wait_for, pid, 0)
         # Commands that wait are for whoever has the name now.
         commands: list[Command] = [] if self.lost_name else [("DEL", self.ear.keys[0])]
         for queue in self.workers[0].queues if self.scheduler else ():
@@ -4874,6 +4927,30 @@ class _Keeper:
 
 
 _PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+
+
+def _inherits_orphans() -> bool:
+    """Return whether this process is the first of its pid namespace, or a subreaper (prctl(2))."""
+    subreaper = ctypes.c_int()
+    if _PRCTL:
+        _PRCTL(37, ctypes.byref(subreaper))  # PR_GET_CHILD_SUBREAPER
+    return os.getpid() == 1 or subreaper.value != 0
+
+
+def _wait_for(pid: int, flags: int = os.WNOHANG) -> tuple[int, int, Any] | None:
+    """Reap a child; return what os.wait4() does: its number, its status, what it used, which is
+    None if it was not told.  None if it has not ended yet."""
+    try:
+        end: tuple[int, int, Any] = os.wait4(pid, flags)
+        return end if end[0] else None
+    except ChildProcessError:
+        # Something else in this process waits for all children, as gevent does, which keeps their
+        # statuses for its own os.waitpid().
+        try:
+            pid, status = os.waitpid(pid, flags)
+        except ChildProcessError:
+            return pid, 0, None  # the status is lost
+        return (pid, status, None) if pid else None
 
 
 def _flush() -> None:

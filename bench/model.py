@@ -360,8 +360,7 @@ class Model(stateful.RuleBasedStateMachine):
     def delete_queue(self, queue, chance):
         if chance:
             return  # too much would be lost
-        for _ in range(4):  # what ends may free others into the queue
-            self.queues[queue].delete()
+        self.queues[queue].delete()
         for life in self.lives.values():
             if life.queue == queue:
                 if life.execution:
