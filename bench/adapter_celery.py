@@ -8,7 +8,9 @@ import celery
 import jobs
 
 PINS = ["celery[redis]==5.7.0", "redis==8.1.0", "hiredis==3.5.0"]
-ABOUT = "prefork with one process (its default), or solo; results are stored (an option)"
+ABOUT = (
+    "prefork with one process (its default), or solo; results are stored (an option)"
+)
 SAFE = "no, lost: acknowledged before it runs (its default)"
 WORKERS = {
     "prefork": ("celery -A adapter_celery worker -P prefork -c {n} -l ERROR", 250),
@@ -20,7 +22,9 @@ SHORT = "late acknowledgement, `visibility_timeout` 2 s (1 hour)"
 LEASE = {"usual": "", "short": "2"}
 
 URL = os.environ["BENCH_URL"]
-app = celery.Celery("bench", broker="redis+socket" + URL[4:], backend="redis+socket" + URL[4:])
+app = celery.Celery(
+    "bench", broker="redis+socket" + URL[4:], backend="redis+socket" + URL[4:]
+)
 if os.environ.get("BENCH_LEASE"):  # what it has for jobs that are to survive
     app.conf.update(
         task_acks_late=True,

@@ -22,12 +22,16 @@ LEASE = {"usual": "60000", "short": "2000"}
 URL = os.environ["BENCH_URL"]
 options = {}
 if "BENCH_LEASE" in os.environ:
-    options = {"heartbeat_timeout": int(os.environ["BENCH_LEASE"]), "maintenance_chance": 10**5}
+    options = {
+        "heartbeat_timeout": int(os.environ["BENCH_LEASE"]),
+        "maintenance_chance": 10**5,
+    }
 broker = RedisBroker(url=URL, **options)
 broker.add_middleware(Results(backend=RedisBackend(url=URL)))
 dramatiq.set_broker(broker)
 ACTORS = {
-    name: dramatiq.actor(func, broker=broker, store_results=True) for name, func in jobs.ALL.items()
+    name: dramatiq.actor(func, broker=broker, store_results=True)
+    for name, func in jobs.ALL.items()
 }
 
 

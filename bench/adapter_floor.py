@@ -49,7 +49,9 @@ def trip(count):
 
 def push(count, size):
     """LPUSH per second in pipelines of 1,000, each of as many bytes on the wire as `size`."""
-    value = b"x" * max(1, size - len(b"*3\r\n$5\r\nLPUSH\r\n$5\r\nfloor\r\n$100\r\n\r\n"))
+    value = b"x" * max(
+        1, size - len(b"*3\r\n$5\r\nLPUSH\r\n$5\r\nfloor\r\n$100\r\n\r\n")
+    )
     began = time.perf_counter()
     for _ in range(count // 1000):
         pipe = CLIENT.pipeline(transaction=False)

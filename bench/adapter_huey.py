@@ -8,7 +8,9 @@ import jobs
 from huey import RedisHuey
 
 PINS = ["huey==3.5.4", "redis==8.1.0", "hiredis==3.5.0"]
-ABOUT = "one thread (its default), or one process; results are stored (`store_none=True`)"
+ABOUT = (
+    "one thread (its default), or one process; results are stored (`store_none=True`)"
+)
 SAFE = "no, lost: the consumer pops it"
 WORKERS = {
     "one thread": ("huey_consumer adapter_huey.huey -q -n -k thread -w {n}", 800),

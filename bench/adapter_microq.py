@@ -37,7 +37,17 @@ def enqueue(connection, queue, id, kind, arguments):
 
 
 def worker_commands(url, queues, lease):
-    worker = [sys.executable, "-m", "microq", "worker", *queues, "-u", url, "--lease", str(lease)]
+    worker = [
+        sys.executable,
+        "-m",
+        "microq",
+        "worker",
+        *queues,
+        "-u",
+        url,
+        "--lease",
+        str(lease),
+    ]
     return [
         [*worker, "--processes", "2", "--with-scheduler"],
         [*worker, "--jobs-per-fork", "1", "--dequeue-strategy", "round_robin"],
@@ -49,14 +59,19 @@ def is_idle(connection, queues):
     """Whether nothing is left to do."""
     queues = [Queue(name, connection) for name in queues]
     containers = ("queued", "started", "scheduled")
-    return not any(connection.exists(q.prefix + name) for q in queues for name in containers)
+    return not any(
+        connection.exists(q.prefix + name) for q in queues for name in containers
+    )
 
 
 def outcome(connection, ids):
     """Return {id: status}, and {id: how many successful results are recorded}."""
     jobs = {job.id: job for job in Job.fetch_many(ids, connection) if job}
     statuses = {id: str(job.get_status(refresh=False)) for id, job in jobs.items()}
-    good = {id: [r.type for r in job.results()].count("successful") for id, job in jobs.items()}
+    good = {
+        id: [r.type for r in job.results()].count("successful")
+        for id, job in jobs.items()
+    }
     return statuses, good
 
 
@@ -78,7 +93,10 @@ ABOUT = "in-process; default: one forked child; results are stored (its default)
 SAFE = "yes, runs again"
 WORKERS = {
     "in-process": ("python -m microq worker bench -u {url} -q --in-process", 5000),
-    "default": ("python -m microq worker bench -u {url} -q --processes {n} --lease {lease}", 5000),
+    "default": (
+        "python -m microq worker bench -u {url} -q --processes {n} --lease {lease}",
+        5000,
+    ),
     "fork per job": ("python -m microq worker bench -u {url} -q --jobs-per-fork 1", 80),
 }
 USUAL = RECOVERS = "default"

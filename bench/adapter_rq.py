@@ -47,11 +47,17 @@ def worker_commands(url, queues, lease):
 
 def is_idle(connection, queues):
     keys = ("rq:queue:{}", "rq:queue:{}:intermediate", "rq:wip:{}", "rq:scheduled:{}")
-    return not any(connection.exists(key.format(name)) for key in keys for name in queues)
+    return not any(
+        connection.exists(key.format(name)) for key in keys for name in queues
+    )
 
 
 def outcome(connection, ids):
-    jobs = {id: job for id, job in zip(ids, Job.fetch_many(ids, connection), strict=True) if job}
+    jobs = {
+        id: job
+        for id, job in zip(ids, Job.fetch_many(ids, connection), strict=True)
+        if job
+    }
     statuses = {id: job.get_status(refresh=False).value for id, job in jobs.items()}
     good = {
         id: [result.type for result in job.results()].count(Result.Type.SUCCESSFUL)
@@ -74,7 +80,10 @@ ABOUT = (
 )
 SAFE = "it is failed, or runs again if it has a Retry"
 WORKERS = {
-    "SimpleWorker": ("rq worker bench -u {url} -q -s {lease} -w rq.worker.SimpleWorker", 120),
+    "SimpleWorker": (
+        "rq worker bench -u {url} -q -s {lease} -w rq.worker.SimpleWorker",
+        120,
+    ),
     "Worker": ("rq worker bench -u {url} -q -s {lease}", 40),
 }
 FORKS = RECOVERS = "Worker"

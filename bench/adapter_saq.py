@@ -9,7 +9,12 @@ from coroutines import JOBS, sync
 from redis.asyncio import Redis
 from saq.queue.redis import RedisQueue
 
-PINS = ["saq[redis]==0.26.4", "redis==7.4.1", "hiredis==3.5.0", "typing-extensions==4.16.0"]
+PINS = [
+    "saq[redis]==0.26.4",
+    "redis==7.4.1",
+    "hiredis==3.5.0",
+    "typing-extensions==4.16.0",
+]
 ABOUT = "asyncio, 10 jobs at a time (its default); results are stored (its default)"
 SAFE = "it is aborted after its timeout (10 s), or runs again if it has retries"
 WORKERS = {"asyncio": ("saq adapter_saq.settings --workers {n}", 250)}

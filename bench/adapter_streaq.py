@@ -17,7 +17,9 @@ IMPORT = "import streaq"
 SHORT = "`idle_timeout=2` (60)"
 LEASE = {"usual": "60", "short": "2"}
 
-worker = Worker(os.environ["BENCH_URL"], idle_timeout=int(os.environ.get("BENCH_LEASE", 60)))
+worker = Worker(
+    os.environ["BENCH_URL"], idle_timeout=int(os.environ.get("BENCH_LEASE", 60))
+)
 TASKS = {name: worker.task(name=name)(func) for name, func in JOBS.items()}
 
 

@@ -10,9 +10,16 @@ from coroutines import JOBS, sync
 from taskiq_redis import RedisAsyncResultBackend, RedisStreamBroker
 
 PINS = ["taskiq==0.13.0", "taskiq-redis==1.2.4", "redis==8.1.0", "hiredis==3.5.0"]
-ABOUT = "streams, asyncio, 100 jobs at a time (its default); results are stored (an option)"
+ABOUT = (
+    "streams, asyncio, 100 jobs at a time (its default); results are stored (an option)"
+)
 SAFE = "yes, runs again after 10 minutes, once another job comes"
-WORKERS = {"asyncio": ("taskiq worker adapter_taskiq:broker --workers {n} --log-level ERROR", 300)}
+WORKERS = {
+    "asyncio": (
+        "taskiq worker adapter_taskiq:broker --workers {n} --log-level ERROR",
+        300,
+    )
+}
 LACKS = {"later": "needs a process of its own"}
 ENQUEUES = 700
 IMPORT = "import taskiq_redis"
@@ -24,7 +31,9 @@ URL = os.environ["BENCH_URL"]
 broker = RedisStreamBroker(
     url=URL, idle_timeout=int(os.environ.get("BENCH_LEASE", 600000)), consumer_id="0"
 ).with_result_backend(RedisAsyncResultBackend(redis_url=URL))
-TASKS = {name: broker.register_task(func, task_name=name) for name, func in JOBS.items()}
+TASKS = {
+    name: broker.register_task(func, task_name=name) for name, func in JOBS.items()
+}
 
 
 @functools.cache

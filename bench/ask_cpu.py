@@ -17,7 +17,9 @@ PINGS = 5000
 
 def spent(pids):
     """Return the microseconds that processes have spent on a CPU."""
-    tasks = [task for pid in pids for task in Path(f"/proc/{pid}/task").glob("*/schedstat")]
+    tasks = [
+        task for pid in pids for task in Path(f"/proc/{pid}/task").glob("*/schedstat")
+    ]
     return sum(int(task.read_text().split()[0]) for task in tasks) / 1000
 
 
@@ -26,7 +28,9 @@ def compare(session, pids, count, call, *args):
     both = list(pids), [session.admin.info("server")["process_id"]]
     before = [spent(each) for each in both]
     call(*args)
-    return [(spent(each) - then) / count for each, then in zip(both, before, strict=True)]
+    return [
+        (spent(each) - then) / count for each, then in zip(both, before, strict=True)
+    ]
 
 
 def ask(session):
@@ -43,7 +47,9 @@ def ask(session):
     first, _ = session.enqueue(count, "enqueue_many")
     run = compare(session, workers, count, finish, session, workers, first, count)
     names = "enqueue, client", "enqueue, server", "run, worker", "run, server"
-    return {("", name): value for name, value in zip(names, [*enqueue, *run], strict=True)}
+    return {
+        ("", name): value for name, value in zip(names, [*enqueue, *run], strict=True)
+    }
 
 
 def finish(session, workers, first, count):

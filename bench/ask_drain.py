@@ -15,7 +15,9 @@ def ask(session):
     found, says = {}, session.rival.says
     for label in sorted(session.rival.labels, key=session.rival.usual.__eq__):
         if label != says.get("FORKS"):
-            busy = BUSY if label in (session.rival.labels[0], session.rival.usual) else 0
+            busy = (
+                BUSY if label in (session.rival.labels[0], session.rival.usual) else 0
+            )
             found |= drain(session, label, says["WORKERS"][label][1], 1, busy)
     return found
 

@@ -42,6 +42,8 @@ def floor(session):
     figures = {
         "ping": session.ask("figure", "ping", 3000),
         "round trip": session.ask("figure", "trip", 5000),
-        "pipelined LPUSH": session.ask("figure", "push", 20000, int(KNOWN["bulk bytes"])),
+        "pipelined LPUSH": session.ask(
+            "figure", "push", 20000, int(KNOWN["bulk bytes"])
+        ),
     }
     return {("", f"{name}, per second"): value for name, value in figures.items()}

@@ -34,6 +34,8 @@ def begun(session, first, depth):
     """Let the worker run for a while; return when its jobs began, but for the first 50."""
     session.delivered(first, 50)
     deadline = time.monotonic() + SLICE
-    while time.monotonic() < deadline and bytes(session.runs[first : first + depth]).count(0):
+    while time.monotonic() < deadline and bytes(
+        session.runs[first : first + depth]
+    ).count(0):
         time.sleep(0.05)
     return sorted(filter(None, session.times[first + 50 : first + depth]))

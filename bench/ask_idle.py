@@ -23,7 +23,8 @@ def ask(session):
     time.sleep(SECONDS)
     after = session.traffic()
     return {
-        ("", "commands per second"): (after[0] - before[0] - 1) / SECONDS,  # one is INFO
+        ("", "commands per second"): (after[0] - before[0] - 1)
+        / SECONDS,  # one is INFO
         ("", "round trips per second"): (after[1] - before[1] - 1) / SECONDS,
         ("", "CPU, ms per second"): 1000 * (cpu(session) - spent) / SECONDS,
         ("", "memory, MB"): sum(map(share, session.processes())) / 1e3,
@@ -35,7 +36,9 @@ def cpu(session):
     """Return the seconds that the processes have used."""
     ticks = 0
     for pid in session.processes():
-        user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        user, system = (
+            Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        )
         ticks += int(user) + int(system)
     return ticks / os.sysconf("SC_CLK_TCK")
 

@@ -12,7 +12,10 @@ WHEN = "rounds"
 
 
 def run(session, code):
-    bytecode = {"PYTHONPYCACHEPREFIX": f"{session.marks}.bytecode", "PYTHONDONTWRITEBYTECODE": ""}
+    bytecode = {
+        "PYTHONPYCACHEPREFIX": f"{session.marks}.bytecode",
+        "PYTHONDONTWRITEBYTECODE": "",
+    }
     for _ in range(2):
         began = time.perf_counter()
         command = [session.rival.python, "-c", code]
@@ -25,4 +28,7 @@ def ask(session):
 
 
 def floor(session):
-    return {("", "nothing, ms"): run(session, ""), ("", "redis, ms"): run(session, "import redis")}
+    return {
+        ("", "nothing, ms"): run(session, ""),
+        ("", "redis, ms"): run(session, "import redis"),
+    }

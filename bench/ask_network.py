@@ -24,7 +24,13 @@ SECONDS = 0.001
 def slow(session):
     """Make the network of a session slow."""
     near, path = session.url, Path(session.url.removeprefix("unix://") + "-slow")
-    command = [sys.executable, HERE / "proxy.py", path, near.removeprefix("unix://"), str(SECONDS)]
+    command = [
+        sys.executable,
+        HERE / "proxy.py",
+        path,
+        near.removeprefix("unix://"),
+        str(SECONDS),
+    ]
     session.stop()
     session.leave()
     running = subprocess.Popen(command)

@@ -26,7 +26,9 @@ def ask(session):
         session.delivered(number, 1)
         time.sleep(0.5)
         pid = session.pids[number]
-        if what == "its process" and pid in [process.pid for process in session.running]:
+        if what == "its process" and pid in [
+            process.pid for process in session.running
+        ]:
             found[label, what] = "it is the worker"
             continue
         began = time.monotonic()

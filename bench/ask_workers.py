@@ -13,4 +13,6 @@ def ask(session, long=False):
     label = session.rival.usual
     count = 2 * session.rival.says["WORKERS"][label][1]
     name = "no-ops, per second"
-    return {("drain", n): drain(session, label, count, n)[label, name] for n in PROCESSES}
+    return {
+        ("drain", n): drain(session, label, count, n)[label, name] for n in PROCESSES
+    }

@@ -72,7 +72,9 @@ def main(name):
     adapter = importlib.import_module(f"adapter_{name}")
     for line in sys.stdin:
         what, *arguments = json.loads(line)
-        print(json.dumps(globals()[what](adapter, *arguments)), file=answers, flush=True)
+        print(
+            json.dumps(globals()[what](adapter, *arguments)), file=answers, flush=True
+        )
 
 
 if __name__ == "__main__":

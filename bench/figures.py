@@ -38,7 +38,10 @@ class Figures:
         """Return a number for each round, None where there is none; of latencies the medians."""
         question, rival, label, figure = place
         column = self.results.values.get((question, rival), {}).get((label, figure), [])
-        return [statistics.median(each) if isinstance(each, list) else each for each in column]
+        return [
+            statistics.median(each) if isinstance(each, list) else each
+            for each in column
+        ]
 
     def median(self, *place):
         """Return the median of the rounds, or what stands there instead of a number."""
@@ -68,10 +71,19 @@ class Figures:
 
 # ---- What microq aims at -------------------------------------------------------------------------
 
-ONE, CHILD = ("drain", "microq", "in-process", NOOPS), ("drain", "microq", "default", NOOPS)
-TWO, FORK = ("scale", "microq", "default", NOOPS), ("fork", "microq", "fork per job", NOOPS)
+ONE, CHILD = (
+    ("drain", "microq", "in-process", NOOPS),
+    ("drain", "microq", "default", NOOPS),
+)
+TWO, FORK = (
+    ("scale", "microq", "default", NOOPS),
+    ("fork", "microq", "fork per job", NOOPS),
+)
 ENQUEUE, MANY = ("enqueue", "microq", "", SINGLE), ("enqueue", "microq", "", BULK)
-LATENCY, PING = ("latency", "microq", "default", "ms"), ("enqueue", "floor", "", "ping, per second")
+LATENCY, PING = (
+    ("latency", "microq", "default", "ms"),
+    ("enqueue", "floor", "", "ping, per second"),
+)
 SIMPLE, WORKER = ("drain", "rq", "SimpleWorker", NOOPS), ("fork", "rq", "Worker", NOOPS)
 FORKS = ("fork", "floor", "", "bare forks, per second")
 PUSH = ("enqueue", "floor", "", "pipelined LPUSH, per second")
@@ -81,7 +93,12 @@ RATIOS = [  # what, the aim, and of which two figures it is the ratio
     ("jobs run in one process for each `Redis.ping()`", ">= 3", ONE, PING),
     ("run in one forked child (the default), to in-process", ">= 0.9", CHILD, ONE),
     ("two processes, to one", ">= 1.5", TWO, CHILD),
-    ("a fork for every job, to bare fork + exit + wait, one by one", ">= 0.7", FORK, FORKS),
+    (
+        "a fork for every job, to bare fork + exit + wait, one by one",
+        ">= 0.7",
+        FORK,
+        FORKS,
+    ),
     ("a fork for every job, to RQ's Worker", ">= 1.5", FORK, WORKER),
     ("enqueue, to `Redis.ping()`", ">= 1", ENQUEUE, PING),
     ("enqueue, to RQ", ">= 5", ENQUEUE, ("enqueue", "rq", "", SINGLE)),
@@ -98,8 +115,12 @@ def aims(figures):
     pairs = zip(figures.rounds(LATENCY), figures.rounds(PING), strict=False)
     pings = [ms * per_second / 1000 for ms, per_second in pairs if ms and per_second]
     rows.append(("latency p50, in pings one after the other", "<= 3", pings, ""))
-    rows.append(against_all(figures, "run in one process, to the fastest rival", ">= 1", ONE))
-    rows.append(against_all(figures, "latency p50, to the quickest rival", "<= 1", LATENCY))
+    rows.append(
+        against_all(figures, "run in one process, to the fastest rival", ">= 1", ONE)
+    )
+    rows.append(
+        against_all(figures, "latency p50, to the quickest rival", "<= 1", LATENCY)
+    )
     for state, bound in BYTES.items():
         value = figures.median("bytes", "microq", "", state)
         values = [value] if value is not None else []
@@ -116,7 +137,9 @@ def against_all(figures, what, aim, place):
         for label, name in found
         if asked == question and name == figure and rival not in ("microq", "floor")
     ]
-    found = [(ratios, other) for other in others if (ratios := figures.ratios(place, other))]
+    found = [
+        (ratios, other) for other in others if (ratios := figures.ratios(place, other))
+    ]
     if not found:
         return what, aim, [], ""
     worst = min if aim.startswith(">=") else max

@@ -25,7 +25,9 @@ def marks(path):
 
 if "BENCH_MARKS" in os.environ:
     runs, times, pids = marks(os.environ["BENCH_MARKS"])
-    logging.disable(logging.INFO)  # some workers write two lines for every job, others none
+    logging.disable(
+        logging.INFO
+    )  # some workers write two lines for every job, others none
 
 
 def noop(number):

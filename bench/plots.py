@@ -44,8 +44,12 @@ def bars(axes, values, title, best=max, scale="linear"):
     """Draw a bar for each, the best on top."""
     names = sorted(values, key=values.get, reverse=best is min)
     colours = [OURS if name.startswith("microq") else THEIRS for name in names]
-    drawn = axes.barh(names, [values[name] for name in names], color=colours, height=0.7)
-    axes.bar_label(drawn, [number(values[name]) for name in names], padding=3, fontsize=8)
+    drawn = axes.barh(
+        names, [values[name] for name in names], color=colours, height=0.7
+    )
+    axes.bar_label(
+        drawn, [number(values[name]) for name in names], padding=3, fontsize=8
+    )
     axes.set(xscale=scale, title=title + (", log scale" if scale == "log" else ""))
     axes.margins(x=0.2)
     axes.tick_params(axis="y", length=0)
@@ -66,7 +70,10 @@ def speed(figures):
 
 
 def costs(figures):
-    queued, memory = found(figures, "bytes", "queued"), found(figures, "idle", "memory, MB")
+    queued, memory = (
+        found(figures, "bytes", "queued"),
+        found(figures, "idle", "memory, MB"),
+    )
     done = found(figures, "bytes", "finished")
     figure, (left, middle, right) = panels(len(queued), len(done), len(memory))
     bars(left, queued, "bytes in Redis, a queued job", min)
@@ -84,10 +91,14 @@ def growth(figures):
     ]
     for place, (question, what, title, scale) in zip(axes, curves, strict=True):
         for (asked, rival), values in figures.results.values.items():
-            points = sorted((x, column[0]) for (name, x), column in values.items() if name == what)
+            points = sorted(
+                (x, column[0]) for (name, x), column in values.items() if name == what
+            )
             if asked == question and points:
                 colour = OURS if rival == "microq" else None
-                place.plot(*zip(*points, strict=True), marker="o", label=rival, color=colour)
+                place.plot(
+                    *zip(*points, strict=True), marker="o", label=rival, color=colour
+                )
         place.set(title=title, xscale=scale, yscale="log", ylim=(10, None))
         place.legend(frameon=False, loc="lower right")
     return figure

@@ -33,7 +33,12 @@ class Rival:
     def __init__(self, name):
         self.name = name
         tree = ast.parse((HERE / f"adapter_{name}.py").read_text())
-        self.says = {"PINS": [], "WORKERS": {}, "LEASE": {"usual": "", "short": ""}, "LACKS": {}}
+        self.says = {
+            "PINS": [],
+            "WORKERS": {},
+            "LEASE": {"usual": "", "short": ""},
+            "LACKS": {},
+        }
         for node in tree.body:
             if isinstance(node, ast.Assign):
                 with contextlib.suppress(ValueError):
@@ -41,14 +46,25 @@ class Rival:
                     self.says |= {target.id: value for target in node.targets}
         self.labels = [*self.says["WORKERS"]]
         self.usual = self.says.get("USUAL", self.labels[0] if self.labels else None)
-        self.python = HOME / name / "bin" / "python" if self.says["PINS"] else Path(sys.executable)
+        self.python = (
+            HOME / name / "bin" / "python"
+            if self.says["PINS"]
+            else Path(sys.executable)
+        )
 
     def install(self):
         """Make the environment, unless one with these pins is there."""
         pins, done = self.says["PINS"], HOME / self.name / "pins.json"
         if not pins or (done.exists() and json.loads(done.read_text()) == pins):
             return
-        make = [sys.executable, "-m", "venv", "--clear", "--without-pip", HOME / self.name]
+        make = [
+            sys.executable,
+            "-m",
+            "venv",
+            "--clear",
+            "--without-pip",
+            HOME / self.name,
+        ]
         pip = [sys.executable, "-m", "pip", "--python", self.python, "install", "-q"]
         for command in (make, [*pip, "--disable-pip-version-check", *pins]):
             ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -59,7 +75,10 @@ class Rival:
     def command(self, label, **words):
         """Return the command of a worker, as a list."""
         first, *rest = shlex.split(self.says["WORKERS"][label][0].format(**words))
-        return [str(self.python if first == "python" else self.python.parent / first), *rest]
+        return [
+            str(self.python if first == "python" else self.python.parent / first),
+            *rest,
+        ]
 
 
 def last_line(text):
@@ -218,5 +237,9 @@ class Session:
     def traffic(self):
         """Return (commands, reads, bytes read) of the server until now."""
         info = self.admin.info("stats")
-        names = "total_commands_processed", "total_reads_processed", "total_net_input_bytes"
+        names = (
+            "total_commands_processed",
+            "total_reads_processed",
+            "total_net_input_bytes",
+        )
         return [info[name] for name in names]

