@@ -119,8 +119,30 @@ Fields of a job's hash; only what differs from the default is stored
     callback_error                      "<execution>\n<traceback>"
     group_id                            name
 
-Map of the file: 1 errors, 2 values, 3 encoding, 4 Redis, 5 transitions, 6 job, 7 queue,
-8 running a job, 9 worker, 10 supervision, 11 cron, 12 embedded server, 13 command line.
+Map of the file.  Who has read part I knows everything that runs a job; it names of part II
+only what its sections declare.
+
+Part I, the queue
+
+     1. Errors
+     2. Values and options
+     3. Serializers and names of functions
+     4. Redis
+     5. Transitions
+     6. Job, result, execution
+     7. Queue and registries
+     8. Running a job
+     9. Work loop
+    10. Worker, child, supervisor, pool
+    11. Commands
+
+Part II, what else there is
+
+    12. Messages between queues
+    13. Groups and rate limits
+    14. Cron
+    15. Embedded server
+    16. Command line
 """
 
 from __future__ import annotations
@@ -251,7 +273,9 @@ Func = Callable[..., Any] | str  # a function, or its dotted name
 Command = tuple[Any, ...]  # a Redis command: its name and arguments
 Handlers = Iterable[Callable[..., Any]]  # called with (job, type, exception, traceback)
 
-# ---- 1. Errors -----------------------------------------------------------------------------------
+# ======== Part I: the queue ===========================================================
+
+# ---- 1. Errors -----------------------------------------------------------------------
 # All derive from MicroqError, but for the timeout of a job, which the job's own `except Exception`
 # must not swallow.
 
@@ -316,7 +340,7 @@ class _ColdShutdown(BaseException):
     """Raised by a second signal: the job that runs is given up."""
 
 
-# ---- 2. Values -----------------------------------------------------------------------------------
+# ---- 2. Values and options -----------------------------------------------------------
 # Plain records without Redis and without a clock.  Each checks what it is given, so that a mistake
 # shows where it is made and nothing is stored.
 
@@ -615,69 +639,19 @@ class Outcome(NamedTuple):
     policy: bytes = b""
 
 
-@dataclass(frozen=True)
-class Result:
-    """What one execution of a job left behind."""
-
-    job: Job
-    ended: str  # "<execution> <started_at> <seconds> [<type>]"
-    payload: bytes  # the serialized return value, or the traceback
-
-    Type = ResultType
-
-    def __post_init__(self) -> None:
-        if not re.fullmatch(r"\S+ \d+\.\d+ \d+\.\d+( [a-z_]+)?", self.ended):
-            text = f"the result of job {self.job_id} is garbled: {self.ended!r}"
-            raise DeserializationError(text)
-
-    type = property(lambda self: ResultType([*self.ended.split(), "successful"][3]))
-    job_id = property(lambda self: self.job.id)
-    execution_id = property(lambda self: self.ended.split()[0])
-    worker_name = property(lambda self: self.execution_id.rpartition(".")[0])
-    execution_started_at = property(
-        lambda self: _from_timestamp(float(self.ended.split()[1]))
-    )
-    execution_ended_at = property(
-        lambda self: _from_timestamp(sum(map(float, self.ended.split()[1:3])))
-    )
-    created_at = execution_ended_at
-
-    # RQ's names for what a job tells itself.
-    all = staticmethod(lambda job, serializer=None: job.results())
-    count = staticmethod(lambda job: len(job.results()))
-    fetch_latest = staticmethod(
-        lambda job, serializer=None, timeout=0: job.latest_result(timeout)
-    )
-
-    @staticmethod
-    def delete_all(job: Job) -> None:
-        """Delete what the runs of a job left behind; it remains where it is."""
-        words = ("DEL", f"{job.key}:results"), ("HDEL", job.key, "ended", "result")
-        _execute(job.connection, *words)
-
-    @property
-    def return_value(self) -> Any:
-        """What the function returned; None if it did not."""
-        if self.type is not ResultType.SUCCESSFUL or not self.payload:
-            return None
-        context = self.job._signed_context("result", self.execution_id)
-        what = f"the result of job {self.job_id}"
-        return _deserialize(self.job.serializer, self.payload, what, *context)
-
-    @property
-    def callback_error(self) -> str | None:
-        """The traceback of a callback that failed after this run."""
-        run, _, text = self.job._text("callback_error").partition("\n")
-        return text if run == self.execution_id else None
-
-    @property
-    def exc_string(self) -> str | None:
-        """The traceback of a run that failed, or another reason."""
-        known = self.type is not ResultType.SUCCESSFUL
-        return self.payload.decode(errors="replace") or None if known else None
+def _from_timestamp(at: float) -> datetime:
+    return datetime.fromtimestamp(at, timezone.utc)
 
 
-# ---- 3. Encoding ---------------------------------------------------------------------------------
+def _delay_until(moment: datetime) -> str:
+    """Return what tells the script `enqueue` that a job is due at `moment`, in local time if it is
+    naive.  This host's clock, which may be wrong, has no part in it."""
+    if not isinstance(moment, datetime):
+        raise TypeError(f"give a datetime, not {moment!r}")
+    return f"@{moment.timestamp():.6f}"
+
+
+# ---- 3. Serializers and names of functions -------------------------------------------
 # What is stored is made of plain strings, numbers and the serializer's bytes.  No class of this
 # module is among them, since a vendored copy has another name.
 
@@ -868,19 +842,7 @@ def _resolve_class(choice: Any, default: Any) -> Any:
     return _import_object(choice) if isinstance(choice, str) else choice or default
 
 
-def _from_timestamp(at: float) -> datetime:
-    return datetime.fromtimestamp(at, timezone.utc)
-
-
-def _delay_until(moment: datetime) -> str:
-    """Return what tells the script `enqueue` that a job is due at `moment`, in local time if it is
-    naive.  This host's clock, which may be wrong, has no part in it."""
-    if not isinstance(moment, datetime):
-        raise TypeError(f"give a datetime, not {moment!r}")
-    return f"@{moment.timestamp():.6f}"
-
-
-# ---- 4. Redis ------------------------------------------------------------------------------------
+# ---- 4. Redis ------------------------------------------------------------------------
 # How commands reach the server; those of one call travel in one round trip.  A script's KEYS are
 # prefixes of queues, "microq:{q}:": they carry the hash tag, so the call finds its Cluster slot,
 # and the script appends the names in the table above.  While a slot moves to another node, no
@@ -1213,7 +1175,63 @@ def _connect(connection: Redis | None = None) -> Redis:
     return connection
 
 
-# ---- 5. Transitions ------------------------------------------------------------------------------
+class _BlockingConnection(_Connection):
+    """The connection on which a process blocks in BLPOP.
+
+    The time to wait is measured here: a server that has nothing else to do looks at its clock only
+    every 1/hz seconds, so its own timeout comes up to 0.1 s late.  close() takes the call back."""
+
+    SECONDS = 10  # after which the server answers in any case: is it still there?
+
+    def __init__(self, connection: Redis, silence: float, keys: Sequence[str]) -> None:
+        super().__init__(connection, silence, keys[0])
+        self.keys = keys
+        self._dead_at: float | None = None  # of a call that waits for its answer
+
+    def pop(self, seconds: float, bell: _Wakeup, *then: Command) -> list[Any] | None:
+        """Wait up to `seconds` for an element of one of the lists; None if the bell rang first.
+        Return it with the replies to the commands `then`, which the server has run at once when it
+        came, or after SECONDS, when it did not."""
+        until, commands = (
+            time.monotonic() + seconds,
+            [("BLPOP", *self.keys, self.SECONDS), *then],
+        )
+        try:
+            while True:
+                if self._dead_at is None:
+                    _send_packed(self.open(), commands)
+                    self._dead_at = (
+                        time.monotonic() + self.SECONDS + (self.silence or 0)
+                    )
+                now = time.monotonic()
+                if self.wire.can_read(timeout=0):
+                    replies = [
+                        self.wire.read_response(disable_decoding=True) for _ in commands
+                    ]
+                    self._dead_at = None
+                    if replies[0] or then:
+                        return replies
+                elif now >= self._dead_at:
+                    raise exceptions.TimeoutError("the server has gone silent")
+                elif now >= until or bell.watch(
+                    min(until, self._dead_at) - now, self.wire._sock
+                ):
+                    return None
+        except BaseException as error:
+            self.close()
+            if isinstance(self.connection, RedisCluster) and isinstance(
+                error, (exceptions.MovedError, *_UNREACHABLE)
+            ):
+                # redis-py learns from its own calls where a slot is now; none is for this slot.
+                self.connection.nodes_manager.initialize()
+            raise
+
+    def close(self) -> None:
+        super().close()
+        self._dead_at = None
+
+
+# ---- 5. Transitions ------------------------------------------------------------------
 # Every change of a job's state is in this section.  A transition is one Lua script, so it happens
 # whole or not at all, and it is guarded so that a copy of the call that arrives later changes
 # nothing.  What may fail comes before the first write.
@@ -1902,58 +1920,6 @@ redis.pcall('PUBLISH', job, to)
 return {was, posted}
 """)
 
-DELIVER = Script("""
--- deliver: do what the words that other queues have posted to this one, or to this limit, ask for.
--- Each may come twice.  Returns what is posted in turn and, if that is nothing, what had been
--- posted and is still there.
-local q, at, left = KEYS[1], now(), {}
-local holders, waiting, starts = q .. 'holders', q .. 'waiting', q .. 'starts'
-local function grant(member, due)
-  local to, id, slot, numbers = string.match(member, '^(%S+) (%S+) (%S+) (.*)$')
-  post(q, to, 'grant ' .. id .. ' ' .. slot .. ' ' .. stamp(due) .. ' ' .. q .. ' ' .. numbers, at)
-end
-for _, text in ipairs(ARGV) do
-  local verb, member = string.match(text, '^(%S+) (.*)$')
-  if verb == 'ask' and call('ZSCORE', holders, member) then grant(member, at)  -- it was lost
-  elseif verb == 'ask' then
-    call('ZADD', waiting, 'NX', string.match(member, '^%S+ %S+ (%S+)'), member)
-  elseif verb == 'free' then
-    call('ZREM', holders, member)
-    call('ZREM', waiting, member)
-  else receive(q, text, at) end
-end
-while true do
-  local member = call('ZRANGE', waiting, 0, 0)[1]
-  if not member then break end
-  local most, rate, per = string.match(member, '(%S+) (%S+) (%S+)$')
-  most, rate, per = tonumber(most), tonumber(rate), tonumber(per)
-  if not (most and rate and per) then most, rate = 0, 0 end  -- garbled: it harms nobody else
-  if most > 0 and call('ZCARD', holders) >= most then  -- has one of them been lost?
-    local oldest, since = unpack(call('ZRANGE', holders, 0, 0, 'WITHSCORES'))
-    if since + 60 < at then
-      call('ZADD', holders, stamp(at), oldest)
-      grant(oldest, at)
-    end
-    break
-  end
-  local due = at
-  if rate > 0 then
-    due = math.max(at, (call('LINDEX', starts, rate - 1) or 0) + per)
-    call('LPUSH', starts, stamp(due))
-    call('LTRIM', starts, 0, rate - 1)
-  end
-  call('ZREM', waiting, member)
-  call('ZADD', holders, stamp(at), member)
-  grant(member, due)
-end
-local limit, outbox = string.find(q, '^microq:limit:'), q .. 'outbox'
-for _, key in ipairs(limit and {holders, waiting, starts, outbox} or {}) do
-  call('EXPIRE', key, 366 * 86400)
-end
--- A queue has keepers, which look for what is left.
-if #posted == 0 and (limit or call('SCARD', outbox) <= 20) then leftover(q, 20, left) end
-return {posted, left}
-""")
 
 SWEEP = Script("""
 -- sweep: forget jobs of an ended container, a thousand in one call, whose record has expired until
@@ -2088,69 +2054,7 @@ end
 """)
 
 
-def _relay(connection: Any, posts: Sequence[bytes]) -> None:
-    """Take words (queue's prefix, word, ..) where they belong, and what these cause in turn, in
-    rounds, and take them out of the outboxes.  Whoever finds a word there may do so, as often as it
-    takes.  A word that is said again, since it was caused again, is delivered again."""
-    words = dict.fromkeys(zip(posts[::2], posts[1::2], strict=True))
-    known = set(words)
-    arrived: dict[tuple[bytes, bytes], None] = {}
-    stuck = set[bytes]()  # where nothing arrives now
-    while words:
-        to: dict[bytes, dict[bytes, None]] = {}
-        for _, text in words:
-            target, _, word = text.partition(b" ")
-            to.setdefault(target, {})[word] = None
-        caused: list[bytes] = []
-        left: list[bytes] = []
-        for target in [each for each in to if each not in stuck]:
-            name, texts = target.decode(errors="replace"), list(to[target])
-            calls = [
-                DELIVER(name, *texts[i : i + MAX_JOBS_PER_CALL])
-                for i in range(0, len(texts), MAX_JOBS_PER_CALL)
-            ]
-            try:
-                for new, old in _execute(connection, *calls):
-                    caused += new
-                    left += old
-            except (exceptions.RedisError, exceptions.RedisClusterException) as error:
-                log.warning("words for %s have to wait: %s", name, error)
-                stuck.add(target)
-        arrived |= {
-            each: None for each in words if each[1].partition(b" ")[0] not in stuck
-        }
-        words = dict.fromkeys(zip(caused[::2], caused[1::2], strict=True))
-        found = zip(left[::2], left[1::2], strict=True)
-        words |= {each: None for each in found if each not in known}
-        known |= words.keys()
-        for each in words.keys() & arrived.keys():
-            del arrived[each]
-        if len(arrived) >= MAX_JOBS_PER_CALL or not words:
-            # What a limit has to say is found again by those who speak to it; so what was said to
-            # it stays until all that it caused has arrived.
-            limits = [each for each in arrived if each[1].startswith(b"microq:limit:")]
-            keep = dict.fromkeys(limits if words or stuck else ())
-            _acknowledge(connection, arrived.keys() - keep.keys())
-            arrived = keep
-
-
-def _acknowledge(connection: Any, words: Iterable[tuple[bytes, bytes]]) -> None:
-    """Take words that have arrived out of their outboxes."""
-    outboxes: dict[bytes, list[bytes]] = {}
-    for prefix, text in words:
-        outboxes.setdefault(prefix, []).append(text)
-    acks = [
-        ("SREM", prefix + b"outbox", *texts[i : i + MAX_JOBS_PER_CALL])
-        for prefix, texts in outboxes.items()
-        for i in range(0, len(texts), MAX_JOBS_PER_CALL)
-    ]
-    with contextlib.suppress(
-        ServerUnavailable
-    ):  # what is still there is delivered once more
-        _execute(connection, *acks) if acks else []
-
-
-# ---- 6. Job --------------------------------------------------------------------------------------
+# ---- 6. Job, result, execution -------------------------------------------------------
 # What a user holds: an id, and the hash as it was read last.  Attributes read that copy; refresh()
 # and whatever asks for a status go to the server.  Fields are decoded when they are asked for, so a
 # garbled one harms nothing else.
@@ -2180,6 +2084,68 @@ def _is(status: JobStatus) -> Any:
     return property(
         lambda job: job.get_status() == status, doc=f"Asks whether it is {status}."
     )
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one execution of a job left behind."""
+
+    job: Job
+    ended: str  # "<execution> <started_at> <seconds> [<type>]"
+    payload: bytes  # the serialized return value, or the traceback
+
+    Type = ResultType
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"\S+ \d+\.\d+ \d+\.\d+( [a-z_]+)?", self.ended):
+            text = f"the result of job {self.job_id} is garbled: {self.ended!r}"
+            raise DeserializationError(text)
+
+    type = property(lambda self: ResultType([*self.ended.split(), "successful"][3]))
+    job_id = property(lambda self: self.job.id)
+    execution_id = property(lambda self: self.ended.split()[0])
+    worker_name = property(lambda self: self.execution_id.rpartition(".")[0])
+    execution_started_at = property(
+        lambda self: _from_timestamp(float(self.ended.split()[1]))
+    )
+    execution_ended_at = property(
+        lambda self: _from_timestamp(sum(map(float, self.ended.split()[1:3])))
+    )
+    created_at = execution_ended_at
+
+    # RQ's names for what a job tells itself.
+    all = staticmethod(lambda job, serializer=None: job.results())
+    count = staticmethod(lambda job: len(job.results()))
+    fetch_latest = staticmethod(
+        lambda job, serializer=None, timeout=0: job.latest_result(timeout)
+    )
+
+    @staticmethod
+    def delete_all(job: Job) -> None:
+        """Delete what the runs of a job left behind; it remains where it is."""
+        words = ("DEL", f"{job.key}:results"), ("HDEL", job.key, "ended", "result")
+        _execute(job.connection, *words)
+
+    @property
+    def return_value(self) -> Any:
+        """What the function returned; None if it did not."""
+        if self.type is not ResultType.SUCCESSFUL or not self.payload:
+            return None
+        context = self.job._signed_context("result", self.execution_id)
+        what = f"the result of job {self.job_id}"
+        return _deserialize(self.job.serializer, self.payload, what, *context)
+
+    @property
+    def callback_error(self) -> str | None:
+        """The traceback of a callback that failed after this run."""
+        run, _, text = self.job._text("callback_error").partition("\n")
+        return text if run == self.execution_id else None
+
+    @property
+    def exc_string(self) -> str | None:
+        """The traceback of a run that failed, or another reason."""
+        known = self.type is not ResultType.SUCCESSFUL
+        return self.payload.decode(errors="replace") or None if known else None
 
 
 class Job:
@@ -2837,7 +2803,7 @@ def requeue_job(
     return Job.fetch(job_id, connection, serializer).requeue()
 
 
-# ---- 7. Queue ------------------------------------------------------------------------------------
+# ---- 7. Queue and registries ---------------------------------------------------------
 # What a producer calls.  Everything is checked and serialized before the first byte is sent: what
 # raises has stored nothing.
 
@@ -3495,193 +3461,7 @@ def job(
     return decorate
 
 
-class RateLimitRegistry:
-    """The jobs that share the RateLimit of this key, in whatever queues."""
-
-    def __init__(self, key: str, connection: Redis | None = None) -> None:
-        self.key, self.connection = key, _connect(connection)
-
-    from_job = classmethod(lambda cls, job: cls(job.rate_limit_key, job.connection))
-
-    def _ids(self, part: str) -> list[str]:
-        key = f"microq:limit:{{{self.key}}}:{part}"
-        return [
-            each.decode().split()[1]
-            for each in _execute_one(self.connection, "ZRANGE", key, 0, -1)
-        ]
-
-    get_allowed_job_ids = lambda self: self._ids("holders")  # noqa: E731  they have a slot
-    get_rate_limited_job_ids = lambda self: self._ids("waiting")  # noqa: E731
-    get_allowed_count = lambda self: len(self.get_allowed_job_ids())  # noqa: E731
-    get_rate_limited_count = lambda self: len(self.get_rate_limited_job_ids())  # noqa: E731
-
-
-class Group:
-    """Jobs under a common name, in whatever queues; enqueue_many() puts them there.  A group is
-    forgotten a week after the last ones joined, and by cleanup() when none of them exists."""
-
-    def __init__(
-        self,
-        connection: Redis | None = None,
-        name: str | None = None,
-        serializer: Any = None,
-    ) -> None:
-        self.connection, self.name = (
-            _connect(connection),
-            name or secrets.token_urlsafe(16),
-        )
-        self.key, self._serializer = f"microq:group:{self.name}", serializer
-
-    create = classmethod(
-        lambda cls, *args, **kwargs: cls(*args, **kwargs)
-    )  # stores nothing
-
-    @classmethod
-    def fetch(
-        cls, name: str, connection: Redis | None = None, serializer: Any = None
-    ) -> Group:
-        """Return the group of this name, or raise NoSuchGroupError."""
-        group = cls(connection, name, serializer)
-        if not _execute_one(group.connection, "EXISTS", group.key):
-            raise NoSuchGroupError(
-                f"no group {name!r}: no job joined it, or it was forgotten"
-            )
-        return group
-
-    @classmethod
-    def all(cls, connection: Redis | None = None) -> list[Group]:
-        """Return all groups, in the order in which the last jobs joined them."""
-        connection = _connect(connection)
-        names = _execute_one(connection, *LIST.on_key(_GROUPS_KEY, "", 0, -1, 0))
-        groups = [cls(connection, name.decode()) for name in names]
-        there = (
-            _execute(connection, *[("EXISTS", each.key) for each in groups])
-            if groups
-            else []
-        )
-        return list(itertools.compress(groups, there))
-
-    @classmethod
-    def clean_registries(cls, connection: Redis | None = None) -> None:
-        """Clean up all groups; see cleanup()."""
-        for group in cls.all(connection):
-            group.cleanup()
-
-    def enqueue_many(
-        self, queue: Queue, job_datas: Iterable[EnqueueData], pipeline: Any = None
-    ) -> list[Job]:
-        """Store many calls as jobs of this group; see Queue.enqueue_many()."""
-        return queue.enqueue_many(job_datas, pipeline, group_id=self.name)
-
-    def enqueue_callback(self, queue: Queue, f: Func, *args: Any, **kwargs: Any) -> Job:
-        """Store a call to be run when all that are jobs of the group now have ended, in whatever
-        way; see Queue.enqueue().  One round trip more, and one for each other queue."""
-        if kwargs.get("pipeline") is not None:
-            raise TypeError(
-                "a callback can't be put into a pipeline; its jobs may be there, too"
-            )
-        return queue.enqueue(
-            f, *args, depends_on=Dependency(self._members(), "any"), **kwargs
-        )
-
-    def _add_jobs(self, jobs: Iterable[Job], pipeline: Any) -> None:
-        members = [self._member(job) for job in jobs]
-        commands = [
-            JOIN.on_key(self.key, 0, GROUP_TTL, *members),
-            JOIN.on_key(_GROUPS_KEY, GROUP_TTL, GROUP_TTL, self.name),
-        ]
-        if pipeline is None:
-            _execute(self.connection, *commands)
-        for command in commands if pipeline is not None else ():
-            pipeline.execute_command(*_as_eval(command))
-
-    _member = staticmethod(lambda job: f"{job.id} {job.origin}")
-
-    def _members(self) -> list[Job]:
-        """Return the jobs that joined, in their order, not read yet."""
-        members = _execute_one(self.connection, "ZRANGE", self.key, 0, -1)
-        pairs = [member.decode().split() for member in members]
-        make = functools.partial(
-            Queue, connection=self.connection, serializer=self._serializer
-        )
-        queues = {name: make(name) for name in {name for _, name in pairs}}
-        return [Job(id, queues[name], {}) for id, name in pairs]
-
-    def _containers(self, jobs: Sequence[Job]) -> list[str]:
-        """Return the container of each job; "" if it does not exist, or has a new life outside of
-        the group."""
-        name = self.name.encode()
-        return [
-            place.decode() if group == name else "" for place, group in _where(jobs)
-        ]
-
-    def get_jobs(self) -> list[Job]:
-        """Return the jobs that still exist.  Two round trips, however many they are."""
-        return [
-            job for job in _fetch_jobs(self._members()) if job.group_id == self.name
-        ]
-
-    def counts(self) -> dict[str, int]:
-        """Return how many of the jobs that still exist have which status."""
-        return dict(Counter(str(job._status) for job in self.get_jobs()))
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Wait until all jobs have ended, up to `timeout` seconds if it is given; tell whether they
-        have.  See Job.latest_result()."""
-        deadline = time.monotonic() + (math.inf if timeout is None else timeout)
-        pending, size = self._members(), 1
-        while pending:
-            # From the end, where those are that joined last: when these have ended, few others have
-            # not.  Those that have ended are not read again, and the portions grow while all have.
-            portion = pending[-size:]
-            places = self._containers(portion)
-            left = [
-                j
-                for j, at in zip(portion, places, strict=True)
-                if at and at not in _FINAL_CONTAINERS
-            ]
-            pending[-size:] = left
-            size = min(2 * size, MAX_JOBS_PER_CALL)
-            if left:
-                size = 1
-                seconds = deadline - time.monotonic()
-                if seconds <= 0:
-                    return False
-                left[-1]._wait_for(seconds, self._has_ended)
-        return True
-
-    def _has_ended(self, job: Job) -> bool:
-        """Tell whether a job of the group has ended; also if it does not exist any more."""
-        [container] = self._containers([job])
-        return not container or container in _FINAL_CONTAINERS
-
-    def delete_job(self, job_id: str) -> None:
-        """Take a job out of the group; it lives on."""
-        self._remove([job for job in self._members() if job.id == job_id], age=0)
-
-    def cleanup(self) -> None:
-        """Take out of the group the jobs that do not exist, a minute after they joined: till then
-        they may be about to be stored."""
-        members = self._members()
-        for start in range(0, len(members), MAX_JOBS_PER_CALL):
-            jobs = members[start : start + MAX_JOBS_PER_CALL]
-            containers = self._containers(jobs)
-            self._remove(
-                [j for j, at in zip(jobs, containers, strict=True) if not at], age=60
-            )
-
-    def _remove(self, jobs: Sequence[Job], age: float) -> None:
-        """Take out of the group those of the jobs that joined `age` seconds ago."""
-        if jobs:
-            _execute_one(
-                self.connection, *LEAVE.on_key(self.key, age, *map(self._member, jobs))
-            )
-
-    def __repr__(self) -> str:
-        return f"Group({self.name!r})"
-
-
-# ---- 8. Running a job ----------------------------------------------------------------------------
+# ---- 8. Running a job ----------------------------------------------------------------
 # perform() is the only call of a job's function: it returns an Outcome and does not raise.
 # _settlement() turns an Outcome into the one transition that records it.
 
@@ -3979,7 +3759,7 @@ def _settle_args(execution: Execution, outcome: Outcome, result_ttl: float) -> C
     )
 
 
-# ---- 9. Worker -----------------------------------------------------------------------------------
+# ---- 9. Work loop --------------------------------------------------------------------
 # One loop: settle what is done and claim what is next in one round trip, run it, again.  While jobs
 # are tiny, it claims more at once, and settles them together, since the round trip is what costs;
 # and it claims a batch ahead, so that the server works while jobs run.  A job that turns out slow
@@ -3987,6 +3767,24 @@ def _settle_args(execution: Execution, outcome: Outcome, result_ttl: float) -> C
 # queues.  It runs in this process or in a child; beside it, in a thread or in the parent, a keeper
 # beats for it and hears commands: see section 10.  The two share a slate, and a bell ends the
 # other's wait.
+
+
+class _Backoff:
+    """Pauses before further attempts to reach a server: none at first, since the connection may
+    just have been cut, then each about twice as long, up to a cap."""
+
+    def __init__(self, cap: float) -> None:
+        self.seconds, self.cap = 0.0, cap
+
+    def after(self, error: Exception, what: str) -> float:
+        """Return the next pause in seconds."""
+        pause = self.seconds * random.uniform(0.5, 1)  # so that not all return at once
+        if pause:
+            log.warning(
+                "%s: %s; trying again in %.1f s", what, error.__cause__ or error, pause
+            )
+        self.seconds = min(2 * self.seconds or 0.1, self.cap)
+        return pause
 
 
 class _SharedState(ctypes.Structure):
@@ -4085,62 +3883,6 @@ class _Wakeup:
             poll.register(file, select.POLLIN)
         ready = poll.poll(max(0.0, min(seconds, 3600)) * 1000)
         return any(number == self._reader.fileno() for number, _ in ready)
-
-
-class _BlockingConnection(_Connection):
-    """The connection on which a process blocks in BLPOP.
-
-    The time to wait is measured here: a server that has nothing else to do looks at its clock only
-    every 1/hz seconds, so its own timeout comes up to 0.1 s late.  close() takes the call back."""
-
-    SECONDS = 10  # after which the server answers in any case: is it still there?
-
-    def __init__(self, connection: Redis, silence: float, keys: Sequence[str]) -> None:
-        super().__init__(connection, silence, keys[0])
-        self.keys = keys
-        self._dead_at: float | None = None  # of a call that waits for its answer
-
-    def pop(self, seconds: float, bell: _Wakeup, *then: Command) -> list[Any] | None:
-        """Wait up to `seconds` for an element of one of the lists; None if the bell rang first.
-        Return it with the replies to the commands `then`, which the server has run at once when it
-        came, or after SECONDS, when it did not."""
-        until, commands = (
-            time.monotonic() + seconds,
-            [("BLPOP", *self.keys, self.SECONDS), *then],
-        )
-        try:
-            while True:
-                if self._dead_at is None:
-                    _send_packed(self.open(), commands)
-                    self._dead_at = (
-                        time.monotonic() + self.SECONDS + (self.silence or 0)
-                    )
-                now = time.monotonic()
-                if self.wire.can_read(timeout=0):
-                    replies = [
-                        self.wire.read_response(disable_decoding=True) for _ in commands
-                    ]
-                    self._dead_at = None
-                    if replies[0] or then:
-                        return replies
-                elif now >= self._dead_at:
-                    raise exceptions.TimeoutError("the server has gone silent")
-                elif now >= until or bell.watch(
-                    min(until, self._dead_at) - now, self.wire._sock
-                ):
-                    return None
-        except BaseException as error:
-            self.close()
-            if isinstance(self.connection, RedisCluster) and isinstance(
-                error, (exceptions.MovedError, *_UNREACHABLE)
-            ):
-                # redis-py learns from its own calls where a slot is now; none is for this slot.
-                self.connection.nodes_manager.initialize()
-            raise
-
-    def close(self) -> None:
-        super().close()
-        self._dead_at = None
 
 
 def _default_name() -> str:
@@ -4952,30 +4694,12 @@ class RandomWorker(Worker):
 BaseDeathPenalty = UnixSignalDeathPenalty = TimerDeathPenalty = object
 
 
-# ---- 10. Supervision -----------------------------------------------------------------------------
+# ---- 10. Worker, child, supervisor, pool ---------------------------------------------
 # A keeper sees to it that workers stay alive in Redis and under control: it renews their leases,
 # hears commands, and, where they run in children, starts, watches, kills and replaces these.  A
 # child near its last job has a spare one beside it, which waits at a gate and goes on as soon as
 # the other has settled everything.  No job runs in the keeper's process then, so one that holds the
 # GIL or crashes harms its own only.
-
-
-class _Backoff:
-    """Pauses before further attempts to reach a server: none at first, since the connection may
-    just have been cut, then each about twice as long, up to a cap."""
-
-    def __init__(self, cap: float) -> None:
-        self.seconds, self.cap = 0.0, cap
-
-    def after(self, error: Exception, what: str) -> float:
-        """Return the next pause in seconds."""
-        pause = self.seconds * random.uniform(0.5, 1)  # so that not all return at once
-        if pause:
-            log.warning(
-                "%s: %s; trying again in %.1f s", what, error.__cause__ or error, pause
-            )
-        self.seconds = min(2 * self.seconds or 0.1, self.cap)
-        return pause
 
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD, signal.SIGALRM)
@@ -5724,6 +5448,11 @@ class WorkerPool:
             self._supervisor.stop()
 
 
+# ---- 11. Commands --------------------------------------------------------------------
+# What people and programs tell a worker that runs: a worker reads its inbox, a list, with
+# its blocking connection, and looks at the key of the suspension with each heartbeat.
+
+
 _SUSPENDED_KEY = "microq:suspended"
 
 
@@ -5790,7 +5519,320 @@ def _tell_workers_to_check_suspension(connection: Redis | None) -> None:
             send_command(connection, key.removeprefix("microq:worker:"), "suspension")
 
 
-# ---- 11. Cron ------------------------------------------------------------------------------------
+# ======== Part II: what else there is =================================================
+
+# ---- 12. Messages between queues -----------------------------------------------------
+# What a script has to tell another queue, or a limit, it stores in an outbox, since that
+# may live on another node.  Whoever sees a message there may relay it, as often as it takes.
+
+
+DELIVER = Script("""
+-- deliver: do what the words that other queues have posted to this one, or to this limit, ask for.
+-- Each may come twice.  Returns what is posted in turn and, if that is nothing, what had been
+-- posted and is still there.
+local q, at, left = KEYS[1], now(), {}
+local holders, waiting, starts = q .. 'holders', q .. 'waiting', q .. 'starts'
+local function grant(member, due)
+  local to, id, slot, numbers = string.match(member, '^(%S+) (%S+) (%S+) (.*)$')
+  post(q, to, 'grant ' .. id .. ' ' .. slot .. ' ' .. stamp(due) .. ' ' .. q .. ' ' .. numbers, at)
+end
+for _, text in ipairs(ARGV) do
+  local verb, member = string.match(text, '^(%S+) (.*)$')
+  if verb == 'ask' and call('ZSCORE', holders, member) then grant(member, at)  -- it was lost
+  elseif verb == 'ask' then
+    call('ZADD', waiting, 'NX', string.match(member, '^%S+ %S+ (%S+)'), member)
+  elseif verb == 'free' then
+    call('ZREM', holders, member)
+    call('ZREM', waiting, member)
+  else receive(q, text, at) end
+end
+while true do
+  local member = call('ZRANGE', waiting, 0, 0)[1]
+  if not member then break end
+  local most, rate, per = string.match(member, '(%S+) (%S+) (%S+)$')
+  most, rate, per = tonumber(most), tonumber(rate), tonumber(per)
+  if not (most and rate and per) then most, rate = 0, 0 end  -- garbled: it harms nobody else
+  if most > 0 and call('ZCARD', holders) >= most then  -- has one of them been lost?
+    local oldest, since = unpack(call('ZRANGE', holders, 0, 0, 'WITHSCORES'))
+    if since + 60 < at then
+      call('ZADD', holders, stamp(at), oldest)
+      grant(oldest, at)
+    end
+    break
+  end
+  local due = at
+  if rate > 0 then
+    due = math.max(at, (call('LINDEX', starts, rate - 1) or 0) + per)
+    call('LPUSH', starts, stamp(due))
+    call('LTRIM', starts, 0, rate - 1)
+  end
+  call('ZREM', waiting, member)
+  call('ZADD', holders, stamp(at), member)
+  grant(member, due)
+end
+local limit, outbox = string.find(q, '^microq:limit:'), q .. 'outbox'
+for _, key in ipairs(limit and {holders, waiting, starts, outbox} or {}) do
+  call('EXPIRE', key, 366 * 86400)
+end
+-- A queue has keepers, which look for what is left.
+if #posted == 0 and (limit or call('SCARD', outbox) <= 20) then leftover(q, 20, left) end
+return {posted, left}
+""")
+
+
+def _relay(connection: Any, posts: Sequence[bytes]) -> None:
+    """Take words (queue's prefix, word, ..) where they belong, and what these cause in turn, in
+    rounds, and take them out of the outboxes.  Whoever finds a word there may do so, as often as it
+    takes.  A word that is said again, since it was caused again, is delivered again."""
+    words = dict.fromkeys(zip(posts[::2], posts[1::2], strict=True))
+    known = set(words)
+    arrived: dict[tuple[bytes, bytes], None] = {}
+    stuck = set[bytes]()  # where nothing arrives now
+    while words:
+        to: dict[bytes, dict[bytes, None]] = {}
+        for _, text in words:
+            target, _, word = text.partition(b" ")
+            to.setdefault(target, {})[word] = None
+        caused: list[bytes] = []
+        left: list[bytes] = []
+        for target in [each for each in to if each not in stuck]:
+            name, texts = target.decode(errors="replace"), list(to[target])
+            calls = [
+                DELIVER(name, *texts[i : i + MAX_JOBS_PER_CALL])
+                for i in range(0, len(texts), MAX_JOBS_PER_CALL)
+            ]
+            try:
+                for new, old in _execute(connection, *calls):
+                    caused += new
+                    left += old
+            except (exceptions.RedisError, exceptions.RedisClusterException) as error:
+                log.warning("words for %s have to wait: %s", name, error)
+                stuck.add(target)
+        arrived |= {
+            each: None for each in words if each[1].partition(b" ")[0] not in stuck
+        }
+        words = dict.fromkeys(zip(caused[::2], caused[1::2], strict=True))
+        found = zip(left[::2], left[1::2], strict=True)
+        words |= {each: None for each in found if each not in known}
+        known |= words.keys()
+        for each in words.keys() & arrived.keys():
+            del arrived[each]
+        if len(arrived) >= MAX_JOBS_PER_CALL or not words:
+            # What a limit has to say is found again by those who speak to it; so what was said to
+            # it stays until all that it caused has arrived.
+            limits = [each for each in arrived if each[1].startswith(b"microq:limit:")]
+            keep = dict.fromkeys(limits if words or stuck else ())
+            _acknowledge(connection, arrived.keys() - keep.keys())
+            arrived = keep
+
+
+def _acknowledge(connection: Any, words: Iterable[tuple[bytes, bytes]]) -> None:
+    """Take words that have arrived out of their outboxes."""
+    outboxes: dict[bytes, list[bytes]] = {}
+    for prefix, text in words:
+        outboxes.setdefault(prefix, []).append(text)
+    acks = [
+        ("SREM", prefix + b"outbox", *texts[i : i + MAX_JOBS_PER_CALL])
+        for prefix, texts in outboxes.items()
+        for i in range(0, len(texts), MAX_JOBS_PER_CALL)
+    ]
+    with contextlib.suppress(
+        ServerUnavailable
+    ):  # what is still there is delivered once more
+        _execute(connection, *acks) if acks else []
+
+
+# ---- 13. Groups and rate limits ------------------------------------------------------
+# Jobs that belong together, in whatever queues, and jobs that share a limit.
+
+
+class RateLimitRegistry:
+    """The jobs that share the RateLimit of this key, in whatever queues."""
+
+    def __init__(self, key: str, connection: Redis | None = None) -> None:
+        self.key, self.connection = key, _connect(connection)
+
+    from_job = classmethod(lambda cls, job: cls(job.rate_limit_key, job.connection))
+
+    def _ids(self, part: str) -> list[str]:
+        key = f"microq:limit:{{{self.key}}}:{part}"
+        return [
+            each.decode().split()[1]
+            for each in _execute_one(self.connection, "ZRANGE", key, 0, -1)
+        ]
+
+    get_allowed_job_ids = lambda self: self._ids("holders")  # noqa: E731  they have a slot
+    get_rate_limited_job_ids = lambda self: self._ids("waiting")  # noqa: E731
+    get_allowed_count = lambda self: len(self.get_allowed_job_ids())  # noqa: E731
+    get_rate_limited_count = lambda self: len(self.get_rate_limited_job_ids())  # noqa: E731
+
+
+class Group:
+    """Jobs under a common name, in whatever queues; enqueue_many() puts them there.  A group is
+    forgotten a week after the last ones joined, and by cleanup() when none of them exists."""
+
+    def __init__(
+        self,
+        connection: Redis | None = None,
+        name: str | None = None,
+        serializer: Any = None,
+    ) -> None:
+        self.connection, self.name = (
+            _connect(connection),
+            name or secrets.token_urlsafe(16),
+        )
+        self.key, self._serializer = f"microq:group:{self.name}", serializer
+
+    create = classmethod(
+        lambda cls, *args, **kwargs: cls(*args, **kwargs)
+    )  # stores nothing
+
+    @classmethod
+    def fetch(
+        cls, name: str, connection: Redis | None = None, serializer: Any = None
+    ) -> Group:
+        """Return the group of this name, or raise NoSuchGroupError."""
+        group = cls(connection, name, serializer)
+        if not _execute_one(group.connection, "EXISTS", group.key):
+            raise NoSuchGroupError(
+                f"no group {name!r}: no job joined it, or it was forgotten"
+            )
+        return group
+
+    @classmethod
+    def all(cls, connection: Redis | None = None) -> list[Group]:
+        """Return all groups, in the order in which the last jobs joined them."""
+        connection = _connect(connection)
+        names = _execute_one(connection, *LIST.on_key(_GROUPS_KEY, "", 0, -1, 0))
+        groups = [cls(connection, name.decode()) for name in names]
+        there = (
+            _execute(connection, *[("EXISTS", each.key) for each in groups])
+            if groups
+            else []
+        )
+        return list(itertools.compress(groups, there))
+
+    @classmethod
+    def clean_registries(cls, connection: Redis | None = None) -> None:
+        """Clean up all groups; see cleanup()."""
+        for group in cls.all(connection):
+            group.cleanup()
+
+    def enqueue_many(
+        self, queue: Queue, job_datas: Iterable[EnqueueData], pipeline: Any = None
+    ) -> list[Job]:
+        """Store many calls as jobs of this group; see Queue.enqueue_many()."""
+        return queue.enqueue_many(job_datas, pipeline, group_id=self.name)
+
+    def enqueue_callback(self, queue: Queue, f: Func, *args: Any, **kwargs: Any) -> Job:
+        """Store a call to be run when all that are jobs of the group now have ended, in whatever
+        way; see Queue.enqueue().  One round trip more, and one for each other queue."""
+        if kwargs.get("pipeline") is not None:
+            raise TypeError(
+                "a callback can't be put into a pipeline; its jobs may be there, too"
+            )
+        return queue.enqueue(
+            f, *args, depends_on=Dependency(self._members(), "any"), **kwargs
+        )
+
+    def _add_jobs(self, jobs: Iterable[Job], pipeline: Any) -> None:
+        members = [self._member(job) for job in jobs]
+        commands = [
+            JOIN.on_key(self.key, 0, GROUP_TTL, *members),
+            JOIN.on_key(_GROUPS_KEY, GROUP_TTL, GROUP_TTL, self.name),
+        ]
+        if pipeline is None:
+            _execute(self.connection, *commands)
+        for command in commands if pipeline is not None else ():
+            pipeline.execute_command(*_as_eval(command))
+
+    _member = staticmethod(lambda job: f"{job.id} {job.origin}")
+
+    def _members(self) -> list[Job]:
+        """Return the jobs that joined, in their order, not read yet."""
+        members = _execute_one(self.connection, "ZRANGE", self.key, 0, -1)
+        pairs = [member.decode().split() for member in members]
+        make = functools.partial(
+            Queue, connection=self.connection, serializer=self._serializer
+        )
+        queues = {name: make(name) for name in {name for _, name in pairs}}
+        return [Job(id, queues[name], {}) for id, name in pairs]
+
+    def _containers(self, jobs: Sequence[Job]) -> list[str]:
+        """Return the container of each job; "" if it does not exist, or has a new life outside of
+        the group."""
+        name = self.name.encode()
+        return [
+            place.decode() if group == name else "" for place, group in _where(jobs)
+        ]
+
+    def get_jobs(self) -> list[Job]:
+        """Return the jobs that still exist.  Two round trips, however many they are."""
+        return [
+            job for job in _fetch_jobs(self._members()) if job.group_id == self.name
+        ]
+
+    def counts(self) -> dict[str, int]:
+        """Return how many of the jobs that still exist have which status."""
+        return dict(Counter(str(job._status) for job in self.get_jobs()))
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until all jobs have ended, up to `timeout` seconds if it is given; tell whether they
+        have.  See Job.latest_result()."""
+        deadline = time.monotonic() + (math.inf if timeout is None else timeout)
+        pending, size = self._members(), 1
+        while pending:
+            # From the end, where those are that joined last: when these have ended, few others have
+            # not.  Those that have ended are not read again, and the portions grow while all have.
+            portion = pending[-size:]
+            places = self._containers(portion)
+            left = [
+                j
+                for j, at in zip(portion, places, strict=True)
+                if at and at not in _FINAL_CONTAINERS
+            ]
+            pending[-size:] = left
+            size = min(2 * size, MAX_JOBS_PER_CALL)
+            if left:
+                size = 1
+                seconds = deadline - time.monotonic()
+                if seconds <= 0:
+                    return False
+                left[-1]._wait_for(seconds, self._has_ended)
+        return True
+
+    def _has_ended(self, job: Job) -> bool:
+        """Tell whether a job of the group has ended; also if it does not exist any more."""
+        [container] = self._containers([job])
+        return not container or container in _FINAL_CONTAINERS
+
+    def delete_job(self, job_id: str) -> None:
+        """Take a job out of the group; it lives on."""
+        self._remove([job for job in self._members() if job.id == job_id], age=0)
+
+    def cleanup(self) -> None:
+        """Take out of the group the jobs that do not exist, a minute after they joined: till then
+        they may be about to be stored."""
+        members = self._members()
+        for start in range(0, len(members), MAX_JOBS_PER_CALL):
+            jobs = members[start : start + MAX_JOBS_PER_CALL]
+            containers = self._containers(jobs)
+            self._remove(
+                [j for j, at in zip(jobs, containers, strict=True) if not at], age=60
+            )
+
+    def _remove(self, jobs: Sequence[Job], age: float) -> None:
+        """Take out of the group those of the jobs that joined `age` seconds ago."""
+        if jobs:
+            _execute_one(
+                self.connection, *LEAVE.on_key(self.key, age, *map(self._member, jobs))
+            )
+
+    def __repr__(self) -> str:
+        return f"Group({self.name!r})"
+
+
+# ---- 14. Cron ------------------------------------------------------------------------
 # Jobs that are enqueued by the clock.  An entry of cron is stored in its queue, beside its last
 # tick: the time for which a job was enqueued last.  A supervisor with a scheduler reads both with
 # each heartbeat, and enqueues a scheduled job for each tick that comes up to a lease ahead.  The
@@ -6489,7 +6531,7 @@ def get_cron_job_ids(
 cron = sys.modules[__name__]  # for `from microq import cron; cron.register(..)`
 
 
-# ---- 12. Embedded server -------------------------------------------------------------------------
+# ---- 15. Embedded server -------------------------------------------------------------
 # A server on a unix socket in a directory of one user, for a machine that has none.  All processes
 # that use the directory share the server, and it ends after the last of them.  The directory holds:
 #
@@ -6726,7 +6768,7 @@ def _start_server(home: Path, private: bool) -> subprocess.Popen[bytes] | None:
         os.close(monitor_lock)
 
 
-# ---- 13. Command line ----------------------------------------------------------------------------
+# ---- 16. Command line ----------------------------------------------------------------
 # A command has a function _add_.. that declares its arguments, and a function _cmd_.. that runs it.
 # main() parses the words, completes the options from the environment and the config module, runs
 # the command, and turns an error into one line.  Flags beat the environment, which beats the config
