@@ -2148,6 +2148,24 @@ class Result:
         return self.payload.decode(errors="replace") or None if known else None
 
 
+class _EnqueueRequest(NamedTuple):
+    """How a job is to be enqueued, as far as that is not in its hash."""
+
+    # Tells a second life of an id from a call that is sent again; "" for an id that nobody
+    # else can have, None: made when the job is sent.
+    call_id: str | None = None
+    unique: bool = False
+    at_front: bool = False
+    dependency: Dependency | None = None
+
+    def renewed(self) -> _EnqueueRequest:
+        """Return the request for the next life of the job, once this one is stored."""
+        return _EnqueueRequest(unique=self.unique, dependency=self.dependency)
+
+
+_DEFAULT_REQUEST = _EnqueueRequest()
+
+
 class Job:
     """One call of a function, and what became of it; made by a Queue, or found by fetch()."""
 
@@ -2155,12 +2173,12 @@ class Job:
 
     def __init__(
         self, id: str, queue: Queue | None = None, fields: dict[str, bytes] | None = None,
-        nonce: str | None = None, connection: Redis | None = None, serializer: Any = None,
+        request: _EnqueueRequest = _DEFAULT_REQUEST, connection: Redis | None = None,
+        serializer: Any = None,
     ) -> None:  # fmt: skip
         self.id, self._fields = id, {} if fields is None else fields
         self._bind(queue or Queue("default", connection, serializer=serializer))
-        # Tells a second life of an id from a copy of the first call; None: made when it is sent.
-        self._call_id = nonce
+        self._request = request
         self._status: JobStatus | None = JobStatus.CREATED  # None: to be looked up
         self._execution: Execution | None = None
         self._interrupt: Any = None  # raises an exception in it while it runs here
@@ -2171,8 +2189,6 @@ class Job:
         self._call_cache: tuple[Any, ...] | None = (
             None  # the call, once it was asked for
         )
-        self._unique = self._at_front = False
-        self._depends_on: Dependency | None = None  # as it was created
 
     def _bind(self, queue: Any) -> None:
         self.queue, self.origin = queue, queue.name
@@ -2231,8 +2247,10 @@ class Job:
     def _take_in(
         self, status: bytes, token: bytes, heartbeat: bytes, pairs: list[bytes]
     ) -> None:
-        self._fields, self._meta, self._call_id = _hash_to_dict(pairs), None, None
+        self._fields = _hash_to_dict(pairs)
+        self._meta = None
         self._call_cache = None
+        self._request = self._request.renewed()
         stopped = status == b"failed" and self._text("ended").endswith(" stopped")
         self._status = JobStatus.STOPPED if stopped else JobStatus(status.decode())
         beat = _from_timestamp(float(heartbeat)) if heartbeat else None
@@ -3151,17 +3169,25 @@ class Queue(Registry):
                 )
             if value is not None and (kind := _OPTIONS[name]) is not None:
                 fields[name] = self._encode_option(name, kind, value)
-        id, parents, unique = map(options.get, ("job_id", "depends_on", "unique"))
-        if unique not in (None, True, False, "pending") or (unique and id is None):
+        chosen_id = options.get("job_id")
+        unique = options.get("unique")
+        if unique not in (None, True, False, "pending") or (
+            unique and chosen_id is None
+        ):
             raise ValueError(f"unique={unique!r}: give True or 'pending', and a job_id")
-        new = secrets.token_urlsafe(16) if id is None else _job_id(id)
-        job = self.job_class(new, self, fields, nonce="" if id is None else None)
+        if chosen_id is None:
+            id = secrets.token_urlsafe(16)
+            call_id = ""
+        else:
+            id = _job_id(chosen_id)
+            call_id = None
+        dependency = options.get("depends_on") or None
+        if dependency is not None and not isinstance(dependency, Dependency):
+            dependency = Dependency(dependency)
+        at_front = bool(options.get("at_front"))
+        request = _EnqueueRequest(call_id, unique is True, at_front, dependency)
+        job = self.job_class(id, self, fields, request)
         job._sign()
-        job._unique, job._at_front = unique is True, bool(options.get("at_front"))
-        if parents:
-            job._depends_on = (
-                parents if isinstance(parents, Dependency) else Dependency(parents)
-            )
         return job
 
     def _encode_option(self, name: str, kind: Any, value: Any) -> bytes:
@@ -3212,15 +3238,12 @@ class Queue(Registry):
     ) -> Job:
         """Store a job made by create_job() or Job.create(); one that has ended begins a new life.
         Raises InvalidJobOperation for a job that is in another queue."""
-        job._at_front, job._unique = (
-            job._at_front or bool(at_front),
-            job._unique or unique,
-        )
-        self._store([self._take_over(job)], pipeline)
+        self._take_over(job, at_front, unique)
+        self._store([job], pipeline)
         return job
 
-    def _take_over(self, job: Job) -> Job:
-        """Return the job as one of this queue, if it may still become that."""
+    def _take_over(self, job: Job, at_front: bool, unique: bool) -> None:
+        """Make the job one of this queue, if it may still become that, and add options."""
         if job.queue is not self and job._status is JobStatus.CREATED:
             if job.serializer != self.serializer:
                 raise TypeError(
@@ -3236,14 +3259,18 @@ class Queue(Registry):
             raise InvalidJobOperation(
                 f"{job!r} is in a queue already, which is not {self!r}"
             )
-        return job
+        request = job._request
+        job._request = request._replace(
+            at_front=request.at_front or bool(at_front),
+            unique=request.unique or bool(unique),
+        )
 
     def schedule_job(
         self, job: Job, datetime: datetime, pipeline: Any = None, unique: bool = False
     ) -> Job:
         """Store a job made by create_job(), to be run at `datetime`; see enqueue_job()."""
-        job._unique = job._unique or unique
-        self._store([self._take_over(job)], pipeline, _delay_until(datetime))
+        self._take_over(job, False, unique)
+        self._store([job], pipeline, _delay_until(datetime))
         return job
 
     def _store(
@@ -3265,9 +3292,7 @@ class Queue(Registry):
         if not self.is_async and pipeline is not None:
             raise TypeError("is_async=False runs jobs at once; it can't use a pipeline")
         self._resolve_dependencies(jobs)
-        words = [
-            word for job in jobs for word in _enqueue_args(job, job._at_front, delay)
-        ]
+        words = [word for job in jobs for word in _enqueue_args(job, delay)]
         register = () if self._known else (("SADD", _QUEUES_KEY, self.name),)
         commands = (ENQUEUE(self.prefix, delay, *words), *register)
         ahead = (
@@ -3303,7 +3328,7 @@ class Queue(Registry):
             job._status = JobStatus.QUEUED if delay == -1 else JobStatus.SCHEDULED
             if "depends_on" in job._fields or "rate_limit" in job._fields:
                 job._status = None  # to be looked up
-            job._call_id, job._at_front = None, False  # should it be enqueued once more
+            job._request = job._request.renewed()
         if not self.is_async and delay == -1:
             outer, _thread.interrupter = _thread.interrupter, _Interrupter()
             try:
@@ -3315,7 +3340,10 @@ class Queue(Registry):
     def _resolve_dependencies(self, jobs: Sequence[Job]) -> None:
         """Note where those are on which jobs depend: here, if unknown.  Two round trips for ids."""
         wanted = [
-            each for job in jobs if job._depends_on for each in job._depends_on.jobs
+            each
+            for job in jobs
+            if job._request.dependency
+            for each in job._request.dependency.jobs
         ]
         ids = {each for each in wanted if isinstance(each, str)} - {
             job.id for job in jobs
@@ -3326,7 +3354,7 @@ class Queue(Registry):
             else {}
         )
         for job in jobs:
-            if not (rule := job._depends_on):
+            if not (rule := job._request.dependency):
                 continue
             if job.id in map(_job_id, rule.jobs):
                 raise InvalidJobDependency(f"job {job.id!r} can't depend on itself")
@@ -3411,16 +3439,17 @@ class Queue(Registry):
         return f"Queue({self.name!r})"
 
 
-def _enqueue_args(job: Job, at_front: bool, delay: float | str) -> list[Any]:
+def _enqueue_args(job: Job, delay: float | str) -> list[Any]:
     """Return the arguments of `enqueue` for one job."""
+    request = job._request
     fields = {
         name: value for name, value in job._fields.items() if name in _INITIAL_FIELDS
     }
-    careful = "depends_on" in fields or "rate_limit" in fields
-    at_front = at_front or (
-        job._depends_on is not None and job._depends_on.enqueue_at_front
-    )
-    if delay != -1 or careful:
+    is_blocked = "depends_on" in fields or "rate_limit" in fields
+    at_front = request.at_front
+    if request.dependency is not None and request.dependency.enqueue_at_front:
+        at_front = True
+    if delay != -1 or is_blocked:
         fields["enqueued_at"] = b""  # not yet
         if at_front:
             fields["at_front"] = b"1"
@@ -3428,11 +3457,21 @@ def _enqueue_args(job: Job, at_front: bool, delay: float | str) -> list[Any]:
         fields["meta"] = _serialize(
             job.serializer, job._meta, "meta", *job._signed_context("meta")
         )
-    if job._call_id is None:
-        job._call_id = secrets.token_urlsafe(6)
-    mode = "front " * bool(at_front) + "unique " * job._unique + "careful" * careful
-    head = [job.id, job._call_id, mode, fields.get("ttl", b""), 2 * len(fields)]
-    return [*head, *itertools.chain.from_iterable(fields.items())]
+    if request.call_id is None:  # so that a call that is repeated has the same one
+        request = request._replace(call_id=secrets.token_urlsafe(6))
+        job._request = request
+    flags = []
+    if at_front:
+        flags.append("front")
+    if request.unique:
+        flags.append("unique")
+    if is_blocked:
+        flags.append("careful")
+    ttl = fields.get("ttl", b"")
+    args = [job.id, request.call_id, " ".join(flags), ttl, 2 * len(fields)]
+    for name, value in fields.items():
+        args += (name, value)
+    return args
 
 
 def job(
@@ -6129,8 +6168,7 @@ class CronJob:
     def enqueue(self, connection: Redis | None = None) -> Job:
         """Enqueue the call now, beside its ticks, and return the job."""
         queue = Queue(self.queue_name, connection)
-        job = self._make_job(self._new_id(), queue)
-        return queue.enqueue_job(job, at_front=self.at_front)
+        return queue.enqueue_job(self._make_job(self._new_id(), queue))
 
     def get_job_ids(
         self, connection: Redis | None = None, start: int = 0, end: int = -1
@@ -6227,9 +6265,7 @@ class CronJob:
         for tick in self._due_ticks(now, ahead):
             job = self._make_job(f"{self.slug}-{int(tick)}", queue)
             guard = f"{self.slug} {last_tick:.6f} {self._registered_at:.6f} {tick:.6f}"
-            commands.append(
-                ENQUEUE(queue.prefix, guard, *_enqueue_args(job, self.at_front, 0))
-            )
+            commands.append(ENQUEUE(queue.prefix, guard, *_enqueue_args(job, 0)))
             last_tick = tick
         return commands
 
@@ -6248,7 +6284,7 @@ class CronJob:
 
     def _make_job(self, id: str, queue: Queue) -> Job:
         fields = {name: value.encode("latin-1") for name, value in self.fields.items()}
-        return Job(id, queue, fields, nonce="")
+        return Job(id, queue, fields, _EnqueueRequest("", at_front=self.at_front))
 
 
 class _StoredCron(NamedTuple):

@@ -2642,7 +2642,7 @@ def test_a_replica_that_takes_over_loses_nothing(cluster, tmp_path, way):
 def test_enqueue_sent_twice_stores_one_job(redis, queue):
     for number, id in enumerate((None, "mine"), 1):
         job = queue.create_job(add, (1,), job_id=id)
-        words = microq._enqueue_args(job, False, -1)
+        words = microq._enqueue_args(job, -1)
         command = microq.ENQUEUE(queue.prefix, -1, *words)
         assert all(
             isinstance(reply, bytes)
@@ -3556,9 +3556,7 @@ def test_unique_refuses_an_id_of_which_there_is_any_record(redis, queue):
     assert queue.enqueue(add, job_id="a", unique=True).is_queued
     with pytest.raises(ValueError):
         queue.enqueue(add, unique=True)
-    command = microq._enqueue_args(
-        queue.create_job(add, job_id="b", unique=True), False, -1
-    )
+    command = microq._enqueue_args(queue.create_job(add, job_id="b", unique=True), -1)
     for _ in range(2):  # sent twice
         reply = microq._execute_one(redis, *microq.ENQUEUE(queue.prefix, -1, *command))
         assert not isinstance(reply, list)
