@@ -190,7 +190,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 from urllib.request import Request, urlopen
 
 from hiredis import pack_command
@@ -843,21 +843,29 @@ def _resolve_class(choice: Any, default: Any) -> Any:
 
 
 # ---- 4. Redis ------------------------------------------------------------------------
-# How commands reach the server; those of one call travel in one round trip.  A script's KEYS are
-# prefixes of queues, "microq:{q}:": they carry the hash tag, so the call finds its Cluster slot,
-# and the script appends the names in the table above.  While a slot moves to another node, no
-# script runs on it: see Script.__call__.  Replies are bytes, whatever the connection decodes.
+# How commands get to Redis and replies come back.  All calls go through _execute(), which
+# makes one round trip.  It may send commands twice, since a reply may be lost or a script
+# unknown; so it is for commands that may come twice, as all scripts may (section 5).
+# Replies are bytes.  Trouble with the server is raised as ServerUnavailable, which says
+# what to do about it.
+#
+# Most calls use _ConnectionPool.  A worker has _Connections of its own, on which it can
+# send a request before it runs jobs and read the replies afterwards, and a
+# _BlockingConnection, on which it waits for work.  This section uses only section 1.
+
 
 SCRIPTS: dict[str, Script] = {}  # by SHA1
 _QUEUES_KEY, _GROUPS_KEY = "microq:queues", "microq:groups"
-_NO_RETRIES = RedisRetry(NoBackoff(), 0)  # redis-py's word for trying once
+_NO_RETRIES = RedisRetry(NoBackoff(), 0)  # makes redis-py try once
 
-# What passes by itself: no server, one that loads, a fail-over, a disk or memory that is full.
-_TRANSIENT_ERRORS = (
-    exceptions.ConnectionError, exceptions.TimeoutError, exceptions.ReadOnlyError,
-    exceptions.OutOfMemoryError, exceptions.ClusterError, exceptions.RedisClusterException,
-)  # fmt: skip
+_REDIS_ERRORS = (exceptions.RedisError, exceptions.RedisClusterException)
 _UNREACHABLE = (exceptions.ConnectionError, exceptions.TimeoutError)
+# Errors that pass by themselves: no server, a server that is loading its data, a fail-over,
+# a disk or memory that is full.
+_TRANSIENT_ERRORS = (
+    *_UNREACHABLE, exceptions.ReadOnlyError, exceptions.OutOfMemoryError,
+    exceptions.ClusterError, exceptions.RedisClusterException,
+)  # fmt: skip
 _TRANSIENT_REPLIES = (
     "NOREPLICAS|MISCONF|BUSY |MASTERDOWN|CLUSTERDOWN|TRYAGAIN|READONLY|OOM "
 )
@@ -912,43 +920,11 @@ def _as_eval(command: Command) -> Command:
     return ("EVAL", script.lua, *command[2:]) if script else command
 
 
-def _execute(connection: Any, *commands: Command) -> list[Any]:
-    """Run the commands in one round trip and return their replies. Where the server does not know a
-    script yet, everything is sent once more with the texts; each script may be sent twice without
-    harm.  Raises ServerUnavailable if there is no answer."""
-    try:
-        try:
-            return _execute_once(connection, commands)
-        except exceptions.NoScriptError:
-            return _execute_once(connection, [_as_eval(each) for each in commands])
-    except (exceptions.RedisError, exceptions.RedisClusterException) as error:
-        client = (
-            connection.connection if isinstance(connection, _Connection) else connection
-        )
-        if advice := _cluster_advice(client, error):
-            raise ClusterUsageError(advice) from error
-        if not isinstance(error, _TRANSIENT_ERRORS) and not re.search(
-            _TRANSIENT_REPLIES, str(error)
-        ):
-            raise
-        raise _unavailable(_address(client), error) from error
-
-
-def _cluster_advice(client: Any, error: Exception) -> str:
-    """Return what to change where a Redis Cluster is not used as one; '' for any other error."""
-    if isinstance(error, exceptions.ClusterCrossSlotError) or "same key slot" in str(
-        error
-    ):
-        return (
-            "the queues of a worker are in different slots of this Redis Cluster; name a tag that "
-            "they share, as in '{mail}high', '{mail}low'"
-        )
-    if isinstance(error, exceptions.AskError) and not isinstance(client, RedisCluster):
-        return (
-            f"this is a Redis Cluster: {_address(client)} holds only a part of the keys; connect "
-            "by redis.RedisCluster, a URL redis+cluster://.., or --cluster on the command line"
-        )
-    return ""
+def _is_transient(error: Exception) -> bool:
+    """Return whether an error passes by itself, so that trying again makes sense."""
+    if isinstance(error, _TRANSIENT_ERRORS):
+        return True
+    return re.search(_TRANSIENT_REPLIES, str(error)) is not None
 
 
 def _address(client: Any) -> str:
@@ -957,186 +933,61 @@ def _address(client: Any) -> str:
         return ", ".join(client.nodes_manager.startup_nodes)
     pool = getattr(client, "connection_pool", None)
     options = getattr(pool, "connection_kwargs", {})
-    return (
-        options.get("path") or f"{options.get('host', '?')}:{options.get('port', '?')}"
-    )
+    path: str | None = options.get("path")
+    return path or f"{options.get('host', '?')}:{options.get('port', '?')}"
 
 
-def _unavailable(address: str, error: BaseException) -> ServerUnavailable:
-    """Return the error that tells of an outage, and what to do about it."""
+def _unavailable(error: BaseException, address: str) -> ServerUnavailable:
+    """Return the error to raise in place of `error`; it says what to do about it."""
     remedy = (
-        "start one (redis-server), name one by --url or $MICROQ_URL, or use the embedded one "
-        "(pip install 'microq[embedded]', microq.embedded())"
+        "start one (redis-server), name one by --url or $MICROQ_URL, or use the "
+        "embedded one (pip install 'microq[embedded]', microq.embedded())"
     )
     if isinstance(error, exceptions.AuthenticationError):
         remedy = "check user and password in the URL (redis://user:password@host)"
-    elif not isinstance(error, exceptions.ConnectionError | exceptions.TimeoutError):
-        remedy = (
-            "it may pass by itself; if not, look after its memory, disk and replicas"
-        )
+    elif not isinstance(error, _UNREACHABLE):
+        remedy = "this may pass; if not, check its memory, disk and replicas"
     return ServerUnavailable(f"no answer from Redis at {address}: {error}; {remedy}")
 
 
-class _Connection:
-    """One connection like those in a client's pool, to the node that holds `key`.  It bears a
-    server that is silent for `silence` seconds, leaves trying again to its user, reads bytes."""
-
-    def __init__(self, connection: Redis, silence: float | None, key: str = "") -> None:
-        self.connection, self.silence, self.key = connection, silence, key
-        self.wire: Any = None
-        self.posted: Sequence[Command] = ()  # whose replies are still to be read
-
-    def open(self) -> Any:
-        """Return the connection, made if need be; it connects by itself."""
-        if self.wire is None:
-            node: Any = self.connection
-            if isinstance(node, RedisCluster):
-                node = node.get_redis_connection(node.get_node_from_key(self.key))
-            pool = node.connection_pool
-            options = pool.connection_kwargs | {"retry": _NO_RETRIES}
-            if self.silence:  # else as long as the client does
-                options |= dict.fromkeys(
-                    ("socket_timeout", "socket_connect_timeout"), self.silence
-                )
-            self.wire = pool.connection_class(**options)
-        return self.wire
-
-    def exchange(self, commands: Sequence[Command]) -> list[Any]:
-        """Run the commands in one round trip, or read the replies if they were posted."""
-        if isinstance(self.connection, RedisCluster):  # they may go to several nodes
-            return _pipeline(self.connection, commands)
-        if self.posted and self.posted != commands:
-            self.close()  # with the replies to others in it
-        sent, self.posted = self.posted, ()
-        return _send_and_receive(self.open(), commands, sent=bool(sent))
-
-    def post(self, commands: Sequence[Command]) -> None:
-        """Send commands for a later exchange(), so that the server works on them meanwhile."""
-        if not commands or isinstance(self.connection, RedisCluster):
-            return  # then exchange() sends them
-        with contextlib.suppress(exceptions.RedisError, OSError):
-            _send_packed(self.open(), commands)
-            self.posted = commands
-
-    def close(self) -> None:
-        if self.wire is not None:
-            self.wire.disconnect()
-        self.wire, self.posted = None, ()
+def _cluster_advice(error: Exception, client: Any) -> str:
+    """Return what to change if a Redis Cluster is not used as one; '' otherwise."""
+    is_cross_slot = isinstance(error, exceptions.ClusterCrossSlotError)
+    if is_cross_slot or "same key slot" in str(error):
+        return (
+            "the queues of a worker are in different slots of this Redis Cluster; "
+            "name a tag that they share, as in '{mail}high', '{mail}low'"
+        )
+    if isinstance(error, exceptions.AskError) and not isinstance(client, RedisCluster):
+        return (
+            f"this is a Redis Cluster: {_address(client)} holds only a part of the "
+            "keys; connect by redis.RedisCluster, a URL redis+cluster://.., or "
+            "--cluster on the command line"
+        )
+    return ""
 
 
-def _send_packed(wire: Any, commands: Sequence[Command]) -> None:
-    """Send commands, packed in a quarter of the time that redis-py takes for it."""
-    if not wire._sock and hasattr(wire, "connection_pool"):
-        wire.connect()  # else redis-py does, but without asking the Sentinel where to
-    wire.send_packed_command(
-        [b"".join(map(pack_command, commands))], check_health=False
-    )
+def _raise_explained(error: Exception, connection: Any) -> NoReturn:
+    """Raise ServerUnavailable or ClusterUsageError where one of them fits, else `error`.
 
-
-def _send_and_receive(
-    wire: Any, commands: Sequence[Command], sent: bool = False
-) -> list[Any]:
-    """Run commands over a connection; an error among the replies is raised: an unknown script,
-    which is a reason to send all of them again, before others.  These close the connection, as
-    something may be left in it, or, after -READONLY, its address may lead elsewhere by now."""
-    replies: list[Any] = []
-    try:
-        if not sent:
-            _send_packed(wire, commands)
-        for _ in commands:
-            try:
-                replies.append(wire.read_response(disable_decoding=True))
-            except exceptions.ResponseError as error:
-                replies.append(error)
-        for kind in (exceptions.NoScriptError, Exception):
-            for reply in replies:
-                if isinstance(reply, kind):
-                    raise reply
-        return replies
-    except exceptions.NoScriptError:
-        raise
-    except BaseException:
-        wire.disconnect()
-        raise
-
-
-def _execute_once(connection: Any, commands: Sequence[Command]) -> list[Any]:
+    `connection` is a client or a _Connection."""
+    client = connection
     if isinstance(connection, _Connection):
-        return connection.exchange(commands)
-    if isinstance(connection, RedisCluster):
-        deadline = time.monotonic() + SLOT_TIMEOUT
-        while True:
-            try:
-                return _pipeline(connection, commands)
-            except (exceptions.ClusterError, *_UNREACHABLE):
-                # The slot is on its way to another node (redis-py gives up after half a second of
-                # TRYAGAIN), or has no master at the moment.
-                if time.monotonic() >= deadline:
-                    raise
-                time.sleep(0.1)
-    if connection.connection is None:
-        # What redis-py does around a command costs more than the round trip; so keep connections
-        # like those of its pool, and without their checks: what fails is sent again.  They are kept
-        # in the pool, since they may refer to it, but it does not know of them.
-        wire, pool = None, connection.connection_pool
-        idle = pool.__dict__.setdefault("_microq_idle", [])
-        while wire is None or wire.pid != os.getpid():
-            try:
-                wire = idle.pop()
-            except IndexError:
-                wire = pool.connection_class(**pool.connection_kwargs)
-        try:
-            return _send_and_receive(wire, commands)
-        except _UNREACHABLE:
-            # It may have been closed while it was idle.
-            again = functools.partial(_send_and_receive, wire, commands)
-            replies: list[Any] = wire.retry.call_with_retry(again, lambda error: None)
-            return replies
-        finally:
-            idle.append(wire) if len(idle) < pool.max_connections else wire.disconnect()
-    return _pipeline(connection, commands)
-
-
-def _pipeline(connection: Any, commands: Sequence[Command]) -> list[Any]:
-    """Run the commands by a pipeline of redis-py, which follows the slots of a Cluster."""
-    try:
-        with connection.pipeline(transaction=False) as pipe:
-            for command in commands:
-                pipe.execute_command(*command, NEVER_DECODE=True)
-            replies: list[Any] = pipe.execute()
-            return replies
-    except _UNREACHABLE:
-        if isinstance(connection, RedisCluster):
-            # redis-py asks its default node which keys a script has, and stays with a dead one.
-            connection.replace_default_node()
-        raise
-
-
-def _execute_one(connection: Redis, *command: Any) -> Any:
-    return _execute(connection, command)[0]
-
-
-def _eviction_warning(line: _Connection) -> str:
-    """Return what to say of a server that deletes keys when its memory is full; '' if it never
-    does, or does not tell.  In a Cluster, of the node that holds the key of `line`.  One round
-    trip."""
-    try:
-        [about] = _send_and_receive(line.open(), [("INFO", "memory")])
-    except (exceptions.RedisError, exceptions.RedisClusterException, OSError):
-        return ""
-    found = re.search(rb"maxmemory_policy:(\S+)", about)
-    policy = found[1].decode() if found else "noeviction"
-    if policy == "noeviction":
-        return ""
-    loss = "when its memory is full, the server deletes jobs"
-    return f"maxmemory-policy is {policy}: {loss}; set it to noeviction"
+        client = connection.client
+    advice = _cluster_advice(error, client)
+    if advice:
+        raise ClusterUsageError(advice) from error
+    if not _is_transient(error):
+        raise error
+    raise _unavailable(error, _address(client)) from error
 
 
 def _make_client(kind: Any, **options: Any) -> Any:
     """Return a client of the class `kind`; with url=, by its from_url().
 
     A RedisCluster asks its nodes at once. Raises ServerUnavailable if none answers,
-    ClusterUsageError if the server is no Cluster, ValueError for an option that is not for one."""
+    ClusterUsageError if the server is no Cluster, ValueError for an option that is
+    not for one."""
     make = kind.from_url if "url" in options else kind
     try:
         return make(**options)
@@ -1144,17 +995,21 @@ def _make_client(kind: Any, **options: Any) -> Any:
         if error.__cause__ is None:
             raise ValueError(f"a Redis Cluster was asked for: {error}") from error
         if "not enabled" in str(error):
-            advice = "this server is no Redis Cluster; name it by redis://.., without --cluster"
-            raise ClusterUsageError(advice) from error
+            raise ClusterUsageError(
+                "this server is no Redis Cluster; name it by redis://.., "
+                "without --cluster"
+            ) from error
         address = f"{options.get('host')}:{options.get('port', 6379)}"
         if "url" in options:  # without its password
             address = re.sub("//.*@", "//", options["url"]).partition("?")[0]
-        raise _unavailable(address, error.__cause__) from error
+        raise _unavailable(error.__cause__, address) from error
 
 
 def _client_of_url(url: str, kind: Any = None) -> Any:
-    """Return a client for `url`: a RedisCluster for redis+cluster:// and rediss+cluster://, which
-    name a node of it, else a Redis; or one of the class `kind`."""
+    """Return a client for `url`, of the class `kind` if that is given.
+
+    Without it, redis+cluster:// and rediss+cluster://, which name one node of a Cluster,
+    make a RedisCluster, and any other URL makes a Redis."""
     scheme, cluster, rest = url.partition("+cluster://")
     if cluster:
         return _make_client(kind or RedisCluster, url=f"{scheme}://{rest}")
@@ -1165,7 +1020,9 @@ _from_url = functools.cache(_client_of_url)
 
 
 def _connect(connection: Redis | None = None) -> Redis:
-    """Return `connection`, or one to $MICROQ_URL, else $REDIS_URL, else localhost."""
+    """Return `connection`, or a client to $MICROQ_URL, $REDIS_URL, or localhost.
+
+    Does not talk to the server, unless it is a Cluster."""
     if connection is None:
         url = os.environ.get("MICROQ_URL") or os.environ.get("REDIS_URL")
         client: Redis = _from_url(url or "redis://localhost:6379")
@@ -1175,60 +1032,349 @@ def _connect(connection: Redis | None = None) -> Redis:
     return connection
 
 
+def _send_packed(raw: Any, commands: Sequence[Command]) -> None:
+    """Send commands over redis-py's connection `raw`, which connects first if need be.
+
+    hiredis packs them in a quarter of the time that redis-py takes."""
+    if not raw._sock:
+        raw.connect()  # asks the Sentinel, where there is one; sending does not
+    packed = b"".join(map(pack_command, commands))
+    raw.send_packed_command([packed], check_health=False)
+
+
+def _read_replies(raw: Any, count: int) -> list[Any]:
+    """Return the next `count` replies, as bytes.
+
+    Raises the first error among them, but NoScriptError before others, since it means:
+    send everything again. Any other error closes the connection: it may still hold
+    unread replies, and after READONLY its address may lead to another server by now."""
+    replies: list[Any] = []
+    failures: list[Exception] = []
+    try:
+        for _ in range(count):
+            try:
+                replies.append(raw.read_response(disable_decoding=True))
+            except exceptions.ResponseError as error:
+                failures.append(error)
+    except BaseException:
+        raw.disconnect()
+        raise
+    for failure in failures:
+        if isinstance(failure, exceptions.NoScriptError):
+            raise failure
+    if failures:
+        raw.disconnect()
+        raise failures[0]
+    return replies
+
+
+def _send_and_receive(raw: Any, commands: Sequence[Command]) -> list[Any]:
+    """Run the commands over redis-py's connection `raw`, in one round trip."""
+    try:
+        _send_packed(raw, commands)
+    except BaseException:
+        raw.disconnect()
+        raise
+    return _read_replies(raw, len(commands))
+
+
+class _Connection:
+    """One connection of our own, beside those in the pool of a client.
+
+    client  - tells where the server is, and how to log in
+    timeout - seconds to wait for the server; None: as long as the client does
+    key     - on a Cluster, the connection is to the node that holds this key
+
+    It never retries. Only one thread at a time may use it."""
+
+    def __init__(self, client: Redis, timeout: float | None, key: str = "") -> None:
+        self.client = client
+        self.timeout = timeout
+        self.key = key
+        self.raw: Any = None  # redis-py's connection
+        self.sent: Sequence[Command] = ()  # commands whose replies are unread
+
+    @property
+    def socket(self) -> Any:
+        """The socket; None while there is no connection."""
+        return None if self.raw is None else self.raw._sock
+
+    @property
+    def uses_tls(self) -> bool:
+        """Whether it is encrypted, so that a forked process can't take it over."""
+        return issubclass(self.client.connection_pool.connection_class, SSLConnection)
+
+    def connect(self) -> Any:
+        """Return redis-py's connection, and connect it if need be."""
+        raw = self._ready()
+        if not raw._sock:
+            raw.connect()
+        return raw
+
+    def execute(self, commands: Sequence[Command]) -> list[Any]:
+        """Run the commands in one round trip and return their replies."""
+        if isinstance(self.client, RedisCluster):  # they may be for several nodes
+            return _pipeline(self.client, commands)
+        return _send_and_receive(self._ready(), commands)
+
+    def send_ahead(self, commands: Sequence[Command]) -> None:
+        """Send commands whose replies receive() reads, so that the server works meanwhile.
+
+        `sent` is what was sent. It stays empty if that failed, and on a Cluster, where
+        the commands may be for several nodes; then execute() is to run them."""
+        if not commands or isinstance(self.client, RedisCluster):
+            return
+        with contextlib.suppress(exceptions.RedisError, OSError):
+            _send_packed(self._ready(), commands)
+            self.sent = commands
+
+    def receive(self) -> list[Any]:
+        """Return the replies to the commands that were sent ahead."""
+        count = len(self.sent)
+        self.sent = ()
+        return _read_replies(self.raw, count)
+
+    def close(self) -> None:
+        """Close it; execute() and send_ahead() open another one."""
+        if self.raw is not None:
+            self.raw.disconnect()
+        self.raw = None
+        self.sent = ()
+
+    def _ready(self) -> Any:
+        """Return redis-py's connection, which connects when it sends its first command."""
+        if self.sent:  # their replies would be taken for those to the next commands
+            self.close()
+        if self.raw is None:
+            self.raw = self._make()
+        return self.raw
+
+    def _make(self) -> Any:
+        node: Any = self.client
+        if isinstance(node, RedisCluster):
+            node = node.get_redis_connection(node.get_node_from_key(self.key))
+        pool = node.connection_pool
+        options = pool.connection_kwargs | {"retry": _NO_RETRIES}
+        if self.timeout is not None:
+            options["socket_timeout"] = self.timeout
+            options["socket_connect_timeout"] = self.timeout
+        return pool.connection_class(**options)
+
+
 class _BlockingConnection(_Connection):
-    """The connection on which a process blocks in BLPOP.
+    """The connection on which a process blocks in BLPOP, until there is an element in one
+    of the lists `keys`.
 
-    The time to wait is measured here: a server that has nothing else to do looks at its clock only
-    every 1/hz seconds, so its own timeout comes up to 0.1 s late.  close() takes the call back."""
+    The server is asked to wait for BLPOP_TIMEOUT seconds, and pop() watches the socket for
+    as long as its caller wants to wait: the server's own timeout comes up to 0.1 s late,
+    since a server without work looks at its clock only each 1/hz seconds. So a call may be
+    under way after pop() has returned. The next pop() goes on with it; close() ends it,
+    so that it takes no element that nobody expects."""
 
-    SECONDS = 10  # after which the server answers in any case: is it still there?
+    BLPOP_TIMEOUT = 10  # seconds, after which the server answers if it is still there
 
-    def __init__(self, connection: Redis, silence: float, keys: Sequence[str]) -> None:
-        super().__init__(connection, silence, keys[0])
+    def __init__(self, client: Redis, timeout: float, keys: Sequence[str]) -> None:
+        super().__init__(client, timeout, keys[0])
         self.keys = keys
-        self._dead_at: float | None = None  # of a call that waits for its answer
+        self._reply_deadline: float | None = None  # of the call that is under way
 
-    def pop(self, seconds: float, bell: _Wakeup, *then: Command) -> list[Any] | None:
-        """Wait up to `seconds` for an element of one of the lists; None if the bell rang first.
-        Return it with the replies to the commands `then`, which the server has run at once when it
-        came, or after SECONDS, when it did not."""
-        until, commands = (
-            time.monotonic() + seconds,
-            [("BLPOP", *self.keys, self.SECONDS), *then],
-        )
+    def pop(
+        self, timeout: float, wakeup: _Wakeup, *piggyback: Command
+    ) -> list[Any] | None:
+        """Wait up to `timeout` seconds for an element; None if `wakeup` was set before.
+
+        Returns the reply to BLPOP, which is (key, element), and those to the commands
+        `piggyback`, which the server runs as soon as there is an element. That saves the
+        round trip that would follow. After BLPOP_TIMEOUT seconds without an element the
+        server runs them, too; then the first reply is None."""
+        commands = [("BLPOP", *self.keys, self.BLPOP_TIMEOUT), *piggyback]
         try:
-            while True:
-                if self._dead_at is None:
-                    _send_packed(self.open(), commands)
-                    self._dead_at = (
-                        time.monotonic() + self.SECONDS + (self.silence or 0)
-                    )
-                now = time.monotonic()
-                if self.wire.can_read(timeout=0):
-                    replies = [
-                        self.wire.read_response(disable_decoding=True) for _ in commands
-                    ]
-                    self._dead_at = None
-                    if replies[0] or then:
-                        return replies
-                elif now >= self._dead_at:
-                    raise exceptions.TimeoutError("the server has gone silent")
-                elif now >= until or bell.watch(
-                    min(until, self._dead_at) - now, self.wire._sock
-                ):
-                    return None
+            return self._wait_for_reply(time.monotonic() + timeout, wakeup, commands)
         except BaseException as error:
             self.close()
-            if isinstance(self.connection, RedisCluster) and isinstance(
-                error, (exceptions.MovedError, *_UNREACHABLE)
-            ):
-                # redis-py learns from its own calls where a slot is now; none is for this slot.
-                self.connection.nodes_manager.initialize()
+            self._learn_new_slots(error)
             raise
+
+    def _wait_for_reply(
+        self, until: float, wakeup: _Wakeup, commands: Sequence[Command]
+    ) -> list[Any] | None:
+        while True:
+            if self._reply_deadline is None:
+                _send_packed(self._ready(), commands)
+                patience = self.BLPOP_TIMEOUT + (self.timeout or 0)
+                self._reply_deadline = time.monotonic() + patience
+            now = time.monotonic()
+            if self.raw.can_read(timeout=0):
+                replies = _read_replies(self.raw, len(commands))
+                self._reply_deadline = None
+                if replies[0] or len(commands) > 1:
+                    return replies
+            elif now >= self._reply_deadline:
+                raise exceptions.TimeoutError("the server has gone silent")
+            elif now >= until:
+                return None
+            else:
+                seconds = min(until, self._reply_deadline) - now
+                if wakeup.watch(seconds, self.socket):
+                    return None
+
+    def _learn_new_slots(self, error: BaseException) -> None:
+        """Read the map of a Cluster again if the slot of `keys` may have moved.
+
+        redis-py learns of a move from its own calls, and none of them is for this slot."""
+        if isinstance(self.client, RedisCluster) and isinstance(
+            error, (exceptions.MovedError, *_UNREACHABLE)
+        ):
+            self.client.nodes_manager.initialize()
 
     def close(self) -> None:
         super().close()
-        self._dead_at = None
+        self._reply_deadline = None
+
+
+class _ConnectionPool:
+    """Idle connections beside a client's own pool, for calls of any thread.
+
+    What redis-py does around each command takes longer than the round trip. So these
+    connections are made as those of the client's pool are, but without its checks."""
+
+    @staticmethod
+    def of(client: Any) -> _ConnectionPool:
+        """Return the pool beside that of a client.
+
+        It is an attribute of the client's pool, so it lives as long as that."""
+        pool = client.connection_pool
+        connections: _ConnectionPool | None = getattr(pool, "_microq_pool", None)
+        if connections is None:
+            ours = _ConnectionPool(pool)
+            connections = vars(pool).setdefault("_microq_pool", ours)
+        return connections
+
+    def __init__(self, pool: Any) -> None:
+        self._connection_class = pool.connection_class
+        self._options = pool.connection_kwargs
+        self._max_idle = pool.max_connections
+        self._idle: list[Any] = []
+
+    def execute(self, commands: Sequence[Command]) -> list[Any]:
+        """Run the commands in one round trip, with the retries that the client has."""
+        raw = self._acquire()
+        try:
+            return _send_and_receive(raw, commands)
+        except _UNREACHABLE:
+            # The server may have closed the connection while it was idle.
+            again = functools.partial(_send_and_receive, raw, commands)
+            replies: list[Any] = raw.retry.call_with_retry(again, lambda error: None)
+            return replies
+        finally:
+            self._release(raw)
+
+    def _acquire(self) -> Any:
+        while True:
+            try:
+                raw = self._idle.pop()
+            except IndexError:
+                return self._connection_class(**self._options)
+            if raw.pid == os.getpid():  # else it is that of the process that forked
+                return raw
+
+    def _release(self, raw: Any) -> None:
+        if len(self._idle) < self._max_idle:
+            self._idle.append(raw)
+        else:
+            raw.disconnect()
+
+
+def _pipeline(client: Any, commands: Sequence[Command]) -> list[Any]:
+    """Run the commands by a pipeline of redis-py, which finds the nodes of a Cluster."""
+    try:
+        with client.pipeline(transaction=False) as pipe:
+            for command in commands:
+                pipe.execute_command(*command, NEVER_DECODE=True)
+            replies: list[Any] = pipe.execute()
+            return replies
+    except _UNREACHABLE:
+        if isinstance(client, RedisCluster):
+            # redis-py asks its default node which keys a script has, even a dead one.
+            client.replace_default_node()
+        raise
+
+
+def _execute_on_cluster(client: Any, commands: Sequence[Command]) -> list[Any]:
+    """Run the commands by a RedisCluster, and try again for SLOT_TIMEOUT seconds.
+
+    A slot may be on its way to another node (redis-py gives up after half a second of
+    TRYAGAIN), or have no master at the moment."""
+    deadline = time.monotonic() + SLOT_TIMEOUT
+    while True:
+        try:
+            return _pipeline(client, commands)
+        except (exceptions.ClusterError, *_UNREACHABLE):
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.1)
+
+
+def _execute_once(connection: Any, commands: Sequence[Command]) -> list[Any]:
+    """Run the commands; raises NoScriptError where the server does not know a script."""
+    if isinstance(connection, _Connection):
+        return connection.execute(commands)
+    if isinstance(connection, RedisCluster):
+        return _execute_on_cluster(connection, commands)
+    if connection.connection is None:
+        return _ConnectionPool.of(connection).execute(commands)
+    return _pipeline(connection, commands)  # made with single_connection_client=True
+
+
+def _execute(connection: Any, *commands: Command) -> list[Any]:
+    """Run the commands in one round trip, and return their replies as bytes.
+
+    `connection` is a client or a _Connection. Where the server does not know a script,
+    all commands are sent again, with the texts of the scripts. Raises ServerUnavailable
+    if there is no usable answer, else what redis-py raises."""
+    try:
+        try:
+            return _execute_once(connection, commands)
+        except exceptions.NoScriptError:
+            return _execute_once(connection, [_as_eval(each) for each in commands])
+    except _REDIS_ERRORS as error:
+        _raise_explained(error, connection)
+
+
+def _execute_one(connection: Any, *command: Any) -> Any:
+    """Run one command in one round trip, and return its reply as bytes."""
+    return _execute(connection, command)[0]
+
+
+def _receive(connection: _Connection) -> list[Any]:
+    """Return the replies to the commands that were sent ahead, as _execute() does.
+
+    If that fails, nothing is left to be received; _execute() may send them again."""
+    commands = connection.sent
+    try:
+        return connection.receive()
+    except exceptions.NoScriptError:
+        return _execute(connection, *map(_as_eval, commands))
+    except _REDIS_ERRORS as error:
+        _raise_explained(error, connection)
+
+
+def _eviction_warning(connection: _Connection) -> str:
+    """Return a warning if the server deletes keys when its memory is full; '' otherwise.
+
+    A server that does not tell its policy gives ''. In a Cluster, the node that holds the
+    key of `connection` is asked. One round trip."""
+    try:
+        [info] = _send_and_receive(connection.connect(), [("INFO", "memory")])
+    except (*_REDIS_ERRORS, OSError):
+        return ""
+    match = re.search(rb"maxmemory_policy:(\S+)", info)
+    if match is None or match[1] == b"noeviction":
+        return ""
+    return (
+        f"maxmemory-policy is {match[1].decode()}: when its memory is full, the server "
+        "deletes jobs; set it to noeviction"
+    )
 
 
 # ---- 5. Transitions ------------------------------------------------------------------
@@ -3301,7 +3447,7 @@ class Queue(Registry):
             else None
         )
         if ahead:
-            ahead.post(commands)
+            ahead.send_ahead(commands)
         yield
         if pipeline is not None:
             for each in commands:
@@ -3311,7 +3457,7 @@ class Queue(Registry):
             with contextlib.suppress(
                 ServerUnavailable
             ):  # then as often as the client would
-                replies = _execute(ahead, *commands) if ahead else []
+                replies = _receive(ahead) if ahead and ahead.sent else []
             reply, *_ = replies or _execute(self.connection, *commands)
             self._known = True
             if isinstance(reply, list) and reply[0] == b"taken":
@@ -4340,7 +4486,7 @@ class Worker:
                 due = min(due, self._read_reply(self._execute_until_answered))
             if self.claimed:
                 self._send_request(claim)
-                self._server.post(self._request.commands)
+                self._server.send_ahead(self._request.commands)
             oldest = [run[0] for run in self.unsettled[:1]] or self.claimed
             slate.oldest = oldest[0].claim if oldest else slate.number + 1
             if not oldest:
@@ -4570,17 +4716,22 @@ class Worker:
                     or now < silent_until
                 ):
                     continue
-                once = functools.partial(_execute, self._server)
                 try:
-                    self._read_reply(once)
+                    self._read_reply(self._exchange)
                     self._release_claimed()
                     self._send_request(claim=False)
-                    self._read_reply(once)
+                    self._read_reply(self._exchange)
                     backoff = _Backoff(self._redis_timeout)
                 except Exception as error:  # the loop will send it again
                     silent_until = now + backoff.after(
                         error, f"relief of worker {self.name}"
                     )
+
+    def _exchange(self, *commands: Command) -> list[Any]:
+        """Run commands once, or read the replies to them if they were sent ahead."""
+        if self._server.sent:
+            return _receive(self._server)
+        return _execute(self._server, *commands)
 
     def _execute_until_answered(self, *commands: Command) -> list[Any]:
         """Run commands, as often as it takes until the server is there to do it, and does not
@@ -4594,7 +4745,7 @@ class Worker:
         )
         while True:
             try:
-                return _execute(self._server, *commands)
+                return self._exchange(*commands)
             except (ServerUnavailable, exceptions.ResponseError) as error:
                 if isinstance(error.__cause__ or error, exceptions.ResponseError):
                     self._shared.turns += 1  # the server is there, though it refuses
@@ -4622,7 +4773,7 @@ class Worker:
             if not self.fork:  # else signals are for the parent
                 self._supervisor.attend(self._wakeup)
             if self._shared.suspended:
-                self._wakeup.watch(min(seconds, _BlockingConnection.SECONDS))
+                self._wakeup.watch(min(seconds, _BlockingConnection.BLPOP_TIMEOUT))
             else:  # the claim goes along, and saves a round trip when a job comes
                 self._send_request(claim=True, mode="waiting")
                 heard = self.blocking_connection.pop(
@@ -5149,7 +5300,7 @@ class _Supervisor:
             worker._turns, worker._turned_at = slate.turns, now
         worker._watched_at = now
         since = max(worker._turned_at, self.healthy_since)
-        return now - since > 2 * (_BlockingConnection.SECONDS + worker.lease)
+        return now - since > 2 * (_BlockingConnection.BLPOP_TIMEOUT + worker.lease)
 
     def start(self, worker: Worker) -> None:
         """Have a child run the loop of a worker."""
@@ -5176,10 +5327,8 @@ class _Supervisor:
         with contextlib.suppress(
             exceptions.RedisError, OSError
         ):  # the loop will try again
-            if not isinstance(self.connection, RedisCluster):
-                line.open()
-                if not isinstance(line.wire, SSLConnection):
-                    line.wire.connect()
+            if not (isinstance(self.connection, RedisCluster) or line.uses_tls):
+                line.connect()
         _flush_output()
         try:
             worker.standby_pid = os.fork()
@@ -5212,7 +5361,7 @@ class _Supervisor:
                 each._wakeup._writer.close()
                 each.start_signal._writer.close()
             gate._writer.close()
-            worker._server, sock = line, line.wire and line.wire._sock
+            worker._server, sock = line, line.socket
             while not gate.watch(math.inf):
                 pass
             if gate.clear():
@@ -5221,9 +5370,7 @@ class _Supervisor:
                 worker.blocking_connection.close()
                 _close_event_loop()
                 _flush_output()
-                slate.intact = (
-                    bool(sock) and line.wire is not None and line.wire._sock is sock
-                )
+                slate.intact = sock is not None and line.socket is sock
                 slate.phase, status = phase, 0
                 self.bell.set()
         except ServerUnavailable as error:  # told to stop, it did not wait longer

@@ -832,7 +832,7 @@ def work_with_short_waits(server, **options):
     """Start a worker that takes a child for hung after a second and a half."""
     code = f"""
 import redis, microq, test_microq
-microq._BlockingConnection.SECONDS = 0.25
+microq._BlockingConnection.BLPOP_TIMEOUT = 0.25
 microq.Worker("default", lease=0.5, connection=redis.Redis.from_url({server.url!r})).work()
 """
     return start_script(code, stderr=subprocess.PIPE, text=True)
@@ -2634,6 +2634,37 @@ def test_a_replica_that_takes_over_loses_nothing(cluster, tmp_path, way):
     ran = lines_of(log)
     assert set(ran) == {str(n) for n in range(len(jobs))}
     assert way == "kill" or set(ran.values()) == {1}
+
+
+def test_replies_belong_to_the_commands_that_were_sent_ahead(redis):
+    """A reply that is left unread would be taken for that to the next command."""
+    with contextlib.closing(microq._Connection(redis, 5)) as connection:
+        connection.send_ahead([("ECHO", "a"), ("ECHO", "b")])
+        assert connection.sent and microq._receive(connection) == [b"a", b"b"]
+        assert not connection.sent
+        connection.send_ahead([("ECHO", "c")])
+        assert microq._execute_one(connection, "PING") == b"PONG"
+        assert not connection.sent
+        connection.send_ahead([("ECHO", "d")])
+        connection.send_ahead([("ECHO", "e")])
+        assert microq._receive(connection) == [b"e"]
+
+
+def test_what_was_sent_ahead_is_sent_again_to_a_server_without_the_script(redis):
+    with contextlib.closing(microq._Connection(redis, 5)) as connection:
+        redis.script_flush()
+        connection.send_ahead([("ECHO", "a"), microq.COUNT(Q, "finished")])
+        assert microq._receive(connection) == [b"a", 0]
+
+
+def test_replies_that_are_cut_off_leave_nothing_to_receive(redis):
+    with contextlib.closing(microq._Connection(redis, 5)) as connection:
+        connection.send_ahead([("BLPOP", "nothing", 30)])
+        connection.socket.shutdown(socket.SHUT_RDWR)
+        with pytest.raises(ServerUnavailable):
+            microq._receive(connection)
+        assert not connection.sent
+        assert microq._execute_one(connection, "ECHO", "a") == b"a"
 
 
 # ---- 5. Transitions ------------------------------------------------------------------
@@ -4481,16 +4512,16 @@ def test_what_waits_behind_a_slow_job_is_given_back(queue, start_worker, words):
 
 
 def test_a_relief_that_meets_a_cut_connection_comes_again(queue, monkeypatch):
-    cuts, talk = [], microq._send_and_receive
+    cuts, read_replies = [], microq._read_replies
 
-    def cut_once(wire, commands, sent=False):
+    def cut_once(raw, count):
         if threading.current_thread().name == "relief" and not cuts:
             cuts.append(1)
-            wire.disconnect()
+            raw.disconnect()
             raise redis_py.exceptions.ConnectionError("cut")
-        return talk(wire, commands, sent)
+        return read_replies(raw, count)
 
-    monkeypatch.setattr(microq, "_send_and_receive", cut_once)
+    monkeypatch.setattr(microq, "_read_replies", cut_once)
     jobs = [queue.enqueue(add) for _ in range(7)]
     slow, *behind = queue.enqueue(sleep, 3), *(queue.enqueue(add, i) for i in range(3))
     with Worker(queue):
@@ -4655,7 +4686,7 @@ def test_a_silent_network_is_left_for_a_new_connection(
     proxy = Proxy(tmp_path / "p", server.path)
     code = f"""
         import redis, microq
-        microq._BlockingConnection.SECONDS = 0.5
+        microq._BlockingConnection.BLPOP_TIMEOUT = 0.5
         connection = redis.Redis(unix_socket_path={proxy.path!r})
         microq.Worker('default', connection=connection, fork={fork}, lease=1).work()
     """
