@@ -276,8 +276,10 @@ Handlers = Iterable[Callable[..., Any]]  # called with (job, type, exception, tr
 # ======== Part I: the queue ===========================================================
 
 # ---- 1. Errors -----------------------------------------------------------------------
-# All derive from MicroqError, but for the timeout of a job, which the job's own `except Exception`
-# must not swallow.
+# What microq raises.  All errors derive from MicroqError, and say in one line what is wrong
+# and what to do.  The exceptions that end a running job (timeout, stop, cold shutdown) derive
+# from BaseException instead, so that the job's own `except Exception` does not swallow them.
+# Uses no other section.
 
 
 class MicroqError(Exception):
@@ -285,7 +287,7 @@ class MicroqError(Exception):
 
 
 class NoSuchJobError(MicroqError):
-    """No queue has a job of this id: it never was, was deleted, or has expired."""
+    """No queue has a job of this id: it was never stored, was deleted, or has expired."""
 
 
 class NoSuchGroupError(MicroqError):
@@ -297,15 +299,15 @@ class DuplicateJobError(MicroqError):
 
 
 class InvalidJobDependency(MicroqError):
-    """A job can't wait for itself; nothing was stored."""
+    """A job can't depend on itself; nothing was stored."""
 
 
 class AbandonedJobError(MicroqError):
-    """What a callback gets for a job that was ended from outside; the message says how."""
+    """Passed to the callback of a job that was ended from outside; the message says how."""
 
 
 class SchedulerNotFound(MicroqError):
-    """No scheduler of this name has been heard of for a minute."""
+    """No scheduler of this name has sent a heartbeat for a minute."""
 
 
 class InvalidJobOperation(MicroqError):
@@ -317,60 +319,142 @@ class DeserializationError(MicroqError):
 
 
 class TimeoutFormatError(MicroqError, ValueError):
-    """A duration is no number, nor text such as "90", "30s", "5m", "2h" or "1d"."""
+    """A duration is neither a number nor text such as "90", "30s", "5m", "2h", "1d"."""
 
 
 class ServerUnavailable(MicroqError, exceptions.ConnectionError):
-    """No usable answer from Redis; the call may or may not have reached it."""
+    """No usable answer from Redis; the call may or may not have reached the server."""
 
 
 class ClusterUsageError(MicroqError, exceptions.ResponseError):
-    """A client or queues that don't fit a Redis Cluster; the message says what to change."""
+    """The client or the queues don't fit a Redis Cluster; the message says what to change."""
 
 
 class JobTimeoutException(BaseException):
-    """Raised in a job that runs beyond its timeout; not an Exception on purpose."""
+    """Raised in a job that runs longer than its timeout."""
 
 
 class StopRequested(BaseException):
-    """Raised in a job that runs in-process, when it is stopped by a command."""
+    """Raised in a job that runs in-process, when a command stops it."""
 
 
 class _ColdShutdown(BaseException):
-    """Raised by a second signal: the job that runs is given up."""
+    """Raised in a job when a second signal ends its worker at once."""
 
 
 # ---- 2. Values and options -----------------------------------------------------------
-# Plain records without Redis and without a clock.  Each checks what it is given, so that a mistake
-# shows where it is made and nothing is stored.
+# Plain values without Redis and without a clock: statuses, durations, the records that a user
+# passes as options (Retry, Callback, ..), and the table of all options.  Each value is checked
+# when it is made, so that a mistake raises before anything is stored.  To add an option: a row
+# in _OPTIONS, an attribute of Job, a line in the docstring of Queue.enqueue(), a row in the
+# README; a test names what is missing.  Uses section 1, and _dotted_name() of section 3.
 
-# Characters that a terminal obeys, or that make a line read as another one: control characters
-# (C0, C1), ends of lines and paragraphs, directions of writing (UAX #9); and halves of surrogate
-# pairs, which can't be encoded.
+# Where a job can be; the container is the status.  The last three are final.
+_CONTAINERS = [
+    "queued", "started", "scheduled", "deferred", "rate_limited", "finished", "failed", "canceled",
+]  # fmt: skip
+_FINAL_CONTAINERS = _CONTAINERS[5:]
+
+
+class JobStatus(str, enum.Enum):
+    """Where a job stands, in RQ's words.
+
+    The containers are statuses.  `created`: not stored yet; `stopped`: failed, since a command
+    stopped it; `ready_to_enqueue` is a name of RQ that no job has here."""
+
+    QUEUED = "queued"
+    STARTED = "started"
+    SCHEDULED = "scheduled"
+    DEFERRED = "deferred"
+    RATE_LIMITED = "rate_limited"
+    FINISHED = "finished"
+    FAILED = "failed"
+    CANCELED = "canceled"
+    CREATED = "created"
+    STOPPED = "stopped"
+    READY_TO_ENQUEUE = "ready_to_enqueue"
+
+    __str__ = str.__str__
+
+
+class WorkerStatus(str, enum.Enum):
+    """What a worker does, in RQ's words."""
+
+    STARTED = "started"
+    SUSPENDED = "suspended"
+    BUSY = "busy"
+    IDLE = "idle"
+
+    __str__ = str.__str__
+
+
+class DequeueStrategy(str, enum.Enum):
+    """In which order a worker serves its queues; see Worker.work()."""
+
+    DEFAULT = "default"
+    ROUND_ROBIN = "round_robin"
+    RANDOM = "random"
+
+
+class ResultType(str, enum.Enum):
+    """How an execution ended."""
+
+    SUCCESSFUL = "successful"
+    FAILED = "failed"
+    STOPPED = "stopped"
+    RETRIED = "retried"
+    MAX_RETRIES_EXCEEDED = "max_retries_exceeded"
+
+    __str__ = str.__str__
+
+
+class Outcome(NamedTuple):
+    """How a run ended.
+
+    payload - the serialized return value, or the traceback in UTF-8
+    seconds - how long it ran
+    rule    - which policy may have the job run again: 'repeat', 'retry', 'crash', 'interrupt';
+              '' none.  Ended from outside, 'killed' is like 'retry', 'stopped' is like ''
+    policy  - the Retry behind the rule as JSON; empty: the job's own"""
+
+    type: ResultType
+    payload: bytes = b""
+    seconds: float = 0.0
+    rule: str = ""
+    policy: bytes = b""
+
+
+# Characters that change how a terminal or a log shows other text: control characters (C0, C1),
+# ends of lines and paragraphs, directions of writing (UAX #9); and halves of surrogate pairs,
+# which can't be encoded.
 _CONTROL_CHARACTER = re.compile(
     r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 
 
 def _printable(text: str, keep: str = "") -> str:
-    """Return `text` with an escape, such as \\x1b, for each control character that is not in
-    `keep`.  Text that others have written goes through here before it is printed or logged."""
+    """Return `text` with an escape, such as \\x1b, for each control character outside `keep`.
+
+    Text that others have written passes through here before it is printed or logged."""
 
     def escape(match: re.Match[str]) -> str:
-        return match[0] if match[0] in keep else ascii(match[0])[1:-1]
+        character = match[0]
+        if character in keep:
+            return character
+        return ascii(character).strip("'")
 
     return _CONTROL_CHARACTER.sub(escape, text)
 
 
 def _make_printable(record: logging.LogRecord) -> bool:
     """Escape control characters in a log record: a message is one line, a traceback several."""
-    with contextlib.suppress(
-        Exception
-    ):  # a message that can't be formatted: logging reports it
+    # logging itself reports a message that can't be formatted.
+    with contextlib.suppress(Exception):
         message = record.getMessage()
         printable = _printable(message)
         if printable != message:
-            record.msg, record.args = printable, ()
+            record.msg = printable
+            record.args = ()
         if record.exc_info:
             traceback_text = logging.Formatter().formatException(record.exc_info)
             record.exc_text = _printable(traceback_text, keep="\n\t")
@@ -380,101 +464,102 @@ def _make_printable(record: logging.LogRecord) -> bool:
 log.addFilter(_make_printable)
 
 
-class JobStatus(str, enum.Enum):
-    """Where a job stands, in RQ's words; created: not stored yet; stopped: a way to be failed."""
+# Times and durations.
 
-    QUEUED, STARTED, SCHEDULED, DEFERRED = "queued", "started", "scheduled", "deferred"
-    FINISHED, FAILED, CANCELED = "finished", "failed", "canceled"
-    CREATED, STOPPED = "created", "stopped"
-    RATE_LIMITED, READY_TO_ENQUEUE = "rate_limited", "ready_to_enqueue"
-
-    __str__ = str.__str__
-
-
-class WorkerStatus(str, enum.Enum):
-    """What a worker does, in RQ's words."""
-
-    STARTED, SUSPENDED, BUSY, IDLE = "started", "suspended", "busy", "idle"
-
-    __str__ = str.__str__
-
-
-class DequeueStrategy(str, enum.Enum):
-    """In which order a worker serves its queues; see Worker.work()."""
-
-    DEFAULT, ROUND_ROBIN, RANDOM = "default", "round_robin", "random"
-
-
-class ResultType(str, enum.Enum):
-    """How an execution ended."""
-
-    SUCCESSFUL, FAILED, STOPPED, RETRIED = "successful", "failed", "stopped", "retried"
-    MAX_RETRIES_EXCEEDED = "max_retries_exceeded"
-
-    __str__ = str.__str__
+_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}  # in seconds
+_MAX_SECONDS = 1e10  # 300 years
 
 
 def _parse_seconds(value: Any, name: str, special: tuple[int, ...] = ()) -> float:
-    """Return a duration in seconds: a number, a timedelta, "90", "30s", "5m", "2h" or "1d"; one
-    that is positive, or in `special`.  Raises TypeError or ValueError, which name the option."""
+    """Return a duration in seconds, which must be positive or one of `special`.
+
+    Takes a number, a timedelta, "90", "30s", "5m", "2h" or "1d".  Raises TypeError or
+    ValueError; the message names the option."""
     if isinstance(value, timedelta):
-        value = value.total_seconds()
+        seconds = value.total_seconds()
     elif isinstance(value, str):
-        match = re.fullmatch(r"(-?\d+(?:\.\d+)?)\s*([smhd]?)", value.strip().lower())
-        if not match:
-            raise TimeoutFormatError(
-                f"{name}={value!r} is no duration such as 90 or '5m'"
-            )
-        value = (
-            float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
-        )
-    if isinstance(value, bool) or not isinstance(value, int | float):
+        seconds = _parse_duration(value, name)
+    elif isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} takes seconds, not {type(value).__name__} {value!r}")
-    if not (0 < value < 1e10 or value in special):
-        more = "".join(f", or {number}" for number in special)
-        raise ValueError(f"{name}={value!r}: give a positive number of seconds{more}")
-    return float(value)
+    else:
+        seconds = value
+    if seconds in special or 0 < seconds < _MAX_SECONDS:
+        return float(seconds)
+    others = "".join(f", or {number}" for number in special)
+    raise ValueError(f"{name}={value!r}: give a positive number of seconds{others}")
+
+
+def _parse_duration(text: str, name: str) -> float:
+    """Return text such as "90" or "5m" in seconds, or raise TimeoutFormatError."""
+    match = re.fullmatch(r"(-?\d+(?:\.\d+)?)\s*([smhd]?)", text.strip().lower())
+    if not match:
+        raise TimeoutFormatError(f"{name}={text!r} is no duration such as 90 or '5m'")
+    number, unit = match.groups()
+    return float(number) * _UNITS[unit]
 
 
 def parse_timeout(timeout: Any) -> float | None:
-    """Return a timeout of whatever form in seconds; -1 for no limit, None for None."""
-    return None if timeout is None else _parse_seconds(timeout, "timeout", (-1, 0))
+    """Return a timeout of any form in seconds; -1 for no limit, None for None."""
+    if timeout is None:
+        return None
+    return _parse_seconds(timeout, "timeout", (-1, 0))
+
+
+def _from_timestamp(at: float) -> datetime:
+    """Return the aware UTC datetime of seconds since the epoch."""
+    return datetime.fromtimestamp(at, timezone.utc)
+
+
+def _delay_until(moment: datetime) -> str:
+    """Return the argument by which the script `enqueue` has a job due at `moment`.
+
+    A naive datetime is local time.  This host's clock, which may be wrong, has no part in it."""
+    if not isinstance(moment, datetime):
+        raise TypeError(f"give a datetime, not {moment!r}")
+    return f"@{moment.timestamp():.6f}"
+
+
+# Records that a user passes as options.
+
+
+def _check_integer(name: str, value: Any, least: int, most: int) -> None:
+    """Raise TypeError or ValueError unless `value` is an integer from `least` to `most`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r}: give an integer")
+    if not least <= value <= most:
+        raise ValueError(f"{name}={value!r}: give {least} to {most:,}")
+
+
+def _check_number(name: str, value: Any, least: float, most: float) -> None:
+    """Raise TypeError or ValueError unless `value` is a number from `least` to `most`."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}={value!r}: give a number")
+    if not least <= value <= most:
+        raise ValueError(f"{name}={value!r}: give {least:g} to {most:g}")
 
 
 class _RerunPolicy:
-    """What Retry and Repeat have in common: they are checked, and stored as JSON."""
+    """What Retry and Repeat have in common: `interval`, and how they are stored."""
 
     interval: Any
 
     def __post_init__(self) -> None:
-        several = isinstance(self.interval, Iterable) and not isinstance(
-            self.interval, str
-        )
-        waits = self.interval if several else [self.interval]
-        waits = tuple(_parse_seconds(each, "interval", (0,)) for each in waits)
-        if not waits:
+        intervals = self.interval
+        if isinstance(intervals, str) or not isinstance(intervals, Iterable):
+            intervals = [intervals]
+        seconds = tuple(_parse_seconds(each, "interval", (0,)) for each in intervals)
+        if not seconds:
             raise ValueError("interval is empty; leave it out for no delay")
-        object.__setattr__(self, "interval", waits)
-        limits = {
-            "max": (1, 1e9),
-            "times": (1, 1e9),
-            "backoff": (1, 1e3),
-            "jitter": (0, 1),
-        }
-        for name, (least, most) in limits.items():
-            value = getattr(self, name, least)
-            kind = int if name in ("max", "times") else int | float
-            if isinstance(value, bool) or not isinstance(value, kind):
-                raise TypeError(f"{name}={value!r}: give a number")
-            if not least <= value <= most:
-                raise ValueError(f"{name}={value!r}: give {least} to {most:g}")
-        if getattr(self, "max_interval", None) is not None:
-            _parse_seconds(self.max_interval, "max_interval")  # type: ignore[attr-defined]
+        object.__setattr__(self, "interval", seconds)
 
     def to_field(self) -> bytes:
-        return json.dumps(
-            {name: value for name, value in vars(self).items() if value}
-        ).encode()
+        """Return this as JSON, without what is 0 or empty, as all of that is by default."""
+        stored = {name: value for name, value in vars(self).items() if value}
+        return json.dumps(stored).encode()
+
+    @classmethod
+    def from_field(cls, text: str) -> Any:
+        return cls(**json.loads(text))
 
 
 @dataclass(frozen=True)
@@ -497,6 +582,15 @@ class Retry(_RerunPolicy):
     max_interval: float | None = None
     jitter: float = 0.0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_integer("max", self.max, 1, 10**9)
+        _check_number("backoff", self.backoff, 1, 1000)
+        _check_number("jitter", self.jitter, 0, 1)
+        if self.max_interval is not None:
+            seconds = _parse_seconds(self.max_interval, "max_interval")
+            object.__setattr__(self, "max_interval", seconds)
+
 
 @dataclass(frozen=True)
 class Repeat(_RerunPolicy):
@@ -505,10 +599,14 @@ class Repeat(_RerunPolicy):
     times: int
     interval: float | Sequence[float] = 0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_integer("times", self.times, 1, 10**9)
+
 
 @dataclass(frozen=True)
 class Dependency:
-    """The jobs that a job waits for, as Job objects or ids; one that does not exist counts as done.
+    """The jobs that a job waits for, as Job objects or ids; a missing one counts as finished.
 
     allow_failure    - whether it runs even if they fail, no; "any": even if canceled or stopped
     enqueue_at_front - whether it overtakes the jobs that wait when they are done, no"""
@@ -519,11 +617,20 @@ class Dependency:
 
     def __post_init__(self) -> None:
         jobs = [self.jobs] if isinstance(self.jobs, Job | str) else list(self.jobs)
-        object.__setattr__(self, "jobs", [(_job_id(job), job)[1] for job in jobs])
+        for job in jobs:
+            _job_id(job)  # raises for anything else
+        object.__setattr__(self, "jobs", jobs)
         if self.allow_failure not in (True, False, "any"):
             raise ValueError(
                 f"allow_failure={self.allow_failure!r}: give True, False or 'any'"
             )
+
+    @property
+    def allowed_status(self) -> str:
+        """Which end beside finished will do: 'none', 'failed', or 'any'."""
+        if self.allow_failure == "any":
+            return "any"
+        return "failed" if self.allow_failure else "none"
 
 
 @dataclass(frozen=True)
@@ -538,15 +645,24 @@ class Callback:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "func", _dotted_name(self.func))
-        seconds = (
-            CALLBACK_TIMEOUT
-            if self.timeout is None
-            else _parse_seconds(self.timeout, "timeout")
-        )
-        object.__setattr__(self, "timeout", seconds)
+        timeout = CALLBACK_TIMEOUT if self.timeout is None else self.timeout
+        object.__setattr__(self, "timeout", _parse_seconds(timeout, "timeout"))
 
     def to_field(self) -> bytes:
         return f"{self.func} {self.timeout:.15g}".encode()
+
+    @classmethod
+    def from_field(cls, text: str) -> Callback:
+        name, seconds = text.split()
+        return cls(name, float(seconds))
+
+
+# Which callback belongs to which end of a job.
+_CALLBACK_FIELDS = {
+    "successful": "on_success",
+    "failed": "on_failure",
+    "stopped": "on_stopped",
+}
 
 
 @dataclass(frozen=True)
@@ -571,14 +687,11 @@ class Webhook:
             )
         if self.method not in ("GET", "POST"):
             raise ValueError(f"method={self.method!r}: give 'GET' or 'POST'")
+        for name, value in (self.headers or {}).items():
+            if not isinstance(name, str) or not isinstance(value, str):
+                raise TypeError(f"headers={self.headers!r}: give a dict of strings")
         object.__setattr__(self, "job_status", str(self.job_status))
         object.__setattr__(self, "timeout", _parse_seconds(self.timeout, "timeout"))
-        if not all(
-            isinstance(each, str)
-            for pair in (self.headers or {}).items()
-            for each in pair
-        ):
-            raise TypeError(f"headers={self.headers!r}: give a dict of strings")
 
 
 @dataclass(frozen=True)
@@ -596,59 +709,284 @@ class RateLimit:
     per: Any = field(default=60, kw_only=True)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.key, str) or not re.fullmatch(
-            r"[^{}\s]{1,200}", self.key
-        ):
+        key = self.key
+        if not isinstance(key, str) or not re.fullmatch(r"[^{}\s]{1,200}", key):
             raise ValueError(
-                f"key={self.key!r}: give a string without white space and braces"
+                f"key={key!r}: give a string without white space and braces"
             )
         if self.concurrency is None and self.rate is None:
             raise ValueError("a RateLimit needs a concurrency or a rate")
-        for name in ("concurrency", "rate"):
-            value = getattr(self, name)
-            if value is not None and (
-                type(value) is not int or not 1 <= value <= 100_000
-            ):
-                raise ValueError(f"{name}={value!r}: give a number from 1 to 100,000")
+        if self.concurrency is not None:
+            _check_integer("concurrency", self.concurrency, 1, 100_000)
+        if self.rate is not None:
+            _check_integer("rate", self.rate, 1, 100_000)
         object.__setattr__(self, "per", _parse_seconds(self.per, "per"))
 
     def to_field(self) -> bytes:
+        """Return "<prefix of the limit's keys> <concurrency> <rate> <per>"; 0 for no limit."""
         numbers = f"{self.concurrency or 0} {self.rate or 0} {self.per:.15g}"
         return f"microq:limit:{{{self.key}}}: {numbers}".encode()
 
-
-_CALLBACK_FIELDS = {
-    "successful": "on_success",
-    "failed": "on_failure",
-    "stopped": "on_stopped",
-}
-
-
-class Outcome(NamedTuple):
-    """How a run ended.
-
-    payload - the serialized return value, or the traceback in UTF-8
-    rule    - what may have the job run again: 'repeat', 'retry', 'crash', 'interrupt'; '' nothing.
-              Ended from outside, 'killed' is like 'retry', and 'stopped' like nothing
-    policy  - the Retry behind the rule as JSON, that of the job"""
-
-    type: ResultType
-    payload: bytes = b""
-    seconds: float = 0.0
-    rule: str = ""
-    policy: bytes = b""
+    @classmethod
+    def from_field(cls, text: str) -> RateLimit:
+        prefix, concurrency, rate, per = text.split()
+        key = prefix.removeprefix("microq:limit:{").removesuffix("}:")
+        return cls(
+            key, int(concurrency) or None, rate=int(rate) or None, per=float(per)
+        )
 
 
-def _from_timestamp(at: float) -> datetime:
-    return datetime.fromtimestamp(at, timezone.utc)
+# The options of a job.
 
 
-def _delay_until(moment: datetime) -> str:
-    """Return what tells the script `enqueue` that a job is due at `moment`, in local time if it is
-    naive.  This host's clock, which may be wrong, has no part in it."""
-    if not isinstance(moment, datetime):
-        raise TypeError(f"give a datetime, not {moment!r}")
-    return f"@{moment.timestamp():.6f}"
+def _job_id(job: Any) -> str:
+    """Return the id of a job, or the id itself once it was checked."""
+    id = job.id if isinstance(job, Job) else job
+    if not isinstance(id, str):
+        raise TypeError(f"a job's id is a string, not {type(id).__name__} {id!r}")
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,200}", id):
+        raise ValueError(f"job id {id!r}: use up to 200 letters, digits, '_' and '-'")
+    return id
+
+
+def _parse_number(text: str) -> float:
+    """Return a number of a job's hash, or raise ValueError."""
+    if not re.fullmatch(r"-?\d{1,10}(\.\d+)?(e-\d+)?", text):
+        raise ValueError(f"{text!r} is no number")
+    return float(text)
+
+
+class _Option:
+    """An option of a job: how it is checked, stored, read back, shown by Job, and given on the
+    command line.  This class serves the kinds str, int and bool.
+
+    name      - its name in Queue.create_job(), and the field of the job's hash
+    kind      - the type of its values
+    doc       - what it is for, then its default: for the documentation and for --help
+    default   - what Job shows without it, None
+    at_least  - the least number that it may be; the most is 10**9; no limit
+    convert   - a function that makes a value of `kind` of the value given, or raises, none
+    keyword   - its name in Queue.enqueue(), `name`; "": it can't be given there
+    attribute - the attribute of Job that shows it, `name`; "": none, since it is not kept
+    stored    - whether create_job() makes a field of it, yes; else Queue uses its value
+    flag      - on the command line of `enqueue`, as in "--ttl S"; without a metavar: True
+    repeated  - whether the flag may be given several times, for a list of values, no
+    no_flag   - the reason, if it has no flag
+
+    In class Job an option is a descriptor, which reads its value from the job's hash."""
+
+    def __init__(
+        self, name: str, kind: type, doc: str, *, default: Any = None,
+        at_least: int | None = None, convert: Callable[[Any], Any] | None = None,
+        keyword: str | None = None, attribute: str | None = None, stored: bool = True,
+        flag: str = "", repeated: bool = False, no_flag: str = "",
+    ) -> None:  # fmt: skip
+        self.name = name
+        self.kind = kind
+        self.doc = doc
+        self.__doc__ = f"Option {name}: {doc}."
+        self.default = default
+        self.at_least = at_least
+        self.convert = convert
+        self.keyword = name if keyword is None else keyword
+        self.attribute = name if attribute is None else attribute
+        self.stored = stored
+        self.flag = flag
+        self.repeated = repeated
+        self.no_flag = no_flag
+
+    def __get__(self, job: Any, owner: Any = None) -> Any:
+        return self if job is None else job._option(self.name)
+
+    def check(self, value: Any) -> Any:
+        """Return the value as it is used from here on, or raise TypeError or ValueError."""
+        if self.convert is not None:
+            return self.convert(value)
+        is_bool = isinstance(value, bool)
+        if not isinstance(value, self.kind) or is_bool != (self.kind is bool):
+            raise TypeError(f"{self.name} takes {self.kind.__name__}, not {value!r}")
+        if self.at_least is not None:
+            _check_integer(self.name, value, self.at_least, 10**9)
+        return value
+
+    def encode(self, value: Any, serializer: Any) -> bytes:
+        """Return the field of the hash for a value, once it is checked."""
+        value = self.check(value)
+        if self.kind is bool:
+            value = int(value)
+        return str(value).encode()
+
+    def decode(self, text: str) -> Any:
+        """Return the value of a field that is not empty, or raise ValueError or TypeError."""
+        if self.kind is str:
+            return text
+        return self.kind(_parse_number(text))
+
+
+class _DurationOption(_Option):
+    """An option in seconds: a positive number, or one of `special`."""
+
+    def __init__(
+        self, name: str, special: tuple[int, ...], doc: str, **more: Any
+    ) -> None:
+        super().__init__(name, float, doc, **more)
+        self.special = special
+
+    def check(self, value: Any) -> float:
+        return _parse_seconds(value, self.name, self.special)
+
+    def encode(self, value: Any, serializer: Any) -> bytes:
+        return f"{self.check(value):.15g}".encode()
+
+
+class _RecordOption(_Option):
+    """An option whose values have to_field() and from_field()."""
+
+    def encode(self, value: Any, serializer: Any) -> bytes:
+        field: bytes = self.check(value).to_field()
+        return field
+
+    def decode(self, text: str) -> Any:
+        return self.kind.from_field(text)  # type: ignore[attr-defined]
+
+
+class _WebhooksOption(_Option):
+    """A list of Webhooks, stored as JSON."""
+
+    def check(self, value: Any) -> Any:
+        for hook in super().check(value):
+            if not isinstance(hook, Webhook):
+                raise TypeError(f"{self.name} takes Webhooks, not {hook!r}")
+        return value
+
+    def encode(self, value: Any, serializer: Any) -> bytes:
+        return json.dumps([vars(hook) for hook in self.check(value)]).encode()
+
+    def decode(self, text: str) -> Any:
+        return [Webhook(**parts) for parts in json.loads(text)]
+
+
+class _SerializedOption(_Option):
+    """An option that the queue's serializer stores.  Job reads it, as its signature may cover
+    the job."""
+
+    def encode(self, value: Any, serializer: Any) -> bytes:
+        return _serialize(serializer, self.check(value), self.name)
+
+
+def _to_callback(value: Any) -> Callback:
+    """Return a Callback for a function, or for its dotted name."""
+    return value if isinstance(value, Callback) else Callback(value)
+
+
+def _to_dependency(value: Any) -> Dependency | None:
+    """Return a Dependency for a job, an id, or several; None for no jobs."""
+    if isinstance(value, Dependency):
+        return value
+    return Dependency(value) if value else None
+
+
+def _check_unique(value: Any) -> Any:
+    if value not in (True, False, "pending"):
+        raise ValueError(f"unique={value!r}: give True or 'pending'")
+    return value
+
+
+_OPTIONS = {
+    option.name: option
+    for option in (
+        _DurationOption(
+            "timeout", (-1,),
+            'seconds it may run, or "5m"; -1 for no limit, the queue\'s default',
+            default=DEFAULT_TIMEOUT, keyword="job_timeout", flag="--job-timeout --timeout S",
+        ),
+        _DurationOption(
+            "result_ttl", (-1, 0),
+            "seconds to keep its result; 0 drops it, -1 keeps it, 500",
+            flag="--result-ttl S",
+        ),
+        _DurationOption(
+            "ttl", (),
+            "seconds it may wait in the queue before it is dropped, no limit",
+            flag="--ttl S",
+        ),
+        _DurationOption(
+            "failure_ttl", (-1, 0),
+            "seconds to keep it if it fails; -1 for ever, one year",
+            default=DEFAULT_FAILURE_TTL, flag="--failure-ttl S",
+        ),
+        _Option("description", str, "text for people, the call", flag="--description TEXT"),
+        _Option(
+            "job_id", str, "an id of your own, 22 random characters",
+            convert=_job_id, attribute="id", stored=False, flag="--job-id ID",
+        ),
+        _Option(
+            "at_front", bool, "whether to overtake the jobs that wait, no",
+            default=False, convert=bool, attribute="enqueue_at_front", stored=False,
+            flag="--at-front",
+        ),
+        _SerializedOption(
+            "meta", dict, "a dict of your own to travel along, {}",
+            no_flag="a dict of Python",
+        ),
+        _RecordOption(
+            "retry", Retry, "a Retry, none",
+            attribute="retries_left", no_flag="--retry-max and --retry-interval make one",
+        ),
+        _RecordOption(
+            "repeat", Repeat, "a Repeat, none",
+            attribute="repeats_left", no_flag="several values",
+        ),
+        _Option(
+            "max_crashes", int,
+            "how often to run it again after its worker died, 2; 0: at most once",
+            at_least=0, default=MAX_CRASHES, flag="--max-crashes N",
+        ),
+        _Option(
+            "depends_on", Dependency,
+            "jobs that must have finished: a Job, an id, a list, a Dependency, none",
+            convert=_to_dependency, attribute="dependency_ids", stored=False,
+            flag="--depends-on ID", repeated=True,
+        ),
+        _RecordOption(
+            "on_success", Callback, "a Callback when it has succeeded, or the function, none",
+            convert=_to_callback, attribute="success_callback", flag="--on-success NAME",
+        ),
+        _RecordOption(
+            "on_failure", Callback, "a Callback when it has failed, or the function, none",
+            convert=_to_callback, attribute="failure_callback", flag="--on-failure NAME",
+        ),
+        _RecordOption(
+            "on_stopped", Callback, "a Callback when it was stopped, or the function, none",
+            convert=_to_callback, attribute="stopped_callback", flag="--on-stopped NAME",
+        ),
+        _WebhooksOption(
+            "webhooks", list, "a list of Webhooks, none", no_flag="several values",
+        ),
+        _RecordOption(
+            "rate_limit", RateLimit, "a RateLimit, none",
+            attribute="rate_limit_key", no_flag="several values",
+        ),
+        _Option(
+            "unique", bool,
+            "True: refuse a job_id of which there is any record; \"pending\": one that has not "
+            "ended, as is done in any case",
+            convert=_check_unique, attribute="", stored=False, flag="--unique",
+        ),
+        _Option(
+            "group_id", str, "the name of its Group, none",
+            keyword="", no_flag="a Group is made in Python",
+        ),
+    )
+}  # fmt: skip
+
+# The keywords of Queue.enqueue(), with the names of their options.
+_ENQUEUE_KEYWORDS = {o.keyword: name for name, o in _OPTIONS.items() if o.keyword}
+# The fields that a job begins its life with.
+_INITIAL_FIELDS = {"func", "args", "depends_on"}
+_INITIAL_FIELDS.update(name for name, option in _OPTIONS.items() if option.stored)
+# The fields that say what is called; see Job._signed_context().
+_SIGNED_FIELDS = ("func", "on_success", "on_failure", "on_stopped", "webhooks")
 
 
 # ---- 3. Serializers and names of functions -------------------------------------------
@@ -2210,22 +2548,6 @@ _current_job: contextvars.ContextVar[Job | None] = contextvars.ContextVar(
 )
 
 
-def _field(name: str, default: float | None, doc: str) -> Any:
-    """Make an attribute that reads a number from the hash."""
-    return property(
-        lambda job: default if (has := job._number(name)) is None else has, doc=doc
-    )
-
-
-def _callback(name: str, part: int, read: Callable[[str], Any]) -> Any:
-    """Make an attribute that reads the function of a callback, or its timeout; None without it."""
-    return property(
-        lambda job: (
-            (name in job._fields and read(job._text(name).split()[part])) or None
-        )
-    )
-
-
 def _is(status: JobStatus) -> Any:
     return property(
         lambda job: job.get_status() == status, doc=f"Asks whether it is {status}."
@@ -2521,16 +2843,25 @@ class Job:
         lambda self: self._text("description") or self.get_call_string()
     )
 
-    timeout = _field(
-        "timeout", DEFAULT_TIMEOUT, "Seconds a run may take; -1 for no limit."
-    )
-    result_ttl = _field(
-        "result_ttl", None, "Seconds to keep a result; None: the worker's default."
-    )
-    failure_ttl = _field(
-        "failure_ttl", DEFAULT_FAILURE_TTL, "Seconds to keep a failed job."
-    )
-    ttl = _field("ttl", None, "Seconds it may wait in the queue; None for no limit.")
+    # Options, as last read; see _OPTIONS.
+    timeout = _OPTIONS["timeout"]
+    result_ttl = _OPTIONS["result_ttl"]
+    failure_ttl = _OPTIONS["failure_ttl"]
+    ttl = _OPTIONS["ttl"]
+    max_crashes = _OPTIONS["max_crashes"]
+    group_id = _OPTIONS["group_id"]
+    enqueue_at_front = _OPTIONS["at_front"]
+
+    def _option(self, name: str) -> Any:
+        """Return the value of an option, or its default."""
+        option = _OPTIONS[name]
+        text = self._text(name)
+        if not text:
+            return option.default
+        try:
+            return option.decode(text)
+        except (ValueError, TypeError):
+            raise self._corrupt(name) from None
 
     def get_ttl(self, default: Any = None) -> Any:
         return default if self.ttl is None else self.ttl
@@ -2538,11 +2869,9 @@ class Job:
     def get_result_ttl(self, default: Any = None) -> Any:
         return default if self.result_ttl is None else self.result_ttl
 
-    enqueue_at_front = property(lambda self: bool(self._number("at_front")))
-    group_id = property(lambda self: self._text("group_id") or None)
     number_of_retries = property(lambda self: int(self._number("retries") or 0))
-    _retry = property(lambda self: self._policy("retry"))
-    _repeat = property(lambda self: self._policy("repeat"))
+    _retry = property(lambda self: self._option("retry"))
+    _repeat = property(lambda self: self._option("repeat"))
     _repeats = property(lambda self: int(self._number("repeats") or 0))
     # Of a job without a Retry, or Repeat, these are None.
     retries_left = property(
@@ -2595,21 +2924,12 @@ class Job:
         return self._fields.get(name, b"").decode(errors="replace")
 
     def _number(self, name: str) -> float | None:
-        if not (text := self._text(name)):
-            return None
-        if not re.fullmatch(r"-?\d{1,10}(\.\d+)?(e-\d+)?", text):
-            raise self._corrupt(name)
-        return float(text)
-
-    def _policy(self, name: str) -> Any:
-        """Return the job's Retry or Repeat; None if it has none."""
-        if name not in self._fields:
+        text = self._text(name)
+        if not text:
             return None
         try:
-            return {"retry": Retry, "repeat": Repeat}[name](
-                **json.loads(self._fields[name])
-            )
-        except (ValueError, TypeError):
+            return _parse_number(text)
+        except ValueError:
             raise self._corrupt(name) from None
 
     def _corrupt(self, name: str) -> DeserializationError:
@@ -2630,19 +2950,65 @@ class Job:
     is_stopped, is_canceled = _is(JobStatus.STOPPED), _is(JobStatus.CANCELED)
     is_rate_limited = _is(JobStatus.RATE_LIMITED)
 
-    webhooks = property(
-        lambda s: [Webhook(**w) for w in json.loads(s._text("webhooks") or "[]")]
-    )
-    success_callback, failure_callback, stopped_callback = (
-        _callback(name, 0, _import_object) for name in _CALLBACK_FIELDS.values()
-    )
-    success_callback_timeout, failure_callback_timeout, stopped_callback_timeout = (
-        _callback(name, 1, float) for name in _CALLBACK_FIELDS.values()
-    )
-    has_rate_limit = property(lambda self: "rate_limit" in self._fields)
-    _limit = property(lambda self: self._text("rate_limit").split() or [None, "0"])
-    rate_limit_key = property(lambda self: self._limit[0] and self._limit[0][14:-2])
-    rate_limit_concurrency = property(lambda self: int(self._limit[1]) or None)
+    @property
+    def success_callback(self) -> Any:
+        """The function to be called when the job has succeeded, or None."""
+        return self._callback_function("on_success")
+
+    @property
+    def failure_callback(self) -> Any:
+        """The function to be called when the job has failed, or None."""
+        return self._callback_function("on_failure")
+
+    @property
+    def stopped_callback(self) -> Any:
+        """The function to be called when the job was stopped, or None."""
+        return self._callback_function("on_stopped")
+
+    @property
+    def success_callback_timeout(self) -> float | None:
+        """Seconds that `success_callback` may take; None without one."""
+        return self._callback_timeout("on_success")
+
+    @property
+    def failure_callback_timeout(self) -> float | None:
+        """Seconds that `failure_callback` may take; None without one."""
+        return self._callback_timeout("on_failure")
+
+    @property
+    def stopped_callback_timeout(self) -> float | None:
+        """Seconds that `stopped_callback` may take; None without one."""
+        return self._callback_timeout("on_stopped")
+
+    def _callback_function(self, name: str) -> Any:
+        callback = self._option(name)
+        return None if callback is None else _import_object(callback.func)
+
+    def _callback_timeout(self, name: str) -> float | None:
+        callback = self._option(name)
+        return None if callback is None else callback.timeout
+
+    @property
+    def webhooks(self) -> list[Webhook]:
+        """The requests to be made when the job has ended."""
+        return self._option("webhooks") or []
+
+    @property
+    def has_rate_limit(self) -> bool:
+        """Whether the job has a RateLimit."""
+        return "rate_limit" in self._fields
+
+    @property
+    def rate_limit_key(self) -> str | None:
+        """The key of its RateLimit, or None."""
+        limit = self._option("rate_limit")
+        return None if limit is None else limit.key
+
+    @property
+    def rate_limit_concurrency(self) -> int | None:
+        """How many jobs of its RateLimit may run at a time; None for no limit."""
+        limit = self._option("rate_limit")
+        return None if limit is None else limit.concurrency
 
     # What it waits for: keys of jobs, and the status beside finished that will do for these.
     _dependency_keys = property(lambda self: self._text("depends_on").split()[:-1])
@@ -2933,16 +3299,6 @@ def _truncated_repr(value: Any) -> str:
     return text if len(text) <= 75 else f"{text[:72]}..."
 
 
-def _job_id(job: Any) -> str:
-    """Return the id of a job, or the id itself once it was checked."""
-    id = job.id if isinstance(job, Job) else job
-    if not isinstance(id, str):
-        raise TypeError(f"a job's id is a string, not {type(id).__name__} {id!r}")
-    if not re.fullmatch(r"[A-Za-z0-9_-]{1,200}", id):
-        raise ValueError(f"job id {id!r}: use up to 200 letters, digits, '_' and '-'")
-    return id
-
-
 def get_current_job(
     connection: Redis | None = None, job_class: Any = None
 ) -> Job | None:
@@ -2970,24 +3326,6 @@ def requeue_job(
 # ---- 7. Queue and registries ---------------------------------------------------------
 # What a producer calls.  Everything is checked and serialized before the first byte is sent: what
 # raises has stored nothing.
-
-_CONTAINERS = [
-    "queued", "started", "scheduled", "deferred", "rate_limited", "finished", "failed", "canceled",
-]  # fmt: skip
-_FINAL_CONTAINERS = _CONTAINERS[5:]
-# The options of a job: a type; for durations, what may be given beside a positive number; None for
-# those that become no field.
-_OPTIONS: dict[str, Any] = {
-    "timeout": (-1,), "result_ttl": (-1, 0), "failure_ttl": (-1, 0), "ttl": (), "description": str,
-    "meta": dict, "retry": Retry, "repeat": Repeat, "max_crashes": int, "rate_limit": RateLimit,
-    "group_id": str, "webhooks": list, "on_success": Callback, "on_failure": Callback,
-    "on_stopped": Callback, "job_id": None, "depends_on": None, "unique": None, "at_front": None,
-}  # fmt: skip
-_INITIAL_FIELDS = {"func", "args", *_OPTIONS} - {
-    "at_front"
-}  # the fields that a job begins its life with
-# The fields that say what is called; see Job._signed_context().
-_SIGNED_FIELDS = ("func", "on_success", "on_failure", "on_stopped", "webhooks")
 
 
 class EnqueueData(NamedTuple):
@@ -3216,13 +3554,17 @@ class Queue(Registry):
         meta        - a dict of your own to travel along, {}
         retry       - a Retry, none
         repeat      - a Repeat, none
-        max_crashes - how often to run it again after its worker died, 2; 0: at most once
-        depends_on  - jobs that must have finished: a Job, an id, a list, a Dependency, none
-        on_success, on_failure, on_stopped - a Callback, or the function, none
+        max_crashes - how often to run it again after its worker died, 2; 0: at most
+                      once
+        depends_on  - jobs that must have finished: a Job, an id, a list, a Dependency,
+                      none
+        on_success  - a Callback when it has succeeded, or the function, none
+        on_failure  - a Callback when it has failed, or the function, none
+        on_stopped  - a Callback when it was stopped, or the function, none
         webhooks    - a list of Webhooks, none
         rate_limit  - a RateLimit, none
-        unique      - True: refuse a job_id of which there is any record; "pending": one that has
-                      not ended, as is done in any case
+        unique      - True: refuse a job_id of which there is any record; "pending": one
+                      that has not ended, as is done in any case
         pipeline    - a redis-py pipeline to carry the command, which you execute, none
 
         One round trip.  Raises ValueError or TypeError for a bad option or an argument that can't
@@ -3243,9 +3585,9 @@ class Queue(Registry):
         self, delay: float | str, f: Func, args: Any, kwargs: dict[str, Any]
     ) -> Job:
         """Sort keywords into options and the function's own, and enqueue."""
-        names = _OPTIONS.keys() & kwargs.keys() - {"timeout", "group_id"}
-        options = {name: kwargs.pop(name) for name in names}
-        options["timeout"] = kwargs.pop("job_timeout", None)
+        options = {}
+        for keyword in _ENQUEUE_KEYWORDS.keys() & kwargs.keys():
+            options[_ENQUEUE_KEYWORDS[keyword]] = kwargs.pop(keyword)
         pipeline = kwargs.pop("pipeline", None)
         if "args" in kwargs or "kwargs" in kwargs:
             own = kwargs.pop("args", None), kwargs.pop("kwargs", None)
@@ -3308,52 +3650,35 @@ class Queue(Registry):
         fields = self._encode_call(func, args, kwargs)
         if options.get("timeout") is None and self.default_timeout != DEFAULT_TIMEOUT:
             options["timeout"] = self.default_timeout
+        unstored = {}
         for name, value in options.items():
-            if name not in _OPTIONS:
-                raise TypeError(
-                    f"{name!r} is no option; there are: {', '.join(_OPTIONS)}"
-                )
-            if value is not None and (kind := _OPTIONS[name]) is not None:
-                fields[name] = self._encode_option(name, kind, value)
-        chosen_id = options.get("job_id")
-        unique = options.get("unique")
-        if unique not in (None, True, False, "pending") or (
-            unique and chosen_id is None
-        ):
-            raise ValueError(f"unique={unique!r}: give True or 'pending', and a job_id")
-        if chosen_id is None:
+            option = _OPTIONS.get(name)
+            if option is None:
+                text = f"{name!r} is no option; there are: {', '.join(_OPTIONS)}"
+                raise TypeError(text)
+            if value is None:
+                continue
+            if option.stored:
+                fields[name] = option.encode(value, self.serializer)
+            else:
+                unstored[name] = option.check(value)
+        id = unstored.get("job_id")
+        unique = unstored.get("unique", False)
+        if unique and id is None:
+            raise ValueError(f"unique={unique!r}: give a job_id, too")
+        call_id = None
+        if id is None:
             id = secrets.token_urlsafe(16)
             call_id = ""
-        else:
-            id = _job_id(chosen_id)
-            call_id = None
-        dependency = options.get("depends_on") or None
-        if dependency is not None and not isinstance(dependency, Dependency):
-            dependency = Dependency(dependency)
-        at_front = bool(options.get("at_front"))
-        request = _EnqueueRequest(call_id, unique is True, at_front, dependency)
+        request = _EnqueueRequest(
+            call_id,
+            unique is True,
+            unstored.get("at_front", False),
+            unstored.get("depends_on"),
+        )
         job = self.job_class(id, self, fields, request)
         job._sign()
         return job
-
-    def _encode_option(self, name: str, kind: Any, value: Any) -> bytes:
-        """Return the field for an option, whose kind is as in _OPTIONS."""
-        if isinstance(kind, tuple):
-            return f"{_parse_seconds(value, name, kind):.15g}".encode()
-        if kind is Callback and not isinstance(value, Callback):
-            value = Callback(value)
-        if not isinstance(value, kind) or value is True:
-            raise TypeError(f"{name} takes a {kind.__name__}, not {value!r}")
-        if name == "max_crashes" and value < 0:
-            raise ValueError(f"max_crashes={value}: give 0 or more")
-        if name == "webhooks":
-            return json.dumps([vars(hook) for hook in value]).encode()
-        if name == "meta":
-            return _serialize(self.serializer, value, "meta")
-        field: bytes = (
-            value.to_field() if hasattr(value, "to_field") else str(value).encode()
-        )
-        return field
 
     def _encode_call(self, func: Any, args: Any, kwargs: Any) -> dict[str, bytes]:
         """Return the fields `func` and `args`, of a function that a worker can find."""
@@ -3678,10 +4003,8 @@ def _run_function(
         if log.isEnabledFor(logging.INFO):
             what = " ".join(job.description.split()) if describe else "job"
             log.info("%s: %s (%s)", job.origin, what, job.id)
-        (
-            job._policy("retry"),
-            job._policy("repeat"),
-        )  # garbled ones must show before the job runs
+        for name in ("retry", "repeat"):  # garbled ones must show before the job runs
+            job._option(name)
         if (
             "verdict" in job._fields
         ):  # it was ended from outside, and only has to hear of it
@@ -7126,7 +7449,7 @@ def _cmd_enqueue(options: argparse.Namespace) -> None:
             args.append(value)
     if options.schedule_at and options.schedule_in:
         raise ValueError("give --schedule-at or --schedule-in, not both")
-    job_options = _given(options, *_OPTIONS, "job_timeout", "at_front")
+    job_options = _given(options, *_ENQUEUE_KEYWORDS)
     job_options.update(args=args, kwargs=kwargs)
     if options.retry_max or options.retry_interval:
         job_options["retry"] = Retry(
@@ -7364,30 +7687,15 @@ def _add_enqueue(commands: Any) -> None:
     forms = "value, :json, %%literal; name=value, name:=json, name%%=literal; @file as value"
     add("arguments", nargs="*", help=forms)
     add("-q", "--queue", metavar="NAME", help="default")
-    add(
-        "--job-timeout",
-        "--timeout",
-        metavar="S",
-        help="seconds it may run, or 5m, 2h, 1d; 180",
-    )
-    add("--result-ttl", metavar="S", help="how long to keep its result, 500")
-    add("--ttl", metavar="S", help="how long it may wait")
-    add("--failure-ttl", metavar="S", help="how long to keep it if it fails, 365d")
     add("--schedule-in", metavar="S", help="run it after so long")
     add(
         "--schedule-at",
         metavar="TIME",
         help="run it at that time, ISO 8601; local unless it says",
     )
-    add(
-        "--depends-on",
-        action="append",
-        metavar="ID",
-        help="run it after this job; repeatable",
-    )
-    add("--description", metavar="TEXT", help="for people")
-    add("--job-id", metavar="ID", help="of your own")
-    add("--at-front", action="store_true", help="overtake those that wait")
+    for option in _OPTIONS.values():
+        if option.flag:
+            _add_option_flag(parser, option)
     add(
         "--retry-max",
         type=int,
@@ -7399,6 +7707,26 @@ def _add_enqueue(commands: Any) -> None:
     )
     add("--quiet", action="store_true", help="don't print the id")
     _add_common_options(parser)
+
+
+def _add_option_flag(parser: argparse.ArgumentParser, option: _Option) -> None:
+    """Add the flag of a job's option.  Its value is checked by the option, but for a number."""
+    words = option.flag.split()
+    names = [word for word in words if word.startswith("--")]
+    dest, help = option.keyword, option.doc
+    if words == names:
+        parser.add_argument(
+            *names, dest=dest, help=help, action="store_true", default=None
+        )
+        return
+    action = "store"
+    if option.repeated:
+        action = "append"
+        help += " (may be repeated)"
+    kind = int if option.kind is int else str
+    parser.add_argument(
+        *names, dest=dest, help=help, metavar=words[-1], action=action, type=kind
+    )
 
 
 def _add_info(commands: Any) -> None:

@@ -2003,6 +2003,81 @@ def test_a_webhook_that_makes_no_sense_is_refused(queue, words):
         queue.enqueue(add, webhooks=["http://x"])
 
 
+HOOK = Webhook("http://127.0.0.1:9/", "failed", headers={"a": "b"})
+
+
+# For each option: a value, what the job's attribute shows for it, and without it.
+OPTIONS_SHOWN = {
+    "timeout": ("5m", 300, 180),
+    "result_ttl": (7, 7, None),
+    "ttl": (60.5, 60.5, None),
+    "failure_ttl": (-1, -1, 365 * 86400),
+    "description": ("words", "words", "test_microq.add()"),
+    "job_id": ("chosen", "chosen", ...),
+    "at_front": (True, True, False),
+    "meta": ({"a": 1}, {"a": 1}, {}),
+    "retry": (Retry(3), 3, None),
+    "repeat": (Repeat(2), 2, None),
+    "max_crashes": (0, 0, 2),
+    "depends_on": ("earlier", ["earlier"], []),
+    "on_success": (add, add, None),
+    "on_failure": (Callback(add, 5), add, None),
+    "on_stopped": ("test_microq.add", add, None),
+    "webhooks": ([HOOK], [HOOK], []),
+    "rate_limit": (RateLimit("k", 2, rate=9), "k", None),
+    "unique": (None, None, None),
+    "group_id": ("g", "g", None),
+}
+
+
+@pytest.mark.parametrize("name", microq._OPTIONS)
+def test_an_option_is_complete(redis, queue, name):
+    """It is stored and read back, shown by Job, documented, and has a flag or a reason."""
+    option = microq._OPTIONS[name]
+    value, shown, default = OPTIONS_SHOWN[name]
+    given, plain = queue.create_job(add, **{name: value}), queue.create_job(add)
+    soon = datetime.now() + timedelta(
+        seconds=60
+    )  # at_front is stored of a job that waits
+    for job in given, plain:
+        queue.schedule_job(job, soon)
+    if option.attribute:
+        assert getattr(Job.fetch(given.id, redis), option.attribute) == shown
+        if default is not ...:
+            assert getattr(Job.fetch(plain.id, redis), option.attribute) == default
+        assert option.default in (default, None)
+    row = f"{option.keyword} - {option.doc}"
+    documented = re.sub(r"\s+", " ", Queue.enqueue.__doc__)
+    assert (row in documented) == bool(option.keyword)
+    assert (f"| `{option.keyword}` | {option.doc} |" in README) == bool(option.keyword)
+    assert bool(option.flag) != bool(option.no_flag)
+    assert f"`{option.flag}` |" in README or not option.flag
+    fields = re.search(r"Fields of a job's hash.*?\n\n(.*?)\n\n", microq.__doc__, re.S)
+    assert not option.stored or re.search(rf"\b{name}\b", fields[1])
+
+
+def test_a_bool_option_can_be_declared():
+    option = microq._Option("quick", bool, "whether it is quick, no", default=False)
+    for value in (True, False):
+        assert option.decode(option.encode(value, None).decode()) is value
+    for value in (1, "yes"):
+        with pytest.raises(TypeError, match="quick takes bool"):
+            option.check(value)
+    with pytest.raises(TypeError, match="max_crashes"):
+        microq._OPTIONS["max_crashes"].check(True)
+
+
+def test_options_are_given_on_the_command_line(redis, queue, cli):
+    flags = [
+        "--max-crashes", "0", "--on-failure", "test_microq.add", "--unique", "--job-id", "x",
+        "--depends-on", "a", "--depends-on", "b", "--at-front", "--timeout", "5m",
+    ]  # fmt: skip
+    assert cli("enqueue", "test_microq.add", "-q", queue.name, *flags)[0] == 0
+    job = Job.fetch("x", redis)
+    assert (job.max_crashes, job.failure_callback, job.timeout) == (0, add, 300)
+    assert job.dependency_ids == ["a", "b"] and job.enqueue_at_front
+
+
 # ---- 3. Serializers and names of functions -------------------------------------------
 
 
