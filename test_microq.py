@@ -274,14 +274,14 @@ def append(path, text="x"):
         file.write(f"{text}\n")
 
 
-def stubborn(seconds):
+def ignore_exceptions(seconds):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         with contextlib.suppress(BaseException):
             time.sleep(0.01)
 
 
-def swallow(seconds):
+def swallow_exceptions(seconds):
     try:
         time.sleep(seconds)
     except Exception:
@@ -318,13 +318,13 @@ def leave_children():
     return "left"
 
 
-def ask_again(times):
+def return_retry_up_to(times):
     if get_current_job().number_of_retries < times:
         return Retry(max=3, interval=0)
     return "enough"
 
 
-def always_ask_again():
+def always_return_retry():
     return Retry(max=2, interval=0)
 
 
@@ -338,7 +338,7 @@ def unserializable():
     return threading.Lock()
 
 
-def note(key, value):
+def save_in_meta(key, value):
     job = get_current_job()
     job.meta[key] = value
     job.save_meta()
@@ -385,35 +385,63 @@ class ReprSerializer:
         return eval(data)
 
 
-def work(queue, **options):
-    """Run what is queued, here and now."""
-    return SimpleWorker(queue).work(burst=True, logging_level=None, **options)
+def work(worker, **options):
+    """Run what is queued, until nothing is, and return whether a job ran.
+
+    `worker` may also be a queue or a list of queues, for a SimpleWorker.
+    """
+    if not isinstance(worker, Worker):
+        worker = SimpleWorker(worker)
+    return worker.work(burst=True, logging_level=None, **options)
 
 
 def claim(queue, worker="w", number=1, lease=15, n=1):
-    """Claim by hand; return [(id, execution)]."""
+    """Claim up to `n` jobs by hand; return (id, execution) of each."""
     command = microq.CLAIM(queue.prefix, worker, number, lease, n)
     _, _, execution, claimed, _, _ = microq._execute_one(queue.connection, *command)
     return [(id.decode(), execution.decode()) for _, id, _ in claimed]
 
 
-def settle(queue, id, execution, *, rule="", policy="", last="", chance=0, twice=False):
-    """Settle by hand; return what the script says."""
-    words = (id, execution, f"{execution} 0.5", "", last, 500, rule, policy, chance)
-    replies = microq._execute(
-        queue.connection, *[microq.SETTLE(queue.prefix, *words)] * (1 + twice)
-    )
+def run_args(id, execution, *, last="", ttl=500, rule="", policy="", chance=0):
+    """Return the nine arguments by which SETTLE is told how a run ended.
+
+    `last` is the type of its result, with a blank before it; "" is a success.
+    """
+    ended = f"{execution} 0.5"
+    result = ""
+    return (id, execution, ended, result, last, ttl, rule, policy, chance)
+
+
+def settle(queue, id, execution, *, twice=False, **options):
+    """Settle a run by hand, see run_args(); return its new status, or "lost"."""
+    command = microq.SETTLE(queue.prefix, *run_args(id, execution, **options))
+    commands = [command, command] if twice else [command]
+    replies = microq._execute(queue.connection, *commands)
     assert replies[0][0] == replies[-1][0]
     return replies[0][0][0].decode()
 
 
-def beat(queue, worker="other", lease=15):
-    """Beat twice: a worker judges others once it knows that it is alive itself."""
-    command = microq.BEAT(
-        queue.prefix, worker, lease, "judge", "", microq._CRASH_POLICY, 100
-    )
+def heartbeat_command(queue, worker="w", lease=15, mode="", oldest=""):
+    """Return the command of a heartbeat; see the script for `mode` and `oldest`."""
+    policy = microq._CRASH_POLICY
+    failure_ttl = 100
+    return microq.BEAT(queue.prefix, worker, lease, mode, oldest, policy, failure_ttl)
+
+
+def heartbeat(queue, worker="other", lease=15):
+    """Send two heartbeats by hand; return the names of the workers that were reaped.
+
+    Two, since a worker reaps others only when it was on time for a whole lease.
+    """
+    command = heartbeat_command(queue, worker, lease, "judge")
     first, second = microq._execute(queue.connection, command, command)
     return first[0] + second[0]
+
+
+def release(queue, worker="w", number="", *ids):
+    """Release by hand the named jobs of a claim, or with no `ids` all of a worker."""
+    command = microq.RELEASE(queue.prefix, worker, 15, number, *ids)
+    return microq._execute_one(queue.connection, *command)
 
 
 def local_function():
@@ -482,7 +510,7 @@ class Cluster:
         ]
         wait_until(lambda: first in self.table(self.nodes[3]))
         self.call(self.nodes[3], "CLUSTER", "REPLICATE", first)
-        self.wait_until_sound()
+        self.wait_until_consistent()
         self.client = self.connect()
 
     def port(self, node):
@@ -519,7 +547,7 @@ class Cluster:
         found = [node for node in self.nodes if self.call(node, "ROLE")[0] == "master"]
         return sorted(found, key=lambda node: -len(self.call(node, "ROLE")[2]))
 
-    def is_sound(self):
+    def is_consistent(self):
         """Tell whether all agree on the slots, none of which is open, and the replica is linked."""
         roles, views = [], set()
         for node in self.nodes:
@@ -534,8 +562,8 @@ class Cluster:
         linked = [role[3] for role in roles if role[0] == "slave"] == ["connected"]
         return linked and len(views) == 1
 
-    def wait_until_sound(self):
-        wait_until(self.is_sound, 60)
+    def wait_until_consistent(self):
+        wait_until(self.is_consistent, 60)
 
     def lowest_slots(self, node, count):
         """Return the slots that redis-cli moves first."""
@@ -588,7 +616,7 @@ class Cluster:
                 self.call(source, "MIGRATE", *where, "", 0, 5000, "KEYS", *keys)
             for node in (target, *self.masters()):
                 self.call(node, "CLUSTER", "SETSLOT", slot, "NODE", ids[target])
-            self.wait_until_sound()
+            self.wait_until_consistent()
 
     def stop(self):
         for node in self.nodes:
@@ -607,20 +635,20 @@ def redis_cli():
 
 
 @pytest.fixture(scope="session")
-def whole_cluster(tmp_path_factory):
+def cluster_of_session(tmp_path_factory):
     cluster = Cluster(tmp_path_factory.mktemp("c"))
     yield cluster
     cluster.stop()
 
 
 @pytest.fixture
-def cluster(whole_cluster):
+def cluster(cluster_of_session):
     """The Cluster, empty; what is left on all nodes is checked, and that no slot is open."""
-    for node in whole_cluster.masters():
-        whole_cluster.call(node, "FLUSHALL")
-    yield whole_cluster
-    whole_cluster.wait_until_sound()
-    check_invariants(whole_cluster.client)
+    for node in cluster_of_session.masters():
+        cluster_of_session.call(node, "FLUSHALL")
+    yield cluster_of_session
+    cluster_of_session.wait_until_consistent()
+    check_invariants(cluster_of_session.client)
 
 
 CLUSTER_WORKER = """
@@ -680,12 +708,12 @@ def run(request, queue):
 
     def run(**options):
         worker = Worker(queue, fork=request.param == "fork")
-        return worker.work(burst=True, logging_level=None, **options)
+        return work(worker, **options)
 
     return run
 
 
-class Shy:
+class Unprintable:
     def __repr__(self):
         raise RuntimeError("not me")
 
@@ -704,14 +732,14 @@ def close_stdin():
     os.close(0)
 
 
-POSTS: Counter = Counter()
+SENT: Counter = Counter()
 
 
-def posts_so_far():
-    return POSTS[threading.current_thread().name]
+def sent_so_far():
+    return SENT[threading.current_thread().name]
 
 
-def held():
+def jobs_held():
     """How many jobs the worker of the current job holds; what waits for others to run it."""
     queue = get_current_job().queue
     return len(queue.started_job_registry), queue.job_ids
@@ -719,33 +747,33 @@ def held():
 
 def held_later():
     time.sleep(0.5)
-    return held()
+    return jobs_held()
 
 
-def finished_so_far():
+def finished_count():
     """How many jobs have been settled; it takes 3 ms, so that a batch of such jobs is not slow."""
     time.sleep(0.003)
     return len(get_current_job().queue.finished_job_registry)
 
 
-def take_a_while(*details):
+def sleep_15_ms(*details):
     time.sleep(0.015)
 
 
-def held_for(seconds):
+def jobs_held_after(seconds):
     time.sleep(seconds)
-    return held()
+    return jobs_held()
 
 
-ORDER: list[int] = []
+RUN_ORDER: list[int] = []
 
 
-def in_order(number):
-    ORDER.append(number)
+def append_to_run_order(number):
+    RUN_ORDER.append(number)
     time.sleep(5e-5)
 
 
-def cut_all():
+def cut_connections():
     get_current_job().connection.client_kill_filter(_type="normal", skipme=True)
 
 
@@ -754,12 +782,12 @@ def results_before():
 
 
 @pytest.fixture(params=["other", "default"], ids=["two queues", "one queue"])
-def pair(request, redis, queue):
+def queue_pair(request, redis, queue):
     """The queue of the parents, and that of their dependents."""
     return queue, Queue(request.param, redis)
 
 
-def work_all(redis, **options):
+def work_all_queues(redis, **options):
     """Run what is queued anywhere, and see that no word is left between the queues."""
     work(Queue.all(redis), **options)
     assert not redis.keys("*outbox*")
@@ -782,11 +810,9 @@ def expire_entry(redis, queue, container, job):
 def claim_and_fail(queue, job):
     [(id, execution)] = claim(queue)
     assert id == job.id
-    words = (id, execution, f"{execution} 0.5", "", " failed", 500, "", "", 0)
-    _, posts = microq._execute_one(
-        queue.connection, *microq.SETTLE(queue.prefix, *words)
-    )
-    microq._relay(queue.connection, posts)
+    command = microq.SETTLE(queue.prefix, *run_args(id, execution, last=" failed"))
+    _, messages = microq._execute_one(queue.connection, *command)
+    microq._relay(queue.connection, messages)
 
 
 def enqueue_and_sleep(path):
@@ -803,7 +829,7 @@ def record_of_another_container(worker, **details):
     return json.dumps(about | details)
 
 
-def stop_the_process(path):
+def stop_process_after_settling(path):
     """Run no more once this job is over, as if stopped by hand."""
 
     def stop():
@@ -828,7 +854,7 @@ def break_the_connections():
                 connection.detach()
 
 
-def work_with_short_waits(server, **options):
+def start_worker_that_detects_hangs(server, **options):
     """Start a worker that takes a child for hung after a second and a half."""
     code = f"""
 import redis, microq, test_microq
@@ -857,7 +883,7 @@ def redis_url(redis):
     return f"unix://{redis.connection_pool.connection_kwargs['path']}"
 
 
-DIES = """
+KILLED_WHILE_RELAYING = """
 import os, signal, sys, threading, microq
 point, count = sys.argv[1], int(sys.argv[2])
 real, deliver, thread = getattr(microq, point), microq._relay, threading.local()
@@ -881,44 +907,44 @@ microq.SimpleWorker(sys.argv[3:], lease=0.5).work(burst=True)
 """
 
 
-def tell_success(job, connection, result):
+def log_success(job, connection, result):
     connection.rpush("told", f"success {job.id} {result}")
 
 
-def tell_failure(job, connection, kind, error, trace):
+def log_failure(job, connection, kind, error, trace):
     connection.rpush("told", f"failure {job.id} {kind.__name__} {error}")
 
 
-async def tell_later(job, connection, result):
+async def log_success_async(job, connection, result):
     await asyncio.sleep(0.01)
-    tell_success(job, connection, result)
+    log_success(job, connection, result)
 
 
-def tell_stopped(job, connection):
+def log_stopped(job, connection):
     connection.rpush("told", f"stopped {job.id}")
 
 
-def raise_late(job, *details):
+def raise_in_callback(job, *details):
     raise RuntimeError("in the callback")
 
 
-def hang_late(job, *details):
+def hang_in_callback(job, *details):
     time.sleep(5)
 
 
-def die_once(job, connection, *details):
+def kill_process_once(job, connection, *details):
     if not connection.rpush("told", job.id) > 1:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.fixture
-def told(redis):
+def callback_log(redis):
     yield lambda: [word.decode() for word in redis.lrange("told", 0, -1)]
     redis.delete("told")
 
 
 @pytest.fixture
-def posts_heard():
+def webhook_server():
     """A local web server; its URL, and the requests that it got."""
     heard = []
 
@@ -942,7 +968,7 @@ def posts_heard():
     server.server_close()
 
 
-class commands_of:
+class MonitoredCommands:
     """Collect what clients send, as MONITOR shows it, without the calls of scripts."""
 
     def __init__(self, server):
@@ -971,17 +997,17 @@ class commands_of:
         self.monitor.__exit__(None, None, None)
 
 
-def reads(redis):
+def socket_reads(redis):
     """Return how often the server has read from a socket: its count of round trips."""
     return redis.info("stats")["total_reads_processed"]
 
 
-def cost(redis, call):
+def round_trips_of(redis, call):
     """Return the round trips that a call makes."""
     call()  # connect, load scripts, register the queue
-    before = reads(redis)
+    before = socket_reads(redis)
     call()
-    return reads(redis) - before - 1
+    return socket_reads(redis) - before - 1
 
 
 def bytes_per_job(redis, make, count=2000):
@@ -990,14 +1016,14 @@ def bytes_per_job(redis, make, count=2000):
     return (redis.info("memory")["used_memory"] - before) / count
 
 
-def stay(path, seconds=30):
+def sleep_and_record_pid(path, seconds=30):
     """Write down who runs this, and stay."""
     append(path, f"{os.getpid()} {os.getppid()}")
     time.sleep(seconds)
     return "stayed"
 
 
-def people(path, count=1):
+def pids_of_run(path, count=1):
     """Wait for the `count`th run of stay(), and return its (pid, parent)."""
     path = Path(path)
     lines = wait_until(
@@ -1015,7 +1041,7 @@ def is_alive(pid):
     return state != "Z"
 
 
-def insist(worker):
+def terminate_twice(worker):
     """End a worker by signals, of which the second one counts if it is a second later."""
     while worker.poll() is None:
         worker.terminate()
@@ -1023,7 +1049,7 @@ def insist(worker):
             worker.communicate(timeout=1.1)
 
 
-def logged(worker):
+def stop_and_read_log(worker):
     """End a worker, and return its log."""
     worker.terminate()
     return worker.communicate(timeout=10)[1]
@@ -1062,7 +1088,7 @@ def clean_up(path):
         append(path)
 
 
-def segfault():
+def crash_by_segfault():
     ctypes.string_at(0)
 
 
@@ -1072,7 +1098,7 @@ def print_megabytes():
     return "printed"
 
 
-def take_signals():
+def replace_signal_handlers():
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM, signal.SIGCHLD):
         signal.signal(number, signal.SIG_IGN)
     signal.set_wakeup_fd(-1)
@@ -1083,10 +1109,10 @@ def abort():
     os.abort()
 
 
-MEMORY = Path("/sys/fs/cgroup/memory")
+CGROUP = Path("/sys/fs/cgroup/memory")
 
 
-def eat_memory(group):
+def allocate_memory(group):
     """Join a group of limited memory, and take more."""
     Path(group, "cgroup.procs").write_text(str(os.getpid()))
     hoard = []
@@ -1123,8 +1149,8 @@ async def sleep_async(seconds):
 def busy_worker(request, queue, start_worker, tmp_path):
     """A worker whose job stays; (its process, its name, the job)."""
     process = start_worker("--name", "bee", *request.param)
-    job = queue.enqueue(stay, str(tmp_path / "log"))
-    people(tmp_path / "log")
+    job = queue.enqueue(sleep_and_record_pid, str(tmp_path / "log"))
+    pids_of_run(tmp_path / "log")
     return process, "bee", job
 
 
@@ -1150,7 +1176,7 @@ class Proxy:
     """Stands between clients and the server: can go silent, or lose replies."""
 
     def __init__(self, path, target):
-        self.path, self.target, self.silent, self.lose = (
+        self.path, self.target, self.silent, self.replies_to_lose = (
             str(path),
             str(target),
             False,
@@ -1167,15 +1193,20 @@ class Proxy:
             server = socket.socket(socket.AF_UNIX)
             server.connect(self.target)
             for ends in ((client, server, False), (server, client, True)):
-                threading.Thread(target=self.carry, args=ends, daemon=True).start()
+                threading.Thread(target=self.forward, args=ends, daemon=True).start()
 
-    def carry(self, source, target, replies):
+    def forward(self, source, target, replies):
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 16):
                 if self.silent:
                     return  # it neither answers nor closes
-                if replies and self.lose and b"microq" not in data and len(data) > 40:
-                    self.lose -= 1
+                if (
+                    replies
+                    and self.replies_to_lose
+                    and b"microq" not in data
+                    and len(data) > 40
+                ):
+                    self.replies_to_lose -= 1
                     break  # the script was run, but the answer is lost
                 target.sendall(data)
         with contextlib.suppress(OSError):
@@ -1183,7 +1214,7 @@ class Proxy:
             target.shutdown(socket.SHUT_RDWR)
 
 
-def large():
+def return_large():
     return "x" * (2 << 20)
 
 
@@ -1213,11 +1244,11 @@ def append_twice(path, seconds):
     return "good"
 
 
-REVOKE = []
+REVOCATIONS = []
 
 
 def revoke_and_raise(job, connection, *details):
-    REVOKE.pop()()
+    REVOCATIONS.pop()()
     raise ValueError("late")
 
 
@@ -1238,7 +1269,7 @@ def wait_to_go_on():
     assert GO_ON.wait(30)
 
 
-def heartbeats(redis, name, count):
+def wait_for_heartbeats(redis, name, count):
     """Wait for so many heartbeats of a worker."""
     seen = {Worker.find_by_key(name, redis).last_heartbeat}
     wait_until(
@@ -1263,7 +1294,7 @@ def process_ids(home):
     return pid, int(parent.stdout)
 
 
-USER = """
+USER_OF_EMBEDDED = """
 import os, sys, microq
 queue = microq.Queue(connection=microq.embedded({home}))
 print(queue.connection.get_connection_kwargs()["path"], flush=True)
@@ -1274,12 +1305,12 @@ for line in sys.stdin:
 
 def start_user(home):
     """Start a process that uses the server of a directory; it enqueues a job for each line."""
-    code = USER.format(home=repr(str(home)) if home else "")
+    code = USER_OF_EMBEDDED.format(home=repr(str(home)) if home else "")
     user = start_script(code, text=True)
     return user, Path(user.stdout.readline().strip()).parent
 
 
-def tell(user, number):
+def enqueue_by_user(user, number):
     user.stdin.write(f"{number}\n")
     user.stdin.flush()
     return user.stdout.readline().strip()
@@ -1422,11 +1453,11 @@ def refused(job):
     return job.is_failed and "its signature is not by our secret" in job.exc_info
 
 
-called = []
+ended_jobs = []
 
 
-def note_end(job, connection, *details):
-    called.append(job)
+def record_ended_job(job, connection, *details):
+    ended_jobs.append(job)
 
 
 def shout(word):
@@ -1456,7 +1487,7 @@ def wrong_clock(request, monkeypatch):
     monkeypatch.setattr(microq, "time", Clock())
 
 
-def moments(expression, zone, start, count):
+def next_times(expression, zone, start, count):
     """Return the next times of an expression, as text in the zone, with its offset."""
     cron, found = microq._CronExpression(expression, zone), []
     at = datetime.fromisoformat(start).replace(tzinfo=timezone.utc).timestamp()
@@ -1468,7 +1499,7 @@ def moments(expression, zone, start, count):
     return [each.removesuffix(" +0000") for each in found]
 
 
-def ticks(redis, slug="a"):
+def enqueued_ticks(redis, slug="a"):
     return sorted(int(id.rpartition("-")[2]) for id in get_cron_job_ids(slug, redis))
 
 
@@ -1478,7 +1509,7 @@ def scheduler_with(redis, owner="o", func=add, **options):
     return scheduler
 
 
-def ids(queue):
+def scheduled_ids(queue):
     return queue.scheduled_job_registry.get_job_ids()
 
 
@@ -1504,7 +1535,7 @@ def config_in(folder, monkeypatch):
     return folder / "log"
 
 
-def python(code):
+def start_python(code):
     return subprocess.Popen(
         [sys.executable, "-c", f"import redis\nfrom microq import *\n{code}"]
     )
@@ -1514,12 +1545,12 @@ def echo(*args, **kwargs):
     return [list(args), kwargs]
 
 
-class LoudQueue(Queue):
+class QueueWithOffset(Queue):
     def empty(self):
         return 1000 + super().empty()
 
 
-class PatientWorker(SimpleWorker):
+class OtherSimpleWorker(SimpleWorker):
     pass
 
 
@@ -1590,7 +1621,7 @@ def settings_module(folder, text):
 
 
 @pytest.fixture
-def guarded(tmp_path):
+def port_with_password(tmp_path):
     """The port of a server with the password "sesame"."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -1613,7 +1644,7 @@ def guarded(tmp_path):
     process.wait()
 
 
-def note_failure(job, kind, error, trace):
+def print_failure(job, kind, error, trace):
     print("noted", error, file=sys.stderr)
 
 
@@ -1800,10 +1831,10 @@ class ShownRedis(redis_py.Redis):
 README = (HERE / "README.md").read_text()
 
 
-CODE = Path(microq.__file__).read_text()
+MICROQ_CODE = Path(microq.__file__).read_text()
 
 
-CLASSES = dict(re.findall(r"(?ms)^class (\w+)(.*?)(?=^\S)", CODE))
+CLASS_BODIES = dict(re.findall(r"(?ms)^class (\w+)(.*?)(?=^\S)", MICROQ_CODE))
 
 
 def rows_of_rq_names():
@@ -1815,16 +1846,16 @@ def rows_of_rq_names():
     return [(re.findall(r"`([^`]+)`", row[0]), row[1].rstrip(" |")) for row in rows]
 
 
-def is_here(name, owner):
+def is_provided(name, owner):
     """Tell whether microq has what a row names: `Queue`, and after it `.all`; `retry=`, `--url`."""
     if name.startswith("."):
         kind, name = getattr(microq, owner), name[1:]
-        bodies = " ".join(CLASSES.get(each.__name__, "") for each in kind.__mro__)
+        bodies = " ".join(CLASS_BODIES.get(each.__name__, "") for each in kind.__mro__)
         made = re.search(rf"(?m)self\.{name}\b.* = |^    {name}: ", bodies)
         return hasattr(kind, name) or bool(made)
     if re.fullmatch(r"\w+", name):
         return hasattr(microq, name)
-    return bool(re.search(rf"(?<![\w-]){re.escape(name.strip('='))}\b", CODE))
+    return bool(re.search(rf"(?<![\w-]){re.escape(name.strip('='))}\b", MICROQ_CODE))
 
 
 # ---- 0. The docstring ----------------------------------------------------------------
@@ -1902,7 +1933,7 @@ def test_every_field_of_a_job_is_in_the_table(redis, queue):
         (lambda: Repeat(2, interval="soon"), ValueError),
     ],
 )
-def test_a_rule_that_makes_no_sense_is_refused(make, error):
+def test_bad_retry_or_repeat_is_refused(make, error):
     with pytest.raises(error):
         make()
 
@@ -1962,7 +1993,7 @@ def test_a_bad_option_stores_nothing(redis, queue, options):
         (lambda q: q.enqueue_in(None, add), "seconds"),
     ],
 )
-def test_a_time_that_makes_no_sense_stores_nothing(redis, queue, call, text):
+def test_bad_time_stores_nothing(redis, queue, call, text):
     with pytest.raises((ValueError, TypeError), match=text):
         call(queue)
     assert redis.dbsize() == 0
@@ -1984,7 +2015,7 @@ def test_a_time_may_be_local_or_past(redis, queue, zone):
     "words",
     [{"key": ""}, {"key": "a b"}, {"concurrency": 0}, {"rate": 1.5}, {"per": 0}, {}],
 )
-def test_a_limit_that_makes_no_sense_is_refused(words):
+def test_bad_rate_limit_is_refused(words):
     more = {} if words == {} else {"concurrency": 1}
     with pytest.raises((ValueError, TypeError)):
         RateLimit(**({"key": "k"} | more | words))
@@ -1995,7 +2026,7 @@ def test_a_limit_that_makes_no_sense_is_refused(words):
     [("ftp://x", "failed"), ("http://x", "started"), ("http://x", "failed", {"method": "PUT"}),
      ("http://x", "failed", {"timeout": 0}), ("http://x", "failed", {"headers": {"a": 1}})],
 )  # fmt: skip
-def test_a_webhook_that_makes_no_sense_is_refused(queue, words):
+def test_bad_webhook_is_refused(queue, words):
     *words, more = words if isinstance(words[-1], dict) else (*words, {})
     with pytest.raises((ValueError, TypeError)):
         Webhook(*words, **more)
@@ -2113,7 +2144,7 @@ def test_any_function_that_a_worker_can_find_runs(queue, func, args, value):
         (threading.Lock().acquire, TypeError, "can't be serialized"),
     ],
 )
-def test_what_no_worker_could_run_is_refused(redis, queue, func, error, text):
+def test_function_that_no_worker_could_run_is_refused(redis, queue, func, error, text):
     with pytest.raises(error, match=text):
         queue.enqueue(func)
     with pytest.raises((TypeError, ValueError)):
@@ -2136,7 +2167,7 @@ def test_the_functions_of_a_script_run(server, redis, tmp_path, start_worker, pl
     assert shown.stdout.strip() == "[3, 10] True", shown.stderr
 
 
-def test_what_was_defined_at_a_prompt_is_refused(server, redis):
+def test_function_defined_at_a_prompt_is_refused(server, redis):
     code = f"""
         import redis, microq
         def f(): pass
@@ -2186,7 +2217,7 @@ def test_json_is_json():
     assert issubclass(DeserializationError, microq.MicroqError)
 
 
-def test_a_signed_serializer_refuses_what_was_not_signed_before_it_is_read(
+def test_signed_serializer_checks_the_signature_before_it_unpickles(
     redis, monkeypatch, tmp_path
 ):
     """Who can write to Redis, but has not the secret, runs nothing by a pickle."""
@@ -2227,7 +2258,7 @@ def test_a_signed_result_is_no_call(signing, redis):
     assert refused(bare)
 
 
-def test_what_is_signed_for_a_job_is_refused_in_another(signing, redis):
+def test_signature_for_one_job_is_refused_in_another(signing, redis):
     one, two = (signing.enqueue(add, i, meta={"i": i}) for i in (1, 2))
     replayed = signing.enqueue(add, 3)
     redis.hset(replayed.key, "args", redis.hget(one.key, "args"))
@@ -2256,37 +2287,37 @@ def test_what_is_signed_for_a_job_is_refused_in_another(signing, redis):
     ("field", "value"),
     [
         ("func", "builtins.print"),
-        ("on_success", "test_microq.note_end 60"),
-        ("on_failure", "test_microq.note_end 60"),
-        ("on_stopped", "test_microq.note_end 60"),
+        ("on_success", "test_microq.record_ended_job 60"),
+        ("on_failure", "test_microq.record_ended_job 60"),
+        ("on_stopped", "test_microq.record_ended_job 60"),
         ("webhooks", '[{"url": "http://127.0.0.1:1/", "job_status": "failed"}]'),
     ],
 )
 def test_nothing_is_called_that_was_not_signed(signing, redis, caplog, field, value):
     """Not even to tell that the job has failed, or, with a pending end, without its run."""
-    called.clear()
+    ended_jobs.clear()
     for end in (None, "failed killed", "stopped stopped by a command"):
         job = signing.enqueue(fail)
         redis.hset(job.key, field, value)
         if end:
             redis.hset(job.key, "verdict", end)
         work(signing)
-        assert refused(job) and not called and "webhook" not in caplog.text
-    signed = signing.enqueue(fail, on_failure=note_end)
+        assert refused(job) and not ended_jobs and "webhook" not in caplog.text
+    signed = signing.enqueue(fail, on_failure=record_ended_job)
     work(signing)
-    assert signed.is_failed and called == [signed]
+    assert signed.is_failed and ended_jobs == [signed]
 
 
 def test_every_way_to_enqueue_signs(signing, redis):
     """Jobs that are moved before they are stored, in a pipeline, by a decorator, methods, again."""
-    called.clear()
+    ended_jobs.clear()
     other = Queue("other", redis, serializer="signed", default_timeout=9)
     made = Job.create(add, (1,), {"b": 1}, redis, serializer="signed", meta={"k": 1})
     made.meta["j"] = 2
     jobs = [signing.enqueue_job(made)]
     jobs += [
         other.enqueue_job(
-            signing.create_job(add, (2,), meta={"k": 1}, on_success=note_end)
+            signing.create_job(add, (2,), meta={"k": 1}, on_success=record_ended_job)
         )
     ]
     jobs += signing.enqueue_many(
@@ -2306,7 +2337,7 @@ def test_every_way_to_enqueue_signs(signing, redis):
     values = [2, 2, 3, None, 4, "hi you", "hello you", "hi, you!", "A", 4]
     assert [job.return_value() for job in jobs] == values
     assert jobs[0].get_meta() == {"k": 1, "j": 2} and jobs[1].get_meta() == {"k": 1}
-    assert called == [jobs[1]] and Job.fetch("sum", redis, "signed").args == ()
+    assert ended_jobs == [jobs[1]] and Job.fetch("sum", redis, "signed").args == ()
     jobs[0].requeue()
     again = signing.enqueue_job(signing.fetch_job("sum"))  # a new life
     work(signing)
@@ -2456,7 +2487,7 @@ def test_connections_end_with_their_client(redis, server):
 @pytest.mark.parametrize(
     "trouble", ["NOREPLICAS x", "MISCONF x", "BUSY x", "LOADING x"]
 )
-def test_trouble_that_passes_is_waited_out(redis, queue, monkeypatch, trouble):
+def test_transient_errors_are_waited_out(redis, queue, monkeypatch, trouble):
     job, send, fails = queue.enqueue(add), microq._execute_once, [2]
 
     def troubled(connection, commands):
@@ -2519,7 +2550,7 @@ def test_the_commands_in_the_readme_are_enough(server, redis):
             assert group.wait(9) and done.latest_result(timeout=5).return_value == 3
             suspend(client, 1)
             assert Worker.count(client) == 1 and Worker.all(client)[0].state
-        Worker([queue, other]).work(burst=True, logging_level=None, with_scheduler=True)
+        work(Worker([queue, other]), with_scheduler=True)
         assert statuses(parent, child, *jobs) == ["failed"] + ["finished"] * 3
         assert (
             microq_command("info", "--url", server.url.replace("//", "//jobs:secret@"))[
@@ -2570,7 +2601,7 @@ def test_a_cluster_takes_every_command(cluster):
     assert child.return_value() == [1, 2]
 
 
-def test_no_script_runs_while_its_slot_is_on_its_way(cluster):
+def test_no_script_runs_while_its_slot_migrates(cluster):
     """Nothing comes to be on the new node before the keys of the slot are there."""
     first, second, _ = cluster.masters()
     [slot] = cluster.lowest_slots(first, 1)
@@ -2590,7 +2621,7 @@ def test_no_script_runs_while_its_slot_is_on_its_way(cluster):
     assert job.is_queued
 
 
-def test_a_client_waits_for_a_slot_that_is_on_its_way(cluster, monkeypatch):
+def test_client_waits_for_a_slot_that_migrates(cluster, monkeypatch):
     first, second, _ = cluster.masters()
     [slot] = cluster.lowest_slots(first, 1)
     queue = Queue(cluster.names([slot])[0], cluster.client)
@@ -2609,7 +2640,7 @@ def test_a_client_waits_for_a_slot_that_is_on_its_way(cluster, monkeypatch):
     assert job.return_value() == 1
 
 
-def test_a_worker_is_told_commands_after_its_inbox_has_moved(cluster):
+def test_worker_receives_commands_after_its_inbox_has_moved(cluster):
     first, second, _ = cluster.masters()
     [slot] = cluster.lowest_slots(first, 1)
     [name] = cluster.names([slot], key="microq:inbox:{}")
@@ -2771,7 +2802,7 @@ def test_an_id_used_again_after_it_expired_in_the_queue_runs_once(redis, queue):
     assert claim(queue, "w3") == [] and queue.fetch_job("b").is_scheduled
 
 
-def test_a_job_with_many_results_goes_without_a_trace(redis, queue):
+def test_deleted_job_leaves_no_results(redis, queue):
     kept = queue.enqueue(fail, retry=Retry(2))
     gone = queue.enqueue(flaky, 2, retry=Retry(2), result_ttl=0)
     work(queue)
@@ -2780,16 +2811,14 @@ def test_a_job_with_many_results_goes_without_a_trace(redis, queue):
     assert not redis.keys(f"{kept.key}*") and not redis.keys(f"{gone.key}*")
 
 
-def test_a_scheduled_job_whose_record_is_lost_does_not_come_back_as_a_stump(
-    redis, queue
-):
+def test_scheduled_job_without_a_record_is_dropped(redis, queue):
     lost, job = queue.enqueue_in(0, add), queue.enqueue_in(0, add)
     redis.delete(lost.key)
     assert [id for id, _ in claim(queue, n=8)] == [job.id]
     assert not redis.exists(lost.key) and redis.zcard(Q + "scheduled") == 0
 
 
-def test_a_claim_says_when_there_is_more_that_is_due(redis, queue):
+def test_claim_returns_when_the_next_job_is_due(redis, queue):
     """A script promotes so many at once; the worker must not wait before the next call."""
     queue.enqueue_many([Queue.prepare_data(add)] * 150)
     ids = queue.job_ids
@@ -2806,7 +2835,7 @@ def test_claim_sent_twice_returns_the_same_jobs(redis, queue):
     assert [id for id, _ in claim(queue, number=2)] == ids[2:]
 
 
-def test_a_claim_that_arrives_late_takes_nothing(redis, queue):
+def test_late_claim_takes_nothing(redis, queue):
     queue.enqueue(add)
     queue.enqueue(add)
     assert claim(queue, number=2)
@@ -2814,13 +2843,13 @@ def test_a_claim_that_arrives_late_takes_nothing(redis, queue):
     assert len(queue) == 1
 
 
-def test_a_claim_that_arrives_late_takes_nothing_even_if_it_found_nothing(redis, queue):
+def test_late_claim_takes_nothing_even_if_later_claims_were_empty(redis, queue):
     assert claim(queue, number=5) == claim(queue, number=6) == []
     queue.enqueue(add)
     assert claim(queue, number=5) == [] and len(queue) == 1
 
 
-def test_a_claim_that_waited_until_its_worker_was_late_takes_nothing(redis, queue):
+def test_claim_of_a_worker_with_an_expired_lease_takes_nothing(redis, queue):
     job = queue.enqueue(add)
     for number in (1, 2):  # no seat, and then one whose lease has ended
         redis.delete(f"{Q}wake")
@@ -2829,16 +2858,16 @@ def test_a_claim_that_waited_until_its_worker_was_late_takes_nothing(redis, queu
             job.id
         ]
         assert redis.llen(f"{Q}wake") == 1
-        beat(queue, "w", lease=0.01)
+        heartbeat(queue, "w", lease=0.01)
         time.sleep(0.02)
-    beat(queue, "w")
+    heartbeat(queue, "w")
     [claimed] = microq._execute_one(
         redis, *microq.CLAIM([queue.prefix], "w", 3, 15, 8, "waiting")
     )[3]
     assert claimed[1].decode() == job.id
 
 
-def test_a_claim_leaves_a_token_for_what_it_leaves_behind(redis):
+def test_claim_leaves_a_wake_token_for_the_jobs_it_did_not_take(redis):
     first, second = Queue("{t}a", redis), Queue("{t}b", redis)
     second.enqueue(add)
     first.enqueue(add)
@@ -2850,7 +2879,7 @@ def test_a_claim_leaves_a_token_for_what_it_leaves_behind(redis):
     assert redis.llen(second.prefix + "wake") == 1
 
 
-def test_whatever_comes_into_a_queue_wakes_an_idle_worker(redis, queue):
+def test_every_job_that_becomes_claimable_wakes_an_idle_worker(redis, queue):
     """Else it would come to know by a heartbeat only, seconds later."""
     numbers = itertools.count(1)
 
@@ -2871,11 +2900,9 @@ def test_whatever_comes_into_a_queue_wakes_an_idle_worker(redis, queue):
     assert end(job) and child.is_queued  # at once, as both are of one queue
     claim(queue, "dead", number=1, lease=0.01)
     time.sleep(0.02)
-    assert wakes(lambda: beat(queue)) and child.is_queued
+    assert wakes(lambda: heartbeat(queue)) and child.is_queued
     claim(queue, number=next(numbers))
-    assert wakes(
-        lambda: microq._execute_one(redis, *microq.RELEASE(queue.prefix, "w", 15, ""))
-    )
+    assert wakes(lambda: release(queue))
     child.cancel()
     assert wakes(
         lambda: queue.enqueue_in(60, add)
@@ -2888,14 +2915,14 @@ def test_whatever_comes_into_a_queue_wakes_an_idle_worker(redis, queue):
 
 
 @pytest.mark.parametrize(("lease", "tokens"), [(15, 1), (5, 0)])
-def test_a_token_is_left_for_a_job_that_is_due_before_the_next_heartbeat(
+def test_wake_token_is_left_for_a_job_due_before_the_next_heartbeat(
     redis, queue, lease, tokens
 ):
     """The worker that took the last token runs a job now, and another may be there to wait."""
     job, soon = queue.enqueue(add), queue.enqueue_in(10, add)
     for call in (
         microq.CLAIM(queue.prefix, "w", 1, lease, 1),
-        microq.BEAT(queue.prefix, "w", lease, "", 1, microq._CRASH_POLICY, 100),
+        heartbeat_command(queue, lease=lease, oldest=1),
     ):
         redis.delete(Q + "wake")
         microq._execute_one(redis, *call)
@@ -2915,9 +2942,9 @@ def test_an_id_that_stands_twice_in_the_queue_runs_once(redis, queue):
 
 
 @pytest.mark.parametrize("mark", [{"max_crashes": 0}, {}])
-def test_a_suspect_is_held_alone_even_among_many(redis, queue, run, mark):
+def test_job_with_crashes_is_claimed_alone_among_many(redis, queue, run, mark):
     queue.enqueue_many([Queue.prepare_data(add)] * 200)
-    suspect = queue.enqueue(held, **mark)
+    suspect = queue.enqueue(jobs_held, **mark)
     if not mark:
         microq._execute_one(
             redis, *microq.AMEND(queue.prefix, suspect.id, "crashes", 1)
@@ -2933,7 +2960,7 @@ def test_queues_may_have_the_same_id(redis):
     high, low = Queue("high", redis), Queue("low", redis)
     warm = [high.enqueue(add) for _ in range(3)]
     jobs = [high.enqueue(sleep, 0.3, job_id="daily"), low.enqueue(add, job_id="daily")]
-    SimpleWorker([high, low]).work(burst=True, logging_level=None)
+    work([high, low])
     assert all(job.is_finished and len(job.results()) == 1 for job in [*warm, *jobs])
 
 
@@ -2947,19 +2974,11 @@ def test_settle_sent_twice_records_one_result(redis, queue):
 def test_settle_counts_an_id_once(redis, queue):
     job = queue.enqueue(add)
     [(id, execution)] = claim(queue)
-    words = (id, execution, f"{execution} 0.5", "", "", 500, "", "", 0)
-    given_up = (
-        id,
-        execution,
-        f"{execution} 0",
-        "",
-        " failed",
-        500,
-        "interrupt",
-        microq._CRASH_POLICY,
-        0,
+    finished = run_args(id, execution)
+    interrupted = run_args(
+        id, execution, last=" failed", rule="interrupt", policy=microq._CRASH_POLICY
     )
-    microq._execute_one(redis, *microq.SETTLE(queue.prefix, *words, *given_up))
+    microq._execute_one(redis, *microq.SETTLE(queue.prefix, *finished, *interrupted))
     assert job.is_finished and len(job.results()) == 1 and len(queue) == 0
 
 
@@ -2979,7 +2998,7 @@ def test_settle_refuses_an_execution_that_lost_its_job(redis, queue):
     job = queue.enqueue(add)
     [(_, slow)] = claim(queue, "slow", lease=0.01)
     time.sleep(0.02)
-    assert beat(queue) == [b"slow"]
+    assert heartbeat(queue) == [b"slow"]
     [(_, fast)] = claim(queue, "fast")
     assert settle(queue, job.id, slow) == "lost"
     assert job.get_status() == "started" and len(job.results()) == 1
@@ -2987,7 +3006,7 @@ def test_settle_refuses_an_execution_that_lost_its_job(redis, queue):
     assert [result.worker_name for result in job.results()] == ["fast", "slow"]
 
 
-def test_a_rule_that_makes_no_sense_to_the_script_ends_the_job(redis, queue):
+def test_garbled_retry_rule_ends_the_job(redis, queue):
     for number, policy in enumerate(
         ("{", '{"max": 3, "interval": ["x"]}', '{"max": 3}'), 1
     ):
@@ -2999,7 +3018,7 @@ def test_a_rule_that_makes_no_sense_to_the_script_ends_the_job(redis, queue):
 
 
 @pytest.mark.parametrize("rule", [{"retry": Retry(3)}, {"repeat": Repeat(3)}])
-def test_a_rule_is_kept_when_memory_is_full(redis, queue, rule):
+def test_retry_and_repeat_work_when_memory_is_full(redis, queue, rule):
     job = queue.enqueue(add if "repeat" in rule else fail, **rule)
     [(_, execution)] = claim(queue)
     redis.config_set("maxmemory", 1)
@@ -3045,7 +3064,7 @@ def test_a_dead_workers_jobs_go_back_to_the_front_once(redis, queue):
     ids = [queue.enqueue(add, i).id for i in range(3)]
     claim(queue, "dead", lease=0.01, n=2)
     time.sleep(0.02)
-    assert beat(queue) == [b"dead"] and beat(queue) == []
+    assert heartbeat(queue) == [b"dead"] and heartbeat(queue) == []
     assert sorted(queue.job_ids[:2]) == sorted(ids[:2]) and queue.job_ids[2] == ids[2]
 
 
@@ -3055,7 +3074,7 @@ def test_many_jobs_of_dead_workers_are_given_back_at_once(redis, queue):
         claim(queue, f"dead{number}", n=1000, lease=0.01)
     time.sleep(0.02)
     first = queue.started_job_registry.get_job_ids()
-    assert len(beat(queue)) == 9 and len(queue) == len(first) == 9000
+    assert len(heartbeat(queue)) == 9 and len(queue) == len(first) == 9000
     queue.delete()
 
 
@@ -3064,7 +3083,7 @@ def test_a_job_that_killed_its_worker_three_times_is_failed(redis, queue):
     for number in (1, 2, 3):
         assert claim(queue, f"dead{number}", lease=0.01)
         time.sleep(0.02)
-        beat(queue)
+        heartbeat(queue)
     assert job.get_status() == "failed"
     assert "dead3 died" in job.latest_result().exc_string
     assert 70 < redis.ttl(f"{Q}job:{job.id}") <= 77
@@ -3075,32 +3094,28 @@ def test_a_worker_restarted_under_its_name_counts_the_crash_and_goes_on(redis, q
     for number in (1, 22, 23):
         claim(queue, "w1", number=number)
     after = queue.enqueue(add)
-    assert SimpleWorker(queue, name="w1").work(burst=True, logging_level=None)
+    assert work(SimpleWorker(queue, name="w1"))
     assert lost.is_finished and after.is_finished
     assert [result.type for result in lost.results()] == ["successful", "retried"]
 
 
-def test_after_an_outage_nobody_is_judged_by_one_who_was_late_himself(redis, queue):
+def test_worker_that_was_late_itself_reaps_nobody(redis, queue):
     queue.enqueue(add)
     claim(queue, "busy", lease=0.01)
-    beat(queue, "late", lease=0.01)
+    heartbeat(queue, "late", lease=0.01)
     time.sleep(0.02)
-    command = microq.BEAT(
-        queue.prefix, "late", 15, "judge", "", microq._CRASH_POLICY, 100
-    )
+    command = heartbeat_command(queue, "late", mode="judge")
     assert microq._execute_one(redis, *command)[0] == []
     assert microq._execute_one(redis, *command)[0] == [b"busy"]
 
 
-def test_what_came_back_with_older_data_is_given_back_by_the_worker_that_holds_it(
-    redis, queue
-):
+def test_job_that_reappeared_with_older_data_is_released(redis, queue):
     """As after a fail-over to a replica that was behind: `started` names a run that has ended."""
     job, current = queue.enqueue(add), queue.enqueue(add)
     claim(queue, "w", number=1, lease=0.01)
     claim(queue, "w", number=2, lease=0.01)
     time.sleep(0.02)
-    command = microq.BEAT(queue.prefix, "w", 0.01, "", 2, microq._CRASH_POLICY, 100)
+    command = heartbeat_command(queue, lease=0.01, oldest=2)
     microq._execute(redis, command, command)
     assert job.is_queued and current.is_started
 
@@ -3113,7 +3128,7 @@ def test_expired_records_are_swept(redis, queue):
     assert len(queue.finished_job_registry) == len(queue.failed_job_registry) == 0
     assert queue.finished_job_registry.get_job_ids() == []
     assert not any(Job.exists(job.id, redis) for job in jobs)
-    beat(queue)
+    heartbeat(queue)
     assert redis.zcard(Q + "finished") == redis.zcard(Q + "failed") == 0
 
 
@@ -3122,7 +3137,7 @@ def test_a_heartbeat_forgets_all_that_expired_and_nothing_else(redis, queue):
     redis.zadd(Q + "failed", {"a": past, "b": past, "c": past, "d": future, "e": "inf"})
     redis.zadd(Q + "finished", {"a": past})
     redis.zadd(Q + "canceled", {"a": future})
-    command = microq.BEAT(queue.prefix, "w", 15, "fresh", "", microq._CRASH_POLICY, 100)
+    command = heartbeat_command(queue, mode="fresh")
     microq._execute_one(redis, *command)
     assert redis.zrange(Q + "failed", 0, -1) == [b"d", b"e"]
     assert not redis.exists(Q + "finished") and redis.zcard(Q + "canceled") == 1
@@ -3138,41 +3153,39 @@ def test_each_run_that_is_settled_forgets_two_that_expired(redis, queue):
         assert redis.zrange(Q + "failed", 0, 0) == [f"old{1 + 2 * number}".encode()]
 
 
-def test_signing_off_gives_back_without_a_crash(redis, queue):
+def test_release_counts_no_crash(redis, queue):
     job = queue.enqueue(add)
     claim(queue, "w")
     for _ in "12":
-        microq._execute_one(
-            queue.connection, *microq.RELEASE(queue.prefix, "w", 15, "")
-        )
+        release(queue)
     assert job.is_queued and not redis.hexists(f"{Q}job:{job.id}", "crashes")
     assert redis.hkeys(Q + "workers") == []
 
 
-def test_what_is_given_back_is_in_order_again(redis, queue):
+def test_released_jobs_keep_their_order(redis, queue):
     jobs = [queue.enqueue(add, i) for i in range(5)]
     claim(queue, "w", n=5)
-    microq._execute_one(redis, *microq.RELEASE(queue.prefix, "w", 15, ""))
+    release(queue)
     assert queue.job_ids == [job.id for job in jobs]
     claim(queue, "dead", n=5, lease=0.01)
     time.sleep(0.02)
-    beat(queue)
+    heartbeat(queue)
     assert queue.job_ids == [job.id for job in jobs]
 
 
-def test_a_claim_by_name_is_released_only_while_it_is_held(redis, queue):
+def test_release_of_named_jobs_leaves_later_claims_alone(redis, queue):
     jobs = [queue.enqueue(add, i) for i in range(3)]
     claim(queue, number=1, n=3)
-    words = ("w", 15, 1, jobs[1].id, jobs[2].id)
-    for _ in "12":
-        microq._execute_one(redis, *microq.RELEASE(queue.prefix, *words))
-    assert queue.job_ids == [jobs[1].id, jobs[2].id] and jobs[0].is_started
+    for _ in range(2):
+        release(queue, "w", 1, jobs[1].id, jobs[2].id)
+    assert queue.job_ids == [jobs[1].id, jobs[2].id]
+    assert jobs[0].is_started
     claim(queue, number=2, n=3)
-    microq._execute_one(redis, *microq.RELEASE(queue.prefix, *words))  # it comes late
+    release(queue, "w", 1, jobs[1].id, jobs[2].id)  # arrives late
     assert all(job.is_started for job in jobs)
 
 
-def test_a_move_sent_twice_is_one_move(redis, queue):
+def test_transition_sent_twice_happens_once(redis, queue):
     job = queue.enqueue(add)
     for allowed, to, was in (
         ("queued", "canceled", b"queued"),
@@ -3188,7 +3201,7 @@ def test_a_move_sent_twice_is_one_move(redis, queue):
     )  # late
 
 
-def test_moves_that_are_not_allowed_change_nothing(redis, queue):
+def test_transitions_that_are_not_allowed_change_nothing(redis, queue):
     job = queue.enqueue(add)
     job.cancel()
     with pytest.raises(InvalidJobOperation, match="is canceled"):
@@ -3206,7 +3219,7 @@ def test_moves_that_are_not_allowed_change_nothing(redis, queue):
 # ---- 6. Job --------------------------------------------------------------------------
 
 
-def test_a_job_tells_its_life(redis, queue):
+def test_job_shows_its_times_status_and_result(redis, queue):
     before = datetime.now(timezone.utc) - timedelta(seconds=1)
     job = queue.create_job(
         add, (1,), {"b": 2}, meta={"k": 1}, description="one plus two"
@@ -3216,7 +3229,7 @@ def test_a_job_tells_its_life(redis, queue):
     assert (job.get_status(), job.is_queued, job.is_finished) == ("queued", True, False)
     assert before < job.created_at == job.enqueued_at
     assert (job.started_at, job.ended_at, job.worker_name) == (None, None, None)
-    SimpleWorker(queue, name="bee").work(burst=True, logging_level=None)
+    work(SimpleWorker(queue, name="bee"))
     job = Job.fetch(job.id, redis)
     assert (job.args, job.kwargs, job.func, job.func_name) == (
         (1,),
@@ -3254,7 +3267,7 @@ def test_a_job_tells_its_life(redis, queue):
 
 def test_a_job_in_progress_shows_its_execution(redis, queue):
     job = queue.enqueue(add)
-    beat(queue, "w")
+    heartbeat(queue, "w")
     claim(queue, "w")
     [execution] = job.get_executions()
     assert (execution.id, execution.worker_name, execution.job_id) == (
@@ -3333,7 +3346,7 @@ def test_a_result_is_awaited_without_polling(server, redis, queue):
     job = queue.enqueue_in(0.5, add, 1)
     with Worker(queue):
         waiting = Queue(connection=redis_py.Redis.from_url(server.url))
-        with commands_of(server) as seen:
+        with MonitoredCommands(server) as seen:
             assert waiting.fetch_job(job.id).latest_result(timeout=10).return_value == 1
         asked = [line for line in seen if line.startswith("HMGET")]
         assert len(asked) <= 3, asked
@@ -3413,7 +3426,7 @@ def test_a_wait_ends_when_the_job_is_canceled_or_unknown(redis, queue):
 
 
 def test_meta_is_saved_by_the_job_and_by_others(redis, queue):
-    job = queue.enqueue(note, "from", "inside", meta={"a": 1})
+    job = queue.enqueue(save_in_meta, "from", "inside", meta={"a": 1})
     work(queue)
     assert job.get_meta() == {"a": 1, "from": "inside"}
     job.meta = {"b": 2}
@@ -3492,7 +3505,7 @@ def test_a_job_has_the_attributes_of_rq(redis, queue):
     assert queue.fetch_job("front").enqueue_at_front
 
 
-def test_jobs_are_moved_with_the_words_of_rq(redis, queue):
+def test_jobs_are_moved_with_the_arguments_of_rq(redis, queue):
     jobs = [queue.enqueue(add, job_id=id) for id in "abc"]
     with redis.pipeline() as pipe:
         jobs[0].cancel(pipeline=pipe)
@@ -3564,7 +3577,7 @@ def test_enqueue_many_with_a_bad_one_stores_none(redis, queue):
     assert queue.job_ids == ["taken"]
 
 
-def test_a_bulk_that_is_cut_under_way_is_sent_again(server, redis, queue):
+def test_bulk_enqueue_cut_in_flight_is_sent_again(server, redis, queue):
     def datas():
         for number in range(3500):
             if number == 2500:  # the second thousand is under way
@@ -3668,7 +3681,7 @@ def test_unique_refuses_an_id_of_which_there_is_any_record(redis, queue):
         assert not isinstance(reply, list)
 
 
-def test_a_job_that_waits_too_long_is_dropped(redis, queue):
+def test_job_that_expires_in_the_queue_is_dropped(redis, queue):
     job = queue.enqueue(add, ttl=0.05)
     kept = queue.enqueue(add, 1, ttl=60)
     time.sleep(0.1)
@@ -3699,7 +3712,7 @@ def test_result_ttl_and_failure_ttl_bound_the_record(redis, queue):
     )
     assert 490 < redis.ttl(f"{Q}job:{default.id}") <= 500
     assert 50 < redis.ttl(f"{Q}job:{failed.id}") <= 60
-    SimpleWorker(queue, default_result_ttl=7).work(burst=True, logging_level=None)
+    work(SimpleWorker(queue, default_result_ttl=7))
 
 
 def test_scheduled_jobs_wait_for_their_time(redis, queue):
@@ -3830,7 +3843,7 @@ def test_a_client_with_a_wrong_clock_reads_and_cleans_registries(
     """What counts is whether a record has expired by the server's clock."""
     finished, failed = queue.enqueue(add), queue.enqueue(fail, failure_ttl=60)
     gone = queue.enqueue(add, result_ttl=0.05)
-    SimpleWorker(queue, default_result_ttl=60).work(burst=True, logging_level=None)
+    work(SimpleWorker(queue, default_result_ttl=60))
     wait_until(lambda: not redis.exists(gone.key))
     registries = [queue.finished_job_registry, queue.failed_job_registry]
     for _ in range(2):
@@ -3898,7 +3911,7 @@ def test_empty_and_delete_leave_nothing(redis, queue):
     assert [each.name for each in Queue.all(redis)] == ["default"]
 
 
-def test_delete_leaves_no_dependent_that_it_frees(redis, queue):
+def test_queue_delete_deletes_dependents_that_it_enqueues(redis, queue):
     group = microq.Group.create(redis)
     group.enqueue_many(queue, [Queue.prepare_data(add), Queue.prepare_data(fail)])
     callback = group.enqueue_callback(queue, add)
@@ -3912,7 +3925,7 @@ def test_delete_leaves_no_dependent_that_it_frees(redis, queue):
     assert redis.zcard("microq:limit:{k}:holders") == 0
 
 
-def test_delete_tells_the_dependents_of_a_record_that_has_expired(redis, queue):
+def test_queue_delete_notifies_dependents_of_an_expired_job(redis, queue):
     parent, other = queue.enqueue(add, failure_ttl=60), Queue("other", redis)
     child = other.enqueue(add, 1, depends_on=[parent, other.enqueue(add)])
     parent.cancel()
@@ -3933,7 +3946,7 @@ def test_jobs_are_of_the_class_of_their_queue(redis, queue_class, job_class):
     assert job.shout() == queue.jobs[0].shout() == queue.fetch_job("a").shout() == "A"
     assert MyJob.fetch("a", connection=redis).shout() == "A"
     assert type(Job.fetch("a", connection=redis)) is Job
-    Worker(queue).work(burst=True, logging_level=None)
+    work(Worker(queue))
     assert job.return_value() == "MyJob"
     again = queue.finished_job_registry.requeue(job)
     assert type(again) is MyJob
@@ -3986,11 +3999,11 @@ def test_a_queue_that_is_not_async_runs_jobs_at_once(redis):
         queue.enqueue(add, pipeline=redis.pipeline())
 
 
-def test_is_async_false_runs_dependents_and_callbacks_too(redis, told):
+def test_is_async_false_runs_dependents_and_callbacks_too(redis, callback_log):
     queue = Queue(connection=redis, is_async=False)
-    parent = queue.enqueue(add, 1, job_id="a", on_success=tell_success)
+    parent = queue.enqueue(add, 1, job_id="a", on_success=log_success)
     child = queue.enqueue(results_before, depends_on=parent)
-    assert child.return_value() == [1] and told() == ["success a 1"]
+    assert child.return_value() == [1] and callback_log() == ["success a 1"]
 
 
 # ---- 8. Running a job: outcomes ------------------------------------------------------
@@ -4015,7 +4028,7 @@ def test_outcomes_are_recorded(queue, run):
 
 def test_the_current_job_is_known_inside_a_job_only(queue, run):
     assert get_current_job() is None
-    job = queue.enqueue(note, "k", "v")
+    job = queue.enqueue(save_in_meta, "k", "v")
     run()
     assert job.get_meta() == {"k": "v"}
 
@@ -4045,8 +4058,8 @@ def test_a_result_that_the_connection_does_not_carry_fails_its_job(
 ):
     redis.config_set("client-query-buffer-limit", 1 << 20)
     try:
-        job, after = queue.enqueue(large), queue.enqueue(add)
-        Worker(queue).work(burst=True, logging_level=None)
+        job, after = queue.enqueue(return_large), queue.enqueue(add)
+        work(Worker(queue))
     finally:
         redis.config_set("client-query-buffer-limit", 1 << 30)
     assert (
@@ -4056,12 +4069,12 @@ def test_a_result_that_the_connection_does_not_carry_fails_its_job(
     )
 
 
-def test_an_argument_that_cannot_be_shown_is_no_reason_to_fail(queue, caplog):
-    job = queue.enqueue(str.format, "x", Shy())
+def test_argument_without_a_repr_does_not_fail_the_job(queue, caplog):
+    job = queue.enqueue(str.format, "x", Unprintable())
     with caplog.at_level("INFO", "microq"):
         work(queue)
-    assert job.return_value() == "x" and "Shy object" in job.description
-    assert "Shy object" in caplog.text
+    assert job.return_value() == "x" and "Unprintable object" in job.description
+    assert "Unprintable object" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -4115,7 +4128,7 @@ def test_a_garbled_job_fails_alone(redis, queue, run, field, value, reason):
         assert Job.fetch(job.id, redis).is_failed
 
 
-def test_a_key_that_is_no_job_does_not_stop_the_worker(redis, queue, run):
+def test_key_that_is_no_job_does_not_stop_the_worker(redis, queue, run):
     redis.rpush(Q + "queued", "gone")
     redis.set(Q + "job:string", "x")
     redis.rpush(Q + "queued", "string")
@@ -4138,13 +4151,13 @@ def test_coroutines_share_an_event_loop_and_leave_no_tasks(queue, run):
     assert "timeout" in slow.latest_result().exc_string
 
 
-def test_exception_handlers_are_told_until_one_says_no(redis, queue, run):
+def test_exception_handlers_are_called_until_one_returns_false(redis, queue, run):
     job = queue.enqueue(fail, "ouch")
     handlers = [bad_handler, "test_microq.first_handler", last_handler, never_handler]
     for fork in (True, False):
         job = queue.enqueue(fail, "ouch")
         worker = Worker(queue, fork=fork, exception_handlers=handlers)
-        worker.work(burst=True, logging_level=None)
+        work(worker)
         assert job.is_failed and job.get_meta()["told"] == ["ValueError", "ouch", True]
     with pytest.raises(TypeError, match="dotted name"):
         Worker(queue, exception_handlers=[7])
@@ -4183,7 +4196,10 @@ def test_a_retry_at_the_front_overtakes(queue, run):
 
 
 def test_a_job_may_ask_to_be_run_again(queue, run):
-    good, greedy = queue.enqueue(ask_again, 2), queue.enqueue(always_ask_again)
+    good, greedy = (
+        queue.enqueue(return_retry_up_to, 2),
+        queue.enqueue(always_return_retry),
+    )
     run()
     assert good.return_value() == "enough" and len(good.results()) == 3
     assert greedy.is_failed
@@ -4225,7 +4241,7 @@ def test_each_repeat_may_crash_as_often_as_the_first_run(redis, queue):
     for number in (1, 3):
         claim(queue, "dead", number=number, lease=0.01)
         time.sleep(0.02)
-        assert beat(queue) == [b"dead"] and job.is_queued
+        assert heartbeat(queue) == [b"dead"] and job.is_queued
         [(_, execution)] = claim(queue, "w", number=number + 1)
         settle(queue, job.id, execution, rule="repeat")
     types = [result.type for result in job.results()]
@@ -4235,8 +4251,10 @@ def test_each_repeat_may_crash_as_often_as_the_first_run(redis, queue):
 # ---- 8. Running a job: timeouts ------------------------------------------------------
 
 
-@pytest.mark.parametrize("func", [sleep, swallow, spin])
-def test_a_job_over_its_time_is_stopped_even_if_it_catches_exceptions(queue, run, func):
+@pytest.mark.parametrize("func", [sleep, swallow_exceptions, spin])
+def test_job_over_its_timeout_is_stopped_even_if_it_catches_exceptions(
+    queue, run, func
+):
     job, after = queue.enqueue(func, 5, job_timeout=0.2), queue.enqueue(add, 1)
     began = time.monotonic()
     run()
@@ -4249,7 +4267,7 @@ def test_a_job_over_its_time_is_stopped_even_if_it_catches_exceptions(queue, run
     assert not issubclass(JobTimeoutException, Exception)
 
 
-def test_a_job_over_its_time_is_stopped_in_a_thread(queue):
+def test_job_over_its_timeout_is_stopped_in_a_thread(queue):
     with Worker(queue):
         job, after = queue.enqueue(spin, 5, job_timeout=0.2), queue.enqueue(add, 1)
     assert (
@@ -4262,14 +4280,17 @@ def test_a_job_over_its_time_is_stopped_in_a_thread(queue):
 @pytest.mark.parametrize("seconds", [0, 1000])
 def test_the_timeout_holds_even_if_a_job_took_the_alarm(queue, run, seconds):
     jobs = [queue.enqueue(add) for _ in range(7)]
-    jobs += [queue.enqueue(signal.alarm, seconds), queue.enqueue(take_signals)]
+    jobs += [
+        queue.enqueue(signal.alarm, seconds),
+        queue.enqueue(replace_signal_handlers),
+    ]
     late = queue.enqueue(sleep, 5, job_timeout=0.3)
     began = time.monotonic()
     run()
     assert late.is_failed and time.monotonic() - began < 3
 
 
-def test_a_strike_hits_only_the_job_that_was_meant():
+def test_interrupt_hits_only_its_own_run():
     leash = microq._Interrupter()
     before = signal.getsignal(signal.SIGALRM)
     try:
@@ -4299,17 +4320,20 @@ def test_a_job_that_runs_another_keeps_its_own_timeout(redis, run, queue):
     assert time.monotonic() - began < 5
 
 
-def test_a_job_over_its_time_may_clean_up_before_it_is_killed(queue, tmp_path):
+def test_job_over_its_timeout_may_clean_up_before_it_is_killed(queue, tmp_path):
     job = queue.enqueue(clean_up, str(tmp_path / "log"), job_timeout=0.2)
-    Worker(queue).work(burst=True, logging_level=None)
+    work(Worker(queue))
     assert (tmp_path / "log").read_text() == "x\n"
     assert "JobTimeoutException" in job.latest_result().exc_string
 
 
 def test_a_job_that_ignores_its_timeout_is_killed(queue, monkeypatch):
     monkeypatch.setattr(microq, "KILL_GRACE", 0.3)
-    job, after = queue.enqueue(stubborn, 30, job_timeout=0.2), queue.enqueue(add, 1)
-    Worker(queue).work(burst=True, logging_level=None)
+    job, after = (
+        queue.enqueue(ignore_exceptions, 30, job_timeout=0.2),
+        queue.enqueue(add, 1),
+    )
+    work(Worker(queue))
     assert (
         job.is_failed
         and "killed" in job.latest_result().exc_string
@@ -4317,15 +4341,15 @@ def test_a_job_that_ignores_its_timeout_is_killed(queue, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("func", [hold_the_gil, wait_for_ever, stubborn])
+@pytest.mark.parametrize("func", [hold_the_gil, wait_for_ever, ignore_exceptions])
 def test_a_job_stuck_where_no_exception_reaches_is_killed_on_time(
     queue, monkeypatch, func
 ):
     monkeypatch.setattr(microq, "KILL_GRACE", 0.3)
-    args = (30,) if func is stubborn else ()
+    args = (30,) if func is ignore_exceptions else ()
     job, after = queue.enqueue(func, *args, job_timeout=0.2), queue.enqueue(add, 1)
     began = time.monotonic()
-    Worker(queue).work(burst=True, logging_level=None)
+    work(Worker(queue))
     assert time.monotonic() - began < 15 and after.is_finished and job.is_failed
     assert (
         "after its timeout" in job.latest_result().exc_string
@@ -4333,38 +4357,48 @@ def test_a_job_stuck_where_no_exception_reaches_is_killed_on_time(
     )
 
 
-def test_a_job_killed_for_its_time_is_retried_if_it_has_a_retry(queue, monkeypatch):
+def test_job_killed_after_its_timeout_is_retried(queue, monkeypatch):
     monkeypatch.setattr(microq, "KILL_GRACE", 0.1)
-    job = queue.enqueue(stubborn, 30, job_timeout=0.1, retry=Retry(1))
-    Worker(queue).work(burst=True, logging_level=None)
+    job = queue.enqueue(ignore_exceptions, 30, job_timeout=0.1, retry=Retry(1))
+    work(Worker(queue))
     assert job.is_failed and len(job.results()) == 2
 
 
 # ---- 8. Running a job: callbacks and webhooks ----------------------------------------
 
 
-def test_callbacks_are_told_how_a_job_ended(redis, queue, told, run):
+def test_callbacks_receive_the_outcome(redis, queue, callback_log, run):
+    queue.enqueue(add, 1, 2, job_id="a", on_success=log_success, on_failure=log_failure)
     queue.enqueue(
-        add, 1, 2, job_id="a", on_success=tell_success, on_failure=tell_failure
+        add,
+        1,
+        3,
+        job_id="b",
+        on_success=Callback("test_microq.log_success_async", "2m"),
     )
     queue.enqueue(
-        add, 1, 3, job_id="b", on_success=Callback("test_microq.tell_later", "2m")
-    )
-    queue.enqueue(
-        flaky, 1, job_id="c", retry=Retry(1), on_failure=Callback(tell_failure)
+        flaky, 1, job_id="c", retry=Retry(1), on_failure=Callback(log_failure)
     )
     run()
-    assert told() == ["success a 3", "success b 4", "failure c ValueError not yet"]
+    assert callback_log() == [
+        "success a 3",
+        "success b 4",
+        "failure c ValueError not yet",
+    ]
 
 
 def test_a_job_knows_its_callbacks(queue):
-    job = queue.enqueue(add, on_failure=Callback(raise_late, "2m"))
-    assert job.failure_callback is raise_late and job.failure_callback_timeout == 120
+    job = queue.enqueue(add, on_failure=Callback(raise_in_callback, "2m"))
+    assert (
+        job.failure_callback is raise_in_callback
+        and job.failure_callback_timeout == 120
+    )
     assert job.success_callback is job.stopped_callback_timeout is None
 
 
 @pytest.mark.parametrize(
-    "callback", [raise_late, Callback(hang_late, 0.1), "nowhere.to_be_found"]
+    "callback",
+    [raise_in_callback, Callback(hang_in_callback, 0.1), "nowhere.to_be_found"],
 )
 def test_a_callback_that_fails_changes_nothing(redis, queue, callback):
     """And it never has the job run again."""
@@ -4384,29 +4418,31 @@ def test_a_callback_that_fails_changes_nothing(redis, queue, callback):
     assert well.latest_result().callback_error is None
 
 
-def test_a_job_killed_in_its_callback_runs_again(redis, queue, told):
+def test_a_job_killed_in_its_callback_runs_again(redis, queue, callback_log):
     """Once more, with its callback: nothing is lost, and nothing is enqueued twice."""
-    job = queue.enqueue(add, 1, on_success=die_once)
-    Worker(queue).work(burst=True, logging_level=None)
-    assert job.return_value() == 1 and told() == [job.id] * 2
+    job = queue.enqueue(add, 1, on_success=kill_process_once)
+    work(Worker(queue))
+    assert job.return_value() == 1 and callback_log() == [job.id] * 2
     assert [str(result.type) for result in job.results()] == ["successful", "retried"]
 
 
 @pytest.mark.parametrize("mode", [[], ["--in-process"]], ids=["fork", "in-process"])
-def test_a_stopped_job_calls_back(redis, queue, told, start_worker, tmp_path, mode):
-    words = {"on_stopped": tell_stopped, "on_failure": tell_failure, "job_id": "a"}
-    job = queue.enqueue(stay, str(tmp_path / "on"), **words)
+def test_a_stopped_job_calls_back(
+    redis, queue, callback_log, start_worker, tmp_path, mode
+):
+    words = {"on_stopped": log_stopped, "on_failure": log_failure, "job_id": "a"}
+    job = queue.enqueue(sleep_and_record_pid, str(tmp_path / "on"), **words)
     start_worker(*mode)
     wait_until((tmp_path / "on").exists)
     send_stop_job_command(redis, job.id)
     wait_until(lambda: job.is_stopped)
-    assert told() == ["stopped a"] and job.latest_result().type == "stopped"
+    assert callback_log() == ["stopped a"] and job.latest_result().type == "stopped"
 
 
-def test_a_job_that_kills_its_process_calls_back_once(queue, told):
-    job = queue.enqueue(kill_self, job_id="a", on_failure=tell_failure)
-    Worker(queue).work(burst=True, logging_level=None)
-    [word] = told()
+def test_a_job_that_kills_its_process_calls_back_once(queue, callback_log):
+    job = queue.enqueue(kill_self, job_id="a", on_failure=log_failure)
+    work(Worker(queue))
+    [word] = callback_log()
     assert word.startswith("failure a AbandonedJobError") and "signal 9" in word
     assert job.is_failed and "signal 9" in job.latest_result().exc_string
     assert len(job.results()) == 3 + 1 - 1
@@ -4414,8 +4450,8 @@ def test_a_job_that_kills_its_process_calls_back_once(queue, told):
     job.cancel()
 
 
-def test_webhooks_are_sent_when_a_job_has_ended(queue, posts_heard, run):
-    url, heard = posts_heard
+def test_webhooks_are_sent_when_a_job_has_ended(queue, webhook_server, run):
+    url, heard = webhook_server
     hooks = [
         Webhook(f"{url}/finished", "finished"),
         Webhook(f"{url}/broken", JobStatus.FAILED),
@@ -4439,8 +4475,8 @@ def test_webhooks_are_sent_when_a_job_has_ended(queue, posts_heard, run):
     )
 
 
-def test_what_waits_behind_a_webhook_is_given_back(queue, redis, posts_heard):
-    url, heard = posts_heard
+def test_jobs_claimed_behind_a_webhook_are_released(queue, redis, webhook_server):
+    url, heard = webhook_server
     for _ in range(30):
         queue.enqueue(add)
     queue.enqueue(add, webhooks=[Webhook(url, "finished")])
@@ -4449,10 +4485,10 @@ def test_what_waits_behind_a_webhook_is_given_back(queue, redis, posts_heard):
     assert len(heard) == 1 and all(job.is_finished for job in jobs)
 
 
-def test_a_killed_job_sends_its_webhook(queue, posts_heard):
-    url, heard = posts_heard
+def test_a_killed_job_sends_its_webhook(queue, webhook_server):
+    url, heard = webhook_server
     queue.enqueue(kill_self, max_crashes=0, webhooks=[Webhook(url, "failed")])
-    Worker(queue).work(burst=True, logging_level=None)
+    work(Worker(queue))
     assert len(heard) == 1
 
 
@@ -4473,7 +4509,7 @@ def test_queues_are_served_in_order_of_priority(redis):
 def test_queues_are_served_by_strategy(redis, strategy, order):
     queues = [Queue("a", redis), Queue("b", redis)]
     jobs = [queue.enqueue(add) for queue in queues for _ in range(3)]
-    SimpleWorker(queues).work(burst=True, logging_level=None, dequeue_strategy=strategy)
+    work(queues, dequeue_strategy=strategy)
     jobs.sort(key=lambda job: job.latest_result().execution_started_at)
     served = "".join(job.origin for job in jobs)
     assert sorted(served) == list("aaabbb") and (order is None or served == order)
@@ -4487,7 +4523,7 @@ def test_a_worker_class_may_have_a_strategy(redis, worker_class):
     jobs = [queue.enqueue(add) for queue in queues for _ in range(3)]
     worker = worker_class(queues)
     assert worker.dequeue_strategy in [each.value for each in microq.DequeueStrategy]
-    worker.work(burst=True, logging_level=None)
+    work(worker)
     order = "".join(
         job.origin
         for job in sorted(jobs, key=lambda job: job.refresh() or job.started_at)
@@ -4500,9 +4536,11 @@ def test_a_worker_of_several_queues_keeps_their_order(redis, monkeypatch):
     high, low = Queue("high", redis), Queue("low", redis)
     monkeypatch.setattr(sys.modules[__name__], "ORDER", [])
     work(high)  # loads the scripts
-    low.enqueue_many([Queue.prepare_data(in_order, (i,)) for i in range(1200)])
-    SimpleWorker([high, low]).work(burst=True, logging_level=None)
-    assert list(range(1200)) == ORDER
+    low.enqueue_many(
+        [Queue.prepare_data(append_to_run_order, (i,)) for i in range(1200)]
+    )
+    work([high, low])
+    assert list(range(1200)) == RUN_ORDER
     low.delete()
 
 
@@ -4520,7 +4558,7 @@ def test_a_worker_works_more_than_once(queue):
     worker = Worker(queue)
     for _ in range(2):
         job = queue.enqueue(add, 1)
-        assert worker.work(burst=True, logging_level=None) and job.is_finished
+        assert work(worker) and job.is_finished
 
 
 def test_tiny_jobs_are_claimed_ahead_of_a_batch_that_runs(queue, monkeypatch):
@@ -4529,15 +4567,15 @@ def test_tiny_jobs_are_claimed_ahead_of_a_batch_that_runs(queue, monkeypatch):
         microq, "SETTLE_AFTER", 5
     )  # on a slow machine, too, these are tiny
     monkeypatch.setattr(microq, "SLOW_JOB_AFTER", 5)
-    jobs = queue.enqueue_many([Queue.prepare_data(held)] * 400)
-    SimpleWorker(queue).work(burst=True, logging_level=None)
+    jobs = queue.enqueue_many([Queue.prepare_data(jobs_held)] * 400)
+    work(queue)
     runs = [(job.results()[0].execution_id, job.return_value()[0]) for job in jobs]
     claimed = Counter(execution for execution, _ in runs)
     assert any(count > claimed[execution] for execution, count in runs)
     assert all(count <= 2 * microq.MAX_BATCH for _, count in runs)
 
 
-def test_a_slow_job_keeps_nothing_that_was_claimed_ahead(queue, run):
+def test_jobs_claimed_ahead_of_a_slow_job_are_released(queue, run):
     before = queue.enqueue_many([Queue.prepare_data(add)] * 200)
     slow = queue.enqueue(held_later)
     behind = queue.enqueue_many([Queue.prepare_data(add)] * 400)
@@ -4550,7 +4588,7 @@ def test_a_slow_job_keeps_nothing_that_was_claimed_ahead(queue, run):
 def test_outcomes_of_a_batch_are_settled_while_it_runs(queue, run):
     """So a crash repeats few jobs: two fill 5 ms, and as many are under way to the server."""
     before = queue.enqueue_many([Queue.prepare_data(add)] * 200)
-    jobs = queue.enqueue_many([Queue.prepare_data(finished_so_far)] * 100)
+    jobs = queue.enqueue_many([Queue.prepare_data(finished_count)] * 100)
     run()
     unsettled = [len(before) + i - job.return_value() for i, job in enumerate(jobs)]
     assert max(unsettled[20:]) <= 8, (
@@ -4558,12 +4596,12 @@ def test_outcomes_of_a_batch_are_settled_while_it_runs(queue, run):
     )  # before these, there are tiny ones among them
 
 
-@pytest.mark.parametrize("options", [{}, {"on_success": Callback(take_a_while)}])
+@pytest.mark.parametrize("options", [{}, {"on_success": Callback(sleep_15_ms)}])
 def test_jobs_that_are_no_longer_tiny_are_claimed_one_by_one(queue, run, options):
     """Too fast to be relieved of what waits behind them, too slow to let it wait for long."""
     queue.enqueue_many([Queue.prepare_data(add)] * 20)
     seconds = 0 if options else 0.015
-    data = Queue.prepare_data(held_for, (seconds,), **options)
+    data = Queue.prepare_data(jobs_held_after, (seconds,), **options)
     jobs = queue.enqueue_many([data] * 100)
     run()
     counts = [job.return_value()[0] for job in jobs]
@@ -4571,7 +4609,7 @@ def test_jobs_that_are_no_longer_tiny_are_claimed_one_by_one(queue, run, options
 
 
 @pytest.mark.parametrize("words", [[], ["--in-process"]], ids=["fork", "in-process"])
-def test_what_waits_behind_a_slow_job_is_given_back(queue, start_worker, words):
+def test_jobs_claimed_behind_a_slow_job_are_released(queue, start_worker, words):
     """And what was done before it is settled: nothing is held back by it."""
     jobs = [
         queue.enqueue(add, i) for i in range(300)
@@ -4583,10 +4621,10 @@ def test_what_waits_behind_a_slow_job_is_given_back(queue, start_worker, words):
     assert slow.is_started
     wait_until(lambda: behind[-1].is_finished)
     assert all(len(job.results()) == 1 for job in [*jobs, slow, *behind])
-    logged(worker)
+    stop_and_read_log(worker)
 
 
-def test_a_relief_that_meets_a_cut_connection_comes_again(queue, monkeypatch):
+def test_batch_watchdog_tries_again_after_a_cut_connection(queue, monkeypatch):
     cuts, read_replies = [], microq._read_replies
 
     def cut_once(raw, count):
@@ -4606,7 +4644,7 @@ def test_a_relief_that_meets_a_cut_connection_comes_again(queue, monkeypatch):
     assert cuts and all(len(job.results()) == 1 for job in [*jobs, slow, *behind])
 
 
-def test_a_suspect_is_claimed_alone_and_the_innocent_are_not_blamed(redis, queue):
+def test_job_with_crashes_is_claimed_alone(redis, queue):
     """A crash of a whole worker is blamed on all that it held, so a suspect must be alone."""
     jobs = [queue.enqueue(add, i) for i in range(4)]
     redis.hset(f"{Q}job:{jobs[2].id}", "crashes", 1)
@@ -4618,11 +4656,11 @@ def test_a_suspect_is_claimed_alone_and_the_innocent_are_not_blamed(redis, queue
     assert claims == [ids[:2], ids[2:3], ids[3:], [once.id]]
 
 
-def test_an_exchange_that_is_cut_under_way_is_sent_again(queue, run):
+def test_request_cut_in_flight_is_sent_again(queue, run):
     jobs = queue.enqueue_many([Queue.prepare_data(add)] * 100)
     for _ in range(5):
         jobs += queue.enqueue_many(
-            [Queue.prepare_data(f) for f in [cut_all, *[add] * 60]]
+            [Queue.prepare_data(f) for f in [cut_connections, *[add] * 60]]
         )
     run()
     assert all(job.is_finished and len(job.results()) == 1 for job in jobs)
@@ -4642,7 +4680,7 @@ def test_a_job_that_finds_a_worker_idle_costs_it_no_round_trip_before_it_runs(
     with Worker(queue) as worker:
         wait_until(lambda: queue.connection.info("clients")["blocked_clients"] == 2)
         before = posts[f"worker {worker.name}"]
-        job = queue.enqueue(posts_so_far)
+        job = queue.enqueue(sent_so_far)
         assert job.latest_result(timeout=5).return_value == before > 0
 
 
@@ -4740,8 +4778,8 @@ def test_a_server_that_refuses_writes_is_waited_for(
     """-OOM and -READONLY; what has ended meanwhile is settled afterwards."""
     worker, log = start_worker("--lease", "2"), tmp_path / "log"
     for trouble in ("memory", "replica"):
-        job = queue.enqueue(stay, str(log), 0.3)
-        people(log, 1 + (trouble == "replica"))
+        job = queue.enqueue(sleep_and_record_pid, str(log), 0.3)
+        pids_of_run(log, 1 + (trouble == "replica"))
         if trouble == "memory":
             redis.config_set("maxmemory", 1)
             time.sleep(0.8)
@@ -4751,7 +4789,7 @@ def test_a_server_that_refuses_writes_is_waited_for(
             time.sleep(0.8)
             redis.execute_command("REPLICAOF", "NO", "ONE")
         assert wait_until(lambda job=job: job.is_finished) and len(job.results()) == 1
-    assert "trying again" in logged(worker)
+    assert "trying again" in stop_and_read_log(worker)
 
 
 @pytest.mark.parametrize("fork", [True, False])
@@ -4805,13 +4843,11 @@ def test_lost_replies_neither_lose_nor_double_a_job(
 
     def harm():
         wait_until(log.exists)
-        proxy.lose = 15
+        proxy.replies_to_lose = 15
 
     threading.Thread(target=harm).start()
-    Worker("default", connection=connection, fork=fork).work(
-        burst=True, logging_level=None
-    )
-    assert proxy.lose == 0
+    work(Worker("default", connection=connection, fork=fork))
+    assert proxy.replies_to_lose == 0
     assert sorted(map(int, log.read_text().split())) == sorted([*range(20)] * 2)
     assert all(job.is_finished and len(job.results()) == 2 for job in jobs)
 
@@ -4834,7 +4870,7 @@ def test_no_control_character_of_a_job_reaches_the_log(queue, start_worker):
     job = queue.enqueue(fail, attack, description=attack, on_failure=raise_description)
     queue.connection.rpush("microq:inbox:w", attack)
     wait_until(lambda: job.is_failed and not queue.connection.exists("microq:inbox:w"))
-    text = logged(worker)
+    text = stop_and_read_log(worker)
     assert "Traceback" in text and "\\x1b]0;title\\x07\\x9b2J\\r\\u202e" in text
     assert not [each for each in text if not (each.isprintable() or each in "\n\t")]
 
@@ -4861,7 +4897,7 @@ def test_the_log_has_the_format_and_the_detail_that_were_asked_for(
 @pytest.mark.parametrize(
     "arguments", [{"queues": []}, {"queues": "q", "name": "a b"}, {"queues": [7]}]
 )
-def test_a_worker_that_makes_no_sense_is_refused(redis, arguments):
+def test_bad_arguments_of_a_worker_are_refused(redis, arguments):
     with pytest.raises((ValueError, TypeError)):
         Worker(**arguments, connection=redis)
 
@@ -4890,7 +4926,7 @@ def test_a_worker_may_name_the_classes(redis, queue, given):
     for queues in (["default"], [queue])[: 1 + ("job_class" in given)]:
         job = Queue(connection=redis).enqueue(my_class)
         worker = SimpleWorker(queues, connection=redis, **given)
-        worker.work(burst=True, logging_level=None)
+        work(worker)
         assert job.return_value() == "MyJob"
 
 
@@ -4899,11 +4935,11 @@ def test_a_subclass_with_a_death_penalty_runs(redis, queue):
         death_penalty_class = microq.TimerDeathPenalty
 
     job = queue.enqueue(sleep, 5, job_timeout=0.1)
-    WindowsWorker([queue], connection=redis).work(burst=True, logging_level=None)
+    work(WindowsWorker([queue], connection=redis))
     assert "JobTimeoutException" in job.exc_info
 
 
-def test_workers_are_found_and_tell_what_they_do(redis, queue, busy_worker):
+def test_workers_are_found_and_show_what_they_do(redis, queue, busy_worker):
     process, _, job = busy_worker
     assert Worker.count(redis) == Worker.count(redis, queue) == 1
     assert Worker.count(redis, Queue("other", redis)) == 0
@@ -4975,10 +5011,10 @@ def test_a_second_worker_of_the_same_name_is_refused(redis, queue, start_worker)
     )
     assert status == 1 and "'bee' is alive" in error
     with pytest.raises(ValueError, match="choose another name"):
-        Worker(queue, name="bee").work(burst=True, logging_level=None)
+        work(Worker(queue, name="bee"))
 
 
-def test_of_workers_of_one_name_that_start_together_one_is_accepted(
+def test_one_of_the_workers_started_together_under_one_name_is_accepted(
     redis, queue, server
 ):
     """The others are refused; if not, they would share their claims, and run every job each."""
@@ -5015,8 +5051,8 @@ def test_a_worker_takes_the_name_of_a_dead_process_at_once(
 ):
     """As a service that is started again has the name of the one before."""
     dead, log = start_worker("--name", "bee", "--lease", "600"), tmp_path / "log"
-    job = queue.enqueue(stay, str(log), 1)
-    people(log)
+    job = queue.enqueue(sleep_and_record_pid, str(log), 1)
+    pids_of_run(log)
     dead.kill()
     dead.communicate()
     command = [sys.executable, "-m", "microq", "worker", "-b", "-n", "bee"]
@@ -5030,13 +5066,13 @@ def test_a_worker_waits_for_the_lease_of_one_in_another_container(redis, queue):
     worker = Worker(queue, "bee", lease=20, fork=False)
     redis.set(worker.key, record_of_another_container(worker, pid=2**22), px=300)
     queue.enqueue(add)
-    assert worker.work(burst=True, logging_level=None) is True
+    assert work(worker) is True
     redis.set(worker.key, record_of_another_container(worker))
     errors = []
 
     def start():
         with pytest.raises(ValueError, match="'bee' is alive") as caught:
-            worker.work(burst=True, logging_level=None)
+            work(worker)
         errors.append(caught)
 
     thread = threading.Thread(target=start)
@@ -5061,8 +5097,8 @@ def test_a_frozen_worker_ends_if_another_has_taken_its_name(
         start_worker("--name", "bee", "--lease", "2", *words),
         tmp_path / "log",
     )
-    job = queue.enqueue(stay, str(log), 1)
-    people(log)
+    job = queue.enqueue(sleep_and_record_pid, str(log), 1)
+    pids_of_run(log)
     pids = [frozen.pid, *children_of(frozen.pid)]
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
@@ -5082,7 +5118,7 @@ def test_a_frozen_worker_ends_if_another_has_taken_its_name(
         other = subprocess.Popen(
             [*command, "--url", url], stderr=subprocess.PIPE, text=True
         )
-        people(log, 2)
+        pids_of_run(log, 2)
         instance = json.loads(redis.get("microq:worker:bee"))["instance"]
     finally:
         for pid in pids:
@@ -5100,29 +5136,22 @@ def test_a_frozen_worker_ends_if_another_has_taken_its_name(
         other.communicate()
 
 
-def test_what_an_earlier_instance_of_a_worker_sends_late_changes_nothing(redis, queue):
+def test_late_commands_of_an_earlier_instance_of_a_worker_change_nothing(redis, queue):
     jobs = [queue.enqueue(add) for _ in range(3)]
-    rest = (15, "judge", "", microq._CRASH_POLICY, 100)
-    fresh = (15, "fresh", "", microq._CRASH_POLICY, 100)
-    microq._execute_one(redis, *microq.BEAT(queue.prefix, "w early", *fresh))
+    first = heartbeat_command(queue, "w early", mode="fresh")
+    microq._execute_one(redis, *first)
     assert claim(queue, "w early", 1) != []
-    microq._execute_one(redis, *microq.BEAT(queue.prefix, "w late", *fresh))
-    [held] = claim(queue, "w late", 1)
-    for words in ("", 2, (9, *(job.id for job in jobs))):
-        words = words if isinstance(words, tuple) else (words,)
-        assert (
-            microq._execute_one(
-                redis, *microq.RELEASE(queue.prefix, "w early", 15, *words)
-            )
-            == 0
-        )
+    second = heartbeat_command(queue, "w late", mode="fresh")
+    microq._execute_one(redis, *second)
+    [claimed] = claim(queue, "w late", 1)
+    for args in ([], [2], [9, *(job.id for job in jobs)]):
+        assert release(queue, "w early", *args) == 0
     assert claim(queue, "w early", 1) == claim(queue, "w early", 2) == []
-    assert (
-        microq._execute_one(redis, *microq.BEAT(queue.prefix, "w early", *rest))
-        == b"taken"
-    )
-    assert redis.hkeys(f"{Q}started") == [held[0].encode()]
-    assert claim(queue, "w late", 1) == [held] and claim(queue, "w late", 2) != []
+    late = heartbeat_command(queue, "w early", mode="judge")
+    assert microq._execute_one(redis, *late) == b"taken"
+    assert redis.hkeys(f"{Q}started") == [claimed[0].encode()]
+    assert claim(queue, "w late", 1) == [claimed]
+    assert claim(queue, "w late", 2) != []
 
 
 def test_a_garbled_lease_or_record_ends_no_worker(redis, queue):
@@ -5137,10 +5166,10 @@ def test_a_garbled_lease_or_record_ends_no_worker(redis, queue):
         redis.set("microq:worker:bee", record)
         assert Worker.all(redis) == []
         job = queue.enqueue(add, 1)
-        assert Worker(queue, "bee", fork=False).work(burst=True, logging_level=None)
+        assert work(Worker(queue, "bee", fork=False))
         assert job.is_finished
     assert lost.is_finished
-    wait_until(lambda: beat(queue) or redis.hkeys(f"{Q}workers") == [b"other"])
+    wait_until(lambda: heartbeat(queue) or redis.hkeys(f"{Q}workers") == [b"other"])
     assert redis.hkeys(f"{Q}workers") == [b"other"]
 
 
@@ -5163,12 +5192,12 @@ def test_a_worker_tries_for_a_lease_to_reach_a_server_at_its_start(tmp_path):
         server.stop()
 
 
-def test_an_idle_child_that_hangs_is_replaced_and_what_it_claims_is_released(
+def test_idle_child_that_hangs_is_replaced_and_its_claims_released(
     queue, server, tmp_path
 ):
-    worker = work_with_short_waits(server)
+    worker = start_worker_that_detects_hangs(server)
     try:
-        first = queue.enqueue(stop_the_process, str(tmp_path / "log"))
+        first = queue.enqueue(stop_process_after_settling, str(tmp_path / "log"))
         wait_until(lambda: first.is_finished)
         [child] = children_of(worker.pid)
         wait_until(
@@ -5184,10 +5213,8 @@ def test_an_idle_child_that_hangs_is_replaced_and_what_it_claims_is_released(
     assert f"process {child} of worker" in log and "hangs, and is killed" in log
 
 
-def test_a_child_that_cannot_settle_is_replaced_and_its_job_counted_as_a_crash(
-    queue, server
-):
-    worker = work_with_short_waits(server)
+def test_child_that_cannot_settle_is_replaced_and_counted_as_a_crash(queue, server):
+    worker = start_worker_that_detects_hangs(server)
     try:
         job = queue.enqueue(break_the_connections, max_crashes=0)
         wait_until(lambda: job.is_failed, 60)
@@ -5200,7 +5227,7 @@ def test_a_child_that_cannot_settle_is_replaced_and_its_job_counted_as_a_crash(
 
 def test_a_healthy_child_is_not_taken_for_hung(redis, queue, server):
     """Neither while it waits, nor suspended, nor in a job, nor while the server is silent."""
-    worker = work_with_short_waits(server)
+    worker = start_worker_that_detects_hangs(server)
     try:
         wait_until(lambda: queue.enqueue(add).latest_result(timeout=5))
         [child] = children_of(worker.pid)
@@ -5261,7 +5288,9 @@ microq.Worker("default", connection=redis.Redis.from_url({server.url!r})).work()
         worker.communicate()
 
 
-def test_a_worker_that_ends_by_an_error_stops_beating(redis, queue, monkeypatch):
+def test_worker_that_ends_by_an_error_sends_no_more_heartbeats(
+    redis, queue, monkeypatch
+):
     worker, before = SimpleWorker(queue, lease=0.3), threading.active_count()
     monkeypatch.setattr(worker, "run_loop", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -5304,8 +5333,8 @@ def test_processes_have_titles_where_setproctitle_is_installed(
 ):
     pytest.importorskip("setproctitle")
     worker = start_worker("--name", "bee")
-    job = queue.enqueue(stay, str(tmp_path / "log"), 0.5)
-    pid, parent = people(tmp_path / "log")
+    job = queue.enqueue(sleep_and_record_pid, str(tmp_path / "log"), 0.5)
+    pid, parent = pids_of_run(tmp_path / "log")
     titles = [
         Path(f"/proc/{each}/cmdline").read_bytes().decode() for each in (pid, parent)
     ]
@@ -5318,7 +5347,7 @@ def test_processes_have_titles_where_setproctitle_is_installed(
 
 def test_a_child_is_replaced_after_its_jobs(queue):
     jobs = [queue.enqueue(pid_of_parent) for _ in range(5)]
-    Worker(queue, jobs_per_fork=2).work(burst=True, logging_level=None)
+    work(Worker(queue, jobs_per_fork=2))
     pids = [job.return_value()[0] for job in jobs]
     assert [pids.count(pid) for pid in dict.fromkeys(pids)] == [2, 2, 1]
     assert {job.return_value()[1] for job in jobs} == {os.getpid()}
@@ -5334,18 +5363,18 @@ def test_a_child_is_replaced_after_1000_jobs_but_not_in_its_first_second(
     options = {"jobs_per_fork": 1000} if exactly else {}
     jobs += [queue.enqueue(sleep, 1)] if not exactly else []
     jobs += queue.enqueue_many([Queue.prepare_data(os.getpid)] * 900)
-    Worker(queue, **options).work(burst=True, logging_level=None)
+    work(Worker(queue, **options))
     pids = [jobs[i].return_value() for i in (0, 999, 1000, -1)]
     assert pids[0] == pids[1] != pids[3] and (pids[1] != pids[2]) is exactly
 
 
 @pytest.mark.parametrize(("jobs_per_fork", "children"), [(1, 2), (1000, 1)])
-def test_the_next_child_is_there_before_the_last_one_ends(
+def test_standby_child_is_forked_before_its_predecessor_ends(
     queue, start_worker, tmp_path, jobs_per_fork, children
 ):
     worker, log = start_worker("--jobs-per-fork", str(jobs_per_fork)), tmp_path / "log"
-    queue.enqueue(stay, str(log))
-    pid, parent = people(log)
+    queue.enqueue(sleep_and_record_pid, str(log))
+    pid, parent = pids_of_run(log)
     wait_until(lambda: len(children_of(parent)) == children)
     assert pid in children_of(parent)
     both = children_of(parent)
@@ -5353,10 +5382,10 @@ def test_the_next_child_is_there_before_the_last_one_ends(
     wait_until(lambda: not any(map(is_alive, both)), 5)
 
 
-def test_a_spare_child_that_dies_is_replaced(queue, start_worker, tmp_path):
+def test_standby_child_that_dies_is_replaced(queue, start_worker, tmp_path):
     worker, log = start_worker("--jobs-per-fork", "1"), tmp_path / "log"
-    queue.enqueue(stay, str(log))
-    pid, _ = people(log)
+    queue.enqueue(sleep_and_record_pid, str(log))
+    pid, _ = pids_of_run(log)
     [spare] = wait_until(
         lambda: [each for each in children_of(worker.pid) if each != pid]
     )
@@ -5367,7 +5396,7 @@ def test_a_spare_child_that_dies_is_replaced(queue, start_worker, tmp_path):
     worker.kill()
 
 
-def test_a_spare_child_that_cannot_be_had_is_not_asked_for_each_time(
+def test_standby_child_that_cannot_be_forked_is_not_tried_for_each_job(
     queue, monkeypatch, caplog
 ):
     forks, fork = [], os.fork
@@ -5380,18 +5409,18 @@ def test_a_spare_child_that_cannot_be_had_is_not_asked_for_each_time(
 
     monkeypatch.setattr(os, "fork", only_once)
     jobs = [queue.enqueue(sleep, 0.002) for _ in range(100)]
-    Worker(queue, jobs_per_fork=101).work(burst=True, logging_level=None)
+    work(Worker(queue, jobs_per_fork=101))
     assert all(job.is_finished for job in jobs) and len(caplog.messages) <= 3
 
 
-def test_a_child_may_exit_just_as_it_is_looked_at(queue, monkeypatch, caplog):
+def test_child_may_exit_while_the_supervisor_looks_at_it(queue, monkeypatch, caplog):
     def late(pid, options, wait=os.wait4):
         time.sleep(0.03)
         return wait(pid, options)
 
     monkeypatch.setattr(os, "wait4", late)
     jobs = [queue.enqueue(os.getpid) for _ in range(10)]
-    Worker(queue, jobs_per_fork=1).work(burst=True, logging_level=None)
+    work(Worker(queue, jobs_per_fork=1))
     assert (
         len({job.return_value() for job in jobs}) == 10
         and "idle process" not in caplog.text
@@ -5409,38 +5438,38 @@ def test_a_fork_that_fails_is_tried_again_while_the_others_are_kept(
 
     monkeypatch.setattr(os, "fork", fails_at_first)
     job = queue.enqueue(add)
-    Worker(queue).work(burst=True, logging_level=None)
+    work(Worker(queue))
     assert job.is_finished and len(forks) == 2
 
 
-def test_an_answer_that_came_too_late_is_not_for_the_next_child(queue, start_worker):
+def test_late_reply_is_not_read_by_the_next_child(queue, start_worker):
     """The first outcome is sent twice, and the connection has the answer to the first sending."""
     jobs = [
         queue.enqueue(pause_server, 700),
         *(queue.enqueue(os.getpid) for _ in range(5)),
     ]
     worker = start_worker("--jobs-per-fork", "1", "--lease", "1.5", "--burst")
-    assert worker.wait(10) == 0 and "Traceback" not in logged(worker)
+    assert worker.wait(10) == 0 and "Traceback" not in stop_and_read_log(worker)
     assert len({job.return_value() for job in jobs}) == 6
     assert all(len(job.results()) == 1 for job in jobs)
 
 
-def test_a_child_that_dies_gives_back_what_it_had_claimed_behind(queue):
+def test_jobs_claimed_behind_a_killed_job_are_released(queue):
     jobs = [queue.enqueue(add, i) for i in range(60)]
     killer = queue.enqueue(kill_self)
     jobs += [queue.enqueue(add, i) for i in range(60)]
-    Worker(queue).work(burst=True, logging_level=None)
+    work(Worker(queue))
     assert killer.is_failed and len(killer.results()) == 3
     assert all(job.is_finished for job in jobs)
     assert not any(job._fields.get("crashes") for job in jobs)
 
 
-def test_a_claim_of_a_dead_child_that_arrives_late_takes_nothing(redis, queue):
+def test_late_claim_of_a_dead_child_takes_nothing(redis, queue):
     """Else nobody would ever run what it takes: the worker lives on, with another child."""
     job = queue.enqueue(add)
     claim(queue, "w", number=1)
     for _ in "12":
-        microq._execute_one(redis, *microq.RELEASE(queue.prefix, "w", 15, 2))
+        release(queue, "w", 2)
     assert claim(queue, "w", number=2) == [] and job.is_queued
     assert [id for id, _ in claim(queue, "w", number=3)] == [job.id]
 
@@ -5448,11 +5477,17 @@ def test_a_claim_of_a_dead_child_that_arrives_late_takes_nothing(redis, queue):
 def test_jobs_that_misbehave_leave_the_worker_working(queue, start_worker):
     worker = start_worker()
     crashes = [
-        queue.enqueue(func, max_crashes=0) for func in (segfault, os_exit, abort)
+        queue.enqueue(func, max_crashes=0)
+        for func in (crash_by_segfault, os_exit, abort)
     ]
     good = [
         queue.enqueue(f)
-        for f in (leave_children, print_megabytes, close_all_files, take_signals)
+        for f in (
+            leave_children,
+            print_megabytes,
+            close_all_files,
+            replace_signal_handlers,
+        )
     ]
     last = queue.enqueue(spin, 5, job_timeout=0.2)
     assert "timeout" in last.latest_result(timeout=60).exc_string
@@ -5469,13 +5504,13 @@ def test_jobs_that_misbehave_leave_the_worker_working(queue, start_worker):
     ]
     after = queue.enqueue(add, 1)
     assert after.latest_result(timeout=30).return_value == 1
-    logged(worker)
+    stop_and_read_log(worker)
     assert worker.returncode == 0
 
 
 def test_a_job_that_leaves_a_thread_does_not_hold_the_worker(queue):
     job, began = queue.enqueue(leave_a_thread), time.monotonic()
-    Worker(queue).work(burst=True, logging_level=None)
+    work(Worker(queue))
     assert job.return_value() == "left" and time.monotonic() - began < 5
 
 
@@ -5486,7 +5521,7 @@ def test_a_job_that_leaves_children_or_closes_files_does_not_hold_the_worker(que
         queue.enqueue(add),
     )
     began = time.monotonic()
-    Worker(queue).work(burst=True, logging_level=None)
+    work(Worker(queue))
     assert time.monotonic() - began < 2.9
     assert left.return_value() == "left" and after.is_finished
     assert closed.return_value() == "closed"
@@ -5495,7 +5530,7 @@ def test_a_job_that_leaves_children_or_closes_files_does_not_hold_the_worker(que
 def test_a_job_that_closes_a_standard_file_does_not_hold_the_batch(queue):
     jobs = [queue.enqueue(add) for _ in range(7)]
     jobs += [queue.enqueue(close_stdin), *(queue.enqueue(add) for _ in range(20))]
-    Worker(queue).work(burst=True, logging_level=None)
+    work(Worker(queue))
     assert all(job.is_finished for job in jobs)
 
 
@@ -5504,14 +5539,14 @@ def test_a_job_that_returns_twice_is_recorded_once(queue):
         queue.enqueue(fork_and_fall_through),
         *(queue.enqueue(pid_of_parent) for _ in "123"),
     ]
-    Worker(queue).work(burst=True, logging_level=None)
+    work(Worker(queue))
     assert jobs[0].return_value() is False
     assert len({job.return_value()[0] for job in jobs[1:]}) == 1
 
 
 def test_what_a_job_forks_ends_as_usual_by_sigterm(queue):
     job = queue.enqueue(end_a_process)
-    Worker(queue).work(burst=True, logging_level=None)
+    work(Worker(queue))
     assert job.return_value() == -signal.SIGTERM
 
 
@@ -5522,15 +5557,15 @@ def test_the_job_of_a_killed_child_runs_again_within_a_second(
     queue, start_worker, tmp_path
 ):
     worker, log = start_worker(), tmp_path / "log"
-    job = queue.enqueue(stay, str(log))
-    pid, parent = people(log)
+    job = queue.enqueue(sleep_and_record_pid, str(log))
+    pid, parent = pids_of_run(log)
     assert parent == worker.pid
     killed = time.monotonic()
     os.kill(pid, signal.SIGKILL)
-    second, _ = people(log, 2)
+    second, _ = pids_of_run(log, 2)
     assert time.monotonic() - killed < 5 and second != pid  # a lease is 15 s
     os.kill(second, signal.SIGKILL)
-    os.kill(people(log, 3)[0], signal.SIGKILL)
+    os.kill(pids_of_run(log, 3)[0], signal.SIGKILL)
     wait_until(lambda: job.is_failed)
     reason = job.latest_result().exc_string
     assert "killed by signal 9" in reason and re.search(
@@ -5539,7 +5574,7 @@ def test_the_job_of_a_killed_child_runs_again_within_a_second(
     assert job.worker_name in reason and len(job.results()) == 3
     assert Queue.all(queue.connection) and worker.poll() is None
     assert queue.enqueue(add, 1).latest_result(timeout=5).return_value == 1
-    assert reason in logged(worker)
+    assert reason in stop_and_read_log(worker)
 
 
 def test_a_flood_of_tiny_jobs_survives_kills(redis, queue, start_worker):
@@ -5574,7 +5609,7 @@ def test_a_flood_of_tiny_jobs_survives_kills(redis, queue, start_worker):
 )
 def test_a_job_that_kills_its_process_is_failed_at_the_third_time(queue, func, reason):
     job, after = queue.enqueue(func, retry=Retry(5)), queue.enqueue(add, 1)
-    Worker(queue).work(burst=True, logging_level=None)
+    work(Worker(queue))
     assert job.is_failed and re.search(reason, job.latest_result().exc_string)
     assert len(job.results()) == 3 and after.is_finished
 
@@ -5582,42 +5617,42 @@ def test_a_job_that_kills_its_process_is_failed_at_the_third_time(queue, func, r
 @pytest.mark.parametrize(("limit", "runs"), [(0, 1), (1, 2), (None, 3)])
 def test_a_job_runs_again_after_a_crash_as_often_as_it_may(queue, limit, runs):
     job = queue.enqueue(kill_self, max_crashes=limit)
-    Worker(queue).work(burst=True, logging_level=None)
+    work(Worker(queue))
     assert job.is_failed and len(job.results()) == runs
 
 
-def test_at_most_once_means_that_even_after_a_cold_shutdown(
+def test_job_without_crashes_allowed_runs_once_even_after_a_cold_shutdown(
     redis, queue, start_worker, tmp_path
 ):
     for number, words in enumerate([[], ["--in-process"]]):
         worker, log = start_worker(*words), tmp_path / f"log{number}"
-        job = queue.enqueue(stay, str(log), max_crashes=0)
+        job = queue.enqueue(sleep_and_record_pid, str(log), max_crashes=0)
         waits = queue.enqueue(add)
-        people(log)
-        insist(worker)
+        pids_of_run(log)
+        terminate_twice(worker)
         assert worker.returncode == 1
         assert job.is_failed and "shut down" in job.latest_result().exc_string
         assert waits.is_queued
         queue.empty()
 
 
-def test_a_dead_worker_has_no_second_try_at_a_job_that_runs_at_most_once(queue):
+def test_job_without_crashes_allowed_fails_when_its_worker_died(queue):
     job = queue.enqueue(add, max_crashes=0)
     claim(queue, "dead", lease=0.01)
     time.sleep(0.02)
-    assert beat(queue) == [b"dead"] and job.is_failed
+    assert heartbeat(queue) == [b"dead"] and job.is_failed
 
 
 @pytest.mark.skipif(
-    not os.access(MEMORY / "cgroup.procs", os.W_OK), reason="needs cgroups, root"
+    not os.access(CGROUP / "cgroup.procs", os.W_OK), reason="needs cgroups, root"
 )
 def test_a_job_that_the_kernel_kills_for_its_memory_is_failed(queue):
-    group = MEMORY / f"microq-{os.getpid()}"
+    group = CGROUP / f"microq-{os.getpid()}"
     group.mkdir()
     try:
         (group / "memory.limit_in_bytes").write_text(str(100 << 20))
-        job, after = queue.enqueue(eat_memory, str(group)), queue.enqueue(add, 1)
-        Worker(queue).work(burst=True, logging_level=None)
+        job, after = queue.enqueue(allocate_memory, str(group)), queue.enqueue(add, 1)
+        work(Worker(queue))
         assert job.is_failed and after.is_finished and len(job.results()) == 3
         megabytes = re.search(
             "signal 9.* memory was (\\d+) MB", job.latest_result().exc_string
@@ -5627,29 +5662,27 @@ def test_a_job_that_the_kernel_kills_for_its_memory_is_failed(queue):
         group.rmdir()
 
 
-def test_the_handler_of_killed_horses_is_told(queue):
+def test_work_horse_killed_handler_is_called(queue):
     told = []
     job = queue.enqueue(kill_self, max_crashes=0)
     worker = Worker(
         queue, work_horse_killed_handler=lambda *details: told.append(details)
     )
-    worker.work(burst=True, logging_level=None)
+    work(worker)
     [(same, pid, status, usage)] = told
     assert same == job and pid > 0 and os.WTERMSIG(status) == 9 and usage.ru_maxrss > 0
 
 
-def test_a_killed_parent_takes_its_children_along(
-    server, redis, queue, start_worker, tmp_path
-):
+def test_children_of_a_killed_parent_end(server, redis, queue, start_worker, tmp_path):
     """SIGKILL of the whole worker, forking: within two leases another one runs its job."""
     victim, log = start_worker("--lease", "1"), tmp_path / "log"
-    job = queue.enqueue(stay, str(log))
-    pid, _ = people(log)
+    job = queue.enqueue(sleep_and_record_pid, str(log))
+    pid, _ = pids_of_run(log)
     other = start_worker("--lease", "1", "--in-process")
     victim.kill()
     killed = time.monotonic()
     wait_until(lambda: not is_alive(pid), 5)
-    _, parent = people(log, 2)
+    _, parent = pids_of_run(log, 2)
     assert time.monotonic() - killed < 6 and parent == os.getpid()
     wait_until(lambda: job.number_of_retries == 0)
     send_stop_job_command(redis, job.id)
@@ -5679,50 +5712,44 @@ def test_the_jobs_of_a_killed_worker_run_again(server, redis, queue, tmp_path):
     ]
 
 
-def test_a_worker_that_was_stopped_too_long_loses_its_job(
+def test_worker_stopped_for_longer_than_its_lease_loses_its_job(
     redis, queue, start_worker, tmp_path
 ):
     """Parent and child sleep through their lease; what they report then is refused, and logged."""
     sleeper, log = start_worker("--lease", "0.5"), tmp_path / "log"
-    job = queue.enqueue(stay, str(log), 1)
-    pid, parent = people(log)
+    job = queue.enqueue(sleep_and_record_pid, str(log), 1)
+    pid, parent = pids_of_run(log)
     for each in (parent, pid):
         os.kill(each, signal.SIGSTOP)
     other = start_worker("--lease", "0.5")
-    people(log, 2)
+    pids_of_run(log, 2)
     for each in (pid, parent):
         os.kill(each, signal.SIGCONT)
     wait_until(lambda: job.is_finished)
     good = [each for each in job.results() if each.type == "successful"]
     later = queue.enqueue(add, 1)
     assert later.latest_result(timeout=5).return_value == 1
-    logged(other)
-    assert "is no longer ours" in logged(sleeper)
+    stop_and_read_log(other)
+    assert "is no longer ours" in stop_and_read_log(sleeper)
     assert len(good) == 1 and job.is_finished and len(job.results()) == 2
 
 
-def test_a_worker_that_has_not_been_on_time_for_a_lease_takes_no_jobs_from_others(
-    redis, queue
-):
+def test_worker_reaps_only_after_a_whole_lease_on_time(redis, queue):
     """After an outage all leases have ended, and the first worker that is back knows no better."""
     job = queue.enqueue(add)
     claim(queue, "busy", lease=0.01)
     time.sleep(0.02)
     for state, dead in (("fresh", []), ("", []), ("", []), ("judge", [b"busy"])):
-        command = microq.BEAT(
-            queue.prefix, "w", 15, state, "", microq._CRASH_POLICY, 100
-        )
+        command = heartbeat_command(queue, mode=state)
         assert microq._execute_one(redis, *command)[0] == dead
         assert job.is_started is not bool(dead)
 
 
-def test_a_heartbeat_tells_whether_the_worker_was_known_and_on_time(redis, queue):
+def test_heartbeat_returns_whether_the_lease_was_intact(redis, queue):
     """Else it tells the server again what this may have lost, and takes nothing for a lease."""
 
     def known(state, lease, holder="w one"):
-        command = microq.BEAT(
-            queue.prefix, holder, lease, state, 0, microq._CRASH_POLICY, 100
-        )
+        command = heartbeat_command(queue, holder, lease=lease, mode=state, oldest=0)
         reply = microq._execute_one(redis, *command)
         assert redis.hexists(Q + "workers", "w")
         return reply[3] == 1
@@ -5735,33 +5762,25 @@ def test_a_heartbeat_tells_whether_the_worker_was_known_and_on_time(redis, queue
     assert not known("judge", 15, "w two")
 
 
-def test_the_first_heartbeat_that_arrives_again_later_takes_nothing(redis, queue):
+def test_first_heartbeat_sent_twice_releases_nothing(redis, queue):
     """A copy of it, sent when its reply was late, is no new start of the worker."""
     queue.enqueue(add)
-    command = microq.BEAT(
-        queue.prefix, "w one", 15, "fresh", 0, microq._CRASH_POLICY, 100
-    )
+    command = heartbeat_command(queue, "w one", mode="fresh", oldest=0)
     microq._execute_one(redis, *command)
     [(_, execution)] = claim(queue, "w one")
     assert microq._execute_one(redis, *command)[0] == []
     assert redis.hvals(Q + "started") == [execution.encode()]
 
 
-def test_a_job_that_was_claimed_less_than_a_lease_ago_is_not_taken_for_older_data(
-    redis, queue
-):
+def test_recent_claim_is_not_released_as_older_data(redis, queue):
     """The claim may be under way to the worker, which cannot name it yet."""
     job = queue.enqueue(add)
     claim(queue, "w", number=1)
-    microq._execute_one(
-        redis, *microq.BEAT(queue.prefix, "w", 15, "", 9, microq._CRASH_POLICY, 100)
-    )
+    microq._execute_one(redis, *heartbeat_command(queue, oldest=9))
     assert job.is_started
 
 
-def test_a_worker_takes_jobs_from_others_only_after_a_lease_without_trouble(
-    redis, queue
-):
+def test_worker_reaps_only_after_a_lease_without_an_outage(redis, queue):
     """The others may have been cut off, too, and be on their way back."""
     GO_ON.clear()
     since = time.monotonic()
@@ -5774,7 +5793,7 @@ def test_a_worker_takes_jobs_from_others_only_after_a_lease_without_trouble(
                     since = time.monotonic()
                     redis.client_kill_filter(_type="normal", skipme=True)
                 [(id, _)] = claim(queue, "other", number=number, lease=0.01)
-                heartbeats(redis, worker.name, 2)
+                wait_for_heartbeats(redis, worker.name, 2)
                 assert id == job.id
                 assert job.is_started or time.monotonic() - since > worker.lease
                 wait_until(lambda: job.is_queued)
@@ -5854,21 +5873,21 @@ def test_sigterm_finishes_the_current_job(redis, queue, start_worker, tmp_path):
         queue.empty()
 
 
-def test_a_second_signal_gives_the_job_up_and_it_runs_again(redis, queue, start_worker):
+def test_second_sigterm_requeues_the_current_job(redis, queue, start_worker):
     for words in ([], ["--in-process"]):
         worker = start_worker(*words)
         job = queue.enqueue(sleep, 20)
         wait_until(lambda job=job: job.is_started)
-        insist(worker)
+        terminate_twice(worker)
         assert job.is_queued and redis.hget(f"{Q}job:{job.id}", "crashes") is None
         queue.empty()
 
 
-def test_a_deploy_that_loses_patience_loses_no_job(queue, start_worker, tmp_path):
+def test_sigkill_soon_after_sigterm_loses_no_job(queue, start_worker, tmp_path):
     """SIGTERM to all processes, as systemd sends it, and SIGKILL when the grace is over."""
     worker, log = start_worker("--lease", "1"), tmp_path / "log"
-    jobs = [queue.enqueue(stay, str(log), 2), queue.enqueue(add)]
-    everybody = people(log)
+    jobs = [queue.enqueue(sleep_and_record_pid, str(log), 2), queue.enqueue(add)]
+    everybody = pids_of_run(log)
     for number in (signal.SIGTERM, signal.SIGKILL):
         for pid in everybody:
             os.kill(pid, number)
@@ -5879,11 +5898,14 @@ def test_a_deploy_that_loses_patience_loses_no_job(queue, start_worker, tmp_path
     assert len(log.read_text().splitlines()) == 2
 
 
-def test_a_worker_in_process_gets_its_signals_back(queue, start_worker):
+def test_worker_in_process_restores_its_signal_handlers(queue, start_worker):
     worker = start_worker("--in-process")
-    assert queue.enqueue(take_signals).latest_result(timeout=5).return_value == "taken"
+    assert (
+        queue.enqueue(replace_signal_handlers).latest_result(timeout=5).return_value
+        == "taken"
+    )
     time.sleep(0.1)
-    logged(worker)
+    stop_and_read_log(worker)
     assert worker.returncode == 0
 
 
@@ -5900,8 +5922,11 @@ def test_a_pool_runs_jobs_at_the_same_time(redis, queue, start_worker, tmp_path)
         "hive-2",
         "hive-3",
     ]
-    jobs = [queue.enqueue(stay, str(tmp_path / f"log{i}"), 1) for i in range(3)]
-    pids = {people(tmp_path / f"log{i}")[0] for i in range(3)}
+    jobs = [
+        queue.enqueue(sleep_and_record_pid, str(tmp_path / f"log{i}"), 1)
+        for i in range(3)
+    ]
+    pids = {pids_of_run(tmp_path / f"log{i}")[0] for i in range(3)}
     assert len(pids) == 3
     send_stop_job_command(redis, jobs[0].id)
     wait_until(lambda: jobs[0].is_stopped)
@@ -5943,8 +5968,8 @@ def test_a_job_is_stopped_by_command_and_not_retried(redis, queue, busy_worker):
 def test_a_worker_is_shut_down_by_command(redis, queue, start_worker, tmp_path):
     for number, words in enumerate([[], ["--in-process"]]):
         worker, log = start_worker("--name", "bee", *words), tmp_path / f"log{number}"
-        job = queue.enqueue(stay, str(log), 0.5)
-        people(log)
+        job = queue.enqueue(sleep_and_record_pid, str(log), 0.5)
+        pids_of_run(log)
         waits = queue.enqueue(add)
         send_shutdown_command(redis, "bee")
         worker.communicate(timeout=5)
@@ -5954,17 +5979,17 @@ def test_a_worker_is_shut_down_by_command(redis, queue, start_worker, tmp_path):
         send_shutdown_command(redis, "bee")
 
 
-def test_a_horse_is_killed_by_command(redis, queue, start_worker, tmp_path):
+def test_child_is_killed_by_command(redis, queue, start_worker, tmp_path):
     start_worker("--name", "bee")
-    job = queue.enqueue(stay, str(tmp_path / "log"), retry=Retry(1))
+    job = queue.enqueue(sleep_and_record_pid, str(tmp_path / "log"), retry=Retry(1))
     for count in (1, 2):
-        people(tmp_path / "log", count)
+        pids_of_run(tmp_path / "log", count)
         send_kill_horse_command(redis, "bee")
     wait_until(lambda: job.is_failed)
     assert "killed by a command" in job.latest_result().exc_string
 
 
-def test_commands_that_are_none_are_logged(redis, queue, start_worker):
+def test_unknown_commands_are_logged(redis, queue, start_worker):
     worker = start_worker("--name", "bee")
     redis.rpush("microq:inbox:bee", "{", '["a"]', '{"command": "x"}')
     send_command(redis, "bee", "dance")
@@ -5973,10 +5998,10 @@ def test_commands_that_are_none_are_logged(redis, queue, start_worker):
     job = queue.enqueue(add, 1)
     assert job.latest_result(timeout=5).return_value == 1
     time.sleep(0.2)
-    assert logged(worker).count("no command") == 4
+    assert stop_and_read_log(worker).count("no command") == 4
 
 
-def test_commands_are_heard_after_the_connection_was_cut(redis, queue, start_worker):
+def test_commands_arrive_after_the_connection_was_cut(redis, queue, start_worker):
     worker = start_worker("--name", "bee")
     redis.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
     time.sleep(0.3)
@@ -6008,16 +6033,16 @@ def test_a_good_run_whose_outcome_is_refused_is_settled_later(
         not redis.hexists(job.key, "crashes") and path.read_text().count("begins") == 1
     )
     assert queue.enqueue(add, 1).latest_result(timeout=20).return_value == 1
-    assert worker.poll() is None and "trying again" in logged(worker)
+    assert worker.poll() is None and "trying again" in stop_and_read_log(worker)
 
 
 def test_a_callback_whose_error_is_refused_changes_nothing(server, redis, permit):
     connection = redis_py.Redis.from_url(server.url, username="jobs", password="secret")
     queue = Queue(connection=connection)
-    REVOKE[:] = [lambda: permit("-eval", "-evalsha")]
+    REVOCATIONS[:] = [lambda: permit("-eval", "-evalsha")]
     job = Queue(connection=redis).enqueue(add, 1, on_success=revoke_and_raise)
     with Worker(queue):
-        wait_until(lambda: not REVOKE)
+        wait_until(lambda: not REVOCATIONS)
         wait_for_refusals(redis, 3)
         permit("+@all")
         wait_until(lambda: job.is_finished)
@@ -6025,7 +6050,7 @@ def test_a_callback_whose_error_is_refused_changes_nothing(server, redis, permit
 
 
 @pytest.mark.parametrize("words", [[], ["--in-process"]], ids=["fork", "in-process"])
-def test_a_worker_whose_commands_are_refused_ends_a_lease_after_it_was_told_to(
+def test_worker_whose_commands_are_refused_ends_a_lease_after_sigterm(
     server, redis, queue, start_worker, permit, tmp_path, words
 ):
     url, path = server.url.replace("//", "//jobs:secret@"), tmp_path / "log"
@@ -6039,7 +6064,7 @@ def test_a_worker_whose_commands_are_refused_ends_a_lease_after_it_was_told_to(
     permit("+@all")
 
 
-def test_an_outcome_that_the_server_never_takes_fails_its_job_alone(redis, queue, run):
+def test_outcome_that_the_server_always_refuses_fails_its_job_alone(redis, queue, run):
     spoiled, *others = (
         queue.enqueue(spoil_results, repeat=Repeat(1)),
         *map(queue.enqueue, [add] * 5),
@@ -6092,12 +6117,10 @@ def test_suspended_workers_start_no_jobs(redis, queue, start_worker):
         job = queue.enqueue(add, 2)
         assert job.latest_result(timeout=0.5) is None
         assert job.latest_result(timeout=2).return_value == 2
-        logged(worker)
+        stop_and_read_log(worker)
     suspend(redis)
     job = queue.enqueue(add)
-    assert (
-        not SimpleWorker(queue).work(burst=True, logging_level=None) and job.is_queued
-    )
+    assert not work(queue) and job.is_queued
     resume(redis)
     with pytest.raises(ValueError):
         suspend(redis, ttl=0)
@@ -6106,8 +6129,8 @@ def test_suspended_workers_start_no_jobs(redis, queue, start_worker):
 # ---- 12. Messages between queues -----------------------------------------------------
 
 
-def test_a_job_waits_for_those_it_depends_on(redis, pair):
-    first, second = pair
+def test_a_job_waits_for_those_it_depends_on(redis, queue_pair):
+    first, second = queue_pair
     parents = [first.enqueue(add, 1), second.enqueue(add, 2), first.enqueue(add, 3)]
     child = second.enqueue(
         results_before, depends_on=[parents[0], parents[1].id, parents[2]]
@@ -6123,7 +6146,7 @@ def test_a_job_waits_for_those_it_depends_on(redis, pair):
         child.id in second.deferred_job_registry
         and child.fetch_dependencies() == parents
     )
-    work_all(redis)
+    work_all_queues(redis)
     assert child.return_value() == [1, 2, 3] and grandchild.return_value() == [
         [1, 2, 3]
     ]
@@ -6131,20 +6154,18 @@ def test_a_job_waits_for_those_it_depends_on(redis, pair):
         results_before, depends_on=parents
     )  # they have ended long ago
     assert late.get_status() == "queued"
-    work_all(redis)
+    work_all_queues(redis)
     assert late.return_value() == [1, 2, 3]
     assert not redis.keys("*:waits") and not redis.keys("*:dependents*")
 
 
-def test_a_missing_dependency_counts_as_met(redis, pair):
-    assert pair[1].enqueue(add, depends_on="nobody").get_status() == "queued"
+def test_a_missing_dependency_counts_as_met(redis, queue_pair):
+    assert queue_pair[1].enqueue(add, depends_on="nobody").get_status() == "queued"
 
 
 @pytest.mark.parametrize("way", ["deleted", "expired"])
-def test_a_dependency_that_vanishes_starts_nothing_but_does_not_hold_up_others(
-    redis, pair, way
-):
-    first, second = pair
+def test_vanished_dependency_starts_nothing_and_blocks_no_other(redis, queue_pair, way):
+    first, second = queue_pair
     gone, other = first.enqueue(add, 1, ttl=0.05), first.enqueue(add, 2)
     alone = second.enqueue(add, depends_on=gone)
     child = second.enqueue(results_before, depends_on=[other, gone])
@@ -6152,13 +6173,13 @@ def test_a_dependency_that_vanishes_starts_nothing_but_does_not_hold_up_others(
         add, depends_on=Dependency([gone, other], allow_failure="any")
     )
     gone.delete() if way == "deleted" else time.sleep(0.1)
-    work_all(redis)
+    work_all_queues(redis)
     assert statuses(alone, child, whole) == ["deferred", "finished", "finished"]
     assert child.return_value() == [2, None] and not Job.exists(gone.id, redis)
 
 
-def test_the_dependents_of_a_failed_job_wait_for_its_success(redis, pair):
-    first, second = pair
+def test_the_dependents_of_a_failed_job_wait_for_its_success(redis, queue_pair):
+    first, second = queue_pair
     parent = first.enqueue(flaky, 1, retry=Retry(1))
     parent.delete()
     parent = first.enqueue("test_microq.fail")
@@ -6166,20 +6187,20 @@ def test_the_dependents_of_a_failed_job_wait_for_its_success(redis, pair):
     tolerant = second.enqueue(
         add, 2, depends_on=Dependency([parent], allow_failure=True)
     )
-    work_all(redis)
+    work_all_queues(redis)
     assert statuses(parent, child, tolerant) == ["failed", "deferred", "finished"]
     assert second.enqueue(add, depends_on=parent).get_status() == "deferred"
     late = second.enqueue(add, depends_on=Dependency(parent, allow_failure=True))
     assert late.get_status() == "queued"
     redis.hset(parent.key, "func", "test_microq.nothing()")  # mended
     parent.requeue()
-    work_all(redis)
+    work_all_queues(redis)
     assert statuses(parent, child) == ["finished", "finished"]
 
 
 @pytest.mark.parametrize("allow", [False, True, "any"])
-def test_the_dependents_of_a_canceled_job_stay_deferred(redis, pair, allow):
-    first, second = pair
+def test_the_dependents_of_a_canceled_job_stay_deferred(redis, queue_pair, allow):
+    first, second = queue_pair
     parent = first.enqueue(add)
     child = second.enqueue(add, depends_on=Dependency(parent, allow_failure=allow))
     parent.cancel()
@@ -6191,10 +6212,10 @@ def test_the_dependents_of_a_canceled_job_stay_deferred(redis, pair, allow):
 
 
 def test_the_dependents_of_a_stopped_job_stay_deferred(
-    redis, pair, start_worker, tmp_path
+    redis, queue_pair, start_worker, tmp_path
 ):
-    first, second = pair
-    parent = first.enqueue(stay, str(tmp_path / "on"))
+    first, second = queue_pair
+    parent = first.enqueue(sleep_and_record_pid, str(tmp_path / "on"))
     children = [
         second.enqueue(add, depends_on=Dependency(parent, allow_failure=allow))
         for allow in (False, True, "any")
@@ -6207,32 +6228,32 @@ def test_the_dependents_of_a_stopped_job_stay_deferred(
     wait_until(lambda: statuses(*children) == expected)
 
 
-def test_dependents_wait_for_retries_but_not_for_repeats(redis, pair):
-    first, second = pair
+def test_dependents_wait_for_retries_but_not_for_repeats(redis, queue_pair):
+    first, second = queue_pair
     flaked = first.enqueue(flaky, 1, retry=Retry(1))
     repeated = first.enqueue(add, 1, repeat=Repeat(1, interval=100))
     children = [second.enqueue(add, depends_on=job) for job in (flaked, repeated)]
-    work_all(redis)
+    work_all_queues(redis)
     assert (
         statuses(flaked, repeated, *children)
         == ["finished", "scheduled"] + ["finished"] * 2
     )
 
 
-def test_a_dependent_also_waits_for_its_time(redis, pair):
-    first, second = pair
+def test_a_dependent_also_waits_for_its_time(redis, queue_pair):
+    first, second = queue_pair
     parent = first.enqueue(add)
     soon = second.enqueue_in(0.3, add, depends_on=parent)
     later = second.enqueue_in(100, add, depends_on=parent)
-    work_all(redis)
+    work_all_queues(redis)
     assert statuses(parent, soon, later) == ["finished", "scheduled", "scheduled"]
     time.sleep(0.3)
-    work_all(redis)
+    work_all_queues(redis)
     assert statuses(soon, later) == ["finished", "scheduled"]
 
 
-def test_a_dependent_may_overtake_those_that_wait(redis, pair):
-    first, second = pair
+def test_a_dependent_may_overtake_those_that_wait(redis, queue_pair):
+    first, second = queue_pair
     parent, waiting = first.enqueue(add), second.enqueue(add)
     child = second.enqueue(
         add, depends_on=Dependency(jobs=parent, enqueue_at_front=True)
@@ -6250,42 +6271,42 @@ def test_many_jobs_with_dependencies_are_stored_at_once(redis, queue):
     jobs = queue.enqueue_many(datas)
     assert [job.id for job in jobs] == ["c", "a", "b"]
     assert statuses(*jobs) == ["deferred", "queued", "deferred"]
-    work_all(redis)
+    work_all_queues(redis)
     assert jobs[0].return_value() == [1, 2]
 
 
 @pytest.mark.parametrize("ttl", [0, 60])
-def test_a_failed_parent_that_is_gone_holds_nobody_up(redis, pair, ttl):
-    first, second = pair
+def test_deleted_failed_dependency_blocks_no_dependent(redis, queue_pair, ttl):
+    first, second = queue_pair
     failed, other = first.enqueue(fail, failure_ttl=ttl), first.enqueue(add, 2)
     child = second.enqueue(results_before, depends_on=[failed, other])
     SimpleWorker(first).work(max_jobs=1, logging_level=None)
     failed.delete()
-    work_all(redis)
+    work_all_queues(redis)
     assert child.return_value() == [None, 2]
 
 
-def test_a_garbled_dependent_holds_nobody_up(redis, pair):
-    first, second = pair
+def test_garbled_dependent_blocks_no_job(redis, queue_pair):
+    first, second = queue_pair
     parent = first.enqueue(add, 1)
     child = second.enqueue(results_before, depends_on=parent)
     redis.sadd(parent.key + ":dependents:none", "garbage", "microq:{x}: too few")
-    work_all(redis)
+    work_all_queues(redis)
     assert parent.is_finished and child.return_value() == [1]
     parent.delete()
     assert not redis.keys(f"{parent.key}*")
 
 
-def test_a_garbled_word_between_queues_holds_nobody_up(redis, pair):
-    first, second = pair
+def test_garbled_message_between_queues_blocks_no_job(redis, queue_pair):
+    first, second = queue_pair
     parent = first.enqueue(add, 1)
     child = second.enqueue(results_before, depends_on=parent)
     for prefix in {first.prefix, second.prefix}:
         redis.sadd(prefix + "outbox", f"{prefix} garbage", f"{prefix} ended nothing")
-    for each in {first.prefix, second.prefix}:
-        command = microq.BEAT(each, "w", 15, "fresh", "", microq._CRASH_POLICY, 100)
+    for queue in {first, second}:
+        command = heartbeat_command(queue, mode="fresh")
         microq._relay(redis, microq._execute_one(redis, *command)[-1])
-    work_all(redis)
+    work_all_queues(redis)
     assert child.return_value() == [1]
 
 
@@ -6297,8 +6318,8 @@ def test_a_garbled_word_between_queues_holds_nobody_up(redis, pair):
         ("", {"none", "failed", "any"}),
     ],
 )
-def test_a_dependent_that_comes_after_the_end_of_its_parent(redis, pair, last, ready):
-    first, second = pair
+def test_dependent_enqueued_after_its_dependency_ended(redis, queue_pair, last, ready):
+    first, second = queue_pair
     parent = first.enqueue(add, failure_ttl=60)
     before = second.enqueue(
         add, depends_on=parent
@@ -6313,16 +6334,16 @@ def test_a_dependent_that_comes_after_the_end_of_its_parent(redis, pair, last, r
         }
         child = second.enqueue(add, depends_on=Dependency(parent, **options[allow]))
         assert child.is_queued is (allow in ready), allow
-    work_all(redis)
+    work_all_queues(redis)
     assert before.is_deferred is (last != "")
 
 
 @pytest.mark.parametrize("end", ["failed", "canceled"])
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_parent_whose_record_expires_holds_nobody_up(redis, pair, end, when):
+def test_dependency_that_expires_blocks_no_dependent(redis, queue_pair, end, when):
     """A dependent that has other parents runs when these have finished, whether it came before its
     parent had ended or after."""
-    first, second = pair
+    first, second = queue_pair
     parent, other = first.enqueue(fail, failure_ttl=60), first.enqueue(add, 2)
     children = []
     if when == "before":
@@ -6335,14 +6356,14 @@ def test_a_parent_whose_record_expires_holds_nobody_up(redis, pair, end, when):
     assert parent.get_status() == end and statuses(*children) == ["deferred"] * 2
     assert redis.ttl(parent.key) == -1 and parent.dependent_ids
     expire_entry(redis, first, end, parent)
-    work_all(redis)
+    work_all_queues(redis)
     assert statuses(*children) == ["finished", "deferred"]
     assert children[0].return_value() == [None, 2]
     assert not redis.exists(parent.key) and not redis.keys("*:dependents:*")
 
 
-def test_a_parent_that_expired_before_the_sweep_came_counts_as_missing(redis, pair):
-    first, second = pair
+def test_dependency_expired_before_the_sweep_counts_as_missing(redis, queue_pair):
+    first, second = queue_pair
     parent = first.enqueue(add, failure_ttl=60)
     early = second.enqueue(add, depends_on=parent)
     parent.cancel()
@@ -6352,8 +6373,8 @@ def test_a_parent_that_expired_before_the_sweep_came_counts_as_missing(redis, pa
     assert not redis.exists(parent.key) and not redis.keys("*:dependents:*")
 
 
-def test_to_clean_registries_tells_the_dependents(redis, pair):
-    first, second = pair
+def test_clean_registries_notifies_dependents(redis, queue_pair):
+    first, second = queue_pair
     parent, other = first.enqueue(add, failure_ttl=60), first.enqueue(add)
     child = second.enqueue(add, 3, depends_on=[parent, other])
     parent.cancel()
@@ -6364,20 +6385,20 @@ def test_to_clean_registries_tells_the_dependents(redis, pair):
     assert redis.exists(parent.key)
     microq.clean_registries(first)
     assert not redis.exists(parent.key) and redis.zcard(f"{first.prefix}canceled") == 0
-    work_all(redis)
+    work_all_queues(redis)
     assert child.return_value() == 3
 
 
-def test_a_canceled_parent_without_a_record_holds_nobody_up(redis, pair):
-    first, second = pair
+def test_canceled_dependency_without_a_record_blocks_no_dependent(redis, queue_pair):
+    first, second = queue_pair
     parent, other = first.enqueue(add, failure_ttl=0), first.enqueue(add, 2)
     child = second.enqueue(results_before, depends_on=[parent, other])
     parent.cancel()
-    work_all(redis)
+    work_all_queues(redis)
     assert child.return_value() == [None, 2]
 
 
-def test_a_tick_that_is_removed_holds_nobody_up(redis, queue):
+def test_removed_cron_tick_blocks_no_dependent(redis, queue):
     microq.CronScheduler(connection=redis).save()
     tick = queue.enqueue_in(60, add, job_id="every-99")
     child, other = None, queue.enqueue(add)
@@ -6386,32 +6407,30 @@ def test_a_tick_that_is_removed_holds_nobody_up(redis, queue):
     redis.hset(Q + "ticks", "every", f"{time.time() + 99:.6f} {time.time():.6f}")
     microq._execute_one(redis, *microq.ENTRY(queue.prefix, "every", "", 0))
     assert not Job.exists(tick.id, redis)
-    work_all(redis)
+    work_all_queues(redis)
     assert child.return_value() == 4
 
 
-def test_a_job_requeued_before_it_ran_still_has_its_dependents(redis, pair):
-    first, second = pair
+def test_a_job_requeued_before_it_ran_still_has_its_dependents(redis, queue_pair):
+    first, second = queue_pair
     blocker = first.enqueue_in(60, add)
     parent = first.enqueue(add, depends_on=blocker)
     child = second.enqueue(add, 5, depends_on=parent)
     first.deferred_job_registry.requeue(parent)
     assert not redis.exists(f"{parent.key}:waits")
-    work_all(redis)
+    work_all_queues(redis)
     assert statuses(parent, child, blocker) == ["finished", "finished", "scheduled"]
 
 
-def test_a_record_ends_before_its_entry(redis, pair):
+def test_record_of_a_job_expires_before_its_entry_in_a_container(redis, queue_pair):
     """A dependent that comes in the millisecond in which its parent expires leaves no record that
     is in no container."""
-    first, second = pair
+    first, second = queue_pair
     for number in range(30):
         parent = first.enqueue(add, result_ttl=0.01, job_id=f"p{number}")
         work(first)
         end = redis.zscore(f"{first.prefix}finished", parent.id)
-        beat_once = microq.BEAT(
-            first.prefix, "w", 15, "", "", microq._CRASH_POLICY, 100
-        )
+        beat_once = heartbeat_command(first)
         depend = f"depend {parent.id} {second.prefix} c 1 none"
         commands = [beat_once, microq.DELIVER(first.prefix, depend)]
         while end and server_time(redis) < end:
@@ -6421,10 +6440,10 @@ def test_a_record_ends_before_its_entry(redis, pair):
     redis.delete(f"{first.prefix}outbox")
 
 
-def test_many_dependents_are_told_by_portions(redis, pair):
+def test_many_dependents_are_notified_in_portions(redis, queue_pair):
     """The script that ends their parent doesn't hold the server for long, and what it leaves to
     do survives the death of whoever was to do it."""
-    first, second = pair
+    first, second = queue_pair
     parent, count = first.enqueue(add), 2500
     data = Queue.prepare_data(nothing, depends_on=parent)
     children = second.enqueue_many([data] * count)
@@ -6433,8 +6452,8 @@ def test_many_dependents_are_told_by_portions(redis, pair):
     )
     children += second.enqueue_many([any_end] * 10)
     [(id, execution)] = claim(first)
-    words = (id, execution, f"{execution} 0.5", "", "", 1, "", "", 0)
-    _, posts = microq._execute_one(redis, *microq.SETTLE(first.prefix, *words))
+    settle_command = microq.SETTLE(first.prefix, *run_args(id, execution, ttl=1))
+    _, posts = microq._execute_one(redis, *settle_command)
     told = len(second) + redis.scard(f"{first.prefix}outbox")
     assert 1000 <= told <= 1010 and len(posts) <= 2010
     # The parent begins a new life, and ends; only those that it has now are told of that.
@@ -6454,7 +6473,7 @@ def test_many_dependents_are_told_by_portions(redis, pair):
         with pytest.raises(KeyboardInterrupt):
             microq._relay(redis, posts)
     assert redis.keys("*untold*")
-    work_all(redis)
+    work_all_queues(redis)
     assert Counter(statuses(*children)) == {"finished": count + 10}
     assert late.is_deferred and not redis.keys("*untold*")
 
@@ -6467,8 +6486,8 @@ def test_a_job_cannot_wait_for_itself(queue):
     assert not Job.exists("me", queue.connection)
 
 
-def test_a_deferred_job_can_be_canceled_requeued_and_deleted(redis, pair):
-    first, second = pair
+def test_a_deferred_job_can_be_canceled_requeued_and_deleted(redis, queue_pair):
+    first, second = queue_pair
     parent = first.enqueue(add)
     canceled, requeued, deleted = (
         second.enqueue(add, depends_on=parent) for _ in range(3)
@@ -6477,7 +6496,7 @@ def test_a_deferred_job_can_be_canceled_requeued_and_deleted(redis, pair):
     requeued.cancel()
     requeued.requeue()
     deleted.delete()
-    work_all(redis)
+    work_all_queues(redis)
     assert statuses(canceled, requeued) == ["canceled", "finished"]
     parent = first.enqueue(add)
     child = second.enqueue(add, depends_on=parent)
@@ -6485,8 +6504,8 @@ def test_a_deferred_job_can_be_canceled_requeued_and_deleted(redis, pair):
     assert not Job.exists(child.id, redis) and not redis.keys("*outbox*")
 
 
-def test_a_word_from_an_earlier_life_of_the_dependent_means_nothing(redis, pair):
-    first, second = pair
+def test_message_to_an_earlier_job_of_the_same_id_is_ignored(redis, queue_pair):
+    first, second = queue_pair
     parents = [first.enqueue(add), first.enqueue(add)]
     child = second.enqueue(add, job_id="again", depends_on=parents[0])
     since = redis.hget(child.key, "created_at").decode()
@@ -6497,9 +6516,9 @@ def test_a_word_from_an_earlier_life_of_the_dependent_means_nothing(redis, pair)
     assert child.is_deferred
 
 
-def test_words_that_come_twice_mean_the_same(redis, pair):
+def test_messages_delivered_twice_have_the_effect_of_one(redis, queue_pair):
     """Each step between two queues can be repeated, at any later time."""
-    first, second = pair
+    first, second = queue_pair
     limit, heard, send = RateLimit("k", concurrency=1), [], microq._execute
 
     def twice(connection, *commands):
@@ -6516,17 +6535,17 @@ def test_words_that_come_twice_mean_the_same(redis, pair):
             second.enqueue(add, 1, rate_limit=limit, depends_on=parent)
             for _ in range(3)
         ]
-        work_all(redis)
+        work_all_queues(redis)
     assert heard and statuses(parent, *jobs) == ["finished"] * 4
     for command in heard:
         send(redis, command)
     work(Queue.all(redis))
     assert [len(job.results()) for job in (parent, *jobs)] == [1] * 4
-    wait_until(lambda: work_all(redis) is None)
+    wait_until(lambda: work_all_queues(redis) is None)
     assert redis.zcard("microq:limit:{k}:holders") == 0
 
 
-def test_a_word_that_is_said_again_is_delivered_again(redis, queue):
+def test_message_stored_again_during_its_delivery_is_delivered_again(redis, queue):
     """Here the limit grants a slot to a job that has said, before it asked, that it wants none."""
     pipe = redis.pipeline()
     job = queue.enqueue(add, rate_limit=RateLimit("k", concurrency=1), pipeline=pipe)
@@ -6559,7 +6578,7 @@ def test_a_worker_killed_between_two_queues_loses_and_doubles_nothing(
     else:
         first = queue.enqueue(add)
         then = other.enqueue(append, path, depends_on=first)
-    command = [sys.executable, "-c", DIES, *map(str, step), "default"]
+    command = [sys.executable, "-c", KILLED_WHILE_RELAYING, *map(str, step), "default"]
     url = redis.connection_pool.connection_kwargs["path"]
     done = subprocess.run(
         command, cwd=HERE, env=clean_env() | {"MICROQ_URL": f"unix://{url}"}
@@ -6591,15 +6610,15 @@ def test_a_producer_killed_while_it_enqueues_a_dependent_leaves_it_to_the_worker
 # ---- 13. Groups and rate limits ------------------------------------------------------
 
 
-def test_the_callback_of_a_group_runs_when_all_its_jobs_have_ended(redis, pair):
-    group, (first, second) = microq.Group.create(redis), pair
+def test_the_callback_of_a_group_runs_when_all_its_jobs_have_ended(redis, queue_pair):
+    group, (first, second) = microq.Group.create(redis), queue_pair
     data = [Queue.prepare_data(func) for func in (add, fail, add)]
     jobs = group.enqueue_many(first, data) + group.enqueue_many(second, data)
     callback = group.enqueue_callback(second, results_before)
     jobs[0].cancel()
     jobs[3].delete()
     assert callback.is_deferred and group.counts() == {"canceled": 1, "queued": 4}
-    work_all(redis)
+    work_all_queues(redis)
     assert callback.return_value() == [None, None, 0, None, None, 0]
     assert group.wait() and group.counts() == {
         "canceled": 1,
@@ -6639,7 +6658,7 @@ def test_jobs_of_a_group_are_found_and_counted(redis):
         microq.Group.fetch("unknown", connection=redis)
 
 
-def test_a_group_of_many_is_told_before_its_jobs_and_is_forgotten(redis, queue):
+def test_group_of_many_is_stored_before_its_jobs_and_expires(redis, queue):
     """What a crash in between leaves is ids of jobs that never were, and they have a bound."""
     group = microq.Group(redis, "many", serializer="json")
     queue = Queue(connection=redis, serializer="json")
@@ -6659,7 +6678,7 @@ def test_a_group_of_many_is_told_before_its_jobs_and_is_forgotten(redis, queue):
     assert redis.zrange("microq:groups", 0, -1) == [b"many"]
 
 
-def test_a_job_of_another_life_is_not_of_the_group(redis, queue):
+def test_later_job_of_the_same_id_is_not_in_the_group(redis, queue):
     group = microq.Group.create(redis)
     [job] = group.enqueue_many(queue, [Queue.prepare_data(add, job_id="x")])
     with pytest.raises(DuplicateJobError):
@@ -6723,7 +6742,7 @@ def test_a_group_is_awaited_until_the_last_job_has_ended(redis, queue):
     assert ended == [True] and group.counts() == {"finished": 2, "canceled": 1}
 
 
-def test_a_groups_wait_bears_jobs_that_vanish(redis, queue):
+def test_group_wait_ends_though_its_job_was_deleted(redis, queue):
     group = microq.Group.create(redis)
     [job] = group.enqueue_many(queue, [Queue.prepare_data(add)])
     timer = threading.Timer(0.1, job.delete)
@@ -6778,11 +6797,11 @@ def test_as_many_jobs_of_a_limit_are_queued_as_it_allows(redis, queue):
     jobs[2].cancel()
     jobs[0].delete()
     assert statuses(*jobs[3:]) == ["queued", "rate_limited"]
-    work_all(redis)
+    work_all_queues(redis)
     assert [job.return_value() for job in jobs[3:]] == [3, 4]
     jobs[2].requeue()
     assert jobs[2].is_queued
-    work_all(redis)
+    work_all_queues(redis)
     assert redis.zcard("microq:limit:{api}:holders") == 0
 
 
@@ -6792,14 +6811,14 @@ def test_a_retry_keeps_its_slot_or_gives_it_up_while_it_waits(redis, queue):
     other = queue.enqueue(add, rate_limit=limit)
     SimpleWorker(queue).work(max_jobs=1, logging_level=None)
     assert statuses(at_once, other) == ["queued", "rate_limited"]
-    work_all(redis)
+    work_all_queues(redis)
     assert statuses(at_once, other) == ["failed", "finished"]
     waits = queue.enqueue(fail, retry=Retry(1, interval=0.2), rate_limit=limit)
     other = queue.enqueue(add, rate_limit=limit)
-    work_all(redis)
+    work_all_queues(redis)
     assert statuses(waits, other) == ["scheduled", "finished"]
     time.sleep(0.2)
-    work_all(redis)
+    work_all_queues(redis)
     assert (
         statuses(waits) == ["failed"] and redis.zcard("microq:limit:{k}:holders") == 0
     )
@@ -6808,7 +6827,7 @@ def test_a_retry_keeps_its_slot_or_gives_it_up_while_it_waits(redis, queue):
 def test_many_jobs_of_a_limit_keep_their_order(redis, queue):
     limit = RateLimit("k", concurrency=1)
     jobs = queue.enqueue_many([Queue.prepare_data(add, rate_limit=limit)] * 12)
-    work_all(redis)
+    work_all_queues(redis)
     ends = [job.latest_result().created_at for job in jobs]
     assert ends == sorted(ends)
 
@@ -6823,30 +6842,26 @@ def test_a_job_whose_limit_is_garbled_runs_without_it(redis, queue):
     assert job.return_value() == 1
 
 
-def test_a_retry_at_once_asks_its_rate_again(redis, queue):
+def test_immediate_retry_requests_its_rate_again(redis, queue):
     job = queue.enqueue(fail, retry=Retry(1), rate_limit=RateLimit("k", rate=1, per=60))
     work(queue)
     assert job.is_scheduled and len(job.results()) == 1
 
 
-def test_a_job_that_its_limit_has_forgotten_asks_again(redis, queue):
+def test_job_forgotten_by_its_limit_requests_a_slot_again(redis, queue):
     """As after a fail-over of the node that holds the limit, to a replica that was behind."""
     limit = RateLimit("k", concurrency=1)
     first, second = [queue.enqueue(add, rate_limit=limit) for _ in range(2)]
     redis.delete(*redis.keys("microq:limit:{k}:*"))
     for score, status in ((time.time(), "rate_limited"), (1, "queued")):
         redis.zadd(Q + "rate_limited", {second.id: score})
-        command = microq.BEAT(
-            queue.prefix, "w", 15, "fresh", 0, microq._CRASH_POLICY, 100
-        )
+        command = heartbeat_command(queue, mode="fresh", oldest=0)
         microq._relay(redis, microq._execute_one(redis, *command)[-1])
         assert statuses(first, second) == ["queued", status]
 
 
 @pytest.mark.parametrize(("per", "at_once"), [(10, 1), (1000, 4)])
-def test_jobs_of_a_rate_that_nobody_ran_in_time_do_not_come_all_at_once(
-    redis, queue, per, at_once
-):
+def test_late_jobs_of_a_rate_do_not_start_all_at_once(redis, queue, per, at_once):
     """Each may start late by what the rate leaves between two of them; after that it asks again."""
     limit = RateLimit("k", rate=1, per=per)
     jobs = [queue.enqueue(add, rate_limit=limit) for _ in range(4)]
@@ -6868,7 +6883,7 @@ def test_a_limit_holds_for_delayed_and_dependent_jobs(redis, queue):
     time.sleep(0.1)
     SimpleWorker(queue).work(max_jobs=1, logging_level=None)
     assert sorted(statuses(delayed, child)) == ["queued", "rate_limited"]
-    work_all(redis)
+    work_all_queues(redis)
     assert statuses(delayed, child, holder) == ["finished", "finished", "scheduled"]
 
 
@@ -6897,11 +6912,11 @@ def test_a_job_with_a_limit_that_expires_in_the_queue_frees_its_slot(redis, queu
     queue.enqueue(add, rate_limit=limit, ttl=0.05)
     after = queue.enqueue(add, 7, rate_limit=limit)
     time.sleep(0.1)
-    work_all(redis)
+    work_all_queues(redis)
     assert after.return_value() == 7 and redis.zcard("microq:limit:{k}:holders") == 0
 
 
-def test_what_is_requeued_behind_a_full_limit_keeps_its_record(redis, queue):
+def test_job_requeued_behind_a_full_limit_keeps_its_record(redis, queue):
     limit = RateLimit("k", concurrency=1)
     job = queue.enqueue(add, 1, rate_limit=limit, result_ttl=1)
     work(queue)
@@ -6960,9 +6975,9 @@ def test_a_limit_shows_its_jobs(redis, queue):
         (" @annually ", "27-01-01 00:00"),
     ],
 )
-def test_an_expression_comes_when_vixie_cron_says(expression, expected):
+def test_cron_expression_has_the_times_of_vixie_cron(expression, expected):
     wanted = expected.split(", ")
-    assert moments(expression, "UTC", "2026-01-30T10:30:00", len(wanted)) == wanted
+    assert next_times(expression, "UTC", "2026-01-30T10:30:00", len(wanted)) == wanted
 
 
 @pytest.mark.parametrize(
@@ -7015,9 +7030,9 @@ def test_an_expression_comes_when_vixie_cron_says(expression, expected):
         ("0 3 * * *", "2026-10-25T00:10", "26-10-25 03:00 +0100, 26-10-26 03:00 +0100"),
     ],
 )
-def test_an_expression_survives_a_change_of_the_clocks(expression, start, expected):
+def test_cron_expression_survives_a_change_of_the_clocks(expression, start, expected):
     wanted = expected.split(", ")
-    assert moments(expression, "Europe/Berlin", start, len(wanted)) == wanted
+    assert next_times(expression, "Europe/Berlin", start, len(wanted)) == wanted
 
 
 @pytest.mark.parametrize(
@@ -7043,7 +7058,7 @@ def test_an_expression_survives_a_change_of_the_clocks(expression, start, expect
         ("0 0 31 4,6,9,11 *", "never"),
     ],
 )
-def test_an_expression_that_makes_no_sense_is_refused(expression, word):
+def test_bad_cron_expression_is_refused(expression, word):
     with pytest.raises(ValueError, match=word):
         microq._CronExpression(expression, "UTC")
 
@@ -7066,7 +7081,7 @@ def test_an_expression_that_makes_no_sense_is_refused(expression, word):
         ({"interval": 5, "queue_name": "a b"}, ValueError),
     ],
 )
-def test_an_entry_that_makes_no_sense_is_refused(redis, options, error):
+def test_bad_cron_entry_is_refused(redis, options, error):
     with pytest.raises(error):
         CronScheduler(redis).register(add, **{"queue_name": "default"} | options)
     assert redis.keys() == []
@@ -7093,7 +7108,7 @@ def test_an_interval_begins_at_once_and_not_again_when_it_is_registered_again(
     assert queue.fetch_job(id).is_finished and not job.should_run()
 
 
-def test_an_expression_waits_for_its_first_time(redis):
+def test_cron_expression_waits_for_its_first_time(redis):
     job = CronScheduler(redis).register(
         add, "default", cron="0 0 1 1 *", timezone="Asia/Tokyo"
     )
@@ -7101,7 +7116,7 @@ def test_an_expression_waits_for_its_first_time(redis):
     assert job.next_enqueue_time.strftime("%m-%d %H:%M") == "12-31 15:00"
 
 
-def test_an_expression_is_read_in_the_time_zone_of_the_process(monkeypatch):
+def test_cron_expression_is_read_in_the_time_zone_of_the_process(monkeypatch):
     for zone in ("Asia/Tokyo", ":/usr/share/zoneinfo/Asia/Tokyo"):
         monkeypatch.setenv("TZ", zone)
         assert CronJob(add, "default", cron="@daily").timezone == "Asia/Tokyo"
@@ -7110,7 +7125,7 @@ def test_an_expression_is_read_in_the_time_zone_of_the_process(monkeypatch):
         CronJob(add, "default", cron="@daily")
 
 
-def test_a_call_goes_with_its_options(redis, queue):
+def test_cron_job_has_the_options_of_its_entry(redis, queue):
     options = {"args": (1,), "kwargs": {"b": 2}, "retry": Retry(2), "meta": {"m": 1}}
     scheduler = scheduler_with(redis, job_timeout="2m", description="d", **options)
     scheduler.save()
@@ -7155,27 +7170,28 @@ def test_ticks_of_a_signed_entry_need_no_secret_to_be_enqueued(redis, monkeypatc
     assert signing.fetch_job(jobs[0].id).meta == {"m": 1, "n": 2}
 
 
-def test_an_entry_that_changes_goes_on_and_takes_back_what_waits(redis, queue):
+def test_changed_cron_entry_replaces_its_waiting_ticks(redis, queue):
     """Ticks ahead belong to the old entry; a retry of an earlier one does not."""
     scheduler_with(redis, func=fail, interval=4, retry=Retry(1, interval=9)).save()
-    first, *ahead = ticks(redis)
+    first, *ahead = enqueued_ticks(redis)
     assert [tick - first for tick in ahead] in ([4, 8, 12], [4, 8, 12, 16])
     work(queue)
     assert queue.scheduled_job_registry.count == len(ahead) + 1
     scheduler_with(redis, func=add, interval=4).save()
-    assert ticks(redis)[:4] == [first, *ahead[:3]]
+    assert enqueued_ticks(redis)[:4] == [first, *ahead[:3]]
     names = [
-        job.func_name.rpartition(".")[2] for job in map(queue.fetch_job, ids(queue))
+        job.func_name.rpartition(".")[2]
+        for job in map(queue.fetch_job, scheduled_ids(queue))
     ]
     assert Counter(names)["fail"] == 1
     scheduler_with(redis, func=add, interval=3600).save()
-    assert ticks(redis)[:2] == [first, ahead[0]]  # that was promised
+    assert enqueued_ticks(redis)[:2] == [first, ahead[0]]  # that was promised
     scheduler_with(redis, func=add, interval=None, cron="0 0 1 1 *").save()
-    assert ticks(redis) == [first]
+    assert enqueued_ticks(redis) == [first]
     assert CronScheduler(redis).remove("a") and not CronScheduler(redis).remove("a")
 
 
-def test_entry_sent_twice_changes_once(redis):
+def test_cron_entry_sent_twice_changes_once(redis):
     [job] = scheduler_with(redis).get_jobs()
     command = job._store_command()
     assert microq._execute(redis, command, command) == [1, 0]
@@ -7186,18 +7202,18 @@ def test_entry_sent_twice_changes_once(redis):
     assert redis.keys() == []
 
 
-def test_a_tick_is_handed_out_once_by_all_who_have_read_the_same(redis, queue):
+def test_tick_read_by_several_schedulers_is_enqueued_once(redis, queue):
     scheduler_with(redis, interval=1).enqueue_jobs()
     cron = microq._read_cron(redis, [queue])
-    before = len(ticks(redis))
+    before = len(enqueued_ticks(redis))
     handed = [len(microq._enqueue_ticks(redis, cron, ahead)) for ahead in (3, 3, 5, 5)]
     assert handed == [3, 0, 2, 0]
-    assert len(ticks(redis)) == before + 5
+    assert len(enqueued_ticks(redis)) == before + 5
     scheduler_with(
         redis, interval=1, args=(1,)
     ).enqueue_jobs()  # who has read the old entry
     assert microq._enqueue_ticks(redis, cron, 30) == []  # is too late
-    assert len(set(ticks(redis))) == len(ticks(redis))
+    assert len(set(enqueued_ticks(redis))) == len(enqueued_ticks(redis))
 
 
 @pytest.mark.parametrize(
@@ -7210,7 +7226,7 @@ def test_a_tick_is_handed_out_once_by_all_who_have_read_the_same(redis, queue):
         ("skip", 100000, [0]),
     ],
 )
-def test_what_was_missed_is_made_up_for_as_the_entry_says(missed, ago, expected):
+def test_missed_ticks_follow_the_policy_of_their_entry(missed, ago, expected):
     job = CronJob(add, "default", interval=10, missed=missed)
     job._last_tick = 1e9 - ago
     assert job._due_ticks(1e9, 0) == [1e9 + each for each in expected]
@@ -7224,7 +7240,7 @@ def test_what_was_missed_is_made_up_for_as_the_entry_says(missed, ago, expected)
     }[missed]  # fmt: skip
 
 
-def test_an_entry_that_is_garbled_harms_no_other(redis, queue, caplog):
+def test_garbled_cron_entry_harms_no_other(redis, queue, caplog):
     scheduler_with(redis).save()
     for slug, spec in {
         "b": "{",
@@ -7238,12 +7254,12 @@ def test_an_entry_that_is_garbled_harms_no_other(redis, queue, caplog):
         f"{Q}cron", "f", redis.hget(f"{Q}cron", "a").replace(b'"fields"', b'"felds"')
     )
     redis.hset(f"{Q}ticks", "f", "1 1")
-    first = ticks(redis)
+    first = enqueued_ticks(redis)
     redis.hset(f"{Q}ticks", "a", f"{time.time() - 70:.6f} 5.000000")
     worker = SimpleWorker(queue)
-    worker.work(burst=True, logging_level=None, with_scheduler=True)
-    worker.work(burst=True, logging_level=None, with_scheduler=True)
-    assert len(ticks(redis)) == len(first) + 1
+    work(worker, with_scheduler=True)
+    work(worker, with_scheduler=True)
+    assert len(enqueued_ticks(redis)) == len(first) + 1
     assert sorted(
         record.args[0] for record in caplog.records if record.levelname == "ERROR"
     ) == [*"bcdef"]
@@ -7254,12 +7270,12 @@ def test_an_entry_that_is_garbled_harms_no_other(redis, queue, caplog):
 def test_a_worker_without_a_scheduler_leaves_cron_alone(redis, queue):
     scheduler_with(redis).save()
     redis.hset(f"{Q}ticks", "a", "5.000000 5.000000")
-    before = ticks(redis)
+    before = enqueued_ticks(redis)
     work(queue)
-    assert ticks(redis) == before and CronScheduler.all(redis) == []
+    assert enqueued_ticks(redis) == before and CronScheduler.all(redis) == []
 
 
-def test_what_an_owner_registers_no_longer_is_removed(redis, queue):
+def test_entries_no_longer_registered_by_their_owner_are_removed(redis, queue):
     other = CronScheduler(redis, name="other")
     other.register(add, "low", interval=60, name="x.y")
     other.save()
@@ -7304,7 +7320,7 @@ def test_a_scheduler_stores_its_entries_again_when_the_server_has_lost_them(redi
     word = json.dumps({"command": "suspension", "worker": "s"})
     redis.rpush("microq:inbox:s", word)  # so that it beats at once
     wait_until(lambda: CronJob.all(redis))
-    assert len(ticks(redis)) == 1 and Worker.all(redis) == []
+    assert len(enqueued_ticks(redis)) == 1 and Worker.all(redis) == []
     send_shutdown_command(redis, "s")
     thread.join(10)
     assert CronScheduler.all(redis) == [] and not thread.is_alive()
@@ -7347,7 +7363,7 @@ def test_each_tick_runs_once_though_schedulers_die(
     ]
     command += ["--url", server.url, "--logging-level", "error"]
     processes = [subprocess.Popen(command, cwd=tmp_path) for _ in range(3)]
-    processes += [python(f"{work}{scheduler})") for scheduler in (True, False)]
+    processes += [start_python(f"{work}{scheduler})") for scheduler in (True, False)]
 
     def more_run():
         count = len(log.read_text().split()) if log.exists() else 0
@@ -7450,14 +7466,14 @@ def test_a_failed_start_leaves_no_lock_and_a_child_keeps_its_server(
 def test_a_killed_server_is_started_again_by_its_users(tmp_path, private, victim):
     """The users live, and none of them is told to do anything about it."""
     user, home = start_user(None if private else tmp_path / "data")
-    first = tell(user, 1)
+    first = enqueue_by_user(user, 1)
     server, monitor = process_ids(home)
     for pid in {"server": [server], "monitor": [monitor], "both": [monitor, server]}[
         victim
     ]:
         os.kill(pid, signal.SIGKILL)
     wait_until(lambda: not is_alive(server))
-    second = tell(user, 2)
+    second = enqueue_by_user(user, 2)
     connection = redis_py.Redis(unix_socket_path=str(home / "redis.sock"))
     queue = Queue(connection=connection)
     assert queue.job_ids == ([second] if private else [first, second])
@@ -7719,7 +7735,7 @@ def test_the_command_line_enqueues_and_shows(server, redis, queue, tmp_path):
         "",
     )
     assert queue.fetch_job("me").return_value() == [1, 2]
-    beat(queue, "bee")
+    heartbeat(queue, "bee")
     status, shown, _ = microq_command("info", *url)
     assert status == 0 and re.search(r"default +0 +0 +2 +0 +0 +2 +0 +0", shown)
     assert microq_command("info", MICROQ_URL=server.url)[1] == shown
@@ -7767,7 +7783,7 @@ def test_every_command_explains_itself(cli, name):
 @pytest.mark.parametrize(
     "words", [[], ["wroker"], ["worker", "--foo"], ["requeue"], ["enqueue"]]
 )
-def test_wrong_words_are_answered_with_help(cli, words):
+def test_wrong_arguments_are_answered_with_help(cli, words):
     status, shown, error = cli(*words, url=None)
     assert (status, shown) == (2, "") and "usage: python -m microq" in error
     assert "COMMAND" in error or words[0] in error
@@ -7804,7 +7820,7 @@ def test_the_command_line_works_on_a_cluster(cluster_ports, cli, monkeypatch):
 
 
 @pytest.mark.parametrize("words", [[], ["--in-process"], ["-n", "2"]])
-def test_queues_in_two_slots_are_told_to_share_a_tag(cluster_ports, cli, words):
+def test_worker_refuses_queues_in_two_slots(cluster_ports, cli, words):
     """Slots: "high" 9976 and "low" 15214; a worker's script may touch the keys of one only."""
     url = f"redis+cluster://127.0.0.1:{cluster_ports[0]}"
     status, shown, error = cli(
@@ -7832,7 +7848,9 @@ def test_a_plain_url_of_a_cluster_is_called_one(cluster_ports, cli):
             work(queue)
 
 
-def test_what_is_no_cluster_is_not_taken_for_one(server, guarded, cluster_ports, cli):
+def test_server_that_is_no_cluster_is_reported(
+    server, port_with_password, cluster_ports, cli
+):
     for url, text in [
         (server.url, "Unix"),
         (f"redis://127.0.0.1:{cluster_ports[0]}/3", "db"),
@@ -7840,8 +7858,8 @@ def test_what_is_no_cluster_is_not_taken_for_one(server, guarded, cluster_ports,
             f"redis://127.0.0.1:{free_port()}",
             "no answer from Redis at redis://127.0.0.1",
         ),
-        (f"redis://:guess@127.0.0.1:{guarded}", "check user and password"),
-        (f"redis://:sesame@127.0.0.1:{guarded}", "no Redis Cluster"),
+        (f"redis://:guess@127.0.0.1:{port_with_password}", "check user and password"),
+        (f"redis://:sesame@127.0.0.1:{port_with_password}", "no Redis Cluster"),
     ]:
         status, _, error = cli("info", "--cluster", url=url)
         assert (status, error.count("\n")) == (1, 1) and text in error
@@ -7900,7 +7918,7 @@ def test_arguments_take_all_the_forms_of_rq(redis, queue, cli, tmp_path, monkeyp
     assert status == 1 and "not both" in error
 
 
-def test_requeue_does_what_it_can(redis, queue, cli):
+def test_requeue_command_requeues_the_failed_jobs_it_finds(redis, queue, cli):
     for id in "abc":
         queue.enqueue(fail, job_id=id)
     work(queue)
@@ -7923,7 +7941,7 @@ def test_requeue_does_what_it_can(redis, queue, cli):
     assert status == 2 and "--queue" in error
 
 
-def test_empty_deletes_what_waits(redis, queue, cli):
+def test_empty_command_deletes_queued_jobs(redis, queue, cli):
     high = Queue("high", redis)
     for each in (queue, queue, high):
         each.enqueue(add)
@@ -7968,7 +7986,7 @@ def test_a_worker_takes_the_flags_of_rq(server, redis, queue, tmp_path):
     words += ["-s", "--max-idle-time", "1"]
     words += [
         "--exception-handler",
-        "test_microq.note_failure",
+        "test_microq.print_failure",
         "--pid",
         tmp_path / "pid",
     ]
@@ -8007,7 +8025,7 @@ def test_flags_of_rq_without_a_meaning_here_are_ignored(redis, cli):
 
 def test_classes_are_named_by_flag_or_environment(redis, queue, cli, monkeypatch):
     queue.enqueue(add)
-    name = "test_microq.LoudQueue"
+    name = "test_microq.QueueWithOffset"
     assert (
         cli("empty", "--queue-class", name, "default")[1]
         == "1001 jobs removed from default\n"
@@ -8016,8 +8034,10 @@ def test_classes_are_named_by_flag_or_environment(redis, queue, cli, monkeypatch
     assert cli("empty", "default")[1] == "1000 jobs removed from default\n"
     monkeypatch.delenv("MICROQ_QUEUE_CLASS")
     seen = []
-    monkeypatch.setattr(PatientWorker, "work", lambda self, *_, **__: seen.append(self))
-    monkeypatch.setenv("MICROQ_WORKER_CLASS", "test_microq.PatientWorker")
+    monkeypatch.setattr(
+        OtherSimpleWorker, "work", lambda self, *_, **__: seen.append(self)
+    )
+    monkeypatch.setenv("MICROQ_WORKER_CLASS", "test_microq.OtherSimpleWorker")
     assert cli("worker")[0] == 0 and type(seen[-1]).__name__ == "PatientWorker"
     assert (
         cli("worker", "-w", "SimpleWorker", "--burst", "-q")[0] == 0 and len(seen) == 1
@@ -8065,18 +8085,19 @@ def test_a_config_module_says_where_and_what(server, redis, tmp_path):
 
 
 def test_the_parts_of_an_address_come_from_the_environment_or_the_module(
-    guarded, cli, monkeypatch, tmp_path
+    port_with_password, cli, monkeypatch, tmp_path
 ):
     monkeypatch.setenv("REDIS_HOST", "127.0.0.1")
-    monkeypatch.setenv("REDIS_PORT", str(guarded))
+    monkeypatch.setenv("REDIS_PORT", str(port_with_password))
     monkeypatch.setenv("REDIS_DB", "3")
     monkeypatch.setenv("REDIS_SSL", "False")
     monkeypatch.setenv("REDIS_PASSWORD", "sesame")
     assert cli("enqueue", "a.b", url=None)[0] == 0
-    known = {"port": guarded, "password": "sesame"}
+    known = {"port": port_with_password, "password": "sesame"}
     assert redis_py.Redis(db=3, **known).exists("microq:queues")
     words = settings_module(
-        tmp_path, f"REDIS_PORT, REDIS_PASSWORD, REDIS_DB = {guarded}, 'sesame', 4"
+        tmp_path,
+        f"REDIS_PORT, REDIS_PASSWORD, REDIS_DB = {port_with_password}, 'sesame', 4",
     )
     assert cli("enqueue", "a.b", *words, url=None)[0] == 0
     assert redis_py.Redis(db=4, **known).exists("microq:queues")
@@ -8085,13 +8106,13 @@ def test_the_parts_of_an_address_come_from_the_environment_or_the_module(
     assert status == 1 and "tcp://10.0.0.1:6379" in error and error.count("\n") == 1
 
 
-def test_a_config_module_may_name_sentinels(guarded, cli, tmp_path):
+def test_a_config_module_may_name_sentinels(port_with_password, cli, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     conf = tmp_path / "sentinel.conf"
     conf.write_text(
-        f"port {port}\ndir {tmp_path}\nsentinel monitor boss 127.0.0.1 {guarded} 1\n"
+        f"port {port}\ndir {tmp_path}\nsentinel monitor boss 127.0.0.1 {port_with_password} 1\n"
         "sentinel auth-pass boss sesame\n"
     )
     command = [server_program(), str(conf), "--sentinel"]
@@ -8112,7 +8133,7 @@ def test_a_config_module_may_name_sentinels(guarded, cli, tmp_path):
             """,
         )
         assert cli("enqueue", "test_microq.add", *words, url=None)[2] == ""
-        assert redis_py.Redis(port=guarded, db=2, password="sesame").exists(
+        assert redis_py.Redis(port=port_with_password, db=2, password="sesame").exists(
             "microq:queues"
         )
         assert cli("worker", "--burst", "-q", "--in-process", *words, url=None)[0] == 0
@@ -8356,9 +8377,9 @@ def test_tiny_jobs_share_round_trips(server, redis):
     least = 1000
     for _ in range(3):
         queue.enqueue_many([Queue.prepare_data(add, (i,)) for i in range(1000)])
-        before = reads(redis)
+        before = socket_reads(redis)
         work(queue)
-        least = min(least, reads(redis) - before)
+        least = min(least, socket_reads(redis) - before)
     assert least < 500 and len(queue.finished_job_registry) == 3000
     queue.delete()
 
@@ -8366,9 +8387,11 @@ def test_tiny_jobs_share_round_trips(server, redis):
 def test_enqueue_is_one_round_trip(server, redis):
     queue = Queue(connection=redis_py.Redis.from_url(server.url))
     datas = [Queue.prepare_data(add, (i,)) for i in range(1000)]
-    assert cost(redis, lambda: queue.enqueue(add, 1)) == 1
-    assert cost(redis, lambda: queue.enqueue_in(60, add, 1, retry=Retry(1))) == 1
-    with commands_of(server) as seen:
+    assert round_trips_of(redis, lambda: queue.enqueue(add, 1)) == 1
+    assert (
+        round_trips_of(redis, lambda: queue.enqueue_in(60, add, 1, retry=Retry(1))) == 1
+    )
+    with MonitoredCommands(server) as seen:
         queue.enqueue_many(datas)
     assert len(seen) == 1
     queue.delete()
@@ -8380,9 +8403,9 @@ def test_a_worker_makes_one_round_trip_per_job(server, redis):
     least = {}
     for count in [10, 60] * 3:
         queue.enqueue_many([Queue.prepare_data(add, (i,)) for i in range(count)])
-        before = reads(redis)
+        before = socket_reads(redis)
         work(queue)
-        least[count] = min(reads(redis) - before, least.get(count, 1000))
+        least[count] = min(socket_reads(redis) - before, least.get(count, 1000))
     assert least[60] - least[10] <= 50, least
     queue.delete()
 
@@ -8395,7 +8418,7 @@ def test_an_idle_worker_sends_at_most_one_command_per_second(server, redis, queu
         )
         wait_until(lambda: redis.hlen(Q + "workers"))
         time.sleep(0.5)
-        with commands_of(server) as seen:
+        with MonitoredCommands(server) as seen:
             time.sleep(6)
         worker.terminate()
         assert worker.wait(5) == 0
@@ -8678,10 +8701,10 @@ def test_docs_callbacks(redis, reported):
     )  # RQ makes it a failure, and runs it again
 
 
-def test_docs_webhooks(redis, posts_heard):
+def test_docs_webhooks(redis, webhook_server):
     from microq import Queue, Webhook
 
-    queue, (url, asked) = Queue(connection=redis), posts_heard
+    queue, (url, asked) = Queue(connection=redis), webhook_server
     webhooks = [
         Webhook(f"{url}/finished", job_status="finished"),
         Webhook(
@@ -8798,8 +8821,8 @@ def test_docs_executions_of_a_job(redis, tmp_path):
 
     queue = Queue(connection=redis)
     with Worker(queue):
-        job = queue.enqueue(stay, str(tmp_path / "log"), 0.5)
-        people(tmp_path / "log")
+        job = queue.enqueue(sleep_and_record_pid, str(tmp_path / "log"), 0.5)
+        pids_of_run(tmp_path / "log")
         [execution] = job.get_executions()
         began = datetime.now(timezone.utc) - timedelta(seconds=5)
         assert began < execution.created_at <= execution.last_heartbeat and execution.id
@@ -8811,9 +8834,11 @@ def test_docs_a_started_job_is_stopped(redis, queue, start_worker, tmp_path):
 
     start_worker()
     job = queue.enqueue(
-        stay, str(tmp_path / "log"), on_stopped=Callback(report_stopped, timeout=9)
+        sleep_and_record_pid,
+        str(tmp_path / "log"),
+        on_stopped=Callback(report_stopped, timeout=9),
     )
-    people(tmp_path / "log")
+    pids_of_run(tmp_path / "log")
     send_stop_job_command(redis, job.id)
     wait_until(lambda: job.is_stopped)
     assert job.get_status() == "stopped" and job in FailedJobRegistry(queue=queue)
@@ -9091,8 +9116,8 @@ def test_docs_registries(redis, tmp_path):
 
     queue = Queue(connection=redis)
     with Worker(queue):
-        job = queue.enqueue(stay, str(tmp_path / "log"), 0.5)
-        people(tmp_path / "log")
+        job = queue.enqueue(sleep_and_record_pid, str(tmp_path / "log"), 0.5)
+        pids_of_run(tmp_path / "log")
         for registry in (
             StartedJobRegistry(queue=queue),
             StartedJobRegistry(name="default", connection=redis),
@@ -9231,8 +9256,8 @@ def test_docs_workers_are_named_listed_and_counted(redis, start_worker, tmp_path
     assert (worker.successful_job_count, worker.failed_job_count) == (0, 0)
     assert worker.total_working_time == 0 and worker.birth_date <= worker.last_heartbeat
     wait_until(lambda: Worker.all(redis)[0].state == WorkerStatus.IDLE)
-    job = queue.enqueue(stay, str(tmp_path / "log"))
-    people(tmp_path / "log")
+    job = queue.enqueue(sleep_and_record_pid, str(tmp_path / "log"))
+    pids_of_run(tmp_path / "log")
     workers = Worker.all(redis)
     for worker in workers:
         if worker.state == WorkerStatus.BUSY:
@@ -9404,10 +9429,10 @@ def test_docs_connections_of_each_queue(redis, server, tmp_path):
         other.stop()
 
 
-def test_docs_cron_config_file(redis, server, tmp_path, monkeypatch, posts_heard):
+def test_docs_cron_config_file(redis, server, tmp_path, monkeypatch, webhook_server):
     from microq import CronScheduler
 
-    url, asked = posts_heard
+    url, asked = webhook_server
     code = f"""
         from microq import cron, Webhook
         from tasks import backup_database, cleanup_temp_files, generate_report
@@ -9700,8 +9725,8 @@ def test_docs_shell_info_polls(redis, server, queue):
 
 def test_docs_supervisor_ends_workers_by_sigterm(redis, queue, start_worker, tmp_path):
     process = start_worker()
-    job = queue.enqueue(stay, str(tmp_path / "log"), 0.5)
-    people(tmp_path / "log")
+    job = queue.enqueue(sleep_and_record_pid, str(tmp_path / "log"), 0.5)
+    pids_of_run(tmp_path / "log")
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=10)
     assert process.returncode == 0 and job.return_value() == "stayed"
@@ -9721,7 +9746,7 @@ def test_the_table_of_rq_names_is_true():
                 owner = name
                 if following.startswith("."):  # it only says whose names these are
                     continue
-            if not re.search(r"[$ ]|^rq\b", name) and is_here(name, owner) != (
+            if not re.search(r"[$ ]|^rq\b", name) and is_provided(name, owner) != (
                 fate != "left out"
             ):
                 wrong.append((owner, name, fate))
