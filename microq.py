@@ -2724,6 +2724,15 @@ class Job:
         beat = _from_timestamp(float(heartbeat)) if heartbeat else None
         self._execution = Execution(self, token.decode(), beat) if token else None
 
+    def _on_stored(self, status: JobStatus, created_at: bytes | None) -> None:
+        """Note that the job was stored; created_at is None if its time is not known."""
+        if created_at is not None:
+            self._fields["created_at"] = created_at
+        self._status = status
+        if "depends_on" in self._fields or "rate_limit" in self._fields:
+            self._status = None  # it may have to wait; to be looked up
+        self._request = self._request.renewed()
+
     @property
     def _call(self) -> tuple[Any, ...]:
         """The function's (args, kwargs, instance or None)."""
@@ -3324,8 +3333,11 @@ def requeue_job(
 
 
 # ---- 7. Queue and registries ---------------------------------------------------------
-# What a producer calls.  Everything is checked and serialized before the first byte is sent: what
-# raises has stored nothing.
+# What a producer calls.  A queue and its registries are containers of jobs: each job is in
+# one of them, and they have the same parent class, which counts, reads and deletes.  Queue
+# has the methods that store jobs; all of them end in _store().  Everything is checked and
+# serialized before the first byte is sent: a call that raises has stored nothing.  Uses
+# sections 1 to 6; is_async=False uses the worker, a group the section of groups.
 
 
 class EnqueueData(NamedTuple):
@@ -3335,163 +3347,264 @@ class EnqueueData(NamedTuple):
     options: dict[str, Any]
 
 
-class Registry:
-    """The jobs of a queue in one container; to read it changes nothing."""
+class _EnqueueCall(NamedTuple):
+    """A call of the script `enqueue`, between its sending and its reply."""
 
-    container = "queued"
+    jobs: Sequence[Job]
+    # -1: to be queued now.  Else scheduled: seconds from now, or "@" and a timestamp.
+    delay: float | str
+    commands: tuple[Command, ...]  # the first one is the script
+
+
+class _JobContainer:
+    """The jobs in one container of a queue.  Only Queue and Registry derive from it."""
+
+    container: str  # the last part of its key, and the status of its jobs
+    name: str  # of the queue
+    prefix: str  # what all keys of the queue begin with
+    connection: Any
+
+    @property
+    def key(self) -> str:
+        """The key of the container in Redis."""
+        return f"{self.prefix}{self.container}"
+
+    def _job(self, job: Job | str) -> Job:
+        """Return a job of the queue by its id, not read yet."""
+        raise NotImplementedError
+
+    def _size_command(self) -> Command:
+        """Return the command whose reply is the number of jobs."""
+        raise NotImplementedError
+
+    def _ids_command(self, start: int, end: int, desc: bool) -> Command:
+        """Return the command whose reply is the ids from `start` to `end`, both included;
+        from the last id on if `desc`."""
+        raise NotImplementedError
+
+    def _read_ids(self, start: int = 0, end: int = -1, desc: bool = False) -> list[str]:
+        command = self._ids_command(start, end, desc)
+        return [id.decode() for id in _execute_one(self.connection, *command)]
+
+    def __len__(self) -> int:
+        return int(_execute_one(self.connection, *self._size_command()))
+
+    def __bool__(self) -> bool:
+        return True  # with no jobs, too
+
+    def __contains__(self, job: Job | str) -> bool:
+        [(container, _)] = _where([self._job(job)])
+        return container.decode() == self.container
+
+    @property
+    def count(self) -> int:
+        """How many jobs there are.  One round trip."""
+        return len(self)
+
+    def remove(
+        self, job: Job | str, pipeline: Any = None, delete_job: bool = True
+    ) -> None:
+        """Delete a job that is here, since it is nowhere else.  Raises InvalidJobOperation
+        if it is elsewhere, NoSuchJobError if there is no such job."""
+        self._job(job)._transition(self.container, "gone", pipeline=pipeline)
+
+    def empty(self) -> int:
+        """Delete the jobs that are here, a thousand in a round trip, and return how many
+        they were."""
+        ids = self._read_ids()
+        count = 0
+        for start in range(0, len(ids), MAX_JOBS_PER_CALL):
+            count += self._delete_jobs(ids[start : start + MAX_JOBS_PER_CALL])
+        return count
+
+    def _delete_jobs(self, ids: Sequence[str]) -> int:
+        """Delete those of the jobs that are still here, and return how many they were."""
+        commands = [
+            MOVE(self.prefix, id, self.container, "gone", 0, 0, "", "gone")
+            for id in ids
+        ]
+        count = 0
+        messages: list[bytes] = []
+        for container, outgoing in _execute(self.connection, *commands):
+            messages += outgoing
+            if container.decode() == self.container:
+                count += 1
+        _relay(self.connection, messages)
+        return count
+
+    # RQ's other names.
+    def get_job_count(self, cleanup: bool = True) -> int:
+        return len(self)
+
+
+class Registry(_JobContainer):
+    """The jobs of a queue in one container other than `queued`; to read it changes nothing.
+    This is the base of the registries below."""
 
     def __init__(
         self, name: str = "default", connection: Redis | None = None, job_class: Any = None,
         queue: Queue | None = None, serializer: Any = None,
     ) -> None:  # fmt: skip
-        more = {"job_class": job_class, "serializer": serializer}
-        self.queue = queue or Queue(name, connection, **more)
-        self.name: str = self.queue.name
-        self.connection: Any = self.queue.connection
-        self.key = f"{self.queue.prefix}{self.container}"
-
-    def _size(self) -> Command:
-        """Return the command that counts; of records that expire, those that have not."""
-        if self.container in _FINAL_CONTAINERS:
-            return COUNT(self.queue.prefix, self.container)
-        command = {"queued": "LLEN", "started": "HLEN"}.get(self.container, "ZCARD")
-        return (command, self.key)
-
-    def __len__(self) -> int:
-        return int(_execute_one(self.connection, *self._size()))
-
-    count = property(__len__)
-
-    get_job_count = lambda self, cleanup=True: len(self)  # noqa: E731
-    get_queue = lambda self: self.queue  # noqa: E731
-
-    def __bool__(self) -> bool:
-        return True
-
-    def __contains__(self, job: Job | str) -> bool:
-        status = getattr(self.queue.fetch_job(_job_id(job)), "_status", None)
-        return ("failed" if status == JobStatus.STOPPED else status) == self.container
+        if queue is None:
+            queue = Queue(name, connection, job_class=job_class, serializer=serializer)
+        self.queue = queue
+        self.name = queue.name
+        self.prefix = queue.prefix
+        self.connection = queue.connection
 
     def _job(self, job: Job | str) -> Job:
-        return self.queue.job_class(_job_id(job), self.queue, {})
+        return self.queue._job(job)
+
+    def _size_command(self) -> Command:
+        return ("ZCARD", self.key)
+
+    def _ids_command(self, start: int, end: int, desc: bool) -> Command:
+        return ("ZREVRANGE" if desc else "ZRANGE", self.key, start, end)
 
     def get_job_ids(
         self, start: int = 0, end: int = -1, desc: bool = False, cleanup: bool = True
     ) -> list[str]:
         """Return ids `start` to `end`, both included and from 0; an end of -1 is the last.
-        Scheduled jobs are in the order of their times, ended ones in that of their expiry."""
-        count = -1 if end < 0 else end - start + 1
-        command: Command
-        if self.container == "queued":
-            command = ("LRANGE", self.key, start, end)
-        elif self.container == "started":
-            command = ("HKEYS", self.key)
-        elif self.container in _FINAL_CONTAINERS:
-            command = LIST(self.queue.prefix, self.container, start, count, int(desc))
-        else:
-            read, bounds = "ZRANGEBYSCORE", ("-inf", "+inf")
-            if desc:
-                read, bounds = "ZREVRANGEBYSCORE", ("+inf", "-inf")
-            command = (read, self.key, *bounds, "LIMIT", start, count)
-        ids = [id.decode() for id in _execute_one(self.connection, *command)]
-        if self.container == "started":
-            ids = sorted(ids, reverse=desc)[start : end + 1 or None]
-        return ids
+        Scheduled jobs are in the order of their times, ended ones in that of their expiry.
+        """
+        return self._read_ids(start, end, desc)
 
-    def get_jobs(self, *limits: Any) -> list[Job]:
+    def get_jobs(
+        self, start: int = 0, end: int = -1, desc: bool = False, cleanup: bool = True
+    ) -> list[Job]:
         """Return the jobs of get_job_ids().  Two round trips, however many they are."""
-        return _fetch_jobs([self._job(id) for id in self.get_job_ids(*limits)])
+        return _fetch_jobs([self._job(id) for id in self._read_ids(start, end, desc)])
 
     def requeue(self, job: Job | str, at_front: bool = False) -> Job:
-        """Put a job of this registry into the queue again, and return it. Raises
-        InvalidJobOperation if it is not here, NoSuchJobError if nowhere."""
-        found = self._job(job)
-        found._transition(self.container, "queued", at_front)
-        found.refresh()
-        return found
-
-    def remove(
-        self, job: Job | str, pipeline: Any = None, delete_job: bool = True
-    ) -> None:
-        """Delete a job of this registry, since it is nowhere else.  Raises as requeue()."""
-        self._job(job)._transition(self.container, "gone", pipeline=pipeline)
-
-    def empty(self) -> int:
-        """Delete the jobs of this registry, by the thousand, and return how many they were."""
-        words, ids = (self.container, "gone", 0, 0, "", "gone"), self.get_job_ids()
-        places: list[bytes] = []
-        for start in range(0, len(ids), MAX_JOBS_PER_CALL):
-            moves = [
-                MOVE(self.queue.prefix, id, *words)
-                for id in ids[start : start + MAX_JOBS_PER_CALL]
-            ]
-            replies = _execute(self.connection, *moves)
-            places += [was for was, _ in replies]
-            _relay(self.connection, [word for _, posts in replies for word in posts])
-        return places.count(self.container.encode())
+        """Put a job of this registry into the queue again, and return it.  Raises
+        InvalidJobOperation if it is elsewhere, NoSuchJobError if there is no such job."""
+        requeued = self._job(job)
+        requeued._transition(self.container, "queued", at_front)
+        requeued.refresh()
+        return requeued
 
     def get_expiration_time(self, job: Job | str) -> datetime | None:
-        """Return when the record of a job expires, or a scheduled one is due; None for never.
-        Raises NoSuchJobError if it is not here."""
-        if (
-            at := _execute_one(self.connection, "ZSCORE", self.key, _job_id(job))
-        ) is None:
-            raise NoSuchJobError(f"job {_job_id(job)!r} is not {self.container}")
-        return _from_timestamp(float(at)) if math.isfinite(float(at)) else None
-
-    get_scheduled_time = get_expiration_time
+        """Return when the record of a job expires, or a scheduled job is due; None for
+        never.  Raises NoSuchJobError if the job is not here."""
+        id = _job_id(job)
+        score = _execute_one(self.connection, "ZSCORE", self.key, id)
+        if score is None:
+            raise NoSuchJobError(f"job {id!r} is not {self.container}")
+        moment = float(score)
+        return _from_timestamp(moment) if math.isfinite(moment) else None
 
     def get_job_and_execution_ids(self) -> list[tuple[str, str]]:
         """Return (job id, execution id) pairs, of started jobs."""
-        return [
-            (run.job_id, run.id) for job in self.get_jobs() if (run := job._execution)
-        ]
+        executions = [job._execution for job in self.get_jobs()]
+        return [(run.job_id, run.id) for run in executions if run is not None]
 
     def cleanup(
         self, timestamp: float | None = None, exception_handlers: Any = None
     ) -> None:
-        """Forget jobs whose record has expired by the server's clock, or had at `timestamp` if
-        that is earlier; the worker's beat does this, too."""
-        until, swept = "" if timestamp is None else timestamp, 1
-        while swept and self.container in _FINAL_CONTAINERS:
-            swept, posts = _execute_one(
-                self.connection, *SWEEP(self.queue.prefix, self.container, until)
-            )
-            _relay(self.connection, posts)
+        """Forget ended jobs whose record has expired by the server's clock, or had expired
+        at `timestamp` if that is earlier.  The heartbeat of a worker does this, too."""
+
+    # RQ's other names.
+    def get_queue(self) -> Queue:
+        return self.queue
+
+    def get_scheduled_time(self, job: Job | str) -> datetime | None:
+        return self.get_expiration_time(job)
 
 
-_REGISTRIES: dict[str, type[Registry]] = {
-    each: type(
-        f"{each.title().replace('_', '')}JobRegistry", (Registry,), {"container": each}
-    )
-    for each in _CONTAINERS
-}
-StartedJobRegistry, ScheduledJobRegistry, DeferredJobRegistry = list(
-    _REGISTRIES.values()
-)[1:4]
-RateLimitedJobRegistry, FinishedJobRegistry = list(_REGISTRIES.values())[4:6]
-FailedJobRegistry, CanceledJobRegistry = list(_REGISTRIES.values())[6:]
+class StartedJobRegistry(Registry):
+    """The jobs that workers have claimed: they run, or are about to."""
+
+    container = "started"
+
+    def _size_command(self) -> Command:
+        return ("HLEN", self.key)
+
+    def _ids_command(self, start: int, end: int, desc: bool) -> Command:
+        return ("HKEYS", self.key)  # a hash has no order, so all ids are read
+
+    def _read_ids(self, start: int = 0, end: int = -1, desc: bool = False) -> list[str]:
+        ids = sorted(super()._read_ids(), reverse=desc)
+        return ids[start : end + 1 or None]
+
+
+class ScheduledJobRegistry(Registry):
+    """The jobs that wait for their time, the next one first."""
+
+    container = "scheduled"
+
+
+class DeferredJobRegistry(Registry):
+    """The jobs that wait for other jobs, in the order in which they were enqueued."""
+
+    container = "deferred"
+
+
+class RateLimitedJobRegistry(Registry):
+    """The jobs that wait for a slot of their RateLimit, in the order of their requests."""
+
+    container = "rate_limited"
+
+
+class _EndedJobRegistry(Registry):
+    """Jobs that have ended, by the time at which their record expires.  A record that has
+    expired may still be in the container, and counts as gone."""
+
+    def _size_command(self) -> Command:
+        return COUNT(self.prefix, self.container)
+
+    def _ids_command(self, start: int, end: int, desc: bool) -> Command:
+        count = -1 if end < 0 else end - start + 1
+        return LIST(self.prefix, self.container, start, count, int(desc))
+
+    def cleanup(
+        self, timestamp: float | None = None, exception_handlers: Any = None
+    ) -> None:
+        until = "" if timestamp is None else timestamp
+        while True:
+            sweep = SWEEP(self.prefix, self.container, until)
+            count, messages = _execute_one(self.connection, *sweep)
+            _relay(self.connection, messages)
+            if not count:
+                return
+
+
+class FinishedJobRegistry(_EndedJobRegistry):
+    """The jobs that returned."""
+
+    container = "finished"
+
+
+class FailedJobRegistry(_EndedJobRegistry):
+    """The jobs that failed, or were stopped."""
+
+    container = "failed"
+
+
+class CanceledJobRegistry(_EndedJobRegistry):
+    """The jobs that were canceled."""
+
+    container = "canceled"
 
 
 def clean_registries(queue: Queue, exception_handlers: Any = None) -> None:
     """Forget the jobs of a queue whose record has expired."""
-    for container in _FINAL_CONTAINERS:
-        _REGISTRIES[container](queue=queue).cleanup()
+    queue.finished_job_registry.cleanup()
+    queue.failed_job_registry.cleanup()
+    queue.canceled_job_registry.cleanup()
 
 
-def _registry(container: str) -> Any:
-    return property(lambda queue: _REGISTRIES[container](queue=queue))
-
-
-class Queue(Registry):
-    """A named queue of jobs, and the registry of those that wait in it.
+class Queue(_JobContainer):
+    """A named queue of jobs: those that wait in it, and by its registries all others.
 
     connection      - a redis.Redis; $MICROQ_URL, else $REDIS_URL, else localhost:6379
     default_timeout - seconds a job may run, 180; -1 for no limit
     is_async        - False works the queue off here, in enqueue(), instead of in a worker
     job_class       - Job, or a class derived from it, or its dotted name
-    serializer      - 'pickle', 'json', 'signed', or an object with dumps and loads, 'pickle'"""
+    serializer      - 'pickle', 'json', 'signed', or an object with dumps and loads, 'pickle'
+    """
 
+    container = "queued"
     job_class: type[Job] = Job
 
     def __init__(
@@ -3499,18 +3612,17 @@ class Queue(Registry):
         is_async: bool = True, job_class: Any = None, serializer: Any = None,
         death_penalty_class: Any = None,
     ) -> None:  # fmt: skip
-        self.name, self.prefix, self.connection = (
-            name,
-            _queue_prefix(name),
-            _connect(connection),
-        )
-        self.queue, self.key = self, f"{self.prefix}queued"
+        self.name = name
+        self.prefix = _queue_prefix(name)
+        self.connection = _connect(connection)
         self.serializer = resolve_serializer(serializer)
         self.job_class = _resolve_class(job_class, self.job_class)
         timeout = DEFAULT_TIMEOUT if default_timeout is None else default_timeout
         self.default_timeout = _parse_seconds(timeout, "default_timeout", (-1,))
         self.is_async = is_async
-        self._known = False  # whether this object has entered its name in the server
+        self._registered = (
+            False  # whether this object has entered its name in the server
+        )
 
     @classmethod
     def all(
@@ -3520,23 +3632,44 @@ class Queue(Registry):
         serializer: Any = None,
     ) -> list[Queue]:
         """Return every queue that was used and not deleted, by name."""
-        connection, more = (
-            _connect(connection),
-            {"job_class": job_class, "serializer": serializer},
-        )
-        names = sorted(
-            name.decode() for name in _execute_one(connection, "SMEMBERS", _QUEUES_KEY)
-        )
-        return [cls(name, connection, **more) for name in names]
+        connection = _connect(connection)
+        members = _execute_one(connection, "SMEMBERS", _QUEUES_KEY)
+        return [
+            cls(name, connection, job_class=job_class, serializer=serializer)
+            for name in sorted(member.decode() for member in members)
+        ]
 
     @classmethod
     def from_queue_key(cls, queue_key: str, *args: Any, **kwargs: Any) -> Queue:
-        """Return the queue whose `key` this is; the rest is for its constructor."""
-        if not (match := re.fullmatch(r"microq:(\{(.+)\}|\{.+\}.+):queued", queue_key)):
-            raise ValueError(
-                f"{queue_key!r} is no queue's key, such as 'microq:{{mail}}:queued'"
-            )
-        return cls(match[2] or match[1], *args, **kwargs)
+        """Return the queue whose `key` this is; more arguments are for its constructor."""
+        match = re.fullmatch(r"microq:(\{(.+)\}|\{.+\}.+):queued", queue_key)
+        if match is None:
+            example = "'microq:{mail}:queued'"
+            raise ValueError(f"{queue_key!r} is no queue's key, such as {example}")
+        tag_with_name, name = match.groups()
+        return cls(name or tag_with_name, *args, **kwargs)
+
+    def _job(self, job: Job | str) -> Job:
+        return self.job_class(_job_id(job), self, {})
+
+    def _size_command(self) -> Command:
+        return ("LLEN", self.key)
+
+    def _ids_command(self, start: int, end: int, desc: bool) -> Command:
+        return ("LRANGE", self.key, start, end)
+
+    def _containers(self) -> list[_JobContainer]:
+        """Return all containers of the queue, in the order of _CONTAINERS."""
+        return [
+            self,
+            self.started_job_registry,
+            self.scheduled_job_registry,
+            self.deferred_job_registry,
+            self.rate_limited_job_registry,
+            self.finished_job_registry,
+            self.failed_job_registry,
+            self.canceled_job_registry,
+        ]
 
     def enqueue(self, f: Func, *args: Any, **kwargs: Any) -> Job:
         """Store a call of `f` for a worker to run, and return the job.
@@ -3584,19 +3717,22 @@ class Queue(Registry):
     def _enqueue(
         self, delay: float | str, f: Func, args: Any, kwargs: dict[str, Any]
     ) -> Job:
-        """Sort keywords into options and the function's own, and enqueue."""
-        options = {}
-        for keyword in _ENQUEUE_KEYWORDS.keys() & kwargs.keys():
-            options[_ENQUEUE_KEYWORDS[keyword]] = kwargs.pop(keyword)
+        """Sort keywords into options and the function's own, and enqueue; for the delay see
+        _EnqueueCall."""
         pipeline = kwargs.pop("pipeline", None)
+        options = {}
+        for keyword in [name for name in kwargs if name in _ENQUEUE_KEYWORDS]:
+            options[_ENQUEUE_KEYWORDS[keyword]] = kwargs.pop(keyword)
         if "args" in kwargs or "kwargs" in kwargs:
-            own = kwargs.pop("args", None), kwargs.pop("kwargs", None)
+            call_args = kwargs.pop("args", None)
+            call_kwargs = kwargs.pop("kwargs", None)
             if args or kwargs:
-                raise TypeError(
-                    "give arguments in args= and kwargs=, or directly, not both"
-                )
-            args, kwargs = own
-        job = self.create_job(f, args, kwargs, **options)
+                text = "give arguments in args= and kwargs=, or directly, not both"
+                raise TypeError(text)
+        else:
+            call_args = args
+            call_kwargs = kwargs
+        job = self.create_job(f, call_args, call_kwargs, **options)
         self._store([job], pipeline, delay)
         return job
 
@@ -3605,9 +3741,8 @@ class Queue(Registry):
     ) -> Job:
         """Store a call; the options are `pipeline` and those of create_job()."""
         pipeline = options.pop("pipeline", None)
-        return self.enqueue_job(
-            self.create_job(func, args, kwargs, **options), pipeline
-        )
+        job = self.create_job(func, args, kwargs, **options)
+        return self.enqueue_job(job, pipeline)
 
     @staticmethod
     def prepare_data(
@@ -3622,31 +3757,46 @@ class Queue(Registry):
         pipeline: Any = None,
         group_id: str | None = None,
     ) -> list[Job]:
-        """Store many calls, and return their jobs in the same order. One round trip per 1,000 jobs,
-        during which the next are prepared; two for a group, which is told first.  A call that
-        raises may have stored earlier thousands."""
-        jobs: list[Job] = []
+        """Store many calls, and return their jobs in the same order.  One round trip per
+        1,000 jobs, during which the next 1,000 are prepared; two for a group, which is told
+        first.  A call that raises may have stored earlier thousands."""
         group = Group(self.connection, group_id) if group_id else None
-        rest, more = iter(job_datas), {"group_id": group_id} if group else {}
-        storing: Iterator[None] = iter(())
-        with contextlib.closing(_Connection(self.connection, None)) as line:
-            while chunk := list(itertools.islice(rest, MAX_JOBS_PER_CALL)):
-                made = [
-                    self.create_job(*each.call, **each.options | more) for each in chunk
-                ]
-                if group:
-                    group._add_jobs(made, pipeline)
-                next(storing, None)
-                storing = self._storing(made, pipeline, line=line)
-                next(storing)
-                jobs += made
-            next(storing, None)
+        remaining = iter(job_datas)
+        all_jobs: list[Job] = []
+        in_flight: _EnqueueCall | None = None  # sent, but the reply is still to be read
+        with contextlib.closing(_Connection(self.connection, None)) as connection:
+            while data := list(itertools.islice(remaining, MAX_JOBS_PER_CALL)):
+                jobs = self._create_jobs(data, group)
+                if group is not None:
+                    group._add_jobs(jobs, pipeline)
+                if in_flight is not None:
+                    self._receive_reply(connection, in_flight)
+                    in_flight = None
+                if len(jobs) < MAX_JOBS_PER_CALL or pipeline is not None:
+                    self._store(jobs, pipeline)  # there is nothing to prepare meanwhile
+                else:
+                    in_flight = self._prepare_call(jobs)
+                    connection.send_ahead(in_flight.commands)
+                all_jobs += jobs
+            if in_flight is not None:
+                self._receive_reply(connection, in_flight)
+        return all_jobs
+
+    def _create_jobs(
+        self, data: Iterable[EnqueueData], group: Group | None
+    ) -> list[Job]:
+        jobs = []
+        for (func, args, kwargs), options in data:
+            if group is not None:
+                options = options | {"group_id": group.name}
+            jobs.append(self.create_job(func, args, kwargs, **options))
         return jobs
 
     def create_job(
         self, func: Func, args: Any = None, kwargs: Any = None, **options: Any
     ) -> Job:
-        """Return a job for enqueue_job(); options as of enqueue(), `timeout` for job_timeout."""
+        """Return a job for enqueue_job(); options as of enqueue(), `timeout` for
+        job_timeout."""
         fields = self._encode_call(func, args, kwargs)
         if options.get("timeout") is None and self.default_timeout != DEFAULT_TIMEOUT:
             options["timeout"] = self.default_timeout
@@ -3662,20 +3812,10 @@ class Queue(Registry):
                 fields[name] = option.encode(value, self.serializer)
             else:
                 unstored[name] = option.check(value)
+        request = _new_request(unstored)
         id = unstored.get("job_id")
-        unique = unstored.get("unique", False)
-        if unique and id is None:
-            raise ValueError(f"unique={unique!r}: give a job_id, too")
-        call_id = None
         if id is None:
             id = secrets.token_urlsafe(16)
-            call_id = ""
-        request = _EnqueueRequest(
-            call_id,
-            unique is True,
-            unstored.get("at_front", False),
-            unstored.get("depends_on"),
-        )
         job = self.job_class(id, self, fields, request)
         job._sign()
         return job
@@ -3689,9 +3829,11 @@ class Queue(Registry):
         if inspect.isclass(owner):
             name = f"{_dotted_name(owner)}.{func.__name__}"
         elif owner is not None and not inspect.ismodule(owner):
-            name, call = f".{func.__name__}", (*call, owner)
+            name = f".{func.__name__}"
+            call = (*call, owner)
         elif callable(func) and not hasattr(func, "__qualname__"):
-            name, call = ".__call__", (*call, func)
+            name = ".__call__"
+            call = (*call, func)
         else:
             name = _dotted_name(func)
         signs = isinstance(self.serializer, SignedSerializer)
@@ -3707,34 +3849,11 @@ class Queue(Registry):
         at_front: bool = False,
         unique: bool = False,
     ) -> Job:
-        """Store a job made by create_job() or Job.create(); one that has ended begins a new life.
-        Raises InvalidJobOperation for a job that is in another queue."""
+        """Store a job made by create_job() or Job.create(); one that has ended begins a new
+        life.  Raises InvalidJobOperation for a job that is in another queue."""
         self._take_over(job, at_front, unique)
         self._store([job], pipeline)
         return job
-
-    def _take_over(self, job: Job, at_front: bool, unique: bool) -> None:
-        """Make the job one of this queue, if it may still become that, and add options."""
-        if job.queue is not self and job._status is JobStatus.CREATED:
-            if job.serializer != self.serializer:
-                raise TypeError(
-                    f"{job!r} was made with another serializer than that of {self!r}"
-                )
-            job._bind(self)
-            job._sign()
-            if self.default_timeout != DEFAULT_TIMEOUT:
-                job._fields.setdefault(
-                    "timeout", f"{self.default_timeout:.15g}".encode()
-                )
-        if job.queue != self:
-            raise InvalidJobOperation(
-                f"{job!r} is in a queue already, which is not {self!r}"
-            )
-        request = job._request
-        job._request = request._replace(
-            at_front=request.at_front or bool(at_front),
-            unique=request.unique or bool(unique),
-        )
 
     def schedule_job(
         self, job: Job, datetime: datetime, pipeline: Any = None, unique: bool = False
@@ -3744,158 +3863,229 @@ class Queue(Registry):
         self._store([job], pipeline, _delay_until(datetime))
         return job
 
+    def _take_over(self, job: Job, at_front: bool, unique: bool) -> None:
+        """Make the job one of this queue, if it may still become that, and add options."""
+        is_new = job.get_status(refresh=False) is JobStatus.CREATED
+        if job.queue is not self and is_new:
+            if job.serializer != self.serializer:
+                text = f"was made with another serializer than that of {self!r}"
+                raise TypeError(f"{job!r} {text}")
+            job._bind(self)
+            job._sign()
+            if self.default_timeout != DEFAULT_TIMEOUT:
+                timeout = f"{self.default_timeout:.15g}".encode()
+                job._fields.setdefault("timeout", timeout)
+        if job.queue != self:
+            text = f"{job!r} is in a queue already, which is not {self!r}"
+            raise InvalidJobOperation(text)
+        request = job._request
+        job._request = request._replace(
+            at_front=request.at_front or bool(at_front),
+            unique=request.unique or bool(unique),
+        )
+
     def _store(
         self, jobs: Sequence[Job], pipeline: Any, delay: float | str = -1
     ) -> None:
-        """Run the script `enqueue`; a delay of -1 means now, else see _delay_until()."""
-        for _ in self._storing(jobs, pipeline, delay):
-            pass
-
-    def _storing(
-        self, jobs: Sequence[Job], pipeline: Any, delay: float | str = -1,
-        line: _Connection | None = None,
-    ) -> Iterator[None]:  # fmt: skip
-        """Do that in two steps; over `line` the server begins at the first."""
-        if len({job.id for job in jobs}) < len(jobs):
-            raise DuplicateJobError(
-                "the same job_id stands twice in one enqueue_many()"
-            )
-        if not self.is_async and pipeline is not None:
+        """Store jobs; with a pipeline, this is left to who executes it."""
+        if pipeline is not None and not self.is_async:
             raise TypeError("is_async=False runs jobs at once; it can't use a pipeline")
+        call = self._prepare_call(jobs, delay)
+        if pipeline is None:
+            [reply, *_] = _execute(self.connection, *call.commands)
+            self._on_reply(call, reply)
+            return
+        for command in call.commands:
+            pipeline.execute_command(*_as_eval(command))
+        self._on_stored(call, None)
+
+    def _prepare_call(
+        self, jobs: Sequence[Job], delay: float | str = -1
+    ) -> _EnqueueCall:
+        """Return what stores the jobs.  Two round trips for dependencies given by ids."""
+        if len({job.id for job in jobs}) < len(jobs):
+            text = "the same job_id stands twice in one enqueue_many()"
+            raise DuplicateJobError(text)
         self._resolve_dependencies(jobs)
-        words = [word for job in jobs for word in _enqueue_args(job, delay)]
-        register = () if self._known else (("SADD", _QUEUES_KEY, self.name),)
-        commands = (ENQUEUE(self.prefix, delay, *words), *register)
-        ahead = (
-            line
-            if line and pipeline is None and len(jobs) == MAX_JOBS_PER_CALL
-            else None
-        )
-        if ahead:
-            ahead.send_ahead(commands)
-        yield
-        if pipeline is not None:
-            for each in commands:
-                pipeline.execute_command(*_as_eval(each))
-        else:
-            replies: list[Any] = []
-            with contextlib.suppress(
-                ServerUnavailable
-            ):  # then as often as the client would
-                replies = _receive(ahead) if ahead and ahead.sent else []
-            reply, *_ = replies or _execute(self.connection, *commands)
-            self._known = True
-            if isinstance(reply, list) and reply[0] == b"taken":
-                id, status = reply[1].decode(), reply[2].decode()
-                raise DuplicateJobError(
-                    f"job {id!r} is {status}; choose another id, or delete it"
-                )
-            if isinstance(reply, list):
-                reply, posts = reply
-                _relay(self.connection, posts)
-            for job in jobs:
-                job._fields["created_at"] = reply
+        args: list[Any] = []
         for job in jobs:
-            job._status = JobStatus.QUEUED if delay == -1 else JobStatus.SCHEDULED
-            if "depends_on" in job._fields or "rate_limit" in job._fields:
-                job._status = None  # to be looked up
-            job._request = job._request.renewed()
-        if not self.is_async and delay == -1:
-            outer, _thread.interrupter = _thread.interrupter, _Interrupter()
-            try:
-                SimpleWorker(self).work(burst=True, logging_level=None)
-            finally:
-                outer.resume()
-            _fetch_jobs(jobs)
+            args += _enqueue_args(job, delay)
+        commands: tuple[Command, ...] = (ENQUEUE(self.prefix, delay, *args),)
+        if not self._registered:
+            commands += (("SADD", _QUEUES_KEY, self.name),)
+        return _EnqueueCall(jobs, delay, commands)
+
+    def _receive_reply(self, connection: _Connection, call: _EnqueueCall) -> None:
+        """Read the reply to a call that was sent ahead.  If there is none, the call is sent
+        again over the client's own connection, which tries as often as the client does."""
+        replies: list[Any] = []
+        if connection.sent:
+            with contextlib.suppress(ServerUnavailable):
+                replies = _receive(connection)
+        if not replies:
+            replies = _execute(self.connection, *call.commands)
+        self._on_reply(call, replies[0])
+
+    def _on_reply(self, call: _EnqueueCall, reply: Any) -> None:
+        """Take the reply of the script `enqueue`; see there."""
+        self._registered = True
+        created_at = reply
+        if isinstance(reply, list):
+            if reply[0] == b"taken":
+                id = reply[1].decode()
+                status = reply[2].decode()
+                text = f"job {id!r} is {status}; choose another id, or delete it"
+                raise DuplicateJobError(text)
+            created_at, messages = reply
+            _relay(self.connection, messages)
+        self._on_stored(call, created_at)
+        if not self.is_async and call.delay == -1:
+            self._run_here(call.jobs)
+
+    @staticmethod
+    def _on_stored(call: _EnqueueCall, created_at: bytes | None) -> None:
+        """Note in the jobs that they are stored; the time is not known of a pipeline."""
+        status = JobStatus.QUEUED if call.delay == -1 else JobStatus.SCHEDULED
+        for job in call.jobs:
+            job._on_stored(status, created_at)
+
+    def _run_here(self, jobs: Sequence[Job]) -> None:
+        """Work the queue off in this thread, which is_async=False asks for, and read the
+        jobs again.  If this is done by a job, its time limit goes on afterwards."""
+        outer = _thread.interrupter
+        _thread.interrupter = _Interrupter()
+        try:
+            SimpleWorker(self).work(burst=True, logging_level=None)
+        finally:
+            outer.resume()
+        _fetch_jobs(jobs)
 
     def _resolve_dependencies(self, jobs: Sequence[Job]) -> None:
-        """Note where those are on which jobs depend: here, if unknown.  Two round trips for ids."""
-        wanted = [
-            each
-            for job in jobs
-            if job._request.dependency
-            for each in job._request.dependency.jobs
-        ]
-        ids = {each for each in wanted if isinstance(each, str)} - {
-            job.id for job in jobs
-        }
-        found = (
-            {job.id: job for job in Job.fetch_many(ids, self.connection) if job}
-            if ids
-            else {}
-        )
+        """Write the keys of the jobs on which these jobs depend into their fields."""
+        dependencies: dict[Job, Dependency] = {}
         for job in jobs:
-            if not (rule := job._request.dependency):
-                continue
-            if job.id in map(_job_id, rule.jobs):
-                raise InvalidJobDependency(f"job {job.id!r} can't depend on itself")
-            parents = [found.get(each, each) for each in rule.jobs]
-            parents = [
-                self._job(each) if isinstance(each, str) else each for each in parents
-            ]
-            names = [f"{each.queue.prefix}{each.id}" for each in parents]
-            allow = {"True": "failed", "False": "none"}.get(
-                str(rule.allow_failure), "any"
-            )
-            job._fields["depends_on"] = " ".join(
-                [*dict.fromkeys(names), allow]
-            ).encode()
+            if job._request.dependency is not None:
+                dependencies[job] = job._request.dependency
+        if not dependencies:
+            return
+        parent_ids: set[str] = set()
+        for dependency in dependencies.values():
+            parent_ids.update(id for id in dependency.jobs if isinstance(id, str))
+        parent_ids -= {job.id for job in jobs}  # these are not stored yet
+        parents: dict[str, Job] = {}
+        if parent_ids:
+            for parent in Job.fetch_many(parent_ids, self.connection):
+                if parent is not None:
+                    parents[parent.id] = parent
+        for job, dependency in dependencies.items():
+            field = self._encode_dependency(job.id, dependency, parents)
+            job._fields["depends_on"] = field
 
-    is_empty = lambda self: len(self) == 0  # noqa: E731
+    def _encode_dependency(
+        self, dependent_id: str, dependency: Dependency, parents: dict[str, Job]
+    ) -> bytes:
+        """Return the field `depends_on`.  `parents` are the jobs found by their ids; an id
+        that was not found counts as one of this queue."""
+        keys: list[str] = []
+        for parent in dependency.jobs:
+            if isinstance(parent, str):
+                parent = parents.get(parent) or self._job(parent)
+            if parent.id == dependent_id:
+                text = f"job {dependent_id!r} can't depend on itself"
+                raise InvalidJobDependency(text)
+            keys.append(f"{parent.queue.prefix}{parent.id}")
+        if dependency.allow_failure == "any":
+            allow = "any"
+        elif dependency.allow_failure:
+            allow = "failed"
+        else:
+            allow = "none"
+        unique_keys = dict.fromkeys(keys)
+        return " ".join([*unique_keys, allow]).encode()
 
-    def get_job_ids(self, offset: int = 0, length: int = -1) -> list[str]:  # type: ignore[override]
+    def get_job_ids(self, offset: int = 0, length: int = -1) -> list[str]:
         """Return the ids of `length` jobs that wait, the next one first; -1 for all."""
-        last = offset + length - 1 if length >= 0 else -1
-        return super().get_job_ids(offset, last) if length else []
+        if length == 0:
+            return []
+        last = offset + length - 1 if length > 0 else -1
+        return self._read_ids(offset, last)
 
-    job_ids, jobs = property(get_job_ids), property(Registry.get_jobs)
+    def get_jobs(self, offset: int = 0, length: int = -1) -> list[Job]:
+        """Return the jobs of get_job_ids().  Two round trips, however many they are."""
+        return _fetch_jobs([self._job(id) for id in self.get_job_ids(offset, length)])
+
+    def is_empty(self) -> bool:
+        """Tell whether no job waits.  One round trip."""
+        return len(self) == 0
 
     def fetch_job(self, job_id: str) -> Job | None:
         """Return the job of this id if it is of this queue, else None."""
-        found = _fetch_jobs([self._job(job_id)])
-        return found[0] if found else None
+        jobs = _fetch_jobs([self._job(job_id)])
+        return jobs[0] if jobs else None
 
     def get_job_position(self, job: Job | str) -> int | None:
         """Return how many jobs are before this one; None if it does not wait here.  O(n)."""
-        position: int | None = _execute_one(
-            self.connection, "LPOS", f"{self.prefix}queued", _job_id(job)
-        )
+        command = ("LPOS", self.key, _job_id(job))
+        position: int | None = _execute_one(self.connection, *command)
         return position
 
-    started_job_registry, scheduled_job_registry = (
-        _registry("started"),
-        _registry("scheduled"),
-    )
-    finished_job_registry, failed_job_registry = (
-        _registry("finished"),
-        _registry("failed"),
-    )
-    deferred_job_registry, canceled_job_registry = (
-        _registry("deferred"),
-        _registry("canceled"),
-    )
-    rate_limited_job_registry = _registry("rate_limited")
+    @property
+    def started_job_registry(self) -> StartedJobRegistry:
+        """The jobs that workers have claimed."""
+        return StartedJobRegistry(queue=self)
+
+    @property
+    def scheduled_job_registry(self) -> ScheduledJobRegistry:
+        """The jobs that wait for their time."""
+        return ScheduledJobRegistry(queue=self)
+
+    @property
+    def deferred_job_registry(self) -> DeferredJobRegistry:
+        """The jobs that wait for other jobs."""
+        return DeferredJobRegistry(queue=self)
+
+    @property
+    def rate_limited_job_registry(self) -> RateLimitedJobRegistry:
+        """The jobs that wait for a slot of their RateLimit."""
+        return RateLimitedJobRegistry(queue=self)
+
+    @property
+    def finished_job_registry(self) -> FinishedJobRegistry:
+        """The jobs that returned."""
+        return FinishedJobRegistry(queue=self)
+
+    @property
+    def failed_job_registry(self) -> FailedJobRegistry:
+        """The jobs that failed, or were stopped."""
+        return FailedJobRegistry(queue=self)
+
+    @property
+    def canceled_job_registry(self) -> CanceledJobRegistry:
+        """The jobs that were canceled."""
+        return CanceledJobRegistry(queue=self)
 
     def delete(self, delete_jobs: bool = True) -> None:
-        """Delete the queue with its jobs in all states. With delete_jobs=False it must be empty:
-        raises InvalidJobOperation if not."""
-        # In this order what is freed by a job that is deleted comes to a registry further on.
-        order = dict.fromkeys(("deferred", "rate_limited", "scheduled", *_CONTAINERS))
-        registries = [_REGISTRIES[each](queue=self) for each in order]
-        if not delete_jobs and any(len(registry) for registry in registries):
-            raise InvalidJobOperation(
-                f"queue {self.name!r} still has jobs; empty it first"
-            )
-        count = 1
-        while count:  # a worker may have given a job back meanwhile
-            count = sum(registry.empty() for registry in registries)
-        for registry in registries:
-            registry.cleanup()
-        rest = [
-            f"{self.prefix}{each}" for each in ("wake", "cron", "ticks", "schedulers")
-        ]
-        _execute(self.connection, ("SREM", _QUEUES_KEY, self.name), ("DEL", *rest))
-        self._known = False
+        """Delete the queue with its jobs in all states.  With delete_jobs=False it must be
+        empty: raises InvalidJobOperation if not."""
+        # A job that is deleted frees its dependents, and the slot of its limit.  Jobs that
+        # would move on then are deleted first; so hardly any of them comes to run.
+        waiting = (
+            self.deferred_job_registry,
+            self.rate_limited_job_registry,
+            self.scheduled_job_registry,
+        )
+        containers = [*waiting, *self._containers()]
+        if not delete_jobs and any(len(container) for container in containers):
+            text = f"queue {self.name!r} still has jobs; empty it first"
+            raise InvalidJobOperation(text)
+        deleted = 1
+        while deleted:  # once more, since a worker may have given a job back meanwhile
+            deleted = sum(container.empty() for container in containers)
+        clean_registries(self)
+        names = ("wake", "cron", "ticks", "schedulers")
+        keys = [f"{self.prefix}{name}" for name in names]
+        _execute(self.connection, ("SREM", _QUEUES_KEY, self.name), ("DEL", *keys))
+        self._registered = False
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Queue) and self.name == other.name
@@ -3909,28 +4099,52 @@ class Queue(Registry):
     def __repr__(self) -> str:
         return f"Queue({self.name!r})"
 
+    # RQ's other names.
+    @property
+    def job_ids(self) -> list[str]:
+        return self.get_job_ids()
+
+    @property
+    def jobs(self) -> list[Job]:
+        return self.get_jobs()
+
+
+def _new_request(options: dict[str, Any]) -> _EnqueueRequest:
+    """Return the request of a job with these options, which were checked."""
+    id = options.get("job_id")
+    unique = options.get("unique", False)
+    if unique and id is None:
+        raise ValueError(f"unique={unique!r}: give a job_id, too")
+    return _EnqueueRequest(
+        call_id="" if id is None else None,
+        unique=unique is True,
+        at_front=options.get("at_front", False),
+        dependency=options.get("depends_on"),
+    )
+
 
 def _enqueue_args(job: Job, delay: float | str) -> list[Any]:
-    """Return the arguments of `enqueue` for one job."""
+    """Return the arguments of the script `enqueue` for one job."""
     request = job._request
+    if (
+        request.call_id is None
+    ):  # kept, so that a call that is repeated has the same one
+        request = request._replace(call_id=secrets.token_urlsafe(6))
+        job._request = request
     fields = {
         name: value for name, value in job._fields.items() if name in _INITIAL_FIELDS
     }
-    is_blocked = "depends_on" in fields or "rate_limit" in fields
+    if job._meta is not None:
+        context = job._signed_context("meta")
+        fields["meta"] = _serialize(job.serializer, job._meta, "meta", *context)
     at_front = request.at_front
     if request.dependency is not None and request.dependency.enqueue_at_front:
         at_front = True
-    if delay != -1 or is_blocked:
+    is_blocked = "depends_on" in fields or "rate_limit" in fields
+    if is_blocked or delay != -1:
         fields["enqueued_at"] = b""  # not yet
         if at_front:
             fields["at_front"] = b"1"
-    if job._meta is not None:
-        fields["meta"] = _serialize(
-            job.serializer, job._meta, "meta", *job._signed_context("meta")
-        )
-    if request.call_id is None:  # so that a call that is repeated has the same one
-        request = request._replace(call_id=secrets.token_urlsafe(6))
-        job._request = request
     flags = []
     if at_front:
         flags.append("front")
@@ -3949,23 +4163,28 @@ def job(
     queue: Queue | str, connection: Redis | None = None, *, queue_class: Any = None,
     serializer: Any = None, **options: Any,
 ) -> Callable[[Callable[..., Any]], Any]:  # fmt: skip
-    """Decorate a function with .delay() and .enqueue(), which store a call of it. The options are
-    those of enqueue_call(); job_id, at_front and depends_on may stand in each call, too."""
-    per_call, make = (
-        {"job_id", "at_front", "depends_on"},
-        _resolve_class(queue_class, Queue),
-    )
-    make = functools.partial(make, serializer=serializer)
-    find = functools.cache(
-        lambda: queue if isinstance(queue, Queue) else make(queue, connection)
-    )
+    """Decorate a function with .delay() and .enqueue(), which store a call of it.  The
+    options are those of enqueue_call(); job_id, at_front and depends_on may stand in each
+    call, too."""
+    make_queue = _resolve_class(queue_class, Queue)
+
+    @functools.cache
+    def target_queue() -> Any:
+        """Return the queue; one given by its name is made when it is first needed."""
+        if isinstance(queue, Queue):
+            return queue
+        return make_queue(queue, connection, serializer=serializer)
 
     def decorate(func: Any) -> Any:
         def delay(*args: Any, **kwargs: Any) -> Any:
-            own = {name: kwargs.pop(name) for name in per_call & kwargs.keys()}
-            return find().enqueue_call(func, args, kwargs, **options | own)
+            call_options = dict(options)
+            for name in ("job_id", "at_front", "depends_on"):
+                if name in kwargs:
+                    call_options[name] = kwargs.pop(name)
+            return target_queue().enqueue_call(func, args, kwargs, **call_options)
 
-        func.delay = func.enqueue = delay
+        func.delay = delay
+        func.enqueue = delay
         return func
 
     return decorate
@@ -6646,8 +6865,8 @@ class CronJob:
         """Return the ids, <name>-<tick>, of its jobs that still exist, `start` to `end`, the latest
         first.  O(n) in the jobs of the queue."""
         tick_by_id: dict[str, int] = {}
-        for registry in _REGISTRIES.values():
-            for id in registry(self.queue_name, connection).get_job_ids():
+        for container in Queue(self.queue_name, connection)._containers():
+            for id in container._read_ids():
                 slug, _, tick = id.rpartition("-")
                 if slug == self.slug and tick.isdecimal():
                     tick_by_id[id] = int(tick)
@@ -7964,7 +8183,7 @@ def _take_snapshot(connection: Redis, names: Sequence[str]) -> _Snapshot:
     queues = [Queue(name, connection) for name in names] or Queue.all(connection)
     commands: list[Command] = []
     for queue in queues:
-        commands += [registry(queue=queue)._size() for registry in _REGISTRIES.values()]
+        commands += [container._size_command() for container in queue._containers()]
         commands.append(("HKEYS", f"{queue.prefix}workers"))
         commands.append(("HGETALL", f"{queue.prefix}started"))
     *replies, suspended = _execute(connection, *commands, ("EXISTS", _SUSPENDED_KEY))
@@ -7972,7 +8191,7 @@ def _take_snapshot(connection: Redis, names: Sequence[str]) -> _Snapshot:
     counts: dict[str, list[int]] = {}
     held: dict[bytes, list[_HeldJob]] = {}  # by worker
     for queue in queues:
-        counts[queue.name] = list(itertools.islice(remaining, len(_REGISTRIES)))
+        counts[queue.name] = list(itertools.islice(remaining, len(_CONTAINERS)))
         for name in next(remaining):
             held.setdefault(name, [])
         for name, job in _held_jobs(queue, next(remaining)):
