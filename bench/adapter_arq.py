@@ -1,4 +1,7 @@
-"""arq 0.28: functions, WorkerSettings and create_pool as its documentation begins."""
+"""How is arq 0.28 used?  With functions, WorkerSettings and create_pool.
+
+As its documentation begins.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ SETTINGS = RedisSettings(
 
 
 class WorkerSettings:
-    functions = (*JOBS.values(),)
+    functions = tuple(JOBS.values())
     redis_settings = SETTINGS
     job_timeout = int(os.environ.get("BENCH_LEASE", 300))
 
@@ -36,15 +39,15 @@ async def pool():
     return await create_pool(SETTINGS)
 
 
-def enqueue(numbers, func):
+def enqueue(numbers, job):
     redis = pool()
 
     @sync
-    async def each():
+    async def enqueue_each():
         for number in numbers:
-            await redis.enqueue_job(func, number)
+            await redis.enqueue_job(job, number)
 
-    each()
+    enqueue_each()
 
 
 def enqueue_later(number, seconds):

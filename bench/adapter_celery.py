@@ -1,4 +1,7 @@
-"""celery 5.7 with Redis as broker and for results, as its guide to Redis begins."""
+"""How is celery 5.7 used?  With Redis as broker and for results.
+
+As its guide to Redis begins.
+"""
 
 from __future__ import annotations
 
@@ -21,22 +24,20 @@ IMPORT = "import celery, celery.app.base, kombu.transport.redis"
 SHORT = "late acknowledgement, `visibility_timeout` 2 s (1 hour)"
 LEASE = {"usual": "", "short": "2"}
 
-URL = os.environ["BENCH_URL"]
-app = celery.Celery(
-    "bench", broker="redis+socket" + URL[4:], backend="redis+socket" + URL[4:]
-)
-if os.environ.get("BENCH_LEASE"):  # what it has for jobs that are to survive
+URL = os.environ["BENCH_URL"].replace("unix://", "redis+socket://")
+app = celery.Celery("bench", broker=URL, backend=URL)
+if os.environ.get("BENCH_LEASE"):  # its options for jobs that must survive a kill
     app.conf.update(
         task_acks_late=True,
         task_reject_on_worker_lost=True,
         broker_transport_options={"visibility_timeout": int(os.environ["BENCH_LEASE"])},
     )
-TASKS = {name: app.task(func, name=name) for name, func in jobs.ALL.items()}
+TASKS = {name: app.task(job, name=name) for name, job in jobs.ALL.items()}
 
 
-def enqueue(numbers, func):
+def enqueue(numbers, job):
     for number in numbers:
-        TASKS[func].delay(number)
+        TASKS[job].delay(number)
 
 
 def enqueue_later(number, seconds):

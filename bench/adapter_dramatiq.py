@@ -1,4 +1,7 @@
-"""dramatiq 2.2: RedisBroker as its documentation begins, with the Results middleware."""
+"""How is dramatiq 2.2 used?  With RedisBroker and the Results middleware.
+
+As its documentation begins.
+"""
 
 from __future__ import annotations
 
@@ -30,14 +33,14 @@ broker = RedisBroker(url=URL, **options)
 broker.add_middleware(Results(backend=RedisBackend(url=URL)))
 dramatiq.set_broker(broker)
 ACTORS = {
-    name: dramatiq.actor(func, broker=broker, store_results=True)
-    for name, func in jobs.ALL.items()
+    name: dramatiq.actor(job, broker=broker, store_results=True)
+    for name, job in jobs.ALL.items()
 }
 
 
-def enqueue(numbers, func):
+def enqueue(numbers, job):
     for number in numbers:
-        ACTORS[func].send(number)
+        ACTORS[job].send(number)
 
 
 def enqueue_later(number, seconds):

@@ -1,4 +1,4 @@
-"""What costs something before any queue does, with redis-py or without."""
+"""What do Redis, redis-py and the system cost without any queue?  The floors of the tables."""
 
 from __future__ import annotations
 
@@ -14,61 +14,63 @@ import microq
 
 URL = os.environ["BENCH_URL"]
 CLIENT = redis.Redis.from_url(URL)
+EMPTY_LPUSH = b"*3\r\n$5\r\nLPUSH\r\n$5\r\nfloor\r\n$100\r\n\r\n"
 
 
 def ping(count):
-    """Redis.ping() per second."""
+    """Return calls of Redis.ping() per second."""
     CLIENT.ping()
-    began = time.perf_counter()
+    begun_at = time.perf_counter()
     for _ in range(count):
         CLIENT.ping()
-    return count / (time.perf_counter() - began)
+    return count / (time.perf_counter() - begun_at)
 
 
 def slow_pings(count, least, most):
-    """Milliseconds of Redis.ping(), each after a pause of `least` to `most` seconds."""
-    found = []
+    """Return milliseconds of Redis.ping(), each after a pause of `least` to `most` s."""
+    durations = []
     for _ in range(count):
         time.sleep(random.uniform(least, most))
-        began = time.perf_counter()
+        begun_at = time.perf_counter()
         CLIENT.ping()
-        found.append(1000 * (time.perf_counter() - began))
-    return found
+        durations.append(1000 * (time.perf_counter() - begun_at))
+    return durations
 
 
 def trip(count):
-    """Round trips of a bare socket per second."""
-    with socket.socket(socket.AF_UNIX) as raw:
-        raw.connect(urlparse(URL).path)
-        began = time.perf_counter()
+    """Return round trips of a bare socket per second."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(urlparse(URL).path)
+        begun_at = time.perf_counter()
         for _ in range(count):
-            raw.sendall(b"PING\r\n")
-            raw.recv(100)
-        return count / (time.perf_counter() - began)
+            connection.sendall(b"PING\r\n")
+            connection.recv(100)
+        return count / (time.perf_counter() - begun_at)
 
 
 def push(count, size):
-    """LPUSH per second in pipelines of 1,000, each of as many bytes on the wire as `size`."""
-    value = b"x" * max(
-        1, size - len(b"*3\r\n$5\r\nLPUSH\r\n$5\r\nfloor\r\n$100\r\n\r\n")
-    )
-    began = time.perf_counter()
+    """Return LPUSH per second in pipelines of 1,000, each command of `size` bytes."""
+    value = b"x" * max(1, size - len(EMPTY_LPUSH))
+    begun_at = time.perf_counter()
     for _ in range(count // 1000):
         pipe = CLIENT.pipeline(transaction=False)
         for _ in range(1000):
             pipe.lpush("floor", value)
         pipe.execute()
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - begun_at
     CLIENT.delete("floor")
     return count / seconds
 
 
 def fork(count):
-    """fork + exit + wait per second, of a process that has what a microq worker has in memory."""
+    """Return fork + exit + wait per second, of a process with a microq worker in memory."""
     worker = microq.Worker(["bench"], connection=CLIENT)
-    began = time.perf_counter()
+    begun_at = time.perf_counter()
     for _ in range(count):
-        if (pid := os.fork()) == 0:
+        pid = os.fork()
+        if pid == 0:
             os._exit(0)
         os.waitpid(pid, 0)
-    return count / (time.perf_counter() - began) if worker else 0
+    seconds = time.perf_counter() - begun_at
+    del worker  # it was in memory until here
+    return count / seconds

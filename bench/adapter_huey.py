@@ -1,4 +1,4 @@
-"""huey 3.5: RedisHuey and its consumer as its documentation begins."""
+"""How is huey 3.5 used?  With RedisHuey and its consumer, as its documentation begins."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ ENQUEUES = 1500
 IMPORT = "import huey"
 
 huey = RedisHuey("bench", url=os.environ["BENCH_URL"], store_none=True)
-TASKS = {name: huey.task()(func) for name, func in jobs.ALL.items()}
+TASKS = {name: huey.task()(job) for name, job in jobs.ALL.items()}
 
 
-def enqueue(numbers, func):
+def enqueue(numbers, job):
     for number in numbers:
-        TASKS[func](number)
+        TASKS[job](number)
 
 
 def enqueue_later(number, seconds):

@@ -1,7 +1,8 @@
-"""microq, as its README begins.
+"""How is microq used?  As its README begins.
 
-Each adapter has what stands here below the second rule, for the benchmarks; those of microq and RQ
-also have what stands above it, for torture.py.
+Every adapter has what stands below the second line, for the benchmarks.  Those of microq and
+RQ also have what stands above it, for torture.py.  `layout_errors` uses test_microq.py, whose
+check of the keys runs there after every test.
 """
 
 from __future__ import annotations
@@ -10,18 +11,24 @@ import os
 import sys
 
 import redis
-from like_rq import calls_of
+from like_rq import Calls
 
 from microq import DuplicateJobError, Job, Queue, Repeat, Retry
+
+# ---- For torture.py ------------------------------------------------------------------
 
 
 def connect(url):
     return redis.Redis.from_url(url)
 
 
-def enqueue(connection, queue, id, kind, arguments):
-    """Enqueue torture.job(*arguments); a job that is there already was accepted before."""
-    queue, call = Queue(queue, connection), ("torture.job", *arguments)
+def enqueue_job(connection, queue, id, kind, arguments):
+    """Enqueue torture.job(*arguments).
+
+    A job of this id that is there already was stored by an earlier call, whose reply was lost.
+    """
+    queue = Queue(queue, connection)
+    call = ("torture.job", *arguments)
     options = {"job_id": id}
     if kind == "retry":
         options["retry"] = Retry(max=3, interval=[0, 0.5])
@@ -37,17 +44,8 @@ def enqueue(connection, queue, id, kind, arguments):
 
 
 def worker_commands(url, queues, lease):
-    worker = [
-        sys.executable,
-        "-m",
-        "microq",
-        "worker",
-        *queues,
-        "-u",
-        url,
-        "--lease",
-        str(lease),
-    ]
+    worker = [sys.executable, "-m", "microq", "worker", *queues]
+    worker += ["--url", url, "--lease", str(lease)]
     return [
         [*worker, "--processes", "2", "--with-scheduler"],
         [*worker, "--jobs-per-fork", "1", "--dequeue-strategy", "round_robin"],
@@ -56,27 +54,29 @@ def worker_commands(url, queues, lease):
 
 
 def is_idle(connection, queues):
-    """Whether nothing is left to do."""
-    queues = [Queue(name, connection) for name in queues]
-    containers = ("queued", "started", "scheduled")
-    return not any(
-        connection.exists(q.prefix + name) for q in queues for name in containers
-    )
+    """Return whether no job is queued, started or scheduled."""
+    for name in queues:
+        prefix = Queue(name, connection).prefix
+        for container in ("queued", "started", "scheduled"):
+            if connection.exists(prefix + container):
+                return False
+    return True
 
 
 def outcome(connection, ids):
     """Return {id: status}, and {id: how many successful results are recorded}."""
-    jobs = {job.id: job for job in Job.fetch_many(ids, connection) if job}
-    statuses = {id: str(job.get_status(refresh=False)) for id, job in jobs.items()}
-    good = {
-        id: [r.type for r in job.results()].count("successful")
-        for id, job in jobs.items()
-    }
-    return statuses, good
+    statuses = {}
+    successes = {}
+    for job in Job.fetch_many(ids, connection):
+        if job is not None:
+            statuses[job.id] = str(job.get_status(refresh=False))
+            types = [result.type for result in job.results()]
+            successes[job.id] = types.count("successful")
+    return statuses, successes
 
 
-def faults(connection):
-    """Return what is wrong with the keys that are left."""
+def layout_errors(connection):
+    """Return what is wrong with the keys in Redis, as texts."""
     from test_microq import check_invariants
 
     try:
@@ -86,8 +86,7 @@ def faults(connection):
     return []
 
 
-# ---- For the benchmarks --------------------------------------------------------------------------
-
+# ---- For the benchmarks --------------------------------------------------------------
 
 ABOUT = "in-process; default: one forked child; results are stored (its default)"
 SAFE = "yes, runs again"
@@ -107,5 +106,8 @@ SHORT = "`--lease 2` (15)"
 LEASE = {"usual": "15", "short": "2"}
 
 if "BENCH_URL" in os.environ:
-    calls = calls_of(Queue("bench", connect(os.environ["BENCH_URL"])))
-    enqueue, enqueue_many, enqueue_later, waiting = calls
+    calls = Calls(Queue("bench", connect(os.environ["BENCH_URL"])))
+    enqueue = calls.enqueue
+    enqueue_many = calls.enqueue_many
+    enqueue_later = calls.enqueue_later
+    waiting = calls.waiting

@@ -1,9 +1,9 @@
-"""RQ 3.0: for the benchmarks with its defaults, as its documentation begins.
+"""How is RQ 3.0 used?  For the benchmarks with its defaults, as its documentation begins.
 
-For torture.py it is configured to recover as fast as its options allow: maintenance and heartbeats
-each 5 s (its defaults are 600 and 30), a look at the clock while idle each 15 s (405), all workers
-with the scheduler, and a Retry for every job, since RQ fails a job whose worker died unless it has
-one.
+For torture.py it is configured to recover as fast as its options allow: maintenance and
+heartbeats every 5 s (its defaults are 600 and 30), an idle worker looks for due jobs every
+15 s (405), all workers run the scheduler, and every job has a Retry, since RQ fails a job
+without one when its worker died.
 """
 
 from __future__ import annotations
@@ -13,27 +13,35 @@ import sys
 from datetime import timedelta
 
 import redis
-from like_rq import calls_of
+from like_rq import Calls
 from rq import Queue, Repeat, Retry
 from rq.exceptions import DuplicateJobError
 from rq.job import Job
 from rq.results import Result
+
+# ---- For torture.py ------------------------------------------------------------------
 
 
 def connect(url):
     return redis.Redis.from_url(url)
 
 
-def enqueue(connection, queue, id, kind, arguments):
-    queue, options = Queue(queue, connection=connection), {"job_id": id, "unique": True}
-    options["retry"] = Retry(max=3, interval=[0, 1] if kind == "retry" else 0)
+def enqueue_job(connection, queue, id, kind, arguments):
+    queue = Queue(queue, connection=connection)
+    call = ("torture.job", *arguments)
+    retry_interval = [0, 1] if kind == "retry" else 0
+    options = {
+        "job_id": id,
+        "unique": True,
+        "retry": Retry(max=3, interval=retry_interval),
+    }
     if kind == "repeat":
         options["repeat"] = Repeat(times=2, interval=[0, 1])
     try:
         if kind == "later":
-            queue.enqueue_in(timedelta(seconds=1), "torture.job", *arguments, **options)
+            queue.enqueue_in(timedelta(seconds=1), *call, **options)
         else:
-            queue.enqueue("torture.job", *arguments, **options)
+            queue.enqueue(*call, **options)
     except DuplicateJobError:
         pass
 
@@ -41,37 +49,43 @@ def enqueue(connection, queue, id, kind, arguments):
 def worker_commands(url, queues, lease):
     worker = [sys.executable, "-m", "rq.cli", "worker", *queues, "-u", url]
     worker += [*LEASE["short"].split(), "--with-scheduler"]
-    simple = ["-w", "rq.worker.SimpleWorker"]
-    return [worker, worker, worker, [*worker, *simple]]
+    simple = [*worker, "-w", "rq.worker.SimpleWorker"]
+    return [worker, worker, worker, simple]
 
 
 def is_idle(connection, queues):
-    keys = ("rq:queue:{}", "rq:queue:{}:intermediate", "rq:wip:{}", "rq:scheduled:{}")
-    return not any(
-        connection.exists(key.format(name)) for key in keys for name in queues
-    )
+    """Return whether no job is queued, started or scheduled."""
+    patterns = [
+        "rq:queue:{}",
+        "rq:queue:{}:intermediate",
+        "rq:wip:{}",
+        "rq:scheduled:{}",
+    ]
+    for name in queues:
+        for pattern in patterns:
+            if connection.exists(pattern.format(name)):
+                return False
+    return True
 
 
 def outcome(connection, ids):
-    jobs = {
-        id: job
-        for id, job in zip(ids, Job.fetch_many(ids, connection), strict=True)
-        if job
-    }
-    statuses = {id: job.get_status(refresh=False).value for id, job in jobs.items()}
-    good = {
-        id: [result.type for result in job.results()].count(Result.Type.SUCCESSFUL)
-        for id, job in jobs.items()
-    }
-    return statuses, good
+    """Return {id: status}, and {id: how many successful results are recorded}."""
+    statuses = {}
+    successes = {}
+    for job in Job.fetch_many(ids, connection):
+        if job is not None:
+            statuses[job.id] = job.get_status(refresh=False).value
+            types = [result.type for result in job.results()]
+            successes[job.id] = types.count(Result.Type.SUCCESSFUL)
+    return statuses, successes
 
 
-def faults(connection):
+def layout_errors(connection):
+    """Return nothing: RQ's keys are not checked."""
     return []
 
 
-# ---- For the benchmarks --------------------------------------------------------------------------
-
+# ---- For the benchmarks --------------------------------------------------------------
 
 PINS = ["rq==3.0.0", "redis==8.1.0", "hiredis==3.5.0"]
 ABOUT = (
@@ -96,7 +110,9 @@ LEASE = {
 }
 
 if "BENCH_URL" in os.environ:
-    calls = calls_of(
-        Queue("bench", connection=connect(os.environ["BENCH_URL"])), retry=Retry(max=3)
-    )
-    enqueue, enqueue_many, enqueue_later, waiting = calls
+    bench_queue = Queue("bench", connection=connect(os.environ["BENCH_URL"]))
+    calls = Calls(bench_queue, retry=Retry(max=3))
+    enqueue = calls.enqueue
+    enqueue_many = calls.enqueue_many
+    enqueue_later = calls.enqueue_later
+    waiting = calls.waiting

@@ -1,4 +1,4 @@
-"""saq 0.26: a Redis queue and settings as its documentation begins."""
+"""How is saq 0.26 used?  With a Redis queue and settings, as its documentation begins."""
 
 from __future__ import annotations
 
@@ -23,22 +23,26 @@ IMPORT = "import saq.queue.redis"
 SHORT = "`timeout=2` (10), `retries=3` (1), a sweep each 2 s (60)"
 LEASE = {"usual": "", "short": "2"}
 
-LEASED = os.environ.get("BENCH_LEASE")
+timers = {}
+if "BENCH_LEASE" in os.environ:
+    timers["sweep"] = 2  # seconds
 queue = RedisQueue(Redis.from_url(os.environ["BENCH_URL"]))
 settings = {
     "queue": queue,
-    "functions": [*JOBS.values()],
+    "functions": list(JOBS.values()),
     "concurrency": 10,
-    "timers": {"sweep": 2} if LEASED else {},
+    "timers": timers,
 }
 
 
 @sync
-async def enqueue(numbers, func):
+async def enqueue(numbers, job):
     await queue.connect()
-    options = {"timeout": 2, "retries": 3} if func == "stay" else {}
+    options = {}
+    if job == "stay":
+        options = {"timeout": 2, "retries": 3}
     for number in numbers:
-        await queue.enqueue(func, number=number, **options)
+        await queue.enqueue(job, number=number, **options)
 
 
 @sync

@@ -1,4 +1,4 @@
-"""streaq 7.2: a worker and its tasks as its documentation begins."""
+"""How is streaq 7.2 used?  With a worker and its tasks, as its documentation begins."""
 
 from __future__ import annotations
 
@@ -17,25 +17,28 @@ IMPORT = "import streaq"
 SHORT = "`idle_timeout=2` (60)"
 LEASE = {"usual": "60", "short": "2"}
 
-worker = Worker(
-    os.environ["BENCH_URL"], idle_timeout=int(os.environ.get("BENCH_LEASE", 60))
-)
-TASKS = {name: worker.task(name=name)(func) for name, func in JOBS.items()}
+idle_timeout = int(os.environ.get("BENCH_LEASE", 60))  # seconds
+worker = Worker(os.environ["BENCH_URL"], idle_timeout=idle_timeout)
+TASKS = {name: worker.task(name=name)(job) for name, job in JOBS.items()}
 
 
 @sync
-async def enqueue(numbers, func):
+async def enqueue(numbers, job):
     async with worker:
         for number in numbers:
-            await TASKS[func].enqueue(number)
+            await TASKS[job].enqueue(number)
 
 
 @sync
-async def enqueue_many(numbers, func):
+async def enqueue_many(numbers, job):
     numbers = iter(numbers)
     async with worker:
-        while batch := [*itertools.islice(numbers, 1000)]:
-            await worker.enqueue_many([TASKS[func].enqueue(number) for number in batch])
+        while True:
+            batch = list(itertools.islice(numbers, 1000))
+            if not batch:
+                return
+            tasks = [TASKS[job].enqueue(number) for number in batch]
+            await worker.enqueue_many(tasks)
 
 
 @sync

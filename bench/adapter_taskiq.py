@@ -1,4 +1,7 @@
-"""taskiq 0.13 with taskiq-redis 1.2: RedisStreamBroker and a result backend, as it recommends."""
+"""How is taskiq 0.13 used?  With RedisStreamBroker and the result backend of taskiq-redis 1.2.
+
+As taskiq-redis recommends.
+"""
 
 from __future__ import annotations
 
@@ -27,13 +30,13 @@ SHORT = "`idle_timeout=2000` (10 minutes)"
 LEASE = {"usual": "600000", "short": "2000"}
 
 URL = os.environ["BENCH_URL"]
-# "0": a worker whose queue is new also runs what was enqueued before it came.
-broker = RedisStreamBroker(
-    url=URL, idle_timeout=int(os.environ.get("BENCH_LEASE", 600000)), consumer_id="0"
-).with_result_backend(RedisAsyncResultBackend(redis_url=URL))
-TASKS = {
-    name: broker.register_task(func, task_name=name) for name, func in JOBS.items()
-}
+idle_timeout = int(os.environ.get("BENCH_LEASE", 600000))  # milliseconds
+# consumer_id "0": the worker also runs jobs that were enqueued before it started.
+broker = RedisStreamBroker(url=URL, idle_timeout=idle_timeout, consumer_id="0")
+broker = broker.with_result_backend(RedisAsyncResultBackend(redis_url=URL))
+TASKS = {}
+for name, job in JOBS.items():
+    TASKS[name] = broker.register_task(job, task_name=name)
 
 
 @functools.cache
@@ -42,15 +45,15 @@ async def start():
     await broker.startup()
 
 
-def enqueue(numbers, func):
+def enqueue(numbers, job):
     start()
-    kick(numbers, func)
+    kick(numbers, job)
 
 
 @sync
-async def kick(numbers, func):
+async def kick(numbers, job):
     for number in numbers:
-        await TASKS[func].kiq(number)
+        await TASKS[job].kiq(number)
 
 
 def waiting():

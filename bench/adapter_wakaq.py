@@ -1,4 +1,7 @@
-"""WakaQ 4.0: tasks and a worker as its documentation begins, over the unix socket of the others."""
+"""How is WakaQ 4.0 used?  With tasks and a worker, as its documentation begins.
+
+It reaches the server by a unix socket, as all competitors do.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +20,17 @@ ONE_FOR_ALL = True  # the number of processes is an option of the app
 ENQUEUES = 2000
 IMPORT = "import wakaq"
 
-wakaq = WakaQ(queues=["bench"], concurrency=int(os.environ.get("BENCH_PROCESSES", 1)))
-# Its options name a host and a port only.
-wakaq.broker = redis.Redis.from_url(os.environ["BENCH_URL"], decode_responses=True)
-TASKS = {name: wakaq.task(func) for name, func in jobs.ALL.items()}
+URL = os.environ["BENCH_URL"]
+processes = int(os.environ.get("BENCH_PROCESSES", 1))
+wakaq = WakaQ(queues=["bench"], concurrency=processes)
+# WakaQ has options for a host and a port, but none for a unix socket.
+wakaq.broker = redis.Redis.from_url(URL, decode_responses=True)
+TASKS = {name: wakaq.task(job) for name, job in jobs.ALL.items()}
 
 
-def enqueue(numbers, func):
+def enqueue(numbers, job):
     for number in numbers:
-        TASKS[func].delay(number)
+        TASKS[job].delay(number)
 
 
 def enqueue_later(number, seconds):

@@ -1,8 +1,8 @@
-"""How many bytes does Redis need for a queued no-op job with a number as its argument, and for a
-finished one?
+"""How many bytes does Redis need for a queued and for a finished no-op job, whose argument is a
+number?
 
-What the server has allocated, without the buffers of its clients, before and after up to 500 jobs;
-the finished ones while the worker that ran as many before is there.
+The memory that the server has allocated, without the buffers of its clients, before and after up
+to 500 jobs.  Finished jobs are measured while the worker that has run as many jobs before is idle.
 """
 
 from __future__ import annotations
@@ -12,23 +12,27 @@ import time
 WHEN = "together"
 
 
-def ask(session):
-    count = min(500, session.rival.says["ENQUEUES"] // 4)
-    session.clear()
-    session.enqueue(50, "enqueue_many")
-    before = used(session)
-    first, _ = session.enqueue(count, "enqueue_many")
-    queued = used(session) - before
-    session.work()
-    session.delivered(first, count)
-    before = used(session)
-    first, _ = session.enqueue(2 * count)
-    session.delivered(first, 2 * count)
-    finished = used(session) - before
-    return {("", "queued"): queued / count, ("", "finished"): finished / count / 2}
+def measure(deployment):
+    count = min(500, deployment.competitor.settings["ENQUEUES"] // 4)
+    deployment.clear()
+    deployment.enqueue(50, "enqueue_many")
+    before = used_memory(deployment)
+    first, _ = deployment.enqueue(count, "enqueue_many")
+    queued = used_memory(deployment) - before
+    deployment.work()
+    deployment.wait_for_runs(first, count)
+    before = used_memory(deployment)
+    first, _ = deployment.enqueue(2 * count)
+    deployment.wait_for_runs(first, 2 * count)
+    finished = used_memory(deployment) - before
+    return {
+        ("", "queued"): queued / count,
+        ("", "finished"): finished / (2 * count),
+    }
 
 
-def used(session):
-    time.sleep(1)  # what has ended is recorded, and tables that grew have moved
-    info = session.admin.info("memory")
+def used_memory(deployment):
+    # Until then outcomes are recorded, and hash tables that grew are moved.
+    time.sleep(1)
+    info = deployment.admin.info("memory")
     return info["used_memory"] - info["mem_clients_normal"]

@@ -1,7 +1,7 @@
-"""How much CPU does a job cost: of who enqueues it, of the worker, and of the server?
+"""How much CPU does a job cost: of the client that enqueues it, of the worker, and of the server?
 
 No-ops, enqueued one by one, and run by a worker in one process that was stopped while they were
-enqueued.  The floor: Redis.ping().  By the scheduler's own count (schedstat of Linux).
+enqueued.  The floor: Redis.ping().  CPU time as the scheduler counts it (schedstat of Linux).
 """
 
 from __future__ import annotations
@@ -11,55 +11,65 @@ import signal
 from pathlib import Path
 
 WHEN = "rounds"
-RIVALS = ["microq", "rq", "huey", "wakaq"]
+COMPETITORS = ["microq", "rq", "huey", "wakaq"]
 PINGS = 5000
 
 
-def spent(pids):
+def cpu_time(pids):
     """Return the microseconds that processes have spent on a CPU."""
-    tasks = [
-        task for pid in pids for task in Path(f"/proc/{pid}/task").glob("*/schedstat")
-    ]
-    return sum(int(task.read_text().split()[0]) for task in tasks) / 1000
+    nanoseconds = 0
+    for pid in pids:
+        for task in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+            nanoseconds += int(task.read_text().split()[0])
+    return nanoseconds / 1000
 
 
-def compare(session, pids, count, call, *args):
-    """Return what a call costs for each of `count`: the processes, and the server."""
-    both = list(pids), [session.admin.info("server")["process_id"]]
-    before = [spent(each) for each in both]
+def compare(deployment, pids, count, call, *args):
+    """Return the microseconds of the processes, and of the server, per one of `count`."""
+    pids = list(pids)
+    server = [deployment.admin.info("server")["process_id"]]
+    before = cpu_time(pids)
+    server_before = cpu_time(server)
     call(*args)
-    return [
-        (spent(each) - then) / count for each, then in zip(both, before, strict=True)
-    ]
+    spent = cpu_time(pids) - before
+    server_spent = cpu_time(server) - server_before
+    return spent / count, server_spent / count
 
 
-def ask(session):
-    says, label = session.rival.says, session.rival.labels[0]
-    session.clear()
-    session.enqueue(50)
-    count = says["ENQUEUES"]
-    enqueue = compare(session, [session.client.pid], count, session.enqueue, count)
-    session.clear()
-    session.work(label)
-    workers, count = session.processes(), 2 * says["WORKERS"][label][1]
+def measure(deployment):
+    settings = deployment.competitor.settings
+    label = deployment.competitor.labels[0]
+    deployment.clear()
+    deployment.enqueue(50)
+    count = settings["ENQUEUES"]
+    client = [deployment.client.pid]
+    enqueue = compare(deployment, client, count, deployment.enqueue, count)
+    deployment.clear()
+    deployment.work(label)
+    workers = deployment.processes()
+    count = 2 * settings["WORKERS"][label][1]
     for pid in workers:
         os.kill(pid, signal.SIGSTOP)
-    first, _ = session.enqueue(count, "enqueue_many")
-    run = compare(session, workers, count, finish, session, workers, first, count)
-    names = "enqueue, client", "enqueue, server", "run, worker", "run, server"
+    first, _ = deployment.enqueue(count, "enqueue_many")
+    arguments = deployment, workers, first, count
+    run = compare(deployment, workers, count, run_all, *arguments)
     return {
-        ("", name): value for name, value in zip(names, [*enqueue, *run], strict=True)
+        ("", "enqueue, client"): enqueue[0],
+        ("", "enqueue, server"): enqueue[1],
+        ("", "run, worker"): run[0],
+        ("", "run, server"): run[1],
     }
 
 
-def finish(session, workers, first, count):
+def run_all(deployment, workers, first, count):
     for pid in workers:
         os.kill(pid, signal.SIGCONT)
-    session.delivered(first, count)
+    deployment.wait_for_runs(first, count)
 
 
-def floor(session):
-    session.ask("figure", "ping", 100)
-    words = "figure", "ping", PINGS
-    client, server = compare(session, [session.client.pid], PINGS, session.ask, *words)
+def measure_floor(deployment):
+    deployment.call("figure", "ping", 100)
+    pids = [deployment.client.pid]
+    arguments = "figure", "ping", PINGS
+    client, server = compare(deployment, pids, PINGS, deployment.call, *arguments)
     return {("", "ping, client"): client, ("", "ping, server"): server}

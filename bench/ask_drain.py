@@ -1,7 +1,7 @@
 """How many queued jobs does one worker in one process run in a second: no-ops, and of 1 ms of work?
 
-Each rival in every configuration of one process that its adapter names.  A fork for every job is
-asked elsewhere.
+Each competitor in every configuration of one process that its adapter names.  A fork for every job
+is another question.
 """
 
 from __future__ import annotations
@@ -10,33 +10,36 @@ WHEN = "rounds"
 BUSY = 200  # jobs of 1 ms
 
 
-def ask(session):
-    """The usual configuration comes last, since its worker serves the next question too."""
-    found, says = {}, session.rival.says
-    for label in sorted(session.rival.labels, key=session.rival.usual.__eq__):
-        if label != says.get("FORKS"):
-            busy = (
-                BUSY if label in (session.rival.labels[0], session.rival.usual) else 0
-            )
-            found |= drain(session, label, says["WORKERS"][label][1], 1, busy)
-    return found
+def measure(deployment):
+    competitor = deployment.competitor
+    labels = [label for label in competitor.labels if label != competitor.usual]
+    # The usual configuration comes last, since its worker serves the next question too.
+    labels.append(competitor.usual)
+    figures = {}
+    for label in labels:
+        if label == competitor.settings.get("FORKS"):
+            continue
+        with_busy_jobs = label in (competitor.labels[0], competitor.usual)
+        count = competitor.settings["WORKERS"][label][1]
+        figures |= drain(deployment, label, count, 1, BUSY if with_busy_jobs else 0)
+    return figures
 
 
-def drain(session, label, count, processes, busy=0):
-    """Queue no-ops and `busy` jobs of 1 ms, then start the workers."""
-    session.clear()
-    first, _ = session.enqueue(count, "enqueue_many")
-    slow, _ = session.enqueue(busy, "enqueue_many", "busy")
-    before = session.traffic()
-    session.work(label, processes, ready=False)
-    session.delivered(first, count)
-    after = session.traffic()
-    found = {
-        (label, "no-ops, per second"): session.rate(first, count),
-        (label, "commands"): (after[0] - before[0]) / count,
-        (label, "round trips"): (after[1] - before[1]) / count,
+def drain(deployment, label, count, processes, busy=0):
+    """Queue no-ops and `busy` jobs of 1 ms, then start the workers; return the figures."""
+    deployment.clear()
+    first, _ = deployment.enqueue(count, "enqueue_many")
+    first_busy, _ = deployment.enqueue(busy, "enqueue_many", "busy")
+    commands, reads, _ = deployment.traffic()
+    deployment.work(label, processes, warm_up=False)
+    deployment.wait_for_runs(first, count)
+    commands_after, reads_after, _ = deployment.traffic()
+    figures = {
+        (label, "no-ops, per second"): deployment.rate(first, count),
+        (label, "commands"): (commands_after - commands) / count,
+        (label, "round trips"): (reads_after - reads) / count,
     }
     if busy:
-        session.delivered(slow, busy)
-        found[label, "1 ms, per second"] = session.rate(slow, busy)
-    return found
+        deployment.wait_for_runs(first_busy, busy)
+        figures[label, "1 ms, per second"] = deployment.rate(first_busy, busy)
+    return figures

@@ -1,4 +1,4 @@
-"""How many no-op jobs run in a second if each has a process of its own?
+"""How many no-op jobs run in a second if each job has a process of its own?
 
 The floor: fork, exit and wait of a process that has a microq worker in memory.
 """
@@ -8,17 +8,19 @@ from __future__ import annotations
 WHEN = "rounds"
 
 
-def ask(session):
-    label = session.rival.says.get("FORKS")
+def measure(deployment):
+    settings = deployment.competitor.settings
+    label = settings.get("FORKS")
     if label is None:
         return {}
-    session.clear()
-    count = session.rival.says["WORKERS"][label][1]
-    first, _ = session.enqueue(count, "enqueue_many")
-    session.work(label, ready=False)
-    session.delivered(first, count)
-    return {(label, "no-ops, per second"): session.rate(first, count)}
+    deployment.clear()
+    count = settings["WORKERS"][label][1]
+    first, _ = deployment.enqueue(count, "enqueue_many")
+    deployment.work(label, warm_up=False)
+    deployment.wait_for_runs(first, count)
+    return {(label, "no-ops, per second"): deployment.rate(first, count)}
 
 
-def floor(session):
-    return {("", "bare forks, per second"): session.ask("figure", "fork", 120)}
+def measure_floor(deployment):
+    forks = deployment.call("figure", "fork", 120)
+    return {("", "bare forks, per second"): forks}

@@ -1,7 +1,8 @@
 """What does an idle worker cost: commands to the server, CPU and memory?
 
-Over 5 seconds, 5 seconds after its last job; all rivals wait at the same time, each on a server of
-its own.  Memory is that of all processes of the worker; what they share counts once (PSS).
+Over 5 seconds, 5 seconds after its last job.  All competitors are measured at the same time, each
+on a server of its own.  Memory is that of all processes of the worker; memory that they share
+counts once (PSS).
 """
 
 from __future__ import annotations
@@ -14,36 +15,41 @@ WHEN = "together"
 SECONDS = 5
 
 
-def ask(session):
-    session.clear()
-    session.work()
-    session.leave()
+def measure(deployment):
+    deployment.clear()
+    deployment.work()
+    deployment.stop_client()
     time.sleep(5)
-    before, spent = session.traffic(), cpu(session)
+    commands, reads, _ = deployment.traffic()
+    cpu = cpu_seconds(deployment)
     time.sleep(SECONDS)
-    after = session.traffic()
+    commands_after, reads_after, _ = deployment.traffic()
+    cpu_after = cpu_seconds(deployment)
+    # traffic() itself sends one command: INFO.
     return {
-        ("", "commands per second"): (after[0] - before[0] - 1)
-        / SECONDS,  # one is INFO
-        ("", "round trips per second"): (after[1] - before[1] - 1) / SECONDS,
-        ("", "CPU, ms per second"): 1000 * (cpu(session) - spent) / SECONDS,
-        ("", "memory, MB"): sum(map(share, session.processes())) / 1e3,
-        ("", "processes"): len(session.processes()),
+        ("", "commands per second"): (commands_after - commands - 1) / SECONDS,
+        ("", "round trips per second"): (reads_after - reads - 1) / SECONDS,
+        ("", "CPU, ms per second"): 1000 * (cpu_after - cpu) / SECONDS,
+        ("", "memory, MB"): sum(map(memory, deployment.processes())) / 1000,
+        ("", "processes"): len(deployment.processes()),
     }
 
 
-def cpu(session):
-    """Return the seconds that the processes have used."""
+def cpu_seconds(deployment):
+    """Return the seconds that the worker's processes have spent on a CPU."""
     ticks = 0
-    for pid in session.processes():
-        user, system = (
-            Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
-        )
+    for pid in deployment.processes():
+        stat = Path(f"/proc/{pid}/stat").read_text()
+        fields = stat.rpartition(")")[2].split()
+        user, system = fields[11:13]
         ticks += int(user) + int(system)
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def share(pid):
-    """Return the kB that a process has for itself, and its share of what it has with others."""
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().split("\n")
-    return next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+def memory(pid):
+    """Return the kB of a process: its own pages, and its share of pages with others."""
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    for line in text.split("\n"):
+        if line.startswith("Pss:"):
+            return int(line.split()[1])
+    return 0

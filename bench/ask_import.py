@@ -1,6 +1,6 @@
-"""How long does a Python process take that does nothing but import the library?
+"""How long does a Python process take that only imports the library?
 
-Its bytecode is there already, from a run that does not count.
+Its bytecode is in a cache, from a first run that does not count.
 """
 
 from __future__ import annotations
@@ -11,24 +11,25 @@ import time
 WHEN = "rounds"
 
 
-def run(session, code):
-    bytecode = {
-        "PYTHONPYCACHEPREFIX": f"{session.marks}.bytecode",
-        "PYTHONDONTWRITEBYTECODE": "",
-    }
+def run_python(deployment, code):
+    """Return the milliseconds of the second of two runs."""
+    environment = deployment.environment()
+    environment["PYTHONPYCACHEPREFIX"] = f"{deployment.marks}.bytecode"
+    environment["PYTHONDONTWRITEBYTECODE"] = ""
+    command = [deployment.competitor.python, "-c", code]
     for _ in range(2):
-        began = time.perf_counter()
-        command = [session.rival.python, "-c", code]
-        subprocess.run(command, check=True, env=session.environment() | bytecode)
-    return 1000 * (time.perf_counter() - began)
+        begun_at = time.perf_counter()
+        subprocess.run(command, check=True, env=environment)
+    return 1000 * (time.perf_counter() - begun_at)
 
 
-def ask(session):
-    return {("", "ms"): run(session, session.rival.says["IMPORT"])}
+def measure(deployment):
+    code = deployment.competitor.settings["IMPORT"]
+    return {("", "ms"): run_python(deployment, code)}
 
 
-def floor(session):
+def measure_floor(deployment):
     return {
-        ("", "nothing, ms"): run(session, ""),
-        ("", "redis, ms"): run(session, "import redis"),
+        ("", "nothing, ms"): run_python(deployment, ""),
+        ("", "redis, ms"): run_python(deployment, "import redis"),
     }

@@ -1,7 +1,7 @@
 """How late does a delayed job begin, on an idle worker?
 
-Jobs that are due after 2 s, enqueued at random moments of a second.  All rivals wait at the same
-time, each on a server of its own.
+Jobs with a delay of 2 s, enqueued at random moments of a second.  All competitors are measured at
+the same time, each on a server of its own.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ WHEN = "together"
 COUNT = 20
 
 
-def ask(session):
-    session.clear()
-    session.work()
-    first = session.new(COUNT)
-    due = session.ask("enqueue_later", first, COUNT, 2)
-    session.delivered(first, COUNT)
-    late = [session.times[first + i] - moment for i, moment in enumerate(due)]
-    return {(session.rival.usual, "ms late"): [1000 * value for value in late]}
+def measure(deployment):
+    deployment.clear()
+    deployment.work()
+    first = deployment.reserve_numbers(COUNT)
+    due_times = deployment.call("enqueue_later", first, COUNT, 2)
+    deployment.wait_for_runs(first, COUNT)
+    delays = []
+    for number, due_at in enumerate(due_times, first):
+        seconds = deployment.times[number] - due_at
+        delays.append(1000 * seconds)
+    return {(deployment.competitor.usual, "ms late"): delays}

@@ -1,7 +1,7 @@
-"""How many jobs are enqueued one by one, and run by one worker, where a round trip takes 1 ms more?
+"""How many jobs are enqueued one by one, and run by one worker, if a round trip takes 1 ms more?
 
-Client and worker reach the server through proxy.py, which passes on what they send 1 ms later.  The
-floor is Redis.ping() by the same way.
+Client and worker reach the server through proxy.py, which passes on requests 1 ms later.  The
+floor: Redis.ping() through the same proxy.
 """
 
 from __future__ import annotations
@@ -13,54 +13,51 @@ import time
 from pathlib import Path
 
 from ask_drain import drain
-from rivals import HERE
+from competitors import HERE
 
 WHEN = "rounds"
-RIVALS = ["microq", "rq", "huey", "wakaq"]
+COMPETITORS = ["microq", "rq", "huey", "wakaq"]
 SECONDS = 0.001
 
 
 @contextlib.contextmanager
-def slow(session):
-    """Make the network of a session slow."""
-    near, path = session.url, Path(session.url.removeprefix("unix://") + "-slow")
-    command = [
-        sys.executable,
-        HERE / "proxy.py",
-        path,
-        near.removeprefix("unix://"),
-        str(SECONDS),
-    ]
-    session.stop()
-    session.leave()
-    running = subprocess.Popen(command)
+def slow_network(deployment):
+    """Have the client and the workers of a deployment use the proxy."""
+    url = deployment.url
+    target = url.removeprefix("unix://")
+    path = Path(target + "-slow")
+    command = [sys.executable, HERE / "proxy.py", path, target, str(SECONDS)]
+    deployment.stop_workers()
+    deployment.stop_client()
+    proxy = subprocess.Popen(command)
     try:
         while not path.exists():
             time.sleep(0.01)
-        session.url = f"unix://{path}"
+        deployment.url = f"unix://{path}"
         yield
     finally:
-        session.stop()
-        session.leave()
-        session.url = near
-        running.kill()
-        running.wait()
+        deployment.stop_workers()
+        deployment.stop_client()
+        deployment.url = url
+        proxy.kill()
+        proxy.wait()
         path.unlink()
 
 
-def ask(session):
-    label = session.rival.usual
-    with slow(session):
-        session.enqueue(10)
-        _, seconds = session.enqueue(60)
-        count = max(40, session.rival.says["WORKERS"][label][1] // 10)
-        rate = drain(session, label, count, 1)[label, "no-ops, per second"]
+def measure(deployment):
+    label = deployment.competitor.usual
+    usual_count = deployment.competitor.settings["WORKERS"][label][1]
+    with slow_network(deployment):
+        deployment.enqueue(10)
+        _, seconds = deployment.enqueue(60)
+        figures = drain(deployment, label, max(40, usual_count // 10), 1)
     return {
         (label, "enqueue, per second"): 60 / seconds,
-        (label, "no-ops, per second"): rate,
+        (label, "no-ops, per second"): figures[label, "no-ops, per second"],
     }
 
 
-def floor(session):
-    with slow(session):
-        return {("", "ping, per second"): session.ask("figure", "ping", 200)}
+def measure_floor(deployment):
+    with slow_network(deployment):
+        pings = deployment.call("figure", "ping", 200)
+    return {("", "ping, per second"): pings}

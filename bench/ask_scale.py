@@ -1,4 +1,7 @@
-"""How many queued jobs do two processes run in a second?  To compare with one, from ask_drain."""
+"""How many queued jobs do two processes run in a second?
+
+Compare with one process, the question of ask_drain.py.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from ask_drain import drain
 WHEN = "rounds"
 
 
-def ask(session):
-    label = session.rival.usual
-    return drain(session, label, 2 * session.rival.says["WORKERS"][label][1], 2)
+def measure(deployment):
+    label = deployment.competitor.usual
+    count = 2 * deployment.competitor.settings["WORKERS"][label][1]
+    return drain(deployment, label, count, 2)

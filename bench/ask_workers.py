@@ -5,14 +5,15 @@ from __future__ import annotations
 from ask_drain import drain
 
 WHEN = "once"
-RIVALS = ["microq", "rq", "huey"]
+COMPETITORS = ["microq", "rq", "huey"]
 PROCESSES = [1, 2, 4, 8]
 
 
-def ask(session, long=False):
-    label = session.rival.usual
-    count = 2 * session.rival.says["WORKERS"][label][1]
-    name = "no-ops, per second"
-    return {
-        ("drain", n): drain(session, label, count, n)[label, name] for n in PROCESSES
-    }
+def measure(deployment, long=False):
+    label = deployment.competitor.usual
+    count = 2 * deployment.competitor.settings["WORKERS"][label][1]
+    figures = {}
+    for processes in PROCESSES:
+        drained = drain(deployment, label, count, processes)
+        figures["drain", processes] = drained[label, "no-ops, per second"]
+    return figures

@@ -1,4 +1,7 @@
-"""For the adapters of queues on asyncio: their jobs are coroutines, and so are their calls."""
+"""How does a synchronous client call a queue on asyncio?  All calls run on one event loop.
+
+For the adapters of these queues: their jobs are coroutine functions, and so are their calls.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ LOOP = asyncio.new_event_loop()
 
 
 def sync(call):
-    """Make a function of a coroutine function; all run on one loop."""
+    """Return a function that runs a coroutine function to its end."""
 
     @functools.wraps(call)
     def run(*args, **options):
@@ -20,14 +23,21 @@ def sync(call):
     return run
 
 
-def coroutine_of(func):
-    """Return a job as a coroutine function; a context before its number is left out."""
+def coroutine_of(function):
+    """Return a job as a coroutine function.
+
+    Some queues pass a context before the number, which is ignored; some pass the number by
+    keyword.
+    """
 
     async def run(*args, number=None):
-        func(args[-1] if number is None else number)
+        if number is None:
+            number = args[-1]
+        function(number)
 
-    run.__name__ = run.__qualname__ = func.__name__
+    run.__name__ = function.__name__
+    run.__qualname__ = function.__name__
     return run
 
 
-JOBS = {name: coroutine_of(func) for name, func in jobs.ALL.items()}
+JOBS = {name: coroutine_of(function) for name, function in jobs.ALL.items()}

@@ -1,4 +1,7 @@
-"""Medians, spreads and ratios of what was found, and what microq aims at."""
+"""What do the measured values say?  Medians, spreads and ratios, and microq's aims.
+
+A place names values: (question, competitor, label, figure).
+"""
 
 from __future__ import annotations
 
@@ -6,148 +9,188 @@ import math
 import statistics
 
 NOOPS = "no-ops, per second"
-SINGLE, BULK = "one by one, per second", "in bulk, per second"
+SINGLE = "one by one, per second"
+BULK = "in bulk, per second"
 
 
 def number(value):
-    if value is None or isinstance(value, str):
-        return value or ""
+    """Write a number with three digits or more; return a text as it is, None as ""."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def percentile(values, part):
-    """Return the value that `part` of all are not above (nearest rank)."""
-    return sorted(values)[math.ceil(part * len(values)) - 1]
+    """Return the smallest value that is at least as high as `part` of all values."""
+    rank = math.ceil(part * len(values))  # nearest rank
+    return sorted(values)[rank - 1]
 
 
 def spread(values):
-    """Write the median, and in parentheses the least and the most."""
+    """Write the median, and in parentheses the lowest and the highest value."""
     if len(values) < 2:
         return number(values[0])
-    middle, *ends = map(number, (statistics.median(values), min(values), max(values)))
-    return f"{middle} ({ends[0]} to {ends[1]})"
+    median = number(statistics.median(values))
+    return f"{median} ({number(min(values))} to {number(max(values))})"
 
 
 class Figures:
-    """Medians, spreads and ratios; a place is (question, rival, label, figure)."""
+    """Medians, spreads and ratios of results."""
 
     def __init__(self, results):
         self.results = results
 
+    def column(self, place):
+        question, competitor, label, figure = place
+        columns = self.results.values.get((question, competitor), {})
+        return columns.get((label, figure), [])
+
     def rounds(self, place):
-        """Return a number for each round, None where there is none; of latencies the medians."""
-        question, rival, label, figure = place
-        column = self.results.values.get((question, rival), {}).get((label, figure), [])
-        return [
-            statistics.median(each) if isinstance(each, list) else each
-            for each in column
-        ]
+        """Return a value for each round: None if there is none, for latencies the median."""
+        values = []
+        for entry in self.column(place):
+            if isinstance(entry, list):
+                values.append(statistics.median(entry))
+            else:
+                values.append(entry)
+        return values
 
     def median(self, *place):
-        """Return the median of the rounds, or what stands there instead of a number."""
-        found = [value for value in self.rounds(place) if value is not None]
-        if not found or any(isinstance(value, str) for value in found):
-            return next((value for value in found if isinstance(value, str)), None)
-        return statistics.median(found)
+        """Return the median of the rounds, a text in place of a number, or None."""
+        values = [value for value in self.rounds(place) if value is not None]
+        texts = [value for value in values if isinstance(value, str)]
+        if texts:
+            return texts[0]
+        if not values:
+            return None
+        return statistics.median(values)
 
     def cell(self, *place):
-        """Return the median with its spread, or why there is none."""
-        middle = self.median(*place)
-        if middle is None or isinstance(middle, str):
-            return number(middle)
+        """Write the median with its spread, or the text in place of a number."""
+        median = self.median(*place)
+        if median is None or isinstance(median, str):
+            return number(median)
         return spread([value for value in self.rounds(place) if value is not None])
 
-    def ratios(self, one, other):
-        """Return the ratio of two figures within each round that has both."""
-        pairs = zip(self.rounds(one), self.rounds(other), strict=False)
-        return [a / b for a, b in pairs if a is not None and b is not None]
+    def ratios(self, place, other):
+        """Return the ratio of two places, for each round that has values of both."""
+        ratios = []
+        pairs = zip(self.rounds(place), self.rounds(other), strict=False)
+        for value, other_value in pairs:
+            if value is not None and other_value is not None:
+                ratios.append(value / other_value)
+        return ratios
 
     def all_of(self, *place):
         """Return all latencies of all rounds."""
-        question, rival, label, figure = place
-        column = self.results.values.get((question, rival), {}).get((label, figure), [])
-        return [value for each in column if each for value in each]
+        latencies = []
+        for entry in self.column(place):
+            if entry:
+                latencies += entry
+        return latencies
 
 
-# ---- What microq aims at -------------------------------------------------------------------------
+# ---- microq's aims -------------------------------------------------------------------
 
-ONE, CHILD = (
-    ("drain", "microq", "in-process", NOOPS),
-    ("drain", "microq", "default", NOOPS),
-)
-TWO, FORK = (
-    ("scale", "microq", "default", NOOPS),
-    ("fork", "microq", "fork per job", NOOPS),
-)
-ENQUEUE, MANY = ("enqueue", "microq", "", SINGLE), ("enqueue", "microq", "", BULK)
-LATENCY, PING = (
-    ("latency", "microq", "default", "ms"),
-    ("enqueue", "floor", "", "ping, per second"),
-)
-SIMPLE, WORKER = ("drain", "rq", "SimpleWorker", NOOPS), ("fork", "rq", "Worker", NOOPS)
-FORKS = ("fork", "floor", "", "bare forks, per second")
+IN_PROCESS = ("drain", "microq", "in-process", NOOPS)
+CHILD = ("drain", "microq", "default", NOOPS)
+TWO = ("scale", "microq", "default", NOOPS)
+FORK = ("fork", "microq", "fork per job", NOOPS)
+ENQUEUE = ("enqueue", "microq", "", SINGLE)
+MANY = ("enqueue", "microq", "", BULK)
+LATENCY = ("latency", "microq", "default", "ms")
+RQ_SIMPLE = ("drain", "rq", "SimpleWorker", NOOPS)
+RQ_WORKER = ("fork", "rq", "Worker", NOOPS)
+RQ_ENQUEUE = ("enqueue", "rq", "", SINGLE)
+RQ_MANY = ("enqueue", "rq", "", BULK)
+PING = ("enqueue", "floor", "", "ping, per second")
+PAUSED_PING = ("latency", "floor", "", "ms")
+BARE_FORK = ("fork", "floor", "", "bare forks, per second")
 PUSH = ("enqueue", "floor", "", "pipelined LPUSH, per second")
-PAUSED = ("latency", "floor", "", "ms")
-RATIOS = [  # what, the aim, and of which two figures it is the ratio
-    ("run in one process, to RQ's SimpleWorker", ">= 100", ONE, SIMPLE),
-    ("jobs run in one process for each `Redis.ping()`", ">= 3", ONE, PING),
-    ("run in one forked child (the default), to in-process", ">= 0.9", CHILD, ONE),
+RATIOS = [  # (name of the ratio, aim, the two places)
+    ("run in one process, to RQ's SimpleWorker", ">= 100", IN_PROCESS, RQ_SIMPLE),
+    ("jobs run in one process for each `Redis.ping()`", ">= 3", IN_PROCESS, PING),
+    (
+        "run in one forked child (the default), to in-process",
+        ">= 0.9",
+        CHILD,
+        IN_PROCESS,
+    ),
     ("two processes, to one", ">= 1.5", TWO, CHILD),
     (
         "a fork for every job, to bare fork + exit + wait, one by one",
         ">= 0.7",
         FORK,
-        FORKS,
+        BARE_FORK,
     ),
-    ("a fork for every job, to RQ's Worker", ">= 1.5", FORK, WORKER),
+    ("a fork for every job, to RQ's Worker", ">= 1.5", FORK, RQ_WORKER),
     ("enqueue, to `Redis.ping()`", ">= 1", ENQUEUE, PING),
-    ("enqueue, to RQ", ">= 5", ENQUEUE, ("enqueue", "rq", "", SINGLE)),
-    ("enqueue in bulk, to RQ", ">= 12", MANY, ("enqueue", "rq", "", BULK)),
+    ("enqueue, to RQ", ">= 5", ENQUEUE, RQ_ENQUEUE),
+    ("enqueue in bulk, to RQ", ">= 12", MANY, RQ_MANY),
     ("enqueue in bulk, to pipelined LPUSH of the same bytes", ">= 0.5", MANY, PUSH),
-    ("latency p50, in pings that come after the same pauses", "<= 3", LATENCY, PAUSED),
+    ("latency p50, to pings after the same pauses", "<= 3", LATENCY, PAUSED_PING),
 ]
 BYTES = {"queued": 250, "finished": 350}
 
 
 def aims(figures):
-    """Return rows of (what, aim, values, note); an aim is an operator and a number."""
-    rows = [(what, aim, figures.ratios(a, b), "") for what, aim, a, b in RATIOS]
-    pairs = zip(figures.rounds(LATENCY), figures.rounds(PING), strict=False)
-    pings = [ms * per_second / 1000 for ms, per_second in pairs if ms and per_second]
-    rows.append(("latency p50, in pings one after the other", "<= 3", pings, ""))
-    rows.append(
-        against_all(figures, "run in one process, to the fastest rival", ">= 1", ONE)
-    )
-    rows.append(
-        against_all(figures, "latency p50, to the quickest rival", "<= 1", LATENCY)
-    )
+    """Return rows of (name, aim, values, note); an aim is an operator and a number."""
+    rows = []
+    for name, aim, place, other in RATIOS:
+        rows.append((name, aim, figures.ratios(place, other), ""))
+    pings = latency_in_pings(figures)
+    rows.append(("latency p50, to pings one after the other", "<= 3", pings, ""))
+    name = "run in one process, to the fastest competitor"
+    rows.append(against_all(figures, name, ">= 1", IN_PROCESS))
+    name = "latency p50, to the fastest competitor"
+    rows.append(against_all(figures, name, "<= 1", LATENCY))
     for state, bound in BYTES.items():
         value = figures.median("bytes", "microq", "", state)
-        values = [value] if value is not None else []
-        rows.append((f"bytes in Redis of a {state} job", f"<= {bound}", values, ""))
+        values = [] if value is None else [value]
+        name = f"bytes in Redis of a {state} job"
+        rows.append((name, f"<= {bound}", values, ""))
     return rows
 
 
-def against_all(figures, what, aim, place):
-    """Compare with every rival in every configuration; the worst of these ratios counts."""
+def latency_in_pings(figures):
+    """Return for each round the latency, in durations of a ping."""
+    ratios = []
+    pairs = zip(figures.rounds(LATENCY), figures.rounds(PING), strict=False)
+    for milliseconds, pings_per_second in pairs:
+        if milliseconds and pings_per_second:
+            ratios.append(milliseconds * pings_per_second / 1000)
+    return ratios
+
+
+def against_all(figures, name, aim, place):
+    """Compare with every competitor in every configuration; return the worst row."""
     question, _, _, figure = place
-    others = [
-        (question, rival, label, name)
-        for (asked, rival), found in figures.results.values.items()
-        for label, name in found
-        if asked == question and name == figure and rival not in ("microq", "floor")
-    ]
-    found = [
-        (ratios, other) for other in others if (ratios := figures.ratios(place, other))
-    ]
-    if not found:
-        return what, aim, [], ""
+    rows = []
+    for (asked, competitor), columns in figures.results.values.items():
+        if asked != question or competitor in ("microq", "floor"):
+            continue
+        for label, column_figure in columns:
+            if column_figure != figure:
+                continue
+            other = (question, competitor, label, figure)
+            ratios = figures.ratios(place, other)
+            if ratios:
+                rows.append((name, aim, ratios, f", {competitor}, {label}"))
+    if not rows:
+        return name, aim, [], ""
     worst = min if aim.startswith(">=") else max
-    ratios, other = worst(found, key=lambda pair: statistics.median(pair[0]))
-    return what, aim, ratios, f", {other[1]}, {other[2]}"
+    return worst(rows, key=median_of_row)
+
+
+def median_of_row(row):
+    return statistics.median(row[2])
 
 
 def is_met(aim, values):
-    sign, bound = aim.split()
-    middle = statistics.median(values)
-    return middle >= float(bound) if sign == ">=" else middle <= float(bound)
+    operator, bound = aim.split()
+    median = statistics.median(values)
+    if operator == ">=":
+        return median >= float(bound)
+    return median <= float(bound)

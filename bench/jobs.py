@@ -1,8 +1,8 @@
-"""The jobs, and the marks that they leave in a file which all processes map.
+"""Which jobs are measured, and how does the benchmark see that each one ran exactly once?
 
-Every job has a number.  When it begins it writes the time under its number and counts the run.
-That asks neither Redis nor the kernel, so it disturbs what is measured as little as anything can;
-and it shows whether each job ran exactly once, in whatever process.
+Every job has a number.  When a job begins, it writes the time under its number, and counts the
+run, in a file that all processes map: its marks.  This needs neither Redis nor a system call,
+so it disturbs the measurement as little as possible.
 """
 
 from __future__ import annotations
@@ -13,21 +13,26 @@ import os
 import time
 
 LIMIT = 1 << 21  # numbers of jobs; the file is sparse
-SIZE = (1 + 8 + 4) * LIMIT
+SIZE = (1 + 8 + 4) * LIMIT  # bytes: a count, a time and a pid for each number
 
 
 def marks(path):
-    """Return by number: how often it ran; when it last began, by time.monotonic(); in which pid."""
+    """Return three arrays by number: count of runs, time of the last begin, pid.
+
+    Times are those of time.monotonic(); pids are written by `stay` only.
+    """
     with open(path, "r+b") as file:
         view = memoryview(mmap.mmap(file.fileno(), SIZE))
-    return view[:LIMIT], view[LIMIT : 9 * LIMIT].cast("d"), view[9 * LIMIT :].cast("i")
+    counts = view[:LIMIT]
+    times = view[LIMIT : 9 * LIMIT].cast("d")
+    pids = view[9 * LIMIT :].cast("i")
+    return counts, times, pids
 
 
 if "BENCH_MARKS" in os.environ:
     runs, times, pids = marks(os.environ["BENCH_MARKS"])
-    logging.disable(
-        logging.INFO
-    )  # some workers write two lines for every job, others none
+    # Some workers log two lines for every job, others none.
+    logging.disable(logging.INFO)
 
 
 def noop(number):
@@ -36,7 +41,7 @@ def noop(number):
 
 
 def busy(number):
-    """1 ms of work."""
+    """Compute for 1 ms."""
     noop(number)
     end = time.monotonic() + 0.001
     while time.monotonic() < end:
@@ -44,11 +49,11 @@ def busy(number):
 
 
 def stay(number):
-    """The first time, run until killed: for a minute."""
+    """Sleep for a minute, until killed; return at once when run again."""
     pids[number] = os.getpid()
     noop(number)
     if runs[number] == 1:
         time.sleep(60)
 
 
-ALL = {func.__name__: func for func in (noop, busy, stay)}
+ALL = {"noop": noop, "busy": busy, "stay": stay}

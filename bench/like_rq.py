@@ -1,4 +1,7 @@
-"""For the adapters of microq and RQ, whose interfaces are one."""
+"""How are jobs enqueued with microq and with RQ?  By the same calls.
+
+For the adapters of both, whose interfaces are the same.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +9,29 @@ import itertools
 from datetime import timedelta
 
 
-def calls_of(queue, **of_stay):
-    """Return the functions of an adapter; `of_stay` are options of the job that will be killed."""
+class Calls:
+    """The functions of an adapter; `stay_options` are options of the job `stay`."""
 
-    def enqueue(numbers, func):
-        options = of_stay if func == "stay" else {}
+    def __init__(self, queue, **stay_options):
+        self.queue = queue
+        self.stay_options = stay_options
+
+    def enqueue(self, numbers, job):
+        options = self.stay_options if job == "stay" else {}
         for number in numbers:
-            queue.enqueue("jobs." + func, number, **options)
+            self.queue.enqueue("jobs." + job, number, **options)
 
-    def enqueue_many(numbers, func):
+    def enqueue_many(self, numbers, job):
         numbers = iter(numbers)
-        while batch := [*itertools.islice(numbers, 1000)]:
-            queue.enqueue_many(
-                [queue.prepare_data("jobs." + func, (n,)) for n in batch]
-            )
+        while True:
+            batch = list(itertools.islice(numbers, 1000))
+            if not batch:
+                return
+            prepare = self.queue.prepare_data
+            self.queue.enqueue_many([prepare("jobs." + job, (n,)) for n in batch])
 
-    def enqueue_later(number, seconds):
-        queue.enqueue_in(timedelta(seconds=seconds), "jobs.noop", number)
+    def enqueue_later(self, number, seconds):
+        self.queue.enqueue_in(timedelta(seconds=seconds), "jobs.noop", number)
 
-    def waiting():
-        return len(queue)
-
-    return enqueue, enqueue_many, enqueue_later, waiting
+    def waiting(self):
+        return len(self.queue)

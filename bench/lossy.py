@@ -1,16 +1,16 @@
-"""A network that loses: a proxy between clients and a server, both on unix sockets.
+"""What does a queue do on a network that loses data?  A proxy between clients and a server.
 
-A share of the requests meets one of these faults, which a generator with a seed chooses for each
-connection and request:
+Both sides are unix sockets.  A share of the requests gets one of these faults.  A generator with
+a seed chooses the fault for each connection and request.
 
     reply     the server runs the request, but its reply is lost: the connection is cut instead
-    doubled   a copy of the request arrives up to COPY_AFTER seconds later, by another connection;
-              the replies to the copy are lost
+    doubled   a copy of the request arrives up to COPY_AFTER seconds later over another
+              connection; the replies to the copy are lost
     half      the first part of the request arrives, then the connection is cut
-    hung      nothing passes in either direction for up to HANG seconds; then the request arrives,
-              even if the client has gone, and in half of the cases the connection is cut
+    hung      nothing passes in either direction for up to HANG seconds; then the request
+              arrives, even if the client is gone, and in half of the cases the connection is cut
 
-A request is what a client sends at once: a command, or a pipeline.
+A request is the data of one read from the client: a command, or a pipeline.
 """
 
 from __future__ import annotations
@@ -27,29 +27,37 @@ FAULTS = ["reply", "doubled", "half", "hung"]
 COPY_AFTER = 0.2  # seconds
 HANG = 0.5  # seconds
 BUFFER = 1 << 20  # bytes
+ARRAY = re.compile(rb"\*(\d+)\r\n")
+BULK_STRING = re.compile(rb"\$(\d+)\r\n")
 
 
 def is_complete(data):
     """Return whether `data` consists of whole commands, as clients send them (RESP arrays)."""
-    at, left = 0, 0  # `left` bulk strings of the command still follow
-    while at < len(data):
-        header = re.compile(rb"\$(\d+)\r\n" if left else rb"\*(\d+)\r\n").match(
-            data, at
-        )
+    position = 0
+    strings_left = 0  # bulk strings of the command that still follow
+    while position < len(data):
+        pattern = BULK_STRING if strings_left else ARRAY
+        header = pattern.match(data, position)
         if header is None:
             return False
         number = int(header[1])
-        at = header.end() + (number + 2 if left else 0)
-        left = left - 1 if left else number
-    return at == len(data) and not left
+        position = header.end()
+        if strings_left:
+            position += number + 2  # the string and its line end
+            strings_left -= 1
+        else:
+            strings_left = number
+    return position == len(data) and strings_left == 0
 
 
 class Connection:
-    """A client's connection, and the one to the server that belongs to it."""
+    """A connection of a client, and the connection to the server that belongs to it."""
 
     def __init__(self, proxy, generator, reader, writer):
-        self.proxy, self.generator = proxy, generator
-        self.reader, self.writer = reader, writer
+        self.proxy = proxy
+        self.generator = generator
+        self.reader = reader
+        self.writer = writer
         self.lose_reply = False
         self.passing = asyncio.Event()
         self.passing.set()
@@ -67,9 +75,8 @@ class Connection:
         with contextlib.suppress(OSError):
             while (data := await self.reader.read(BUFFER)) and await self.pass_on(data):
                 await self.requests.drain()
-        if (
-            self.lose_reply
-        ):  # the server closes, or answers, when it has run the request
+        if self.lose_reply:
+            # The server answers, or closes the connection, when it has run the request.
             await asyncio.wait([carrier], timeout=5)
         carrier.cancel()
         self.requests.close()
@@ -86,12 +93,11 @@ class Connection:
         self.writer.close()
 
     async def pass_on(self, data):
-        """Send a request to the server, or what a fault leaves of it.  Return whether the
-        connection goes on."""
-        fault = None
-        if self.generator.random() < self.proxy.share:
-            fault = self.generator.choice(FAULTS)
-            self.proxy.counts[fault] += 1
+        """Send a request to the server, with a fault or without.
+
+        Return False if the connection must be cut.
+        """
+        fault = self.choose_fault()
         if fault == "half":
             self.requests.write(data[: self.generator.randrange(len(data))])
             await self.requests.drain()
@@ -105,16 +111,25 @@ class Connection:
             self.proxy.tasks.add(asyncio.create_task(copy))
         self.lose_reply = fault == "reply"
         self.requests.write(data)
-        return not self.lose_reply and (
-            fault != "hung" or self.generator.random() < 0.5
-        )
+        if fault == "hung":
+            return self.generator.random() < 0.5
+        return not self.lose_reply
+
+    def choose_fault(self):
+        """Return a fault for one share of the requests, None for the others."""
+        if self.generator.random() >= self.proxy.share:
+            return None
+        fault = self.generator.choice(FAULTS)
+        self.proxy.counts[fault] += 1
+        return fault
 
     async def send_copy(self, data, seconds):
         await asyncio.sleep(seconds)
         with contextlib.suppress(OSError, asyncio.TimeoutError):
             replies, requests = await asyncio.open_unix_connection(self.proxy.target)
             requests.write(data)
-            await asyncio.wait_for(replies.read(), 1)  # as it does not end, so long
+            # The server does not close the connection, so read for a second.
+            await asyncio.wait_for(replies.read(), 1)
         requests.close()
 
 
@@ -123,10 +138,12 @@ class Proxy(threading.Thread):
 
     def __init__(self, path, target, seed):
         super().__init__(daemon=True)
-        self.path, self.target, self.seed = path, target, seed
-        self.share = 0.0  # of the requests that meet a fault
-        self.counts = Counter()  # of faults
-        self.tasks = set()  # asyncio keeps weak references only
+        self.path = path
+        self.target = target
+        self.seed = seed
+        self.share = 0.0  # of the requests that get a fault
+        self.counts = Counter()  # faults by name
+        self.tasks = set()  # asyncio itself keeps weak references only
         self.listening = threading.Event()
 
     def run(self):

@@ -1,4 +1,4 @@
-"""The plots of README.md, as SVG."""
+"""How do the figures of all competitors look side by side?  The plots of README.md, as SVG."""
 
 from __future__ import annotations
 
@@ -7,13 +7,23 @@ from figures import NOOPS, SINGLE, Figures, number
 
 matplotlib.use("svg")
 matplotlib.rcParams |= {
-    "svg.hashsalt": "microq", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9,
-    "axes.spines.top": False, "axes.spines.right": False,
-}  # fmt: skip
+    "svg.hashsalt": "microq",
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
 
 from matplotlib import pyplot  # noqa: E402
 
-OURS, THEIRS = "#c0392b", "#7f8c8d"
+MICROQ_COLOUR = "#c0392b"
+COLOUR = "#7f8c8d"
+CURVES = [  # (question, name of the values, title, scale of the x axis)
+    ("growth", "enqueue", "enqueued per second, by jobs queued", "log"),
+    ("growth", "drain", "no-ops per second, by jobs queued", "log"),
+    ("workers", "drain", "no-ops per second, by worker processes", "linear"),
+]
 
 
 def draw(results, home):
@@ -29,76 +39,90 @@ def save(figure, path):
     pyplot.close(figure)
 
 
-def found(figures, question, figure):
-    """Return {"rival, label": median}."""
-    return {
-        f"{rival}, {label}" if label else rival: middle
-        for (asked, rival), values in figures.results.values.items()
-        for label, name in values
-        if asked == question and name == figure and rival != "floor"
-        if (middle := figures.median(question, rival, label, name)) is not None
-    }
+def medians(figures, question, figure):
+    """Return {"competitor, label": median}."""
+    values = {}
+    for (asked, competitor), columns in figures.results.values.items():
+        if asked != question or competitor == "floor":
+            continue
+        for label, column_figure in columns:
+            median = figures.median(question, competitor, label, column_figure)
+            if column_figure == figure and median is not None:
+                name = f"{competitor}, {label}" if label else competitor
+                values[name] = median
+    return values
 
 
-def bars(axes, values, title, best=max, scale="linear"):
-    """Draw a bar for each, the best on top."""
-    names = sorted(values, key=values.get, reverse=best is min)
-    colours = [OURS if name.startswith("microq") else THEIRS for name in names]
-    drawn = axes.barh(
-        names, [values[name] for name in names], color=colours, height=0.7
-    )
-    axes.bar_label(
-        drawn, [number(values[name]) for name in names], padding=3, fontsize=8
-    )
-    axes.set(xscale=scale, title=title + (", log scale" if scale == "log" else ""))
+def bars(axes, values, title, lowest_is_best=False, scale="linear"):
+    """Draw a bar for each value, the best on top."""
+    names = sorted(values, key=values.get, reverse=lowest_is_best)
+    widths = [values[name] for name in names]
+    colours = [colour_of(name) for name in names]
+    drawn = axes.barh(names, widths, color=colours, height=0.7)
+    texts = [number(width) for width in widths]
+    axes.bar_label(drawn, texts, padding=3, fontsize=8)
+    if scale == "log":
+        title += ", log scale"
+    axes.set(xscale=scale, title=title)
     axes.margins(x=0.2)
     axes.tick_params(axis="y", length=0)
 
 
+def colour_of(name):
+    return MICROQ_COLOUR if name.startswith("microq") else COLOUR
+
+
 def panels(*sizes):
-    return pyplot.subplots(1, len(sizes), figsize=(13, 0.27 * max(sizes) + 1))
+    """Return a figure with a panel for each number of bars."""
+    height = 0.27 * max(sizes) + 1
+    return pyplot.subplots(1, len(sizes), figsize=(13, height))
 
 
 def speed(figures):
-    enqueue = found(figures, "enqueue", SINGLE)
-    drain, latency = found(figures, "drain", NOOPS), found(figures, "latency", "ms")
-    figure, (left, middle, right) = panels(len(enqueue), len(drain), len(latency))
+    enqueue = medians(figures, "enqueue", SINGLE)
+    drain = medians(figures, "drain", NOOPS)
+    latency = medians(figures, "latency", "ms")
+    figure, axes = panels(len(enqueue), len(drain), len(latency))
+    left, middle, right = axes
     bars(left, enqueue, "enqueued per second, one by one")
     bars(middle, drain, "no-ops per second, one worker process")
-    bars(right, latency, "latency, p50, ms", min, "log")
+    bars(right, latency, "latency, p50, ms", lowest_is_best=True, scale="log")
     return figure
 
 
 def costs(figures):
-    queued, memory = (
-        found(figures, "bytes", "queued"),
-        found(figures, "idle", "memory, MB"),
-    )
-    done = found(figures, "bytes", "finished")
-    figure, (left, middle, right) = panels(len(queued), len(done), len(memory))
-    bars(left, queued, "bytes in Redis, a queued job", min)
-    bars(middle, done, "bytes in Redis, a finished job", min, "log")
-    bars(right, memory, "MB, an idle worker with all its processes", min)
+    queued = medians(figures, "bytes", "queued")
+    finished = medians(figures, "bytes", "finished")
+    memory = medians(figures, "idle", "memory, MB")
+    figure, axes = panels(len(queued), len(finished), len(memory))
+    left, middle, right = axes
+    bars(left, queued, "bytes in Redis, a queued job", lowest_is_best=True)
+    title = "bytes in Redis, a finished job"
+    bars(middle, finished, title, lowest_is_best=True, scale="log")
+    title = "MB, an idle worker with all its processes"
+    bars(right, memory, title, lowest_is_best=True)
     return figure
 
 
 def growth(figures):
-    figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.4))
-    curves = [
-        ("growth", "enqueue", "enqueued per second, by jobs queued", "log"),
-        ("growth", "drain", "no-ops per second, by jobs queued", "log"),
-        ("workers", "drain", "no-ops per second, by worker processes", "linear"),
-    ]
-    for place, (question, what, title, scale) in zip(axes, curves, strict=True):
-        for (asked, rival), values in figures.results.values.items():
-            points = sorted(
-                (x, column[0]) for (name, x), column in values.items() if name == what
-            )
-            if asked == question and points:
-                colour = OURS if rival == "microq" else None
-                place.plot(
-                    *zip(*points, strict=True), marker="o", label=rival, color=colour
-                )
-        place.set(title=title, xscale=scale, yscale="log", ylim=(10, None))
-        place.legend(frameon=False, loc="lower right")
+    figure, all_axes = pyplot.subplots(1, 3, figsize=(13, 3.4))
+    for axes, curve in zip(all_axes, CURVES, strict=True):
+        question, name, title, scale = curve
+        for (asked, competitor), columns in figures.results.values.items():
+            if asked == question:
+                draw_curve(axes, competitor, name, columns)
+        axes.set(title=title, xscale=scale, yscale="log", ylim=(10, None))
+        axes.legend(frameon=False, loc="lower right")
     return figure
+
+
+def draw_curve(axes, competitor, name, columns):
+    points = []
+    for (column_name, x), column in columns.items():
+        if column_name == name:
+            points.append((x, column[0]))
+    if not points:
+        return
+    xs, ys = zip(*sorted(points), strict=True)
+    colour = MICROQ_COLOUR if competitor == "microq" else None
+    axes.plot(xs, ys, marker="o", label=competitor, color=colour)

@@ -1,8 +1,10 @@
-"""A network that is slow: proxy.py LISTEN TARGET SECONDS, two unix sockets.
+"""What does a slow network cost?  A proxy that delays requests, between two unix sockets.
 
-What a client sends is passed on as it came, each piece SECONDS later (and up to 1 ms more, the
-grain of asyncio's clock); what the server answers is passed on at once.  So a round trip takes that
-much longer, and a pipeline does just once.
+    proxy.py LISTEN TARGET SECONDS
+
+Each piece that a client sends is passed on SECONDS later, and up to 1 ms after that, since the
+clock of asyncio has no finer grain.  Replies are passed on at once.  So a round trip takes
+SECONDS more, and so does a whole pipeline.
 """
 
 from __future__ import annotations
@@ -23,9 +25,12 @@ async def carry(reader, writer, seconds):
 
 async def main(listen, target, seconds):
     async def accept(reader, writer):
-        answers, requests = await asyncio.open_unix_connection(target)
-        ways = carry(reader, requests, float(seconds)), carry(answers, writer, 0)
-        await asyncio.gather(*ways, return_exceptions=True)
+        replies, requests = await asyncio.open_unix_connection(target)
+        await asyncio.gather(
+            carry(reader, requests, float(seconds)),
+            carry(replies, writer, 0),
+            return_exceptions=True,
+        )
 
     server = await asyncio.start_unix_server(accept, listen)
     await server.serve_forever()

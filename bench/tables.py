@@ -1,19 +1,19 @@
-"""The tables of README.md, in Markdown, from what was found."""
+"""How are the results written?  The tables of README.md, in Markdown."""
 
 from __future__ import annotations
 
-import functools
-import importlib
 import os
 import platform
 import statistics
 import subprocess
+from importlib import import_module
 from importlib.metadata import version
 
+from competitors import Competitor
 from figures import (
     BULK,
+    IN_PROCESS,
     NOOPS,
-    ONE,
     SINGLE,
     Figures,
     aims,
@@ -22,115 +22,127 @@ from figures import (
     percentile,
     spread,
 )
-from rivals import Rival
 
 import microq
 
-BEGIN, END = "<!-- what was measured, written by python -m bench -->", "<!-- end -->"
+BEGIN = "<!-- what was measured, written by python -m bench -->"
+END = "<!-- end -->"
 
 
 def table(head, rows):
     """Return a table, or nothing if there are no rows."""
     if not rows:
         return ""
-    rows = [[str(cell or "") for cell in row] for row in rows]
-    lines = [head, ["---"] * len(head), *rows]
+    cells = [[str(cell or "") for cell in row] for row in rows]
+    lines = [head, ["---"] * len(head), *cells]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def aims_table(figures):
-    rows = [
-        [what, aim, spread(values) + note, "yes" if is_met(aim, values) else "no"]
-        for what, aim, values, note in aims(figures)
-        if values
-    ]
+    rows = []
+    for name, aim, values, note in aims(figures):
+        if values:
+            met = "yes" if is_met(aim, values) else "no"
+            rows.append([name, aim, spread(values) + note, met])
     return table(["microq", "aimed at", "measured", "met"], rows)
 
 
-# ---- The rivals ----------------------------------------------------------------------------------
+# ---- Tables of all competitors -------------------------------------------------------
 
 
-def speed_table(figures, rivals):
+def speed_table(figures, competitors):
     rows = []
-    for rival in rivals:
-        for label in rival.labels:
-            if label == rival.says.get("FORKS"):
-                continue
-            row = [f"{rival.name}, {label}"]
-            first, usual = label == rival.labels[0], label == rival.usual
-            for figure in (SINGLE, BULK):
-                row.append(first and figures.cell("enqueue", rival.name, "", figure))
-            row.append(figures.cell("drain", rival.name, label, NOOPS))
-            ratios = figures.ratios(ONE, ("drain", rival.name, label, NOOPS))
-            row.append(ratios and number(statistics.median(ratios)))
-            row.append(figures.cell("drain", rival.name, label, "1 ms, per second"))
-            row.append(usual and figures.cell("scale", rival.name, label, NOOPS))
-            row.append(usual and figures.cell("latency", rival.name, label, "ms"))
-            every = figures.all_of("latency", rival.name, label, "ms")
-            row.append(every and number(percentile(every, 0.99)))
-            rows.append([*row, first and rival.says["SAFE"]])
+    for competitor in competitors:
+        for label in competitor.labels:
+            if label != competitor.settings.get("FORKS"):
+                rows.append(speed_row(figures, competitor, label))
     head = [
         "one worker",
         "enqueue /s",
         "in bulk /s",
         "run, no-ops /s",
         "microq in-process is x times",
+        "run, 1 ms /s",
+        "two processes, no-ops /s",
+        "latency p50, ms",
+        "p99, ms",
+        "a job whose worker is killed",
     ]
-    head += ["run, 1 ms /s", "two processes, no-ops /s", "latency p50, ms", "p99, ms"]
-    return table([*head, "a job whose worker is killed"], rows)
+    return table(head, rows)
 
 
-def pair_of(figures, rival, question, label, *names):
-    return " and ".join(
-        number(figures.median(question, rival, label, name)) for name in names
-    )
+def speed_row(figures, competitor, label):
+    """Return the row of a configuration.
+
+    Figures of the client stand in the first row of a competitor, those of two processes and of
+    latency in the row of its usual configuration.
+    """
+    name = competitor.name
+    is_first = label == competitor.labels[0]
+    is_usual = label == competitor.usual
+    single = bulk = safe = two = latency = p99 = ratio = None
+    if is_first:
+        single = figures.cell("enqueue", name, "", SINGLE)
+        bulk = figures.cell("enqueue", name, "", BULK)
+        safe = competitor.settings["SAFE"]
+    if is_usual:
+        two = figures.cell("scale", name, label, NOOPS)
+        latency = figures.cell("latency", name, label, "ms")
+    ratios = figures.ratios(IN_PROCESS, ("drain", name, label, NOOPS))
+    if ratios:
+        ratio = number(statistics.median(ratios))
+    latencies = figures.all_of("latency", name, label, "ms")
+    if latencies:
+        p99 = number(percentile(latencies, 0.99))
+    noops = figures.cell("drain", name, label, NOOPS)
+    busy = figures.cell("drain", name, label, "1 ms, per second")
+    title = f"{name}, {label}"
+    return [title, single, bulk, noops, ratio, busy, two, latency, p99, safe]
 
 
-def cost_table(figures, rivals):
-    rows = []
-    for rival in rivals:
-        name, usual = rival.name, rival.usual
-        pair = functools.partial(pair_of, figures, name)
-        rows.append([
-            name,
-            pair("enqueue", "", "one by one, round trips", "one by one, commands"),
-            pair("drain", usual, "round trips", "commands"),
-            pair("bytes", "", "queued", "finished"),
-            pair("idle", "", "round trips per second", "commands per second"),
-            number(figures.median("idle", name, "", "CPU, ms per second")),
-            pair("idle", "", "memory, MB", "processes"),
-            number(figures.median("import", name, "", "ms")),
-        ])  # fmt: skip
-    head = ["", "enqueue: round trips and commands", "run: round trips and commands"]
-    head += [
+def pair(figures, place, *names):
+    """Write two medians of a place (question, competitor, label)."""
+    return " and ".join(number(figures.median(*place, name)) for name in names)
+
+
+def cost_table(figures, competitors):
+    rows = [cost_row(figures, competitor) for competitor in competitors]
+    head = [
+        "",
+        "enqueue: round trips and commands",
+        "run: round trips and commands",
         "bytes queued and finished",
         "idle: round trips and commands /s",
         "idle: CPU, ms/s",
+        "idle: memory, MB, and processes",
+        "import, ms",
     ]
-    return table([*head, "idle: memory, MB, and processes", "import, ms"], rows)
+    return table(head, rows)
 
 
-def time_table(figures, rivals):
-    rows = []
-    for rival in rivals:
-        label = rival.says.get("RECOVERS", rival.usual)
-        late = figures.all_of("later", rival.name, rival.usual, "ms late")
-        killed = [
-            figures.median("recovery", rival.name, label, what)
-            for what in ("its process", "the whole worker")
-        ]
-        rows.append([
-            f"{rival.name}, {' and '.join(dict.fromkeys([rival.usual, label]))}",
-            f"{number(statistics.median(late))} and {number(max(late))}" if late else
-            rival.says["LACKS"].get("later"),
-            *map(number, killed), rival.says.get("SHORT"), rival.says["SAFE"],
-        ])  # fmt: skip
+def cost_row(figures, competitor):
+    name = competitor.name
+    enqueue = ("enqueue", name, "")
+    drain = ("drain", name, competitor.usual)
+    idle = ("idle", name, "")
+    return [
+        name,
+        pair(figures, enqueue, "one by one, round trips", "one by one, commands"),
+        pair(figures, drain, "round trips", "commands"),
+        pair(figures, ("bytes", name, ""), "queued", "finished"),
+        pair(figures, idle, "round trips per second", "commands per second"),
+        number(figures.median(*idle, "CPU, ms per second")),
+        pair(figures, idle, "memory, MB", "processes"),
+        number(figures.median("import", name, "", "ms")),
+    ]
+
+
+def time_table(figures, competitors):
+    rows = [time_row(figures, competitor) for competitor in competitors]
     head = [
         "",
         "a delayed job is late: median and most, ms",
         "its process killed: runs again after, s",
-    ]
-    head += [
         "the whole worker killed, s",
         "set for this (its default)",
         "by default, when a worker is killed",
@@ -138,174 +150,221 @@ def time_table(figures, rivals):
     return table(head, rows)
 
 
+def time_row(figures, competitor):
+    name = competitor.name
+    settings = competitor.settings
+    label = settings.get("RECOVERS", competitor.usual)
+    labels = dict.fromkeys([competitor.usual, label])
+    delays = figures.all_of("later", name, competitor.usual, "ms late")
+    if delays:
+        late = f"{number(statistics.median(delays))} and {number(max(delays))}"
+    else:
+        late = settings["LACKS"].get("later")
+    recovery = ("recovery", name, label)
+    return [
+        f"{name}, {' and '.join(labels)}",
+        late,
+        number(figures.median(*recovery, "its process")),
+        number(figures.median(*recovery, "the whole worker")),
+        settings.get("SHORT"),
+        settings["SAFE"],
+    ]
+
+
 def fork_table(figures):
+    bare = figures.cell("fork", "floor", "", "bare forks, per second")
     rows = [
-        [f"{name}, {label}", figures.cell("fork", name, label, figure)]
-        for name, label, figure in [
-            ("microq", "fork per job", NOOPS), ("rq", "Worker", NOOPS),
-            ("floor", "", "bare forks, per second"),
-        ]
-    ]  # fmt: skip
-    rows[-1][0] = "bare fork + exit + wait"
+        ["microq, fork per job", figures.cell("fork", "microq", "fork per job", NOOPS)],
+        ["rq, Worker", figures.cell("fork", "rq", "Worker", NOOPS)],
+        ["bare fork + exit + wait", bare],
+    ]
     return table(["a process for every job", "no-ops /s"], rows)
 
 
-def curve_table(figures, question, what, head):
-    found = {
-        rival: {x: column[0] for (name, x), column in values.items() if name == what}
-        for (asked, rival), values in figures.results.values.items()
-        if asked == question
-    }
-    points = sorted({x for curve in found.values() for x in curve})
-    rows = [
-        [name, *(number(curve.get(x)) for x in points)] for name, curve in found.items()
-    ]
-    return table([head, *(f"{x:,}" for x in points)], rows)
+def curve_table(figures, question, name, title):
+    """Return a table of values by depth, or by number of processes."""
+    curves = {}
+    for (asked, competitor), columns in figures.results.values.items():
+        if asked == question:
+            curves[competitor] = curve_of(columns, name)
+    points = sorted({x for curve in curves.values() for x in curve})
+    rows = []
+    for competitor, curve in curves.items():
+        cells = [number(curve.get(x)) for x in points]
+        rows.append([competitor, *cells])
+    return table([title, *(f"{x:,}" for x in points)], rows)
 
 
-def network_table(figures, rivals):
-    rows = [
-        ["`Redis.ping()`", figures.cell("network", "floor", "", "ping, per second"), ""]
-    ]
-    for rival in rivals:
-        place = "network", rival.name, rival.usual
+def curve_of(columns, name):
+    curve = {}
+    for (column_name, x), column in columns.items():
+        if column_name == name:
+            curve[x] = column[0]
+    return curve
+
+
+def network_table(figures, competitors):
+    ping = figures.cell("network", "floor", "", "ping, per second")
+    rows = [["`Redis.ping()`", ping, ""]]
+    for competitor in competitors:
+        place = "network", competitor.name, competitor.usual
         if figures.median(*place, NOOPS):
-            both = (
-                figures.cell(*place, "enqueue, per second"),
-                figures.cell(*place, NOOPS),
-            )
-            rows.append([f"{rival.name}, {rival.usual}", *both])
-    return table(
-        ["where a round trip takes 1 ms more", "enqueue /s", "run, no-ops /s"], rows
-    )
-
-
-def cpu_table(figures, rivals):
-    names = "enqueue, client", "enqueue, server", "run, worker", "run, server"
-    pings = [
-        figures.cell("cpu", "floor", "", f"ping, {who}") for who in ("client", "server")
-    ]
-    rows = [["`Redis.ping()`", *pings, "", ""]]
-    for rival in rivals:
-        if figures.median("cpu", rival.name, "", names[0]):
-            rows.append(
-                [rival.name, *(figures.cell("cpu", rival.name, "", n) for n in names)]
-            )
-    head = [
-        "CPU for each job, us",
-        "enqueue: client",
-        "server",
-        "run: worker",
-        "server",
-    ]
+            title = f"{competitor.name}, {competitor.usual}"
+            enqueue = figures.cell(*place, "enqueue, per second")
+            rows.append([title, enqueue, figures.cell(*place, NOOPS)])
+    head = ["where a round trip takes 1 ms more", "enqueue /s", "run, no-ops /s"]
     return table(head, rows)
 
 
-def rivals_table(rivals):
+def cpu_table(figures, competitors):
+    client = figures.cell("cpu", "floor", "", "ping, client")
+    server = figures.cell("cpu", "floor", "", "ping, server")
+    rows = [["`Redis.ping()`", client, server, "", ""]]
+    names = ["enqueue, client", "enqueue, server", "run, worker", "run, server"]
+    for competitor in competitors:
+        place = "cpu", competitor.name, ""
+        if figures.median(*place, names[0]):
+            cells = [figures.cell(*place, name) for name in names]
+            rows.append([competitor.name, *cells])
+    columns = ["enqueue: client", "server", "run: worker", "server"]
+    return table(["CPU for each job, us", *columns], rows)
+
+
+def competitors_table(competitors):
     rows = []
-    for rival in rivals:
-        says, pins = (
-            rival.says,
-            ", ".join(pin.replace("==", " ") for pin in rival.says["PINS"]),
-        )
-        words = {"n": 1, "url": "URL", "lease": says["LEASE"]["usual"]}
-        commands = "<br>".join(
-            f"`{' '.join(command.format(**words).split())}` ({count:,})"
-            for command, count in says["WORKERS"].values()
-        )
-        rows.append(
-            [rival.name, pins, says["ABOUT"], commands, f"{says['ENQUEUES']:,}"]
-        )
+    for competitor in competitors:
+        settings = competitor.settings
+        pins = ", ".join(pin.replace("==", " ") for pin in settings["PINS"])
+        commands = "<br>".join(commands_of(settings))
+        count = f"{settings['ENQUEUES']:,}"
+        rows.append([competitor.name, pins, settings["ABOUT"], commands, count])
     head = [
         "",
         "versions",
         "configuration",
         "worker (and no-op jobs that it runs in a round)",
+        "jobs enqueued in a round",
     ]
-    return table([*head, "jobs enqueued in a round"], rows)
+    return table(head, rows)
 
 
-# ---- The whole -----------------------------------------------------------------------------------
+def commands_of(settings):
+    """Return the commands of the workers, each with its number of jobs in a round."""
+    lease = settings["LEASE"]["usual"]
+    commands = []
+    for template, count in settings["WORKERS"].values():
+        command = template.format(n=1, url="URL", lease=lease)
+        commands.append(f"`{' '.join(command.split())}` ({count:,})")
+    return commands
+
+
+# ---- The whole text ------------------------------------------------------------------
 
 
 def facts(options, seconds):
-    """Return what the figures depend on."""
-    server = subprocess.check_output([options.server, "--version"], text=True).split()
+    """Return the facts that the figures depend on."""
+    command = [options.server, "--version"]
+    server = subprocess.check_output(command, text=True).split()
     return {
-        "rivals": options.rivals, "questions": options.questions, "repeat": options.repeat,
-        "seconds": seconds, "python": platform.python_version(), "cores": os.cpu_count(),
-        "system": f"{platform.system()}, {platform.machine()}", "server": " ".join(server[:3]),
-        "redis-py": version("redis"), "hiredis": version("hiredis"), "microq": microq.__version__,
-    }  # fmt: skip
+        "competitors": options.competitors,
+        "questions": options.questions,
+        "repeat": options.repeat,
+        "seconds": seconds,
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()}, {platform.machine()}",
+        "server": " ".join(server[:3]),
+        "redis-py": version("redis"),
+        "hiredis": version("hiredis"),
+        "microq": microq.__version__,
+    }
 
 
-def floors_line(figures):
-    names = "ping", "round trip", "pipelined LPUSH"
-    cells = [
-        figures.cell("enqueue", "floor", "", f"{name}, per second") for name in names
-    ]
-    bare, redis = (
-        number(figures.median("import", "floor", "", f"{what}, ms"))
-        for what in ("nothing", "redis")
-    )
+def machine_text(facts):
     return (
-        f"The floors: `Redis.ping()` {cells[0]} per second, round trips of a bare socket "
-        f"{cells[1]}, pipelined LPUSH {cells[2]}. A Python that does nothing takes {bare} ms, one "
-        f"that imports redis {redis} ms.\n"
+        f"{facts['cores']} cores ({facts['system']}), shared with other processes; "
+        f"Python {facts['python']}, redis-py {facts['redis-py']}, "
+        f"hiredis {facts['hiredis']}; {facts['server']} on a unix socket, without "
+        f"persistence; microq {facts['microq']}. {facts['repeat']} rounds, "
+        f"{facts['seconds'] // 60} minutes. Figures are medians, in parentheses the "
+        "spread of the rounds; ratios are medians of the ratios within a round.\n"
     )
 
 
-def failures_list(results):
-    lines = [
-        f"- {rival}, {asked}: {why}" for (asked, rival), why in results.failures.items()
-    ]
-    return "\n".join(["What could not be measured:\n", *lines]) + "\n" if lines else ""
+def floors_text(figures):
+    ping = figures.cell("enqueue", "floor", "", "ping, per second")
+    trip = figures.cell("enqueue", "floor", "", "round trip, per second")
+    push = figures.cell("enqueue", "floor", "", "pipelined LPUSH, per second")
+    nothing = number(figures.median("import", "floor", "", "nothing, ms"))
+    redis = number(figures.median("import", "floor", "", "redis, ms"))
+    return (
+        f"The floors: `Redis.ping()` {ping} per second, round trips of a bare socket "
+        f"{trip}, pipelined LPUSH {push}. A Python process that does nothing takes "
+        f"{nothing} ms, one that imports redis {redis} ms.\n"
+    )
+
+
+def failures_text(results):
+    if not results.failures:
+        return ""
+    lines = ["What could not be measured:\n"]
+    for (question, competitor), reason in results.failures.items():
+        lines.append(f"- {competitor}, {question}: {reason}")
+    return "\n".join(lines) + "\n"
+
+
+def questions_text(facts):
+    lines = []
+    for name in facts["questions"]:
+        question = " ".join(import_module(f"ask_{name}").__doc__.split())
+        lines.append(f"- `{name}`: {question}")
+    return "\n".join(lines) + "\n"
 
 
 def text(results):
-    """Return the part of the README that is measured."""
-    figures, facts = Figures(results), results.facts
-    rivals = [Rival(name) for name in ["microq", *facts["rivals"]]]
-    growth = (
-        "one by one, enqueued /s, at a depth of",
-        "one process runs /s, at a depth of",
-    )
-    docs = {
-        name: importlib.import_module(f"ask_{name}").__doc__
-        for name in facts["questions"]
-    }
-    questions = [f"- `{name}`: {' '.join(doc.split())}" for name, doc in docs.items()]
-    machine = (
-        f"{facts['cores']} cores ({facts['system']}), shared with others; Python "
-        f"{facts['python']}, redis-py {facts['redis-py']}, hiredis {facts['hiredis']}; "
-        f"{facts['server']} on a unix socket, without persistence; microq {facts['microq']}. "
-        f"{facts['repeat']} rounds, {facts['seconds'] // 60} minutes. Medians, in parentheses the "
-        "spread of the rounds; ratios are medians of the ratios within a round.\n"
-    )
-    parts = [
-        (aims_table(figures), "enqueue drain latency scale fork bytes"), (machine, ""),
-        ("## Speed\n", ""), ("![](speed.svg)\n", ""),
-        (speed_table(figures, rivals), "enqueue drain latency scale"),
-        (floors_line(figures), "enqueue import"), (fork_table(figures), "fork"),
-        (network_table(figures, rivals), "network"),
-        ("## Delays, and deaths\n", ""), (time_table(figures, rivals), "later recovery"),
-        ("## Costs\n", ""), ("![](costs.svg)\n", ""),
-        (cost_table(figures, rivals), "enqueue drain bytes idle import"),
-        (cpu_table(figures, rivals), "cpu"),
-        ("## Growth\n", ""), ("![](growth.svg)\n", ""),
-        (curve_table(figures, "growth", "enqueue", growth[0]), "growth"),
-        (curve_table(figures, "growth", "drain", growth[1]), "growth"),
-        (curve_table(figures, "workers", "drain", "no-ops /s, so many processes"), "workers"),
-        ("## Versions, configurations, commands\n", ""), (rivals_table(rivals), ""),
-        (failures_list(results), ""), ("## Questions\n", ""), ("\n".join(questions) + "\n", ""),
-    ]  # fmt: skip
+    """Return the measured part of the README; parts without a question asked are left out."""
+    figures = Figures(results)
+    facts = results.facts
+    competitors = [Competitor(name) for name in ["microq", *facts["competitors"]]]
+    enqueue_title = "one by one, enqueued /s, at a depth of"
+    run_title = "one process runs /s, at a depth of"
+    workers_title = "no-ops /s, so many processes"
+    parts = [  # (text, questions of which one must have been asked, if any is named)
+        (aims_table(figures), "enqueue drain latency scale fork bytes"),
+        (machine_text(facts), ""),
+        ("## Speed\n", ""),
+        ("![](speed.svg)\n", ""),
+        (speed_table(figures, competitors), "enqueue drain latency scale"),
+        (floors_text(figures), "enqueue import"),
+        (fork_table(figures), "fork"),
+        (network_table(figures, competitors), "network"),
+        ("## Delays and recovery\n", ""),
+        (time_table(figures, competitors), "later recovery"),
+        ("## Costs\n", ""),
+        ("![](costs.svg)\n", ""),
+        (cost_table(figures, competitors), "enqueue drain bytes idle import"),
+        (cpu_table(figures, competitors), "cpu"),
+        ("## Growth\n", ""),
+        ("![](growth.svg)\n", ""),
+        (curve_table(figures, "growth", "enqueue", enqueue_title), "growth"),
+        (curve_table(figures, "growth", "drain", run_title), "growth"),
+        (curve_table(figures, "workers", "drain", workers_title), "workers"),
+        ("## Versions, configurations, commands\n", ""),
+        (competitors_table(competitors), ""),
+        (failures_text(results), ""),
+        ("## Questions\n", ""),
+        (questions_text(facts), ""),
+    ]
     asked = set(facts["questions"])
-    return "\n".join(
-        part for part, need in parts if part and (not need or asked & {*need.split()})
-    )
+    shown = []
+    for part, needed in parts:
+        if part and (not needed or asked & set(needed.split())):
+            shown.append(part)
+    return "\n".join(shown)
 
 
 def write(path, text):
     """Put the text between the markers of a file."""
     before, _, rest = path.read_text().partition(BEGIN)
-    path.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{rest.partition(END)[2]}")
+    after = rest.partition(END)[2]
+    path.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}")

@@ -1,0 +1,306 @@
+"""A competitor: its environment, its client and its workers, each in a process of its own.
+
+A Competitor is what an adapter says about its queue; a Deployment is a competitor that works
+on a server: one client process, which enqueues, and at most one set of worker processes.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import json
+import os
+import select
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jobs
+import redis
+from torture import children_of
+
+HERE = Path(__file__).resolve().parent
+HOME = HERE.parent / ".bench"  # git ignores it
+PATIENCE = 30  # seconds for an answer, and for all jobs to have run
+
+
+class Failure(Exception):
+    """A competitor can't be measured; the message is the reason, as the table shows it."""
+
+
+class Competitor:
+    """The constants of an adapter, read without importing it.
+
+    The adapter can't be imported here, since its library is in another environment.
+    """
+
+    def __init__(self, name):
+        self.name = name
+        self.settings = {
+            "PINS": [],
+            "WORKERS": {},
+            "LEASE": {"usual": "", "short": ""},
+            "LACKS": {},
+        }
+        tree = ast.parse((HERE / f"adapter_{name}.py").read_text())
+        for node in tree.body:
+            if isinstance(node, ast.Assign):
+                self.read_assignment(node)
+        self.labels = [*self.settings["WORKERS"]]
+        first_label = self.labels[0] if self.labels else None
+        self.usual = self.settings.get("USUAL", first_label)
+        self.python = Path(sys.executable)
+        if self.settings["PINS"]:
+            self.python = HOME / name / "bin" / "python"
+
+    def read_assignment(self, node):
+        """Keep the value of an assignment if it is a literal."""
+        try:
+            value = ast.literal_eval(node.value)
+        except ValueError:
+            return
+        for target in node.targets:
+            self.settings[target.id] = value
+
+    def install(self):
+        """Make the environment, unless there is one with these pins."""
+        pins = self.settings["PINS"]
+        done = HOME / self.name / "pins.json"
+        if not pins or (done.exists() and json.loads(done.read_text()) == pins):
+            return
+        python = sys.executable
+        make = [python, "-m", "venv", "--clear", "--without-pip", HOME / self.name]
+        pip = [python, "-m", "pip", "--python", self.python, "install", "-q"]
+        for command in (make, [*pip, "--disable-pip-version-check", *pins]):
+            ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+            if ended.returncode:
+                raise Failure(f"can't be installed: {last_line(ended.stderr)}")
+        done.write_text(json.dumps(pins))
+
+    def command(self, label, **values):
+        """Return the command of a worker, as a list."""
+        text = self.settings["WORKERS"][label][0].format(**values)
+        program, *arguments = shlex.split(text)
+        path = self.python if program == "python" else self.python.parent / program
+        return [str(path), *arguments]
+
+
+def last_line(text):
+    """Return the last line of a text that is not empty, up to 200 characters of it."""
+    lines = [line for line in text.strip().split("\n") if line]
+    if not lines:
+        return "no reason given"
+    return lines[-1][:200]
+
+
+def family(pid):
+    """Return the pids of a process and of all its descendants."""
+    pids = [pid]
+    for child in children_of(pid):
+        pids += family(child)
+    return pids
+
+
+class Deployment:
+    """A competitor on a server, with one client and at most one set of workers.
+
+    A deployment uses each number of a job once, so its marks (see jobs.py) are never cleared.
+    """
+
+    def __init__(self, competitor, url, home):
+        self.competitor = competitor
+        self.url = url
+        self.admin = redis.Redis.from_url(url)
+        self.marks = home / f"marks-{competitor.name}"
+        with open(self.marks, "wb") as file:
+            file.truncate(jobs.SIZE)
+        self.runs, self.times, self.pids = jobs.marks(self.marks)
+        self.log = open(home / f"log-{competitor.name}", "w+b")  # noqa: SIM115
+        self.next_number = 0
+        self.client = None
+        self.workers = []
+        self.kind = None  # (label, processes, lease) of the workers
+        self.clear()
+
+    def close(self):
+        self.stop_workers()
+        self.stop_client()
+        self.log.close()
+        self.marks.unlink()
+
+    def environment(self, processes=1, lease="usual"):
+        environment = dict(os.environ)
+        environment["BENCH_URL"] = self.url
+        environment["BENCH_MARKS"] = str(self.marks)
+        environment["BENCH_PROCESSES"] = str(processes)
+        environment["PYTHONPATH"] = f"{HERE}{os.pathsep}{HERE.parent}"
+        if lease != "usual":
+            environment["BENCH_LEASE"] = self.competitor.settings["LEASE"][lease]
+        return environment
+
+    def clear(self):
+        """Kill the workers, and delete all keys."""
+        self.stop_workers()
+        self.admin.flushall()
+
+    # ---- The client
+
+    def call(self, function, *arguments):
+        """Have the client call a function of client.py; return its answer."""
+        if self.client is None:
+            self.start_client()
+        request = json.dumps([function, *arguments])
+        self.client.stdin.write(request.encode() + b"\n")
+        seconds = 4 * PATIENCE
+        if not select.select([self.client.stdout], [], [], seconds)[0]:
+            raise Failure(f"{function}: no answer within {seconds} s")
+        line = self.client.stdout.readline()
+        if not line:
+            raise Failure(f"{function}: {self.last_log_line()}")
+        return json.loads(line)
+
+    def start_client(self):
+        python = self.competitor.python
+        self.client = subprocess.Popen(
+            [python, HERE / "client.py", self.competitor.name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            env=self.environment(),
+            cwd=HERE,
+            bufsize=0,
+        )
+
+    def stop_client(self):
+        """Kill the client, which closes its connections."""
+        if self.client is not None:
+            self.client.kill()
+            self.client.wait()
+            self.client.stdin.close()
+            self.client.stdout.close()
+            self.client = None
+
+    def enqueue(self, count, function="enqueue", job="noop"):
+        """Enqueue new jobs; return the number of the first one, and the seconds it took."""
+        first = self.reserve_numbers(count)
+        return first, self.call(function, first, count, job)
+
+    def reserve_numbers(self, count):
+        """Return the first of `count` numbers that no job has."""
+        first = self.next_number
+        self.next_number += count
+        return first
+
+    def last_log_line(self):
+        """Return the last line that the competitor logged."""
+        time.sleep(0.2)
+        self.log.seek(0)
+        return last_line(self.log.read().decode(errors="replace"))
+
+    # ---- The workers
+
+    def work(self, label=None, processes=1, lease="usual", warm_up=True):
+        """Have these workers run, and run 20 jobs unless `warm_up` is false.
+
+        Workers of this kind that are running stay; workers of another kind are killed.
+        """
+        label = label or self.competitor.usual
+        kind = (label, processes, lease)
+        alive = any(process.poll() is None for process in self.workers)
+        reused = alive and self.kind == kind
+        if not reused:
+            self.stop_workers()
+            self.start_workers(*kind)
+        if warm_up or reused:
+            count = 20
+            first, _ = self.enqueue(count)
+            self.wait_for_runs(first, count)
+
+    def start_workers(self, label, processes, lease):
+        self.kind = (label, processes, lease)
+        settings = self.competitor.settings
+        lease_value = settings["LEASE"][lease]
+        command = self.competitor.command(
+            label, n=processes, url=self.url, lease=lease_value
+        )
+        takes_number = "{n}" in settings["WORKERS"][label][0]
+        one_for_all = takes_number or "ONE_FOR_ALL" in settings
+        for _ in range(1 if one_for_all else processes):
+            process = subprocess.Popen(
+                command,
+                cwd=HERE,
+                stdin=subprocess.DEVNULL,
+                stdout=self.log,
+                stderr=self.log,
+                env=self.environment(processes, lease),
+                start_new_session=True,
+            )
+            self.workers.append(process)
+
+    def processes(self):
+        """Return the pids of the workers and of all their descendants."""
+        return [pid for process in self.workers for pid in family(process.pid)]
+
+    def stop_workers(self):
+        """Kill the workers, and wait until the server has noticed.
+
+        Before that it could still hand a job to a dead worker.
+        """
+        for pid in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for process in self.workers:
+            process.wait()
+        deadline = time.monotonic() + PATIENCE
+        while self.workers and self.admin.info("clients")["blocked_clients"]:
+            if time.monotonic() > deadline:
+                raise Failure("a process survived the end of the worker")
+            time.sleep(0.005)
+        self.workers = []
+
+    # ---- What was run
+
+    def wait_for_runs(self, first, count):
+        """Wait until the jobs have run; raise Failure if one does not, or runs twice."""
+        deadline = time.monotonic() + PATIENCE
+        runs = self.runs[first : first + count]
+        while True:
+            missing = bytes(runs).count(0)
+            if not missing:
+                break
+            if time.monotonic() > deadline:
+                reason = self.last_log_line()
+                raise Failure(f"{missing} of {count} jobs did not run: {reason}")
+            if any(process.poll() is not None for process in self.workers):
+                raise Failure(f"its worker ended: {self.last_log_line()}")
+            time.sleep(0.005)
+        repeated = count - bytes(runs).count(1)
+        if repeated:
+            raise Failure(f"{repeated} of {count} jobs ran more than once")
+
+    def count_repeated(self, first):
+        """Return how many of the jobs from `first` on ran more than once."""
+        runs = bytes(self.runs[first : self.next_number])
+        return len(runs) - runs.count(0) - runs.count(1)
+
+    def rate(self, first, count):
+        """Return jobs per second, without the first and the last tenth of the jobs.
+
+        Those run while the workers start and stop.
+        """
+        times = sorted(self.times[first : first + count])
+        tenth = count // 10
+        seconds = times[-tenth - 1] - times[tenth]
+        return (count - 2 * tenth - 1) / seconds
+
+    def traffic(self):
+        """Return (commands, reads, bytes read) of the server until now."""
+        info = self.admin.info("stats")
+        return [
+            info["total_commands_processed"],
+            info["total_reads_processed"],
+            info["total_net_input_bytes"],
+        ]
