@@ -2628,10 +2628,13 @@ class _EnqueueRequest(NamedTuple):
 
     def renewed(self) -> _EnqueueRequest:
         """Return the request for the next life of the job, once this one is stored."""
-        return _EnqueueRequest(unique=self.unique, dependency=self.dependency)
+        if not self.unique and self.dependency is None:
+            return _DEFAULT_REQUEST
+        return self._replace(call_id=None, at_front=False)
 
 
 _DEFAULT_REQUEST = _EnqueueRequest()
+_NEW_ID_REQUEST = _EnqueueRequest(call_id="")
 
 
 class Job:
@@ -4111,6 +4114,8 @@ class Queue(_JobContainer):
 
 def _new_request(options: dict[str, Any]) -> _EnqueueRequest:
     """Return the request of a job with these options, which were checked."""
+    if not options:
+        return _NEW_ID_REQUEST
     id = options.get("job_id")
     unique = options.get("unique", False)
     if unique and id is None:
