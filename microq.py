@@ -30,37 +30,39 @@ the container is its status.
                              v          claim      |    settle
     --------------------> QUEUED ---------------> STARTED ---------> FINISHED
      enqueue               ^   ^                   | |
-                           |   |   settle, beat,   | | settle
+                           |   |  settle,          | | settle
+                           |   |  heartbeat        | |
                            |   `-------------------' v
                            `--------------------- FAILED, CANCELED, FINISHED
-                              move (requeue)
+                              transition (requeue)
 
-    script    from        to                    guard, and what if it does not hold
-    enqueue   (new)       queued, scheduled     the id is free, else 'taken'
-              (new)       deferred              it depends on jobs that have not finished
-              (new)       rate_limited          its limit is used up
-    deliver   deferred    as if it were new     the last job that it waited for has finished
-              rate_limited  queued, scheduled   there is room for it
-    claim     queued      started               the claim's number is new, else as before
-              scheduled   queued                the job is due; beat does this too
-    settle    started     finished, failed      the execution holds the job, else 'lost'
-              started     queued, scheduled     likewise, and a retry or repeat is left
-    beat      started     queued, failed        the lease of the job's worker has ended
-    release   started     queued                the worker that holds the job says so
-    move      not ended   canceled              the job is where it is said to be,
-              ended       queued                else where it is
-              any         (gone)
-    sweep     ended       (gone)                the record has expired; settle and beat do this too
-    amend     any         the same              the job exists, else 0
-    join      any         the same              (the job becomes one of a group)
-    leave     any         the same              it joined the group long enough ago
-    entry     scheduled   (gone)                the entry of cron changes: its ticks ahead
-    look      any         the same              (it reads)
-    where     any         the same              (it reads)
-    count     any         the same              (it reads)
-    list      any         the same              (it reads)
-    agenda    any         the same              (it reads the entries of cron)
-    register  any         the same              (it holds the name of a worker)
+    script      from        to                    guard, and what if it does not hold
+    enqueue     (new)       queued, scheduled     the id is free, else 'taken'
+                (new)       deferred              it depends on jobs that have not finished
+                (new)       rate_limited          its limit is used up
+    deliver     deferred    as if it were new     the last job that it waited for has finished
+                rate_limited  queued, scheduled   there is room for it
+    claim       queued      started               the claim's number is new, else as before
+                scheduled   queued                the job is due; heartbeat does this too
+    settle      started     finished, failed      the execution holds the job, else 'lost'
+                started     queued, scheduled     likewise, and a retry or repeat is left
+    heartbeat   started     queued, failed        the lease of the job's worker has ended
+    release     started     queued                the worker that holds the job says so
+    transition  not ended   canceled              the job is where it is said to be,
+                ended       queued                else where it is
+                any         (gone)
+    sweep       ended       (gone)                the record has expired; settle and heartbeat do
+                                                  this too
+    set_field   any         the same              the job exists, else 0
+    join        any         the same              (the job becomes one of a group)
+    leave       any         the same              it joined the group long enough ago
+    cron_store  scheduled   (gone)                the entry of cron changes: its ticks ahead
+    fetch       any         the same              (it reads)
+    where       any         the same              (it reads)
+    count       any         the same              (it reads)
+    list        any         the same              (it reads)
+    cron_read   any         the same              (it reads the entries of cron)
+    register    any         the same              (it holds the name of a worker)
 
 Keys.  {q} is the queue's name in braces, so that a queue lives in one slot of a Redis Cluster.
 Queues that one worker serves on a Cluster share a slot by naming the tag: "{mail}high".
@@ -2035,6 +2037,7 @@ local function settle(q, at, words)
   local function settle_run(i, id)
     local w, job, to, delay, front, counter, count = 9 * i - 8, q .. 'job:' .. id, 'finished'
     local ended, result, last, ttl = words[w + 2], words[w + 3], words[w + 4], words[w + 5]
+    if last ~= '' then last = ' ' .. last end
     local rule, ruled = words[w + 6], nil
     if mine[id] ~= i then
       local was = call('HGET', job, 'ended') or ''  -- ours, if this is the call sent again
@@ -2060,7 +2063,7 @@ local function settle(q, at, words)
         else ready(q, id, front, at) end
       elseif OUTSIDE[rule] and bequeath(job, last, result) then
         ready(q, id, true, at)
-        to = 'verdict'
+        to = 'callbacks_pending'
       else  -- no rule, one that makes no sense, or it is used up
         local option, more, watched, slot, limit = 'result_ttl', nil, nil, nil, nil
         if last ~= '' then to, option = 'failed', 'failure_ttl' end
@@ -2086,7 +2089,7 @@ local function settle(q, at, words)
   end
   local function refuse(i, id, text)
     local w = 9 * i - 8
-    words[w + 3], words[w + 4], words[w + 5], words[w + 6] = text, ' failed', FAILURE_TTL, ''
+    words[w + 3], words[w + 4], words[w + 5], words[w + 6] = text, 'failed', FAILURE_TTL, ''
     call('DEL', q .. 'job:' .. id .. ':results')
     return pcall(settle_run, i, id) and 'refused ' .. text or 'lost'  -- lost: it is no job any more
   end
@@ -2116,10 +2119,18 @@ local function settle(q, at, words)
 end
 """
 
+Message = tuple[bytes, bytes]  # (prefix of the outbox that it is in, text)
+
+
+def _messages(flat: Sequence[bytes]) -> list[Message]:
+    """Return the messages in a reply, where outbox and text alternate."""
+    return list(zip(flat[::2], flat[1::2], strict=True))
+
+
 ENQUEUE = Script("""
 -- enqueue: new -> queued, or scheduled.  The first argument is -1 for queued; the seconds from now,
--- or '@' and the time, when the jobs are due; or a tick of cron.  Jobs are id, nonce, mode, ttl,
--- count of words, words of the hash; the mode is 'front', 'careful' if it depends on others or has
+-- or '@' and the time, when the jobs are due; or a tick of cron.  Jobs are id, nonce, flags, ttl,
+-- count of words, words of the hash; flags are 'at_front', 'blocked' if it depends on others or has
 -- a limit, 'unique' if there must be no record of the id, or ''.  Returns the time, or {time,
 -- posted}, or {'taken', id, status} if one of them has not ended: then none is stored.
 local q, at, due = KEYS[1], now(), nil
@@ -2155,11 +2166,11 @@ for _, k in ipairs(fresh) do
     if watched then call('HSET', job, 'dependents', 1) end
   end
   call('HSET', job, 'created_at', created_at, unpack(ARGV, i + 5, i + 4 + words))
-  if string.find(mode, 'careful') then careful[#careful + 1] = id
+  if string.find(mode, 'blocked') then careful[#careful + 1] = id
   elseif due then later(q, id, due)
   else
     if ttl ~= '' then call('PEXPIRE', job, math.ceil(ttl * 1000)) end
-    if string.find(mode, 'front') then call('LPUSH', q .. 'queued', id)
+    if string.find(mode, 'at_front') then call('LPUSH', q .. 'queued', id)
     else back[#back + 1] = id end
   end
 end
@@ -2182,15 +2193,69 @@ end
 return #posted > 0 and {created_at, posted} or created_at
 """)
 
+
+class _NewJob(NamedTuple):
+    """What `enqueue` stores of one job."""
+
+    id: str
+    call_id: str  # tells this call from another for the same id; '' for an id made here
+    flags: str  # of 'at_front', 'blocked', 'unique', with blanks between
+    ttl: bytes  # seconds in the queue; b"" for no limit
+    fields: dict[str, bytes]  # of its hash
+
+    def args(self) -> list[Any]:
+        args = [self.id, self.call_id, self.flags, self.ttl, 2 * len(self.fields)]
+        for name, value in self.fields.items():
+            args += (name, value)
+        return args
+
+
+def _enqueue_command(
+    prefix: str, jobs: Sequence[_NewJob], delay: float | str = -1
+) -> Command:
+    """Store jobs, to be run at once, or `delay` seconds from now, or at the time "@<time>"; the
+    reply is for _EnqueueReply.parse()."""
+    args: list[Any] = []
+    for job in jobs:
+        args += job.args()
+    return ENQUEUE(prefix, delay, *args)
+
+
+class _EnqueueReply(NamedTuple):
+    created_at: bytes  # b"" if nothing was stored, since an id is taken
+    messages: list[Message]
+    taken_id: str = ""  # the id of a job that has not ended
+    taken_status: str = ""  # and its status
+
+    @classmethod
+    def parse(cls, reply: Any) -> _EnqueueReply:
+        if isinstance(reply, bytes):
+            return cls(reply, [])
+        if reply[0] == b"taken":
+            return cls(b"", [], reply[1].decode(), reply[2].decode())
+        created_at, flat = reply
+        return cls(created_at, _messages(flat))
+
+
+def _tick_command(
+    prefix: str, slug: str, last: tuple[float, float], tick: float, job: _NewJob
+) -> Command:
+    """Store the job of a tick of cron, if `last` (last tick, registered_at) still holds; else the
+    reply is b"", since another scheduler was faster."""
+    last_tick, registered_at = last
+    guard = f"{slug} {last_tick:.6f} {registered_at:.6f} {tick:.6f}"
+    return ENQUEUE(prefix, guard, *job.args())
+
+
 CLAIM = Script("""
 -- claim: queued -> started, for the claim `number` of `worker`, up to n jobs from the queues in
 -- order; before that scheduled -> queued.  Returns the time, the time of the next scheduled job (or
 -- now, if there may be more to claim, or ''), the execution, {queue, id, hash} for each job, what
 -- is posted, and how many ids had no record, since it expired or the server evicted it.  A number
 -- seen before returns what it holds, an older one nothing.  A worker that was frozen for longer
--- than its lease, so that another instance has its name now, gets nothing.  `mode` is 'ahead' if
--- the worker still has others to run, or 'waiting' if this was sent along with BLPOP, maybe long
--- ago: then a worker that is late, which may be gone, gets nothing.
+-- than its lease, so that another instance has its name now, gets nothing.  `mode` is 'pipelined'
+-- if the worker still has others to run, or 'blocking' if this was sent along with BLPOP, maybe
+-- long ago: then a worker that is late, which may be gone, gets nothing.
 local worker, instance = identity(ARGV[1])
 local number, lease, n = tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4])
 local mode = ARGV[5]
@@ -2224,7 +2289,7 @@ local function hold(i, q, ids)
       vanish(q, id, at)
     end
     full = full or valid and (alone or size > 1048576)
-    local others = mode == 'ahead' or #claimed > 0
+    local others = mode == 'pipelined' or #claimed > 0
     local rest = full and (alone and others and k or k + 1) or math.huge
     if valid and rest ~= k then
       entries[#entries + 1], entries[#entries + 2] = id, execution
@@ -2248,7 +2313,7 @@ for i, q in ipairs(KEYS) do
       claimed[#claimed + 1] = {i, id, call('HGETALL', q .. 'job:' .. id)}
     end
   end
-  local late = mode == 'waiting' and (read_lease(call('HGET', q .. 'workers', worker)) or 0) < at
+  local late = mode == 'blocking' and (read_lease(call('HGET', q .. 'workers', worker)) or 0) < at
   if number > last and not late then
     sit(q, worker, instance, at, lease, number)
     for _ = 1, 100 do
@@ -2262,11 +2327,42 @@ end
 for i, q in ipairs(KEYS) do  -- what we leave behind is for others to see
   local soon = dues[i] and dues[i] < at + lease
   if tried[i] and #claimed == 0 and call('LLEN', q .. 'queued') > 0 then next_due = at end
-  local took = #claimed > 0 or tried[i] or mode == 'waiting'
+  local took = #claimed > 0 or tried[i] or mode == 'blocking'
   if took and (soon or call('LLEN', q .. 'queued') > 0) then wake(q) end
 end
 return {stamp(at), next_due and stamp(next_due) or '', execution, claimed, posted, missing}
 """)
+
+
+def _claim_command(
+    prefixes: Sequence[str], holder: str, number: int, lease: float, limit: int,
+    mode: str = "",
+) -> Command:  # fmt: skip
+    """Claim up to `limit` jobs; the reply is for _ClaimReply.parse().
+
+    `holder` is "<worker> <instance>".  `mode` is 'pipelined' if the worker still has others to run,
+    'blocking' if this is sent along with BLPOP."""
+    return CLAIM(prefixes, holder, number, lease, limit, mode)
+
+
+class _ClaimReply(NamedTuple):
+    now: float  # by the server's clock
+    next_due: float | None  # when the next scheduled job is due, None: there is none
+    token: str  # "<execution> <started_at>"
+    jobs: list[tuple[int, str, dict[str, bytes]]]  # (index of the queue, id, hash)
+    messages: list[Message]
+    missing: int  # how many ids in the queues had no record
+
+    @classmethod
+    def parse(cls, reply: Any) -> _ClaimReply:
+        now, next_due, token, claimed, flat, missing = reply
+        jobs = [
+            (index - 1, id.decode(), _hash_to_dict(fields))
+            for index, id, fields in claimed
+        ]
+        due = float(next_due) if next_due else None
+        return cls(float(now), due, token.decode(), jobs, _messages(flat), missing)
+
 
 SETTLE = Script("""
 -- settle: started -> where the outcome takes it, for runs of 9 words each, those that the function
@@ -2276,19 +2372,52 @@ sweep(q, at, #ARGV / 9 + 1)
 return {settle(q, at, ARGV), posted}
 """)
 
-BEAT = Script("""
--- beat: renew the lease of `worker` on its queues.  `state` is 'fresh' if it has just begun, so
--- that what its name holds was lost; 'judge' if it has beaten in time for a lease: then it settles,
+
+class _Settlement(NamedTuple):
+    """How one run ended, for `settle`."""
+
+    id: str
+    token: str  # "<execution> <started_at>": the run holds the job as long as `started` says so
+    ended: str  # "<execution> <started_at> <seconds>"
+    payload: bytes | str  # the serialized return value, or the traceback
+    result_type: str  # '' for success, else a ResultType; if no other run follows
+    ttl: float  # seconds to keep the record, unless the job has an option
+    rerun: str  # by which rule it may run again: 'retry', 'repeat', 'crash', .., '' for none
+    policy: bytes | str  # the rule as JSON; '' for that of the job
+    chance: float  # from 0 to 1, for its jitter
+
+
+def _settle_command(prefix: str, runs: Sequence[_Settlement]) -> Command:
+    """Settle runs of one queue; the reply is for _SettleReply.parse()."""
+    args: list[Any] = []
+    for run in runs:
+        args += run
+    return SETTLE(prefix, *args)
+
+
+class _SettleReply(NamedTuple):
+    statuses: list[str]  # for each run: its job's status, 'lost', 'refused <error>', ..
+    messages: list[Message]
+
+    @classmethod
+    def parse(cls, reply: Any) -> _SettleReply:
+        statuses, flat = reply
+        return cls([status.decode() for status in statuses], _messages(flat))
+
+
+HEARTBEAT = Script("""
+-- heartbeat: renew the lease of `worker` on its queues.  `mode` is 'start' if it has just begun, so
+-- that what its name holds was lost; 'reap' if it has beaten in time for a lease: then it settles,
 -- as crashed, the jobs of workers whose lease has ended.  (After an outage all of them are late.)
 -- What it has held for a lease from a claim before `oldest` came back with older data, and is
 -- released.  Then what any worker does for all: sweep what expired, promote what is due, and mend
 -- a token that was lost with its taker.  Returns the names of the dead, the time, the time of the
 -- next scheduled job or '', whether the worker was known and in time, and what is in the outboxes.
 -- Where another instance has the name now, it returns 'taken' and changes nothing.
-local holder, lease, state, oldest, policy, failure_ttl = unpack(ARGV)
+local holder, lease, mode, oldest, policy, failure_ttl = unpack(ARGV)
 local worker, instance = identity(holder)
 local at, dead, next_due, fit = now(), {}, nil, 1
-for _, q in ipairs(state ~= 'fresh' and KEYS or {}) do
+for _, q in ipairs(mode ~= 'start' and KEYS or {}) do
   local lease_end, _, other = read_lease(call('HGET', q .. 'workers', worker))
   if lease_end and lease_end >= at and other ~= instance then return 'taken' end
 end
@@ -2298,11 +2427,11 @@ for _, q in ipairs(KEYS) do
     local lease_end, claim, other = read_lease(seats[i + 1])
     local late = not lease_end or lease_end < at
     if seats[i] ~= worker then over[seats[i]] = late or nil
-    elseif other ~= instance and (claim or state == 'fresh') then over[worker] = true
+    elseif other ~= instance and (claim or mode == 'start') then over[worker] = true
     else number = not late and claim end
   end
   if not number then fit = 0 end
-  if not number or state ~= 'judge' then over = {[worker] = over[worker]} end
+  if not number or mode ~= 'reap' then over = {[worker] = over[worker]} end
   sit(q, worker, instance, at, lease, over[worker] and 0 or last_claim(q, worker, instance))
   local started, crashed = call('HGETALL', q .. 'started'), {}
   for i = #started - 1, 1, -2 do  -- from the end, so that the first is at the front again
@@ -2312,7 +2441,7 @@ for _, q in ipairs(KEYS) do
     if name and over[name] then
       local ended = string.format('%s %.6f', execution, at - since)
       local reason = 'worker ' .. name .. ' died while it ran this job'
-      local words = {id, execution, ended, reason, ' failed', failure_ttl, 'crash', policy, 0}
+      local words = {id, execution, ended, reason, 'failed', failure_ttl, 'crash', policy, 0}
       for _, word in ipairs(words) do crashed[#crashed + 1] = word end
       if #crashed > 4000 then crashed = settle(q, at, crashed) and {} end
     elseif name == worker and tonumber(claim) < tonumber(oldest) and since + lease < at then
@@ -2337,6 +2466,37 @@ for _, q in ipairs(KEYS) do
 end
 return {dead, stamp(at), next_due and stamp(next_due) or '', fit, posted}
 """)
+
+
+def _heartbeat_command(
+    prefixes: Sequence[str], holder: str, lease: float, mode: str,
+    oldest_held_claim: int, failure_ttl: float = DEFAULT_FAILURE_TTL,
+) -> Command:  # fmt: skip
+    """Renew the leases of a worker; the reply is for _HeartbeatReply.parse().
+
+    `mode` is 'start' for the first heartbeat; 'reap' if the worker was on time for a whole lease,
+    so that it reaps others whose lease has expired; else ''."""
+    args = (lease, mode, oldest_held_claim, _CRASH_POLICY, failure_ttl)
+    return HEARTBEAT(prefixes, holder, *args)
+
+
+class _HeartbeatReply(NamedTuple):
+    name_taken: bool  # another worker has this name now; then the rest is empty
+    reaped: list[str]  # names of workers whose lease has expired
+    now: float  # by the server's clock
+    next_due: float | None  # when the next scheduled job is due, None: there is none
+    lease_intact: bool  # whether the server knew the worker, and it was on time
+    messages: list[Message]
+
+    @classmethod
+    def parse(cls, reply: Any) -> _HeartbeatReply:
+        if reply == b"taken":
+            return cls(True, [], 0.0, None, False, [])
+        reaped, now, next_due, intact, flat = reply
+        names = [name.decode() for name in reaped]
+        due = float(next_due) if next_due else None
+        return cls(False, names, float(now), due, intact == 1, _messages(flat))
+
 
 RELEASE = Script("""
 -- release: started -> queued, at the front, what `worker` holds by claims up to `number`, or of it
@@ -2369,9 +2529,19 @@ end
 return count
 """)
 
-MOVE = Script("""
--- move: a job in one of the containers `from` -> queued, canceled or gone.  Returns where it was,
--- '' if it does not exist, and what is posted.  A run in progress goes on, but its result is
+
+def _release_command(
+    prefixes: str | Sequence[str], holder: str, lease: float, number: int | None,
+    ids: Sequence[str] = (),
+) -> Command:  # fmt: skip
+    """Put back what a worker holds by claims up to `number`, of it only the jobs `ids` if there
+    are any; None: all that it holds, and sign it off.  The reply is how many jobs there were."""
+    return RELEASE(prefixes, holder, lease, "" if number is None else number, *ids)
+
+
+TRANSITION = Script("""
+-- transition: a job in one of the containers `from` -> queued, canceled or gone.  Returns where it
+-- was, '' if it does not exist, and what is posted.  A run in progress goes on, but its result is
 -- refused.  `verdict` is what its dependents are told; `nonce` tells a call that was sent again.
 local q, id, from, to, front, failure_ttl, nonce, verdict = KEYS[1], unpack(ARGV)
 local job, at, was = q .. 'job:' .. id, now(), place(q, id)
@@ -2405,12 +2575,53 @@ return {was, posted}
 """)
 
 
+def _transition_command(
+    prefix: str, id: str, allowed: str, to: str, call_id: str, *,
+    at_front: bool = False, tell_dependents: str = "gone",
+    failure_ttl: float = DEFAULT_FAILURE_TTL,
+) -> Command:  # fmt: skip
+    """Move a job from one of the containers `allowed` (with blanks between) to 'queued',
+    'canceled' or 'gone'; the reply is for _TransitionReply.parse().
+
+    `call_id` is new for each call, '' for a call that makes no difference if it comes again.
+    `tell_dependents` is the status that dependents of a canceled job are told."""
+    args = (int(at_front), failure_ttl, call_id, tell_dependents)
+    return TRANSITION(prefix, id, allowed, to, *args)
+
+
+class _TransitionReply(NamedTuple):
+    was: str  # the container that it was in, '' if there is no such job
+    messages: list[Message]
+
+    @classmethod
+    def parse(cls, reply: Any) -> _TransitionReply:
+        was, flat = reply
+        return cls(was.decode(), _messages(flat))
+
+
 SWEEP = Script("""
 -- sweep: forget jobs of an ended container, a thousand in one call, whose record has expired until
 -- then, '' for now.  Returns how many there were, and what is posted.
 local q, name, at = KEYS[1], ARGV[1], now()
 return {sweep_container(q, name, math.min(at, tonumber(ARGV[2]) or at), 1000), posted}
 """)
+
+
+def _sweep_command(prefix: str, container: str, until: float | None = None) -> Command:
+    """Forget a thousand jobs of a container whose record has expired until then, None: now; the
+    reply is for _SweepReply.parse()."""
+    return SWEEP(prefix, container, "" if until is None else until)
+
+
+class _SweepReply(NamedTuple):
+    forgotten: int  # how many jobs
+    messages: list[Message]
+
+    @classmethod
+    def parse(cls, reply: Any) -> _SweepReply:
+        forgotten, flat = reply
+        return cls(forgotten, _messages(flat))
+
 
 REGISTER = Script("""
 -- register: store the record of a worker, for `lease` milliseconds, 0: remove it.  It holds the
@@ -2425,19 +2636,39 @@ if lease == '0' then call('DEL', key) else call('SET', key, record, 'PX', lease)
 return ''
 """)
 
-AMEND = Script("""
--- amend: set a field of a job's hash.  Returns 1, or 0 if there is no such job.
+
+def _register_command(
+    key: str, instance: str, record: str, lease: float, dead: bytes = b""
+) -> Command:
+    """Store the record of a worker for `lease` seconds.  The reply is b"", or the record of
+    another instance, which has the name, unless that is `dead`."""
+    return REGISTER.on_key(key, instance, record, max(1, int(lease * 1000)), dead)
+
+
+def _unregister_command(key: str, instance: str) -> Command:
+    """Remove the record of a worker, if the instance holds the name."""
+    return REGISTER.on_key(key, instance, "", 0, "")
+
+
+SET_FIELD = Script("""
+-- set_field: set a field of a job's hash.  Returns 1, or 0 if there is no such job.
 local job, name, value = KEYS[1] .. 'job:' .. ARGV[1], ARGV[2], ARGV[3]
 if call('EXISTS', job) == 0 then return 0 end
 call('HSET', job, name, value)
 return 1
 """)
 
-ENTRY = Script("""
--- entry: store `spec` as the entry `name` of cron, '' to remove it.  If that changes it, its ticks
--- that wait in scheduled are gone, and it starts from now: with the first of these, or else what
--- was next or is now for an interval, of `back` seconds; 0: what comes next.  Returns 1, or 0 if
--- nothing changed.
+
+def _set_field_command(prefix: str, id: str, name: str, value: Any) -> Command:
+    """Set a field of a job's hash; the reply is 1, or 0 if there is no such job."""
+    return SET_FIELD(prefix, id, name, value)
+
+
+CRON_STORE = Script("""
+-- cron_store: store `spec` as the entry `name` of cron, '' to remove it.  If that changes it, its
+-- ticks that wait in scheduled are gone, and it starts from now: with the first of these, or else
+-- what was next or is now for an interval, of `back` seconds; 0: what comes next.  Returns 1, or 0
+-- if nothing changed.
 local q, name, spec, back = KEYS[1], ARGV[1], ARGV[2], tonumber(ARGV[3])
 local at, was, first = now(), call('HGET', q .. 'cron', name) or '', nil
 if was == spec then return 0 end
@@ -2464,9 +2695,16 @@ end
 return 1
 """)
 
-AGENDA = Script("""
--- agenda: read the entries of cron; `name` runs it, if it is not ''.  Returns the time, whether the
--- name is new, and the hash of last ticks, that of entries, and the schedulers.
+
+def _cron_store_command(prefix: str, slug: str, spec: str, interval: float) -> Command:
+    """Store the JSON of an entry of cron, '' to remove it; the reply is 1 if that changed it.
+    `interval` is in seconds, 0 for an entry with an expression."""
+    return CRON_STORE(prefix, slug, spec, interval)
+
+
+CRON_READ = Script("""
+-- cron_read: read the entries of cron; `name` runs it, if it is not ''.  Returns the time, whether
+-- the name is new, and the hash of last ticks, that of entries, and the schedulers.
 local q, name, at, new = KEYS[1], ARGV[1], now(), 0
 if name ~= '' then
   new = call('ZADD', q .. 'schedulers', stamp(at), name)
@@ -2476,8 +2714,14 @@ local schedulers = call('ZRANGE', q .. 'schedulers', 0, -1, 'WITHSCORES')
 return {stamp(at), new, {call('HGETALL', q .. 'ticks'), call('HGETALL', q .. 'cron'), schedulers}}
 """)
 
-LOOK = Script("""
--- look: read a job as {status, execution or '', its worker's last heartbeat or '', hash}; the
+
+def _cron_read_command(prefix: str, scheduler: str = "") -> Command:
+    """Read the entries of cron; `scheduler` runs them, if it is not ''."""
+    return CRON_READ(prefix, scheduler)
+
+
+FETCH = Script("""
+-- fetch: read a job as {status, execution or '', its worker's last heartbeat or '', hash}; the
 -- status is '' if there is no such job.
 local q, id = KEYS[1], ARGV[1]
 local status = place(q, id)
@@ -2487,6 +2731,19 @@ local seat = call('HGET', q .. 'workers', string.match(execution, '^(.*)%.%d+ ')
 local heartbeat_at = string.match(seat, '^%d+%.%d+') or ''
 return {status, execution, heartbeat_at, call('HGETALL', q .. 'job:' .. id)}
 """)
+
+
+def _fetch_command(prefix: str, id: str) -> Command:
+    """Read a job; the reply is for _FetchReply."""
+    return FETCH(prefix, id)
+
+
+class _FetchReply(NamedTuple):
+    status: bytes  # the container; b"" if there is no such job
+    token: bytes  # "<execution> <started_at>", b"" if it does not run
+    heartbeat_at: bytes  # of the worker that runs it, or b""
+    fields: list[bytes]  # of its hash: name, value, ..
+
 
 WHERE = Script("""
 -- where: for each id, the container that its job is in, '' if there is no such job; then, in the
@@ -2499,10 +2756,22 @@ end
 return {places, groups}
 """)
 
+
+def _where_command(prefix: str, ids: Iterable[str]) -> Command:
+    """Ask for [containers, groups] of jobs, b"" where there is none."""
+    return WHERE(prefix, *ids)
+
+
 COUNT = Script("""
 -- count: how many members of a sorted set of times have one that is still to come.
 return call('ZCOUNT', KEYS[1] .. ARGV[1], '(' .. stamp(now()), '+inf')
 """)
+
+
+def _count_command(prefix: str, container: str) -> Command:
+    """Count the jobs of a container of ended ones whose record has not expired."""
+    return COUNT(prefix, container)
+
 
 LIST = Script("""
 -- list: those members, `count` of them from `offset` on, -1 for all; from the last one if `desc`.
@@ -2511,6 +2780,14 @@ local low = '(' .. stamp(now())
 if desc then return call('ZREVRANGEBYSCORE', key, '+inf', low, 'LIMIT', offset, count) end
 return call('ZRANGEBYSCORE', key, low, '+inf', 'LIMIT', offset, count)
 """)
+
+
+def _list_command(
+    key: str, offset: int = 0, count: int = -1, desc: bool = False
+) -> Command:
+    """List `count` members, -1 for all, of a sorted set of times; without those that passed."""
+    return LIST.on_key(key, "", offset, count, int(desc))
+
 
 JOIN = Script("""
 -- join: enter members into the sorted set of times KEYS[1], `ahead` seconds from now and in their
@@ -2528,6 +2805,12 @@ call('ZADD', key, unpack(entries))
 call('EXPIRE', key, ttl)
 """)
 
+
+def _join_command(key: str, ahead: float, ttl: float, *members: str) -> Command:
+    """Enter members into a sorted set of times, `ahead` seconds from now."""
+    return JOIN.on_key(key, ahead, ttl, *members)
+
+
 LEAVE = Script("""
 -- leave: take members out of the sorted set of times KEYS[1] that joined it `age` seconds ago.
 local before = now() - ARGV[1]
@@ -2536,6 +2819,11 @@ for i = 2, #ARGV do
   if since and tonumber(since) <= before then call('ZREM', KEYS[1], ARGV[i]) end
 end
 """)
+
+
+def _leave_command(key: str, age: float, *members: str) -> Command:
+    """Take members that joined `age` seconds ago out of a sorted set of times."""
+    return LEAVE.on_key(key, age, *members)
 
 
 # ---- 6. Job, result, execution -------------------------------------------------------
@@ -3110,7 +3398,7 @@ class Job:
 
     def _ask_to_be_told(self, ask: Callable[[Job], Any]) -> tuple[Any, bool]:
         """Have the end of the next run published; return ask(self), and whether a run may come."""
-        waited = AMEND(self.queue.prefix, self.id, "waited", 1)
+        waited = _set_field_command(self.queue.prefix, self.id, "waited", 1)
         canceled = ("ZSCORE", f"{self.queue.prefix}canceled", self.id)
         exists, canceled_until = _execute(self.connection, waited, canceled)
         return ask(self), bool(exists) and canceled_until is None
@@ -3159,9 +3447,8 @@ class Job:
         data = _serialize(
             self.serializer, self.meta, "meta", *self._signed_context("meta")
         )
-        if not _execute_one(
-            self.connection, *AMEND(self.queue.prefix, self.id, "meta", data)
-        ):
+        command = _set_field_command(self.queue.prefix, self.id, "meta", data)
+        if not _execute_one(self.connection, *command):
             raise NoSuchJobError(f"job {self.id!r} is gone; its meta was not saved")
 
     save = save_meta  # all else is as it was enqueued
@@ -3173,9 +3460,12 @@ class Job:
         """See to it that the job doesn't run; a run in progress is not recorded.  Its dependents
         stay deferred, unless they are to be enqueued; it depends on nobody any more.  Raises
         InvalidJobOperation if it has ended already, but not with a pipeline."""
-        verdict = "finished" if enqueue_dependents else "canceled"
+        told = "finished" if enqueue_dependents else "canceled"
         self._transition(
-            " ".join(_CONTAINERS[:5]), "canceled", verdict=verdict, pipeline=pipeline
+            " ".join(_CONTAINERS[:5]),
+            "canceled",
+            tell_dependents=told,
+            pipeline=pipeline,
         )
 
     def requeue(self, at_front: bool = False) -> Job:
@@ -3198,30 +3488,25 @@ class Job:
             self._transition(" ".join(_CONTAINERS), "gone", pipeline=pipeline)
 
     def _transition(
-        self, allowed: str, to: str, at_front: bool = False, verdict: str = "gone",
-        pipeline: Any = None,
+        self, allowed: str, to: str, at_front: bool = False,
+        tell_dependents: str = "gone", pipeline: Any = None,
     ) -> None:  # fmt: skip
-        words = (
-            self.id,
-            allowed,
-            to,
-            int(at_front),
-            DEFAULT_FAILURE_TTL,
-            secrets.token_hex(4),
-        )
-        command = MOVE(self.queue.prefix, *words, verdict)
+        command = _transition_command(
+            self.queue.prefix, self.id, allowed, to, secrets.token_hex(4),
+            at_front=at_front, tell_dependents=tell_dependents,
+        )  # fmt: skip
         if pipeline is not None:
             pipeline.execute_command(*_as_eval(command))
             return
-        reply, posts = _execute_one(self.connection, *command)
-        _relay(self.connection, posts)
-        was = reply.decode()
-        if not was:
+        reply = _TransitionReply.parse(_execute_one(self.connection, *command))
+        _relay(self.connection, reply.messages)
+        if not reply.was:
             raise NoSuchJobError(
                 f"there is no job {self.id!r} in queue {self.origin!r}"
             )
-        if was not in allowed.split():
-            text = f"job {self.id!r} is {was}; to become {to}, it must be one of: {allowed}"
+        if reply.was not in allowed.split():
+            text = f"job {self.id!r} is {reply.was}; "
+            text += f"to become {to}, it must be one of: {allowed}"
             raise InvalidJobOperation(text)
 
     def __eq__(self, other: object) -> bool:
@@ -3269,8 +3554,8 @@ class Execution:
 
 def _fetch_jobs(jobs: Sequence[Job]) -> list[Job]:
     """Read jobs of one connection in one round trip; return those that exist."""
-    looks = [LOOK(job.queue.prefix, job.id) for job in jobs]
-    replies = _execute(jobs[0].connection, *looks) if jobs else []
+    commands = [_fetch_command(job.queue.prefix, job.id) for job in jobs]
+    replies = _execute(jobs[0].connection, *commands) if jobs else []
     found = [(job, reply) for job, reply in zip(jobs, replies, strict=True) if reply[0]]
     for job, reply in found:
         job._take_in(*reply)
@@ -3287,7 +3572,7 @@ def _where(jobs: Sequence[Job]) -> list[tuple[bytes, bytes]]:
     for prefix, all_indexes in by_queue.items():
         for start in range(0, len(all_indexes), MAX_JOBS_PER_CALL):
             indexes.append(all_indexes[start : start + MAX_JOBS_PER_CALL])
-            calls.append(WHERE(prefix, *(jobs[i].id for i in indexes[-1])))
+            calls.append(_where_command(prefix, [jobs[i].id for i in indexes[-1]]))
     found = [(b"", b"")] * len(jobs)
     replies = _execute(jobs[0].connection, *calls) if jobs else []
     for part, (places, groups) in zip(indexes, replies, strict=True):
@@ -3423,14 +3708,15 @@ class _JobContainer:
     def _delete_jobs(self, ids: Sequence[str]) -> int:
         """Delete those of the jobs that are still here, and return how many they were."""
         commands = [
-            MOVE(self.prefix, id, self.container, "gone", 0, 0, "", "gone")
+            _transition_command(self.prefix, id, self.container, "gone", "")
             for id in ids
         ]
         count = 0
-        messages: list[bytes] = []
-        for container, outgoing in _execute(self.connection, *commands):
-            messages += outgoing
-            if container.decode() == self.container:
+        messages: list[Message] = []
+        for each in _execute(self.connection, *commands):
+            reply = _TransitionReply.parse(each)
+            messages += reply.messages
+            if reply.was == self.container:
                 count += 1
         _relay(self.connection, messages)
         return count
@@ -3554,21 +3840,20 @@ class _EndedJobRegistry(Registry):
     expired may still be in the container, and counts as gone."""
 
     def _size_command(self) -> Command:
-        return COUNT(self.prefix, self.container)
+        return _count_command(self.prefix, self.container)
 
     def _ids_command(self, start: int, end: int, desc: bool) -> Command:
         count = -1 if end < 0 else end - start + 1
-        return LIST(self.prefix, self.container, start, count, int(desc))
+        return _list_command(self.key, start, count, desc)
 
     def cleanup(
         self, timestamp: float | None = None, exception_handlers: Any = None
     ) -> None:
-        until = "" if timestamp is None else timestamp
+        command = _sweep_command(self.prefix, self.container, timestamp)
         while True:
-            sweep = SWEEP(self.prefix, self.container, until)
-            count, messages = _execute_one(self.connection, *sweep)
-            _relay(self.connection, messages)
-            if not count:
+            reply = _SweepReply.parse(_execute_one(self.connection, *command))
+            _relay(self.connection, reply.messages)
+            if not reply.forgotten:
                 return
 
 
@@ -3910,10 +4195,9 @@ class Queue(_JobContainer):
             text = "the same job_id stands twice in one enqueue_many()"
             raise DuplicateJobError(text)
         self._resolve_dependencies(jobs)
-        args: list[Any] = []
-        for job in jobs:
-            args += _enqueue_args(job, delay)
-        commands: tuple[Command, ...] = (ENQUEUE(self.prefix, delay, *args),)
+        new_jobs = [_new_job(job, delay) for job in jobs]
+        command = _enqueue_command(self.prefix, new_jobs, delay)
+        commands: tuple[Command, ...] = (command,)
         if not self._registered:
             commands += (("SADD", _QUEUES_KEY, self.name),)
         return _EnqueueCall(jobs, delay, commands)
@@ -3930,18 +4214,15 @@ class Queue(_JobContainer):
         self._on_reply(call, replies[0])
 
     def _on_reply(self, call: _EnqueueCall, reply: Any) -> None:
-        """Take the reply of the script `enqueue`; see there."""
+        """Take the reply of the script `enqueue`."""
         self._registered = True
-        created_at = reply
-        if isinstance(reply, list):
-            if reply[0] == b"taken":
-                id = reply[1].decode()
-                status = reply[2].decode()
-                text = f"job {id!r} is {status}; choose another id, or delete it"
-                raise DuplicateJobError(text)
-            created_at, messages = reply
-            _relay(self.connection, messages)
-        self._on_stored(call, created_at)
+        enqueued = _EnqueueReply.parse(reply)
+        if enqueued.taken_id:
+            text = f"job {enqueued.taken_id!r} is {enqueued.taken_status}; "
+            raise DuplicateJobError(text + "choose another id, or delete it")
+        if enqueued.messages:
+            _relay(self.connection, enqueued.messages)
+        self._on_stored(call, enqueued.created_at)
         if not self.is_async and call.delay == -1:
             self._run_here(call.jobs)
 
@@ -4128,14 +4409,13 @@ def _new_request(options: dict[str, Any]) -> _EnqueueRequest:
     )
 
 
-def _enqueue_args(job: Job, delay: float | str) -> list[Any]:
-    """Return the arguments of the script `enqueue` for one job."""
+def _new_job(job: Job, delay: float | str) -> _NewJob:
+    """Return what the script `enqueue` stores of the job."""
     request = job._request
-    if (
-        request.call_id is None
-    ):  # kept, so that a call that is repeated has the same one
-        request = request._replace(call_id=secrets.token_urlsafe(6))
-        job._request = request
+    call_id = request.call_id
+    if call_id is None:  # kept, so that a call that is repeated has the same one
+        call_id = secrets.token_urlsafe(6)
+        job._request = request._replace(call_id=call_id)
     fields = {
         name: value for name, value in job._fields.items() if name in _INITIAL_FIELDS
     }
@@ -4152,16 +4432,13 @@ def _enqueue_args(job: Job, delay: float | str) -> list[Any]:
             fields["at_front"] = b"1"
     flags = []
     if at_front:
-        flags.append("front")
+        flags.append("at_front")
     if request.unique:
         flags.append("unique")
     if is_blocked:
-        flags.append("careful")
+        flags.append("blocked")
     ttl = fields.get("ttl", b"")
-    args = [job.id, request.call_id, " ".join(flags), ttl, 2 * len(fields)]
-    for name, value in fields.items():
-        args += (name, value)
-    return args
+    return _NewJob(job.id, call_id, " ".join(flags), ttl, fields)
 
 
 def job(
@@ -4307,9 +4584,10 @@ def _run_callback(job: Job, outcome: Outcome, end: Any) -> None:
             errors="replace"
         )
         with contextlib.suppress(exceptions.RedisError):
-            _execute_one(
-                job.connection, *AMEND(job.queue.prefix, job.id, "callback_error", note)
+            command = _set_field_command(
+                job.queue.prefix, job.id, "callback_error", note
             )
+            _execute_one(job.connection, *command)
 
 
 def _send_webhooks(job: Job, outcome: Outcome, place: str) -> None:
@@ -4465,30 +4743,25 @@ def _close_event_loop() -> None:
         loop.close()
 
 
-def _settle_args(execution: Execution, outcome: Outcome, result_ttl: float) -> Command:
-    """Return the words that have `settle` record an outcome: exactly one transition."""
+def _settlement(
+    execution: Execution, outcome: Outcome, result_ttl: float
+) -> _Settlement:
+    """Return what `settle` is told of an outcome, which is exactly one transition."""
     job, rule, policy = execution.job, outcome.rule, outcome.policy
     if not policy and job._fields and rule not in job._fields:
         rule = ""  # the job has no such rule
-    last, ttl = f" {outcome.type.value}", DEFAULT_FAILURE_TTL
+    result_type, ttl = outcome.type.value, DEFAULT_FAILURE_TTL
     if outcome.type is ResultType.SUCCESSFUL:
-        last, ttl = "", result_ttl
+        result_type, ttl = "", result_ttl
     elif outcome.type is ResultType.RETRIED:
-        last = " max_retries_exceeded"
+        result_type = "max_retries_exceeded"
     name, _, claimed_at = execution.token.partition(" ")
     ended = f"{name} {job._started_at or float(claimed_at):.6f} {outcome.seconds:.6f}"
     chance = random.random() if rule else 0
-    return (
-        job.id,
-        execution.token,
-        ended,
-        outcome.payload,
-        last,
-        ttl,
-        rule,
-        policy,
-        chance,
-    )
+    return _Settlement(
+        job.id, execution.token, ended, outcome.payload, result_type, ttl,
+        rule, policy, chance,
+    )  # fmt: skip
 
 
 # ---- 9. Work loop --------------------------------------------------------------------
@@ -4947,7 +5220,7 @@ class Worker:
             Execution
         ] = []  # what was claimed, and is to be given back
         self.messages: list[
-            bytes
+            Message
         ] = []  # what is to be delivered, and by which connection
         self.relay_connection = _Connection(self.connection, self._redis_timeout)
         self.pending_webhooks: list[
@@ -4978,9 +5251,9 @@ class Worker:
             "good": slate.good, "bad": slate.bad, "seconds": slate.seconds,
         })  # fmt: skip
 
-    def _sign_off_commands(self, number: Any) -> list[Command]:
+    def _sign_off_commands(self, number: int | None) -> list[Command]:
         """Return what settles the last outcome, and gives back whatever else it holds."""
-        release = RELEASE(self._prefixes, self._holder, self.lease, number)
+        release = _release_command(self._prefixes, self._holder, self.lease, number)
         return [*self._settle_commands(), release]
 
     def run_loop(self) -> bytes:
@@ -5058,14 +5331,13 @@ class Worker:
             if self._strategy == "random":
                 random.shuffle(self.queue_order)
             prefixes = [queue.prefix for queue in self.queue_order]
-            words = (
-                self._holder,
-                slate.number,
-                self.lease,
-                most,
-                "ahead" if left else mode,
+            if left:
+                mode = "pipelined"
+            commands.append(
+                _claim_command(
+                    prefixes, self._holder, slate.number, self.lease, most, mode
+                )
             )
-            commands.append(CLAIM(prefixes, *words))
         counts = len(self.unsettled), len(self.to_release), most
         self._request = _Request(tuple(commands), *counts, time.monotonic())
 
@@ -5083,43 +5355,41 @@ class Worker:
             ]
             return 0.0
         self._on_settled(replies, flight)
-        return self._on_claimed(flight, *replies[-1]) if flight.most else math.inf
+        if not flight.most:
+            return math.inf
+        return self._on_claimed(flight, _ClaimReply.parse(replies[-1]))
 
-    def _on_claimed(
-        self, flight: _Request, at: bytes, due: bytes, token: bytes, claimed: list[Any],
-        posts: list[bytes], missing: int,
-    ) -> float:  # fmt: skip
+    def _on_claimed(self, flight: _Request, reply: _ClaimReply) -> float:
         """Take in the reply to a claim; return when the next scheduled job is due."""
-        self.messages += posts
-        if missing:
+        self.messages += reply.messages
+        if reply.missing:
             text = "%d ids without a record: the jobs expired (ttl), or the server evicted them"
-            log.info(text, missing)
-        execution, beat, stamp = (
-            token.decode(),
-            _from_timestamp(float(at)),
-            float(token.partition(b" ")[2]),
-        )
+            log.info(text, reply.missing)
+        beat = _from_timestamp(reply.now)
+        stamp = float(reply.token.partition(" ")[2])
         # The server's clock said so at some time from the sending to now.
         least, most = stamp - time.monotonic(), stamp - flight.sent_at
         self.clock_offset = min(max(self.clock_offset, least), most)
-        for index, id, pairs in claimed:
-            queue = self.queue_order[index - 1]
-            job = queue.job_class(id.decode(), queue, _hash_to_dict(pairs))
+        for index, id, fields in reply.jobs:
+            queue = self.queue_order[index]
+            job = queue.job_class(id, queue, fields)
             job._status = JobStatus.STARTED
-            job._execution = Execution(job, execution, beat)
+            job._execution = Execution(job, reply.token, beat)
             self.claimed.append(job._execution)
-        if self._strategy == "round_robin" and claimed:
-            self.queue_order = self.queue_order[index:] + self.queue_order[:index]
-        if len(claimed) > 1 and self._batch_watchdog is None:
+        if self._strategy == "round_robin" and reply.jobs:
+            order = self.queue_order
+            self.queue_order = order[index + 1 :] + order[: index + 1]
+        if len(reply.jobs) > 1 and self._batch_watchdog is None:
             self._batch_watchdog = threading.Thread(
                 target=self._watch_batch, name="relief", daemon=True
             )
             self._batch_watchdog.start()
-        self.last_claim_full = len(claimed) == flight.most
+        self.last_claim_full = len(reply.jobs) == flight.most
         # The slate is for the keeper, whose own answer may be older.
-        self._shared.due = next_due = (
-            float(due) - self.clock_offset if due else math.inf
-        )
+        next_due = math.inf
+        if reply.next_due is not None:
+            next_due = reply.next_due - self.clock_offset
+        self._shared.due = next_due
         return next_due
 
     def _by_queue(
@@ -5135,13 +5405,14 @@ class Worker:
         """Return the commands that settle what is done and give back what is not to run here."""
         ttl, commands, behind = self.default_result_ttl, [], dict[str, list[str]]()
         for prefix, runs in self._by_queue().items():
-            words = [word for run in runs for word in _settle_args(*run, ttl)]
-            commands.append(SETTLE(prefix, *words))
+            settlements = [_settlement(*run, ttl) for run in runs]
+            commands.append(_settle_command(prefix, settlements))
         for execution in self.to_release:
             behind.setdefault(execution.job.queue.prefix, []).append(execution.job.id)
         for prefix, ids in behind.items():
+            number = self._shared.number
             commands.append(
-                RELEASE(prefix, self._holder, self.lease, self._shared.number, *ids)
+                _release_command(prefix, self._holder, self.lease, number, ids)
             )
         return commands
 
@@ -5150,16 +5421,17 @@ class Worker:
         done, behind = (flight.done, flight.behind) if flight else (None, None)
         settled = zip(self._by_queue(done).values(), replies, strict=False)
         del self.unsettled[:done], self.to_release[:behind]
-        for runs, (places, posts) in settled:
-            self.messages += posts
-            for run, place in zip(runs, places, strict=True):
-                self._log_outcome(*run, place.decode())
+        for runs, each in settled:
+            reply = _SettleReply.parse(each)
+            self.messages += reply.messages
+            for run, status in zip(runs, reply.statuses, strict=True):
+                self._log_outcome(*run, status)
 
     def _relay_messages(self, line: Any) -> None:
         """Deliver what was posted for other queues; if that fails, whoever beats for ours will."""
-        posts, self.messages = self.messages, []
+        messages, self.messages = self.messages, []
         with contextlib.suppress(exceptions.RedisError):
-            _relay(line, posts)
+            _relay(line, messages)
 
     def _send_webhooks_due(self) -> None:
         """Send webhooks, which may take long: so what is claimed goes back before."""
@@ -5322,7 +5594,7 @@ class Worker:
             if self._shared.suspended:
                 self._wakeup.watch(min(seconds, _BlockingConnection.BLPOP_TIMEOUT))
             else:  # the claim goes along, and saves a round trip when a job comes
-                self._send_request(claim=True, mode="waiting")
+                self._send_request(claim=True, mode="blocking")
                 heard = self.blocking_connection.pop(
                     seconds, self._wakeup, *self._request.commands
                 )
@@ -5343,7 +5615,7 @@ class Worker:
             self._shared.stopping = True
         if self._request.most and (self._shared.stopping or self._shared.suspended):
             # Perhaps the claim was under way, and holds jobs.
-            release = RELEASE(
+            release = _release_command(
                 self._prefixes, self._holder, self.lease, self._shared.number
             )
             self._request = _Request((release,))
@@ -5383,7 +5655,7 @@ class Worker:
         more = {
             "queued": "; runs again",
             "scheduled": "; runs again",
-            "verdict": "; calls back",
+            "callbacks_pending": "; calls back",
         }
         text += more.get(place, "")
         text += f" at {datetime.fromtimestamp(float(due)):%H:%M:%S}" if due else ""
@@ -5544,7 +5816,7 @@ class _Supervisor:
                     _execute(self.server, *scripts)
                 for worker in self.workers:
                     self.take_name(worker)
-                return self.beat("fresh")
+                return self.beat("start")
             except ServerUnavailable as error:
                 wrong = isinstance(error.__cause__, exceptions.AuthenticationError)
                 if wrong or self.stopping_since or time.monotonic() >= until:
@@ -5581,14 +5853,12 @@ class _Supervisor:
     def register(self, worker: Worker, dead: bytes = b"") -> Command:
         """Return the command that stores the record of a worker, if the name is its own, or held
         by the record `dead`."""
-        lease = max(1, int(self.lease * 1000))
-        return REGISTER.on_key(
-            worker.key, worker._instance, worker._info_json(self.name), lease, dead
-        )
+        record = worker._info_json(self.name)
+        return _register_command(worker.key, worker._instance, record, self.lease, dead)
 
     def give_up_name(self, worker: Worker) -> Command:
         """Return the command that removes the record of a worker, if the name is its own."""
-        return REGISTER.on_key(worker.key, worker._instance, "", 0, "")
+        return _unregister_command(worker.key, worker._instance)
 
     def has_lost_name(self, replies: list[Any]) -> bool:
         """Return whether another worker has one of the names by now, as the replies to a beat say.
@@ -5647,7 +5917,7 @@ class _Supervisor:
     def beat_in_time(self) -> float:
         if self.next_beat() <= time.monotonic():
             fit = time.monotonic() - self.healthy_since >= self.lease
-            self.beat("judge" if fit else "")
+            self.beat("reap" if fit else "")
         return self.next_beat()
 
     def next_beat(self) -> float:
@@ -5661,48 +5931,45 @@ class _Supervisor:
             at = min(at, *(slate.due for slate in slates))
         return math.inf if self.lost_name else max(at, self.silent_until)
 
-    def beat(self, state: str) -> None:
+    def beat(self, mode: str) -> None:
         """Renew the leases, and do the house-keeping that comes with it; promote what is due."""
         commands: list[Command] = []
         told = sum(worker._shared.seconds for worker in self.workers)
         for worker in self.workers:
             commands.append(self.register(worker))
-            words = (
-                worker.lease,
-                state,
-                worker._shared.oldest,
-                _CRASH_POLICY,
-                DEFAULT_FAILURE_TTL,
-            )
-            commands.append(BEAT(worker._prefixes, worker._holder, *words))
-        if state == "fresh":
+            commands.append(
+                _heartbeat_command(
+                    worker._prefixes, worker._holder, worker.lease, mode,
+                    worker._shared.oldest,
+                )
+            )  # fmt: skip
+        if mode == "start":
             commands.append(
                 ("DEL", self.ear.keys[0])
             )  # words for an earlier one of this name
         if self.unknown:
             commands.append(("SADD", _QUEUES_KEY, *self.workers[0].queue_names()))
         queues = self.workers[0].queues if self.scheduler else []
-        commands += [AGENDA(queue.prefix, self.name) for queue in queues]
+        commands += [_cron_read_command(queue.prefix, self.name) for queue in queues]
         *replies, suspended = _execute(self.server, *commands, ("PTTL", _SUSPENDED_KEY))
         self.beaten_at, self.unknown, self.told = time.monotonic(), False, told
         self.backoff = _Backoff(self.lease / 3)
         if self.has_lost_name(replies):
             return
-        for worker, (dead, at, due, fit, left) in zip(
-            self.workers, replies[1::2], strict=False
-        ):
-            worker._shared.due = (
-                self.beaten_at + float(due) - float(at) if due else math.inf
-            )
+        for worker, each in zip(self.workers, replies[1::2], strict=False):
+            reply = _HeartbeatReply.parse(each)
+            worker._shared.due = math.inf
+            if reply.next_due is not None:
+                worker._shared.due = self.beaten_at + reply.next_due - reply.now
             if (
-                not fit
+                not reply.lease_intact
             ):  # we were late, or the server has lost its data, or is another one
-                self.unknown, self.healthy_since = state != "fresh", time.monotonic()
-            for name in set(dead):
-                log.warning("worker %s is silent; its jobs run again", name.decode())
+                self.unknown, self.healthy_since = mode != "start", time.monotonic()
+            for name in set(reply.reaped):
+                log.warning("worker %s is silent; its jobs run again", name)
             with contextlib.suppress(ServerUnavailable):
-                _relay(self.server, left)
-            if len(left) >= 2 * MAX_JOBS_PER_CALL:  # there is more
+                _relay(self.server, reply.messages)
+            if len(reply.messages) >= MAX_JOBS_PER_CALL:  # there is more
                 self.beaten_at = 0.0
         self.suspend_for(suspended)
         agendas = replies[len(replies) - len(queues) :]
@@ -6052,7 +6319,10 @@ class _Supervisor:
                     run[0] for run in worker.unsettled
                 ]:
                     worker.unsettled.append((worker._current, _INTERRUPTED))
-                commands += [self.give_up_name(worker), *worker._sign_off_commands("")]
+                commands += [
+                    self.give_up_name(worker),
+                    *worker._sign_off_commands(None),
+                ]
                 worker.claimed.clear()
                 worker.unsettled, worker.to_release, worker._request = (
                     [],
@@ -6313,66 +6583,111 @@ return {posted, left}
 """)
 
 
-def _relay(connection: Any, posts: Sequence[bytes]) -> None:
-    """Take words (queue's prefix, word, ..) where they belong, and what these cause in turn, in
-    rounds, and take them out of the outboxes.  Whoever finds a word there may do so, as often as it
-    takes.  A word that is said again, since it was caused again, is delivered again."""
-    words = dict.fromkeys(zip(posts[::2], posts[1::2], strict=True))
-    known = set(words)
-    arrived: dict[tuple[bytes, bytes], None] = {}
-    stuck = set[bytes]()  # where nothing arrives now
-    while words:
-        to: dict[bytes, dict[bytes, None]] = {}
-        for _, text in words:
-            target, _, word = text.partition(b" ")
-            to.setdefault(target, {})[word] = None
-        caused: list[bytes] = []
-        left: list[bytes] = []
-        for target in [each for each in to if each not in stuck]:
-            name, texts = target.decode(errors="replace"), list(to[target])
-            calls = [
-                DELIVER(name, *texts[i : i + MAX_JOBS_PER_CALL])
-                for i in range(0, len(texts), MAX_JOBS_PER_CALL)
-            ]
-            try:
-                for new, old in _execute(connection, *calls):
-                    caused += new
-                    left += old
-            except (exceptions.RedisError, exceptions.RedisClusterException) as error:
-                log.warning("words for %s have to wait: %s", name, error)
-                stuck.add(target)
-        arrived |= {
-            each: None for each in words if each[1].partition(b" ")[0] not in stuck
-        }
-        words = dict.fromkeys(zip(caused[::2], caused[1::2], strict=True))
-        found = zip(left[::2], left[1::2], strict=True)
-        words |= {each: None for each in found if each not in known}
-        known |= words.keys()
-        for each in words.keys() & arrived.keys():
-            del arrived[each]
-        if len(arrived) >= MAX_JOBS_PER_CALL or not words:
-            # What a limit has to say is found again by those who speak to it; so what was said to
-            # it stays until all that it caused has arrived.
-            limits = [each for each in arrived if each[1].startswith(b"microq:limit:")]
-            keep = dict.fromkeys(limits if words or stuck else ())
-            _acknowledge(connection, arrived.keys() - keep.keys())
-            arrived = keep
+def _deliver_command(prefix: str, texts: Sequence[bytes]) -> Command:
+    """Give messages to a queue, or a limit; the reply is for _DeliverReply.parse()."""
+    return DELIVER(prefix, *texts)
 
 
-def _acknowledge(connection: Any, words: Iterable[tuple[bytes, bytes]]) -> None:
-    """Take words that have arrived out of their outboxes."""
+class _DeliverReply(NamedTuple):
+    caused: list[Message]  # by these
+    unsent: list[Message]  # that were in the outbox already
+
+    @classmethod
+    def parse(cls, reply: Any) -> _DeliverReply:
+        caused, unsent = reply
+        return cls(_messages(caused), _messages(unsent))
+
+
+def _relay(connection: Any, messages: Iterable[Message]) -> None:
+    """Deliver messages to the queues and limits that they are for, and the messages that these
+    cause, round by round; then take them out of their outboxes.
+
+    Whoever sees a message in an outbox may do that, as often as it takes.  A message that was
+    caused once more is delivered once more.  Raises nothing for a target that can't be reached:
+    what is for it waits in its outbox."""
+    pending = dict.fromkeys(messages)
+    seen = set(pending)
+    arrived: dict[Message, None] = {}
+    unreachable = set[bytes]()  # prefixes of targets
+    while pending:
+        caused, unsent = _deliver_round(connection, pending, unreachable)
+        for message in pending:
+            if _target(message) not in unreachable:
+                arrived[message] = None
+        pending = dict.fromkeys(caused)
+        for message in unsent:
+            if message not in seen:
+                pending[message] = None
+        seen.update(pending)
+        for message in pending:
+            arrived.pop(message, None)
+        if pending and len(arrived) < MAX_JOBS_PER_CALL:
+            continue
+        # A limit's outbox is found again by whoever sends the limit its next message.  So a
+        # message to a limit stays in its own outbox until all that it caused has arrived.
+        kept = dict[Message, None]()
+        if pending or unreachable:
+            kept = {each: None for each in arrived if _is_limit(_target(each))}
+        _acknowledge(connection, arrived.keys() - kept.keys())
+        arrived = kept
+
+
+def _target(message: Message) -> bytes:
+    """Return the prefix of the queue or limit that a message is for."""
+    return message[1].partition(b" ")[0]
+
+
+def _is_limit(prefix: bytes) -> bool:
+    return prefix.startswith(b"microq:limit:")
+
+
+def _deliver_round(
+    connection: Any, messages: Iterable[Message], unreachable: set[bytes]
+) -> tuple[list[Message], list[Message]]:
+    """Deliver messages, and add targets that don't answer to `unreachable`.  Return the messages
+    that these have caused, and those that were in the outboxes of the targets already."""
+    texts: dict[bytes, dict[bytes, None]] = {}
+    for _, text in messages:
+        target, _, body = text.partition(b" ")
+        texts.setdefault(target, {})[body] = None
+    caused: list[Message] = []
+    unsent: list[Message] = []
+    for target, bodies in texts.items():
+        if target in unreachable:
+            continue
+        name = target.decode(errors="replace")
+        commands = [_deliver_command(name, chunk) for chunk in _chunks(list(bodies))]
+        try:
+            replies = _execute(connection, *commands)
+        except (exceptions.RedisError, exceptions.RedisClusterException) as error:
+            log.warning("messages for %s have to wait: %s", name, error)
+            unreachable.add(target)
+            continue
+        for reply in map(_DeliverReply.parse, replies):
+            caused += reply.caused
+            unsent += reply.unsent
+    return caused, unsent
+
+
+def _chunks(items: list[bytes]) -> Iterator[list[bytes]]:
+    """Yield the items by as many as one call of a script takes."""
+    for start in range(0, len(items), MAX_JOBS_PER_CALL):
+        yield items[start : start + MAX_JOBS_PER_CALL]
+
+
+def _acknowledge(connection: Any, messages: Iterable[Message]) -> None:
+    """Take messages that have arrived out of their outboxes.  One that stays, since the server does
+    not answer, is delivered again."""
     outboxes: dict[bytes, list[bytes]] = {}
-    for prefix, text in words:
+    for prefix, text in messages:
         outboxes.setdefault(prefix, []).append(text)
-    acks = [
-        ("SREM", prefix + b"outbox", *texts[i : i + MAX_JOBS_PER_CALL])
-        for prefix, texts in outboxes.items()
-        for i in range(0, len(texts), MAX_JOBS_PER_CALL)
-    ]
-    with contextlib.suppress(
-        ServerUnavailable
-    ):  # what is still there is delivered once more
-        _execute(connection, *acks) if acks else []
+    commands: list[Command] = []
+    for prefix, texts in outboxes.items():
+        for chunk in _chunks(texts):
+            commands.append(("SREM", prefix + b"outbox", *chunk))
+    if commands:
+        with contextlib.suppress(ServerUnavailable):
+            _execute(connection, *commands)
 
 
 # ---- 13. Groups and rate limits ------------------------------------------------------
@@ -6436,7 +6751,7 @@ class Group:
     def all(cls, connection: Redis | None = None) -> list[Group]:
         """Return all groups, in the order in which the last jobs joined them."""
         connection = _connect(connection)
-        names = _execute_one(connection, *LIST.on_key(_GROUPS_KEY, "", 0, -1, 0))
+        names = _execute_one(connection, *_list_command(_GROUPS_KEY))
         groups = [cls(connection, name.decode()) for name in names]
         there = (
             _execute(connection, *[("EXISTS", each.key) for each in groups])
@@ -6471,8 +6786,8 @@ class Group:
     def _add_jobs(self, jobs: Iterable[Job], pipeline: Any) -> None:
         members = [self._member(job) for job in jobs]
         commands = [
-            JOIN.on_key(self.key, 0, GROUP_TTL, *members),
-            JOIN.on_key(_GROUPS_KEY, GROUP_TTL, GROUP_TTL, self.name),
+            _join_command(self.key, 0, GROUP_TTL, *members),
+            _join_command(_GROUPS_KEY, GROUP_TTL, GROUP_TTL, self.name),
         ]
         if pipeline is None:
             _execute(self.connection, *commands)
@@ -6557,9 +6872,8 @@ class Group:
     def _remove(self, jobs: Sequence[Job], age: float) -> None:
         """Take out of the group those of the jobs that joined `age` seconds ago."""
         if jobs:
-            _execute_one(
-                self.connection, *LEAVE.on_key(self.key, age, *map(self._member, jobs))
-            )
+            members = map(self._member, jobs)
+            _execute_one(self.connection, *_leave_command(self.key, age, *members))
 
     def __repr__(self) -> str:
         return f"Group({self.name!r})"
@@ -6958,23 +7272,24 @@ class CronJob:
         last_tick = self._last_tick
         for tick in self._due_ticks(now, ahead):
             job = self._make_job(f"{self.slug}-{int(tick)}", queue)
-            guard = f"{self.slug} {last_tick:.6f} {self._registered_at:.6f} {tick:.6f}"
-            commands.append(ENQUEUE(queue.prefix, guard, *_enqueue_args(job, 0)))
+            last = last_tick, self._registered_at
+            commands.append(
+                _tick_command(queue.prefix, self.slug, last, tick, _new_job(job, 0))
+            )
             last_tick = tick
         return commands
 
     def _store_command(self) -> Command:
         """Return the command that stores the entry.  The same entry goes on as it was."""
-        return ENTRY(
-            _queue_prefix(self.queue_name),
-            self.slug,
-            self.to_json(),
-            self.interval or 0,
+        prefix = _queue_prefix(self.queue_name)
+        return _cron_store_command(
+            prefix, self.slug, self.to_json(), self.interval or 0
         )
 
     def _remove_command(self) -> Command:
         """Return the command that removes the entry, and what it has enqueued ahead."""
-        return ENTRY(_queue_prefix(self.queue_name), self.slug, "", self.interval or 0)
+        prefix = _queue_prefix(self.queue_name)
+        return _cron_store_command(prefix, self.slug, "", self.interval or 0)
 
     def _make_job(self, id: str, queue: Queue) -> Job:
         fields = {name: value.encode("latin-1") for name, value in self.fields.items()}
@@ -7018,7 +7333,7 @@ def _read_cron(
     if not queues:
         return []
     commands = [
-        AGENDA(queue.prefix, scheduler) for queue in queues
+        _cron_read_command(queue.prefix, scheduler) for queue in queues
     ]  # each in its own slot
     replies = _execute(_connect(connection), *commands)
     return [
@@ -7155,9 +7470,10 @@ class CronScheduler:
         lookups = [("HEXISTS", f"{queue.prefix}cron", slug) for queue in queues]
         exists = any(_execute(self.connection, *lookups))
         if exists:
-            _execute(
-                self.connection, *[ENTRY(queue.prefix, slug, "", 0) for queue in queues]
-            )
+            removals = [
+                _cron_store_command(queue.prefix, slug, "", 0) for queue in queues
+            ]
+            _execute(self.connection, *removals)
         return exists
 
     def start(self) -> None:

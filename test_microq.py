@@ -397,35 +397,32 @@ def work(worker, **options):
 
 def claim(queue, worker="w", number=1, lease=15, n=1):
     """Claim up to `n` jobs by hand; return (id, execution) of each."""
-    command = microq.CLAIM(queue.prefix, worker, number, lease, n)
-    _, _, execution, claimed, _, _ = microq._execute_one(queue.connection, *command)
-    return [(id.decode(), execution.decode()) for _, id, _ in claimed]
+    command = microq._claim_command([queue.prefix], worker, number, lease, n)
+    reply = microq._ClaimReply.parse(microq._execute_one(queue.connection, *command))
+    return [(id, reply.token) for _, id, _ in reply.jobs]
 
 
-def run_args(id, execution, *, last="", ttl=500, rule="", policy="", chance=0):
-    """Return the nine arguments by which SETTLE is told how a run ended.
-
-    `last` is the type of its result, with a blank before it; "" is a success.
-    """
+def settlement(id, execution, *, result_type="", ttl=500, rule="", policy="", chance=0):
+    """Return what SETTLE is told of a run; a `result_type` of "" is a success."""
     ended = f"{execution} 0.5"
-    result = ""
-    return (id, execution, ended, result, last, ttl, rule, policy, chance)
+    return microq._Settlement(
+        id, execution, ended, "", result_type, ttl, rule, policy, chance
+    )
 
 
 def settle(queue, id, execution, *, twice=False, **options):
-    """Settle a run by hand, see run_args(); return its new status, or "lost"."""
-    command = microq.SETTLE(queue.prefix, *run_args(id, execution, **options))
+    """Settle a run by hand, see settlement(); return its new status, or "lost"."""
+    run = settlement(id, execution, **options)
+    command = microq._settle_command(queue.prefix, [run])
     commands = [command, command] if twice else [command]
     replies = microq._execute(queue.connection, *commands)
     assert replies[0][0] == replies[-1][0]
     return replies[0][0][0].decode()
 
 
-def heartbeat_command(queue, worker="w", lease=15, mode="", oldest=""):
+def heartbeat_command(queue, worker="w", lease=15, mode="", oldest=0):
     """Return the command of a heartbeat; see the script for `mode` and `oldest`."""
-    policy = microq._CRASH_POLICY
-    failure_ttl = 100
-    return microq.BEAT(queue.prefix, worker, lease, mode, oldest, policy, failure_ttl)
+    return microq._heartbeat_command([queue.prefix], worker, lease, mode, oldest, 100)
 
 
 def heartbeat(queue, worker="other", lease=15):
@@ -433,14 +430,14 @@ def heartbeat(queue, worker="other", lease=15):
 
     Two, since a worker reaps others only when it was on time for a whole lease.
     """
-    command = heartbeat_command(queue, worker, lease, "judge")
+    command = heartbeat_command(queue, worker, lease, "reap")
     first, second = microq._execute(queue.connection, command, command)
     return first[0] + second[0]
 
 
-def release(queue, worker="w", number="", *ids):
+def release(queue, worker="w", number=None, *ids):
     """Release by hand the named jobs of a claim, or with no `ids` all of a worker."""
-    command = microq.RELEASE(queue.prefix, worker, 15, number, *ids)
+    command = microq._release_command(queue.prefix, worker, 15, number, ids)
     return microq._execute_one(queue.connection, *command)
 
 
@@ -810,9 +807,10 @@ def expire_entry(redis, queue, container, job):
 def claim_and_fail(queue, job):
     [(id, execution)] = claim(queue)
     assert id == job.id
-    command = microq.SETTLE(queue.prefix, *run_args(id, execution, last=" failed"))
-    _, messages = microq._execute_one(queue.connection, *command)
-    microq._relay(queue.connection, messages)
+    run = settlement(id, execution, result_type="failed")
+    command = microq._settle_command(queue.prefix, [run])
+    reply = microq._SettleReply.parse(microq._execute_one(queue.connection, *command))
+    microq._relay(queue.connection, reply.messages)
 
 
 def enqueue_and_sleep(path):
@@ -2779,8 +2777,7 @@ def test_replies_that_are_cut_off_leave_nothing_to_receive(redis):
 def test_enqueue_sent_twice_stores_one_job(redis, queue):
     for number, id in enumerate((None, "mine"), 1):
         job = queue.create_job(add, (1,), job_id=id)
-        words = microq._enqueue_args(job, -1)
-        command = microq.ENQUEUE(queue.prefix, -1, *words)
+        command = microq._enqueue_command(queue.prefix, [microq._new_job(job, -1)])
         assert all(
             isinstance(reply, bytes)
             for reply in microq._execute(redis, command, command)
@@ -2824,7 +2821,9 @@ def test_claim_returns_when_the_next_job_is_due(redis, queue):
     ids = queue.job_ids
     redis.delete(Q + "queued")
     redis.zadd(Q + "scheduled", dict.fromkeys(ids, 1))
-    at, due, *_ = microq._execute_one(redis, *microq.CLAIM(queue.prefix, "w", 1, 15, 1))
+    at, due, *_ = microq._execute_one(
+        redis, *microq._claim_command([queue.prefix], "w", 1, 15, 1)
+    )
     assert due and float(due) <= float(at) and redis.zcard(Q + "scheduled") == 50
 
 
@@ -2853,7 +2852,9 @@ def test_claim_of_a_worker_with_an_expired_lease_takes_nothing(redis, queue):
     job = queue.enqueue(add)
     for number in (1, 2):  # no seat, and then one whose lease has ended
         redis.delete(f"{Q}wake")
-        command = microq.CLAIM([queue.prefix], "w", number, 0.01, 8, "waiting")
+        command = microq._claim_command(
+            [queue.prefix], "w", number, 0.01, 8, "blocking"
+        )
         assert microq._execute_one(redis, *command)[3] == [] and queue.job_ids == [
             job.id
         ]
@@ -2862,7 +2863,7 @@ def test_claim_of_a_worker_with_an_expired_lease_takes_nothing(redis, queue):
         time.sleep(0.02)
     heartbeat(queue, "w")
     [claimed] = microq._execute_one(
-        redis, *microq.CLAIM([queue.prefix], "w", 3, 15, 8, "waiting")
+        redis, *microq._claim_command([queue.prefix], "w", 3, 15, 8, "blocking")
     )[3]
     assert claimed[1].decode() == job.id
 
@@ -2874,7 +2875,7 @@ def test_claim_leaves_a_wake_token_for_the_jobs_it_did_not_take(redis):
     redis.delete(
         first.prefix + "wake", second.prefix + "wake"
     )  # one worker has taken both
-    command = microq.CLAIM([first.prefix, second.prefix], "w", 1, 15, 1)
+    command = microq._claim_command([first.prefix, second.prefix], "w", 1, 15, 1)
     assert len(microq._execute_one(redis, *command)[3]) == 1
     assert redis.llen(second.prefix + "wake") == 1
 
@@ -2894,7 +2895,9 @@ def test_every_job_that_becomes_claimable_wakes_an_idle_worker(redis, queue):
 
     job = queue.create_job(add, retry=Retry(1))
     assert wakes(lambda: queue.enqueue_job(job))
-    assert end(job, rule="retry", last=" failed") and not end(job, last=" failed")
+    assert end(job, rule="retry", result_type="failed") and not end(
+        job, result_type="failed"
+    )
     assert wakes(job.requeue)
     child = queue.enqueue(add, depends_on=job)
     assert end(job) and child.is_queued  # at once, as both are of one queue
@@ -2921,7 +2924,7 @@ def test_wake_token_is_left_for_a_job_due_before_the_next_heartbeat(
     """The worker that took the last token runs a job now, and another may be there to wait."""
     job, soon = queue.enqueue(add), queue.enqueue_in(10, add)
     for call in (
-        microq.CLAIM(queue.prefix, "w", 1, lease, 1),
+        microq._claim_command([queue.prefix], "w", 1, lease, 1),
         heartbeat_command(queue, lease=lease, oldest=1),
     ):
         redis.delete(Q + "wake")
@@ -2947,7 +2950,7 @@ def test_job_with_crashes_is_claimed_alone_among_many(redis, queue, run, mark):
     suspect = queue.enqueue(jobs_held, **mark)
     if not mark:
         microq._execute_one(
-            redis, *microq.AMEND(queue.prefix, suspect.id, "crashes", 1)
+            redis, *microq._set_field_command(queue.prefix, suspect.id, "crashes", 1)
         )
     queue.enqueue_many([Queue.prepare_data(add)] * 200)
     run()
@@ -2974,11 +2977,17 @@ def test_settle_sent_twice_records_one_result(redis, queue):
 def test_settle_counts_an_id_once(redis, queue):
     job = queue.enqueue(add)
     [(id, execution)] = claim(queue)
-    finished = run_args(id, execution)
-    interrupted = run_args(
-        id, execution, last=" failed", rule="interrupt", policy=microq._CRASH_POLICY
+    finished = settlement(id, execution)
+    interrupted = settlement(
+        id,
+        execution,
+        result_type="failed",
+        rule="interrupt",
+        policy=microq._CRASH_POLICY,
     )
-    microq._execute_one(redis, *microq.SETTLE(queue.prefix, *finished, *interrupted))
+    microq._execute_one(
+        redis, *microq._settle_command(queue.prefix, [finished, interrupted])
+    )
     assert job.is_finished and len(job.results()) == 1 and len(queue) == 0
 
 
@@ -2986,7 +2995,7 @@ def test_a_retry_sent_twice_is_one_retry(redis, queue):
     job = queue.enqueue(add, retry=Retry(3))
     [(_, execution)] = claim(queue)
     assert (
-        settle(queue, job.id, execution, rule="retry", last=" failed", twice=True)
+        settle(queue, job.id, execution, rule="retry", result_type="failed", twice=True)
         == "queued"
     )
     job.refresh()
@@ -3012,7 +3021,7 @@ def test_garbled_retry_rule_ends_the_job(redis, queue):
     ):
         job = queue.enqueue(add)
         [(_, execution)] = claim(queue, number=number)
-        options = {"rule": "retry", "policy": policy, "last": " failed"}
+        options = {"rule": "retry", "policy": policy, "result_type": "failed"}
         assert settle(queue, job.id, execution, **options) == "failed"
         assert job.is_failed and not redis.hexists(f"{Q}job:{job.id}", "retries")
 
@@ -3023,9 +3032,9 @@ def test_retry_and_repeat_work_when_memory_is_full(redis, queue, rule):
     [(_, execution)] = claim(queue)
     redis.config_set("maxmemory", 1)
     try:
-        last = "" if "repeat" in rule else " failed"
+        last = "" if "repeat" in rule else "failed"
         assert (
-            settle(queue, job.id, execution, rule=next(iter(rule)), last=last)
+            settle(queue, job.id, execution, rule=next(iter(rule)), result_type=last)
             == "queued"
         )
     finally:
@@ -3048,7 +3057,7 @@ def test_retries_wait_as_their_rule_says(redis, queue, retry, delays):
     for number, delay in enumerate(delays, 1):
         [(_, execution)] = claim(queue, number=number)
         reply = settle(
-            queue, job.id, execution, rule="retry", last=" failed", chance=0.75
+            queue, job.id, execution, rule="retry", result_type="failed", chance=0.75
         )
         place, due = reply.split()
         began = float(execution.split()[1])
@@ -3057,7 +3066,9 @@ def test_retries_wait_as_their_rule_says(redis, queue, retry, delays):
         )
         redis.zadd(Q + "scheduled", {job.id: 0})  # its time has come
     [(_, execution)] = claim(queue, number=99)
-    assert settle(queue, job.id, execution, rule="retry", last=" failed") == "failed"
+    assert (
+        settle(queue, job.id, execution, rule="retry", result_type="failed") == "failed"
+    )
 
 
 def test_a_dead_workers_jobs_go_back_to_the_front_once(redis, queue):
@@ -3104,7 +3115,7 @@ def test_worker_that_was_late_itself_reaps_nobody(redis, queue):
     claim(queue, "busy", lease=0.01)
     heartbeat(queue, "late", lease=0.01)
     time.sleep(0.02)
-    command = heartbeat_command(queue, "late", mode="judge")
+    command = heartbeat_command(queue, "late", mode="reap")
     assert microq._execute_one(redis, *command)[0] == []
     assert microq._execute_one(redis, *command)[0] == [b"busy"]
 
@@ -3137,7 +3148,7 @@ def test_a_heartbeat_forgets_all_that_expired_and_nothing_else(redis, queue):
     redis.zadd(Q + "failed", {"a": past, "b": past, "c": past, "d": future, "e": "inf"})
     redis.zadd(Q + "finished", {"a": past})
     redis.zadd(Q + "canceled", {"a": future})
-    command = heartbeat_command(queue, mode="fresh")
+    command = heartbeat_command(queue, mode="start")
     microq._execute_one(redis, *command)
     assert redis.zrange(Q + "failed", 0, -1) == [b"d", b"e"]
     assert not redis.exists(Q + "finished") and redis.zcard(Q + "canceled") == 1
@@ -3191,8 +3202,8 @@ def test_transition_sent_twice_happens_once(redis, queue):
         ("queued", "canceled", b"queued"),
         ("canceled", "queued", b"canceled"),
     ):
-        command = microq.MOVE(
-            queue.prefix, job.id, allowed, to, 0, 100, f"nonce{to}", ""
+        command = microq._transition_command(
+            queue.prefix, job.id, allowed, to, f"call{to}"
         )
         assert microq._execute(redis, command, command) == [[was, []], [was, []]]
     claim(queue)
@@ -3675,9 +3686,10 @@ def test_unique_refuses_an_id_of_which_there_is_any_record(redis, queue):
     assert queue.enqueue(add, job_id="a", unique=True).is_queued
     with pytest.raises(ValueError):
         queue.enqueue(add, unique=True)
-    command = microq._enqueue_args(queue.create_job(add, job_id="b", unique=True), -1)
+    job = queue.create_job(add, job_id="b", unique=True)
+    command = microq._enqueue_command(queue.prefix, [microq._new_job(job, -1)])
     for _ in range(2):  # sent twice
-        reply = microq._execute_one(redis, *microq.ENQUEUE(queue.prefix, -1, *command))
+        reply = microq._execute_one(redis, *command)
         assert not isinstance(reply, list)
 
 
@@ -5138,16 +5150,16 @@ def test_a_frozen_worker_ends_if_another_has_taken_its_name(
 
 def test_late_commands_of_an_earlier_instance_of_a_worker_change_nothing(redis, queue):
     jobs = [queue.enqueue(add) for _ in range(3)]
-    first = heartbeat_command(queue, "w early", mode="fresh")
+    first = heartbeat_command(queue, "w early", mode="start")
     microq._execute_one(redis, *first)
     assert claim(queue, "w early", 1) != []
-    second = heartbeat_command(queue, "w late", mode="fresh")
+    second = heartbeat_command(queue, "w late", mode="start")
     microq._execute_one(redis, *second)
     [claimed] = claim(queue, "w late", 1)
     for args in ([], [2], [9, *(job.id for job in jobs)]):
         assert release(queue, "w early", *args) == 0
     assert claim(queue, "w early", 1) == claim(queue, "w early", 2) == []
-    late = heartbeat_command(queue, "w early", mode="judge")
+    late = heartbeat_command(queue, "w early", mode="reap")
     assert microq._execute_one(redis, *late) == b"taken"
     assert redis.hkeys(f"{Q}started") == [claimed[0].encode()]
     assert claim(queue, "w late", 1) == [claimed]
@@ -5739,7 +5751,7 @@ def test_worker_reaps_only_after_a_whole_lease_on_time(redis, queue):
     job = queue.enqueue(add)
     claim(queue, "busy", lease=0.01)
     time.sleep(0.02)
-    for state, dead in (("fresh", []), ("", []), ("", []), ("judge", [b"busy"])):
+    for state, dead in (("start", []), ("", []), ("", []), ("reap", [b"busy"])):
         command = heartbeat_command(queue, mode=state)
         assert microq._execute_one(redis, *command)[0] == dead
         assert job.is_started is not bool(dead)
@@ -5754,18 +5766,18 @@ def test_heartbeat_returns_whether_the_lease_was_intact(redis, queue):
         assert redis.hexists(Q + "workers", "w")
         return reply[3] == 1
 
-    assert not known("judge", 15) and known("judge", 15)
-    assert not known("fresh", 15, "w two") and known("", 0.01, "w two")
+    assert not known("reap", 15) and known("reap", 15)
+    assert not known("start", 15, "w two") and known("", 0.01, "w two")
     time.sleep(0.02)
-    assert not known("judge", 15, "w two") and known("judge", 15, "w two")
+    assert not known("reap", 15, "w two") and known("reap", 15, "w two")
     redis.delete(Q + "workers")
-    assert not known("judge", 15, "w two")
+    assert not known("reap", 15, "w two")
 
 
 def test_first_heartbeat_sent_twice_releases_nothing(redis, queue):
     """A copy of it, sent when its reply was late, is no new start of the worker."""
     queue.enqueue(add)
-    command = heartbeat_command(queue, "w one", mode="fresh", oldest=0)
+    command = heartbeat_command(queue, "w one", mode="start", oldest=0)
     microq._execute_one(redis, *command)
     [(_, execution)] = claim(queue, "w one")
     assert microq._execute_one(redis, *command)[0] == []
@@ -6304,28 +6316,31 @@ def test_garbled_message_between_queues_blocks_no_job(redis, queue_pair):
     for prefix in {first.prefix, second.prefix}:
         redis.sadd(prefix + "outbox", f"{prefix} garbage", f"{prefix} ended nothing")
     for queue in {first, second}:
-        command = heartbeat_command(queue, mode="fresh")
-        microq._relay(redis, microq._execute_one(redis, *command)[-1])
+        command = heartbeat_command(queue, mode="start")
+        reply = microq._execute_one(redis, *command)
+        microq._relay(redis, microq._HeartbeatReply.parse(reply).messages)
     work_all_queues(redis)
     assert child.return_value() == [1]
 
 
 @pytest.mark.parametrize(
-    ("last", "ready"),
+    ("result_type", "ready"),
     [
-        (" failed", {"failed", "any"}),
-        (" stopped", {"any"}),
+        ("failed", {"failed", "any"}),
+        ("stopped", {"any"}),
         ("", {"none", "failed", "any"}),
     ],
 )
-def test_dependent_enqueued_after_its_dependency_ended(redis, queue_pair, last, ready):
+def test_dependent_enqueued_after_its_dependency_ended(
+    redis, queue_pair, result_type, ready
+):
     first, second = queue_pair
     parent = first.enqueue(add, failure_ttl=60)
     before = second.enqueue(
         add, depends_on=parent
     )  # the check at the end looks after its trace
     [(_, execution)] = claim(first)
-    settle(first, parent.id, execution, last=last)
+    settle(first, parent.id, execution, result_type=result_type)
     for allow in ("none", "failed", "any"):
         options = {
             "none": {},
@@ -6335,7 +6350,7 @@ def test_dependent_enqueued_after_its_dependency_ended(redis, queue_pair, last, 
         child = second.enqueue(add, depends_on=Dependency(parent, **options[allow]))
         assert child.is_queued is (allow in ready), allow
     work_all_queues(redis)
-    assert before.is_deferred is (last != "")
+    assert before.is_deferred is (result_type != "")
 
 
 @pytest.mark.parametrize("end", ["failed", "canceled"])
@@ -6405,7 +6420,9 @@ def test_removed_cron_tick_blocks_no_dependent(redis, queue):
     child = queue.enqueue(add, 4, depends_on=[tick, other])
     redis.hset(Q + "cron", "every", "{}")
     redis.hset(Q + "ticks", "every", f"{time.time() + 99:.6f} {time.time():.6f}")
-    microq._execute_one(redis, *microq.ENTRY(queue.prefix, "every", "", 0))
+    microq._execute_one(
+        redis, *microq._cron_store_command(queue.prefix, "every", "", 0)
+    )
     assert not Job.exists(tick.id, redis)
     work_all_queues(redis)
     assert child.return_value() == 4
@@ -6452,10 +6469,13 @@ def test_many_dependents_are_notified_in_portions(redis, queue_pair):
     )
     children += second.enqueue_many([any_end] * 10)
     [(id, execution)] = claim(first)
-    settle_command = microq.SETTLE(first.prefix, *run_args(id, execution, ttl=1))
-    _, posts = microq._execute_one(redis, *settle_command)
+    settle_command = microq._settle_command(
+        first.prefix, [settlement(id, execution, ttl=1)]
+    )
+    reply = microq._execute_one(redis, *settle_command)
+    messages = microq._SettleReply.parse(reply).messages
     told = len(second) + redis.scard(f"{first.prefix}outbox")
-    assert 1000 <= told <= 1010 and len(posts) <= 2010
+    assert 1000 <= told <= 1010 and len(messages) <= 1005
     # The parent begins a new life, and ends; only those that it has now are told of that.
     parent.requeue()
     late = second.enqueue(nothing, depends_on=Dependency(parent, allow_failure=True))
@@ -6471,7 +6491,7 @@ def test_many_dependents_are_notified_in_portions(redis, queue_pair):
 
         patch.setattr(microq, "_execute", killed)
         with pytest.raises(KeyboardInterrupt):
-            microq._relay(redis, posts)
+            microq._relay(redis, messages)
     assert redis.keys("*untold*")
     work_all_queues(redis)
     assert Counter(statuses(*children)) == {"finished": count + 10}
@@ -6554,7 +6574,8 @@ def test_message_stored_again_during_its_delivery_is_delivered_again(redis, queu
     job.cancel(pipeline=pipe)
     pipe.execute()
     [free] = redis.smembers(Q + "outbox") - {ask}
-    microq._relay(redis, [queue.prefix.encode(), free, queue.prefix.encode(), ask])
+    outbox = queue.prefix.encode()
+    microq._relay(redis, [(outbox, free), (outbox, ask)])
     assert redis.zcard("microq:limit:{k}:holders") == 0 and not redis.keys("*outbox*")
 
 
@@ -6855,8 +6876,9 @@ def test_job_forgotten_by_its_limit_requests_a_slot_again(redis, queue):
     redis.delete(*redis.keys("microq:limit:{k}:*"))
     for score, status in ((time.time(), "rate_limited"), (1, "queued")):
         redis.zadd(Q + "rate_limited", {second.id: score})
-        command = heartbeat_command(queue, mode="fresh", oldest=0)
-        microq._relay(redis, microq._execute_one(redis, *command)[-1])
+        command = heartbeat_command(queue, mode="start", oldest=0)
+        reply = microq._execute_one(redis, *command)
+        microq._relay(redis, microq._HeartbeatReply.parse(reply).messages)
         assert statuses(first, second) == ["queued", status]
 
 

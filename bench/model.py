@@ -538,32 +538,33 @@ class Model(stateful.RuleBasedStateMachine):
         self.numbers[worker] += 1
         prefixes = [self.queues[name].prefix for name in names]
         with faults(twice=twice, undelivered=undelivered):
-            command = microq.CLAIM(prefixes, worker, self.numbers[worker], LEASE, n, "")
-            reply = self.send(worker, command)
-            self.read_claim(names, *reply[2:5])
+            number = self.numbers[worker]
+            command = microq._claim_command(prefixes, worker, number, LEASE, n)
+            reply = microq._ClaimReply.parse(self.send(worker, command))
+            for index, id, _ in reply.jobs:
+                expected = self.expected_jobs[names[index], id]
+                self.record_claim(expected, reply.token)
+            microq._relay(self.redis, reply.messages)
         self.renew(worker)
-
-    def read_claim(self, names, execution, claimed, messages):
-        for index, id, _ in claimed:
-            expected = self.expected_jobs[names[index - 1], id.decode()]
-            self.record_claim(expected, execution.decode())
-        microq._relay(self.redis, messages)
 
     def settle_one(self, expected, execution, how):
         """Settle a run; return the status that the script reports."""
         rule = {"success": "repeat", "failure": "retry", "stop": "stopped"}[how]
         if rule != "stopped" and rule not in expected.options:
             rule = ""
-        result_type = {"success": "", "failure": " failed", "stop": " stopped"}[how]
+        result_type = {"success": "", "failure": "failed", "stop": "stopped"}[how]
         ttl = microq.DEFAULT_FAILURE_TTL
         if how == "success":
             ttl = microq.DEFAULT_RESULT_TTL
         ended = f"{execution} 0.500000"
-        run = (expected.id, execution, ended, "", result_type, ttl, rule, "", 0)
-        command = microq.SETTLE(self.queues[expected.queue].prefix, *run)
-        places, messages = self.send(execution.partition(".")[0], command)
-        microq._relay(self.redis, messages)
-        return places[0].decode()
+        run = microq._Settlement(
+            expected.id, execution, ended, "", result_type, ttl, rule, "", 0
+        )
+        command = microq._settle_command(self.queues[expected.queue].prefix, [run])
+        answer = self.send(execution.partition(".")[0], command)
+        reply = microq._SettleReply.parse(answer)
+        microq._relay(self.redis, reply.messages)
+        return reply.statuses[0]
 
     @stateful.precondition(lambda self: self.started())
     @stateful.rule(
@@ -648,27 +649,26 @@ class Model(stateful.RuleBasedStateMachine):
 
     @stateful.rule(
         worker=st.sampled_from(WORKERS),
-        mode=st.sampled_from(["", "judge", "judge", "fresh"]),
+        mode=st.sampled_from(["", "reap", "reap", "start"]),
         twice=st.booleans(),
         undelivered=st.booleans(),
     )
     def heartbeat(self, worker, mode, twice, undelivered):
         prefixes = [self.queues[name].prefix for name in NAMES]
-        arguments = worker, LEASE, mode, 0, microq._CRASH_POLICY
         before = self.now()
         with faults(undelivered=undelivered):
-            command = microq.BEAT(prefixes, *arguments, microq.DEFAULT_FAILURE_TTL)
+            command = microq._heartbeat_command(prefixes, worker, LEASE, mode, 0)
             replies = [microq._execute(self.redis, command)[0]]
             if twice:
                 replies += microq._execute(self.redis, command)
-        for names, *_, messages in replies:
-            for name in {each.decode() for each in names}:
-                restarted = mode == "fresh" and name == worker
-                assert restarted or mode == "judge"
+        for reply in map(microq._HeartbeatReply.parse, replies):
+            for name in set(reply.reaped):
+                restarted = mode == "start" and name == worker
+                assert restarted or mode == "reap"
                 self.read_reaped(name, restarted, before)
             if not undelivered:
-                microq._relay(self.redis, messages)
-        if mode == "fresh":
+                microq._relay(self.redis, reply.messages)
+        if mode == "start":
             self.drop_requests(worker)
         self.renew(worker)
 
@@ -715,9 +715,9 @@ class Model(stateful.RuleBasedStateMachine):
             names = [released[0].queue]
             ids = [released[0].id]
         prefixes = [self.queues[name].prefix for name in names]
-        last_claim = "" if leaves else self.numbers[worker]
+        last_claim = None if leaves else self.numbers[worker]
         with faults(twice=twice):
-            command = microq.RELEASE(prefixes, worker, LEASE, last_claim, *ids)
+            command = microq._release_command(prefixes, worker, LEASE, last_claim, ids)
             self.send(worker, command)
         if leaves:
             self.drop_requests(worker)
@@ -811,7 +811,8 @@ class Model(stateful.RuleBasedStateMachine):
         self.delete_deferred_jobs()
         CronScheduler(self.redis).remove("tick")
         prefixes = [queue.prefix for queue in self.queues.values()]
-        microq._execute(self.redis, microq.RELEASE(prefixes, "w9", LEASE, ""))
+        release = microq._release_command(prefixes, "w9", LEASE, None)
+        microq._execute(self.redis, release)
         self.advance(3 * YEAR)
         left = {key.decode() for key in self.redis.scan_iter()}
         left -= {f"{prefix}wake" for prefix in prefixes}
@@ -843,7 +844,7 @@ class Model(stateful.RuleBasedStateMachine):
 
     def run_last_worker(self):
         """Send a heartbeat, claim jobs and run them, as the only worker that is left."""
-        self.heartbeat("w9", "judge", False, False)
+        self.heartbeat("w9", "reap", False, False)
         self.check_containers()
         self.claim("w9", NAMES, 3, False, False)
         while self.settle_first("w9"):
