@@ -1308,18 +1308,29 @@ microq.Worker("default", lease=0.5, connection=redis.Redis.from_url({server.url!
     return start_script(code, stderr=subprocess.PIPE, text=True)
 
 
-def terminate_twice(worker):
-    """End a worker by SIGTERM, and again each second until it has ended.
+def read_log_until(process, text):
+    """Read the log of a process up to the line that has `text`, for a minute at most."""
+    timer = threading.Timer(60, process.kill)
+    timer.start()
+    try:
+        while line := process.stderr.readline():
+            if text in line:
+                return
+    finally:
+        timer.cancel()
+    raise AssertionError(f"the log has no line with {text!r}")
 
-    The second signal counts if it is handled a second or more after the first.
+
+def terminate_twice(worker):
+    """End a worker by two SIGTERMs; the second one counts a second after the first.
+
+    A third one could arrive when the worker has removed its handler, and kill it.
     """
-    for _ in range(30):
-        worker.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            worker.communicate(timeout=1.1)
-        if worker.poll() is not None:
-            return
-    raise AssertionError("the worker goes on")
+    worker.terminate()
+    read_log_until(worker, "finishing the current job")
+    time.sleep(1.1)
+    worker.terminate()
+    worker.communicate(timeout=30)
 
 
 def stop_and_read_log(worker):
