@@ -4610,7 +4610,7 @@ def test_a_worker_class_may_have_a_strategy(redis, worker_class):
 def test_a_worker_of_several_queues_keeps_their_order(redis, monkeypatch):
     """What is left of a batch after FLUSH goes back; nothing claimed behind it may overtake it."""
     high, low = Queue("high", redis), Queue("low", redis)
-    monkeypatch.setattr(sys.modules[__name__], "ORDER", [])
+    monkeypatch.setattr(sys.modules[__name__], "RUN_ORDER", [])
     work(high)  # loads the scripts
     low.enqueue_many(
         [Queue.prepare_data(append_to_run_order, (i,)) for i in range(1200)]
@@ -4752,7 +4752,7 @@ def test_a_job_that_finds_a_worker_idle_costs_it_no_round_trip_before_it_runs(
         post(wire, commands)
 
     monkeypatch.setattr(microq, "_send_packed", count)
-    monkeypatch.setattr(sys.modules[__name__], "POSTS", posts)
+    monkeypatch.setattr(sys.modules[__name__], "SENT", posts)
     with Worker(queue) as worker:
         wait_until(lambda: queue.connection.info("clients")["blocked_clients"] == 2)
         before = posts[f"worker {worker.name}"]
