@@ -1260,6 +1260,12 @@ def _as_eval(command: Command) -> Command:
     return ("EVAL", script.lua, *command[2:]) if script else command
 
 
+def _add_to_pipeline(pipeline: Any, commands: Iterable[Command]) -> None:
+    """Add commands to a pipeline of redis-py, which its owner executes."""
+    for command in commands:
+        pipeline.execute_command(*_as_eval(command))
+
+
 def _is_transient(error: Exception) -> bool:
     """Return whether an error passes by itself, so that trying again makes sense."""
     if isinstance(error, _TRANSIENT_ERRORS):
@@ -3496,7 +3502,7 @@ class Job:
             at_front=at_front, tell_dependents=tell_dependents,
         )  # fmt: skip
         if pipeline is not None:
-            pipeline.execute_command(*_as_eval(command))
+            _add_to_pipeline(pipeline, [command])
             return
         reply = _TransitionReply.parse(_execute_one(self.connection, *command))
         _relay(self.connection, reply.messages)
@@ -4183,8 +4189,7 @@ class Queue(_JobContainer):
             [reply, *_] = _execute(self.connection, *call.commands)
             self._on_reply(call, reply)
             return
-        for command in call.commands:
-            pipeline.execute_command(*_as_eval(command))
+        _add_to_pipeline(pipeline, call.commands)
         self._on_stored(call, None)
 
     def _prepare_call(
@@ -6691,33 +6696,54 @@ def _acknowledge(connection: Any, messages: Iterable[Message]) -> None:
 
 
 # ---- 13. Groups and rate limits ------------------------------------------------------
-# Jobs that belong together, in whatever queues, and jobs that share a limit.
+# A group names jobs that belong together, and a limit counts jobs that may run at once, in
+# whatever queues.  Both are only read here: a queue's enqueue_many() enters jobs into a
+# group before it stores them, and section 12 hands out the slots of a limit.  A job is of a
+# group if both say so: the group lists it, and its hash names the group; an id may have
+# begun a new life elsewhere.  Uses sections 4 to 7.
 
 
 class RateLimitRegistry:
     """The jobs that share the RateLimit of this key, in whatever queues."""
 
     def __init__(self, key: str, connection: Redis | None = None) -> None:
-        self.key, self.connection = key, _connect(connection)
+        self.key = key
+        self.connection = _connect(connection)
 
-    from_job = classmethod(lambda cls, job: cls(job.rate_limit_key, job.connection))
+    @classmethod
+    def from_job(cls, job: Job) -> RateLimitRegistry:
+        """Return the registry of the limit that a job has; an empty one for no limit."""
+        return cls(job.rate_limit_key or "", job.connection)
 
-    def _ids(self, part: str) -> list[str]:
+    def get_allowed_job_ids(self) -> list[str]:
+        """Return the ids of the jobs that have a slot.  One round trip."""
+        return self._read_ids("holders")
+
+    def get_rate_limited_job_ids(self) -> list[str]:
+        """Return the ids of the jobs that wait for a slot.  One round trip."""
+        return self._read_ids("waiting")
+
+    def get_allowed_count(self) -> int:
+        """Return how many jobs have a slot.  One round trip."""
+        return len(self.get_allowed_job_ids())
+
+    def get_rate_limited_count(self) -> int:
+        """Return how many jobs wait for a slot.  One round trip."""
+        return len(self.get_rate_limited_job_ids())
+
+    def _read_ids(self, part: str) -> list[str]:
         key = f"microq:limit:{{{self.key}}}:{part}"
-        return [
-            each.decode().split()[1]
-            for each in _execute_one(self.connection, "ZRANGE", key, 0, -1)
-        ]
-
-    get_allowed_job_ids = lambda self: self._ids("holders")  # noqa: E731  they have a slot
-    get_rate_limited_job_ids = lambda self: self._ids("waiting")  # noqa: E731
-    get_allowed_count = lambda self: len(self.get_allowed_job_ids())  # noqa: E731
-    get_rate_limited_count = lambda self: len(self.get_rate_limited_job_ids())  # noqa: E731
+        ids = []
+        for member in _execute_one(self.connection, "ZRANGE", key, 0, -1):
+            _, id, *_ = member.decode().split()  # "<prefix> <id> <slot> <numbers>"
+            ids.append(id)
+        return ids
 
 
 class Group:
-    """Jobs under a common name, in whatever queues; enqueue_many() puts them there.  A group is
-    forgotten a week after the last ones joined, and by cleanup() when none of them exists."""
+    """Jobs under a common name, in whatever queues; enqueue_many() puts them there.  A group
+    is forgotten a week after the last jobs joined, and by cleanup() when none of its jobs
+    exists.  Without a name it gets a random one."""
 
     def __init__(
         self,
@@ -6725,40 +6751,35 @@ class Group:
         name: str | None = None,
         serializer: Any = None,
     ) -> None:
-        self.connection, self.name = (
-            _connect(connection),
-            name or secrets.token_urlsafe(16),
-        )
-        self.key, self._serializer = f"microq:group:{self.name}", serializer
-
-    create = classmethod(
-        lambda cls, *args, **kwargs: cls(*args, **kwargs)
-    )  # stores nothing
+        self.connection = _connect(connection)
+        self.name = name or secrets.token_urlsafe(16)
+        self.key = f"microq:group:{self.name}"
+        self._serializer = serializer
 
     @classmethod
     def fetch(
         cls, name: str, connection: Redis | None = None, serializer: Any = None
     ) -> Group:
-        """Return the group of this name, or raise NoSuchGroupError."""
+        """Return the group of this name.  Raises NoSuchGroupError if no job has joined it,
+        or it was forgotten."""
         group = cls(connection, name, serializer)
         if not _execute_one(group.connection, "EXISTS", group.key):
-            raise NoSuchGroupError(
-                f"no group {name!r}: no job joined it, or it was forgotten"
-            )
+            text = f"no group {name!r}: no job joined it, or it was forgotten"
+            raise NoSuchGroupError(text)
         return group
 
     @classmethod
     def all(cls, connection: Redis | None = None) -> list[Group]:
-        """Return all groups, in the order in which the last jobs joined them."""
+        """Return all groups, in the order in which the last jobs joined them.  Two round
+        trips."""
         connection = _connect(connection)
-        names = _execute_one(connection, *_list_command(_GROUPS_KEY))
+        names = _execute_one(connection, *LIST.on_key(_GROUPS_KEY, "", 0, -1, 0))
+        if not names:
+            return []
         groups = [cls(connection, name.decode()) for name in names]
-        there = (
-            _execute(connection, *[("EXISTS", each.key) for each in groups])
-            if groups
-            else []
-        )
-        return list(itertools.compress(groups, there))
+        lookups = [("EXISTS", group.key) for group in groups]
+        replies = _execute(connection, *lookups)
+        return [group for group, exists in zip(groups, replies, strict=True) if exists]
 
     @classmethod
     def clean_registries(cls, connection: Redis | None = None) -> None:
@@ -6773,110 +6794,127 @@ class Group:
         return queue.enqueue_many(job_datas, pipeline, group_id=self.name)
 
     def enqueue_callback(self, queue: Queue, f: Func, *args: Any, **kwargs: Any) -> Job:
-        """Store a call to be run when all that are jobs of the group now have ended, in whatever
-        way; see Queue.enqueue().  One round trip more, and one for each other queue."""
+        """Store a call to be run when all that are jobs of the group now have ended, in
+        whatever way; see Queue.enqueue().  One round trip more, and one for each other
+        queue."""
         if kwargs.get("pipeline") is not None:
-            raise TypeError(
-                "a callback can't be put into a pipeline; its jobs may be there, too"
-            )
-        return queue.enqueue(
-            f, *args, depends_on=Dependency(self._members(), "any"), **kwargs
-        )
-
-    def _add_jobs(self, jobs: Iterable[Job], pipeline: Any) -> None:
-        members = [self._member(job) for job in jobs]
-        commands = [
-            _join_command(self.key, 0, GROUP_TTL, *members),
-            _join_command(_GROUPS_KEY, GROUP_TTL, GROUP_TTL, self.name),
-        ]
-        if pipeline is None:
-            _execute(self.connection, *commands)
-        for command in commands if pipeline is not None else ():
-            pipeline.execute_command(*_as_eval(command))
-
-    _member = staticmethod(lambda job: f"{job.id} {job.origin}")
-
-    def _members(self) -> list[Job]:
-        """Return the jobs that joined, in their order, not read yet."""
-        members = _execute_one(self.connection, "ZRANGE", self.key, 0, -1)
-        pairs = [member.decode().split() for member in members]
-        make = functools.partial(
-            Queue, connection=self.connection, serializer=self._serializer
-        )
-        queues = {name: make(name) for name in {name for _, name in pairs}}
-        return [Job(id, queues[name], {}) for id, name in pairs]
-
-    def _containers(self, jobs: Sequence[Job]) -> list[str]:
-        """Return the container of each job; "" if it does not exist, or has a new life outside of
-        the group."""
-        name = self.name.encode()
-        return [
-            place.decode() if group == name else "" for place, group in _where(jobs)
-        ]
+            text = "a callback can't be put into a pipeline; its jobs may be there, too"
+            raise TypeError(text)
+        dependency = Dependency(self._read_members(), "any")
+        return queue.enqueue(f, *args, depends_on=dependency, **kwargs)
 
     def get_jobs(self) -> list[Job]:
         """Return the jobs that still exist.  Two round trips, however many they are."""
-        return [
-            job for job in _fetch_jobs(self._members()) if job.group_id == self.name
-        ]
+        jobs = _fetch_jobs(self._read_members())
+        return [job for job in jobs if job.group_id == self.name]
 
     def counts(self) -> dict[str, int]:
         """Return how many of the jobs that still exist have which status."""
-        return dict(Counter(str(job._status) for job in self.get_jobs()))
+        statuses = [job.get_status(refresh=False) for job in self.get_jobs()]
+        return dict(Counter(str(status) for status in statuses))
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until all jobs have ended, up to `timeout` seconds if it is given; tell whether they
-        have.  See Job.latest_result()."""
+        """Wait until all jobs have ended, up to `timeout` seconds if it is given; tell
+        whether they have.  See Job.latest_result()."""
         deadline = time.monotonic() + (math.inf if timeout is None else timeout)
-        pending, size = self._members(), 1
+        pending = self._read_members()
+        # The jobs that joined last are looked at first: when they have ended, few others
+        # have not.  A job that has ended is not looked at again.
+        size = 1  # of the portion to look at; it grows while all have ended
         while pending:
-            # From the end, where those are that joined last: when these have ended, few others have
-            # not.  Those that have ended are not read again, and the portions grow while all have.
-            portion = pending[-size:]
-            places = self._containers(portion)
-            left = [
-                j
-                for j, at in zip(portion, places, strict=True)
-                if at and at not in _FINAL_CONTAINERS
-            ]
-            pending[-size:] = left
-            size = min(2 * size, MAX_JOBS_PER_CALL)
-            if left:
-                size = 1
-                seconds = deadline - time.monotonic()
-                if seconds <= 0:
-                    return False
-                left[-1]._wait_for(seconds, self._has_ended)
+            unended = self._unended(pending[-size:])
+            pending[-size:] = unended
+            if not unended:
+                size = min(2 * size, MAX_JOBS_PER_CALL)
+                continue
+            size = 1
+            seconds = deadline - time.monotonic()
+            if seconds <= 0:
+                return False
+            unended[-1]._wait_for(seconds, self._has_ended)
         return True
-
-    def _has_ended(self, job: Job) -> bool:
-        """Tell whether a job of the group has ended; also if it does not exist any more."""
-        [container] = self._containers([job])
-        return not container or container in _FINAL_CONTAINERS
 
     def delete_job(self, job_id: str) -> None:
         """Take a job out of the group; it lives on."""
-        self._remove([job for job in self._members() if job.id == job_id], age=0)
+        jobs = [job for job in self._read_members() if job.id == job_id]
+        self._remove(jobs, age=0)
 
     def cleanup(self) -> None:
-        """Take out of the group the jobs that do not exist, a minute after they joined: till then
-        they may be about to be stored."""
-        members = self._members()
+        """Take out of the group the jobs that do not exist, a minute after they joined: till
+        then they may be about to be stored."""
+        members = self._read_members()
         for start in range(0, len(members), MAX_JOBS_PER_CALL):
             jobs = members[start : start + MAX_JOBS_PER_CALL]
-            containers = self._containers(jobs)
-            self._remove(
-                [j for j, at in zip(jobs, containers, strict=True) if not at], age=60
-            )
+            containers = self._containers_of(jobs)
+            pairs = zip(jobs, containers, strict=True)
+            self._remove([job for job, container in pairs if not container], age=60)
+
+    def _add_jobs(self, jobs: Iterable[Job], pipeline: Any) -> None:
+        """Enter jobs into the group, and the group among all groups."""
+        members = [self._member(job) for job in jobs]
+        commands = [
+            JOIN.on_key(self.key, 0, GROUP_TTL, *members),
+            JOIN.on_key(_GROUPS_KEY, GROUP_TTL, GROUP_TTL, self.name),
+        ]
+        if pipeline is None:
+            _execute(self.connection, *commands)
+        else:
+            _add_to_pipeline(pipeline, commands)
+
+    @staticmethod
+    def _member(job: Job) -> str:
+        """Return what stands for a job in the key of a group."""
+        return f"{job.id} {job.origin}"
+
+    def _read_members(self) -> list[Job]:
+        """Return the jobs that joined, in their order, not read yet.  One round trip."""
+        queues: dict[str, Queue] = {}
+        jobs = []
+        for member in _execute_one(self.connection, "ZRANGE", self.key, 0, -1):
+            id, name = member.decode().split()
+            if name not in queues:
+                queues[name] = Queue(name, self.connection, serializer=self._serializer)
+            jobs.append(Job(id, queues[name], {}))
+        return jobs
+
+    def _containers_of(self, jobs: Sequence[Job]) -> list[str]:
+        """Return the container of each job; "" for a job that does not exist, or has begun a
+        new life outside of the group.  One round trip."""
+        containers = []
+        for container, group in _where(jobs):
+            is_member = group.decode() == self.name
+            containers.append(container.decode() if is_member else "")
+        return containers
+
+    def _unended(self, jobs: Sequence[Job]) -> list[Job]:
+        """Return those of the jobs that exist and have not ended.  One round trip."""
+        unended = []
+        for job, container in zip(jobs, self._containers_of(jobs), strict=True):
+            if container and container not in _FINAL_CONTAINERS:
+                unended.append(job)
+        return unended
+
+    def _has_ended(self, job: Job) -> bool:
+        return not self._unended([job])
 
     def _remove(self, jobs: Sequence[Job], age: float) -> None:
         """Take out of the group those of the jobs that joined `age` seconds ago."""
         if jobs:
-            members = map(self._member, jobs)
-            _execute_one(self.connection, *_leave_command(self.key, age, *members))
+            members = [self._member(job) for job in jobs]
+            _execute_one(self.connection, *LEAVE.on_key(self.key, age, *members))
 
     def __repr__(self) -> str:
         return f"Group({self.name!r})"
+
+    # RQ's other names.
+    @classmethod
+    def create(
+        cls,
+        connection: Redis | None = None,
+        name: str | None = None,
+        serializer: Any = None,
+    ) -> Group:
+        return cls(connection, name, serializer)
 
 
 # ---- 14. Cron ------------------------------------------------------------------------
