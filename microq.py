@@ -415,14 +415,20 @@ class Outcome(NamedTuple):
 
     payload - the serialized return value, or the traceback in UTF-8
     seconds - how long it ran
-    rule    - which policy may have the job run again: 'repeat', 'retry', 'crash', 'interrupt';
-              '' none.  Ended from outside, 'killed' is like 'retry', 'stopped' is like ''
-    policy  - the Retry behind the rule as JSON; empty: the job's own"""
+    rerun   - why the job may run again:
+              ''          it does not
+              'repeat'    it has succeeded
+              'retry'     it has failed, or returned a Retry
+              'killed'    as 'retry', but its own process did not see the end
+              'stopped'   as '', but its own process did not see the end
+              'crash'     its process died
+              'interrupt' its worker was told to end at once
+    policy  - a Retry or Repeat as JSON, which says how often; empty: the job's own"""
 
     type: ResultType
     payload: bytes = b""
     seconds: float = 0.0
-    rule: str = ""
+    rerun: str = ""
     policy: bytes = b""
 
 
@@ -2946,10 +2952,6 @@ class Job:
         self._request = request
         self._status: JobStatus | None = JobStatus.CREATED  # None: to be looked up
         self._execution: Execution | None = None
-        self._interrupt: Any = None  # raises an exception in it while it runs here
-        self._started_at: float | None = (
-            None  # when its run here began, by the server's clock
-        )
         self._meta: dict[str, Any] | None = None
         self._call_cache: tuple[Any, ...] | None = (
             None  # the call, once it was asked for
@@ -3525,6 +3527,18 @@ class Job:
         return f"<Job {self.id} {self._text('func')} in {self.origin!r}>"
 
 
+@dataclass(slots=True)
+class _RunState:
+    """What only the process that runs a job knows of the run.
+
+    started_at - seconds since the epoch, by the server's clock
+    interrupt  - raises an exception of the given class in the function of the job that
+                 runs, from another thread; None before the first function"""
+
+    started_at: float
+    interrupt: Callable[[type[BaseException]], None] | None = None
+
+
 @dataclass
 class Execution:
     """One run of a job, in progress."""
@@ -3532,6 +3546,7 @@ class Execution:
     job: Job
     token: str  # "<execution> <started_at>", what the container `started` holds
     last_heartbeat: datetime | None = None
+    run_state: _RunState | None = field(default=None, compare=False, repr=False)
 
     id = property(lambda self: self.token.partition(" ")[0])
     claim = property(lambda self: int(self.id.rpartition(".")[2]))  # its number
@@ -4241,12 +4256,8 @@ class Queue(_JobContainer):
     def _run_here(self, jobs: Sequence[Job]) -> None:
         """Work the queue off in this thread, which is_async=False asks for, and read the
         jobs again.  If this is done by a job, its time limit goes on afterwards."""
-        outer = _thread.interrupter
-        _thread.interrupter = _Interrupter()
-        try:
+        with _nested_worker():
             SimpleWorker(self).work(burst=True, logging_level=None)
-        finally:
-            outer.resume()
         _fetch_jobs(jobs)
 
     def _resolve_dependencies(self, jobs: Sequence[Job]) -> None:
@@ -4478,295 +4489,441 @@ def job(
 
 
 # ---- 8. Running a job ----------------------------------------------------------------
-# perform() is the only call of a job's function: it returns an Outcome and does not raise.
-# _settlement() turns an Outcome into the one transition that records it.
-
-
-def perform(
-    execution: Execution, handlers: Handlers = (), describe: bool = True
-) -> Outcome:
-    """Run a job under its timeout and then its callback, and return how that ended.  If it raised,
-    the handlers are told (job, type, exception, traceback), until one returns False."""
-    job, began = execution.job, time.perf_counter()
-    token = _current_job.set(job)
-    try:
-        outcome, end = _run_function(execution, handlers, began, describe)
-        _run_callback(job, outcome, end)
-        return outcome
-    except _ColdShutdown:
-        return _INTERRUPTED._replace(seconds=time.perf_counter() - began)
-    finally:
-        _current_job.reset(token)
-
-
-def _run_function(
-    execution: Execution, handlers: Handlers, began: float, describe: bool
-) -> tuple[Outcome, Any]:
-    """Run a job; return its outcome, with what its callback is told: the value, or the error."""
-    job = execution.job
-    try:
-        job._check_signature()
-        if log.isEnabledFor(logging.INFO):
-            what = " ".join(job.description.split()) if describe else "job"
-            log.info("%s: %s (%s)", job.origin, what, job.id)
-        for name in ("retry", "repeat"):  # garbled ones must show before the job runs
-            job._option(name)
-        if (
-            "verdict" in job._fields
-        ):  # it was ended from outside, and only has to hear of it
-            kind, _, text = job._text("verdict").strip().partition(" ")
-            return Outcome(ResultType(kind), text.encode()), AbandonedJobError(text)
-        value = _call_with_timeout(job.timeout, job, job.perform)
-        seconds = time.perf_counter() - began
-        if isinstance(value, Retry):
-            return Outcome(
-                ResultType.RETRIED, b"", seconds, "retry", value.to_field()
-            ), None
-        try:
-            payload = b""
-            if value is not None:
-                context = job._signed_context("result", execution.id)
-                payload = _serialize(job.serializer, value, "the result", *context)
-            if len(payload) > MAX_RESULT:
-                raise TypeError(
-                    f"its result of {len(payload)} bytes is too large to store"
-                )
-        except TypeError as error:
-            text = f"result: {_truncated_repr(value)}\nthe job ran, but {error}\n"
-            return Outcome(ResultType.FAILED, text.encode(), seconds), error
-        return Outcome(ResultType.SUCCESSFUL, payload, seconds, "repeat"), value
-    except _ColdShutdown:
-        raise
-    except StopRequested:
-        return Outcome(
-            ResultType.STOPPED, _STOPPED_REASON, time.perf_counter() - began
-        ), None
-    except BaseException as error:  # SystemExit too: a job must not end its worker
-        seconds = time.perf_counter() - began
-        if isinstance(error, JobTimeoutException):
-            error.args = (f"the job ran longer than its timeout of {job.timeout:g} s",)
-        text = "".join(traceback.format_exception(error))[-MAX_TRACEBACK:]
-        rule = "" if isinstance(error, DeserializationError) else "retry"
-        _call_exception_handlers(handlers, job, error)
-        return Outcome(
-            ResultType.FAILED, text.encode(errors="replace"), seconds, rule
-        ), error
-
-
-def _call_with_timeout(seconds: float, job: Job, call: Callable[[], Any]) -> Any:
-    """Return what a call that belongs to a job returns within so many seconds."""
-    leash = _thread.interrupter
-    job._interrupt = leash.begin(seconds)
-    try:
-        value = call()
-        return _run_coroutine(value) if inspect.iscoroutine(value) else value
-    finally:
-        leash.end()
-
-
-def _run_callback(job: Job, outcome: Outcome, end: Any) -> None:
-    """Run the callback for this outcome, which is not stored yet: if the worker dies here, the job
-    runs again.  Whatever else it does changes nothing; its traceback is kept with the job."""
-    name = _CALLBACK_FIELDS.get(outcome.type, "")
-    if name not in job._fields:
-        return
-    about: tuple[Any, ...] = (end,) if name == "on_success" else ()
-    if name == "on_failure":
-        about = type(end), end, end.__traceback__
-    try:
-        func, _, seconds = job._text(name).partition(" ")
-        _call_with_timeout(
-            float(seconds),
-            job,
-            lambda: _import_object(func)(job, job.connection, *about),
-        )
-    except _ColdShutdown:
-        raise
-    except BaseException as error:
-        log.exception("%s of job %s failed", name, job.id)
-        text = "".join(traceback.format_exception(error))[-MAX_TRACEBACK:]
-        note = f"{job._execution.id if job._execution else ''}\n{text}".encode(
-            errors="replace"
-        )
-        with contextlib.suppress(exceptions.RedisError):
-            command = _set_field_command(
-                job.queue.prefix, job.id, "callback_error", note
-            )
-            _execute_one(job.connection, *command)
-
-
-def _send_webhooks(job: Job, outcome: Outcome, place: str) -> None:
-    """Make the requests that are due for a job that has ended, one after the other."""
-    ended_at = _from_timestamp((job._started_at or time.time()) + outcome.seconds)
-    about = {"job_id": job.id, "func_name": job.func_name, "status": place}
-    about |= {"enqueued_at": str(job.enqueued_at or ""), "ended_at": str(ended_at)}
-    if place == "failed":
-        about["exc_info"] = outcome.payload.decode(errors="replace")
-    for hook in job.webhooks:
-        if hook.job_status == place:
-            body = json.dumps(about).encode() if hook.method == "POST" else None
-            headers = {"Content-Type": "application/json"} | (hook.headers or {})
-            request = Request(hook.url, body, headers, method=hook.method)
-            get = functools.partial(
-                urlopen, request, timeout=hook.timeout
-            )  # of each packet
-            try:
-                _call_with_timeout(hook.timeout, job, get).close()
-            except (Exception, JobTimeoutException) as error:  # whatever they answer
-                log.warning("webhook %s of job %s: %r", hook.url, job.id, error)
-
-
-def _call_exception_handlers(
-    handlers: Handlers, job: Job, error: BaseException
-) -> None:
-    for handler in handlers:
-        try:
-            again = handler(job, type(error), error, error.__traceback__)
-            if again is not None and not again:
-                return
-        except Exception:
-            log.exception("exception handler %r failed for job %s", handler, job.id)
-
+# perform() runs a job and returns an Outcome.  It never raises, whatever the job does.
+# All that users wrote (functions, callbacks, exception handlers) is called from here, under
+# a time limit that an _Interrupter keeps.  Nothing is stored meanwhile, but for the error of
+# a callback: if the process dies, the job runs again.  _settlement() turns the Outcome
+# into the one transition that records it.  Uses sections 1 to 6.
 
 _STOPPED_REASON = b"stopped by a command"
 _CRASH_POLICY = Retry(MAX_CRASHES, 0, enqueue_at_front=True).to_field()
-# A run that ends because its worker is to end at once.
 _INTERRUPTED = Outcome(
     ResultType.FAILED, b"its worker was shut down", 0, "interrupt", _CRASH_POLICY
 )
 
 
-def _replace_oversized(outcome: Outcome) -> Outcome:
-    """Return what to settle in place of an outcome that the connection does not carry."""
-    if len(outcome.payload) <= MAX_SAFE_PAYLOAD:
-        return outcome
-    text = f"its result of {len(outcome.payload)} bytes is too large for the connection"
-    return Outcome(ResultType.FAILED, text.encode(), outcome.seconds)
+def perform(
+    execution: Execution, handlers: Handlers = (), describe: bool = True
+) -> Outcome:
+    """Run a job and then its callback; return how the run ended.
 
-
-class _Interrupter:
-    """Ends the job that runs in a thread, by an exception: at its deadline, or on strike().
-
-    In the main thread the exception comes from SIGALRM; in others it is an asynchronous one, which
-    takes effect between two bytecodes."""
-
-    def __init__(self) -> None:
-        self.ident = threading.get_ident()
-        self.main = threading.current_thread() is threading.main_thread()
-        self.lock = threading.Lock()
-        self.run = 0  # counts the jobs, so that nothing strikes the next one
-        self.deadline = 0.0  # of the job that runs; 0: there is none
-        self.struck: tuple[int, type[BaseException]] | None = (
-            None  # a run, and why it is to end
-        )
-        self.timer: threading.Timer | None = None
-
-    def begin(self, seconds: float) -> Callable[[type[BaseException]], None]:
-        """Give the job that begins so many seconds; -1: no limit.  Return what strikes it."""
-        self.run += 1
-        self.deadline = time.monotonic() + seconds if seconds > 0 else math.inf
-        strike = functools.partial(self.strike, self.run)
-        if self.main:
-            if _signal.getsignal(signal.SIGALRM) != self.on_alarm:  # a job took it
-                signal.signal(signal.SIGALRM, self.on_alarm)
-            signal.setitimer(signal.ITIMER_REAL, max(0.0, seconds))
-        elif seconds > 0:
-            self.timer = threading.Timer(seconds, strike, [JobTimeoutException])
-            self.timer.daemon = True
-            self.timer.start()
-        return strike
-
-    def resume(self) -> None:
-        """Go on with the job that has run a worker of its own in this thread."""
-        _thread.interrupter = self
-        if self.main and self.deadline:
-            left = 0 if self.struck and self.struck[0] == self.run else self.deadline
-            signal.signal(signal.SIGALRM, self.on_alarm)
-            left = min(max(0.001, left - time.monotonic()), 1e6)
-            signal.setitimer(signal.ITIMER_REAL, left)
-
-    def on_alarm(self, *details: Any) -> None:  # between two jobs it means nothing
-        if self.deadline and self.struck and self.struck[0] == self.run:
-            raise self.struck[1]
-        if self.deadline and time.monotonic() >= self.deadline:
-            raise JobTimeoutException
-
-    def strike(self, run: int, reason: type[BaseException]) -> None:
-        """End a job, if it still runs; for another thread."""
-        with self.lock:
-            if self.deadline and self.main:
-                self.struck = run, reason
-                signal.pthread_kill(self.ident, signal.SIGALRM)
-            elif self.deadline and self.run == run:
-                self.interrupt(ctypes.py_object(reason))
-
-    def interrupt(self, reason: Any) -> None:
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.ident), reason)
-
-    def end(self) -> None:
-        """The job has ended: from here on nothing strikes."""
-        if self.main:
-            self.deadline = 0.0
-            return
-        with self.lock:
-            self.deadline = 0.0
-            self.interrupt(None)  # one that is pending must not hit later code
-        if self.timer:
-            self.timer.cancel()
-
-
-class _ThreadState(threading.local):
-    """What a thread that runs jobs has: a leash, an event loop, and the process that made it."""
-
-    def __init__(self) -> None:
-        self.interrupter, self.pid = _Interrupter(), 0
-        self.loop: Any = None
-
-
-_thread = _ThreadState()
-
-
-def _run_coroutine(coroutine: Any) -> Any:
-    """Run it on the event loop of this thread, made if need be.  Tasks it leaves are cancelled."""
-    if _thread.pid != os.getpid():
-        _thread.pid, _thread.loop = os.getpid(), asyncio.new_event_loop()
-    loop = _thread.loop
+    handlers - called with (job, type, exception, traceback) if the job raised, one after
+               the other, until one returns False
+    describe - whether the log shows the call"""
+    started = time.perf_counter()
+    token = _current_job.set(execution.job)
     try:
-        return loop.run_until_complete(coroutine)
+        outcome, value_or_error = _run_function(execution, handlers, started, describe)
+        _run_callback(execution, outcome, value_or_error)
+        return outcome
+    except _ColdShutdown:
+        return _INTERRUPTED._replace(seconds=time.perf_counter() - started)
     finally:
-        if left := asyncio.all_tasks(loop):
-            for task in left:
-                task.cancel()
-            loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+        _current_job.reset(token)
 
 
-def _close_event_loop() -> None:
-    if _thread.pid == os.getpid():
-        loop, _thread.pid = _thread.loop, 0
-        loop.run_until_complete(loop.shutdown_asyncgens())
-        loop.run_until_complete(loop.shutdown_default_executor())
-        loop.close()
+def _run_function(
+    execution: Execution, handlers: Handlers, started: float, describe: bool
+) -> tuple[Outcome, Any]:
+    """Run the job's function; return the outcome, and the value or error for a callback."""
+    job = execution.job
+    try:
+        _check_before_run(job)
+        _log_start(job, describe)
+        if "verdict" in job._fields:
+            return _outcome_from_outside(job)
+        value = _call_with_timeout(execution, job.timeout, job.perform)
+        seconds = time.perf_counter() - started
+        return _outcome_of_value(execution, value, seconds)
+    except _ColdShutdown:
+        raise
+    except StopRequested:
+        seconds = time.perf_counter() - started
+        return Outcome(ResultType.STOPPED, _STOPPED_REASON, seconds), None
+    except BaseException as error:  # SystemExit too: a job must not end its worker
+        outcome = _outcome_of_error(job, error, time.perf_counter() - started)
+        _call_exception_handlers(handlers, job, error)
+        return outcome, error
+
+
+def _check_before_run(job: Job) -> None:
+    """Raise DeserializationError if the job must not run: it is not as it was signed, or
+    nobody could tell after the run whether it is to run again."""
+    job._check_signature()
+    job._option("retry")
+    job._option("repeat")
+
+
+def _log_start(job: Job, describe: bool) -> None:
+    if log.isEnabledFor(logging.INFO):
+        what = " ".join(job.description.split()) if describe else "job"
+        log.info("%s: %s (%s)", job.origin, what, job.id)
+
+
+def _outcome_from_outside(job: Job) -> tuple[Outcome, Any]:
+    """Return the outcome of a job that was killed or stopped by its supervisor.
+
+    The job does not run again. It was claimed only so that its callback is called."""
+    kind, _, reason = job._text("verdict").strip().partition(" ")
+    return Outcome(ResultType(kind), reason.encode()), AbandonedJobError(reason)
+
+
+def _outcome_of_value(
+    execution: Execution, value: Any, seconds: float
+) -> tuple[Outcome, Any]:
+    """Return the outcome of a function that has returned `value`, and what a callback gets.
+
+    A value that can't be stored fails the job, and it is not retried."""
+    if isinstance(value, Retry):
+        policy = value.to_field()
+        return Outcome(ResultType.RETRIED, b"", seconds, "retry", policy), None
+    try:
+        payload = _serialize_result(execution, value)
+    except TypeError as error:
+        text = f"result: {_truncated_repr(value)}\nthe job ran, but {error}\n"
+        return Outcome(ResultType.FAILED, text.encode(), seconds), error
+    return Outcome(ResultType.SUCCESSFUL, payload, seconds, "repeat"), value
+
+
+def _serialize_result(execution: Execution, value: Any) -> bytes:
+    """Return the bytes to store for a return value; b"" for None. TypeError if it can't be."""
+    if value is None:
+        return b""
+    job = execution.job
+    context = job._signed_context("result", execution.id)
+    payload = _serialize(job.serializer, value, "the result", *context)
+    if len(payload) > MAX_RESULT:
+        raise TypeError(f"its result of {len(payload)} bytes is too large to store")
+    return payload
+
+
+def _outcome_of_error(job: Job, error: BaseException, seconds: float) -> Outcome:
+    """Return the outcome of a function that has raised `error`.
+
+    A call that can't be read is not retried, since it never will be readable."""
+    if isinstance(error, JobTimeoutException):
+        error.args = (f"the job ran longer than its timeout of {job.timeout:g} s",)
+    rerun = "" if isinstance(error, DeserializationError) else "retry"
+    return Outcome(ResultType.FAILED, _format_error(error), seconds, rerun)
+
+
+def _format_error(error: BaseException) -> bytes:
+    """Return the end of the traceback of an error, which tells most."""
+    text = "".join(traceback.format_exception(error))
+    return text[-MAX_TRACEBACK:].encode(errors="replace")
+
+
+def _call_exception_handlers(
+    handlers: Handlers, job: Job, error: BaseException
+) -> None:
+    """Call the exception handlers until one returns False; None means go on."""
+    for handler in handlers:
+        try:
+            go_on = handler(job, type(error), error, error.__traceback__)
+        except _ColdShutdown:
+            raise
+        except BaseException:
+            log.exception("exception handler %r failed for job %s", handler, job.id)
+        else:
+            if go_on is not None and not go_on:
+                return
+
+
+def _call_with_timeout(
+    execution: Execution, seconds: float, call: Callable[[], Any]
+) -> Any:
+    """Return what `call` returns. Raises JobTimeoutException in it after so many seconds;
+    -1: never. A coroutine that it returns is run, too."""
+    interrupter = _thread_state.interrupter
+    interrupt = interrupter.arm(seconds)
+    if execution.run_state is not None:
+        execution.run_state.interrupt = interrupt
+    try:
+        value = call()
+        return _run_coroutine(value) if inspect.iscoroutine(value) else value
+    finally:
+        interrupter.disarm()
+
+
+def _run_callback(execution: Execution, outcome: Outcome, value_or_error: Any) -> None:
+    """Run the callback for an outcome, which is not stored yet.
+
+    If the worker dies meanwhile, the job runs again. Nothing that the callback does changes
+    the outcome; if it raises, the traceback is stored with the job."""
+    job = execution.job
+    name = _CALLBACK_FIELDS.get(outcome.type, "")
+    if name not in job._fields:
+        return
+    arguments: tuple[Any, ...] = ()
+    if name == "on_success":
+        arguments = (value_or_error,)
+    elif name == "on_failure":
+        error = value_or_error
+        arguments = (type(error), error, error.__traceback__)
+
+    def call_back() -> Any:
+        return _import_object(func_name)(job, job.connection, *arguments)
+
+    try:
+        func_name, _, seconds = job._text(name).partition(" ")
+        _call_with_timeout(execution, float(seconds), call_back)
+    except _ColdShutdown:
+        raise
+    except BaseException as error:
+        log.exception("%s of job %s failed", name, job.id)
+        _store_callback_error(execution, error)
+
+
+def _store_callback_error(execution: Execution, error: BaseException) -> None:
+    """Store the traceback of a callback with the job, if the server can be reached."""
+    job = execution.job
+    note = execution.id.encode() + b"\n" + _format_error(error)
+    prefix = job.queue.prefix
+    command = _set_field_command(prefix, job.id, "callback_error", note)
+    with contextlib.suppress(exceptions.RedisError):
+        _execute_one(job.connection, *command)
+
+
+def _send_webhooks(execution: Execution, outcome: Outcome, status: str) -> None:
+    """Send the requests that are due now that the job has this status, one by one.
+
+    The answers do not matter; a request that fails is logged."""
+    payload = _webhook_payload(execution, outcome, status)
+    for hook in execution.job.webhooks:
+        if hook.job_status != status:
+            continue
+        body = json.dumps(payload).encode() if hook.method == "POST" else None
+        headers = {"Content-Type": "application/json"} | (hook.headers or {})
+        request = Request(hook.url, body, headers, method=hook.method)
+        # urlopen's timeout is that of each packet, _call_with_timeout()'s is that of all.
+        send = functools.partial(urlopen, request, timeout=hook.timeout)
+        try:
+            _call_with_timeout(execution, hook.timeout, send).close()
+        except (Exception, JobTimeoutException) as error:
+            job_id = execution.job_id
+            log.warning("webhook %s of job %s: %r", hook.url, job_id, error)
+
+
+def _webhook_payload(
+    execution: Execution, outcome: Outcome, status: str
+) -> dict[str, str]:
+    """Return what the body of a webhook's request says."""
+    job = execution.job
+    state = execution.run_state
+    started_at = time.time() if state is None else state.started_at
+    payload = {
+        "job_id": job.id,
+        "func_name": job.func_name,
+        "status": status,
+        "enqueued_at": str(job.enqueued_at or ""),
+        "ended_at": str(_from_timestamp(started_at + outcome.seconds)),
+    }
+    if status == "failed":
+        payload["exc_info"] = outcome.payload.decode(errors="replace")
+    return payload
+
+
+def _replace_oversized(outcome: Outcome) -> Outcome:
+    """Return what to settle in place of an outcome that is too large for the connection."""
+    size = len(outcome.payload)
+    if size <= MAX_SAFE_PAYLOAD:
+        return outcome
+    text = f"its result of {size} bytes is too large for the connection"
+    return Outcome(ResultType.FAILED, text.encode(), outcome.seconds)
 
 
 def _settlement(
     execution: Execution, outcome: Outcome, result_ttl: float
 ) -> _Settlement:
-    """Return what `settle` is told of an outcome, which is exactly one transition."""
-    job, rule, policy = execution.job, outcome.rule, outcome.policy
-    if not policy and job._fields and rule not in job._fields:
-        rule = ""  # the job has no such rule
-    result_type, ttl = outcome.type.value, DEFAULT_FAILURE_TTL
+    """Return what the script `settle` is told of an outcome."""
+    job = execution.job
+    rerun = outcome.rerun
+    # The supervisor, which settles for a child that died, has not read the job's fields.
+    if job._fields and not outcome.policy and rerun not in job._fields:
+        rerun = ""  # the job has no such policy
+    ttl = DEFAULT_FAILURE_TTL
+    result_type = outcome.type.value
     if outcome.type is ResultType.SUCCESSFUL:
-        result_type, ttl = "", result_ttl
+        ttl = result_ttl
+        result_type = ""
     elif outcome.type is ResultType.RETRIED:
         result_type = "max_retries_exceeded"
-    name, _, claimed_at = execution.token.partition(" ")
-    ended = f"{name} {job._started_at or float(claimed_at):.6f} {outcome.seconds:.6f}"
-    chance = random.random() if rule else 0
+    claim_id, _, claimed_at = execution.token.partition(" ")
+    state = execution.run_state
+    started_at = float(claimed_at) if state is None else state.started_at
+    ended = f"{claim_id} {started_at:.6f} {outcome.seconds:.6f}"
+    chance = random.random() if rerun else 0  # for a delay with jitter
     return _Settlement(
-        job.id, execution.token, ended, outcome.payload, result_type, ttl,
-        rule, policy, chance,
+        job.id, execution.token, ended, outcome.payload, result_type, ttl, rerun,
+        outcome.policy, chance,
     )  # fmt: skip
+
+
+class _Interrupter:
+    """Ends a call in one thread by raising an exception in it: when its time is over, or
+    when interrupt() is called in another thread.
+
+    arm() begins a call and disarm() ends it. Each call has a number, so that an interrupt
+    that comes late does not hit the next call. This class raises an asynchronous exception,
+    as any thread can: it takes effect between two bytecodes, so a call that blocks in the
+    kernel goes on until it returns."""
+
+    def __init__(self) -> None:
+        self.thread_id = threading.get_ident()
+        self.lock = threading.Lock()
+        self.run_number = 0
+        self.deadline = 0.0  # monotonic; infinity: no limit; 0: no call is armed
+        self.timer: threading.Timer | None = None
+
+    def arm(self, seconds: float) -> Callable[[type[BaseException]], None]:
+        """Begin a call that may take so many seconds; -1: no limit.
+
+        Returns what interrupts this call."""
+        self.run_number += 1
+        self.deadline = time.monotonic() + seconds if seconds > 0 else math.inf
+        interrupt = functools.partial(self.interrupt, self.run_number)
+        self._start_timer(seconds, interrupt)
+        return interrupt
+
+    def disarm(self) -> None:
+        """End the call: nothing interrupts the thread from here on."""
+        with self.lock:
+            self.deadline = 0.0
+            self._raise_async(None)  # takes back an exception that is still to come
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+
+    def rearm(self) -> None:
+        """Go on with the call, in which another interrupter was at work in this thread."""
+
+    def interrupt(self, run_number: int, reason: type[BaseException]) -> None:
+        """Raise `reason` in the call of this number, unless it has ended."""
+        with self.lock:
+            if self.deadline and run_number == self.run_number:
+                self._raise(reason)
+
+    def _start_timer(self, seconds: float, interrupt: Callable[..., None]) -> None:
+        if seconds <= 0:
+            return
+        self.timer = threading.Timer(seconds, interrupt, [JobTimeoutException])
+        self.timer.daemon = True
+        self.timer.start()
+
+    def _raise(self, reason: type[BaseException]) -> None:
+        self._raise_async(ctypes.py_object(reason))
+
+    def _raise_async(self, reason: Any) -> None:
+        thread_id = ctypes.c_ulong(self.thread_id)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(thread_id, reason)
+
+
+class _AlarmInterrupter(_Interrupter):
+    """The interrupter of the main thread: the handler of SIGALRM raises the exception.
+
+    So a call that blocks in the kernel is interrupted, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # A number, and what is to be raised in the call that has it.
+        self.pending: tuple[int, type[BaseException]] | None = None
+
+    def disarm(self) -> None:
+        self.deadline = 0.0  # an alarm that is still to come means nothing
+
+    def rearm(self) -> None:
+        if not self.deadline:
+            return
+        seconds = self.deadline - time.monotonic()
+        if self._is_pending():
+            seconds = 0.0
+        signal.signal(signal.SIGALRM, self._on_alarm)
+        signal.setitimer(signal.ITIMER_REAL, min(max(0.001, seconds), 1e6))
+
+    def _start_timer(self, seconds: float, interrupt: Callable[..., None]) -> None:
+        if _signal.getsignal(signal.SIGALRM) != self._on_alarm:  # a job replaced it
+            signal.signal(signal.SIGALRM, self._on_alarm)
+        signal.setitimer(signal.ITIMER_REAL, max(0.0, seconds))
+
+    def _raise(self, reason: type[BaseException]) -> None:
+        self.pending = (self.run_number, reason)
+        signal.pthread_kill(self.thread_id, signal.SIGALRM)
+
+    def _is_pending(self) -> bool:
+        return self.pending is not None and self.pending[0] == self.run_number
+
+    def _on_alarm(self, number: int, frame: Any) -> None:
+        if not self.deadline:
+            return
+        if self.pending is not None and self._is_pending():
+            raise self.pending[1]
+        if time.monotonic() >= self.deadline:
+            raise JobTimeoutException
+
+
+def _make_interrupter() -> _Interrupter:
+    """Return an interrupter for this thread."""
+    if threading.current_thread() is threading.main_thread():
+        return _AlarmInterrupter()
+    return _Interrupter()
+
+
+class _ThreadState(threading.local):
+    """What each thread that runs jobs has for itself.
+
+    interrupter - ends its calls
+    event_loop  - runs coroutines; made when it is first needed
+    loop_pid    - the process that made the event loop; in a fork of it, it is of no use"""
+
+    def __init__(self) -> None:
+        self.interrupter = _make_interrupter()
+        self.event_loop: asyncio.AbstractEventLoop | None = None
+        self.loop_pid = 0
+
+
+_thread_state = _ThreadState()
+
+
+@contextlib.contextmanager
+def _nested_worker() -> Iterator[None]:
+    """Let a worker run in this thread, in which a job may be running already."""
+    outer = _thread_state.interrupter
+    _thread_state.interrupter = _make_interrupter()
+    try:
+        yield
+    finally:
+        _thread_state.interrupter = outer
+        outer.rearm()
+
+
+def _run_coroutine(coroutine: Any) -> Any:
+    """Run a coroutine on the event loop of this thread, and return what it returns.
+
+    Tasks that it leaves behind are cancelled."""
+    if _thread_state.loop_pid != os.getpid():
+        _thread_state.event_loop = asyncio.new_event_loop()
+        _thread_state.loop_pid = os.getpid()
+    loop: Any = _thread_state.event_loop
+    try:
+        return loop.run_until_complete(coroutine)
+    finally:
+        tasks = asyncio.all_tasks(loop)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+
+
+def _close_event_loop() -> None:
+    """Close the event loop of this thread, if this process has made one."""
+    if _thread_state.loop_pid != os.getpid():
+        return
+    loop: Any = _thread_state.event_loop
+    _thread_state.event_loop = None
+    _thread_state.loop_pid = 0
+    loop.run_until_complete(loop.shutdown_asyncgens())
+    loop.run_until_complete(loop.shutdown_default_executor())
+    loop.close()
 
 
 # ---- 9. Work loop --------------------------------------------------------------------
@@ -5229,7 +5386,7 @@ class Worker:
         ] = []  # what is to be delivered, and by which connection
         self.relay_connection = _Connection(self.connection, self._redis_timeout)
         self.pending_webhooks: list[
-            tuple[Job, Outcome, str]
+            tuple[Execution, Outcome, str]
         ] = []  # the webhooks that are due
         self._request = _Request()
         self.clock_offset = 0.0  # the server's time when our monotonic clock was at 0
@@ -5449,7 +5606,7 @@ class Worker:
             try:
                 _send_webhooks(*words)
             except Exception as error:
-                log.warning("webhooks of job %s: %s", words[0].id, error)
+                log.warning("webhooks of job %s: %s", words[0].job.id, error)
 
     def _release_claimed(self) -> None:
         """Run nothing more of what is claimed; it is released with the next exchange."""
@@ -5505,7 +5662,7 @@ class Worker:
         index = self._prefixes.index(job.queue.prefix)
         slate.text = f"{index} {job.id} {execution.token}".encode()
         slate.began = time.monotonic()
-        job._started_at = slate.began + self.clock_offset
+        execution.run_state = _RunState(slate.began + self.clock_offset)
         slate.kill_at = slate.began + limit + KILL_GRACE if limit > 0 else math.inf
         self._current = execution
         if self.fork and slate.batch == 1:  # else it would change all the time
@@ -5640,7 +5797,7 @@ class Worker:
         self._shared.good += well and not lost
         self._shared.bad += failed and not lost
         if "webhooks" in job._fields and outcome.type is not ResultType.STOPPED:
-            self.pending_webhooks.append((job, outcome, place))
+            self.pending_webhooks.append((execution, outcome, place))
         if lost:
             text = "%s: job %s is no longer ours (it was taken away); its result is dropped"
             return log.warning(text, job.origin, job.id)
@@ -6025,7 +6182,7 @@ class _Supervisor:
             self.kill(
                 worker,
                 text,
-                Outcome(ResultType.STOPPED, _STOPPED_REASON, rule="stopped"),
+                Outcome(ResultType.STOPPED, _STOPPED_REASON, rerun="stopped"),
             )
         elif command == "kill-horse" and running:
             self.kill(
@@ -6044,9 +6201,10 @@ class _Supervisor:
                 with contextlib.suppress(OSError):
                     kill(worker._pid, signal.SIGKILL)
         elif (current := worker._current) and verdict.type is ResultType.STOPPED:
-            job = current.job
-            if job.id.encode() in text.split() and job._interrupt:
-                job._interrupt(StopRequested)
+            state = current.run_state
+            is_meant = current.job.id.encode() in text.split()
+            if is_meant and state and state.interrupt:
+                state.interrupt(StopRequested)
 
     def supervise(self, worker: Worker) -> float:
         """Reap, kill or start the child of a worker; return when to look again."""
@@ -6094,7 +6252,7 @@ class _Supervisor:
             self.kill(
                 worker,
                 slate.text,
-                Outcome(ResultType.FAILED, text.encode(), rule="killed"),
+                Outcome(ResultType.FAILED, text.encode(), rerun="killed"),
             )
         elif self.hangs(worker, now):
             log.error(
@@ -6248,7 +6406,7 @@ class _Supervisor:
             outcome = _INTERRUPTED._replace(seconds=seconds)
         slate.kill_at = 0
         worker.unsettled = [(Execution(job, token), outcome)]
-        if worker._killed_handler and outcome.rule == "crash":
+        if worker._killed_handler and outcome.rerun == "crash":
             try:
                 worker._killed_handler(job.queue.fetch_job(id), pid, status, usage)
             except Exception:

@@ -1088,6 +1088,10 @@ def record_ended_job(job, connection, *details):
     ended_jobs.append(job)
 
 
+def exiting_handler(job, kind, error, trace):
+    sys.exit(4)
+
+
 def first_handler(job, kind, error, trace):
     job.meta["told"] = [kind.__name__, str(error), bool(trace)]
     job.save_meta()
@@ -4227,6 +4231,16 @@ def test_coroutines_share_an_event_loop_and_leave_no_tasks(queue, run):
     assert "timeout" in slow.latest_result().exc_string
 
 
+@pytest.mark.parametrize("fork", [True, False])
+def test_an_exception_handler_that_exits_does_not_end_the_worker(queue, fork):
+    """perform() never raises, whatever a user's function does."""
+    job, later = queue.enqueue(fail), queue.enqueue(add, 1)
+    options = {"fork": fork, "exception_handlers": [exiting_handler]}
+    work(Worker(queue, **options))
+    assert later.is_finished and job.is_failed
+    assert "the process that ran" not in job.exc_info
+
+
 def test_exception_handlers_are_called_until_one_returns_false(redis, queue, run):
     job = queue.enqueue(fail, "ouch")
     handlers = [bad_handler, "test_microq.first_handler", last_handler, never_handler]
@@ -4367,20 +4381,20 @@ def test_the_timeout_holds_even_if_a_job_took_the_alarm(queue, run, seconds):
 
 
 def test_interrupt_hits_only_its_own_run():
-    leash = microq._Interrupter()
+    interrupter = microq._make_interrupter()
     before = signal.getsignal(signal.SIGALRM)
     try:
-        strike = leash.begin(-1)
-        leash.end()
-        leash.begin(-1)
-        strike(microq.StopRequested)
+        interrupt = interrupter.arm(-1)
+        interrupter.disarm()
+        interrupter.arm(-1)
+        interrupt(microq.StopRequested)
         time.sleep(0.05)
-        leash.end()
-        strike = leash.begin(-1)
+        interrupter.disarm()
+        interrupt = interrupter.arm(-1)
         with pytest.raises(microq.StopRequested):
-            strike(microq.StopRequested)
+            interrupt(microq.StopRequested)
             time.sleep(5)
-        leash.end()
+        interrupter.disarm()
     finally:
         signal.signal(signal.SIGALRM, before)
 
