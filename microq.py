@@ -2839,64 +2839,62 @@ def _leave_command(key: str, age: float, *members: str) -> Command:
 
 
 # ---- 6. Job, result, execution -------------------------------------------------------
-# What a user holds: an id, and the hash as it was read last.  Attributes read that copy; refresh()
-# and whatever asks for a status go to the server.  Fields are decoded when they are asked for, so a
-# garbled one harms nothing else.
+# What a user holds: the id of a job, and its hash as it was last read.  Attributes read that
+# copy, without a round trip; refresh(), get_status() and is_..() read the server.  A field is
+# decoded when it is asked for, so that a garbled one harms nothing else.  What Job does with
+# Redis is in pairs: a method returns the commands, another takes the replies, so that whoever
+# sends them may also be a pipeline or an async client.  Uses sections 1 to 5, of section 7
+# Queue, and of section 8 _run_coroutine().
 
 _current_job: contextvars.ContextVar[Job | None] = contextvars.ContextVar(
     "job", default=None
 )
 
 
-def _is(status: JobStatus) -> Any:
-    return property(
-        lambda job: job.get_status() == status, doc=f"Asks whether it is {status}."
-    )
-
-
 @dataclass(frozen=True)
 class Result:
-    """What one execution of a job left behind."""
+    """How one execution of a job ended.
+
+    ended   - "<execution> <started_at> <seconds> [<type>]"; without a type: successful
+    payload - the serialized return value, or the traceback"""
 
     job: Job
-    ended: str  # "<execution> <started_at> <seconds> [<type>]"
-    payload: bytes  # the serialized return value, or the traceback
-
-    Type = ResultType
+    ended: str
+    payload: bytes
+    execution_id: str = field(init=False)
+    execution_started_at: datetime = field(init=False)
+    execution_ended_at: datetime = field(init=False)
+    type: ResultType = field(init=False)
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"\S+ \d+\.\d+ \d+\.\d+( [a-z_]+)?", self.ended):
+        match = re.fullmatch(r"(\S+) (\d+\.\d+) (\d+\.\d+)(?: ([a-z_]+))?", self.ended)
+        try:
+            if match is None:
+                raise ValueError
+            execution_id, started_at, seconds, type = match.groups()
+            vars(self).update(
+                execution_id=execution_id,
+                execution_started_at=_from_timestamp(float(started_at)),
+                execution_ended_at=_from_timestamp(float(started_at) + float(seconds)),
+                type=ResultType(type or "successful"),
+            )
+        except (ValueError, OverflowError):
             text = f"the result of job {self.job_id} is garbled: {self.ended!r}"
-            raise DeserializationError(text)
+            raise DeserializationError(text) from None
 
-    type = property(lambda self: ResultType([*self.ended.split(), "successful"][3]))
-    job_id = property(lambda self: self.job.id)
-    execution_id = property(lambda self: self.ended.split()[0])
-    worker_name = property(lambda self: self.execution_id.rpartition(".")[0])
-    execution_started_at = property(
-        lambda self: _from_timestamp(float(self.ended.split()[1]))
-    )
-    execution_ended_at = property(
-        lambda self: _from_timestamp(sum(map(float, self.ended.split()[1:3])))
-    )
-    created_at = execution_ended_at
+    @property
+    def job_id(self) -> str:
+        """The id of the job."""
+        return self.job.id
 
-    # RQ's names for what a job tells itself.
-    all = staticmethod(lambda job, serializer=None: job.results())
-    count = staticmethod(lambda job: len(job.results()))
-    fetch_latest = staticmethod(
-        lambda job, serializer=None, timeout=0: job.latest_result(timeout)
-    )
-
-    @staticmethod
-    def delete_all(job: Job) -> None:
-        """Delete what the runs of a job left behind; it remains where it is."""
-        words = ("DEL", f"{job.key}:results"), ("HDEL", job.key, "ended", "result")
-        _execute(job.connection, *words)
+    @property
+    def worker_name(self) -> str:
+        """The name of the worker that ran the job."""
+        return self.execution_id.rpartition(".")[0]
 
     @property
     def return_value(self) -> Any:
-        """What the function returned; None if it did not."""
+        """What the function returned; None if it failed."""
         if self.type is not ResultType.SUCCESSFUL or not self.payload:
             return None
         context = self.job._signed_context("result", self.execution_id)
@@ -2904,23 +2902,58 @@ class Result:
         return _deserialize(self.job.serializer, self.payload, what, *context)
 
     @property
-    def callback_error(self) -> str | None:
-        """The traceback of a callback that failed after this run."""
-        run, _, text = self.job._text("callback_error").partition("\n")
-        return text if run == self.execution_id else None
+    def exc_string(self) -> str | None:
+        """The traceback of a run that failed, or another reason; None if it succeeded."""
+        if self.type is ResultType.SUCCESSFUL:
+            return None
+        return self.payload.decode(errors="replace") or None
 
     @property
-    def exc_string(self) -> str | None:
-        """The traceback of a run that failed, or another reason."""
-        known = self.type is not ResultType.SUCCESSFUL
-        return self.payload.decode(errors="replace") or None if known else None
+    def callback_error(self) -> str | None:
+        """The traceback of a callback that failed after this run, or None."""
+        execution_id, _, text = self.job._text("callback_error").partition("\n")
+        return text if execution_id == self.execution_id else None
+
+    # RQ's other names.
+
+    Type = ResultType
+
+    @property
+    def created_at(self) -> datetime:
+        """When the execution ended."""
+        return self.execution_ended_at
+
+    @staticmethod
+    def all(job: Job, serializer: Any = None) -> list[Result]:
+        """Return Job.results()."""
+        return job.results()
+
+    @staticmethod
+    def count(job: Job) -> int:
+        """Return how many results of a job are kept."""
+        return len(job.results())
+
+    @staticmethod
+    def fetch_latest(
+        job: Job, serializer: Any = None, timeout: float = 0
+    ) -> Result | None:
+        """Return Job.latest_result()."""
+        return job.latest_result(timeout)
+
+    @staticmethod
+    def delete_all(job: Job) -> None:
+        """Delete the results of a job, which remains where it is."""
+        older = ("DEL", f"{job.key}:results")
+        last = ("HDEL", job.key, "ended", "result")
+        _execute(job.connection, older, last)
 
 
 class _EnqueueRequest(NamedTuple):
-    """How a job is to be enqueued, as far as that is not in its hash."""
+    """How a job is to be enqueued, as far as its hash does not say it.
 
-    # Tells a second life of an id from a call that is sent again; "" for an id that nobody
-    # else can have, None: made when the job is sent.
+    call_id tells a second life of an id from a call that is sent again; "": the id is random,
+    so nobody else has it; None: a call_id is made when the job is sent."""
+
     call_id: str | None = None
     unique: bool = False
     at_front: bool = False
@@ -2938,7 +2971,7 @@ _NEW_ID_REQUEST = _EnqueueRequest(call_id="")
 
 
 class Job:
-    """One call of a function, and what became of it; made by a Queue, or found by fetch()."""
+    """One call of a function, and its outcome; made by a Queue, or read by fetch()."""
 
     queue: Queue
 
@@ -2947,19 +2980,21 @@ class Job:
         request: _EnqueueRequest = _DEFAULT_REQUEST, connection: Redis | None = None,
         serializer: Any = None,
     ) -> None:  # fmt: skip
-        self.id, self._fields = id, {} if fields is None else fields
-        self._bind(queue or Queue("default", connection, serializer=serializer))
+        self.id = id
+        self._fields = {} if fields is None else fields  # its hash, as last read
         self._request = request
-        self._status: JobStatus | None = JobStatus.CREATED  # None: to be looked up
-        self._execution: Execution | None = None
-        self._meta: dict[str, Any] | None = None
-        self._call_cache: tuple[Any, ...] | None = (
-            None  # the call, once it was asked for
-        )
+        self._status: JobStatus | None = JobStatus.CREATED  # None: to be read
+        self._execution: Execution | None = None  # the one in progress
+        self._meta: dict[str, Any] | None = None  # decoded, once it was asked for
+        self._call_cache: tuple[Any, ...] | None = None  # likewise _decoded_call
+        self._bind(queue or Queue("default", connection, serializer=serializer))
 
     def _bind(self, queue: Any) -> None:
-        self.queue, self.origin = queue, queue.name
-        self.connection, self.serializer = queue.connection, queue.serializer
+        """Make this a job of `queue`."""
+        self.queue = queue
+        self.origin = queue.name
+        self.connection = queue.connection
+        self.serializer = queue.serializer
         self.key = f"{queue.prefix}job:{self.id}"
 
     @classmethod
@@ -2974,12 +3009,15 @@ class Job:
         )
         return queue.create_job(func, args, kwargs, job_id=id, **options)
 
+    # Reading jobs.
+
     @classmethod
     def fetch(
         cls, id: str, connection: Redis | None = None, serializer: Any = None
     ) -> Job:
         """Return the job of this id, whatever queue it is in, or raise NoSuchJobError."""
-        if not (job := cls.fetch_many([id], connection, serializer)[0]):
+        job = cls.fetch_many([id], connection, serializer)[0]
+        if job is None:
             raise NoSuchJobError(
                 f"no job {id!r} in any queue: never stored, deleted, or expired"
             )
@@ -2993,17 +3031,15 @@ class Job:
         serializer: Any = None,
     ) -> list[Job | None]:
         """Return the jobs of these ids, None for each that is missing.  Two round trips."""
-        ids, queues = (
-            [_job_id(id) for id in job_ids],
-            Queue.all(connection, cls, serializer),
-        )
+        ids = [_job_id(id) for id in job_ids]
+        queues = Queue.all(connection, cls, serializer)
         jobs = _fetch_jobs([cls(id, queue, {}) for id in ids for queue in queues])
-        found = {job.id: job for job in jobs}
-        return [found.get(id) for id in ids]
+        by_id = {job.id: job for job in jobs}
+        return [by_id.get(id) for id in ids]
 
     @classmethod
     def exists(cls, job_id: str, connection: Redis | None = None) -> bool:
-        """Tell whether any queue has a job of this id."""
+        """Tell whether any queue has a job of this id.  Two round trips."""
         return cls.fetch_many([job_id], connection) != [None]
 
     def refresh(self) -> None:
@@ -3011,17 +3047,27 @@ class Job:
         if not _fetch_jobs([self]):
             raise NoSuchJobError(f"job {self.id!r} is no longer in {self.origin!r}")
 
-    def _take_in(
-        self, status: bytes, token: bytes, heartbeat: bytes, pairs: list[bytes]
-    ) -> None:
+    def _fetch_command(self) -> Command:
+        """Return the command that reads the job, for _load()."""
+        return _fetch_command(self.queue.prefix, self.id)
+
+    def _load(self, reply: list[Any]) -> bool:
+        """Take the reply to _fetch_command(); False if there is no such job."""
+        status, token, heartbeat_at, pairs = reply
+        if not status:
+            return False
         self._fields = _hash_to_dict(pairs)
         self._meta = None
         self._call_cache = None
         self._request = self._request.renewed()
-        stopped = status == b"failed" and self._text("ended").endswith(" stopped")
-        self._status = JobStatus.STOPPED if stopped else JobStatus(status.decode())
-        beat = _from_timestamp(float(heartbeat)) if heartbeat else None
-        self._execution = Execution(self, token.decode(), beat) if token else None
+        self._status = JobStatus(status.decode())
+        if status == b"failed" and self._text("ended").endswith(" stopped"):
+            self._status = JobStatus.STOPPED
+        self._execution = None
+        if token:
+            beat = _from_timestamp(float(heartbeat_at)) if heartbeat_at else None
+            self._execution = Execution(self, token.decode(), beat)
+        return True
 
     def _on_stored(self, status: JobStatus, created_at: bytes | None) -> None:
         """Note that the job was stored; created_at is None if its time is not known."""
@@ -3032,82 +3078,37 @@ class Job:
             self._status = None  # it may have to wait; to be looked up
         self._request = self._request.renewed()
 
-    @property
-    def _call(self) -> tuple[Any, ...]:
-        """The function's (args, kwargs, instance or None)."""
-        if self._call_cache is None:
-            call: Any = ((), {})
-            if "args" in self._fields:
-                call = self._load("args", f"the call of job {self.id}")
-            elif not self._fields.get("func", b"").endswith(b"()") or self._signs:
-                raise DeserializationError(f"job {self.id} has lost its field 'args'")
-            if not isinstance(call, (list, tuple)) or len(call) not in (2, 3):
-                raise DeserializationError(
-                    f"the call of job {self.id} is no (args, kwargs)"
-                )
-            self._call_cache = (*call, None)
-        return self._call_cache
+    def _text(self, name: str) -> str:
+        """Return a field of the hash as text, "" without it."""
+        return self._fields.get(name, b"").decode(errors="replace")
 
-    _signs = property(lambda self: isinstance(self.serializer, SignedSerializer))
+    def _number(self, name: str) -> float | None:
+        """Return a field as a number; None if it is missing or empty."""
+        text = self._text(name)
+        if not text:
+            return None
+        try:
+            return _parse_number(text)
+        except ValueError:
+            raise self._corrupt(name) from None
 
-    def _signed_context(
-        self, kind: str, execution_id: str = "", entry: str = ""
-    ) -> list[bytes]:
-        """Return what the signature of this job's 'args', 'meta' or 'result' covers beside the
-        data; nothing for a serializer that does not sign.
+    def _time(self, name: str) -> datetime | None:
+        """Return a field as a time; None if it is missing or empty."""
+        at = self._number(name)
+        return _from_timestamp(at) if at else None
 
-        All cover what they are, and the job's key, or for ticks of cron that of their entry, since
-        who enqueues these need not have the secret.  Args cover all that names a function or a URL
-        to be called; a result covers its execution."""
-        if not self._signs:
-            return []
-        key = f"{self.queue.prefix}cron:{entry}" if entry else self.key
-        context = [kind.encode(), key.encode(), execution_id.encode()]
-        if kind == "args":
-            for name in _SIGNED_FIELDS:
-                if name in self._fields:
-                    context += [name.encode(), self._fields[name]]
-        return context
+    def _count(self, name: str) -> int:
+        """Return a field as a count, 0 without it."""
+        return int(self._number(name) or 0)
 
-    def _sign(self, entry: str = "") -> None:
-        """Sign what was serialized here for this job, or for an entry of cron."""
-        for name in ("args", "meta") if self._signs else ():
-            if name in self._fields:
-                context = self._signed_context(name, entry=entry)
-                self._fields[name] = self.serializer.sign(
-                    self._fields[name][32:], *context
-                )
+    def _corrupt(self, name: str) -> DeserializationError:
+        """Return the error for a field that can't be decoded."""
+        value = _truncated_repr(self._fields[name])
+        return DeserializationError(
+            f"field {name!r} of job {self.id} is garbled: {value}"
+        )
 
-    def _context_of(self, name: str) -> list[bytes]:
-        """Return the context for which 'args' or 'meta' was signed: this job, or else the entry of
-        cron that its id names."""
-        context = self._signed_context(name)
-        if self.serializer.is_signed(self._fields.get(name, b""), *context):
-            return context
-        return self._signed_context(name, entry=self.id.rpartition("-")[0])
-
-    def _load(self, name: str, what: str) -> Any:
-        """Deserialize 'args' or 'meta'."""
-        context = self._context_of(name) if self._signs else []
-        return _deserialize(self.serializer, self._fields[name], what, *context)
-
-    def _check_signature(self) -> None:
-        """Raise DeserializationError if the call, or what is to be called at its end, is not as it
-        was signed.  The job has no callbacks and webhooks then, so nobody calls them."""
-        if not self._signs:
-            return
-        signed, context = self._fields.get("args", b""), self._context_of("args")
-        if not self.serializer.is_signed(signed, *context):
-            for name in _SIGNED_FIELDS:
-                if name != "func":
-                    self._fields.pop(name, None)
-            raise DeserializationError(
-                f"the call of job {self.id} can't be read: {_NOT_SIGNED}"
-            )
-
-    args = property(lambda self: tuple(self._call[0]))
-    kwargs = property(lambda self: dict(self._call[1]))
-    instance = property(lambda self: self._call[2], doc="Whose method it is, or None.")
+    # The call.
 
     @property
     def func_name(self) -> str:
@@ -3124,34 +3125,121 @@ class Job:
         """The function itself, imported if need be."""
         full_name = self.func_name
         owner, _, name = full_name.rpartition(".")
-        found = _import_object(full_name) if owner else getattr(self.instance, name)
-        if not callable(found):
-            raise TypeError(f"{full_name} is no function, but {found!r}")
-        return found
+        func = _import_object(full_name) if owner else getattr(self.instance, name)
+        if not callable(func):
+            raise TypeError(f"{full_name} is no function, but {func!r}")
+        return func
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """The arguments of the call by position."""
+        return tuple(self._decoded_call[0])
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """The arguments of the call by keyword."""
+        return dict(self._decoded_call[1])
+
+    @property
+    def instance(self) -> Any:
+        """The object whose method is called, or None."""
+        return self._decoded_call[2]
+
+    @property
+    def _decoded_call(self) -> tuple[Any, ...]:
+        """The call as (args, kwargs, instance or None)."""
+        if self._call_cache is None:
+            call: Any = ((), {})
+            if "args" in self._fields:
+                call = self._load_field("args", f"the call of job {self.id}")
+            elif self._signs or not self._text("func").endswith("()"):
+                raise DeserializationError(f"job {self.id} has lost its field 'args'")
+            if not isinstance(call, list | tuple) or len(call) not in (2, 3):
+                raise DeserializationError(
+                    f"the call of job {self.id} is no (args, kwargs)"
+                )
+            self._call_cache = (*call, None)[:3]
+        return self._call_cache
 
     def perform(self) -> Any:
-        """Call the function here and now, and return what it returns."""
-        args, kwargs, _ = self._call[:3]
+        """Call the function here and now, and return its value."""
+        args, kwargs, _ = self._decoded_call
         value = self.func(*args, **kwargs)
         return _run_coroutine(value) if inspect.iscoroutine(value) else value
 
-    data = property(
-        lambda self: self._fields.get("args", b""), doc="The call, serialized."
-    )
-
     def get_call_string(self) -> str:
         """Return the call as source text, each argument cut to 75 characters."""
-        words = [_truncated_repr(value) for value in self.args]
-        words += [
-            f"{name}={_truncated_repr(value)}" for name, value in self.kwargs.items()
-        ]
-        return f"{self.func_name}({', '.join(words)})"
+        args = [_truncated_repr(value) for value in self.args]
+        for name, value in self.kwargs.items():
+            args.append(f"{name}={_truncated_repr(value)}")
+        return f"{self.func_name}({', '.join(args)})"
 
-    description = property(
-        lambda self: self._text("description") or self.get_call_string()
-    )
+    # Signatures of the call, of meta and of results, by a serializer that signs.
+
+    @property
+    def _signs(self) -> bool:
+        """Whether the serializer signs."""
+        return isinstance(self.serializer, SignedSerializer)
+
+    def _signed_context(
+        self, kind: str, execution_id: str = "", entry: str = ""
+    ) -> list[bytes]:
+        """Return what the signature of this job's 'args', 'meta' or 'result' covers beside
+        the data; nothing for a serializer that does not sign.
+
+        Each signature covers its kind and the job's key.  A job enqueued by a tick of cron has
+        the key of the cron entry there, since whoever enqueues ticks need not know the secret.
+        Args cover all fields that name a function or a URL to be called; a result covers its
+        execution."""
+        if not self._signs:
+            return []
+        key = f"{self.queue.prefix}cron:{entry}" if entry else self.key
+        context = [kind.encode(), key.encode(), execution_id.encode()]
+        if kind == "args":
+            for name in _SIGNED_FIELDS:
+                if name in self._fields:
+                    context += [name.encode(), self._fields[name]]
+        return context
+
+    def _sign(self, entry: str = "") -> None:
+        """Sign 'args' and 'meta', which were serialized here, for this job or a cron entry."""
+        if not self._signs:
+            return
+        for name in ("args", "meta"):
+            if name in self._fields:
+                context = self._signed_context(name, entry=entry)
+                data = self._fields[name][32:]  # behind the signature for no context
+                self._fields[name] = self.serializer.sign(data, *context)
+
+    def _context_of(self, name: str) -> list[bytes]:
+        """Return the context for which 'args' or 'meta' was signed: this job, or else the cron
+        entry that its id names."""
+        context = self._signed_context(name)
+        if self.serializer.is_signed(self._fields.get(name, b""), *context):
+            return context
+        return self._signed_context(name, entry=self.id.rpartition("-")[0])
+
+    def _load_field(self, name: str, what: str) -> Any:
+        """Deserialize 'args' or 'meta'."""
+        context = self._context_of(name) if self._signs else []
+        return _deserialize(self.serializer, self._fields[name], what, *context)
+
+    def _check_signature(self) -> None:
+        """Raise DeserializationError if the signature of the call, its callbacks and webhooks
+        does not match.  The callbacks and webhooks are removed then, so that nobody calls them."""
+        if not self._signs:
+            return
+        signed = self._fields.get("args", b"")
+        if self.serializer.is_signed(signed, *self._context_of("args")):
+            return
+        for name in _SIGNED_FIELDS:
+            if name != "func":
+                self._fields.pop(name, None)
+        text = f"the call of job {self.id} can't be read: {_NOT_SIGNED}"
+        raise DeserializationError(text)
 
     # Options, as last read; see _OPTIONS.
+
     timeout = _OPTIONS["timeout"]
     result_ttl = _OPTIONS["result_ttl"]
     failure_ttl = _OPTIONS["failure_ttl"]
@@ -3171,92 +3259,15 @@ class Job:
         except (ValueError, TypeError):
             raise self._corrupt(name) from None
 
-    def get_ttl(self, default: Any = None) -> Any:
-        return default if self.ttl is None else self.ttl
-
-    def get_result_ttl(self, default: Any = None) -> Any:
-        return default if self.result_ttl is None else self.result_ttl
-
-    number_of_retries = property(lambda self: int(self._number("retries") or 0))
-    _retry = property(lambda self: self._option("retry"))
-    _repeat = property(lambda self: self._option("repeat"))
-    _repeats = property(lambda self: int(self._number("repeats") or 0))
-    # Of a job without a Retry, or Repeat, these are None.
-    retries_left = property(
-        lambda self: self._retry and self._retry.max - self.number_of_retries
-    )
-    retry_intervals = property(lambda self: self._retry and list(self._retry.interval))
-    repeats_left = property(
-        lambda self: self._repeat and self._repeat.times - self._repeats
-    )
-    repeat_intervals = property(
-        lambda self: self._repeat and list(self._repeat.interval)
-    )
-    enqueue_at_front_on_retry = property(
-        lambda s: bool(s._retry and s._retry.enqueue_at_front)
-    )
-    _last_result = property(
-        lambda self: (
-            (was := self._text("ended"))
-            and Result(self, was, self._fields.get("result", b""))
-        )
-    )
-    _run = property(
-        lambda self: self._execution or self._last_result
-    )  # the current, or else the last
-    created_at = property(
-        lambda self: (at := self._number("created_at")) and _from_timestamp(at)
-    )
-    started_at = property(lambda self: getattr(self._run, "execution_started_at", None))
-    ended_at = property(
-        lambda self: getattr(self._last_result, "execution_ended_at", None)
-    )
-    last_heartbeat = property(
-        lambda self: getattr(self._execution, "last_heartbeat", None)
-    )
-    worker_name = property(lambda self: getattr(self._run, "worker_name", None))
+    @property
+    def description(self) -> str:
+        """Text for people; by default the call."""
+        return self._option("description") or self.get_call_string()
 
     @property
-    def enqueued_at(self) -> datetime | None:
-        """When it was last put into the queue; None while it never was."""
-        at = self._number("enqueued_at")
-        return (
-            _from_timestamp(at)
-            if at
-            else None
-            if "enqueued_at" in self._fields
-            else self.created_at
-        )
-
-    def _text(self, name: str) -> str:
-        return self._fields.get(name, b"").decode(errors="replace")
-
-    def _number(self, name: str) -> float | None:
-        text = self._text(name)
-        if not text:
-            return None
-        try:
-            return _parse_number(text)
-        except ValueError:
-            raise self._corrupt(name) from None
-
-    def _corrupt(self, name: str) -> DeserializationError:
-        value = _truncated_repr(self._fields[name])
-        return DeserializationError(
-            f"field {name!r} of job {self.id} is garbled: {value}"
-        )
-
-    def get_status(self, refresh: bool = True) -> JobStatus:
-        """Return where the job stands.  One round trip, none with refresh=False."""
-        if self._status is None or (refresh and self._status is not JobStatus.CREATED):
-            self.refresh()
-        return self._status  # type: ignore[return-value]
-
-    is_queued, is_started = _is(JobStatus.QUEUED), _is(JobStatus.STARTED)
-    is_scheduled, is_deferred = _is(JobStatus.SCHEDULED), _is(JobStatus.DEFERRED)
-    is_finished, is_failed = _is(JobStatus.FINISHED), _is(JobStatus.FAILED)
-    is_stopped, is_canceled = _is(JobStatus.STOPPED), _is(JobStatus.CANCELED)
-    is_rate_limited = _is(JobStatus.RATE_LIMITED)
+    def webhooks(self) -> list[Webhook]:
+        """The requests to be made when the job has ended."""
+        return self._option("webhooks") or []
 
     @property
     def success_callback(self) -> Any:
@@ -3297,11 +3308,6 @@ class Job:
         return None if callback is None else callback.timeout
 
     @property
-    def webhooks(self) -> list[Webhook]:
-        """The requests to be made when the job has ended."""
-        return self._option("webhooks") or []
-
-    @property
     def has_rate_limit(self) -> bool:
         """Whether the job has a RateLimit."""
         return "rate_limit" in self._fields
@@ -3318,73 +3324,266 @@ class Job:
         limit = self._option("rate_limit")
         return None if limit is None else limit.concurrency
 
-    # What it waits for: keys of jobs, and the status beside finished that will do for these.
-    _dependency_keys = property(lambda self: self._text("depends_on").split()[:-1])
-    dependency_ids = property(
-        lambda self: [key.rpartition(":")[2] for key in self._dependency_keys]
-    )
-    allow_dependency_failures = property(
-        lambda self: not self._text("depends_on").endswith("none")
-    )
+    @property
+    def number_of_retries(self) -> int:
+        """How often the job was retried so far."""
+        return self._count("retries")
 
-    def fetch_dependencies(self) -> list[Job]:
-        """Return those jobs that this one depends on which still exist.  One round trip."""
-        return _fetch_jobs(
-            [self._from_key(*key.rpartition(":")[::2]) for key in self._dependency_keys]
-        )
+    @property
+    def retries_left(self) -> int | None:
+        """How often the job may still be retried; None without a Retry."""
+        retry = self._option("retry")
+        return None if retry is None else retry.max - self._count("retries")
 
-    dependency = property(lambda self: (self.fetch_dependencies() or [None])[0])
+    @property
+    def retry_intervals(self) -> list[float] | None:
+        """The intervals of its Retry in seconds; None without a Retry."""
+        retry = self._option("retry")
+        return None if retry is None else list(retry.interval)
 
-    def dependency_results(self) -> list[Any]:
-        """Return what these returned; None for one that failed, or is gone.  One round trip."""
-        found = {
-            f"{job.queue.prefix}{job.id}": job._last_result
-            for job in self.fetch_dependencies()
-        }
-        results = map(found.get, self._dependency_keys)
-        return [result.return_value if result else None for result in results]
+    @property
+    def enqueue_at_front_on_retry(self) -> bool:
+        """Whether a retry overtakes the jobs that wait."""
+        retry = self._option("retry")
+        return retry is not None and bool(retry.enqueue_at_front)
 
-    def _from_key(self, queue: str, id: str) -> Job:
-        key, serializer = f"{queue}:queued", self.serializer
-        place = Queue.from_queue_key(key, self.connection, serializer=serializer)
-        return type(self)(id, place, {})
+    @property
+    def repeats_left(self) -> int | None:
+        """How often the job is still to be repeated; None without a Repeat."""
+        repeat = self._option("repeat")
+        return None if repeat is None else repeat.times - self._count("repeats")
 
-    def _dependents(self) -> list[Job]:
-        lists = [
-            f"{self.key}:dependents:{allow}" for allow in ("any", "failed", "none")
-        ]
-        entries = _execute_one(self.connection, "SUNION", *lists)
-        words = [entry.decode().split() for entry in entries]
-        return [self._from_key(prefix[:-1], id) for prefix, id, *_ in words]
+    @property
+    def repeat_intervals(self) -> list[float] | None:
+        """The intervals of its Repeat in seconds; None without a Repeat."""
+        repeat = self._option("repeat")
+        return None if repeat is None else list(repeat.interval)
 
-    dependent_ids = property(lambda self: [job.id for job in self._dependents()])
+    # Status and times.
 
-    started_job_registry = property(lambda self: self.queue.started_job_registry)
-    finished_job_registry = property(lambda self: self.queue.finished_job_registry)
-    failed_job_registry = property(lambda self: self.queue.failed_job_registry)
+    def get_status(self, refresh: bool = True) -> JobStatus:
+        """Return where the job stands.  One round trip, none with refresh=False."""
+        if self._status is None or (refresh and self._status is not JobStatus.CREATED):
+            self.refresh()
+        return self._status  # type: ignore[return-value]  # refresh() has set it
 
-    get_position = lambda self: self.queue.get_job_position(self)  # noqa: E731
+    @property
+    def is_queued(self) -> bool:
+        """Whether the job waits in its queue.  One round trip."""
+        return self.get_status() == JobStatus.QUEUED
+
+    @property
+    def is_started(self) -> bool:
+        """Whether a worker has claimed the job.  One round trip."""
+        return self.get_status() == JobStatus.STARTED
+
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether the job is to be queued later.  One round trip."""
+        return self.get_status() == JobStatus.SCHEDULED
+
+    @property
+    def is_deferred(self) -> bool:
+        """Whether the job waits for other jobs.  One round trip."""
+        return self.get_status() == JobStatus.DEFERRED
+
+    @property
+    def is_rate_limited(self) -> bool:
+        """Whether the job waits for its RateLimit.  One round trip."""
+        return self.get_status() == JobStatus.RATE_LIMITED
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the job has succeeded.  One round trip."""
+        return self.get_status() == JobStatus.FINISHED
+
+    @property
+    def is_failed(self) -> bool:
+        """Whether the job has failed.  One round trip."""
+        return self.get_status() == JobStatus.FAILED
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether the job was stopped by a command.  One round trip."""
+        return self.get_status() == JobStatus.STOPPED
+
+    @property
+    def is_canceled(self) -> bool:
+        """Whether the job was canceled.  One round trip."""
+        return self.get_status() == JobStatus.CANCELED
+
+    @property
+    def created_at(self) -> datetime | None:
+        """When the job was stored; None if it was not."""
+        return self._time("created_at")
+
+    @property
+    def enqueued_at(self) -> datetime | None:
+        """When it was last put into the queue; None while it never was."""
+        if "enqueued_at" in self._fields:
+            return self._time("enqueued_at")
+        return self.created_at
+
+    @property
+    def started_at(self) -> datetime | None:
+        """When its current run began, or else its last one; None if it never ran."""
+        run = self._latest_run
+        return None if run is None else run.execution_started_at
+
+    @property
+    def ended_at(self) -> datetime | None:
+        """When its last run ended; None if none has."""
+        result = self._last_result
+        return None if result is None else result.execution_ended_at
+
+    @property
+    def last_heartbeat(self) -> datetime | None:
+        """The last heartbeat of the worker that runs it, or None."""
+        return None if self._execution is None else self._execution.last_heartbeat
+
+    @property
+    def worker_name(self) -> str | None:
+        """The worker that runs it, or else ran it last, or None."""
+        run = self._latest_run
+        return None if run is None else run.worker_name
+
+    @property
+    def _last_result(self) -> Result | None:
+        """How its last run ended, or None."""
+        ended = self._text("ended")
+        if not ended:
+            return None
+        return Result(self, ended, self._fields.get("result", b""))
+
+    @property
+    def _latest_run(self) -> Execution | Result | None:
+        """The current run, or else the last one, or None."""
+        return self._execution or self._last_result
 
     def get_executions(self) -> list[Execution]:
         """Return the run in progress, as a list of one; an empty list if there is none."""
         self.refresh()
         return [self._execution] if self._execution else []
 
+    # Jobs that this one depends on, and that depend on it.
+
+    @property
+    def _dependency_keys(self) -> list[str]:
+        """The jobs that it depends on, as "<prefix of the queue><id>"."""
+        return self._text("depends_on").split()[:-1]
+
+    @property
+    def dependency_ids(self) -> list[str]:
+        """The ids of the jobs that it depends on."""
+        return [key.rpartition(":")[2] for key in self._dependency_keys]
+
+    @property
+    def allow_dependency_failures(self) -> bool:
+        """Whether it runs even if a job that it depends on fails."""
+        return not self._text("depends_on").endswith("none")
+
+    def fetch_dependencies(self) -> list[Job]:
+        """Return those jobs that this one depends on which still exist.  One round trip."""
+        jobs = []
+        for key in self._dependency_keys:
+            prefix, colon, id = key.rpartition(":")
+            jobs.append(self._job_in(prefix + colon, id))
+        return _fetch_jobs(jobs)
+
+    def dependency_results(self) -> list[Any]:
+        """Return the values of the jobs that it depends on, in their order; None for one that
+        failed, or is gone.  One round trip."""
+        results = {}
+        for job in self.fetch_dependencies():
+            results[f"{job.queue.prefix}{job.id}"] = job._last_result
+        values = []
+        for key in self._dependency_keys:
+            result = results.get(key)
+            values.append(None if result is None else result.return_value)
+        return values
+
+    @property
+    def dependent_ids(self) -> list[str]:
+        """The ids of the jobs that depend on it.  One round trip."""
+        return [job.id for job in self._dependents()]
+
+    def _dependents(self) -> list[Job]:
+        """Return the jobs that depend on it, unread.  One round trip."""
+        reply = _execute_one(self.connection, *self._dependents_command())
+        return self._read_dependents(reply)
+
+    def _dependents_command(self) -> Command:
+        """Return the command that reads the dependents, for _read_dependents()."""
+        base = f"{self.key}:dependents"
+        return ("SUNION", f"{base}:any", f"{base}:failed", f"{base}:none")
+
+    def _read_dependents(self, entries: list[bytes]) -> list[Job]:
+        """Take the reply to _dependents_command(): "<prefix> <id> <created_at>" each."""
+        jobs = []
+        for entry in entries:
+            prefix, id, *_ = entry.decode().split()
+            jobs.append(self._job_in(prefix, id))
+        return jobs
+
+    def _job_in(self, prefix: str, id: str) -> Job:
+        """Return the job of this id in the queue with this prefix, unread."""
+        queue = Queue.from_queue_key(
+            f"{prefix}queued", self.connection, serializer=self.serializer
+        )
+        return type(self)(id, queue, {})
+
+    # Results.
+
+    def results(self) -> list[Result]:
+        """Return how the last runs ended, the latest first; ten are kept.  One round trip."""
+        replies = _execute(self.connection, *self._results_commands())
+        return self._read_results(replies)
+
+    def _results_commands(self) -> list[Command]:
+        """Return the commands that read the results, for _read_results()."""
+        older = ("LRANGE", f"{self.key}:results", 0, -1)
+        last = ("HMGET", self.key, "ended", "result", "callback_error")
+        return [older, last]
+
+    def _read_results(self, replies: list[Any]) -> list[Result]:
+        """Take the replies to _results_commands(); the latest result comes first."""
+        older, (ended, payload, callback_error) = replies
+        if callback_error:
+            self._fields["callback_error"] = callback_error
+        results = []
+        if ended:
+            results.append(Result(self, ended.decode(), payload or b""))
+        for record in reversed(older):
+            ended, _, payload = record.partition(b"\n")
+            results.append(Result(self, ended.decode(), payload))
+        return results
+
     def latest_result(self, timeout: float = 0) -> Result | None:
-        """Return how the last run ended; None if none has. With a `timeout`, wait so many seconds
-        for the first result: without polling, but over a connection of its own."""
+        """Return how the last run ended; None if none has.  With a `timeout`, wait so many
+        seconds for the first result: without polling, but over a connection of its own."""
         results = self.results()
         if not results and timeout > 0:
             results = self._wait_for(timeout, Job.results)
         return results[0] if results else None
+
+    def return_value(self, refresh: bool = True) -> Any:
+        """Return the value of the last run; None if it failed or none has ended."""
+        result = self.latest_result()
+        return None if result is None else result.return_value
+
+    @property
+    def exc_info(self) -> str | None:
+        """The traceback of the last run; None if it succeeded or none has ended."""
+        result = self.latest_result()
+        return None if result is None else result.exc_string
 
     def _wait_for(self, timeout: float, ask: Callable[[Job], Any]) -> Any:
         """Return ask(self) once it is true, the job was moved or is gone, or at the timeout.
 
         A message may be lost with its connection, and a record that expires publishes nothing.
         So after each subscription, which redis-py repeats when it connects again, and after
-        RECHECK seconds without a message, the job is asked again.  Until the timeout an outage is
-        waited out."""
+        RECHECK seconds without a message, the job is asked again.  Until the timeout an outage
+        is waited out."""
         deadline = time.monotonic() + timeout
         backoff = _Backoff(1.0)
         while (left := deadline - time.monotonic()) > 0:
@@ -3411,33 +3610,15 @@ class Job:
         exists, canceled_until = _execute(self.connection, waited, canceled)
         return ask(self), bool(exists) and canceled_until is None
 
-    def results(self) -> list[Result]:
-        """Return how the last runs ended, the latest first; ten are kept."""
-        fields = "ended", "result", "callback_error"
-        ask = ("LRANGE", f"{self.key}:results", 0, -1), ("HMGET", self.key, *fields)
-        older, (ended, payload, note) = _execute(self.connection, *ask)
-        if note:
-            self._fields["callback_error"] = note
-        records = [record.partition(b"\n")[::2] for record in older]
-        records += [(ended, payload or b"")] if ended else []
-        return [
-            Result(self, ended.decode(), payload)
-            for ended, payload in reversed(records)
-        ]
-
-    def return_value(self, refresh: bool = True) -> Any:
-        """Return what the last run returned; None if it failed or none has ended."""
-        return getattr(self.latest_result(), "return_value", None)
-
-    result = property(return_value)
-    exc_info = property(lambda self: getattr(self.latest_result(), "exc_string", None))
+    # Meta.
 
     @property
     def meta(self) -> dict[str, Any]:
         """A dict of your own that travels with the job; save_meta() stores it."""
         if self._meta is None:
-            data = self._fields.get("meta")
-            self._meta = self._load("meta", f"meta of {self.id}") if data else {}
+            self._meta = {}
+            if "meta" in self._fields:
+                self._meta = self._load_field("meta", f"meta of {self.id}")
         return self._meta
 
     @meta.setter
@@ -3452,34 +3633,34 @@ class Job:
 
     def save_meta(self) -> None:
         """Store `meta`.  Raises NoSuchJobError, and stores nothing, if the job is gone."""
-        data = _serialize(
-            self.serializer, self.meta, "meta", *self._signed_context("meta")
-        )
-        command = _set_field_command(self.queue.prefix, self.id, "meta", data)
-        if not _execute_one(self.connection, *command):
+        if not _execute_one(self.connection, *self._save_meta_command()):
             raise NoSuchJobError(f"job {self.id!r} is gone; its meta was not saved")
 
-    save = save_meta  # all else is as it was enqueued
+    def _save_meta_command(self) -> Command:
+        """Return the command that stores `meta`; it answers 0 if the job is gone."""
+        context = self._signed_context("meta")
+        data = _serialize(self.serializer, self.meta, "meta", *context)
+        return _set_field_command(self.queue.prefix, self.id, "meta", data)
+
+    # Transitions.
 
     def cancel(
         self, pipeline: Any = None, enqueue_dependents: bool = False,
         remove_from_dependencies: bool = False,
     ) -> None:  # fmt: skip
-        """See to it that the job doesn't run; a run in progress is not recorded.  Its dependents
-        stay deferred, unless they are to be enqueued; it depends on nobody any more.  Raises
-        InvalidJobOperation if it has ended already, but not with a pipeline."""
+        """Have the job not run; the result of a run in progress is not recorded.
+
+        Its dependents stay deferred, unless they are to be enqueued; it no longer depends on
+        other jobs.  One round trip.  Raises InvalidJobOperation if it has ended already, but
+        not with a pipeline."""
+        allowed = [each for each in _CONTAINERS if each not in _FINAL_CONTAINERS]
         told = "finished" if enqueue_dependents else "canceled"
-        self._transition(
-            " ".join(_CONTAINERS[:5]),
-            "canceled",
-            tell_dependents=told,
-            pipeline=pipeline,
-        )
+        self._transition(allowed, "canceled", tell_dependents=told, pipeline=pipeline)
 
     def requeue(self, at_front: bool = False) -> Job:
-        """Put a job that has ended into its queue again, with all its retries before it. Its
-        results are kept.  Raises InvalidJobOperation if it has not ended."""
-        self._transition("finished failed canceled", "queued", at_front)
+        """Put a job that has ended into its queue again, with all its retries before it.  Its
+        results are kept.  One round trip.  Raises InvalidJobOperation if it has not ended."""
+        self._transition(_FINAL_CONTAINERS, "queued", at_front)
         return self
 
     def delete(
@@ -3490,32 +3671,40 @@ class Job:
     ) -> None:
         """Remove the job and its results, in whatever state, from its queue too; a run is not
         recorded.  Dependents that wait for nothing else stay deferred, or are deleted, too."""
-        for job in self._dependents() if delete_dependents else ():
-            job.delete()
+        if delete_dependents:
+            for job in self._dependents():
+                job.delete()
         with contextlib.suppress(NoSuchJobError):
-            self._transition(" ".join(_CONTAINERS), "gone", pipeline=pipeline)
+            self._transition(_CONTAINERS, "gone", pipeline=pipeline)
 
     def _transition(
-        self, allowed: str, to: str, at_front: bool = False,
+        self, allowed: Sequence[str], to: str, at_front: bool = False,
         tell_dependents: str = "gone", pipeline: Any = None,
     ) -> None:  # fmt: skip
+        """Move the job from one of the containers `allowed` to 'queued', 'canceled' or 'gone'.
+        One round trip, none with a pipeline."""
         command = _transition_command(
-            self.queue.prefix, self.id, allowed, to, secrets.token_hex(4),
+            self.queue.prefix, self.id, " ".join(allowed), to, secrets.token_hex(4),
             at_front=at_front, tell_dependents=tell_dependents,
         )  # fmt: skip
-        if pipeline is not None:
+        if pipeline is None:
+            reply = _TransitionReply.parse(_execute_one(self.connection, *command))
+            self._on_transition(reply, allowed, to)
+        else:
             _add_to_pipeline(pipeline, [command])
-            return
-        reply = _TransitionReply.parse(_execute_one(self.connection, *command))
+
+    def _on_transition(
+        self, reply: _TransitionReply, allowed: Sequence[str], to: str
+    ) -> None:
+        """Relay the messages of a transition.  Raises NoSuchJobError, or InvalidJobOperation if
+        the job was in another container."""
         _relay(self.connection, reply.messages)
         if not reply.was:
-            raise NoSuchJobError(
-                f"there is no job {self.id!r} in queue {self.origin!r}"
-            )
-        if reply.was not in allowed.split():
-            text = f"job {self.id!r} is {reply.was}; "
-            text += f"to become {to}, it must be one of: {allowed}"
-            raise InvalidJobOperation(text)
+            text = f"there is no job {self.id!r} in queue {self.origin!r}"
+            raise NoSuchJobError(text)
+        if reply.was not in allowed:
+            text = f"job {self.id!r} is {reply.was}; to become {to}, it must be one of"
+            raise InvalidJobOperation(f"{text}: {' '.join(allowed)}")
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Job) and self.key == other.key
@@ -3525,6 +3714,53 @@ class Job:
 
     def __repr__(self) -> str:
         return f"<Job {self.id} {self._text('func')} in {self.origin!r}>"
+
+    # RQ's other names.
+
+    save = save_meta  # all but meta stays as it was enqueued
+
+    @property
+    def result(self) -> Any:
+        """The value of the last run; None if it failed or none has ended."""
+        return self.return_value()
+
+    @property
+    def data(self) -> bytes:
+        """The call, serialized."""
+        return self._fields.get("args", b"")
+
+    @property
+    def dependency(self) -> Job | None:
+        """The first job that it depends on, if it still exists.  One round trip."""
+        jobs = self.fetch_dependencies()
+        return jobs[0] if jobs else None
+
+    def get_ttl(self, default: Any = None) -> Any:
+        """Return `ttl`, or a default."""
+        return default if self.ttl is None else self.ttl
+
+    def get_result_ttl(self, default: Any = None) -> Any:
+        """Return `result_ttl`, or a default."""
+        return default if self.result_ttl is None else self.result_ttl
+
+    def get_position(self) -> int | None:
+        """Return Queue.get_job_position() of this job."""
+        return self.queue.get_job_position(self)
+
+    @property
+    def started_job_registry(self) -> Any:
+        """The registry of its queue's started jobs."""
+        return self.queue.started_job_registry
+
+    @property
+    def finished_job_registry(self) -> Any:
+        """The registry of its queue's finished jobs."""
+        return self.queue.finished_job_registry
+
+    @property
+    def failed_job_registry(self) -> Any:
+        """The registry of its queue's failed jobs."""
+        return self.queue.failed_job_registry
 
 
 @dataclass(slots=True)
@@ -3541,22 +3777,40 @@ class _RunState:
 
 @dataclass
 class Execution:
-    """One run of a job, in progress."""
+    """One run of a job, in progress.
+
+    token     - "<execution> <started_at>": what the container `started` holds for the job
+    run_state - known only in the process that runs it"""
 
     job: Job
-    token: str  # "<execution> <started_at>", what the container `started` holds
+    token: str
     last_heartbeat: datetime | None = None
     run_state: _RunState | None = field(default=None, compare=False, repr=False)
 
-    id = property(lambda self: self.token.partition(" ")[0])
-    claim = property(lambda self: int(self.id.rpartition(".")[2]))  # its number
-    job_id = property(lambda self: self.job.id)
-    worker_name = property(lambda self: self.id.rpartition(".")[0])
-    created_at = property(
-        lambda self: _from_timestamp(float(self.token.partition(" ")[2]))
-    )  # its beginning
-    execution_started_at = created_at
-    composite_key = property(lambda self: f"{self.job_id}:{self.id}")
+    @property
+    def id(self) -> str:
+        """<worker>.<number of the claim>."""
+        return self.token.partition(" ")[0]
+
+    @property
+    def claim(self) -> int:
+        """The number of the claim that took the job."""
+        return int(self.id.rpartition(".")[2])
+
+    @property
+    def worker_name(self) -> str:
+        """The name of the worker that runs the job."""
+        return self.id.rpartition(".")[0]
+
+    @property
+    def execution_started_at(self) -> datetime:
+        """When the worker claimed the job."""
+        return _from_timestamp(float(self.token.partition(" ")[2]))
+
+    @property
+    def job_id(self) -> str:
+        """The id of the job."""
+        return self.job.id
 
     @staticmethod
     def fetch(id: str, job_id: str, connection: Redis | None = None) -> Execution:
@@ -3568,51 +3822,82 @@ class Execution:
 
     def refresh(self) -> None:
         """Read its last heartbeat; raises as fetch()."""
-        self.last_heartbeat = self.fetch(
-            self.id, self.job_id, self.job.connection
-        ).last_heartbeat
+        current = self.fetch(self.id, self.job_id, self.job.connection)
+        self.last_heartbeat = current.last_heartbeat
+
+    # RQ's other names.
+
+    @property
+    def created_at(self) -> datetime:
+        """When the worker claimed the job."""
+        return self.execution_started_at
+
+    @property
+    def composite_key(self) -> str:
+        """<id of the job>:<id of the execution>."""
+        return f"{self.job_id}:{self.id}"
 
 
 def _fetch_jobs(jobs: Sequence[Job]) -> list[Job]:
     """Read jobs of one connection in one round trip; return those that exist."""
-    commands = [_fetch_command(job.queue.prefix, job.id) for job in jobs]
-    replies = _execute(jobs[0].connection, *commands) if jobs else []
-    found = [(job, reply) for job, reply in zip(jobs, replies, strict=True) if reply[0]]
-    for job, reply in found:
-        job._take_in(*reply)
-    return [job for job, _ in found]
-
-
-def _where(jobs: Sequence[Job]) -> list[tuple[bytes, bytes]]:
-    """Return the container and the group of each job of one connection, b"" for none; one round
-    trip, in which no arguments and results travel."""
-    by_queue: dict[str, list[int]] = {}
-    for i, job in enumerate(jobs):
-        by_queue.setdefault(job.queue.prefix, []).append(i)
-    calls, indexes = list[Command](), list[list[int]]()
-    for prefix, all_indexes in by_queue.items():
-        for start in range(0, len(all_indexes), MAX_JOBS_PER_CALL):
-            indexes.append(all_indexes[start : start + MAX_JOBS_PER_CALL])
-            calls.append(_where_command(prefix, [jobs[i].id for i in indexes[-1]]))
-    found = [(b"", b"")] * len(jobs)
-    replies = _execute(jobs[0].connection, *calls) if jobs else []
-    for part, (places, groups) in zip(indexes, replies, strict=True):
-        for i, place, group in zip(part, places, groups, strict=True):
-            found[i] = place, group
+    if not jobs:
+        return []
+    commands = [job._fetch_command() for job in jobs]
+    replies = _execute(jobs[0].connection, *commands)
+    found = []
+    for job, reply in zip(jobs, replies, strict=True):
+        if job._load(reply):
+            found.append(job)
     return found
 
 
-_field_name = functools.lru_cache(100)(lambda name: name.decode(errors="replace"))
+def _chunks(items: Sequence[Any]) -> Iterator[Any]:
+    """Yield the items by as many as one call of a script takes."""
+    for start in range(0, len(items), MAX_JOBS_PER_CALL):
+        yield items[start : start + MAX_JOBS_PER_CALL]
 
 
-def _hash_to_dict(flat: Sequence[bytes]) -> dict[str, bytes]:
-    return dict(zip(map(_field_name, flat[::2]), flat[1::2], strict=True))
+def _where(jobs: Sequence[Job]) -> list[tuple[bytes, bytes]]:
+    """Return the container and the group of each job of one connection, b"" for none.
+
+    One round trip, in which no arguments and results travel."""
+    by_queue: dict[str, list[Job]] = {}
+    for job in jobs:
+        by_queue.setdefault(job.queue.prefix, []).append(job)
+    chunks = [
+        chunk for same_queue in by_queue.values() for chunk in _chunks(same_queue)
+    ]
+    if not chunks:
+        return []
+    commands = [
+        _where_command(chunk[0].queue.prefix, [job.id for job in chunk])
+        for chunk in chunks
+    ]
+    found = {}
+    replies = _execute(jobs[0].connection, *commands)
+    for chunk, (containers, groups) in zip(chunks, replies, strict=True):
+        for job, container, group in zip(chunk, containers, groups, strict=True):
+            found[job] = (container, group)
+    return [found[job] for job in jobs]
+
+
+@functools.lru_cache(100)
+def _field_name(name: bytes) -> str:
+    """Return the name of a hash's field; the few names are decoded once."""
+    return name.decode(errors="replace")
+
+
+def _hash_to_dict(pairs: Sequence[bytes]) -> dict[str, bytes]:
+    """Return the reply of HGETALL, name and value in turn, as a dict."""
+    names = map(_field_name, pairs[::2])
+    return dict(zip(names, pairs[1::2], strict=True))
 
 
 def _truncated_repr(value: Any) -> str:
+    """Return repr(value), or less of it: at most 75 characters."""
     try:
         text = repr(value)
-    except Exception:  # that is no reason not to run the job
+    except Exception:  # a repr that fails is no reason not to run the job
         text = object.__repr__(value)
     return text if len(text) <= 75 else f"{text[:72]}..."
 
@@ -3620,7 +3905,9 @@ def _truncated_repr(value: Any) -> str:
 def get_current_job(
     connection: Redis | None = None, job_class: Any = None
 ) -> Job | None:
-    """Return the job that runs here; None outside a job.  It knows its connection and class."""
+    """Return the job that runs here; None outside a job.
+
+    The arguments are RQ's; the job knows its connection and class."""
     return _current_job.get()
 
 
@@ -3629,9 +3916,8 @@ def cancel_job(
     enqueue_dependents: bool = False,
 ) -> None:  # fmt: skip
     """Cancel the job of this id; see Job.cancel."""
-    Job.fetch(job_id, connection, serializer).cancel(
-        enqueue_dependents=enqueue_dependents
-    )
+    job = Job.fetch(job_id, connection, serializer)
+    job.cancel(enqueue_dependents=enqueue_dependents)
 
 
 def requeue_job(
@@ -3715,7 +4001,7 @@ class _JobContainer:
     ) -> None:
         """Delete a job that is here, since it is nowhere else.  Raises InvalidJobOperation
         if it is elsewhere, NoSuchJobError if there is no such job."""
-        self._job(job)._transition(self.container, "gone", pipeline=pipeline)
+        self._job(job)._transition([self.container], "gone", pipeline=pipeline)
 
     def empty(self) -> int:
         """Delete the jobs that are here, a thousand in a round trip, and return how many
@@ -3789,7 +4075,7 @@ class Registry(_JobContainer):
         """Put a job of this registry into the queue again, and return it.  Raises
         InvalidJobOperation if it is elsewhere, NoSuchJobError if there is no such job."""
         requeued = self._job(job)
-        requeued._transition(self.container, "queued", at_front)
+        requeued._transition([self.container], "queued", at_front)
         requeued.refresh()
         return requeued
 
@@ -6658,7 +6944,7 @@ def send_stop_job_command(
         raise InvalidJobOperation(
             f"job {job_id!r} is {job._status}; only a started one is stopped"
         )
-    send_command(connection, job.worker_name, "stop-job", job_id=job_id)
+    send_command(connection, str(job.worker_name), "stop-job", job_id=job_id)
 
 
 def suspend(connection: Redis | None = None, ttl: int | None = None) -> None:
@@ -6830,12 +7116,6 @@ def _deliver_round(
             caused += reply.caused
             unsent += reply.unsent
     return caused, unsent
-
-
-def _chunks(items: list[bytes]) -> Iterator[list[bytes]]:
-    """Yield the items by as many as one call of a script takes."""
-    for start in range(0, len(items), MAX_JOBS_PER_CALL):
-        yield items[start : start + MAX_JOBS_PER_CALL]
 
 
 def _acknowledge(connection: Any, messages: Iterable[Message]) -> None:
