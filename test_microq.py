@@ -891,7 +891,7 @@ def swallow_exceptions(seconds):
 
 def hold_the_gil():
     lock = ctypes.create_string_buffer(64)  # of zeros: a mutex that is free
-    for _ in "12":
+    for _ in range(2):
         ctypes.PyDLL(None).pthread_mutex_lock(lock)  # C code that signals don't end
 
 
@@ -1778,7 +1778,8 @@ class Terminal:
         os.set_blocking(self.master, False)
 
     def resize(self, columns, lines):
-        self.columns, self.lines = columns, lines
+        self.columns = columns
+        self.lines = lines
         fcntl.ioctl(
             self.master, termios.TIOCSWINSZ, struct.pack("4H", lines, columns, 0, 0)
         )
@@ -1943,7 +1944,8 @@ def test_the_map_of_the_file_names_its_sections():
     text = Path(microq.__file__).read_text()
     sections = re.findall(r"^# ---- (\d+\. [\w, ]+?) -+$", text, re.M)
     shown = re.findall(r"^ +(\d+\. [\w, ]+?)(?:  .*)?$", microq.__doc__, re.M)
-    assert sections == shown and len(sections) == 16
+    assert sections == shown
+    assert len(sections) == 16
 
 
 def test_every_field_of_a_job_is_in_the_table(redis, queue):
@@ -2074,7 +2076,8 @@ def test_a_time_may_be_local_or_past(redis, queue, zone):
         seconds=5
     )
     work(queue)
-    assert soon.is_scheduled and past.return_value() == 1
+    assert soon.is_scheduled
+    assert past.return_value() == 1
 
 
 @pytest.mark.parametrize(
@@ -2132,7 +2135,8 @@ def test_an_option_is_complete(redis, queue, name):
     """It is stored and read back, shown by Job, documented, and has a flag or a reason."""
     option = microq._OPTIONS[name]
     value, shown, default = OPTIONS_SHOWN[name]
-    given, plain = queue.create_job(add, **{name: value}), queue.create_job(add)
+    given = queue.create_job(add, **{name: value})
+    plain = queue.create_job(add)
     soon = datetime.now() + timedelta(
         seconds=60
     )  # at_front is stored of a job that waits
@@ -2172,7 +2176,8 @@ def test_options_are_given_on_the_command_line(redis, queue, cli):
     assert cli("enqueue", "test_microq.add", "-q", queue.name, *flags)[0] == 0
     job = Job.fetch("x", redis)
     assert (job.max_crashes, job.failure_callback, job.timeout) == (0, add, 300)
-    assert job.dependency_ids == ["a", "b"] and job.enqueue_at_front
+    assert job.dependency_ids == ["a", "b"]
+    assert job.enqueue_at_front
 
 
 # ---- 3. Serializers and names of functions -------------------------------------------
@@ -2245,7 +2250,8 @@ def test_function_defined_at_a_prompt_is_refused(server, redis):
         capture_output=True,
         text=True,
     )
-    assert "defined at a prompt" in shown.stderr and redis.dbsize() == 0
+    assert "defined at a prompt" in shown.stderr
+    assert redis.dbsize() == 0
 
 
 @pytest.mark.parametrize(
@@ -2291,15 +2297,19 @@ def test_signed_serializer_checks_the_signature_before_it_unpickles(
         Queue(connection=redis, serializer="signed")
     monkeypatch.setenv("MICROQ_SECRET", "s")
     queue = Queue(connection=redis, serializer="signed")
-    job, forged = queue.enqueue(add, 1, b=2, meta={"a": 1}), queue.enqueue(add, 3, 4)
+    job = queue.enqueue(add, 1, b=2, meta={"a": 1})
+    forged = queue.enqueue(add, 3, 4)
     evil = f"cposix\nsystem\n(S'touch {tmp_path}/evil'\ntR.".encode()
     redis.hset(forged.key, "args", bytes(32) + evil)
     work(queue)
-    assert job.return_value() == 3 and job.get_meta() == {"a": 1}
-    assert forged.is_failed and "its signature is not by our secret" in forged.exc_info
+    assert job.return_value() == 3
+    assert job.get_meta() == {"a": 1}
+    assert forged.is_failed
+    assert "its signature is not by our secret" in forged.exc_info
     assert not list(tmp_path.iterdir())
     other = microq.SignedSerializer(b"other", inner="json")
-    assert other.loads(other.dumps([1])) == [1] and other.dumps([1]).endswith(b"[1]")
+    assert other.loads(other.dumps([1])) == [1]
+    assert other.dumps([1]).endswith(b"[1]")
     with pytest.raises(DeserializationError):
         queue.serializer.loads(other.dumps([1]))
     assert queue.serializer == microq.resolve_serializer("signed") != other
@@ -2330,8 +2340,10 @@ def test_signature_for_one_job_is_refused_in_another(signing, redis):
     redis.hset(replayed.key, "args", redis.hget(one.key, "args"))
     redis.hset(two.key, "meta", redis.hget(one.key, "meta"))
     work(signing)
-    assert refused(replayed) and one.get_meta() == {"i": 1}
-    assert one.return_value() == 1 and two.return_value() == 2
+    assert refused(replayed)
+    assert one.get_meta() == {"i": 1}
+    assert one.return_value() == 1
+    assert two.return_value() == 2
     redis.hset(two.key, "result", redis.hget(one.key, "result"))
     for read in (two.return_value, two.get_meta):
         with pytest.raises(DeserializationError, match="signature"):
@@ -2368,10 +2380,13 @@ def test_nothing_is_called_that_was_not_signed(signing, redis, caplog, field, va
         if end:
             redis.hset(job.key, "verdict", end)
         work(signing)
-        assert refused(job) and not ended_jobs and "webhook" not in caplog.text
+        assert refused(job)
+        assert not ended_jobs
+        assert "webhook" not in caplog.text
     signed = signing.enqueue(fail, on_failure=record_ended_job)
     work(signing)
-    assert signed.is_failed and ended_jobs == [signed]
+    assert signed.is_failed
+    assert ended_jobs == [signed]
 
 
 def test_every_way_to_enqueue_signs(signing, redis):
@@ -2402,20 +2417,22 @@ def test_every_way_to_enqueue_signs(signing, redis):
     work([signing, other])
     values = [2, 2, 3, None, 4, "hi you", "hello you", "hi, you!", "A", 4]
     assert [job.return_value() for job in jobs] == values
-    assert jobs[0].get_meta() == {"k": 1, "j": 2} and jobs[1].get_meta() == {"k": 1}
-    assert ended_jobs == [jobs[1]] and Job.fetch("sum", redis, "signed").args == ()
+    assert jobs[0].get_meta() == {"k": 1, "j": 2}
+    assert jobs[1].get_meta() == {"k": 1}
+    assert ended_jobs == [jobs[1]]
+    assert Job.fetch("sum", redis, "signed").args == ()
     jobs[0].requeue()
     again = signing.enqueue_job(signing.fetch_job("sum"))  # a new life
     work(signing)
-    assert jobs[0].return_value() == 2 and again.return_value() == 4
+    assert jobs[0].return_value() == 2
+    assert again.return_value() == 4
 
 
 def test_a_signed_serializer_signs_for_users_too(monkeypatch):
     signer = microq.SignedSerializer("s", inner="json")
     data = signer.dumps([1], b"a", b"bc")
-    assert signer.loads(data, b"a", b"bc") == [1] and signer.loads(
-        signer.dumps([2])
-    ) == [2]
+    assert signer.loads(data, b"a", b"bc") == [1]
+    assert signer.loads(signer.dumps([2])) == [2]
     for context in ((), (b"ab", b"c"), (b"a",), (b"a", b"bc", b"")):
         with pytest.raises(DeserializationError):
             signer.loads(data, *context)
@@ -2451,14 +2468,13 @@ def test_a_queue_name_may_be_of_any_language(redis, name):
     queue = Queue(name, connection=redis)
     job = queue.enqueue(add, 1)
     work(queue)
-    assert job.return_value() == 1 and queue in Queue.all(redis)
+    assert job.return_value() == 1
+    assert queue in Queue.all(redis)
 
 
 def test_queues_with_a_tag_share_a_slot(redis):
-    high, low = (
-        Queue("{mail}high", connection=redis),
-        Queue("{mail}low", connection=redis),
-    )
+    high = Queue("{mail}high", connection=redis)
+    low = Queue("{mail}low", connection=redis)
     jobs = [low.enqueue(add, 1), high.enqueue(add, 2)]
     assert work([high, low])
     assert [job.return_value() for job in jobs] == [1, 2]
@@ -2554,7 +2570,9 @@ def test_connections_end_with_their_client(redis, server):
     "trouble", ["NOREPLICAS x", "MISCONF x", "BUSY x", "LOADING x"]
 )
 def test_transient_errors_are_waited_out(redis, queue, monkeypatch, trouble):
-    job, send, fails = queue.enqueue(add), microq._execute_once, [2]
+    job = queue.enqueue(add)
+    send = microq._execute_once
+    fails = [2]
 
     def troubled(connection, commands):
         if fails[0] and any(microq.SETTLE.sha in command for command in commands):
@@ -2568,7 +2586,8 @@ def test_transient_errors_are_waited_out(redis, queue, monkeypatch, trouble):
         monkeypatch.setattr(microq, "_TRANSIENT_REPLIES", "LOADING")
     monkeypatch.setattr(microq, "_execute_once", troubled)
     work(queue)
-    assert job.is_finished and fails == [0]
+    assert job.is_finished
+    assert fails == [0]
 
 
 def test_scripts_are_sent_again_to_a_server_that_lost_them(redis, queue):
@@ -2585,7 +2604,9 @@ def test_jobs_run_on_a_fake_of_redis():
     job = Queue(is_async=False, connection=connection).enqueue(add, 1, b=2)
     later = Queue(connection=connection).enqueue(fail)
     work(later.queue)
-    assert job.is_finished and job.result == 3 and later.is_failed
+    assert job.is_finished
+    assert job.result == 3
+    assert later.is_failed
 
 
 def test_the_commands_in_the_readme_are_enough(server, redis):
@@ -2598,7 +2619,8 @@ def test_the_commands_in_the_readme_are_enough(server, redis):
     redis.execute_command("ACL", "SETUSER", "jobs", "reset", *words)
     try:
         client = redis_py.Redis.from_url(server.url, username="jobs", password="secret")
-        queue, other = Queue(connection=client), Queue("other", client)
+        queue = Queue(connection=client)
+        other = Queue("other", client)
         limit = RateLimit("k", concurrency=1, rate=9)
         parent = queue.enqueue(fail, retry=Retry(1), ttl=60, rate_limit=limit)
         child = other.enqueue(
@@ -2613,9 +2635,11 @@ def test_the_commands_in_the_readme_are_enough(server, redis):
         scheduler.register(add, "default", interval=60, name="a")
         scheduler.save()
         with Worker([queue, other], lease=1):
-            assert group.wait(9) and done.latest_result(timeout=5).return_value == 3
+            assert group.wait(9)
+            assert done.latest_result(timeout=5).return_value == 3
             suspend(client, 1)
-            assert Worker.count(client) == 1 and Worker.all(client)[0].state
+            assert Worker.count(client) == 1
+            assert Worker.all(client)[0].state
         work(Worker([queue, other]), with_scheduler=True)
         assert statuses(parent, child, *jobs) == ["failed"] + ["finished"] * 3
         assert (
@@ -2652,13 +2676,15 @@ def test_a_cluster_takes_every_command(cluster):
     assert len(Job.fetch_many([job.id for job in jobs], client)) == 5
     group = microq.Group(client)
     group.enqueue_many(queues[1], [Queue.prepare_data(add)])[0].cancel()
-    assert group.wait(5) and group.counts() == {"canceled": 1}
+    assert group.wait(5)
+    assert group.counts() == {"canceled": 1}
     assert [each.name for each in microq.Group.all(client)] == [group.name]
     jobs[0].requeue()
     jobs[0].cancel()
     queues[0].delete()
     assert [queue.name for queue in Queue.all(client)] == ["{mail}low"]
-    other, limit = Queue("other", client), RateLimit("k", concurrency=1)
+    other = Queue("other", client)
+    limit = RateLimit("k", concurrency=1)
     parents = [queues[1].enqueue(add, i, rate_limit=limit) for i in (1, 2)]
     child = other.enqueue(dependency_results, depends_on=parents, rate_limit=limit)
     assert statuses(*parents, child) == ["queued", "rate_limited", "deferred"]
@@ -2722,22 +2748,22 @@ def test_worker_receives_commands_after_its_inbox_has_moved(cluster):
 
 def test_slots_that_move_to_another_node_under_load_lose_nothing(cluster, tmp_path):
     """The slots of two queues, of a limit, and of a dependent, while all are in use."""
-    log, (first, second, _) = tmp_path / "log", cluster.masters()
+    log = tmp_path / "log"
+    (first, second, _) = cluster.masters()
     slots = cluster.lowest_slots(first, 8)
     names = cluster.names(slots, 3)
     here, there = (Queue(name, cluster.client) for name in names[:2])
-    limit, jobs, cron = (
-        RateLimit(names[2], concurrency=3),
-        [],
-        CronScheduler(cluster.client),
-    )
+    limit = RateLimit(names[2], concurrency=3)
+    jobs = []
+    cron = CronScheduler(cluster.client)
     cron.register(
         append, here.name, (str(log), "tick"), interval=1, name="each", result_ttl=-1
     )
 
     def load(count):
         for _ in range(count):
-            n, path = len(jobs), str(log)
+            n = len(jobs)
+            path = str(log)
             parent = here.enqueue(append, path, n)
             limited = there.enqueue(append, path, n + 1, rate_limit=limit)
             late = here.enqueue_in(0.2, append, path, n + 2)
@@ -2761,7 +2787,8 @@ def test_slots_that_move_to_another_node_under_load_lose_nothing(cluster, tmp_pa
             assert moving.wait(60) == 0, moving.stdout.read()
         load(1)
         wait_until(lambda: set(statuses(*jobs)) == {"finished"}, 60)
-    ran, ticks = lines_of(log), []
+    ran = lines_of(log)
+    ticks = []
     for id in here.finished_job_registry.get_job_ids():
         if id.startswith("each-"):
             ticks.append(int(id.removeprefix("each-")))
@@ -2773,15 +2800,19 @@ def test_slots_that_move_to_another_node_under_load_lose_nothing(cluster, tmp_pa
 def test_a_replica_that_takes_over_loses_nothing(cluster, tmp_path, way):
     """By CLUSTER FAILOVER, or since the master was killed; then the newest writes may be missing,
     so that a job may run twice."""
-    log, (first, second, third) = tmp_path / "log", cluster.masters()
+    log = tmp_path / "log"
+    (first, second, third) = cluster.masters()
     [replica] = {*cluster.nodes} - {first, second, third}
     names = cluster.names(cluster.lowest_slots(first, 5000), 2)
     names += cluster.names(cluster.lowest_slots(second, 5000), 1)
-    client, limit, jobs = cluster.connect(first), RateLimit(names[0], 3), []
+    client = cluster.connect(first)
+    limit = RateLimit(names[0], 3)
+    jobs = []
     queues = [Queue(name, client) for name in names[1:]]
     for queue in queues:
         for _ in range(15):
-            n, path = len(jobs), str(log)
+            n = len(jobs)
+            path = str(log)
             parent = queue.enqueue(append_then_sleep, path, 0.01, n, rate_limit=limit)
             child = queues[n % 2].enqueue(append, path, n + 1, depends_on=parent)
             jobs += [parent, child, queue.enqueue_in(1, append, path, n + 2)]
@@ -2812,7 +2843,8 @@ def test_replies_belong_to_the_commands_that_were_sent_ahead(redis):
     """A reply that is left unread would be taken for that to the next command."""
     with contextlib.closing(microq._Connection(redis, 5)) as connection:
         connection.send_ahead([("ECHO", "a"), ("ECHO", "b")])
-        assert connection.sent and microq._receive(connection) == [b"a", b"b"]
+        assert connection.sent
+        assert microq._receive(connection) == [b"a", b"b"]
         assert not connection.sent
         connection.send_ahead([("ECHO", "c")])
         assert microq._execute_one(connection, "PING") == b"PONG"
@@ -2851,7 +2883,8 @@ def test_enqueue_sent_twice_stores_one_job(redis, queue):
             for reply in microq._execute(redis, command, command)
         )
         assert redis.lrange(Q + "queued", 0, -1).count(job.id.encode()) == 1
-        assert claim(queue, number=number) and microq._execute_one(redis, *command)
+        assert claim(queue, number=number)
+        assert microq._execute_one(redis, *command)
         assert containers(redis)["queued"] == []
 
 
@@ -2860,11 +2893,13 @@ def test_an_id_used_again_after_it_expired_in_the_queue_runs_once(redis, queue):
     time.sleep(0.05)
     queue.enqueue(add, job_id="a")
     assert queue.job_ids == ["a", "a"]  # the first is a left-over
-    assert len(claim(queue, "w1")) == 1 and claim(queue, "w2") == []
+    assert len(claim(queue, "w1")) == 1
+    assert claim(queue, "w2") == []
     queue.enqueue(add, job_id="b", ttl=0.02)
     time.sleep(0.05)
     queue.enqueue_in(60, add, job_id="b")
-    assert claim(queue, "w3") == [] and queue.fetch_job("b").is_scheduled
+    assert claim(queue, "w3") == []
+    assert queue.fetch_job("b").is_scheduled
 
 
 def test_deleted_job_leaves_no_results(redis, queue):
@@ -2873,14 +2908,17 @@ def test_deleted_job_leaves_no_results(redis, queue):
     work(queue)
     assert len(kept.results()) == 3
     kept.delete()
-    assert not redis.keys(f"{kept.key}*") and not redis.keys(f"{gone.key}*")
+    assert not redis.keys(f"{kept.key}*")
+    assert not redis.keys(f"{gone.key}*")
 
 
 def test_scheduled_job_without_a_record_is_dropped(redis, queue):
-    lost, job = queue.enqueue_in(0, add), queue.enqueue_in(0, add)
+    lost = queue.enqueue_in(0, add)
+    job = queue.enqueue_in(0, add)
     redis.delete(lost.key)
     assert [id for id, _ in claim(queue, n=8)] == [job.id]
-    assert not redis.exists(lost.key) and redis.zcard(Q + "scheduled") == 0
+    assert not redis.exists(lost.key)
+    assert redis.zcard(Q + "scheduled") == 0
 
 
 def test_claim_returns_when_the_next_job_is_due(redis, queue):
@@ -2892,13 +2930,16 @@ def test_claim_returns_when_the_next_job_is_due(redis, queue):
     at, due, *_ = microq._execute_one(
         redis, *microq._claim_command([queue.prefix], "w", 1, 15, 1)
     )
-    assert due and float(due) <= float(at) and redis.zcard(Q + "scheduled") == 50
+    assert due
+    assert float(due) <= float(at)
+    assert redis.zcard(Q + "scheduled") == 50
 
 
 def test_claim_sent_twice_returns_the_same_jobs(redis, queue):
     ids = [queue.enqueue(add, i).id for i in range(3)]
     first = claim(queue, n=2)
-    assert first == claim(queue, n=2) and [id for id, _ in first] == ids[:2]
+    assert first == claim(queue, n=2)
+    assert [id for id, _ in first] == ids[:2]
     assert [id for id, _ in claim(queue, number=2)] == ids[2:]
 
 
@@ -2913,7 +2954,8 @@ def test_late_claim_takes_nothing(redis, queue):
 def test_late_claim_takes_nothing_even_if_later_claims_were_empty(redis, queue):
     assert claim(queue, number=5) == claim(queue, number=6) == []
     queue.enqueue(add)
-    assert claim(queue, number=5) == [] and len(queue) == 1
+    assert claim(queue, number=5) == []
+    assert len(queue) == 1
 
 
 def test_claim_of_a_worker_with_an_expired_lease_takes_nothing(redis, queue):
@@ -2923,9 +2965,8 @@ def test_claim_of_a_worker_with_an_expired_lease_takes_nothing(redis, queue):
         command = microq._claim_command(
             [queue.prefix], "w", number, 0.01, 8, "blocking"
         )
-        assert microq._execute_one(redis, *command)[3] == [] and queue.job_ids == [
-            job.id
-        ]
+        assert microq._execute_one(redis, *command)[3] == []
+        assert queue.job_ids == [job.id]
         assert redis.llen(f"{Q}wake") == 1
         heartbeat(queue, "w", lease=0.01)
         time.sleep(0.02)
@@ -2937,7 +2978,8 @@ def test_claim_of_a_worker_with_an_expired_lease_takes_nothing(redis, queue):
 
 
 def test_claim_leaves_a_wake_token_for_the_jobs_it_did_not_take(redis):
-    first, second = Queue("{t}a", redis), Queue("{t}b", redis)
+    first = Queue("{t}a", redis)
+    second = Queue("{t}b", redis)
     second.enqueue(add)
     first.enqueue(add)
     redis.delete(
@@ -2963,24 +3005,24 @@ def test_every_job_that_becomes_claimable_wakes_an_idle_worker(redis, queue):
 
     job = queue.create_job(add, retry=Retry(1))
     assert wakes(lambda: queue.enqueue_job(job))
-    assert end(job, rule="retry", result_type="failed") and not end(
-        job, result_type="failed"
-    )
+    assert end(job, rule="retry", result_type="failed")
+    assert not end(job, result_type="failed")
     assert wakes(job.requeue)
     child = queue.enqueue(add, depends_on=job)
-    assert end(job) and child.is_queued  # at once, as both are of one queue
+    assert end(job)
+    assert child.is_queued  # at once, as both are of one queue
     claim(queue, "dead", number=1, lease=0.01)
     time.sleep(0.02)
-    assert wakes(lambda: heartbeat(queue)) and child.is_queued
+    assert wakes(lambda: heartbeat(queue))
+    assert child.is_queued
     claim(queue, number=next(numbers))
     assert wakes(lambda: release(queue))
     child.cancel()
     assert wakes(
         lambda: queue.enqueue_in(60, add)
     )  # its worker must wait for less time now
-    assert wakes(lambda: queue.enqueue_in(30, add)) and not wakes(
-        lambda: queue.enqueue_in(90, add)
-    )
+    assert wakes(lambda: queue.enqueue_in(30, add))
+    assert not wakes(lambda: queue.enqueue_in(90, add))
     assert wakes(lambda: queue.enqueue(add, at_front=True))
     assert wakes(lambda: queue.enqueue_many([Queue.prepare_data(add)] * 2))
 
@@ -2990,7 +3032,8 @@ def test_wake_token_is_left_for_a_job_due_before_the_next_heartbeat(
     redis, queue, lease, tokens
 ):
     """The worker that took the last token runs a job now, and another may be there to wait."""
-    job, soon = queue.enqueue(add), queue.enqueue_in(10, add)
+    job = queue.enqueue(add)
+    soon = queue.enqueue_in(10, add)
     for call in (
         microq._claim_command([queue.prefix], "w", 1, lease, 1),
         heartbeat_command(queue, lease=lease, oldest=1),
@@ -2998,7 +3041,8 @@ def test_wake_token_is_left_for_a_job_due_before_the_next_heartbeat(
         redis.delete(Q + "wake")
         microq._execute_one(redis, *call)
         assert redis.llen(Q + "wake") == tokens, call[2:]
-    assert job.is_started and soon.is_scheduled
+    assert job.is_started
+    assert soon.is_scheduled
 
 
 def test_an_id_that_stands_twice_in_the_queue_runs_once(redis, queue):
@@ -3009,7 +3053,8 @@ def test_an_id_that_stands_twice_in_the_queue_runs_once(redis, queue):
     job = queue.enqueue(add, 1, job_id="x")
     assert queue.job_ids[-2:] == ["x", "x"]
     work(queue)
-    assert len(job.results()) == 1 and warm[-1].is_finished
+    assert len(job.results()) == 1
+    assert warm[-1].is_finished
 
 
 @pytest.mark.parametrize("mark", [{"max_crashes": 0}, {}])
@@ -3023,12 +3068,14 @@ def test_job_with_crashes_is_claimed_alone_among_many(redis, queue, run, mark):
     queue.enqueue_many([Queue.prepare_data(add)] * 200)
     run()
     count, waiting = suspect.return_value()
-    assert count == 1 and len(waiting) == 200
+    assert count == 1
+    assert len(waiting) == 200
 
 
 def test_queues_may_have_the_same_id(redis):
     """What is given back behind a slow job is that of its own queue."""
-    high, low = Queue("high", redis), Queue("low", redis)
+    high = Queue("high", redis)
+    low = Queue("low", redis)
     warm = [high.enqueue(add) for _ in range(3)]
     jobs = [high.enqueue(sleep, 0.3, job_id="daily"), low.enqueue(add, job_id="daily")]
     work([high, low])
@@ -3056,7 +3103,9 @@ def test_settle_counts_an_id_once(redis, queue):
     microq._execute_one(
         redis, *microq._settle_command(queue.prefix, [finished, interrupted])
     )
-    assert job.is_finished and len(job.results()) == 1 and len(queue) == 0
+    assert job.is_finished
+    assert len(job.results()) == 1
+    assert len(queue) == 0
 
 
 def test_a_retry_sent_twice_is_one_retry(redis, queue):
@@ -3067,7 +3116,8 @@ def test_a_retry_sent_twice_is_one_retry(redis, queue):
         == "queued"
     )
     job.refresh()
-    assert job.retries_left == 2 and redis.llen(Q + "queued") == 1
+    assert job.retries_left == 2
+    assert redis.llen(Q + "queued") == 1
 
 
 def test_settle_refuses_an_execution_that_lost_its_job(redis, queue):
@@ -3078,7 +3128,8 @@ def test_settle_refuses_an_execution_that_lost_its_job(redis, queue):
     assert heartbeat(queue) == [b"slow"]
     [(_, fast)] = claim(queue, "fast")
     assert settle(queue, job.id, slow) == "lost"
-    assert job.get_status() == "started" and len(job.results()) == 1
+    assert job.get_status() == "started"
+    assert len(job.results()) == 1
     assert settle(queue, job.id, fast) == "finished"
     assert [result.worker_name for result in job.results()] == ["fast", "slow"]
 
@@ -3091,7 +3142,8 @@ def test_garbled_retry_rule_ends_the_job(redis, queue):
         [(_, execution)] = claim(queue, number=number)
         options = {"rule": "retry", "policy": policy, "result_type": "failed"}
         assert settle(queue, job.id, execution, **options) == "failed"
-        assert job.is_failed and not redis.hexists(f"{Q}job:{job.id}", "retries")
+        assert job.is_failed
+        assert not redis.hexists(f"{Q}job:{job.id}", "retries")
 
 
 @pytest.mark.parametrize("rule", [{"retry": Retry(3)}, {"repeat": Repeat(3)}])
@@ -3129,9 +3181,8 @@ def test_retries_wait_as_their_rule_says(redis, queue, retry, delays):
         )
         place, due = reply.split()
         began = float(execution.split()[1])
-        assert place == "scheduled" and float(due) - began == pytest.approx(
-            delay, abs=0.2
-        )
+        assert place == "scheduled"
+        assert float(due) - began == pytest.approx(delay, abs=0.2)
         redis.zadd(Q + "scheduled", {job.id: 0})  # its time has come
     [(_, execution)] = claim(queue, number=99)
     assert (
@@ -3143,8 +3194,10 @@ def test_a_dead_workers_jobs_go_back_to_the_front_once(redis, queue):
     ids = [queue.enqueue(add, i).id for i in range(3)]
     claim(queue, "dead", lease=0.01, n=2)
     time.sleep(0.02)
-    assert heartbeat(queue) == [b"dead"] and heartbeat(queue) == []
-    assert sorted(queue.job_ids[:2]) == sorted(ids[:2]) and queue.job_ids[2] == ids[2]
+    assert heartbeat(queue) == [b"dead"]
+    assert heartbeat(queue) == []
+    assert sorted(queue.job_ids[:2]) == sorted(ids[:2])
+    assert queue.job_ids[2] == ids[2]
 
 
 def test_many_jobs_of_dead_workers_are_given_back_at_once(redis, queue):
@@ -3153,7 +3206,8 @@ def test_many_jobs_of_dead_workers_are_given_back_at_once(redis, queue):
         claim(queue, f"dead{number}", n=1000, lease=0.01)
     time.sleep(0.02)
     first = queue.started_job_registry.get_job_ids()
-    assert len(heartbeat(queue)) == 9 and len(queue) == len(first) == 9000
+    assert len(heartbeat(queue)) == 9
+    assert len(queue) == len(first) == 9000
     queue.delete()
 
 
@@ -3174,7 +3228,8 @@ def test_a_worker_restarted_under_its_name_counts_the_crash_and_goes_on(redis, q
         claim(queue, "w1", number=number)
     after = queue.enqueue(add)
     assert work(SimpleWorker(queue, name="w1"))
-    assert lost.is_finished and after.is_finished
+    assert lost.is_finished
+    assert after.is_finished
     assert [result.type for result in lost.results()] == ["successful", "retried"]
 
 
@@ -3190,13 +3245,15 @@ def test_worker_that_was_late_itself_reaps_nobody(redis, queue):
 
 def test_job_that_reappeared_with_older_data_is_released(redis, queue):
     """As after a fail-over to a replica that was behind: `started` names a run that has ended."""
-    job, current = queue.enqueue(add), queue.enqueue(add)
+    job = queue.enqueue(add)
+    current = queue.enqueue(add)
     claim(queue, "w", number=1, lease=0.01)
     claim(queue, "w", number=2, lease=0.01)
     time.sleep(0.02)
     command = heartbeat_command(queue, lease=0.01, oldest=2)
     microq._execute(redis, command, command)
-    assert job.is_queued and current.is_started
+    assert job.is_queued
+    assert current.is_started
 
 
 def test_expired_records_are_swept(redis, queue):
@@ -3212,14 +3269,16 @@ def test_expired_records_are_swept(redis, queue):
 
 
 def test_a_heartbeat_forgets_all_that_expired_and_nothing_else(redis, queue):
-    past, future = 1, time.time() + 60
+    past = 1
+    future = time.time() + 60
     redis.zadd(Q + "failed", {"a": past, "b": past, "c": past, "d": future, "e": "inf"})
     redis.zadd(Q + "finished", {"a": past})
     redis.zadd(Q + "canceled", {"a": future})
     command = heartbeat_command(queue, mode="start")
     microq._execute_one(redis, *command)
     assert redis.zrange(Q + "failed", 0, -1) == [b"d", b"e"]
-    assert not redis.exists(Q + "finished") and redis.zcard(Q + "canceled") == 1
+    assert not redis.exists(Q + "finished")
+    assert redis.zcard(Q + "canceled") == 1
 
 
 def test_each_run_that_is_settled_forgets_two_that_expired(redis, queue):
@@ -3235,9 +3294,10 @@ def test_each_run_that_is_settled_forgets_two_that_expired(redis, queue):
 def test_release_counts_no_crash(redis, queue):
     job = queue.enqueue(add)
     claim(queue, "w")
-    for _ in "12":
+    for _ in range(2):
         release(queue)
-    assert job.is_queued and not redis.hexists(f"{Q}job:{job.id}", "crashes")
+    assert job.is_queued
+    assert not redis.hexists(f"{Q}job:{job.id}", "crashes")
     assert redis.hkeys(Q + "workers") == []
 
 
@@ -3275,9 +3335,8 @@ def test_transition_sent_twice_happens_once(redis, queue):
         )
         assert microq._execute(redis, command, command) == [[was, []], [was, []]]
     claim(queue)
-    assert (
-        microq._execute_one(redis, *command) == [b"canceled", []] and job.is_started
-    )  # late
+    assert microq._execute_one(redis, *command) == [b"canceled", []]
+    assert job.is_started  # late
 
 
 def test_transitions_that_are_not_allowed_change_nothing(redis, queue):
@@ -3303,45 +3362,38 @@ def test_job_shows_its_times_status_and_result(redis, queue):
     job = queue.create_job(
         add, (1,), {"b": 2}, meta={"k": 1}, description="one plus two"
     )
-    assert job.get_status(refresh=False) == JobStatus.CREATED and job.created_at is None
+    assert job.get_status(refresh=False) == JobStatus.CREATED
+    assert job.created_at is None
     queue.enqueue_job(job)
     assert (job.get_status(), job.is_queued, job.is_finished) == ("queued", True, False)
     assert before < job.created_at == job.enqueued_at
     assert (job.started_at, job.ended_at, job.worker_name) == (None, None, None)
     work(SimpleWorker(queue, name="bee"))
     job = Job.fetch(job.id, redis)
-    assert (job.args, job.kwargs, job.func, job.func_name) == (
-        (1,),
-        {"b": 2},
-        add,
-        "test_microq.add",
-    )
-    assert (job.description, job.get_call_string()) == (
-        "one plus two",
-        "test_microq.add(1, b=2)",
-    )
+    assert job.args == (1,)
+    assert job.kwargs == {"b": 2}
+    assert job.func == add
+    assert job.func_name == "test_microq.add"
+    assert job.description == "one plus two"
+    assert job.get_call_string() == "test_microq.add(1, b=2)"
     assert (
         job.created_at <= job.started_at <= job.ended_at <= datetime.now(timezone.utc)
     )
-    assert job.ended_at.tzinfo is timezone.utc and job.worker_name == "bee"
-    assert (job.timeout, job.result_ttl, job.ttl, job.meta) == (
-        180,
-        None,
-        None,
-        {"k": 1},
-    )
+    assert job.ended_at.tzinfo is timezone.utc
+    assert job.worker_name == "bee"
+    assert job.timeout == 180
+    assert job.result_ttl is None
+    assert job.ttl is None
+    assert job.meta == {"k": 1}
     result = job.latest_result()
     assert (result.type, result.return_value) == (result.Type.SUCCESSFUL, 3)
-    assert (result.worker_name, result.job_id, result.exc_string) == (
-        "bee",
-        job.id,
-        None,
-    )
-    assert (
-        result.execution_started_at == job.started_at
-        and result.created_at == job.ended_at
-    )
-    assert job.get_executions() == [] and job == Job.fetch(job.id, redis)
+    assert result.worker_name == "bee"
+    assert result.job_id == job.id
+    assert result.exc_string is None
+    assert result.execution_started_at == job.started_at
+    assert result.created_at == job.ended_at
+    assert job.get_executions() == []
+    assert job == Job.fetch(job.id, redis)
 
 
 def test_a_job_in_progress_shows_its_execution(redis, queue):
@@ -3349,14 +3401,14 @@ def test_a_job_in_progress_shows_its_execution(redis, queue):
     heartbeat(queue, "w")
     claim(queue, "w")
     [execution] = job.get_executions()
-    assert (execution.id, execution.worker_name, execution.job_id) == (
-        "w.1",
-        "w",
-        job.id,
-    )
-    assert execution.created_at == job.started_at and job.worker_name == "w"
+    assert execution.id == "w.1"
+    assert execution.worker_name == "w"
+    assert execution.job_id == job.id
+    assert execution.created_at == job.started_at
+    assert job.worker_name == "w"
     assert execution.last_heartbeat >= execution.created_at - timedelta(seconds=1)
-    assert job.is_started and job.id in queue.started_job_registry
+    assert job.is_started
+    assert job.id in queue.started_job_registry
 
 
 def test_an_unknown_job_is_an_error(redis, queue):
@@ -3371,7 +3423,8 @@ def test_an_unknown_job_is_an_error(redis, queue):
     for method in (job.refresh, job.cancel, job.requeue, job.save_meta):
         with pytest.raises(NoSuchJobError):
             method()
-    assert queue.fetch_job("nope") is None and not Job.exists("nope", redis)
+    assert queue.fetch_job("nope") is None
+    assert not Job.exists("nope", redis)
 
 
 def test_jobs_are_found_in_whatever_queue_they_are(redis, queue):
@@ -3379,9 +3432,8 @@ def test_jobs_are_found_in_whatever_queue_they_are(redis, queue):
     jobs = [other.enqueue(add), queue.enqueue(add)]
     found = Job.fetch_many([jobs[0].id, "nope", jobs[1].id], redis)
     assert [job and job.origin for job in found] == ["other", None, "default"]
-    assert other.fetch_job(jobs[1].id) is None and [
-        q.name for q in Queue.all(redis)
-    ] == [
+    assert other.fetch_job(jobs[1].id) is None
+    assert [q.name for q in Queue.all(redis)] == [
         "default",
         "other",
     ]
@@ -3391,7 +3443,8 @@ def test_results_are_kept_the_latest_first_up_to_ten(redis, queue):
     job = queue.enqueue(add, 1, repeat=Repeat(12))
     work(queue)
     results = job.results()
-    assert len(results) == 10 and results[0] == job.latest_result()
+    assert len(results) == 10
+    assert results[0] == job.latest_result()
     assert [r.created_at for r in results] == sorted(
         (r.created_at for r in results), reverse=True
     )
@@ -3402,9 +3455,8 @@ def test_results_and_executions_are_found_by_their_classes(redis, queue):
     job = queue.enqueue(flaky, 1, retry=Retry(1))
     [(id, token)] = claim(queue)
     execution = microq.Execution.fetch(token.split()[0], id, connection=redis)
-    assert (
-        execution.composite_key == f"{id}:w.1" and execution == job.get_executions()[0]
-    )
+    assert execution.composite_key == f"{id}:w.1"
+    assert execution == job.get_executions()[0]
     execution.refresh()
     settle(queue, id, token, rule="retry")
     with pytest.raises(ValueError, match="has ended"):
@@ -3412,13 +3464,12 @@ def test_results_and_executions_are_found_by_their_classes(redis, queue):
     assert microq.Result.count(job) == 1
     work(queue)
     latest = microq.Result.fetch_latest(job, timeout=1)
-    assert microq.Result.all(job)[0] == latest and latest.return_value == "done"
+    assert microq.Result.all(job)[0] == latest
+    assert latest.return_value == "done"
     microq.Result.delete_all(job)
-    assert (
-        microq.Result.count(job) == 0
-        and job.latest_result() is None
-        and job.is_finished
-    )
+    assert microq.Result.count(job) == 0
+    assert job.latest_result() is None
+    assert job.is_finished
 
 
 def test_a_result_is_awaited_without_polling(server, redis, queue):
@@ -3470,7 +3521,8 @@ def test_a_wait_for_a_result_outlasts_a_restart_of_the_server(tmp_path):
 def test_a_wait_without_a_server_ends_in_time_by_an_error(tmp_path):
     server = Server(tmp_path, "--port", "0")
     connection = redis_py.Redis.from_url(server.url)
-    job, raised = Queue(connection=connection).enqueue(add), []
+    job = Queue(connection=connection).enqueue(add)
+    raised = []
 
     def ask():
         with pytest.raises(ServerUnavailable) as error:
@@ -3517,8 +3569,10 @@ def test_cancel_takes_a_job_out_of_its_queue(redis, queue):
     jobs = [queue.enqueue(add), queue.enqueue_in(60, add)]
     for job in jobs:
         microq.cancel_job(job.id, redis)
-        assert job.is_canceled and job.id in queue.canceled_job_registry
-    assert not work(queue) and queue.canceled_job_registry.count == 2
+        assert job.is_canceled
+        assert job.id in queue.canceled_job_registry
+    assert not work(queue)
+    assert queue.canceled_job_registry.count == 2
 
 
 def test_a_running_job_that_is_canceled_is_not_recorded(redis, queue):
@@ -3534,52 +3588,48 @@ def test_requeue_runs_an_ended_job_again(redis, queue):
     job = queue.enqueue(flaky, 1, retry=Retry(1))
     failed = queue.enqueue(fail, retry=Retry(1))
     work(queue)
-    assert failed.is_failed and failed.retries_left == 0
+    assert failed.is_failed
+    assert failed.retries_left == 0
     microq.requeue_job(failed.id, redis)
     failed.refresh()
-    assert (
-        failed.is_queued
-        and failed.retries_left == 1
-        and redis.ttl(f"{Q}job:{failed.id}") == -1
-    )
+    assert failed.is_queued
+    assert failed.retries_left == 1
+    assert redis.ttl(f"{Q}job:{failed.id}") == -1
     queue.finished_job_registry.requeue(job, at_front=True)
     assert queue.job_ids == [job.id, failed.id]
     work(queue)
-    assert len(failed.results()) == 4 and job.is_finished
+    assert len(failed.results()) == 4
+    assert job.is_finished
 
 
 def test_a_job_has_the_attributes_of_rq(redis, queue):
     front = Retry(2, interval=[1, 5], enqueue_at_front=True)
     job = queue.enqueue(add, 1, b=2, retry=front, ttl="1h", meta={"a": 1})
     job.refresh()
-    assert (job.retries_left, job.retry_intervals, job.repeats_left) == (
-        2,
-        [1, 5],
-        None,
-    )
-    assert (
-        job.enqueue_at_front_on_retry
-        and not job.enqueue_at_front
-        and job.group_id is None
-    )
-    assert (job.get_ttl(), job.get_result_ttl(), job.get_result_ttl(7)) == (
-        3600,
-        None,
-        7,
-    )
-    assert job.data and job.get_call_string() == f"{__name__}.add(1, b=2)"
-    assert job in queue and job not in job.started_job_registry
+    assert job.retries_left == 2
+    assert job.retry_intervals == [1, 5]
+    assert job.repeats_left is None
+    assert job.enqueue_at_front_on_retry
+    assert not job.enqueue_at_front
+    assert job.group_id is None
+    assert job.get_ttl() == 3600
+    assert job.get_result_ttl() is None
+    assert job.get_result_ttl(7) == 7
+    assert job.data
+    assert job.get_call_string() == f"{__name__}.add(1, b=2)"
+    assert job in queue
+    assert job not in job.started_job_registry
     job.meta["b"] = 2
     job.save()
     assert Job.fetch(job.id, redis, serializer="pickle").get_meta() == {"a": 1, "b": 2}
-    assert job.result is None and job.exc_info is None
+    assert job.result is None
+    assert job.exc_info is None
     failed = queue.enqueue(fail, at_front=True)
     work(queue)
-    assert (
-        job.result == job.return_value(refresh=True) == 3
-        and job in job.finished_job_registry
-    )
-    assert failed in failed.failed_job_registry and "boom" in failed.exc_info
+    assert job.result == job.return_value(refresh=True) == 3
+    assert job in job.finished_job_registry
+    assert failed in failed.failed_job_registry
+    assert "boom" in failed.exc_info
     queue.enqueue_in(60, add, at_front=True, job_id="front")
     assert queue.fetch_job("front").enqueue_at_front
 
@@ -3591,45 +3641,42 @@ def test_jobs_are_moved_with_the_arguments_of_rq(redis, queue):
         jobs[1].delete(pipeline=pipe, remove_from_queue=True)
         assert len(queue) == 3
         pipe.execute()
-    assert queue.job_ids == ["c"] and queue.canceled_job_registry.get_job_ids() == ["a"]
+    assert queue.job_ids == ["c"]
+    assert queue.canceled_job_registry.get_job_ids() == ["a"]
     with pytest.raises(InvalidJobOperation, match="canceled"):
         jobs[0].cancel()
     microq.cancel_job(
         "c", connection=redis, serializer="pickle", enqueue_dependents=False
     )
     assert microq.requeue_job("c", connection=redis, serializer=None).is_queued
-    assert jobs[0].requeue(at_front=True) is jobs[0] and queue.job_ids == ["a", "c"]
+    assert jobs[0].requeue(at_front=True) is jobs[0]
+    assert queue.job_ids == ["a", "c"]
     queue.remove(jobs[0])
-    assert (
-        queue.job_ids == ["c"]
-        and get_current_job(connection=redis, job_class=Job) is None
-    )
+    assert queue.job_ids == ["c"]
+    assert get_current_job(connection=redis, job_class=Job) is None
 
 
 # ---- 7. Queue and registries ---------------------------------------------------------
 
 
 def test_jobs_wait_in_order(redis, queue):
-    first, second, third = (
-        queue.enqueue(add),
-        queue.enqueue(add),
-        queue.enqueue(add, at_front=True),
-    )
+    first = queue.enqueue(add)
+    second = queue.enqueue(add)
+    third = queue.enqueue(add, at_front=True)
     order = [third.id, first.id, second.id]
-    assert queue.job_ids == order and [job.id for job in queue.jobs] == order
-    assert (len(queue), queue.count, queue.is_empty(), bool(queue)) == (
-        3,
-        3,
-        False,
-        True,
-    )
-    assert queue.get_job_ids(1, 1) == [first.id] and queue.get_job_ids(0, 0) == []
-    assert queue.get_job_position(second) == 2 and third.get_position() == 0
+    assert queue.job_ids == order
+    assert [job.id for job in queue.jobs] == order
+    assert len(queue) == 3
+    assert queue.count == 3
+    assert queue.is_empty() is False
+    assert bool(queue) is True
+    assert queue.get_job_ids(1, 1) == [first.id]
+    assert queue.get_job_ids(0, 0) == []
+    assert queue.get_job_position(second) == 2
+    assert third.get_position() == 0
     queue.remove(first)
-    assert (
-        queue.job_ids == [third.id, second.id]
-        and queue.get_job_position("nope") is None
-    )
+    assert queue.job_ids == [third.id, second.id]
+    assert queue.get_job_position("nope") is None
     with pytest.raises(NoSuchJobError):
         queue.remove(first)
 
@@ -3639,8 +3686,10 @@ def test_enqueue_many_keeps_the_order(redis, queue):
     datas.append(Queue.prepare_data(add, (9,), {"b": 1}, at_front=True, timeout=5))
     jobs = queue.enqueue_many(iter(datas))
     assert [job.args[0] for job in jobs] == [0, 1, 2, 9]
-    assert queue.job_ids == [jobs[3].id, "j0", "j1", "j2"] and jobs[3].timeout == 5
-    assert all(job.created_at for job in jobs) and queue.enqueue_many([]) == []
+    assert queue.job_ids == [jobs[3].id, "j0", "j1", "j2"]
+    assert jobs[3].timeout == 5
+    assert all(job.created_at for job in jobs)
+    assert queue.enqueue_many([]) == []
 
 
 def test_enqueue_many_with_a_bad_one_stores_none(redis, queue):
@@ -3664,7 +3713,8 @@ def test_bulk_enqueue_cut_in_flight_is_sent_again(server, redis, queue):
             yield Queue.prepare_data(add, (number,))
 
     jobs = Queue(connection=redis_py.Redis.from_url(server.url)).enqueue_many(datas())
-    assert queue.job_ids == [job.id for job in jobs] and len(jobs) == 3500
+    assert queue.job_ids == [job.id for job in jobs]
+    assert len(jobs) == 3500
     queue.delete()
 
 
@@ -3687,15 +3737,20 @@ def test_a_job_is_made_apart_and_enqueued_anywhere(redis, queue):
     job = MyJob.create(
         add, args=(1,), kwargs={"b": 2}, connection=redis, id="own", timeout=9
     )
-    assert job.get_status() == "created" and job.shout() == "OWN" and not redis.keys()
+    assert job.get_status() == "created"
+    assert job.shout() == "OWN"
+    assert not redis.keys()
     other = Queue("other", connection=redis)
-    assert other.enqueue_job(job, at_front=True) is job and job.origin == "other"
+    assert other.enqueue_job(job, at_front=True) is job
+    assert job.origin == "other"
     later = Job.create(
         "test_microq.add", (3,), connection=redis, origin="other", meta={"a": 1}
     )
     other.schedule_job(later, datetime.now())
     work(other)
-    assert job.result == 3 and job.timeout == 9 and later.result == 3
+    assert job.result == 3
+    assert job.timeout == 9
+    assert later.result == 3
     quick = Queue("quick", redis, default_timeout=8)
     assert quick.enqueue_job(Job.create(add, connection=redis)).timeout == 8
     with pytest.raises(InvalidJobOperation, match="in a queue already"):
@@ -3733,7 +3788,8 @@ def test_an_id_is_free_again_when_its_job_has_ended(redis, queue):
     work(queue)
     assert job.return_value() == 1
     again = queue.enqueue(add, 3, job_id="mine")
-    assert again.is_queued and again.results() == []
+    assert again.is_queued
+    assert again.results() == []
     work(queue)
     assert [result.return_value for result in again.results()] == [3]
     queue.enqueue_job(job)  # the old object begins a new life, too
@@ -3766,12 +3822,13 @@ def test_job_that_expires_in_the_queue_is_dropped(redis, queue):
     kept = queue.enqueue(add, 1, ttl=60)
     time.sleep(0.1)
     work(queue)
-    assert (
-        not Job.exists(job.id, redis) and kept.is_finished and kept.result_ttl is None
-    )
+    assert not Job.exists(job.id, redis)
+    assert kept.is_finished
+    assert kept.result_ttl is None
     queue.enqueue(add, ttl=0.05)
     time.sleep(0.1)
-    assert queue.empty() == 0 and redis.llen(Q + "queued") == 0
+    assert queue.empty() == 0
+    assert redis.llen(Q + "queued") == 0
 
 
 def test_expired_jobs_do_not_hide_the_live_ones_behind_them(redis, queue):
@@ -3779,17 +3836,19 @@ def test_expired_jobs_do_not_hide_the_live_ones_behind_them(redis, queue):
     live = queue.enqueue(add)
     time.sleep(0.05)
     work(queue)
-    assert live.is_finished and redis.llen(Q + "queued") == 0
+    assert live.is_finished
+    assert redis.llen(Q + "queued") == 0
 
 
 def test_result_ttl_and_failure_ttl_bound_the_record(redis, queue):
-    gone, kept = queue.enqueue(add, result_ttl=0), queue.enqueue(add, result_ttl=-1)
-    default, failed = queue.enqueue(add), queue.enqueue(fail, failure_ttl=60)
+    gone = queue.enqueue(add, result_ttl=0)
+    kept = queue.enqueue(add, result_ttl=-1)
+    default = queue.enqueue(add)
+    failed = queue.enqueue(fail, failure_ttl=60)
     work(queue)
     assert not Job.exists(gone.id, redis)
-    assert (
-        redis.ttl(f"{Q}job:{kept.id}") == -1 and kept.id in queue.finished_job_registry
-    )
+    assert redis.ttl(f"{Q}job:{kept.id}") == -1
+    assert kept.id in queue.finished_job_registry
     assert 490 < redis.ttl(f"{Q}job:{default.id}") <= 500
     assert 50 < redis.ttl(f"{Q}job:{failed.id}") <= 60
     work(SimpleWorker(queue, default_result_ttl=7))
@@ -3806,7 +3865,8 @@ def test_scheduled_jobs_wait_for_their_time(redis, queue):
     assert queue.scheduled_job_registry.get_job_ids(1, 1, desc=True) == [jobs[1].id]
     assert not work(queue)
     SimpleWorker(queue).work(max_jobs=1, logging_level=None)
-    assert jobs[0].is_finished and jobs[0].started_at >= at - timedelta(seconds=0.05)
+    assert jobs[0].is_finished
+    assert jobs[0].started_at >= at - timedelta(seconds=0.05)
     assert jobs[0].enqueued_at >= at - timedelta(seconds=0.05)
     queue.scheduled_job_registry.remove(jobs[1])
     assert len(queue.scheduled_job_registry) == 1
@@ -3827,11 +3887,13 @@ def test_a_clients_clock_has_no_part_in_when_a_job_is_due(
         job = queue.enqueue_at(moment, add)
         assert registry.get_scheduled_time(job) == moment
     later = queue.schedule_job(queue.create_job(add), moments[0])
-    assert registry.get_scheduled_time(later) == moments[0] and later.is_scheduled
+    assert registry.get_scheduled_time(later) == moments[0]
+    assert later.is_scheduled
     parent = queue.enqueue(add)
     child = queue.enqueue_at(moments[1], add, depends_on=parent)
     assert microq._execute_one(redis, "HGET", child.key, "due") == b"2000000000.123457"
-    soon, now = queue.enqueue_in(100, add), server_time(redis)
+    soon = queue.enqueue_in(100, add)
+    now = server_time(redis)
     assert now + 90 < redis.zscore(Q + "scheduled", soon.id) <= now + 100
     past = queue.enqueue_at(datetime(2019, 10, 10), add)
     due = queue.enqueue_at(datetime.fromtimestamp(now), add)
@@ -3849,23 +3911,23 @@ def test_jobs_due_together_keep_their_order_and_front(redis, queue):
 
 
 def test_registries_hold_jobs_by_their_state(redis, queue):
-    good, bad = queue.enqueue(add), queue.enqueue(fail)
+    good = queue.enqueue(add)
+    bad = queue.enqueue(fail)
     work(queue)
     failed = queue.failed_job_registry
-    assert (
-        bad in failed and good.id not in failed and good in queue.finished_job_registry
-    )
-    assert (len(failed), failed.count, bool(queue.deferred_job_registry)) == (
-        1,
-        1,
-        True,
-    )
+    assert bad in failed
+    assert good.id not in failed
+    assert good in queue.finished_job_registry
+    assert len(failed) == 1
+    assert failed.count == 1
+    assert bool(queue.deferred_job_registry) is True
     assert failed.get_job_ids() == failed.get_job_ids(desc=True) == [bad.id]
     with pytest.raises(InvalidJobOperation, match="finished"):
         failed.requeue(good)
     with pytest.raises(NoSuchJobError):
         failed.remove("nope")
-    assert failed.requeue(bad.id).is_queued and bad not in failed
+    assert failed.requeue(bad.id).is_queued
+    assert bad not in failed
     bad.cancel()
     queue.canceled_job_registry.remove(bad)
     assert not Job.exists(bad.id, redis)
@@ -3895,8 +3957,10 @@ def test_registries_are_made_by_name_or_queue(redis, queue):
             ),
         ):
             assert made.count == len(made) == made.get_job_count(cleanup=False) == 1
-            assert made.get_job_ids(cleanup=False) == [job_id] and job_id in made
-            assert made.get_queue() == queue and made.name == "default"
+            assert made.get_job_ids(cleanup=False) == [job_id]
+            assert job_id in made
+            assert made.get_queue() == queue
+            assert made.name == "default"
             made.cleanup()
             assert len(made) == 1
         assert isinstance(
@@ -3914,14 +3978,16 @@ def test_registries_are_made_by_name_or_queue(redis, queue):
     with pytest.raises(NoSuchJobError):
         queue.failed_job_registry.get_expiration_time("good")
     queue.failed_job_registry.remove("bad", delete_job=True)
-    assert "bad" not in queue.failed_job_registry and queue.fetch_job("bad") is None
+    assert "bad" not in queue.failed_job_registry
+    assert queue.fetch_job("bad") is None
 
 
 def test_a_client_with_a_wrong_clock_reads_and_cleans_registries(
     redis, queue, wrong_clock
 ):
     """What counts is whether a record has expired by the server's clock."""
-    finished, failed = queue.enqueue(add), queue.enqueue(fail, failure_ttl=60)
+    finished = queue.enqueue(add)
+    failed = queue.enqueue(fail, failure_ttl=60)
     gone = queue.enqueue(add, result_ttl=0.05)
     work(SimpleWorker(queue, default_result_ttl=60))
     wait_until(lambda: not redis.exists(gone.key))
@@ -3933,21 +3999,24 @@ def test_a_client_with_a_wrong_clock_reads_and_cleans_registries(
             [failed.id],
         ]
         assert queue.finished_job_registry.get_job_ids(desc=True) == [finished.id]
-        assert finished.is_finished and failed.is_failed
+        assert finished.is_finished
+        assert failed.is_failed
         microq.clean_registries(queue)
         assert [redis.zcard(each.key) for each in registries] == [1, 1]
 
 
 def test_a_registry_is_cleaned_of_what_had_expired_at_a_time(redis, queue):
     """A time to come makes no orphan of a record that is alive."""
-    job, gone = queue.enqueue(add), queue.enqueue(add, result_ttl=0.05)
+    job = queue.enqueue(add)
+    gone = queue.enqueue(add, result_ttl=0.05)
     work(queue)
     wait_until(lambda: not redis.exists(gone.key))
     registry = queue.finished_job_registry
     registry.cleanup(timestamp=1)
     assert redis.zcard(registry.key) == 2
     registry.cleanup(timestamp=time.time() + 86400)
-    assert redis.zrange(registry.key, 0, -1) == [job.id.encode()] and job.is_finished
+    assert redis.zrange(registry.key, 0, -1) == [job.id.encode()]
+    assert job.is_finished
 
 
 def test_reading_registries_changes_nothing_and_cleaning_forgets_what_expired(
@@ -3957,7 +4026,8 @@ def test_reading_registries_changes_nothing_and_cleaning_forgets_what_expired(
     work(queue)
     registry = queue.finished_job_registry
     wait_until(lambda: len(registry) == 0)
-    assert registry.get_job_ids() == [] and redis.zcard(registry.key) == 1
+    assert registry.get_job_ids() == []
+    assert redis.zcard(registry.key) == 1
     microq.clean_registries(queue)
     assert redis.zcard(registry.key) == 0
 
@@ -3965,12 +4035,13 @@ def test_reading_registries_changes_nothing_and_cleaning_forgets_what_expired(
 def test_queues_are_ordered_and_found_by_their_keys(redis):
     names = ["b", "a", "{x}c"]
     queues = [Queue(name, connection=redis) for name in names]
-    assert [queue.name for queue in sorted(queues)] == sorted(names) and queues[
-        0
-    ] > queues[1]
+    assert [queue.name for queue in sorted(queues)] == sorted(names)
+    assert queues[0] > queues[1]
     for queue in queues:
         found = MyQueue.from_queue_key(queue.key, connection=redis)
-        assert found == queue and found.key == queue.key and found.job_class is MyJob
+        assert found == queue
+        assert found.key == queue.key
+        assert found.job_class is MyJob
     for key in ("microq:{a}", "rq:queue:a", "microq:{a}:started"):
         with pytest.raises(ValueError, match="no queue's key"):
             Queue.from_queue_key(key, connection=redis)
@@ -3979,7 +4050,9 @@ def test_queues_are_ordered_and_found_by_their_keys(redis):
 def test_empty_and_delete_leave_nothing(redis, queue):
     queue.enqueue_many([Queue.prepare_data(add)] * 2500)
     scheduled = queue.enqueue_in(60, add)
-    assert queue.empty() == 2500 and len(queue) == 0 and scheduled.is_scheduled
+    assert queue.empty() == 2500
+    assert len(queue) == 0
+    assert scheduled.is_scheduled
     queue.enqueue(add)
     queue.enqueue(fail)
     work(queue)
@@ -4001,12 +4074,14 @@ def test_queue_delete_deletes_dependents_that_it_enqueues(redis, queue):
     limit = RateLimit("k", concurrency=1)
     queue.enqueue_many([Queue.prepare_data(add, rate_limit=limit)] * 3)
     queue.delete()
-    assert not redis.keys(Q + "*") and elsewhere.is_queued
+    assert not redis.keys(Q + "*")
+    assert elsewhere.is_queued
     assert redis.zcard("microq:limit:{k}:holders") == 0
 
 
 def test_queue_delete_notifies_dependents_of_an_expired_job(redis, queue):
-    parent, other = queue.enqueue(add, failure_ttl=60), Queue("other", redis)
+    parent = queue.enqueue(add, failure_ttl=60)
+    other = Queue("other", redis)
     child = other.enqueue(add, 1, depends_on=[parent, other.enqueue(add)])
     parent.cancel()
     expire_entry(redis, queue, "canceled", parent)
@@ -4041,7 +4116,8 @@ def test_a_decorated_function_is_called_or_enqueued(redis, monkeypatch, server):
     first = decorated.delay(3, b=4)
     front = decorated.enqueue(5, job_id="front", at_front=True)
     low = Queue("low", connection=redis)
-    assert low.job_ids == ["front", first.id] and decorated.delay is decorated.enqueue
+    assert low.job_ids == ["front", first.id]
+    assert decorated.delay is decorated.enqueue
     work(low)
     assert (first.return_value(), front.return_value()) == (7, 5)
     assert (first.timeout, first.result_ttl, first.description) == (5, 60, "a sum")
@@ -4069,11 +4145,10 @@ def test_a_decorator_takes_a_queue_or_its_class(redis, monkeypatch):
 def test_a_queue_that_is_not_async_runs_jobs_at_once(redis):
     queue = Queue(connection=redis, is_async=False)
     job = queue.enqueue(add, 1, 2)
-    assert job.get_status(refresh=False) == "finished" and job.return_value() == 3
-    assert (
-        queue.enqueue(flaky, 1, retry=Retry(1)).is_finished
-        and queue.enqueue(fail).is_failed
-    )
+    assert job.get_status(refresh=False) == "finished"
+    assert job.return_value() == 3
+    assert queue.enqueue(flaky, 1, retry=Retry(1)).is_finished
+    assert queue.enqueue(fail).is_failed
     assert queue.enqueue_in(60, add).is_scheduled
     with pytest.raises(TypeError, match="pipeline"):
         queue.enqueue(add, pipeline=redis.pipeline())
@@ -4083,27 +4158,29 @@ def test_is_async_false_runs_dependents_and_callbacks_too(redis, callback_log):
     queue = Queue(connection=redis, is_async=False)
     parent = queue.enqueue(add, 1, job_id="a", on_success=log_success)
     child = queue.enqueue(dependency_results, depends_on=parent)
-    assert child.return_value() == [1] and callback_log() == ["success a 1"]
+    assert child.return_value() == [1]
+    assert callback_log() == ["success a 1"]
 
 
 # ---- 8. Running a job: outcomes ------------------------------------------------------
 
 
 def test_outcomes_are_recorded(queue, run):
-    good, bad, none = (
-        queue.enqueue(add, 1),
-        queue.enqueue(fail, "ouch"),
-        queue.enqueue(nothing),
-    )
+    good = queue.enqueue(add, 1)
+    bad = queue.enqueue(fail, "ouch")
+    none = queue.enqueue(nothing)
     big = queue.enqueue(add, "x" * 300_000, "")
     later = queue.enqueue(add_later, 1, 2)
-    assert run() and not run()
+    assert run()
+    assert not run()
     assert (good.is_finished, good.return_value()) == (True, 1)
     assert (bad.is_failed, bad.return_value()) == (True, None)
     assert "ValueError: ouch" in bad.latest_result().exc_string
     assert bad.latest_result().type == "failed"
-    assert none.is_finished and none.return_value() is None
-    assert len(big.return_value()) == 300_000 and later.return_value() == 3
+    assert none.is_finished
+    assert none.return_value() is None
+    assert len(big.return_value()) == 300_000
+    assert later.return_value() == 3
 
 
 def test_the_current_job_is_known_inside_a_job_only(queue, run):
@@ -4116,13 +4193,17 @@ def test_the_current_job_is_known_inside_a_job_only(queue, run):
 def test_a_job_that_exits_fails_and_its_worker_lives(queue, run):
     jobs = [queue.enqueue(sys_exit), queue.enqueue(add, 1)]
     run()
-    assert "SystemExit: 4" in jobs[0].latest_result().exc_string and jobs[1].is_finished
+    assert "SystemExit: 4" in jobs[0].latest_result().exc_string
+    assert jobs[1].is_finished
 
 
 def test_a_result_that_cannot_be_serialized_fails_the_job_without_a_retry(queue, run):
-    job, after = queue.enqueue(unserializable, retry=Retry(3)), queue.enqueue(add, 1)
+    job = queue.enqueue(unserializable, retry=Retry(3))
+    after = queue.enqueue(add, 1)
     run()
-    assert job.is_failed and len(job.results()) == 1 and after.is_finished
+    assert job.is_failed
+    assert len(job.results()) == 1
+    assert after.is_finished
     assert "can't be serialized" in job.latest_result().exc_string
 
 
@@ -4130,7 +4211,8 @@ def test_a_result_that_is_too_large_fails_the_job(queue, monkeypatch):
     monkeypatch.setattr(microq, "MAX_RESULT", 100)
     job = queue.enqueue(add, "x" * 200, "")
     work(queue)
-    assert job.is_failed and "too large" in job.latest_result().exc_string
+    assert job.is_failed
+    assert "too large" in job.latest_result().exc_string
 
 
 def test_a_result_that_the_connection_does_not_carry_fails_its_job(
@@ -4138,22 +4220,22 @@ def test_a_result_that_the_connection_does_not_carry_fails_its_job(
 ):
     redis.config_set("client-query-buffer-limit", 1 << 20)
     try:
-        job, after = queue.enqueue(return_large), queue.enqueue(add)
+        job = queue.enqueue(return_large)
+        after = queue.enqueue(add)
         work(Worker(queue))
     finally:
         redis.config_set("client-query-buffer-limit", 1 << 30)
-    assert (
-        job.is_failed
-        and "too large" in job.latest_result().exc_string
-        and after.is_finished
-    )
+    assert job.is_failed
+    assert "too large" in job.latest_result().exc_string
+    assert after.is_finished
 
 
 def test_argument_without_a_repr_does_not_fail_the_job(queue, caplog):
     job = queue.enqueue(str.format, "x", Unprintable())
     with caplog.at_level("INFO", "microq"):
         work(queue)
-    assert job.return_value() == "x" and "Unprintable object" in job.description
+    assert job.return_value() == "x"
+    assert "Unprintable object" in job.description
     assert "Unprintable object" in caplog.text
 
 
@@ -4194,7 +4276,8 @@ def test_argument_without_a_repr_does_not_fail_the_job(queue, caplog):
     ],
 )
 def test_a_garbled_job_fails_alone(redis, queue, run, field, value, reason):
-    job, after = queue.enqueue(add, 1, retry=Retry(1)), queue.enqueue(add, 2)
+    job = queue.enqueue(add, 1, retry=Retry(1))
+    after = queue.enqueue(add, 2)
     if value is None:
         redis.hdel(f"{Q}job:{job.id}", field)
     else:
@@ -4204,7 +4287,8 @@ def test_a_garbled_job_fails_alone(redis, queue, run, field, value, reason):
     if reason is None:
         assert job.is_finished
     else:
-        assert job.is_failed and reason in job.latest_result().exc_string
+        assert job.is_failed
+        assert reason in job.latest_result().exc_string
         assert Job.fetch(job.id, redis).is_failed
 
 
@@ -4219,15 +4303,12 @@ def test_key_that_is_no_job_does_not_stop_the_worker(redis, queue, run):
 
 
 def test_coroutines_share_an_event_loop_and_leave_no_tasks(queue, run):
-    first, slow = (
-        queue.enqueue(loop_id),
-        queue.enqueue(sleep_async, 20, job_timeout=0.2),
-    )
+    first = queue.enqueue(loop_id)
+    slow = queue.enqueue(sleep_async, 20, job_timeout=0.2)
     second = queue.enqueue(loop_id)
     run()
-    assert (
-        first.return_value() == second.return_value() and first.return_value()[1] == 2
-    )
+    assert first.return_value() == second.return_value()
+    assert first.return_value()[1] == 2
     assert "timeout" in slow.latest_result().exc_string
 
 
@@ -4248,7 +4329,8 @@ def test_exception_handlers_are_called_until_one_returns_false(redis, queue, run
         job = queue.enqueue(fail, "ouch")
         worker = Worker(queue, fork=fork, exception_handlers=handlers)
         work(worker)
-        assert job.is_failed and job.get_meta()["told"] == ["ValueError", "ouch", True]
+        assert job.is_failed
+        assert job.get_meta()["told"] == ["ValueError", "ouch", True]
     with pytest.raises(TypeError, match="dotted name"):
         Worker(queue, exception_handlers=[7])
 
@@ -4260,22 +4342,22 @@ def test_a_retry_runs_again_and_the_last_failure_stays(queue, run):
     good = queue.enqueue(flaky, 2, retry=Retry(3, interval=0))
     bad = queue.enqueue(fail, retry=Retry(max=2, interval=0))
     run()
-    assert good.is_finished and good.return_value() == "done"
+    assert good.is_finished
+    assert good.return_value() == "done"
     assert [result.type for result in good.results()] == [
         "successful",
         "retried",
         "retried",
     ]
-    assert bad.is_failed and [r.type for r in bad.results()] == [
+    assert bad.is_failed
+    assert [r.type for r in bad.results()] == [
         "failed",
         "retried",
         "retried",
     ]
-    assert (good.number_of_retries, good.retries_left, good.retry_intervals) == (
-        2,
-        1,
-        [0],
-    )
+    assert good.number_of_retries == 2
+    assert good.retries_left == 1
+    assert good.retry_intervals == [0]
 
 
 def test_a_retry_at_the_front_overtakes(queue, run):
@@ -4286,12 +4368,11 @@ def test_a_retry_at_the_front_overtakes(queue, run):
 
 
 def test_a_job_may_ask_to_be_run_again(queue, run):
-    good, greedy = (
-        queue.enqueue(return_retry_up_to, 2),
-        queue.enqueue(always_return_retry),
-    )
+    good = queue.enqueue(return_retry_up_to, 2)
+    greedy = queue.enqueue(always_return_retry)
     run()
-    assert good.return_value() == "enough" and len(good.results()) == 3
+    assert good.return_value() == "enough"
+    assert len(good.results()) == 3
     assert greedy.is_failed
     assert [r.type for r in greedy.results()] == [
         "max_retries_exceeded",
@@ -4305,19 +4386,24 @@ def test_a_job_is_repeated_after_success(queue, run):
     bad = queue.enqueue(fail, repeat=Repeat(times=2))
     waits = queue.enqueue(add, 1, repeat=Repeat(times=2, interval=[60, 90]))
     run()
-    assert len(job.results()) == 3 and job.is_finished
+    assert len(job.results()) == 3
+    assert job.is_finished
     job.refresh()
     assert (job.repeats_left, job.repeat_intervals) == (0, [0])
-    assert bad.is_failed and len(bad.results()) == 1
-    assert waits.is_scheduled and waits.latest_result().return_value == 1
+    assert bad.is_failed
+    assert len(bad.results()) == 1
+    assert waits.is_scheduled
+    assert waits.latest_result().return_value == 1
     waits.cancel()
 
 
 def test_a_run_that_returns_nothing_leaves_nothing_of_the_run_before(queue, run):
     job = queue.enqueue(fail_once, retry=Retry(1))
     run()
-    assert job.is_finished and job.latest_result().return_value is None
-    assert job.return_value() is None and "boom" in job.results()[1].exc_string
+    assert job.is_finished
+    assert job.latest_result().return_value is None
+    assert job.return_value() is None
+    assert "boom" in job.results()[1].exc_string
 
 
 def test_each_repeat_has_all_its_retries(queue, run):
@@ -4331,11 +4417,13 @@ def test_each_repeat_may_crash_as_often_as_the_first_run(redis, queue):
     for number in (1, 3):
         claim(queue, "dead", number=number, lease=0.01)
         time.sleep(0.02)
-        assert heartbeat(queue) == [b"dead"] and job.is_queued
+        assert heartbeat(queue) == [b"dead"]
+        assert job.is_queued
         [(_, execution)] = claim(queue, "w", number=number + 1)
         settle(queue, job.id, execution, rule="repeat")
     types = [result.type for result in job.results()]
-    assert types == ["successful", "retried"] * 2 and job.is_finished
+    assert types == ["successful", "retried"] * 2
+    assert job.is_finished
 
 
 # ---- 8. Running a job: timeouts ------------------------------------------------------
@@ -4345,26 +4433,24 @@ def test_each_repeat_may_crash_as_often_as_the_first_run(redis, queue):
 def test_job_over_its_timeout_is_stopped_even_if_it_catches_exceptions(
     queue, run, func
 ):
-    job, after = queue.enqueue(func, 5, job_timeout=0.2), queue.enqueue(add, 1)
+    job = queue.enqueue(func, 5, job_timeout=0.2)
+    after = queue.enqueue(add, 1)
     began = time.monotonic()
     run()
     assert time.monotonic() - began < 4.9
-    assert (
-        job.is_failed
-        and "timeout of 0.2 s" in job.latest_result().exc_string
-        and after.is_finished
-    )
+    assert job.is_failed
+    assert "timeout of 0.2 s" in job.latest_result().exc_string
+    assert after.is_finished
     assert not issubclass(JobTimeoutException, Exception)
 
 
 def test_job_over_its_timeout_is_stopped_in_a_thread(queue):
     with Worker(queue):
-        job, after = queue.enqueue(spin, 5, job_timeout=0.2), queue.enqueue(add, 1)
-    assert (
-        job.is_failed
-        and "timeout of 0.2 s" in job.latest_result().exc_string
-        and after.is_finished
-    )
+        job = queue.enqueue(spin, 5, job_timeout=0.2)
+        after = queue.enqueue(add, 1)
+    assert job.is_failed
+    assert "timeout of 0.2 s" in job.latest_result().exc_string
+    assert after.is_finished
 
 
 @pytest.mark.parametrize("seconds", [0, 1000])
@@ -4377,7 +4463,8 @@ def test_the_timeout_holds_even_if_a_job_took_the_alarm(queue, run, seconds):
     late = queue.enqueue(sleep, 5, job_timeout=0.3)
     began = time.monotonic()
     run()
-    assert late.is_failed and time.monotonic() - began < 3
+    assert late.is_failed
+    assert time.monotonic() - began < 3
 
 
 def test_interrupt_hits_only_its_own_run():
@@ -4401,12 +4488,11 @@ def test_interrupt_hits_only_its_own_run():
 
 def test_a_job_that_runs_another_keeps_its_own_timeout(redis, run, queue):
     path = redis.connection_pool.connection_kwargs["path"]
-    job, began = (
-        queue.enqueue(enqueue_and_sleep, path, job_timeout=0.5),
-        time.monotonic(),
-    )
+    job = queue.enqueue(enqueue_and_sleep, path, job_timeout=0.5)
+    began = time.monotonic()
     run()
-    assert job.is_failed and "timeout of 0.5 s" in job.exc_info
+    assert job.is_failed
+    assert "timeout of 0.5 s" in job.exc_info
     assert time.monotonic() - began < 5
 
 
@@ -4419,16 +4505,12 @@ def test_job_over_its_timeout_may_clean_up_before_it_is_killed(queue, tmp_path):
 
 def test_a_job_that_ignores_its_timeout_is_killed(queue, monkeypatch):
     monkeypatch.setattr(microq, "KILL_GRACE", 0.3)
-    job, after = (
-        queue.enqueue(ignore_exceptions, 30, job_timeout=0.2),
-        queue.enqueue(add, 1),
-    )
+    job = queue.enqueue(ignore_exceptions, 30, job_timeout=0.2)
+    after = queue.enqueue(add, 1)
     work(Worker(queue))
-    assert (
-        job.is_failed
-        and "killed" in job.latest_result().exc_string
-        and after.is_finished
-    )
+    assert job.is_failed
+    assert "killed" in job.latest_result().exc_string
+    assert after.is_finished
 
 
 @pytest.mark.parametrize("func", [hold_the_gil, wait_for_ever, ignore_exceptions])
@@ -4437,21 +4519,23 @@ def test_a_job_stuck_where_no_exception_reaches_is_killed_on_time(
 ):
     monkeypatch.setattr(microq, "KILL_GRACE", 0.3)
     args = (30,) if func is ignore_exceptions else ()
-    job, after = queue.enqueue(func, *args, job_timeout=0.2), queue.enqueue(add, 1)
+    job = queue.enqueue(func, *args, job_timeout=0.2)
+    after = queue.enqueue(add, 1)
     began = time.monotonic()
     work(Worker(queue))
-    assert time.monotonic() - began < 15 and after.is_finished and job.is_failed
-    assert (
-        "after its timeout" in job.latest_result().exc_string
-        and len(job.results()) == 1
-    )
+    assert time.monotonic() - began < 15
+    assert after.is_finished
+    assert job.is_failed
+    assert "after its timeout" in job.latest_result().exc_string
+    assert len(job.results()) == 1
 
 
 def test_job_killed_after_its_timeout_is_retried(queue, monkeypatch):
     monkeypatch.setattr(microq, "KILL_GRACE", 0.1)
     job = queue.enqueue(ignore_exceptions, 30, job_timeout=0.1, retry=Retry(1))
     work(Worker(queue))
-    assert job.is_failed and len(job.results()) == 2
+    assert job.is_failed
+    assert len(job.results()) == 2
 
 
 # ---- 8. Running a job: callbacks and webhooks ----------------------------------------
@@ -4479,10 +4563,8 @@ def test_callbacks_receive_the_outcome(redis, queue, callback_log, run):
 
 def test_a_job_knows_its_callbacks(queue):
     job = queue.enqueue(add, on_failure=Callback(raise_in_callback, "2m"))
-    assert (
-        job.failure_callback is raise_in_callback
-        and job.failure_callback_timeout == 120
-    )
+    assert job.failure_callback is raise_in_callback
+    assert job.failure_callback_timeout == 120
     assert job.success_callback is job.stopped_callback_timeout is None
 
 
@@ -4512,7 +4594,8 @@ def test_a_job_killed_in_its_callback_runs_again(redis, queue, callback_log):
     """Once more, with its callback: nothing is lost, and nothing is enqueued twice."""
     job = queue.enqueue(add, 1, on_success=kill_process_once)
     work(Worker(queue))
-    assert job.return_value() == 1 and callback_log() == [job.id] * 2
+    assert job.return_value() == 1
+    assert callback_log() == [job.id] * 2
     assert [str(result.type) for result in job.results()] == ["successful", "retried"]
 
 
@@ -4526,15 +4609,18 @@ def test_a_stopped_job_calls_back(
     wait_until((tmp_path / "on").exists)
     send_stop_job_command(redis, job.id)
     wait_until(lambda: job.is_stopped)
-    assert callback_log() == ["stopped a"] and job.latest_result().type == "stopped"
+    assert callback_log() == ["stopped a"]
+    assert job.latest_result().type == "stopped"
 
 
 def test_a_job_that_kills_its_process_calls_back_once(queue, callback_log):
     job = queue.enqueue(kill_self, job_id="a", on_failure=log_failure)
     work(Worker(queue))
     [word] = callback_log()
-    assert word.startswith("failure a AbandonedJobError") and "signal 9" in word
-    assert job.is_failed and "signal 9" in job.latest_result().exc_string
+    assert word.startswith("failure a AbandonedJobError")
+    assert "signal 9" in word
+    assert job.is_failed
+    assert "signal 9" in job.latest_result().exc_string
     assert len(job.results()) == 3 + 1 - 1
     job.requeue()
     job.cancel()
@@ -4557,8 +4643,10 @@ def test_webhooks_are_sent_when_a_job_has_ended(queue, webhook_server, run):
         ("GET", "/finished", None), ("GET", "/broken", None), ("POST", "/failed", "7"),
     ]  # fmt: skip
     body = heard[2][3]
-    assert body["job_id"] == job.id and body["func_name"] == "test_microq.fail"
-    assert body["status"] == "failed" and "boom" in body["exc_info"]
+    assert body["job_id"] == job.id
+    assert body["func_name"] == "test_microq.fail"
+    assert body["status"] == "failed"
+    assert "boom" in body["exc_info"]
     job.refresh()
     assert datetime.fromisoformat(body["ended_at"]) - job.ended_at < timedelta(
         seconds=1
@@ -4572,7 +4660,8 @@ def test_jobs_claimed_behind_a_webhook_are_released(queue, redis, webhook_server
     queue.enqueue(add, webhooks=[Webhook(url, "finished")])
     jobs = [queue.enqueue(add) for _ in range(100)]
     work(queue)
-    assert len(heard) == 1 and all(job.is_finished for job in jobs)
+    assert len(heard) == 1
+    assert all(job.is_finished for job in jobs)
 
 
 def test_a_killed_job_sends_its_webhook(queue, webhook_server):
@@ -4586,7 +4675,8 @@ def test_a_killed_job_sends_its_webhook(queue, webhook_server):
 
 
 def test_queues_are_served_in_order_of_priority(redis):
-    high, low = Queue("high", redis), Queue("low", redis)
+    high = Queue("high", redis)
+    low = Queue("low", redis)
     jobs = [low.enqueue(add, 1), low.enqueue(add, 2), high.enqueue(add, 3)]
     SimpleWorker(["high", "low"], connection=redis).work(max_jobs=2, logging_level=None)
     assert [job.get_status() for job in jobs] == ["finished", "queued", "finished"]
@@ -4602,7 +4692,8 @@ def test_queues_are_served_by_strategy(redis, strategy, order):
     work(queues, dequeue_strategy=strategy)
     jobs.sort(key=lambda job: job.latest_result().execution_started_at)
     served = "".join(job.origin for job in jobs)
-    assert sorted(served) == list("aaabbb") and (order is None or served == order)
+    assert sorted(served) == list("aaabbb")
+    assert order is None or served == order
     with pytest.raises(ValueError, match="round_robin"):
         SimpleWorker(queues).work(burst=True, dequeue_strategy="fair")
 
@@ -4623,7 +4714,8 @@ def test_a_worker_class_may_have_a_strategy(redis, worker_class):
 
 def test_a_worker_of_several_queues_keeps_their_order(redis, monkeypatch):
     """What is left of a batch after FLUSH goes back; nothing claimed behind it may overtake it."""
-    high, low = Queue("high", redis), Queue("low", redis)
+    high = Queue("high", redis)
+    low = Queue("low", redis)
     monkeypatch.setattr(sys.modules[__name__], "RUN_ORDER", [])
     work(high)  # loads the scripts
     low.enqueue_many(
@@ -4637,18 +4729,21 @@ def test_a_worker_of_several_queues_keeps_their_order(redis, monkeypatch):
 def test_a_worker_stops_after_its_limits(redis, queue):
     jobs = [queue.enqueue(add) for _ in range(3)]
     assert SimpleWorker(queue).work(max_jobs=2, logging_level=None)
-    assert len(queue) == 1 and jobs[2].is_queued
+    assert len(queue) == 1
+    assert jobs[2].is_queued
     began = time.monotonic()
     assert SimpleWorker(queue).work(max_idle_time=0.2, logging_level=None)
     assert 0.15 < time.monotonic() - began < 5
-    assert redis.keys("microq:worker:*") == [] and redis.hkeys(Q + "workers") == []
+    assert redis.keys("microq:worker:*") == []
+    assert redis.hkeys(Q + "workers") == []
 
 
 def test_a_worker_works_more_than_once(queue):
     worker = Worker(queue)
     for _ in range(2):
         job = queue.enqueue(add, 1)
-        assert work(worker) and job.is_finished
+        assert work(worker)
+        assert job.is_finished
 
 
 def test_tiny_jobs_are_claimed_ahead_of_a_batch_that_runs(queue, monkeypatch):
@@ -4671,7 +4766,8 @@ def test_jobs_claimed_ahead_of_a_slow_job_are_released(queue, run):
     behind = queue.enqueue_many([Queue.prepare_data(add)] * 400)
     run()
     count, waiting = slow.return_value()
-    assert count == 1 and waiting == [job.id for job in behind]
+    assert count == 1
+    assert waiting == [job.id for job in behind]
     assert all(len(job.results()) == 1 for job in [*before, slow, *behind])
 
 
@@ -4715,7 +4811,8 @@ def test_jobs_claimed_behind_a_slow_job_are_released(queue, start_worker, words)
 
 
 def test_batch_watchdog_tries_again_after_a_cut_connection(queue, monkeypatch):
-    cuts, read_replies = [], microq._read_replies
+    cuts = []
+    read_replies = microq._read_replies
 
     def cut_once(raw, count):
         if threading.current_thread().name == "relief" and not cuts:
@@ -4731,7 +4828,8 @@ def test_batch_watchdog_tries_again_after_a_cut_connection(queue, monkeypatch):
         wait_until(
             lambda: slow.is_started and queue.job_ids == [job.id for job in behind]
         )
-    assert cuts and all(len(job.results()) == 1 for job in [*jobs, slow, *behind])
+    assert cuts
+    assert all(len(job.results()) == 1 for job in [*jobs, slow, *behind])
 
 
 def test_job_with_crashes_is_claimed_alone(redis, queue):
@@ -4759,7 +4857,8 @@ def test_request_cut_in_flight_is_sent_again(queue, run):
 def test_a_job_that_finds_a_worker_idle_costs_it_no_round_trip_before_it_runs(
     queue, monkeypatch
 ):
-    posts, post = Counter(), microq._send_packed
+    posts = Counter()
+    post = microq._send_packed
 
     def count(wire, commands):
         posts[threading.current_thread().name] += 1
@@ -4842,7 +4941,8 @@ def test_a_worker_waits_for_a_server_that_went_away(tmp_path):
             server.start()
             second = queue.enqueue(add, 1)
             assert wait_until(lambda: second.latest_result(timeout=5)).return_value == 1
-        assert first.is_finished and len(first.results()) == 1
+        assert first.is_finished
+        assert len(first.results()) == 1
         check_invariants(connection)
     finally:
         server.stop()
@@ -4866,7 +4966,8 @@ def test_a_server_that_refuses_writes_is_waited_for(
     redis, queue, start_worker, tmp_path
 ):
     """-OOM and -READONLY; what has ended meanwhile is settled afterwards."""
-    worker, log = start_worker("--lease", "2"), tmp_path / "log"
+    worker = start_worker("--lease", "2")
+    log = tmp_path / "log"
     for trouble in ("memory", "replica"):
         job = queue.enqueue(sleep_and_record_pid, str(log), 0.3)
         pids_of_run(log, 1 + (trouble == "replica"))
@@ -4878,7 +4979,8 @@ def test_a_server_that_refuses_writes_is_waited_for(
             redis.execute_command("REPLICAOF", "127.0.0.1", "1")
             time.sleep(0.8)
             redis.execute_command("REPLICAOF", "NO", "ONE")
-        assert wait_until(lambda job=job: job.is_finished) and len(job.results()) == 1
+        assert wait_until(lambda job=job: job.is_finished)
+        assert len(job.results()) == 1
     assert "trying again" in stop_and_read_log(worker)
 
 
@@ -4924,7 +5026,8 @@ def test_workers_do_not_all_come_back_at_the_same_time():
 def test_lost_replies_neither_lose_nor_double_a_job(
     server, redis, queue, tmp_path, fork
 ):
-    proxy, log = Proxy(tmp_path / "p", server.path), tmp_path / "log"
+    proxy = Proxy(tmp_path / "p", server.path)
+    log = tmp_path / "log"
     connection = redis_py.Redis(unix_socket_path=proxy.path)
     jobs = [
         queue.enqueue(append_then_sleep, str(log), 0.02, i, repeat=Repeat(1))
@@ -4949,7 +5052,8 @@ def test_a_worker_counts_the_ids_whose_record_was_evicted(redis, queue, caplog):
     with caplog.at_level("INFO", "microq"):
         work(queue)
     counts = [r.args[0] for r in caplog.records if "without a record" in r.getMessage()]
-    assert sum(counts) == 2 and kept.is_finished
+    assert sum(counts) == 2
+    assert kept.is_finished
 
 
 def test_no_control_character_of_a_job_reaches_the_log(queue, start_worker):
@@ -4961,7 +5065,8 @@ def test_no_control_character_of_a_job_reaches_the_log(queue, start_worker):
     queue.connection.rpush("microq:inbox:w", attack)
     wait_until(lambda: job.is_failed and not queue.connection.exists("microq:inbox:w"))
     text = stop_and_read_log(worker)
-    assert "Traceback" in text and "\\x1b]0;title\\x07\\x9b2J\\r\\u202e" in text
+    assert "Traceback" in text
+    assert "\\x1b]0;title\\x07\\x9b2J\\r\\u202e" in text
     assert not [each for each in text if not (each.isprintable() or each in "\n\t")]
 
 
@@ -4977,7 +5082,8 @@ def test_the_log_has_the_format_and_the_detail_that_were_asked_for(
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True
     )
-    assert done.returncode == 0 and "now|default: job OK" in done.stderr
+    assert done.returncode == 0
+    assert "now|default: job OK" in done.stderr
     assert "secret" not in done.stderr
 
 
@@ -5003,8 +5109,10 @@ def test_a_worker_takes_the_options_of_rq(redis, queue):
         [queue], "foo", 500, redis, [], prepare_for_work=True, **options
     )
     worker.push_exc_handler(print)
-    assert worker.pop_exc_handler() is print and worker.queue_keys() == [queue.key]
-    assert worker.work(True, None, "%H:%M:%S", "%(message)s") and job.result == 1
+    assert worker.pop_exc_handler() is print
+    assert worker.queue_keys() == [queue.key]
+    assert worker.work(True, None, "%H:%M:%S", "%(message)s")
+    assert job.result == 1
     with pytest.raises(TypeError, match="maintenance_intervall"):
         SimpleWorker(queue, maintenance_intervall=600)
 
@@ -5036,8 +5144,10 @@ def test_workers_are_found_and_show_what_they_do(redis, queue, busy_worker):
     assert Worker.all_keys(redis) == ["microq:worker:bee"]
     [bee] = Worker.all(redis)
     assert (bee.name, bee.pid, bee.queue_names()) == ("bee", process.pid, ["default"])
-    assert bee.hostname == socket.gethostname() and bee.version == microq.__version__
-    assert bee.state == "busy" and bee.get_current_job() == job
+    assert bee.hostname == socket.gethostname()
+    assert bee.version == microq.__version__
+    assert bee.state == "busy"
+    assert bee.get_current_job() == job
     assert bee.get_current_job_id() == job.id
     send_stop_job_command(redis, job.id)
     for func in (add, fail, spin):
@@ -5045,11 +5155,9 @@ def test_workers_are_found_and_show_what_they_do(redis, queue, busy_worker):
     wait_until(lambda: Worker.find_by_key(bee.key, redis).failed_job_count == 1, 3)
     wait_until(lambda: Worker.find_by_key(bee.key, redis).successful_job_count == 2, 3)
     bee = Worker.find_by_key("bee", redis)
-    assert (
-        bee.total_working_time > 0.3
-        and bee.state == "idle"
-        and bee.get_current_job() is None
-    )
+    assert bee.total_working_time > 0.3
+    assert bee.state == "idle"
+    assert bee.get_current_job() is None
     assert bee.birth_date < bee.last_heartbeat <= datetime.now(timezone.utc)
     assert Worker.find_by_key("nobody", redis) is None
 
@@ -5099,7 +5207,8 @@ def test_a_second_worker_of_the_same_name_is_refused(redis, queue, start_worker)
     status, _, error = microq_command(
         "worker", "-b", "-n", "bee", "--url", redis_url(redis), "--in-process"
     )
-    assert status == 1 and "'bee' is alive" in error
+    assert status == 1
+    assert "'bee' is alive" in error
     with pytest.raises(ValueError, match="choose another name"):
         work(Worker(queue, name="bee"))
 
@@ -5140,7 +5249,8 @@ def test_a_worker_takes_the_name_of_a_dead_process_at_once(
     queue, start_worker, tmp_path
 ):
     """As a service that is started again has the name of the one before."""
-    dead, log = start_worker("--name", "bee", "--lease", "600"), tmp_path / "log"
+    dead = start_worker("--name", "bee", "--lease", "600")
+    log = tmp_path / "log"
     job = queue.enqueue(sleep_and_record_pid, str(log), 1)
     pids_of_run(log)
     dead.kill()
@@ -5148,7 +5258,8 @@ def test_a_worker_takes_the_name_of_a_dead_process_at_once(
     command = [sys.executable, "-m", "microq", "worker", "-b", "-n", "bee"]
     url = redis_url(queue.connection)
     subprocess.run([*command, "--url", url, "--lease", "600"], check=True, timeout=30)
-    assert job.is_finished and job.latest_result().worker_name == "bee"
+    assert job.is_finished
+    assert job.latest_result().worker_name == "bee"
 
 
 def test_a_worker_waits_for_the_lease_of_one_in_another_container(redis, queue):
@@ -5183,10 +5294,8 @@ def test_a_worker_waits_for_the_lease_of_one_in_another_container(redis, queue):
 def test_a_frozen_worker_ends_if_another_has_taken_its_name(
     redis, queue, start_worker, tmp_path, words
 ):
-    frozen, log = (
-        start_worker("--name", "bee", "--lease", "2", *words),
-        tmp_path / "log",
-    )
+    frozen = start_worker("--name", "bee", "--lease", "2", *words)
+    log = tmp_path / "log"
     job = queue.enqueue(sleep_and_record_pid, str(log), 1)
     pids_of_run(log)
     pids = [frozen.pid, *children_of(frozen.pid)]
@@ -5215,7 +5324,8 @@ def test_a_frozen_worker_ends_if_another_has_taken_its_name(
             os.kill(pid, signal.SIGCONT)
     try:
         _, error = frozen.communicate(timeout=20)
-        assert frozen.returncode == 1 and "another worker has taken its name" in error
+        assert frozen.returncode == 1
+        assert "another worker has taken its name" in error
         wait_until(lambda: job.is_finished)
         assert [each.type for each in job.results()] == ["successful", "retried"]
         later = queue.enqueue(add, 1)
@@ -5295,12 +5405,12 @@ def test_idle_child_that_hangs_is_replaced_and_its_claims_released(
         )
         jobs = queue.enqueue_many([Queue.prepare_data(add, (i,)) for i in range(100)])
         wait_until(lambda: all(job.is_finished for job in jobs), 60)
-        assert all(
-            len(job.results()) == 1 for job in jobs
-        ) and child not in children_of(worker.pid)
+        assert all(len(job.results()) == 1 for job in jobs)
+        assert child not in children_of(worker.pid)
     finally:
         log = end_process(worker)
-    assert f"process {child} of worker" in log and "hangs, and is killed" in log
+    assert f"process {child} of worker" in log
+    assert "hangs, and is killed" in log
 
 
 def test_child_that_cannot_settle_is_replaced_and_counted_as_a_crash(queue, server):
@@ -5368,7 +5478,8 @@ microq.Worker("default", connection=redis.Redis.from_url({server.url!r})).work()
 """
     worker = start_script(code)
     try:
-        good, bad = queue.enqueue(add, 1), queue.enqueue(kill_self, max_crashes=0)
+        good = queue.enqueue(add, 1)
+        bad = queue.enqueue(kill_self, max_crashes=0)
         wait_until(lambda: good.is_finished and bad.is_failed, 40)
         assert "signal 9" in bad.exc_info
         worker.terminate()
@@ -5381,11 +5492,13 @@ microq.Worker("default", connection=redis.Redis.from_url({server.url!r})).work()
 def test_worker_that_ends_by_an_error_sends_no_more_heartbeats(
     redis, queue, monkeypatch
 ):
-    worker, before = SimpleWorker(queue, lease=0.3), threading.active_count()
+    worker = SimpleWorker(queue, lease=0.3)
+    before = threading.active_count()
     monkeypatch.setattr(worker, "run_loop", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         worker.work(logging_level=None)
-    assert threading.active_count() == before and redis.hlen(Q + "workers") == 0
+    assert threading.active_count() == before
+    assert redis.hlen(Q + "workers") == 0
 
 
 def test_a_worker_warns_of_a_server_that_evicts_keys(redis, queue, caplog):
@@ -5400,7 +5513,8 @@ def test_a_worker_warns_of_a_server_that_evicts_keys(redis, queue, caplog):
     [record] = [
         each for each in caplog.records if "maxmemory-policy" in each.getMessage()
     ]
-    assert record.levelname == "WARNING" and "allkeys-lru" in record.getMessage()
+    assert record.levelname == "WARNING"
+    assert "allkeys-lru" in record.getMessage()
 
 
 def test_a_worker_that_may_not_read_the_eviction_policy_works(server, redis):
@@ -5428,7 +5542,8 @@ def test_processes_have_titles_where_setproctitle_is_installed(
     titles = [
         Path(f"/proc/{each}/cmdline").read_bytes().decode() for each in (pid, parent)
     ]
-    assert f"microq bee: default {job.id}" in titles[0] and "microq bee" in titles[1]
+    assert f"microq bee: default {job.id}" in titles[0]
+    assert "microq bee" in titles[1]
     assert worker.poll() is None
 
 
@@ -5455,14 +5570,16 @@ def test_a_child_is_replaced_after_1000_jobs_but_not_in_its_first_second(
     jobs += queue.enqueue_many([Queue.prepare_data(os.getpid)] * 900)
     work(Worker(queue, **options))
     pids = [jobs[i].return_value() for i in (0, 999, 1000, -1)]
-    assert pids[0] == pids[1] != pids[3] and (pids[1] != pids[2]) is exactly
+    assert pids[0] == pids[1] != pids[3]
+    assert (pids[1] != pids[2]) is exactly
 
 
 @pytest.mark.parametrize(("jobs_per_fork", "children"), [(1, 2), (1000, 1)])
 def test_standby_child_is_forked_before_its_predecessor_ends(
     queue, start_worker, tmp_path, jobs_per_fork, children
 ):
-    worker, log = start_worker("--jobs-per-fork", str(jobs_per_fork)), tmp_path / "log"
+    worker = start_worker("--jobs-per-fork", str(jobs_per_fork))
+    log = tmp_path / "log"
     queue.enqueue(sleep_and_record_pid, str(log))
     pid, parent = pids_of_run(log)
     wait_until(lambda: len(children_of(parent)) == children)
@@ -5473,7 +5590,8 @@ def test_standby_child_is_forked_before_its_predecessor_ends(
 
 
 def test_standby_child_that_dies_is_replaced(queue, start_worker, tmp_path):
-    worker, log = start_worker("--jobs-per-fork", "1"), tmp_path / "log"
+    worker = start_worker("--jobs-per-fork", "1")
+    log = tmp_path / "log"
     queue.enqueue(sleep_and_record_pid, str(log))
     pid, _ = pids_of_run(log)
     [spare] = wait_until(
@@ -5489,7 +5607,8 @@ def test_standby_child_that_dies_is_replaced(queue, start_worker, tmp_path):
 def test_standby_child_that_cannot_be_forked_is_not_tried_for_each_job(
     queue, monkeypatch, caplog
 ):
-    forks, fork = [], os.fork
+    forks = []
+    fork = os.fork
 
     def only_once():
         forks.append(1)
@@ -5500,7 +5619,9 @@ def test_standby_child_that_cannot_be_forked_is_not_tried_for_each_job(
     monkeypatch.setattr(os, "fork", only_once)
     jobs = [queue.enqueue(sleep, 0.002) for _ in range(100)]
     work(Worker(queue, jobs_per_fork=101))
-    assert all(job.is_finished for job in jobs) and len(caplog.messages) <= 3
+    assert all(job.is_finished for job in jobs)
+    refusals = [message for message in caplog.messages if "no more" in message]
+    assert 1 <= len(refusals) <= 3
 
 
 def test_child_may_exit_while_the_supervisor_looks_at_it(queue, monkeypatch, caplog):
@@ -5511,16 +5632,15 @@ def test_child_may_exit_while_the_supervisor_looks_at_it(queue, monkeypatch, cap
     monkeypatch.setattr(os, "wait4", late)
     jobs = [queue.enqueue(os.getpid) for _ in range(10)]
     work(Worker(queue, jobs_per_fork=1))
-    assert (
-        len({job.return_value() for job in jobs}) == 10
-        and "idle process" not in caplog.text
-    )
+    assert len({job.return_value() for job in jobs}) == 10
+    assert "idle process" not in caplog.text
 
 
 def test_a_fork_that_fails_is_tried_again_while_the_others_are_kept(
     redis, queue, monkeypatch
 ):
-    forks, fork = [], os.fork
+    forks = []
+    fork = os.fork
 
     def fails_at_first():
         forks.append(1)
@@ -5529,7 +5649,8 @@ def test_a_fork_that_fails_is_tried_again_while_the_others_are_kept(
     monkeypatch.setattr(os, "fork", fails_at_first)
     job = queue.enqueue(add)
     work(Worker(queue))
-    assert job.is_finished and len(forks) == 2
+    assert job.is_finished
+    assert len(forks) == 2
 
 
 def test_late_reply_is_not_read_by_the_next_child(queue, start_worker):
@@ -5539,7 +5660,8 @@ def test_late_reply_is_not_read_by_the_next_child(queue, start_worker):
         *(queue.enqueue(os.getpid) for _ in range(5)),
     ]
     worker = start_worker("--jobs-per-fork", "1", "--lease", "1.5", "--burst")
-    assert worker.wait(10) == 0 and "Traceback" not in stop_and_read_log(worker)
+    assert worker.wait(10) == 0
+    assert "Traceback" not in stop_and_read_log(worker)
     assert len({job.return_value() for job in jobs}) == 6
     assert all(len(job.results()) == 1 for job in jobs)
 
@@ -5549,7 +5671,8 @@ def test_jobs_claimed_behind_a_killed_job_are_released(queue):
     killer = queue.enqueue(kill_self)
     jobs += [queue.enqueue(add, i) for i in range(60)]
     work(Worker(queue))
-    assert killer.is_failed and len(killer.results()) == 3
+    assert killer.is_failed
+    assert len(killer.results()) == 3
     assert all(job.is_finished for job in jobs)
     assert not any(job._fields.get("crashes") for job in jobs)
 
@@ -5558,9 +5681,10 @@ def test_late_claim_of_a_dead_child_takes_nothing(redis, queue):
     """Else nobody would ever run what it takes: the worker lives on, with another child."""
     job = queue.enqueue(add)
     claim(queue, "w", number=1)
-    for _ in "12":
+    for _ in range(2):
         release(queue, "w", 2)
-    assert claim(queue, "w", number=2) == [] and job.is_queued
+    assert claim(queue, "w", number=2) == []
+    assert job.is_queued
     assert [id for id, _ in claim(queue, "w", number=3)] == [job.id]
 
 
@@ -5599,21 +5723,22 @@ def test_jobs_that_misbehave_leave_the_worker_working(queue, start_worker):
 
 
 def test_a_job_that_leaves_a_thread_does_not_hold_the_worker(queue):
-    job, began = queue.enqueue(leave_a_thread), time.monotonic()
+    job = queue.enqueue(leave_a_thread)
+    began = time.monotonic()
     work(Worker(queue))
-    assert job.return_value() == "left" and time.monotonic() - began < 5
+    assert job.return_value() == "left"
+    assert time.monotonic() - began < 5
 
 
 def test_a_job_that_leaves_children_or_closes_files_does_not_hold_the_worker(queue):
-    left, closed, after = (
-        queue.enqueue(leave_children),
-        queue.enqueue(close_all_files),
-        queue.enqueue(add),
-    )
+    left = queue.enqueue(leave_children)
+    closed = queue.enqueue(close_all_files)
+    after = queue.enqueue(add)
     began = time.monotonic()
     work(Worker(queue))
     assert time.monotonic() - began < 2.9
-    assert left.return_value() == "left" and after.is_finished
+    assert left.return_value() == "left"
+    assert after.is_finished
     assert closed.return_value() == "closed"
 
 
@@ -5627,7 +5752,7 @@ def test_a_job_that_closes_a_standard_file_does_not_hold_the_batch(queue):
 def test_a_job_that_returns_twice_is_recorded_once(queue):
     jobs = [
         queue.enqueue(fork_and_fall_through),
-        *(queue.enqueue(pid_of_parent) for _ in "123"),
+        *(queue.enqueue(pid_of_parent) for _ in range(3)),
     ]
     work(Worker(queue))
     assert jobs[0].return_value() is False
@@ -5646,23 +5771,26 @@ def test_what_a_job_forks_ends_as_usual_by_sigterm(queue):
 def test_the_job_of_a_killed_child_runs_again_within_a_second(
     queue, start_worker, tmp_path
 ):
-    worker, log = start_worker(), tmp_path / "log"
+    worker = start_worker()
+    log = tmp_path / "log"
     job = queue.enqueue(sleep_and_record_pid, str(log))
     pid, parent = pids_of_run(log)
     assert parent == worker.pid
     killed = time.monotonic()
     os.kill(pid, signal.SIGKILL)
     second, _ = pids_of_run(log, 2)
-    assert time.monotonic() - killed < 5 and second != pid  # a lease is 15 s
+    assert time.monotonic() - killed < 5
+    assert second != pid  # a lease is 15 s
     os.kill(second, signal.SIGKILL)
     os.kill(pids_of_run(log, 3)[0], signal.SIGKILL)
     wait_until(lambda: job.is_failed)
     reason = job.latest_result().exc_string
-    assert "killed by signal 9" in reason and re.search(
-        r"peak memory was [1-9]\d* MB", reason
-    )
-    assert job.worker_name in reason and len(job.results()) == 3
-    assert Queue.all(queue.connection) and worker.poll() is None
+    assert "killed by signal 9" in reason
+    assert re.search(r"peak memory was [1-9]\d* MB", reason)
+    assert job.worker_name in reason
+    assert len(job.results()) == 3
+    assert Queue.all(queue.connection)
+    assert worker.poll() is None
     assert queue.enqueue(add, 1).latest_result(timeout=5).return_value == 1
     assert reason in stop_and_read_log(worker)
 
@@ -5686,7 +5814,8 @@ def test_a_flood_of_tiny_jobs_survives_kills(redis, queue, start_worker):
     several = [
         Job.fetch(key.decode().split(":")[-2], redis) for key in redis.keys("*:results")
     ]
-    assert several and {job.results()[0].return_value for job in several} == {1}
+    assert several
+    assert {job.results()[0].return_value for job in several} == {1}
     assert "successful" not in {
         run.type for job in several for run in job.results()[1:]
     }
@@ -5698,30 +5827,36 @@ def test_a_flood_of_tiny_jobs_survives_kills(redis, queue, start_worker):
     ids=["kill", "exit"],
 )
 def test_a_job_that_kills_its_process_is_failed_at_the_third_time(queue, func, reason):
-    job, after = queue.enqueue(func, retry=Retry(5)), queue.enqueue(add, 1)
+    job = queue.enqueue(func, retry=Retry(5))
+    after = queue.enqueue(add, 1)
     work(Worker(queue))
-    assert job.is_failed and re.search(reason, job.latest_result().exc_string)
-    assert len(job.results()) == 3 and after.is_finished
+    assert job.is_failed
+    assert re.search(reason, job.latest_result().exc_string)
+    assert len(job.results()) == 3
+    assert after.is_finished
 
 
 @pytest.mark.parametrize(("limit", "runs"), [(0, 1), (1, 2), (None, 3)])
 def test_a_job_runs_again_after_a_crash_as_often_as_it_may(queue, limit, runs):
     job = queue.enqueue(kill_self, max_crashes=limit)
     work(Worker(queue))
-    assert job.is_failed and len(job.results()) == runs
+    assert job.is_failed
+    assert len(job.results()) == runs
 
 
 def test_job_without_crashes_allowed_runs_once_even_after_a_cold_shutdown(
     redis, queue, start_worker, tmp_path
 ):
     for number, words in enumerate([[], ["--in-process"]]):
-        worker, log = start_worker(*words), tmp_path / f"log{number}"
+        worker = start_worker(*words)
+        log = tmp_path / f"log{number}"
         job = queue.enqueue(sleep_and_record_pid, str(log), max_crashes=0)
         waits = queue.enqueue(add)
         pids_of_run(log)
         terminate_twice(worker)
         assert worker.returncode == 1
-        assert job.is_failed and "shut down" in job.latest_result().exc_string
+        assert job.is_failed
+        assert "shut down" in job.latest_result().exc_string
         assert waits.is_queued
         queue.empty()
 
@@ -5730,7 +5865,8 @@ def test_job_without_crashes_allowed_fails_when_its_worker_died(queue):
     job = queue.enqueue(add, max_crashes=0)
     claim(queue, "dead", lease=0.01)
     time.sleep(0.02)
-    assert heartbeat(queue) == [b"dead"] and job.is_failed
+    assert heartbeat(queue) == [b"dead"]
+    assert job.is_failed
 
 
 @pytest.mark.skipif(
@@ -5741,9 +5877,12 @@ def test_a_job_that_the_kernel_kills_for_its_memory_is_failed(queue):
     group.mkdir()
     try:
         (group / "memory.limit_in_bytes").write_text(str(100 << 20))
-        job, after = queue.enqueue(allocate_memory, str(group)), queue.enqueue(add, 1)
+        job = queue.enqueue(allocate_memory, str(group))
+        after = queue.enqueue(add, 1)
         work(Worker(queue))
-        assert job.is_failed and after.is_finished and len(job.results()) == 3
+        assert job.is_failed
+        assert after.is_finished
+        assert len(job.results()) == 3
         megabytes = re.search(
             "signal 9.* memory was (\\d+) MB", job.latest_result().exc_string
         )
@@ -5760,12 +5899,16 @@ def test_work_horse_killed_handler_is_called(queue):
     )
     work(worker)
     [(same, pid, status, usage)] = told
-    assert same == job and pid > 0 and os.WTERMSIG(status) == 9 and usage.ru_maxrss > 0
+    assert same == job
+    assert pid > 0
+    assert os.WTERMSIG(status) == 9
+    assert usage.ru_maxrss > 0
 
 
 def test_children_of_a_killed_parent_end(server, redis, queue, start_worker, tmp_path):
     """SIGKILL of the whole worker, forking: within two leases another one runs its job."""
-    victim, log = start_worker("--lease", "1"), tmp_path / "log"
+    victim = start_worker("--lease", "1")
+    log = tmp_path / "log"
     job = queue.enqueue(sleep_and_record_pid, str(log))
     pid, _ = pids_of_run(log)
     other = start_worker("--lease", "1", "--in-process")
@@ -5773,7 +5916,8 @@ def test_children_of_a_killed_parent_end(server, redis, queue, start_worker, tmp
     killed = time.monotonic()
     wait_until(lambda: not is_alive(pid), 5)
     _, parent = pids_of_run(log, 2)
-    assert time.monotonic() - killed < 6 and parent == os.getpid()
+    assert time.monotonic() - killed < 6
+    assert parent == os.getpid()
     wait_until(lambda: job.number_of_retries == 0)
     send_stop_job_command(redis, job.id)
     wait_until(lambda: job.is_stopped)
@@ -5796,7 +5940,8 @@ def test_the_jobs_of_a_killed_worker_run_again(server, redis, queue, tmp_path):
     with Worker(queue, lease=0.5):
         wait_until(lambda: len(log.read_text().splitlines()) == 2)
         assert time.monotonic() - killed < 15
-    assert job.is_finished and [r.type for r in job.results()] == [
+    assert job.is_finished
+    assert [r.type for r in job.results()] == [
         "successful",
         "retried",
     ]
@@ -5806,7 +5951,8 @@ def test_worker_stopped_for_longer_than_its_lease_loses_its_job(
     redis, queue, start_worker, tmp_path
 ):
     """Parent and child sleep through their lease; what they report then is refused, and logged."""
-    sleeper, log = start_worker("--lease", "0.5"), tmp_path / "log"
+    sleeper = start_worker("--lease", "0.5")
+    log = tmp_path / "log"
     job = queue.enqueue(sleep_and_record_pid, str(log), 1)
     pid, parent = pids_of_run(log)
     for each in (parent, pid):
@@ -5821,7 +5967,9 @@ def test_worker_stopped_for_longer_than_its_lease_loses_its_job(
     assert later.latest_result(timeout=5).return_value == 1
     stop_and_read_log(other)
     assert "is no longer ours" in stop_and_read_log(sleeper)
-    assert len(good) == 1 and job.is_finished and len(job.results()) == 2
+    assert len(good) == 1
+    assert job.is_finished
+    assert len(job.results()) == 2
 
 
 def test_worker_reaps_only_after_a_whole_lease_on_time(redis, queue):
@@ -5844,10 +5992,13 @@ def test_heartbeat_returns_whether_the_lease_was_intact(redis, queue):
         assert redis.hexists(Q + "workers", "w")
         return reply[3] == 1
 
-    assert not known("reap", 15) and known("reap", 15)
-    assert not known("start", 15, "w two") and known("", 0.01, "w two")
+    assert not known("reap", 15)
+    assert known("reap", 15)
+    assert not known("start", 15, "w two")
+    assert known("", 0.01, "w two")
     time.sleep(0.02)
-    assert not known("reap", 15, "w two") and known("reap", 15, "w two")
+    assert not known("reap", 15, "w two")
+    assert known("reap", 15, "w two")
     redis.delete(Q + "workers")
     assert not known("reap", 15, "w two")
 
@@ -5876,7 +6027,8 @@ def test_worker_reaps_only_after_a_lease_without_an_outage(redis, queue):
     since = time.monotonic()
     with Worker(queue, lease=2) as worker:
         try:
-            running, job = queue.enqueue(wait_to_go_on), queue.enqueue(add)
+            running = queue.enqueue(wait_to_go_on)
+            job = queue.enqueue(add)
             wait_until(lambda: running.is_started)
             for number, trouble in enumerate(("just started", "cut off"), 1):
                 if trouble == "cut off":
@@ -5889,7 +6041,8 @@ def test_worker_reaps_only_after_a_lease_without_an_outage(redis, queue):
                 wait_until(lambda: job.is_queued)
         finally:
             GO_ON.set()
-    assert running.is_finished and job.is_finished
+    assert running.is_finished
+    assert job.is_finished
 
 
 def test_the_torture_in_short():
@@ -5950,7 +6103,8 @@ def test_the_model_in_short():
 
 def test_sigterm_finishes_the_current_job(redis, queue, start_worker, tmp_path):
     for words in ([], ["--in-process"]):
-        worker, log = start_worker(*words), tmp_path / f"log{len(words)}"
+        worker = start_worker(*words)
+        log = tmp_path / f"log{len(words)}"
         jobs = [
             queue.enqueue(append_then_sleep, str(log), 0.5),
             queue.enqueue(sleep, 0.5),
@@ -5959,7 +6113,8 @@ def test_sigterm_finishes_the_current_job(redis, queue, start_worker, tmp_path):
         worker.terminate()
         worker.communicate(timeout=10)
         assert worker.returncode == 0
-        assert jobs[0].is_finished and jobs[1].is_queued
+        assert jobs[0].is_finished
+        assert jobs[1].is_queued
         queue.empty()
 
 
@@ -5969,20 +6124,23 @@ def test_second_sigterm_requeues_the_current_job(redis, queue, start_worker):
         job = queue.enqueue(sleep, 20)
         wait_until(lambda job=job: job.is_started)
         terminate_twice(worker)
-        assert job.is_queued and redis.hget(f"{Q}job:{job.id}", "crashes") is None
+        assert job.is_queued
+        assert redis.hget(f"{Q}job:{job.id}", "crashes") is None
         queue.empty()
 
 
 def test_sigkill_soon_after_sigterm_loses_no_job(queue, start_worker, tmp_path):
     """SIGTERM to all processes, as systemd sends it, and SIGKILL when the grace is over."""
-    worker, log = start_worker("--lease", "1"), tmp_path / "log"
+    worker = start_worker("--lease", "1")
+    log = tmp_path / "log"
     jobs = [queue.enqueue(sleep_and_record_pid, str(log), 2), queue.enqueue(add)]
     everybody = pids_of_run(log)
     for number in (signal.SIGTERM, signal.SIGKILL):
         for pid in everybody:
             os.kill(pid, number)
         time.sleep(0.5)
-    assert worker.communicate() and jobs[0].is_started
+    assert worker.communicate()
+    assert jobs[0].is_started
     start_worker("--lease", "1")
     wait_until(lambda: all(job.is_finished for job in jobs))
     assert len(log.read_text().splitlines()) == 2
@@ -6023,13 +6181,15 @@ def test_a_pool_runs_jobs_at_the_same_time(redis, queue, start_worker, tmp_path)
     wait_until(lambda: jobs[1].is_finished and jobs[2].is_finished)
     send_shutdown_command(redis, "hive-2")
     process.communicate(timeout=5)
-    assert process.returncode == 0 and Worker.count(redis) == 0
+    assert process.returncode == 0
+    assert Worker.count(redis) == 0
 
 
 def test_a_pool_starts_from_a_program(redis, queue):
     jobs = [queue.enqueue(pid_of_parent) for _ in range(4)]
     pool = WorkerPool([queue], redis, num_workers=2)
-    assert len(pool.worker_dict) == 2 and pool.number_of_active_workers == 0
+    assert len(pool.worker_dict) == 2
+    assert pool.number_of_active_workers == 0
     assert pool.start(burst=True, logging_level=None)
     assert all(job.is_finished for job in jobs)
     assert sum(worker.successful_job_count for worker in pool.worker_dict.values()) == 4
@@ -6047,7 +6207,8 @@ def test_a_job_is_stopped_by_command_and_not_retried(redis, queue, busy_worker):
     send_stop_job_command(redis, job.id)
     wait_until(lambda: job.is_stopped)
     assert time.monotonic() - began < 5  # it would run for 30 s
-    assert job.latest_result().type == "stopped" and len(queue.failed_job_registry) == 1
+    assert job.latest_result().type == "stopped"
+    assert len(queue.failed_job_registry) == 1
     assert queue.enqueue(add, 1).latest_result(timeout=5).return_value == 1
     with pytest.raises(InvalidJobOperation, match="only a started one"):
         send_stop_job_command(redis, job.id)
@@ -6057,13 +6218,16 @@ def test_a_job_is_stopped_by_command_and_not_retried(redis, queue, busy_worker):
 
 def test_a_worker_is_shut_down_by_command(redis, queue, start_worker, tmp_path):
     for number, words in enumerate([[], ["--in-process"]]):
-        worker, log = start_worker("--name", "bee", *words), tmp_path / f"log{number}"
+        worker = start_worker("--name", "bee", *words)
+        log = tmp_path / f"log{number}"
         job = queue.enqueue(sleep_and_record_pid, str(log), 0.5)
         pids_of_run(log)
         waits = queue.enqueue(add)
         send_shutdown_command(redis, "bee")
         worker.communicate(timeout=5)
-        assert worker.returncode == 0 and job.is_finished and waits.is_queued
+        assert worker.returncode == 0
+        assert job.is_finished
+        assert waits.is_queued
         queue.empty()
     with pytest.raises(ValueError, match="no worker 'bee'"):
         send_shutdown_command(redis, "bee")
@@ -6108,7 +6272,8 @@ def test_a_good_run_whose_outcome_is_refused_is_settled_later(
     server, redis, queue, start_worker, permit, tmp_path, words, denial
 ):
     """NOPERM while a run is settled is waited out like an outage, and no crash."""
-    url, path = server.url.replace("//", "//jobs:secret@"), tmp_path / "log"
+    url = server.url.replace("//", "//jobs:secret@")
+    path = tmp_path / "log"
     worker = start_worker("--url", url, *words)
     job = queue.enqueue(append_twice, str(path), 0.5, max_crashes=0, result_ttl=60)
     wait_until(path.exists)
@@ -6118,12 +6283,14 @@ def test_a_good_run_whose_outcome_is_refused_is_settled_later(
     assert job.is_started
     permit("+@all", "~*")
     wait_until(lambda: not job.is_started)
-    assert job.is_finished and job.return_value() == "good" and len(job.results()) == 1
-    assert (
-        not redis.hexists(job.key, "crashes") and path.read_text().count("begins") == 1
-    )
+    assert job.is_finished
+    assert job.return_value() == "good"
+    assert len(job.results()) == 1
+    assert not redis.hexists(job.key, "crashes")
+    assert path.read_text().count("begins") == 1
     assert queue.enqueue(add, 1).latest_result(timeout=20).return_value == 1
-    assert worker.poll() is None and "trying again" in stop_and_read_log(worker)
+    assert worker.poll() is None
+    assert "trying again" in stop_and_read_log(worker)
 
 
 def test_a_callback_whose_error_is_refused_changes_nothing(server, redis, permit):
@@ -6136,14 +6303,16 @@ def test_a_callback_whose_error_is_refused_changes_nothing(server, redis, permit
         wait_for_refusals(redis, 3)
         permit("+@all")
         wait_until(lambda: job.is_finished)
-    assert job.return_value() == 1 and len(job.results()) == 1
+    assert job.return_value() == 1
+    assert len(job.results()) == 1
 
 
 @pytest.mark.parametrize("words", [[], ["--in-process"]], ids=["fork", "in-process"])
 def test_worker_whose_commands_are_refused_ends_a_lease_after_sigterm(
     server, redis, queue, start_worker, permit, tmp_path, words
 ):
-    url, path = server.url.replace("//", "//jobs:secret@"), tmp_path / "log"
+    url = server.url.replace("//", "//jobs:secret@")
+    path = tmp_path / "log"
     worker = start_worker("--url", url, "--lease", "1", *words)
     queue.enqueue(append_twice, str(path), 0.2)
     wait_until(path.exists)
@@ -6160,14 +6329,16 @@ def test_outcome_that_the_server_always_refuses_fails_its_job_alone(redis, queue
         *map(queue.enqueue, [add] * 5),
     )
     run()
-    assert spoiled.is_failed and "WRONGTYPE" in spoiled.latest_result().exc_string
+    assert spoiled.is_failed
+    assert "WRONGTYPE" in spoiled.latest_result().exc_string
     assert all(job.is_finished for job in others)
 
 
 def test_an_outcome_whose_record_was_replaced_is_dropped(redis, queue, run):
     spoiled, *others = queue.enqueue(spoil_record), *map(queue.enqueue, [add] * 5)
     run()
-    assert redis.get(spoiled.key) == b"x" and all(job.is_finished for job in others)
+    assert redis.get(spoiled.key) == b"x"
+    assert all(job.is_finished for job in others)
     redis.delete(spoiled.key)
     assert not redis.exists(f"{Q}started")
 
@@ -6193,15 +6364,15 @@ def test_suspended_workers_start_no_jobs(redis, queue, start_worker):
         assert is_suspended(redis)
         time.sleep(0.3)
         job = queue.enqueue(add, 1)
-        assert job.latest_result(timeout=0.5) is None and job.is_queued
+        assert job.latest_result(timeout=0.5) is None
+        assert job.is_queued
         bee = Worker.find_by_key("bee", redis)
         assert bee.state == "suspended"
         resume(redis)
         began = time.monotonic()
         assert job.latest_result(timeout=30).return_value == 1
-        assert time.monotonic() - began < 4 and not is_suspended(
-            redis
-        )  # a beat is 5 s away
+        assert time.monotonic() - began < 4
+        assert not is_suspended(redis)  # a beat is 5 s away
         suspend(redis, ttl=1)
         time.sleep(0.1)
         job = queue.enqueue(add, 2)
@@ -6210,7 +6381,8 @@ def test_suspended_workers_start_no_jobs(redis, queue, start_worker):
         stop_and_read_log(worker)
     suspend(redis)
     job = queue.enqueue(add)
-    assert not work(queue) and job.is_queued
+    assert not work(queue)
+    assert job.is_queued
     resume(redis)
     with pytest.raises(ValueError):
         suspend(redis, ttl=0)
@@ -6227,26 +6399,22 @@ def test_a_job_waits_for_those_it_depends_on(redis, queue_pair):
     )
     grandchild = first.enqueue(dependency_results, depends_on=child)
     assert statuses(child, grandchild) == ["deferred", "deferred"]
-    assert (
-        child.dependency_ids == [job.id for job in parents]
-        and child.dependency == parents[0]
-    )
+    assert child.dependency_ids == [job.id for job in parents]
+    assert child.dependency == parents[0]
     assert parents[0].dependent_ids == [child.id]
-    assert (
-        child.id in second.deferred_job_registry
-        and child.fetch_dependencies() == parents
-    )
+    assert child.id in second.deferred_job_registry
+    assert child.fetch_dependencies() == parents
     work_all_queues(redis)
-    assert child.return_value() == [1, 2, 3] and grandchild.return_value() == [
-        [1, 2, 3]
-    ]
+    assert child.return_value() == [1, 2, 3]
+    assert grandchild.return_value() == [[1, 2, 3]]
     late = second.enqueue(
         dependency_results, depends_on=parents
     )  # they have ended long ago
     assert late.get_status() == "queued"
     work_all_queues(redis)
     assert late.return_value() == [1, 2, 3]
-    assert not redis.keys("*:waits") and not redis.keys("*:dependents*")
+    assert not redis.keys("*:waits")
+    assert not redis.keys("*:dependents*")
 
 
 def test_a_missing_dependency_counts_as_met(redis, queue_pair):
@@ -6256,7 +6424,8 @@ def test_a_missing_dependency_counts_as_met(redis, queue_pair):
 @pytest.mark.parametrize("way", ["deleted", "expired"])
 def test_vanished_dependency_starts_nothing_and_blocks_no_other(redis, queue_pair, way):
     first, second = queue_pair
-    gone, other = first.enqueue(add, 1, ttl=0.05), first.enqueue(add, 2)
+    gone = first.enqueue(add, 1, ttl=0.05)
+    other = first.enqueue(add, 2)
     alone = second.enqueue(add, depends_on=gone)
     child = second.enqueue(dependency_results, depends_on=[other, gone])
     whole = second.enqueue(
@@ -6265,7 +6434,8 @@ def test_vanished_dependency_starts_nothing_and_blocks_no_other(redis, queue_pai
     gone.delete() if way == "deleted" else time.sleep(0.1)
     work_all_queues(redis)
     assert statuses(alone, child, whole) == ["deferred", "finished", "finished"]
-    assert child.return_value() == [2, None] and not Job.exists(gone.id, redis)
+    assert child.return_value() == [2, None]
+    assert not Job.exists(gone.id, redis)
 
 
 def test_the_dependents_of_a_failed_job_wait_for_its_success(redis, queue_pair):
@@ -6344,7 +6514,8 @@ def test_a_dependent_also_waits_for_its_time(redis, queue_pair):
 
 def test_a_dependent_may_overtake_those_that_wait(redis, queue_pair):
     first, second = queue_pair
-    parent, waiting = first.enqueue(add), second.enqueue(add)
+    parent = first.enqueue(add)
+    waiting = second.enqueue(add)
     child = second.enqueue(
         add, depends_on=Dependency(jobs=parent, enqueue_at_front=True)
     )
@@ -6368,7 +6539,8 @@ def test_many_jobs_with_dependencies_are_stored_at_once(redis, queue):
 @pytest.mark.parametrize("ttl", [0, 60])
 def test_deleted_failed_dependency_blocks_no_dependent(redis, queue_pair, ttl):
     first, second = queue_pair
-    failed, other = first.enqueue(fail, failure_ttl=ttl), first.enqueue(add, 2)
+    failed = first.enqueue(fail, failure_ttl=ttl)
+    other = first.enqueue(add, 2)
     child = second.enqueue(dependency_results, depends_on=[failed, other])
     SimpleWorker(first).work(max_jobs=1, logging_level=None)
     failed.delete()
@@ -6382,7 +6554,8 @@ def test_garbled_dependent_blocks_no_job(redis, queue_pair):
     child = second.enqueue(dependency_results, depends_on=parent)
     redis.sadd(parent.key + ":dependents:none", "garbage", "microq:{x}: too few")
     work_all_queues(redis)
-    assert parent.is_finished and child.return_value() == [1]
+    assert parent.is_finished
+    assert child.return_value() == [1]
     parent.delete()
     assert not redis.keys(f"{parent.key}*")
 
@@ -6437,7 +6610,8 @@ def test_dependency_that_expires_blocks_no_dependent(redis, queue_pair, end, whe
     """A dependent that has other parents runs when these have finished, whether it came before its
     parent had ended or after."""
     first, second = queue_pair
-    parent, other = first.enqueue(fail, failure_ttl=60), first.enqueue(add, 2)
+    parent = first.enqueue(fail, failure_ttl=60)
+    other = first.enqueue(add, 2)
     children = []
     if when == "before":
         children.append(second.enqueue(dependency_results, depends_on=[parent, other]))
@@ -6446,13 +6620,16 @@ def test_dependency_that_expires_blocks_no_dependent(redis, queue_pair, end, whe
     if when == "after":
         children.append(second.enqueue(dependency_results, depends_on=[parent, other]))
         children.append(second.enqueue(add, depends_on=parent))
-    assert parent.get_status() == end and statuses(*children) == ["deferred"] * 2
-    assert redis.ttl(parent.key) == -1 and parent.dependent_ids
+    assert parent.get_status() == end
+    assert statuses(*children) == ["deferred"] * 2
+    assert redis.ttl(parent.key) == -1
+    assert parent.dependent_ids
     expire_entry(redis, first, end, parent)
     work_all_queues(redis)
     assert statuses(*children) == ["finished", "deferred"]
     assert children[0].return_value() == [None, 2]
-    assert not redis.exists(parent.key) and not redis.keys("*:dependents:*")
+    assert not redis.exists(parent.key)
+    assert not redis.keys("*:dependents:*")
 
 
 def test_dependency_expired_before_the_sweep_counts_as_missing(redis, queue_pair):
@@ -6463,12 +6640,14 @@ def test_dependency_expired_before_the_sweep_counts_as_missing(redis, queue_pair
     expire_entry(redis, first, "canceled", parent)
     late = second.enqueue(add, depends_on=parent)
     assert statuses(early, late) == ["deferred", "queued"]
-    assert not redis.exists(parent.key) and not redis.keys("*:dependents:*")
+    assert not redis.exists(parent.key)
+    assert not redis.keys("*:dependents:*")
 
 
 def test_clean_registries_notifies_dependents(redis, queue_pair):
     first, second = queue_pair
-    parent, other = first.enqueue(add, failure_ttl=60), first.enqueue(add)
+    parent = first.enqueue(add, failure_ttl=60)
+    other = first.enqueue(add)
     child = second.enqueue(add, 3, depends_on=[parent, other])
     parent.cancel()
     microq.clean_registries(first)
@@ -6477,14 +6656,16 @@ def test_clean_registries_notifies_dependents(redis, queue_pair):
     first.canceled_job_registry.cleanup(time.time() - 9)
     assert redis.exists(parent.key)
     microq.clean_registries(first)
-    assert not redis.exists(parent.key) and redis.zcard(f"{first.prefix}canceled") == 0
+    assert not redis.exists(parent.key)
+    assert redis.zcard(f"{first.prefix}canceled") == 0
     work_all_queues(redis)
     assert child.return_value() == 3
 
 
 def test_canceled_dependency_without_a_record_blocks_no_dependent(redis, queue_pair):
     first, second = queue_pair
-    parent, other = first.enqueue(add, failure_ttl=0), first.enqueue(add, 2)
+    parent = first.enqueue(add, failure_ttl=0)
+    other = first.enqueue(add, 2)
     child = second.enqueue(dependency_results, depends_on=[parent, other])
     parent.cancel()
     work_all_queues(redis)
@@ -6494,7 +6675,8 @@ def test_canceled_dependency_without_a_record_blocks_no_dependent(redis, queue_p
 def test_removed_cron_tick_blocks_no_dependent(redis, queue):
     microq.CronScheduler(connection=redis).save()
     tick = queue.enqueue_in(60, add, job_id="every-99")
-    child, other = None, queue.enqueue(add)
+    child = None
+    other = queue.enqueue(add)
     child = queue.enqueue(add, 4, depends_on=[tick, other])
     redis.hset(Q + "cron", "every", "{}")
     redis.hset(Q + "ticks", "every", f"{time.time() + 99:.6f} {time.time():.6f}")
@@ -6539,7 +6721,8 @@ def test_many_dependents_are_notified_in_portions(redis, queue_pair):
     """The script that ends their parent doesn't hold the server for long, and what it leaves to
     do survives the death of whoever was to do it."""
     first, second = queue_pair
-    parent, count = first.enqueue(add), 2500
+    parent = first.enqueue(add)
+    count = 2500
     data = Queue.prepare_data(nothing, depends_on=parent)
     children = second.enqueue_many([data] * count)
     any_end = Queue.prepare_data(
@@ -6553,14 +6736,17 @@ def test_many_dependents_are_notified_in_portions(redis, queue_pair):
     reply = microq._execute_one(redis, *settle_command)
     messages = microq._SettleReply.parse(reply).messages
     told = len(second) + redis.scard(f"{first.prefix}outbox")
-    assert 1000 <= told <= 1010 and len(messages) <= 1005
+    assert 1000 <= told <= 1010
+    assert len(messages) <= 1005
     # The parent begins a new life, and ends; only those that it has now are told of that.
     parent.requeue()
     late = second.enqueue(nothing, depends_on=Dependency(parent, allow_failure=True))
     parent.delete()
-    assert not redis.exists(parent.key) and late.is_deferred
+    assert not redis.exists(parent.key)
+    assert late.is_deferred
     with pytest.MonkeyPatch.context() as patch:
-        calls, send = iter(range(2)), microq._execute
+        calls = iter(range(2))
+        send = microq._execute
 
         def killed(connection, *commands):
             if next(calls) == 1:
@@ -6573,7 +6759,8 @@ def test_many_dependents_are_notified_in_portions(redis, queue_pair):
     assert redis.keys("*untold*")
     work_all_queues(redis)
     assert Counter(statuses(*children)) == {"finished": count + 10}
-    assert late.is_deferred and not redis.keys("*untold*")
+    assert late.is_deferred
+    assert not redis.keys("*untold*")
 
 
 def test_a_job_cannot_wait_for_itself(queue):
@@ -6599,7 +6786,8 @@ def test_a_deferred_job_can_be_canceled_requeued_and_deleted(redis, queue_pair):
     parent = first.enqueue(add)
     child = second.enqueue(add, depends_on=parent)
     parent.delete(delete_dependents=True)
-    assert not Job.exists(child.id, redis) and not redis.keys("*outbox*")
+    assert not Job.exists(child.id, redis)
+    assert not redis.keys("*outbox*")
 
 
 def test_message_to_an_earlier_job_of_the_same_id_is_ignored(redis, queue_pair):
@@ -6617,7 +6805,9 @@ def test_message_to_an_earlier_job_of_the_same_id_is_ignored(redis, queue_pair):
 def test_messages_delivered_twice_have_the_effect_of_one(redis, queue_pair):
     """Each step between two queues can be repeated, at any later time."""
     first, second = queue_pair
-    limit, heard, send = RateLimit("k", concurrency=1), [], microq._execute
+    limit = RateLimit("k", concurrency=1)
+    heard = []
+    send = microq._execute
 
     def twice(connection, *commands):
         for command in commands:
@@ -6634,7 +6824,8 @@ def test_messages_delivered_twice_have_the_effect_of_one(redis, queue_pair):
             for _ in range(3)
         ]
         work_all_queues(redis)
-    assert heard and statuses(parent, *jobs) == ["finished"] * 4
+    assert heard
+    assert statuses(parent, *jobs) == ["finished"] * 4
     for command in heard:
         send(redis, command)
     work(Queue.all(redis))
@@ -6654,7 +6845,8 @@ def test_message_stored_again_during_its_delivery_is_delivered_again(redis, queu
     [free] = redis.smembers(Q + "outbox") - {ask}
     outbox = queue.prefix.encode()
     microq._relay(redis, [(outbox, free), (outbox, ask)])
-    assert redis.zcard("microq:limit:{k}:holders") == 0 and not redis.keys("*outbox*")
+    assert redis.zcard("microq:limit:{k}:holders") == 0
+    assert not redis.keys("*outbox*")
 
 
 @pytest.mark.parametrize("step", [("_relay", 0), ("_execute", 0), ("_execute", 1)])
@@ -6663,13 +6855,15 @@ def test_a_worker_killed_between_two_queues_loses_and_doubles_nothing(
     redis, queue, start_worker, tmp_path, step, what
 ):
     """It is killed after its job's end was stored, before what depends on that was told."""
-    other, path = Queue("other", redis), str(tmp_path / "runs")
+    other = Queue("other", redis)
+    path = str(tmp_path / "runs")
     if what == "limit":
         limit = RateLimit("k", concurrency=1)
         first = queue.enqueue(add, rate_limit=limit)
         then = other.enqueue(append, path, rate_limit=limit)
     elif what == "group":
-        group, data = microq.Group.create(redis), [Queue.prepare_data(add)]
+        group = microq.Group.create(redis)
+        data = [Queue.prepare_data(add)]
         [first] = group.enqueue_many(queue, data)
         group.enqueue_many(other, data)
         work(other)
@@ -6683,9 +6877,8 @@ def test_a_worker_killed_between_two_queues_loses_and_doubles_nothing(
         command, cwd=HERE, env=clean_env() | {"MICROQ_URL": f"unix://{url}"}
     )
     assert done.returncode == -signal.SIGKILL
-    assert first.is_finished and (
-        then.is_deferred or then.is_rate_limited or step[1] == 1
-    )
+    assert first.is_finished
+    assert then.is_deferred or then.is_rate_limited or step[1] == 1
     start_worker("default", "other", "--lease", "1")
     wait_until(lambda: then.is_finished and not redis.keys("*outbox*"))
     assert (tmp_path / "runs").read_text() == "x\n"
@@ -6710,16 +6903,19 @@ def test_a_producer_killed_while_it_enqueues_a_dependent_leaves_it_to_the_worker
 
 
 def test_the_callback_of_a_group_runs_when_all_its_jobs_have_ended(redis, queue_pair):
-    group, (first, second) = microq.Group.create(redis), queue_pair
+    group = microq.Group.create(redis)
+    (first, second) = queue_pair
     data = [Queue.prepare_data(func) for func in (add, fail, add)]
     jobs = group.enqueue_many(first, data) + group.enqueue_many(second, data)
     callback = group.enqueue_callback(second, dependency_results)
     jobs[0].cancel()
     jobs[3].delete()
-    assert callback.is_deferred and group.counts() == {"canceled": 1, "queued": 4}
+    assert callback.is_deferred
+    assert group.counts() == {"canceled": 1, "queued": 4}
     work_all_queues(redis)
     assert callback.return_value() == [None, None, 0, None, None, 0]
-    assert group.wait() and group.counts() == {
+    assert group.wait()
+    assert group.counts() == {
         "canceled": 1,
         "failed": 2,
         "finished": 2,
@@ -6728,31 +6924,31 @@ def test_the_callback_of_a_group_runs_when_all_its_jobs_have_ended(redis, queue_
 
 
 def test_jobs_of_a_group_are_found_and_counted(redis):
-    high, low = Queue("high", connection=redis), Queue("low", connection=redis)
+    high = Queue("high", connection=redis)
+    low = Queue("low", connection=redis)
     group = microq.Group.create(connection=redis)
-    assert not redis.keys() and microq.Group.all(redis) == []
+    assert not redis.keys()
+    assert microq.Group.all(redis) == []
     jobs = group.enqueue_many(high, [Queue.prepare_data(add, (i,)) for i in range(3)])
     jobs += group.enqueue_many(
         queue=low, job_datas=[Queue.prepare_data(fail, job_id="x")]
     )
-    assert group.get_jobs() == jobs and {job.group_id for job in group.get_jobs()} == {
-        group.name
-    }
-    assert (
-        group.counts() == {"queued": 4}
-        and not group.wait(0.01)
-        and group.name in repr(group)
-    )
+    assert group.get_jobs() == jobs
+    assert {job.group_id for job in group.get_jobs()} == {group.name}
+    assert group.counts() == {"queued": 4}
+    assert not group.wait(0.01)
+    assert group.name in repr(group)
     assert microq.Queue("low", redis).fetch_job("x").group_id == group.name
     work([high, low])
-    assert group.counts() == {"finished": 3, "failed": 1} and group.wait(0)
+    assert group.counts() == {"finished": 3, "failed": 1}
+    assert group.wait(0)
     assert [job.return_value() for job in group.get_jobs()] == [0, 1, 2, None]
     found = microq.Group.fetch(group.name, connection=redis)
-    assert found.get_jobs() == jobs and [
-        each.name for each in microq.Group.all(redis)
-    ] == [group.name]
+    assert found.get_jobs() == jobs
+    assert [each.name for each in microq.Group.all(redis)] == [group.name]
     found.delete_job("x")
-    assert group.get_jobs() == jobs[:3] and low.fetch_job("x")
+    assert group.get_jobs() == jobs[:3]
+    assert low.fetch_job("x")
     with pytest.raises(microq.NoSuchGroupError, match="'unknown'"):
         microq.Group.fetch("unknown", connection=redis)
 
@@ -6787,12 +6983,14 @@ def test_later_job_of_the_same_id_is_not_in_the_group(redis, queue):
     assert microq.Group.fetch("other", connection=redis).get_jobs() == []
     job.cancel()
     queue.enqueue(add, job_id="x", kwargs={"a": 1})
-    assert group.get_jobs() == [] and group.wait(0)
+    assert group.get_jobs() == []
+    assert group.wait(0)
 
 
 def test_a_function_may_have_an_argument_group_id(redis, queue):
     job = queue.enqueue(dict, group_id=5, container=6)
-    assert job.kwargs == {"group_id": 5, "container": 6} and job.group_id is None
+    assert job.kwargs == {"group_id": 5, "container": 6}
+    assert job.group_id is None
 
 
 def test_a_group_is_cleaned_of_jobs_that_are_gone(redis, queue):
@@ -6807,7 +7005,8 @@ def test_a_group_is_cleaned_of_jobs_that_are_gone(redis, queue):
     assert redis.zrange(group.key, 0, -1) == [f"{kept.id} default".encode()]
     kept.delete()
     microq.Group.clean_registries(redis)
-    assert not redis.exists(group.key) and microq.Group.all(redis) == []
+    assert not redis.exists(group.key)
+    assert microq.Group.all(redis) == []
 
 
 def test_a_client_with_a_wrong_clock_finds_and_cleans_groups(redis, queue, wrong_clock):
@@ -6838,7 +7037,8 @@ def test_a_group_is_awaited_until_the_last_job_has_ended(redis, queue):
     canceled.cancel()
     work(queue)
     waiter.join()
-    assert ended == [True] and group.counts() == {"finished": 2, "canceled": 1}
+    assert ended == [True]
+    assert group.counts() == {"finished": 2, "canceled": 1}
 
 
 def test_group_wait_ends_though_its_job_was_deleted(redis, queue):
@@ -6853,7 +7053,8 @@ def test_group_wait_ends_though_its_job_was_deleted(redis, queue):
 @pytest.mark.parametrize("order", ["first to last", "last to first", "by chance"])
 def test_the_wait_of_a_group_reads_few_jobs_when_one_has_ended(redis, queue, order):
     """In whatever order they end, each job is read some times, and not once for each other."""
-    group, answers = microq.Group.create(redis), []
+    group = microq.Group.create(redis)
+    answers = []
     jobs = group.enqueue_many(queue, [Queue.prepare_data(add)] * 150)
     if order == "last to first":
         jobs.reverse()
@@ -6889,7 +7090,8 @@ def test_the_wait_of_a_group_carries_no_arguments_or_results(redis, queue):
 
 
 def test_as_many_jobs_of_a_limit_are_queued_as_it_allows(redis, queue):
-    limit, queues = RateLimit("api", concurrency=2), [queue, Queue("other", redis)]
+    limit = RateLimit("api", concurrency=2)
+    queues = [queue, Queue("other", redis)]
     jobs = [queues[i % 2].enqueue(add, i, rate_limit=limit) for i in range(5)]
     assert statuses(*jobs) == ["queued"] * 2 + ["rate_limited"] * 3
     assert jobs[2].id in queue.rate_limited_job_registry
@@ -6918,9 +7120,8 @@ def test_a_retry_keeps_its_slot_or_gives_it_up_while_it_waits(redis, queue):
     assert statuses(waits, other) == ["scheduled", "finished"]
     time.sleep(0.2)
     work_all_queues(redis)
-    assert (
-        statuses(waits) == ["failed"] and redis.zcard("microq:limit:{k}:holders") == 0
-    )
+    assert statuses(waits) == ["failed"]
+    assert redis.zcard("microq:limit:{k}:holders") == 0
 
 
 def test_many_jobs_of_a_limit_keep_their_order(redis, queue):
@@ -6944,7 +7145,8 @@ def test_a_job_whose_limit_is_garbled_runs_without_it(redis, queue):
 def test_immediate_retry_requests_its_rate_again(redis, queue):
     job = queue.enqueue(fail, retry=Retry(1), rate_limit=RateLimit("k", rate=1, per=60))
     work(queue)
-    assert job.is_scheduled and len(job.results()) == 1
+    assert job.is_scheduled
+    assert len(job.results()) == 1
 
 
 def test_job_forgotten_by_its_limit_requests_a_slot_again(redis, queue):
@@ -6975,7 +7177,8 @@ def test_late_jobs_of_a_rate_do_not_start_all_at_once(redis, queue, per, at_once
 
 
 def test_a_limit_holds_for_delayed_and_dependent_jobs(redis, queue):
-    limit, parent = RateLimit("k", concurrency=1), queue.enqueue(add)
+    limit = RateLimit("k", concurrency=1)
+    parent = queue.enqueue(add)
     holder = queue.enqueue_in(100, add)
     delayed = queue.enqueue_in(0.05, add, rate_limit=limit)
     child = queue.enqueue(add, depends_on=parent, rate_limit=limit)
@@ -6994,7 +7197,8 @@ def test_a_rate_spreads_jobs_over_time(redis, queue):
     SimpleWorker(queue).work(max_idle_time=0.8, logging_level=None)
     starts = [job.enqueued_at.timestamp() for job in jobs if job.refresh() is None]
     assert all(b - a > 0.3 for a, b in zip(starts, starts[2:], strict=False)), starts
-    assert starts[4] - starts[0] < 5 and not redis.keys("*outbox*")
+    assert starts[4] - starts[0] < 5
+    assert not redis.keys("*outbox*")
 
 
 def test_a_slot_whose_job_has_vanished_is_given_to_the_next(redis, queue):
@@ -7013,7 +7217,8 @@ def test_a_job_with_a_limit_that_expires_in_the_queue_frees_its_slot(redis, queu
     after = queue.enqueue(add, 7, rate_limit=limit)
     time.sleep(0.1)
     work_all_queues(redis)
-    assert after.return_value() == 7 and redis.zcard("microq:limit:{k}:holders") == 0
+    assert after.return_value() == 7
+    assert redis.zcard("microq:limit:{k}:holders") == 0
 
 
 def test_job_requeued_behind_a_full_limit_keeps_its_record(redis, queue):
@@ -7022,7 +7227,8 @@ def test_job_requeued_behind_a_full_limit_keeps_its_record(redis, queue):
     work(queue)
     queue.enqueue(add, rate_limit=limit)
     job.requeue()
-    assert job.is_rate_limited and redis.pttl(job.key) == -1
+    assert job.is_rate_limited
+    assert redis.pttl(job.key) == -1
     work(queue)
     assert job.is_finished
 
@@ -7031,10 +7237,8 @@ def test_a_limit_shows_its_jobs(redis, queue):
     limit = RateLimit("k", concurrency=1)
     first, second = (queue.enqueue(add, rate_limit=limit) for _ in range(2))
     registry = microq.RateLimitRegistry.from_job(first)
-    assert (
-        registry.get_allowed_job_ids() == [first.id]
-        and registry.get_allowed_count() == 1
-    )
+    assert registry.get_allowed_job_ids() == [first.id]
+    assert registry.get_allowed_count() == 1
     assert registry.get_rate_limited_job_ids() == [second.id]
     assert microq.RateLimitRegistry("k", redis).get_rate_limited_count() == 1
 
@@ -7192,12 +7396,11 @@ def test_an_interval_begins_at_once_and_not_again_when_it_is_registered_again(
 ):
     scheduler = scheduler_with(redis)
     [job] = scheduler.get_jobs()
-    assert (job.name, job.func_name, job.queue_name) == (
-        "a",
-        "test_microq.add",
-        "default",
-    )
-    assert job.should_run() and job.latest_enqueue_time is None
+    assert job.name == "a"
+    assert job.func_name == "test_microq.add"
+    assert job.queue_name == "default"
+    assert job.should_run()
+    assert job.latest_enqueue_time is None
     assert scheduler.enqueue_jobs() == [job]
     assert abs(job.latest_enqueue_time.timestamp() - time.time()) < 2
     assert job.next_enqueue_time - job.latest_enqueue_time == timedelta(minutes=1)
@@ -7205,14 +7408,16 @@ def test_an_interval_begins_at_once_and_not_again_when_it_is_registered_again(
     [id] = job.get_job_ids(redis)
     assert id == f"a-{job.latest_enqueue_time.timestamp():.0f}"
     work(queue)
-    assert queue.fetch_job(id).is_finished and not job.should_run()
+    assert queue.fetch_job(id).is_finished
+    assert not job.should_run()
 
 
 def test_cron_expression_waits_for_its_first_time(redis):
     job = CronScheduler(redis).register(
         add, "default", cron="0 0 1 1 *", timezone="Asia/Tokyo"
     )
-    assert job.name == "test_microq.add" and not job.should_run()
+    assert job.name == "test_microq.add"
+    assert not job.should_run()
     assert job.next_enqueue_time.strftime("%m-%d %H:%M") == "12-31 15:00"
 
 
@@ -7230,12 +7435,10 @@ def test_cron_job_has_the_options_of_its_entry(redis, queue):
     scheduler = scheduler_with(redis, job_timeout="2m", description="d", **options)
     scheduler.save()
     job = queue.fetch_job(get_cron_job_ids("a", redis)[0])
-    assert (job.args, job.kwargs, job.meta, job.retries_left) == (
-        (1,),
-        {"b": 2},
-        {"m": 1},
-        2,
-    )
+    assert job.args == (1,)
+    assert job.kwargs == {"b": 2}
+    assert job.meta == {"m": 1}
+    assert job.retries_left == 2
     assert (job.timeout, job.description) == (120, "d")
     beside = CronJob.all(redis)[0].enqueue(redis)
     work(queue)
@@ -7288,7 +7491,8 @@ def test_changed_cron_entry_replaces_its_waiting_ticks(redis, queue):
     assert enqueued_ticks(redis)[:2] == [first, ahead[0]]  # that was promised
     scheduler_with(redis, func=add, interval=None, cron="0 0 1 1 *").save()
     assert enqueued_ticks(redis) == [first]
-    assert CronScheduler(redis).remove("a") and not CronScheduler(redis).remove("a")
+    assert CronScheduler(redis).remove("a")
+    assert not CronScheduler(redis).remove("a")
 
 
 def test_cron_entry_sent_twice_changes_once(redis):
@@ -7330,10 +7534,8 @@ def test_missed_ticks_follow_the_policy_of_their_entry(missed, ago, expected):
     job = CronJob(add, "default", interval=10, missed=missed)
     job._last_tick = 1e9 - ago
     assert job._due_ticks(1e9, 0) == [1e9 + each for each in expected]
-    job, day = (
-        CronJob(add, "default", cron="0 0 * * *", missed=missed, timezone="UTC"),
-        86400.0,
-    )
+    job = CronJob(add, "default", cron="0 0 * * *", missed=missed, timezone="UTC")
+    day = 86400.0
     job._last_tick = 0.0
     assert job._due_ticks(2000 * day + 3600, 0) == {
         "latest": [2000 * day], "skip": [], "all": [day * n for n in range(1001, 2001)]
@@ -7372,7 +7574,8 @@ def test_a_worker_without_a_scheduler_leaves_cron_alone(redis, queue):
     redis.hset(f"{Q}ticks", "a", "5.000000 5.000000")
     before = enqueued_ticks(redis)
     work(queue)
-    assert enqueued_ticks(redis) == before and CronScheduler.all(redis) == []
+    assert enqueued_ticks(redis) == before
+    assert CronScheduler.all(redis) == []
 
 
 def test_entries_no_longer_registered_by_their_owner_are_removed(redis, queue):
@@ -7420,10 +7623,12 @@ def test_a_scheduler_stores_its_entries_again_when_the_server_has_lost_them(redi
     word = json.dumps({"command": "suspension", "worker": "s"})
     redis.rpush("microq:inbox:s", word)  # so that it beats at once
     wait_until(lambda: CronJob.all(redis))
-    assert len(enqueued_ticks(redis)) == 1 and Worker.all(redis) == []
+    assert len(enqueued_ticks(redis)) == 1
+    assert Worker.all(redis) == []
     send_shutdown_command(redis, "s")
     thread.join(10)
-    assert CronScheduler.all(redis) == [] and not thread.is_alive()
+    assert CronScheduler.all(redis) == []
+    assert not thread.is_alive()
 
 
 def test_a_config_is_loaded_by_its_path_or_its_dotted_name(
@@ -7603,7 +7808,8 @@ def test_all_users_of_a_killed_server_share_the_next_one(tmp_path):
 
 def test_a_server_outlasts_signals_to_all_until_its_users_have_left(tmp_path):
     """`systemctl stop` sends SIGTERM to all processes of a service, Ctrl-C SIGINT."""
-    home, log = tmp_path / "data", tmp_path / "log"
+    home = tmp_path / "data"
+    log = tmp_path / "log"
     command = [sys.executable, "-m", "microq", "worker", f"--embedded={home}"]
     worker = subprocess.Popen(
         command, cwd=HERE, env=clean_env(), stderr=subprocess.PIPE
@@ -7652,7 +7858,8 @@ def test_the_files_of_a_server_are_for_its_user_alone(tmp_path):
     "name", ["lock", "monitor.lock", "redis.sock", "log", "appendonlydir"]
 )
 def test_no_link_in_the_directory_of_a_server_is_followed(tmp_path, name):
-    home, target = tmp_path / "data", tmp_path / "target"
+    home = tmp_path / "data"
+    target = tmp_path / "target"
     home.mkdir()
     target.write_text("precious")
     (home / name).symlink_to(target)
@@ -7732,10 +7939,8 @@ def test_the_front_page(redis, queue, page, start_worker):
     assert worker.returncode == 0
     assert re.search(r"^\d\d:\d\d:\d\d listening on default$", log, re.M)
     assert f"default: test_microq.count_words_at_url({page!r}) ({job.id})" in log
-    assert (
-        f"default: job OK ({job.id})" in log
-        and "ValueError: boom; runs again at" in log
-    )
+    assert f"default: job OK ({job.id})" in log
+    assert "ValueError: boom; runs again at" in log
 
 
 @pytest.mark.parametrize("fork", [False, True])
@@ -7828,7 +8033,9 @@ def test_the_command_line_enqueues_and_shows(server, redis, queue, tmp_path):
     status, _, log = microq_command(
         "worker", "--burst", *url, "--max-jobs", "1", "--name", "bee"
     )
-    assert status == 0 and "worker bee" in log and "add('x', b='y')" in log
+    assert status == 0
+    assert "worker bee" in log
+    assert "add('x', b='y')" in log
     assert microq_command("worker", "--burst", "-q", "--in-process", *url) == (
         0,
         "",
@@ -7837,7 +8044,8 @@ def test_the_command_line_enqueues_and_shows(server, redis, queue, tmp_path):
     assert queue.fetch_job("me").return_value() == [1, 2]
     heartbeat(queue, "bee")
     status, shown, _ = microq_command("info", *url)
-    assert status == 0 and re.search(r"default +0 +0 +2 +0 +0 +2 +0 +0", shown)
+    assert status == 0
+    assert re.search(r"default +0 +0 +2 +0 +0 +2 +0 +0", shown)
     assert microq_command("info", MICROQ_URL=server.url)[1] == shown
 
 
@@ -7858,25 +8066,24 @@ def test_the_command_line_enqueues_and_shows(server, redis, queue, tmp_path):
 def test_errors_of_the_command_line_are_one_line(server, redis, words, text, tmp_path):
     url = f"unix://{tmp_path}/none" if words == ["worker"] else server.url
     status, shown, error = microq_command(words[0], "--url", url, *words[1:])
-    assert (status, shown, error.count("\n")) == (1, "", 1) and text in error, error
+    assert (status, shown, error.count("\n")) == (1, "", 1), error
+    assert text in error, error
     assert redis.dbsize() == 0
 
 
 def test_help_names_every_command():
     status, shown, _ = microq_command("--help")
-    assert status == 0 and all(
-        word in shown for word in ("worker", "enqueue", "info", "demo")
-    )
+    assert status == 0
+    assert all(word in shown for word in ("worker", "enqueue", "info", "demo"))
     assert "microq 0" in microq_command("--version")[1]
 
 
 @pytest.mark.parametrize("name", microq._parser()[1])
 def test_every_command_explains_itself(cli, name):
     status, shown, error = cli(name, "--help", url=None)
-    assert (status, error) == (
-        0,
-        "",
-    ) and f"examples:\n  python -m microq {name}" in shown
+    assert status == 0
+    assert error == ""
+    assert f"examples:\n  python -m microq {name}" in shown
     assert not re.search(r"%\(prog|%%", shown)
 
 
@@ -7885,18 +8092,17 @@ def test_every_command_explains_itself(cli, name):
 )
 def test_wrong_arguments_are_answered_with_help(cli, words):
     status, shown, error = cli(*words, url=None)
-    assert (status, shown) == (2, "") and "usage: python -m microq" in error
+    assert (status, shown) == (2, "")
+    assert "usage: python -m microq" in error
     assert "COMMAND" in error or words[0] in error
 
 
 def test_flags_may_stand_anywhere(redis, queue, cli):
     words = ["test_microq.echo", "1", "--at-front", "a=2", "--description", "me", "b=3"]
     job = queue.fetch_job(cli("enqueue", *words)[1].strip())
-    assert (job.args, job.kwargs, job.description) == (
-        ("1",),
-        {"a": "2", "b": "3"},
-        "me",
-    )
+    assert job.args == ("1",)
+    assert job.kwargs == {"a": "2", "b": "3"}
+    assert job.description == "me"
     job = queue.fetch_job(cli("enqueue", "a.b", "--", "--dashes")[1].strip())
     assert job.args == ("--dashes",)
 
@@ -7916,7 +8122,8 @@ def test_the_command_line_works_on_a_cluster(cluster_ports, cli, monkeypatch):
     monkeypatch.setenv("MICROQ_URL", cluster_url)
     assert cli("info", url=None)[1].startswith("4 queues, 0 queued")
     job = Queue("e").enqueue(add, 1)  # no connection given
-    assert work(Queue("e")) and job.return_value() == 1
+    assert work(Queue("e"))
+    assert job.return_value() == 1
 
 
 @pytest.mark.parametrize("words", [[], ["--in-process"], ["-n", "2"]])
@@ -7927,7 +8134,8 @@ def test_worker_refuses_queues_in_two_slots(cluster_ports, cli, words):
         "worker", "high", "low", "-b", *words, "--url", url, url=None
     )
     assert (status, shown, error.count("\n")) == (1, "", 1)
-    assert "'{mail}high'" in error and "no answer" not in error
+    assert "'{mail}high'" in error
+    assert "no answer" not in error
     words = ["{mail}high", "{mail}low", "-b", "-q", *words]
     assert cli("worker", *words, "--url", url, url=None) == (0, "", "")
 
@@ -7937,10 +8145,9 @@ def test_a_plain_url_of_a_cluster_is_called_one(cluster_ports, cli):
     for port in cluster_ports:
         for words in (["enqueue", "a.b", "-q", "b"], ["worker", "b", "--burst"]):
             status, _, error = cli(*words, url=f"redis://127.0.0.1:{port}")
-            assert (status, error.count("\n")) == (
-                1,
-                1,
-            ) and "this is a Redis Cluster" in error
+            assert status == 1
+            assert error.count("\n") == 1
+            assert "this is a Redis Cluster" in error
         queue = Queue("b", redis_py.Redis(port=port))
         with pytest.raises(microq.ClusterUsageError, match="RedisCluster"):
             queue.enqueue(add)
@@ -7962,8 +8169,10 @@ def test_server_that_is_no_cluster_is_reported(
         (f"redis://:sesame@127.0.0.1:{port_with_password}", "no Redis Cluster"),
     ]:
         status, _, error = cli("info", "--cluster", url=url)
-        assert (status, error.count("\n")) == (1, 1) and text in error
-        assert "guess@" not in error and "sesame" not in error
+        assert (status, error.count("\n")) == (1, 1)
+        assert text in error
+        assert "guess@" not in error
+        assert "sesame" not in error
 
 
 def test_a_closed_output_is_no_error(server, redis, queue):
@@ -7983,7 +8192,8 @@ def test_an_entry_is_removed_though_the_script_was_sent_again(cluster_ports):
         scheduler.register(add, name, name=name, interval=60)
     scheduler.save()
     redis_py.Redis(port=cluster_ports[1]).script_flush()
-    assert scheduler.remove("b") and not scheduler.remove("b")
+    assert scheduler.remove("b")
+    assert not scheduler.remove("b")
     assert [job.name for job in CronJob.all(cluster)] == ["a"]
 
 
@@ -8011,11 +8221,13 @@ def test_arguments_take_all_the_forms_of_rq(redis, queue, cli, tmp_path, monkeyp
     for bad in (["%foo()"], ["%1 +"], [":{"], ["k=1", "k=2"], ["@missing"], [":@f"]):
         before = len(queue)
         status, shown, error = cli("enqueue", "test_microq.echo", *bad)
-        assert (status, shown, error.count("\n")) == (1, "", 1) and len(queue) == before
+        assert (status, shown, error.count("\n")) == (1, "", 1)
+        assert len(queue) == before
     status, _, error = cli(
         "enqueue", "a.b", "--schedule-in", "5m", "--schedule-at", "2040-01-01"
     )
-    assert status == 1 and "not both" in error
+    assert status == 1
+    assert "not both" in error
 
 
 def test_requeue_command_requeues_the_failed_jobs_it_finds(redis, queue, cli):
@@ -8026,7 +8238,8 @@ def test_requeue_command_requeues_the_failed_jobs_it_finds(redis, queue, cli):
     status, shown, error = cli(
         "requeue", "--queue", "default", "gone", "a", "d", "no id!", "b"
     )
-    assert (status, shown) == (1, "2 of 5 jobs requeued\n") and error.count("\n") == 3
+    assert (status, shown) == (1, "2 of 5 jobs requeued\n")
+    assert error.count("\n") == 3
     assert set(queue.job_ids) == {"a", "b", "d"}
     assert cli("requeue", "--queue", "default", "--all") == (
         0,
@@ -8038,7 +8251,8 @@ def test_requeue_command_requeues_the_failed_jobs_it_finds(redis, queue, cli):
         "nothing to do; name jobs, or --all\n",
     )
     status, _, error = cli("requeue", "a")
-    assert status == 2 and "--queue" in error
+    assert status == 2
+    assert "--queue" in error
 
 
 def test_empty_command_deletes_queued_jobs(redis, queue, cli):
@@ -8049,24 +8263,31 @@ def test_empty_command_deletes_queued_jobs(redis, queue, cli):
     high.enqueue(add)
     assert cli("empty") == (0, "nothing to do; name queues, or give --all\n", "")
     shown = "2 jobs removed from default\n1 jobs removed from high\n"
-    assert cli("empty", "--all") == (0, shown, "") and len(queue) == len(high) == 0
+    assert cli("empty", "--all") == (0, shown, "")
+    assert len(queue) == len(high) == 0
 
 
 def test_workers_are_suspended_and_resumed(redis, queue, cli):
     assert cli("suspend", "--duration", "300")[0] == 0
-    assert is_suspended(redis) and 299_000 < redis.pttl("microq:suspended") <= 300_000
+    assert is_suspended(redis)
+    assert 299_000 < redis.pttl("microq:suspended") <= 300_000
     queue.enqueue(add)
     status, shown, error = cli("worker", "--burst")
-    assert (status, shown) == (1, "") and "resume" in error and len(queue) == 1
+    assert (status, shown) == (1, "")
+    assert "resume" in error
+    assert len(queue) == 1
     assert "SUSPENDED" in cli("info")[1]
-    assert cli("resume")[0] == 0 and not is_suspended(redis)
-    assert cli("suspend", "--duration", "0")[0] == 1 and not is_suspended(redis)
+    assert cli("resume")[0] == 0
+    assert not is_suspended(redis)
+    assert cli("suspend", "--duration", "0")[0] == 1
+    assert not is_suspended(redis)
 
 
 def test_a_worker_pool_takes_the_options_of_a_worker(server, redis, queue):
     job = Queue(connection=redis, serializer="json").enqueue(add, 1)
     words = ["worker-pool", "--burst", "-n", "2", "-S", "json", "--url", server.url]
-    assert microq_command(*words)[0] == 0 and job.is_finished
+    assert microq_command(*words)[0] == 0
+    assert job.is_finished
 
 
 def test_a_worker_takes_the_flags_of_rq(server, redis, queue, tmp_path):
@@ -8097,7 +8318,9 @@ def test_a_worker_takes_the_flags_of_rq(server, redis, queue, tmp_path):
         "AT",
     ]
     status, _, log = microq_command("worker", "default", "--url", server.url, *words)
-    assert status == 0 and "INFO AT worker bee (pid" in log and "noted boom" in log
+    assert status == 0
+    assert "INFO AT worker bee (pid" in log
+    assert "noted boom" in log
     assert f"(pid {(tmp_path / 'pid').read_text().strip()})" in log
     status, _, log = microq_command(
         "worker", "-b", "--logging_level", "error", "-u", server.url
@@ -8115,12 +8338,10 @@ def test_flags_of_rq_without_a_meaning_here_are_ignored(redis, cli):
         "9",
     ]
     status, _, error = cli("worker", "--burst", "-q", *words)
-    assert (
-        status == 0
-        and error.count("\n") == 1
-        and "--worker-ttl" in error
-        and "--lease" in error
-    )
+    assert status == 0
+    assert error.count("\n") == 1
+    assert "--worker-ttl" in error
+    assert "--lease" in error
 
 
 def test_classes_are_named_by_flag_or_environment(redis, queue, cli, monkeypatch):
@@ -8138,18 +8359,19 @@ def test_classes_are_named_by_flag_or_environment(redis, queue, cli, monkeypatch
         OtherSimpleWorker, "work", lambda self, *_, **__: seen.append(self)
     )
     monkeypatch.setenv("MICROQ_WORKER_CLASS", "test_microq.OtherSimpleWorker")
-    assert cli("worker")[0] == 0 and type(seen[-1]).__name__ == "PatientWorker"
-    assert (
-        cli("worker", "-w", "SimpleWorker", "--burst", "-q")[0] == 0 and len(seen) == 1
-    )
+    assert cli("worker")[0] == 0
+    assert type(seen[-1]) is OtherSimpleWorker
+    assert cli("worker", "-w", "SimpleWorker", "--burst", "-q")[0] == 0
+    assert len(seen) == 1
     monkeypatch.setenv("MICROQ_CONNECTION_CLASS", "test_microq.OwnRedis")
     assert cli("worker", "a", "b")[0] == 0
-    assert type(seen[-1].connection).__name__ == "OwnRedis" and seen[
-        -1
-    ].queue_names() == ["a", "b"]
+    assert type(seen[-1].connection).__name__ == "OwnRedis"
+    assert seen[-1].queue_names() == ["a", "b"]
     monkeypatch.setenv("MICROQ_CONNECTION_CLASS", "test_microq.Missing")
     status, _, error = cli("info")
-    assert status == 1 and "Missing" in error and error.count("\n") == 1
+    assert status == 1
+    assert "Missing" in error
+    assert error.count("\n") == 1
 
 
 def test_a_config_module_says_where_and_what(server, redis, tmp_path):
@@ -8171,17 +8393,18 @@ def test_a_config_module_says_where_and_what(server, redis, tmp_path):
     status, _, log = microq_command(
         "worker", "--burst", *words, MICROQ_URL="", REDIS_URL="redis://x"
     )
-    assert status == 0 and all(job.is_finished for job in jobs), log
-    assert "MINE worker configured" in log and "MINE listening on high, low" in log
+    assert status == 0, log
+    assert all(job.is_finished for job in jobs), log
+    assert "MINE worker configured" in log
+    assert "MINE listening on high, low" in log
     status, _, error = microq_command("info", *words, MICROQ_URL="unix:///nowhere")
-    assert status == 1 and "nowhere" in error  # the environment beats it
+    assert status == 1
+    assert "nowhere" in error  # the environment beats it
     assert microq_command("info", *words[2:], MICROQ_CONFIG="", cwd=tmp_path)[0] == 0
     assert microq_command("info", *words[:2], MICROQ_CONFIG="my_settings")[0] == 0
     status, _, error = microq_command("info", "--config", "nowhere")
-    assert (
-        status == 1
-        and error == "microq: ModuleNotFoundError: No module named 'nowhere'\n"
-    )
+    assert status == 1
+    assert error == "microq: ModuleNotFoundError: No module named 'nowhere'\n"
 
 
 def test_the_parts_of_an_address_come_from_the_environment_or_the_module(
@@ -8203,7 +8426,9 @@ def test_the_parts_of_an_address_come_from_the_environment_or_the_module(
     assert redis_py.Redis(db=4, **known).exists("microq:queues")
     monkeypatch.setenv("REDIS_PORT", "tcp://10.0.0.1:6379")  # Kubernetes does that
     status, _, error = cli("info", url=None)
-    assert status == 1 and "tcp://10.0.0.1:6379" in error and error.count("\n") == 1
+    assert status == 1
+    assert "tcp://10.0.0.1:6379" in error
+    assert error.count("\n") == 1
 
 
 def test_a_config_module_may_name_sentinels(port_with_password, cli, tmp_path):
@@ -8251,9 +8476,9 @@ def test_a_closed_pipe_and_ctrl_c_end_quietly(server, redis):
     done = subprocess.run(
         ["bash", "-c", command], cwd=HERE, capture_output=True, text=True
     )
-    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(
-        "queue queue0 0 "
-    )
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert done.stdout.startswith("queue queue0 0 ")
     redis.delete("microq:queues")
     command = [*python.split(), "info", "--interval", "0.1", "--url", server.url]
     info = subprocess.Popen(
@@ -8266,7 +8491,8 @@ def test_a_closed_pipe_and_ctrl_c_end_quietly(server, redis):
             or b"/s" in info.stdout.readline()
         )
     info.send_signal(signal.SIGINT)
-    assert info.communicate(timeout=5)[1] == b"" and info.returncode == 130
+    assert info.communicate(timeout=5)[1] == b""
+    assert info.returncode == 130
 
 
 def test_info_shows_queues_and_workers(server, redis, queue, cli, start_worker):
@@ -8286,20 +8512,18 @@ def test_info_shows_queues_and_workers(server, redis, queue, cli, start_worker):
         assert cli("info", url=f"{server.url}?protocol={protocol}")[1] == shown
     raw = cli("info", "--raw", "default", "low")[1].splitlines()
     zeros = "scheduled=0 deferred=0 rate_limited=0 finished=0 failed=0 canceled=0"
-    assert raw[0] == f"queue default 0 started=1 {zeros}" and raw[1].startswith(
-        "queue low 0 "
-    )
+    assert raw[0] == f"queue default 0 started=1 {zeros}"
+    assert raw[1].startswith("queue low 0 ")
     assert re.fullmatch(
         r"worker bee busy low,default,high finished=\d failed=0", raw[2]
     )
-    assert "bee" not in cli("info", "-Q")[1] and "deferred" not in cli("info", "-W")[1]
+    assert "bee" not in cli("info", "-Q")[1]
+    assert "deferred" not in cli("info", "-W")[1]
     assert cli("info", "--raw", "--only-workers")[1].splitlines() == [raw[2]]
     shown = cli("info", "--by-queue")[1]
     assert re.search(r"^high +bee +busy +test_microq.sleep dreams$", shown, re.M), shown
-    assert (
-        "default" in cli("info", "-R", "-W")[1]
-        and "bee" not in cli("info", "-R", "-Q")[1]
-    )
+    assert "default" in cli("info", "-R", "-W")[1]
+    assert "bee" not in cli("info", "-R", "-Q")[1]
     send_stop_job_command(redis, "dreams")
 
 
@@ -8362,7 +8586,8 @@ def test_info_takes_two_round_trips_whatever_there_is_in_the_queues(redis, monke
         microq, "_execute", lambda *words: trips.append(words) or send(*words)
     )
     snapshot = microq._take_snapshot(redis, [f"q{i}" for i in range(20)])
-    assert len(trips) == 2 and len(snapshot.queues) == len(snapshot.workers) == 20
+    assert len(trips) == 2
+    assert len(snapshot.queues) == len(snapshot.workers) == 20
     assert all(
         worker.state == "busy" and "add" in worker.job for worker in snapshot.workers
     )
@@ -8394,7 +8619,8 @@ def test_info_is_live_on_a_terminal(redis, queue, terminal):
     bars = {
         line.split()[0][:3]: line.count("█") for line in live.screen() if "█" in line
     }
-    assert bars["a-q"] == -(-bars["def"] // 2) > 0 and live.fits()
+    assert bars["a-q"] == -(-bars["def"] // 2) > 0
+    assert live.fits()
     queue.enqueue(add)
     live.shows("2 queues, 7 queued")
     with Worker(queue, name="bee"):
@@ -8425,10 +8651,8 @@ def test_many_queues_and_workers_share_a_small_screen(redis, terminal):
     screen = live.screen()
     assert live.fits(), screen
     assert sum("more" in line for line in screen) == 2
-    assert (
-        sum("queue0" in line for line in screen) > 5
-        and sum("busy" in line for line in screen) > 5
-    )
+    assert sum("queue0" in line for line in screen) > 5
+    assert sum("busy" in line for line in screen) > 5
     live.resize(80, 100)
     wait_until(lambda: sum("busy" in line for line in live.screen()) == 31)
 
@@ -8464,8 +8688,11 @@ def test_a_live_view_outlives_its_server(tmp_path, terminal):
 def test_the_demo_shows_it_all_and_ends_by_itself():
     status, shown, log = microq_command("demo")
     assert status == 0, log
-    assert shown.count("finished") == 4 and shown.count("failed") == 1 and "42" in shown
-    assert "runs again at" in log and "listening on demo" in log
+    assert shown.count("finished") == 4
+    assert shown.count("failed") == 1
+    assert "42" in shown
+    assert "runs again at" in log
+    assert "listening on demo" in log
 
 
 # ---- Properties of cost --------------------------------------------------------------
@@ -8480,7 +8707,8 @@ def test_tiny_jobs_share_round_trips(server, redis):
         before = socket_reads(redis)
         work(queue)
         least = min(least, socket_reads(redis) - before)
-    assert least < 500 and len(queue.finished_job_registry) == 3000
+    assert least < 500
+    assert len(queue.finished_job_registry) == 3000
     queue.delete()
 
 
@@ -8540,7 +8768,8 @@ def test_a_job_costs_redis_few_bytes(redis, queue):
     # Redis up to 7 keeps every key, and every time to live, in a table entry of its own; Valkey 8
     # embeds them.  Hence the second limit.
     modern = "valkey_version" in redis.info("server")
-    assert queued <= 250 and finished <= (350 if modern else 400), (queued, finished)
+    assert queued <= 250, (queued, finished)
+    assert finished <= (350 if modern else 400), (queued, finished)
 
 
 # ---- The examples of RQ's documentation ----------------------------------------------
@@ -8581,19 +8810,19 @@ def test_docs_enqueue_with_every_option(redis):
         meta={"user": 7},
     )
     stored = Job.fetch("my_job_id", connection=redis)
-    assert job.id == "my_job_id" and stored.get_status() == "deferred"
+    assert job.id == "my_job_id"
+    assert stored.get_status() == "deferred"
     assert (stored.result_ttl, stored.ttl, stored.failure_ttl) == (86400, 60, 300)
-    assert (stored.description, stored.meta, stored.args) == (
-        "a greeting",
-        {"user": 7},
-        ("ann",),
-    )
+    assert stored.description == "a greeting"
+    assert stored.meta == {"user": 7}
+    assert stored.args == ("ann",)
 
 
 def test_docs_priority_by_place_and_by_queue(redis, tmp_path):
     from microq import Queue, Worker
 
-    queue, log = Queue(connection=redis), tmp_path / "log"
+    queue = Queue(connection=redis)
+    log = tmp_path / "log"
     later = queue.enqueue(say_hello)
     job = queue.enqueue(say_hello, at_front=True)
     assert queue.job_ids == [job.id, later.id]
@@ -8666,7 +8895,8 @@ def test_docs_bulk_enqueueing(redis):
         "hello bob",
         "hello eve",
     ]
-    assert jobs[3].get_status() == "failed" and len(jobs[3].results()) == 3
+    assert jobs[3].get_status() == "failed"
+    assert len(jobs[3].results()) == 3
 
 
 def test_docs_group_of_jobs(redis):
@@ -8731,15 +8961,18 @@ def test_docs_concurrency_rate_limits(redis):
 def test_docs_dependencies_on_one_job_or_several(redis, tmp_path):
     from microq import Queue
 
-    q, log = Queue("low", connection=redis), str(tmp_path / "log")
+    q = Queue("low", connection=redis)
+    log = str(tmp_path / "log")
     report_job = q.enqueue(append, log, "report")
     send_job = q.enqueue(append, log, "send", depends_on=report_job)
-    foo_job, bar_job = q.enqueue(say_hello), q.enqueue(say_hello)
+    foo_job = q.enqueue(say_hello)
+    bar_job = q.enqueue(say_hello)
     baz_job = q.enqueue(append, log, "baz", depends_on=[foo_job, bar_job.id])
     assert (send_job.get_status(), baz_job.is_deferred, len(q)) == ("deferred", True, 3)
     assert send_job in q.deferred_job_registry
     work(q)
-    assert send_job.is_finished and baz_job.is_finished
+    assert send_job.is_finished
+    assert baz_job.is_finished
     assert (tmp_path / "log").read_text() == "report\nsend\nbaz\n"
     report_job = q.enqueue(add)
     later = q.enqueue_in(
@@ -8749,15 +8982,16 @@ def test_docs_dependencies_on_one_job_or_several(redis, tmp_path):
     failed = q.enqueue(div_by_zero)
     waits = q.enqueue(say_hello, depends_on=failed)
     work(q)
-    assert (
-        later.is_finished and failed.is_failed and waits.is_deferred
-    )  # it runs after a success only
+    assert later.is_finished
+    assert failed.is_failed
+    assert waits.is_deferred  # it runs after a success only
 
 
 def test_docs_dependency_that_may_fail(redis, reported, tmp_path):
     from microq import Dependency, Queue
 
-    queue, log = Queue(connection=redis), str(tmp_path / "log")
+    queue = Queue(connection=redis)
+    log = str(tmp_path / "log")
     reports = {"on_success": report_success, "on_failure": report_failure}
     job_1 = queue.enqueue(div_by_zero, **reports)
     last = queue.enqueue(append, log, "last")
@@ -8765,7 +8999,9 @@ def test_docs_dependency_that_may_fail(redis, reported, tmp_path):
     job_2 = queue.enqueue(append, log, "first", depends_on=dependency, **reports)
     assert job_2.is_deferred
     work(queue)  # job_2 will execute even though its dependency (job_1) fails
-    assert job_1.is_failed and job_2.is_finished and last.is_finished
+    assert job_1.is_failed
+    assert job_2.is_finished
+    assert last.is_finished
     assert reported == [
         ("failure", job_1.id, "ZeroDivisionError"),
         ("success", job_2.id, None),
@@ -8796,15 +9032,15 @@ def test_docs_callbacks(redis, reported):
     ]  # fmt: skip
     job = queue.enqueue(add, on_success=Callback(bad_callback), retry=Retry(max=2))
     work(queue)
-    assert (
-        job.is_finished and len(job.results()) == 1
-    )  # RQ makes it a failure, and runs it again
+    assert job.is_finished
+    assert len(job.results()) == 1  # RQ makes it a failure, and runs it again
 
 
 def test_docs_webhooks(redis, webhook_server):
     from microq import Queue, Webhook
 
-    queue, (url, asked) = Queue(connection=redis), webhook_server
+    queue = Queue(connection=redis)
+    (url, asked) = webhook_server
     webhooks = [
         Webhook(f"{url}/finished", job_status="finished"),
         Webhook(
@@ -8829,12 +9065,11 @@ def test_docs_webhooks(redis, webhook_server):
     assert asked[1][:3] == ("POST", "/failed", "secret")
     body = asked[1][3]
     assert (body["job_id"], body["status"]) == (bad.id, "failed")
-    assert (
-        body["func_name"] == "test_microq.div_by_zero"
-        and body["enqueued_at"] < body["ended_at"]
-    )
+    assert body["func_name"] == "test_microq.div_by_zero"
+    assert body["enqueued_at"] < body["ended_at"]
     assert "ZeroDivisionError" in body["exc_info"]
-    assert asked[2][:2] == ("POST", "/post") and "exc_info" not in asked[2][3]
+    assert asked[2][:2] == ("POST", "/post")
+    assert "exc_info" not in asked[2][3]
     assert len(queue.finished_job_registry) == 3
 
 
@@ -8848,14 +9083,16 @@ def test_docs_queue_methods(redis):
     queued_job_ids = q.job_ids
     queued_jobs = q.jobs
     job = q.fetch_job("my_id")
-    assert queued_job_ids == [each.id for each in queued_jobs] and queued_jobs[0] == job
+    assert queued_job_ids == [each.id for each in queued_jobs]
+    assert queued_jobs[0] == job
     assert q.fetch_job("nobody") is None
-    assert q.empty() == 2 and q.is_empty() and q.fetch_job("my_id") is None
+    assert q.empty() == 2
+    assert q.is_empty()
+    assert q.fetch_job("my_id") is None
     job = q.enqueue(say_hello)
     q.delete(delete_jobs=True)
-    assert (
-        not Job.exists(job.id, connection=redis) and Queue.all(connection=redis) == []
-    )
+    assert not Job.exists(job.id, connection=redis)
+    assert Queue.all(connection=redis) == []
     q.enqueue(say_hello)  # makes it anew
     assert Queue.all(connection=redis) == [q]
 
@@ -8879,7 +9116,8 @@ def test_docs_decorator(redis, server, tmp_path, monkeypatch):
     job = add.delay(3, 4)
     other = add.enqueue(3, y=5, job_id="mine", at_front=True)
     low = Queue("low", connection=redis)
-    assert low.job_ids == ["mine", job.id] and (job.timeout, job.result_ttl) == (5, 60)
+    assert low.job_ids == ["mine", job.id]
+    assert (job.timeout, job.result_ttl) == (5, 60)
     work(low)
     assert (job.return_value(), other.return_value(), add(1, 2)) == (7, 8, 3)
 
@@ -8889,7 +9127,8 @@ def test_docs_sync_queues_need_no_worker(redis, reported):
 
     q = Queue("low", is_async=False, connection=redis)
     job = q.enqueue(fib, 8, on_success=report_success)
-    assert job.is_finished and job.result == job.return_value() == 21
+    assert job.is_finished
+    assert job.result == job.return_value() == 21
     assert reported == [("success", job.id, 21)]
     assert q.enqueue(div_by_zero).is_failed
 
@@ -8906,14 +9145,14 @@ def test_docs_jobs_are_created_and_fetched(redis, page):
     )
     work(q)
     stored = Job.fetch("foo_id", connection=redis)
-    assert stored.get_status() == "finished" and stored.func_name.endswith(
-        "count_words_at_url"
-    )
+    assert stored.get_status() == "finished"
+    assert stored.func_name.endswith("count_words_at_url")
     assert (stored.args, stored.kwargs, stored.result) == ((page,), {}, 6)
     assert stored.enqueued_at <= stored.started_at <= stored.ended_at
     jobs = Job.fetch_many(["foo_id", "nobody", "bar_id"], connection=redis)
     assert [each and each.id for each in jobs] == ["foo_id", None, "bar_id"]
-    assert job.return_value() == 6 and jobs[2].return_value() == "hello x"
+    assert job.return_value() == 6
+    assert jobs[2].return_value() == "hello x"
 
 
 def test_docs_executions_of_a_job(redis, tmp_path):
@@ -8925,8 +9164,10 @@ def test_docs_executions_of_a_job(redis, tmp_path):
         pids_of_run(tmp_path / "log")
         [execution] = job.get_executions()
         began = datetime.now(timezone.utc) - timedelta(seconds=5)
-        assert began < execution.created_at <= execution.last_heartbeat and execution.id
-    assert job.is_finished and job.get_executions() == []
+        assert began < execution.created_at <= execution.last_heartbeat
+        assert execution.id
+    assert job.is_finished
+    assert job.get_executions() == []
 
 
 def test_docs_a_started_job_is_stopped(redis, queue, start_worker, tmp_path):
@@ -8941,7 +9182,8 @@ def test_docs_a_started_job_is_stopped(redis, queue, start_worker, tmp_path):
     pids_of_run(tmp_path / "log")
     send_stop_job_command(redis, job.id)
     wait_until(lambda: job.is_stopped)
-    assert job.get_status() == "stopped" and job in FailedJobRegistry(queue=queue)
+    assert job.get_status() == "stopped"
+    assert job in FailedJobRegistry(queue=queue)
     assert wait_until(lambda: job.get_meta().get("stopped"))
     with pytest.raises(InvalidJobOperation):  # it is not executing any more
         send_stop_job_command(redis, job.id)
@@ -8955,9 +9197,12 @@ def test_docs_jobs_are_canceled(redis):
     waits = queue.enqueue(say_hello, depends_on=job)
     job = Job.fetch("my_job_id", connection=redis)
     job.cancel()
-    assert job.get_status() == "canceled" and job.is_canceled
+    assert job.get_status() == "canceled"
+    assert job.is_canceled
     registry = CanceledJobRegistry(job.origin, connection=job.connection)
-    assert job in registry and len(queue) == 0 and waits.is_deferred
+    assert job in registry
+    assert len(queue) == 0
+    assert waits.is_deferred
     with pytest.raises(InvalidJobOperation):
         job.cancel()
     job = queue.enqueue(say_hello)
@@ -8977,16 +9222,19 @@ def test_docs_serializers(redis):
         worker = SimpleWorker("foo", connection=redis, serializer=serializer)
         worker.work(burst=True)
         stored = Job.fetch(job.id, connection=redis, serializer=JSONSerializer)
-        assert stored.return_value() == [1, 2] and stored.meta == {"a": 1}
+        assert stored.return_value() == [1, 2]
+        assert stored.meta == {"a": 1}
 
 
 def test_docs_current_job_and_its_meta(redis):
     from microq import Queue, get_current_job
 
     queue = Queue(connection=redis)
-    job, other = queue.enqueue(id_of_current_job), queue.enqueue(handled_by)
+    job = queue.enqueue(id_of_current_job)
+    other = queue.enqueue(handled_by)
     work(queue)
-    assert job.return_value() == job.id and get_current_job() is None
+    assert job.return_value() == job.id
+    assert get_current_job() is None
     other.refresh()
     assert other.meta == other.get_meta() == {"handled_by": socket.gethostname()}
 
@@ -9003,11 +9251,9 @@ def test_docs_ttls(redis):
                 Job.fetch(job.id, connection=redis)
         else:
             stored = Job.fetch(job.id, connection=redis)
-            assert (stored.result_ttl, stored.ttl, stored.failure_ttl) == (
-                seconds,
-                43,
-                300,
-            )
+            assert stored.result_ttl == seconds
+            assert stored.ttl == 43
+            assert stored.failure_ttl == 300
             assert stored.return_value() == "hello you"
     plain = q.enqueue(say_hello)
     assert plain.ttl is None
@@ -9016,7 +9262,8 @@ def test_docs_ttls(redis):
     SimpleWorker([q]).work(burst=True, max_jobs=1)
     time.sleep(1.1)
     work(q)
-    assert not Job.exists(short.id, connection=redis) and plain.is_finished
+    assert not Job.exists(short.id, connection=redis)
+    assert plain.is_finished
     time.sleep(1.1)
     assert not Job.exists("brief", connection=redis)
 
@@ -9063,18 +9310,17 @@ def test_docs_results(redis):
     work(queue)
     job = Job.fetch(id="my_id", connection=redis)
     result = job.latest_result()
-    assert result.type == result.Type.SUCCESSFUL and result.return_value == 3
-    assert (
-        result.job_id == "my_id"
-        and job.return_value() == job.return_value(refresh=True) == 3
-    )
+    assert result.type == result.Type.SUCCESSFUL
+    assert result.return_value == 3
+    assert result.job_id == "my_id"
+    assert job.return_value() == job.return_value(refresh=True) == 3
     assert abs(result.created_at.timestamp() - time.time()) < 5
     bad = Job.fetch(id="bad", connection=redis)
     result = bad.latest_result()
-    assert (
-        result.type == result.Type.FAILED and "ZeroDivisionError" in result.exc_string
-    )
-    assert bad.return_value() is None and result.return_value is None
+    assert result.type == result.Type.FAILED
+    assert "ZeroDivisionError" in result.exc_string
+    assert bad.return_value() is None
+    assert result.return_value is None
     types = [result.type for result in bad.results() if result.created_at]
     assert types == [
         Result.Type.FAILED,
@@ -9092,7 +9338,8 @@ def test_docs_latest_result_waits(redis):
         result = job.latest_result(
             timeout=60
         )  # Will hang for about as long as the job sleeps.
-        assert result.return_value == 0.3 and time.monotonic() - began < 5
+        assert result.return_value == 0.3
+        assert time.monotonic() - began < 5
     assert job.latest_result(timeout=60).return_value == 0.3  # now it is there
     nobody = Queue("nobody", connection=redis).enqueue(say_hello)
     assert nobody.latest_result(timeout=0.3) is None
@@ -9105,11 +9352,13 @@ def test_docs_a_job_asks_for_a_retry(redis):
     job = queue.enqueue(return_retry, max=3, interval=60)
     again = queue.enqueue(return_retry, max=2, interval=0)
     work(queue)
-    assert job.is_scheduled and job in queue.scheduled_job_registry
+    assert job.is_scheduled
+    assert job in queue.scheduled_job_registry
     kinds = job.latest_result().Type
     assert job.latest_result().type == kinds.RETRIED
     again.refresh()
-    assert again.is_failed and again.number_of_retries == 2
+    assert again.is_failed
+    assert again.number_of_retries == 2
     types = [result.type for result in again.results()]
     assert types == [kinds.MAX_RETRIES_EXCEEDED, kinds.RETRIED, kinds.RETRIED]
 
@@ -9127,7 +9376,8 @@ def test_docs_timeouts(redis):
     assert low.enqueue(sleep, 9, job_timeout=3600).timeout == 3600  # 1 hr
     slow = q.enqueue(sleep, 5, job_timeout=1)
     work(q)
-    assert slow.is_failed and "JobTimeoutException" in slow.exc_info
+    assert slow.is_failed
+    assert "JobTimeoutException" in slow.exc_info
 
 
 def test_docs_scheduling(redis):
@@ -9143,8 +9393,10 @@ def test_docs_scheduling(redis):
         datetime(2031, 1, 1, 3, 30, tzinfo=timezone.utc), say_hello
     )
     soon = queue.enqueue_in(timedelta(seconds=10), say_hello)
-    assert soon.get_status() == "scheduled" and soon.id not in queue.job_ids
-    assert all(each in registry for each in (job, aware, soon)) and len(registry) == 3
+    assert soon.get_status() == "scheduled"
+    assert soon.id not in queue.job_ids
+    assert all(each in registry for each in (job, aware, soon))
+    assert len(registry) == 3
     assert registry.get_job_ids() == [soon.id, job.id, aware.id]
 
 
@@ -9173,11 +9425,15 @@ def test_docs_repeat(redis):
         timedelta(hours=1), say_hello, repeat=Repeat(times=3, interval=30)
     )
     Worker([queue]).work(burst=True)
-    assert job.is_scheduled and job_2.is_scheduled and later.is_scheduled
+    assert job.is_scheduled
+    assert job_2.is_scheduled
+    assert later.is_scheduled
     job.refresh()
     assert job.repeats_left == 2
-    assert at_once.is_finished and len(at_once.results()) == 3
-    assert bad.is_failed and len(bad.results()) == 1  # repeated after a success only
+    assert at_once.is_finished
+    assert len(at_once.results()) == 3
+    assert bad.is_failed
+    assert len(bad.results()) == 1  # repeated after a success only
 
 
 def test_docs_retry(redis):
@@ -9193,7 +9449,8 @@ def test_docs_retry(redis):
     assert (later.retries_left, longer.retry_intervals) == (3, [10, 30, 60])
     work(queue)
     assert job.return_value() == "done"
-    assert later.is_scheduled and longer.is_scheduled
+    assert later.is_scheduled
+    assert longer.is_scheduled
     first = queue.scheduled_job_registry.get_scheduled_time(longer).timestamp()
     second = queue.scheduled_job_registry.get_scheduled_time(later).timestamp()
     assert 45 < second - first < 55
@@ -9225,7 +9482,9 @@ def test_docs_registries(redis, tmp_path):
         ):
             assert registry.get_queue() == queue
             assert (registry.count, registry.get_job_ids()) == (1, [job.id])
-            assert job in registry and job.id in registry and "nobody" not in registry
+            assert job in registry
+            assert job.id in registry
+            assert "nobody" not in registry
 
 
 def test_docs_registries_of_all_kinds_forget_jobs(redis):
@@ -9240,7 +9499,9 @@ def test_docs_registries_of_all_kinds_forget_jobs(redis):
     )
 
     queue = Queue(connection=redis)
-    done, bad, gone = queue.enqueue(add), queue.enqueue(div_by_zero), queue.enqueue(add)
+    done = queue.enqueue(add)
+    bad = queue.enqueue(div_by_zero)
+    gone = queue.enqueue(add)
     gone.cancel()
     waits = queue.enqueue(add, depends_on=bad)
     later = queue.enqueue_in(timedelta(hours=1), add)
@@ -9251,9 +9512,11 @@ def test_docs_registries_of_all_kinds_forget_jobs(redis):
     }  # fmt: skip
     for kind, job in kinds.items():
         registry = kind(queue=queue)
-        assert registry.get_job_ids() == [job.id] and job in registry, kind
+        assert registry.get_job_ids() == [job.id], kind
+        assert job in registry, kind
         registry.remove(job, delete_job=True)
-        assert job not in registry and not Job.exists(job.id, connection=redis), kind
+        assert job not in registry, kind
+        assert not Job.exists(job.id, connection=redis), kind
 
 
 def test_docs_exceptions_go_to_the_failed_job_registry(redis):
@@ -9265,9 +9528,8 @@ def test_docs_exceptions_go_to_the_failed_job_registry(redis):
     registry = FailedJobRegistry(queue=queue)
     for job_id in registry.get_job_ids():
         job = Job.fetch(job_id, connection=redis)
-        assert (
-            job.exc_info.startswith("Traceback") and "ValueError: ouch" in job.exc_info
-        )
+        assert job.exc_info.startswith("Traceback")
+        assert "ValueError: ouch" in job.exc_info
 
 
 def test_docs_exception_handlers(redis, reported):
@@ -9288,7 +9550,8 @@ def test_docs_exception_handlers(redis, reported):
         [q], exception_handlers=[foo_handler], disable_default_exception_handler=True
     )
     w.work(burst=True)
-    assert reported[-1][0] == "foo" and job.is_failed
+    assert reported[-1][0] == "foo"
+    assert job.is_failed
 
 
 def test_docs_work_horse_killed_handler(redis, reported):
@@ -9303,7 +9566,8 @@ def test_docs_work_horse_killed_handler(redis, reported):
     job = q.enqueue(kill_self)
     w = Worker([q], work_horse_killed_handler=my_work_horse_killed_handler)
     w.work(burst=True)
-    assert set(reported) == {(job.id, True, signal.SIGKILL, True)} and job.is_failed
+    assert set(reported) == {(job.id, True, signal.SIGKILL, True)}
+    assert job.is_failed
 
 
 def test_docs_worker_script_preloads(redis, server, tmp_path):
@@ -9339,38 +9603,34 @@ def test_docs_workers_are_named_listed_and_counted(redis, start_worker, tmp_path
 
     queue = Queue("default", connection=redis)
     worker = Worker([queue], connection=redis, name="foo")
-    assert (worker.name, worker.queues, worker.queue_names()) == (
-        "foo",
-        [queue],
-        ["default"],
-    )
+    assert worker.name == "foo"
+    assert worker.queues == [queue]
+    assert worker.queue_names() == ["default"]
     process = start_worker("--name", "bar")
     assert Worker.count(connection=redis) == Worker.count(queue=queue) == 1
     assert Worker.count(queue=Queue("other", connection=redis)) == 0
     [worker] = Worker.all(queue=queue)
-    assert (worker.name, worker.pid, worker.hostname) == (
-        "bar",
-        process.pid,
-        socket.gethostname(),
-    )
+    assert worker.name == "bar"
+    assert worker.pid == process.pid
+    assert worker.hostname == socket.gethostname()
     assert (worker.successful_job_count, worker.failed_job_count) == (0, 0)
-    assert worker.total_working_time == 0 and worker.birth_date <= worker.last_heartbeat
+    assert worker.total_working_time == 0
+    assert worker.birth_date <= worker.last_heartbeat
     wait_until(lambda: Worker.all(redis)[0].state == WorkerStatus.IDLE)
     job = queue.enqueue(sleep_and_record_pid, str(tmp_path / "log"))
     pids_of_run(tmp_path / "log")
     workers = Worker.all(redis)
     for worker in workers:
         if worker.state == WorkerStatus.BUSY:
-            assert (
-                worker.get_current_job() == job
-                and worker.get_current_job_id() == job.id
-            )
+            assert worker.get_current_job() == job
+            assert worker.get_current_job_id() == job.id
             send_kill_horse_command(redis, worker.name)
     wait_until(lambda: job.is_failed)
     for worker in Worker.all(redis):
         send_shutdown_command(redis, worker.name)  # Tells worker to shutdown
     process.communicate(timeout=10)
-    assert process.returncode == 0 and Worker.count(redis) == 0
+    assert process.returncode == 0
+    assert Worker.count(redis) == 0
 
 
 def test_docs_worker_classes(redis):
@@ -9423,7 +9683,8 @@ def test_docs_custom_job_and_queue_classes(redis):
     queue = CustomQueue("default", connection=redis)
     job = queue.enqueue(say_hello)
     work(queue)
-    assert isinstance(job, CustomJob) and job.shout() == "HELLO YOU"
+    assert isinstance(job, CustomJob)
+    assert job.shout() == "HELLO YOU"
     assert isinstance(queue.fetch_job(job.id), CustomJob)
     assert isinstance(CustomJob.fetch(job.id, connection=redis), CustomJob)
     named = Queue("default", connection=redis, job_class="test_microq.CustomJob")
@@ -9467,10 +9728,13 @@ def test_docs_settings_module(redis, server, tmp_path):
         Queue(name, connection=redis).enqueue(say_hello) for name in ("default", "low")
     ]
     status, _, log = microq_command("worker", "-c", "settings", "--burst", cwd=tmp_path)
-    assert status == 0 and all(job.is_finished for job in jobs)
-    assert jobs[0].latest_result().worker_name == "worker-1024" and "INFO <" in log
+    assert status == 0
+    assert all(job.is_finished for job in jobs)
+    assert jobs[0].latest_result().worker_name == "worker-1024"
+    assert "INFO <" in log
     status, out, _ = microq_command("info", "--config", "settings", cwd=tmp_path)
-    assert status == 0 and "low" in out
+    assert status == 0
+    assert "low" in out
 
 
 @pytest.mark.parametrize(
@@ -9520,11 +9784,13 @@ def test_docs_connections_of_each_queue(redis, server, tmp_path):
     try:
         conn1 = redis_py.Redis.from_url(server.url)
         conn2 = redis_py.Redis.from_url(other.url, socket_timeout=500)
-        q1, q2 = Queue("foo", connection=conn1), Queue("foo", connection=conn2)
+        q1 = Queue("foo", connection=conn1)
+        q2 = Queue("foo", connection=conn2)
         job = q2.enqueue(say_hello)
         assert (len(q1), len(q2)) == (0, 1)
         work(q2)
-        assert job.is_finished and q1.fetch_job(job.id) is None
+        assert job.is_finished
+        assert q1.fetch_job(job.id) is None
     finally:
         other.stop()
 
@@ -9630,7 +9896,8 @@ def test_docs_cron_scheduler(redis, server, tmp_path):
         assert running.name == "my-cron"
         fetched = CronScheduler.fetch("my-cron", connection=redis)
         jobs = {job.func_name.rpartition(".")[2]: job for job in fetched.get_jobs()}
-        assert jobs["say_hello"].interval == 3600 and jobs["add"].cron == "0 9 * * *"
+        assert jobs["say_hello"].interval == 3600
+        assert jobs["add"].cron == "0 9 * * *"
         assert jobs["add"].next_enqueue_time > datetime.now(timezone.utc)
         assert fetched.last_heartbeat is not None
     finally:
@@ -9651,7 +9918,8 @@ def test_docs_testing_with_a_simple_worker(redis):
     assert job.is_finished
     late = queue.enqueue(spin, 10, job_timeout=1)
     TimedWorker([queue], connection=queue.connection).work(burst=True)
-    assert late.is_failed and "JobTimeoutException" in late.exc_info
+    assert late.is_failed
+    assert "JobTimeoutException" in late.exc_info
 
 
 @pytest.mark.parametrize(
@@ -9680,11 +9948,9 @@ def test_docs_shell_enqueue_reads_arguments(
     Path("text").write_text('{"a": [1]}')
     assert microq.main(["enqueue", "-u", server.url, "path.to.func", *words]) == 0
     [job] = queue.jobs
-    assert (job.func_name, tuple(job.args), job.kwargs) == (
-        "path.to.func",
-        args,
-        kwargs,
-    )
+    assert job.func_name == "path.to.func"
+    assert tuple(job.args) == args
+    assert job.kwargs == kwargs
 
 
 def test_docs_shell_commands_look_and_repair(redis, queue, server, capsys):
@@ -9700,12 +9966,10 @@ def test_docs_shell_commands_look_and_repair(redis, queue, server, capsys):
     )  # fmt: skip
     myqueue = Queue("myqueue", connection=redis)
     [job] = myqueue.jobs
-    assert (job.timeout, job.result_ttl, job.ttl, job.failure_ttl) == (
-        300,
-        60,
-        3600,
-        172800,
-    )
+    assert job.timeout == 300
+    assert job.result_ttl == 60
+    assert job.ttl == 3600
+    assert job.failure_ttl == 172800
     assert job.description == "a failure"
     command("enqueue", "test_microq.add", "--job-id", "second", "--depends-on", "first")
     assert queue.fetch_job("second").is_deferred
@@ -9717,7 +9981,8 @@ def test_docs_shell_commands_look_and_repair(redis, queue, server, capsys):
     command("enqueue", "test_microq.div_by_zero", "-q", "myqueue", "--job-id", "id2")
     work(myqueue)
     assert len(myqueue.failed_job_registry) == 2
-    assert "myqueue" in command("info") and "myqueue" not in command("info", "default")
+    assert "myqueue" in command("info")
+    assert "myqueue" not in command("info", "default")
     for words in (["-R"], ["--raw"], ["-Q"], ["-W"]):
         assert command("info", *words)
     words = ["requeue", "--queue", "myqueue", "-u", server.url, "nobody", "id1"]
@@ -9726,7 +9991,8 @@ def test_docs_shell_commands_look_and_repair(redis, queue, server, capsys):
     command("requeue", "--queue", "myqueue", "--all")
     assert set(myqueue.job_ids) == {"id1", "id2"}
     command("empty", "myqueue")
-    assert len(myqueue) == 0 and first.is_queued
+    assert len(myqueue) == 0
+    assert first.is_queued
     command("empty", "--all")
     assert len(queue) == 0
     command("suspend")
@@ -9790,7 +10056,8 @@ def test_docs_shell_workers(redis, server, tmp_path, monkeypatch):
         assert microq.main([*words, "--url", server.url]) == 0, words
     for name, job in jobs.items():
         if name.endswith("bad"):
-            assert job.is_failed and job.get_meta() == {"marks": 2}, name
+            assert job.is_failed, name
+            assert job.get_meta() == {"marks": 2}, name
         else:
             assert job.return_value() == (
                 "CustomJob" if name[0] == "c" else "hello you"
@@ -9829,12 +10096,15 @@ def test_docs_supervisor_ends_workers_by_sigterm(redis, queue, start_worker, tmp
     pids_of_run(tmp_path / "log")
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=10)
-    assert process.returncode == 0 and job.return_value() == "slept"
+    assert process.returncode == 0
+    assert job.return_value() == "slept"
 
 
 def test_the_table_of_rq_names_is_true():
-    rows, wrong = rows_of_rq_names(), []
-    assert len(rows) > 40 and {fate for _, fate in rows} == {
+    rows = rows_of_rq_names()
+    wrong = []
+    assert len(rows) > 40
+    assert {fate for _, fate in rows} == {
         "same",
         "better",
         "left out",
