@@ -127,7 +127,7 @@ class Server:
         self.path.unlink(missing_ok=True)
 
 
-def wait_until(condition, seconds: float = 20):
+def wait_until(condition, seconds: float = 30):
     """Return the first true value of `condition`; fail after `seconds`."""
     deadline = time.monotonic() + seconds
     while True:
@@ -1312,16 +1312,29 @@ microq.Worker("default", lease=0.5, connection=redis.Redis.from_url({server.url!
     return start_script(code, stderr=subprocess.PIPE, text=True)
 
 
-def read_log_until(process, text):
-    """Read the log of a process up to the line that has `text`, for a minute at most."""
+@contextlib.contextmanager
+def killed_after_a_minute(process):
+    """Kill a process if the block, which reads what it writes, takes a minute."""
     timer = threading.Timer(60, process.kill)
     timer.start()
     try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def read_line(process):
+    """Return the next line that a process writes to its stdout, for a minute at most."""
+    with killed_after_a_minute(process):
+        return process.stdout.readline().strip()
+
+
+def read_log_until(process, text):
+    """Read the log of a process up to the line that has `text`, for a minute at most."""
+    with killed_after_a_minute(process):
         while line := process.stderr.readline():
             if text in line:
                 return
-    finally:
-        timer.cancel()
     raise AssertionError(f"the log has no line with {text!r}")
 
 
@@ -1428,7 +1441,7 @@ if __name__ == "__main__":
     if sys.argv[2] == "inside":
         with Worker(queue):
             pass
-    print([job.latest_result(timeout=10).return_value.x for job in jobs], "shift_it" in sys.modules)
+    print([job.latest_result(timeout=30).return_value.x for job in jobs], "shift_it" in sys.modules)
 """
 
 
@@ -1445,13 +1458,13 @@ def start_user(home):
     """Start a process that uses the server of a directory; it enqueues a job for each line."""
     code = USER_OF_EMBEDDED.format(home=repr(str(home)) if home else "")
     user = start_script(code, text=True)
-    return user, Path(user.stdout.readline().strip()).parent
+    return user, Path(read_line(user)).parent
 
 
 def enqueue_by_user(user, number):
     user.stdin.write(f"{number}\n")
     user.stdin.flush()
-    return user.stdout.readline().strip()
+    return read_line(user)
 
 
 def process_ids(home):
@@ -1812,7 +1825,7 @@ class Terminal:
 
     def close(self):
         self.process.kill()
-        self.process.wait()
+        self.process.wait(30)
         self.process.stderr.close()
         os.close(self.master)
         os.close(self.slave)
@@ -2486,7 +2499,7 @@ def test_a_connection_that_decodes_replies_works(server, redis):
     queue = Queue(connection=decoding)
     job = queue.enqueue(add, "é", b="ß", meta={"k": "ü"})
     with Worker(queue):
-        assert job.latest_result(timeout=5).return_value == "éß"
+        assert job.latest_result(timeout=30).return_value == "éß"
     assert Job.fetch(job.id, decoding).meta == {"k": "ü"}
     assert queue.finished_job_registry.get_job_ids() == [job.id]
 
@@ -2496,7 +2509,7 @@ def test_both_protocols_of_redis_work(server, redis):
         queue = Queue(connection=redis_py.Redis.from_url(server.url, protocol=protocol))
         job = queue.enqueue_in(0.1, add, 1)
         with Worker(queue):
-            assert job.latest_result(timeout=5).return_value == 1
+            assert job.latest_result(timeout=30).return_value == 1
         assert microq.main(["info", "--url", f"{server.url}?protocol={protocol}"]) == 0
 
 
@@ -2636,7 +2649,7 @@ def test_the_commands_in_the_readme_are_enough(server, redis):
         scheduler.save()
         with Worker([queue, other], lease=1):
             assert group.wait(9)
-            assert done.latest_result(timeout=5).return_value == 3
+            assert done.latest_result(timeout=30).return_value == 3
             suspend(client, 1)
             assert Worker.count(client) == 1
             assert Worker.all(client)[0].state
@@ -2671,7 +2684,7 @@ def test_a_cluster_takes_every_command(cluster):
         jobs = [queue.enqueue(flaky, 1, retry=Retry(1)) for queue in queues]
         jobs += queues[0].enqueue_many([Queue.prepare_data(add, (1,))] * 3)
         later = queues[1].enqueue_in(0.1, add, 1)
-        assert later.latest_result(timeout=5).return_value == 1
+        assert later.latest_result(timeout=30).return_value == 1
     assert all(job.is_finished for job in jobs)
     assert len(Job.fetch_many([job.id for job in jobs], client)) == 5
     group = microq.Group(client)
@@ -2726,7 +2739,7 @@ def test_client_waits_for_a_slot_that_migrates(cluster, monkeypatch):
         timer = threading.Timer(1, stack.pop_all().close)
         timer.start()
         job = queue.enqueue(add, 1)
-        timer.join()
+        timer.join(60)
     assert len(queue) == 1
     work(queue)
     assert job.return_value() == 1
@@ -3477,12 +3490,12 @@ def test_a_result_is_awaited_without_polling(server, redis, queue):
     with Worker(queue):
         waiting = Queue(connection=redis_py.Redis.from_url(server.url))
         with MonitoredCommands(server) as seen:
-            assert waiting.fetch_job(job.id).latest_result(timeout=10).return_value == 1
+            assert waiting.fetch_job(job.id).latest_result(timeout=30).return_value == 1
         asked = [line for line in seen if line.startswith("HMGET")]
         assert len(asked) <= 3, asked
     began = time.monotonic()
     assert queue.enqueue(add).latest_result(timeout=0.2) is None
-    assert 0.15 < time.monotonic() - began < 2
+    assert 0.15 < time.monotonic() - began < 20
     queue.empty()
 
 
@@ -4733,7 +4746,7 @@ def test_a_worker_stops_after_its_limits(redis, queue):
     assert jobs[2].is_queued
     began = time.monotonic()
     assert SimpleWorker(queue).work(max_idle_time=0.2, logging_level=None)
-    assert 0.15 < time.monotonic() - began < 5
+    assert 0.15 < time.monotonic() - began < 20
     assert redis.keys("microq:worker:*") == []
     assert redis.hkeys(Q + "workers") == []
 
@@ -4870,7 +4883,7 @@ def test_a_job_that_finds_a_worker_idle_costs_it_no_round_trip_before_it_runs(
         wait_until(lambda: queue.connection.info("clients")["blocked_clients"] == 2)
         before = posts[f"worker {worker.name}"]
         job = queue.enqueue(sent_so_far)
-        assert job.latest_result(timeout=5).return_value == before > 0
+        assert job.latest_result(timeout=30).return_value == before > 0
 
 
 def test_a_frozen_idle_worker_takes_no_job_from_others(queue, start_worker):
@@ -4902,7 +4915,7 @@ def test_an_idle_worker_in_either_place_takes_delayed_jobs_on_time(
         wait_until(lambda: redis.hlen(Q + "workers"))
         job = queue.enqueue_in(30, add)  # the alarm must be set again for earlier ones
         jobs = [queue.enqueue_in(delay, add, 1) for delay in (0.7, 0.4, 0.2)]
-        assert worker.wait(10) == 0
+        assert worker.wait(30) == 0
         for job, delay in zip(jobs, (0.7, 0.4, 0.2), strict=True):
             job.refresh()
             late = (job.started_at - job.created_at).total_seconds() - delay
@@ -4922,7 +4935,7 @@ def test_a_scheduler_promotes_while_its_worker_is_busy(redis, queue):
     wait_until(lambda: busy.is_started)
     wait_until(lambda: soon.is_queued, 2.5)
     assert busy.is_started
-    thread.join()
+    thread.join(60)
     assert soon.is_finished
 
 
@@ -4953,13 +4966,13 @@ def test_connections_that_are_cut_do_not_stop_a_worker(redis, queue):
         for _ in range(3):
             time.sleep(0.1)
             redis.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
-            assert queue.enqueue(add, 1).latest_result(timeout=5).return_value == 1
+            assert queue.enqueue(add, 1).latest_result(timeout=30).return_value == 1
 
 
 def test_a_server_that_pauses_is_waited_for(redis, queue, start_worker):
     start_worker()
     redis.execute_command("CLIENT", "PAUSE", 700, "ALL")
-    assert queue.enqueue(add, 1).latest_result(timeout=5).return_value == 1
+    assert queue.enqueue(add, 1).latest_result(timeout=30).return_value == 1
 
 
 def test_a_server_that_refuses_writes_is_waited_for(
@@ -4997,16 +5010,16 @@ def test_a_silent_network_is_left_for_a_new_connection(
     """
     worker = start_script(textwrap.dedent(code))
     try:
-        assert queue.enqueue(add, 1).latest_result(timeout=5).return_value == 1
+        assert queue.enqueue(add, 1).latest_result(timeout=30).return_value == 1
         proxy.silent = True
         time.sleep(0.3)
         job = queue.enqueue(add, 2)
         time.sleep(0.3)
         proxy.silent = False
-        assert job.latest_result(timeout=8).return_value == 2
+        assert job.latest_result(timeout=30).return_value == 2
     finally:
         worker.terminate()
-        assert worker.wait(10) == 0
+        assert worker.wait(30) == 0
 
 
 def test_workers_do_not_all_come_back_at_the_same_time():
@@ -5198,7 +5211,7 @@ def test_a_worker_in_a_thread_cannot_fork(queue):
 
     thread = threading.Thread(target=work)
     thread.start()
-    thread.join()
+    thread.join(60)
     assert "fork=False" in errors[0]
 
 
@@ -5228,7 +5241,7 @@ worker.work()
     workers = [start_script(code, stderr=subprocess.PIPE, text=True) for _ in range(4)]
     try:
         for worker in workers:
-            assert worker.stdout.readline() == "ready\n"
+            assert read_line(worker) == "ready"
         redis.client_pause(300)  # milliseconds; so that they go on in step
         for worker in workers:
             worker.stdin.write("\n")
@@ -5238,11 +5251,13 @@ worker.work()
         wait_until(lambda: all(job.is_finished for job in jobs))
         assert all(len(job.results()) == 1 for job in jobs)
         refused = [worker for worker in workers if worker.poll() is not None]
-        assert all("'bee' is alive" in worker.communicate()[1] for worker in refused)
+        assert all(
+            "'bee' is alive" in worker.communicate(timeout=30)[1] for worker in refused
+        )
     finally:
         for worker in workers:
             worker.kill()
-            worker.communicate()
+            worker.communicate(timeout=30)
 
 
 def test_a_worker_takes_the_name_of_a_dead_process_at_once(
@@ -5254,7 +5269,7 @@ def test_a_worker_takes_the_name_of_a_dead_process_at_once(
     job = queue.enqueue(sleep_and_record_pid, str(log), 1)
     pids_of_run(log)
     dead.kill()
-    dead.communicate()
+    dead.communicate(timeout=30)
     command = [sys.executable, "-m", "microq", "worker", "-b", "-n", "bee"]
     url = redis_url(queue.connection)
     subprocess.run([*command, "--url", url, "--lease", "600"], check=True, timeout=30)
@@ -5286,7 +5301,7 @@ def test_a_worker_waits_for_the_lease_of_one_in_another_container(redis, queue):
                 break
     finally:
         redis.delete(worker.key)
-        thread.join()
+        thread.join(60)
     assert errors
 
 
@@ -5329,11 +5344,11 @@ def test_a_frozen_worker_ends_if_another_has_taken_its_name(
         wait_until(lambda: job.is_finished)
         assert [each.type for each in job.results()] == ["successful", "retried"]
         later = queue.enqueue(add, 1)
-        assert later.latest_result(timeout=10).return_value == 1
+        assert later.latest_result(timeout=30).return_value == 1
         assert json.loads(redis.get("microq:worker:bee"))["instance"] == instance
     finally:
         other.terminate()
-        other.communicate()
+        other.communicate(timeout=30)
 
 
 def test_late_commands_of_an_earlier_instance_of_a_worker_change_nothing(redis, queue):
@@ -5380,7 +5395,7 @@ def test_a_worker_tries_for_a_lease_to_reach_a_server_at_its_start(tmp_path):
     code += "Worker('default', connection=redis, lease=60).work(max_jobs=1)"
     worker = start_script(code, stderr=subprocess.PIPE, text=True)
     try:
-        assert "trying again" in worker.stderr.readline()
+        read_log_until(worker, "trying again")
         server.start()
         job = Queue(connection=redis_py.Redis.from_url(server.url)).enqueue(len, "ab")
         assert job.latest_result(timeout=20).return_value == 2
@@ -5388,7 +5403,7 @@ def test_a_worker_tries_for_a_lease_to_reach_a_server_at_its_start(tmp_path):
         assert worker.returncode == 0
     finally:
         worker.kill()
-        worker.communicate()
+        worker.communicate(timeout=30)
         server.stop()
 
 
@@ -5486,7 +5501,7 @@ microq.Worker("default", connection=redis.Redis.from_url({server.url!r})).work()
         assert worker.wait(timeout=30) == 0
     finally:
         worker.kill()
-        worker.communicate()
+        worker.communicate(timeout=30)
 
 
 def test_worker_that_ends_by_an_error_sends_no_more_heartbeats(
@@ -5660,7 +5675,7 @@ def test_late_reply_is_not_read_by_the_next_child(queue, start_worker):
         *(queue.enqueue(os.getpid) for _ in range(5)),
     ]
     worker = start_worker("--jobs-per-fork", "1", "--lease", "1.5", "--burst")
-    assert worker.wait(10) == 0
+    assert worker.wait(30) == 0
     assert "Traceback" not in stop_and_read_log(worker)
     assert len({job.return_value() for job in jobs}) == 6
     assert all(len(job.results()) == 1 for job in jobs)
@@ -5791,7 +5806,7 @@ def test_the_job_of_a_killed_child_runs_again_within_a_second(
     assert len(job.results()) == 3
     assert Queue.all(queue.connection)
     assert worker.poll() is None
-    assert queue.enqueue(add, 1).latest_result(timeout=5).return_value == 1
+    assert queue.enqueue(add, 1).latest_result(timeout=30).return_value == 1
     assert reason in stop_and_read_log(worker)
 
 
@@ -5935,7 +5950,7 @@ def test_the_jobs_of_a_killed_worker_run_again(server, redis, queue, tmp_path):
     job = queue.enqueue(append_then_sleep, str(log), 1.5)
     wait_until(lambda: log.exists())
     victim.kill()
-    victim.wait()
+    victim.wait(30)
     killed = time.monotonic()
     with Worker(queue, lease=0.5):
         wait_until(lambda: len(log.read_text().splitlines()) == 2)
@@ -5964,7 +5979,7 @@ def test_worker_stopped_for_longer_than_its_lease_loses_its_job(
     wait_until(lambda: job.is_finished)
     good = [each for each in job.results() if each.type == "successful"]
     later = queue.enqueue(add, 1)
-    assert later.latest_result(timeout=5).return_value == 1
+    assert later.latest_result(timeout=30).return_value == 1
     stop_and_read_log(other)
     assert "is no longer ours" in stop_and_read_log(sleeper)
     assert len(good) == 1
@@ -6111,7 +6126,7 @@ def test_sigterm_finishes_the_current_job(redis, queue, start_worker, tmp_path):
         ]
         wait_until(log.exists)  # it runs: to be claimed is not enough
         worker.terminate()
-        worker.communicate(timeout=10)
+        worker.communicate(timeout=30)
         assert worker.returncode == 0
         assert jobs[0].is_finished
         assert jobs[1].is_queued
@@ -6139,7 +6154,7 @@ def test_sigkill_soon_after_sigterm_loses_no_job(queue, start_worker, tmp_path):
         for pid in everybody:
             os.kill(pid, number)
         time.sleep(0.5)
-    assert worker.communicate()
+    assert worker.communicate(timeout=30)
     assert jobs[0].is_started
     start_worker("--lease", "1")
     wait_until(lambda: all(job.is_finished for job in jobs))
@@ -6149,7 +6164,7 @@ def test_sigkill_soon_after_sigterm_loses_no_job(queue, start_worker, tmp_path):
 def test_worker_in_process_restores_its_signal_handlers(queue, start_worker):
     worker = start_worker("--in-process")
     assert (
-        queue.enqueue(replace_signal_handlers).latest_result(timeout=5).return_value
+        queue.enqueue(replace_signal_handlers).latest_result(timeout=30).return_value
         == "taken"
     )
     time.sleep(0.1)
@@ -6180,7 +6195,7 @@ def test_a_pool_runs_jobs_at_the_same_time(redis, queue, start_worker, tmp_path)
     wait_until(lambda: jobs[0].is_stopped)
     wait_until(lambda: jobs[1].is_finished and jobs[2].is_finished)
     send_shutdown_command(redis, "hive-2")
-    process.communicate(timeout=5)
+    process.communicate(timeout=30)
     assert process.returncode == 0
     assert Worker.count(redis) == 0
 
@@ -6209,7 +6224,7 @@ def test_a_job_is_stopped_by_command_and_not_retried(redis, queue, busy_worker):
     assert time.monotonic() - began < 5  # it would run for 30 s
     assert job.latest_result().type == "stopped"
     assert len(queue.failed_job_registry) == 1
-    assert queue.enqueue(add, 1).latest_result(timeout=5).return_value == 1
+    assert queue.enqueue(add, 1).latest_result(timeout=30).return_value == 1
     with pytest.raises(InvalidJobOperation, match="only a started one"):
         send_stop_job_command(redis, job.id)
     with pytest.raises(NoSuchJobError):
@@ -6224,7 +6239,7 @@ def test_a_worker_is_shut_down_by_command(redis, queue, start_worker, tmp_path):
         pids_of_run(log)
         waits = queue.enqueue(add)
         send_shutdown_command(redis, "bee")
-        worker.communicate(timeout=5)
+        worker.communicate(timeout=30)
         assert worker.returncode == 0
         assert job.is_finished
         assert waits.is_queued
@@ -6250,7 +6265,7 @@ def test_unknown_commands_are_logged(redis, queue, start_worker):
     send_kill_horse_command(redis, "bee")  # it has none
     time.sleep(0.3)
     job = queue.enqueue(add, 1)
-    assert job.latest_result(timeout=5).return_value == 1
+    assert job.latest_result(timeout=30).return_value == 1
     time.sleep(0.2)
     assert stop_and_read_log(worker).count("no command") == 4
 
@@ -6260,7 +6275,7 @@ def test_commands_arrive_after_the_connection_was_cut(redis, queue, start_worker
     redis.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
     time.sleep(0.3)
     send_shutdown_command(redis, "bee")
-    worker.communicate(timeout=9)
+    worker.communicate(timeout=30)
     assert worker.returncode == 0
 
 
@@ -6348,7 +6363,7 @@ def test_commands_to_a_dead_worker_are_not_for_the_next_of_its_name(
 ):
     worker = start_worker("--name", "bee")
     worker.kill()
-    worker.communicate()
+    worker.communicate(timeout=30)
     send_shutdown_command(redis, "bee")
     redis.delete(Q + "workers")
     worker = start_worker("--name", "bee")
@@ -6377,7 +6392,7 @@ def test_suspended_workers_start_no_jobs(redis, queue, start_worker):
         time.sleep(0.1)
         job = queue.enqueue(add, 2)
         assert job.latest_result(timeout=0.5) is None
-        assert job.latest_result(timeout=2).return_value == 2
+        assert job.latest_result(timeout=30).return_value == 2
         stop_and_read_log(worker)
     suspend(redis)
     job = queue.enqueue(add)
@@ -7036,7 +7051,7 @@ def test_a_group_is_awaited_until_the_last_job_has_ended(redis, queue):
     wait_until(lambda: redis.pubsub_channels())
     canceled.cancel()
     work(queue)
-    waiter.join()
+    waiter.join(60)
     assert ended == [True]
     assert group.counts() == {"finished": 2, "canceled": 1}
 
@@ -7047,7 +7062,7 @@ def test_group_wait_ends_though_its_job_was_deleted(redis, queue):
     timer = threading.Timer(0.1, job.delete)
     timer.start()
     assert group.wait()
-    timer.join()
+    timer.join(60)
 
 
 @pytest.mark.parametrize("order", ["first to last", "last to first", "by chance"])
@@ -7074,7 +7089,7 @@ def test_the_wait_of_a_group_reads_few_jobs_when_one_has_ended(redis, queue, ord
         wait_until(is_awaited)
         job.cancel()
         pending.remove(job.key.encode())
-    thread.join()
+    thread.join(60)
     assert answers == [True]
     assert lua_reads_of_jobs(redis) < 10 * len(jobs), "more than ten looks for each job"
 
@@ -7681,13 +7696,13 @@ def test_each_tick_runs_once_though_schedulers_die(
         more_run()
         for process in (processes[1], processes[3]):
             process.terminate()
-            assert process.wait() == 0
+            assert process.wait(30) == 0
         processes[2].kill()  # the last that runs cron; a lease is handed out
         more_run()
     finally:
         for process in processes:
             process.kill()
-            process.wait()
+            process.wait(30)
     ran = Counter(log.read_text().split())
     assert max(ran.values()) == 1
     for letter in "abc":
@@ -7719,10 +7734,10 @@ def test_processes_share_the_server_of_a_directory(tmp_path):
     first = start_script(
         code + "print(q.enqueue('test_microq.add', 2).id); input()", text=True
     )
-    id = first.stdout.readline().strip()
+    id = read_line(first)
     second = run_script(code + "print(q.job_ids)")
     assert id in second.stdout  # it joined the first one's server
-    first.communicate("\n", timeout=10)
+    first.communicate("\n", timeout=30)
     wait_until(lambda: not (home / "redis.sock").exists())  # the last one shut it down
     command = [
         sys.executable,
@@ -7795,7 +7810,7 @@ def test_all_users_of_a_killed_server_share_the_next_one(tmp_path):
     for i, user in enumerate(users):
         user.stdin.write(f"{i}\n")
         user.stdin.flush()
-    ids = [user.stdout.readline().strip() for user in users]
+    ids = [read_line(user) for user in users]
     queue = Queue(
         connection=redis_py.Redis(unix_socket_path=str(tmp_path / "redis.sock"))
     )
@@ -7826,7 +7841,7 @@ def test_a_server_outlasts_signals_to_all_until_its_users_have_left(tmp_path):
             os.kill(pid, number)
     for pid in (child, worker.pid):
         os.kill(pid, signal.SIGTERM)
-    wait_until(lambda: b"finishing the current job" in worker.stderr.readline())
+    read_log_until(worker, b"finishing the current job")
     Path(f"{log}.go").touch()
     worker.communicate(timeout=30)
     assert worker.returncode == 0
@@ -7917,7 +7932,7 @@ def test_the_front_page(redis, queue, page, start_worker):
     """What RQ shows on its front page: two processes, and all kinds of enqueueing."""
     worker = start_worker("--with-scheduler")
     job = queue.enqueue(count_words_at_url, page)
-    assert job.latest_result(timeout=10).return_value == 6
+    assert job.latest_result(timeout=30).return_value == 6
     soon = datetime.now(timezone.utc) + timedelta(seconds=0.3)
     jobs = [
         queue.enqueue_at(soon, add, 1),
@@ -7935,7 +7950,7 @@ def test_the_front_page(redis, queue, page, start_worker):
     statuses = [job.get_status() for job in jobs]
     assert statuses == ["finished"] * 4 + ["failed"]
     worker.send_signal(signal.SIGINT)
-    _, log = worker.communicate(timeout=10)
+    _, log = worker.communicate(timeout=30)
     assert worker.returncode == 0
     assert re.search(r"^\d\d:\d\d:\d\d listening on default$", log, re.M)
     assert f"default: test_microq.count_words_at_url({page!r}) ({job.id})" in log
@@ -7993,7 +8008,7 @@ def test_a_vendored_copy_works_under_its_own_name(
         from somepackage.vendor import mq
         queue = mq.Queue(connection=redis.Redis.from_url({server.url!r}))
         job = queue.enqueue(tasks.copies, retry=mq.Retry(1))
-        print(job.latest_result(timeout=10).return_value)
+        print(job.latest_result(timeout=30).return_value)
     """
     command = [sys.executable, "-c", textwrap.dedent(code)]
     shown = subprocess.run(
@@ -8465,7 +8480,7 @@ def test_a_config_module_may_name_sentinels(port_with_password, cli, tmp_path):
         assert re.search(r"default +0 .* 1 +0 +0\n", cli("info", *words, url=None)[1])
     finally:
         sentinel.kill()
-        sentinel.wait()
+        sentinel.wait(30)
 
 
 def test_a_closed_pipe_and_ctrl_c_end_quietly(server, redis):
@@ -8491,7 +8506,7 @@ def test_a_closed_pipe_and_ctrl_c_end_quietly(server, redis):
             or b"/s" in info.stdout.readline()
         )
     info.send_signal(signal.SIGINT)
-    assert info.communicate(timeout=5)[1] == b""
+    assert info.communicate(timeout=30)[1] == b""
     assert info.returncode == 130
 
 
@@ -8749,7 +8764,7 @@ def test_an_idle_worker_sends_at_most_one_command_per_second(server, redis, queu
         with MonitoredCommands(server) as seen:
             time.sleep(6)
         worker.terminate()
-        assert worker.wait(5) == 0
+        assert worker.wait(30) == 0
         assert 1 <= len(seen) <= 8, (
             seen
         )  # two beats of four commands; they come each 5 seconds
@@ -9628,7 +9643,7 @@ def test_docs_workers_are_named_listed_and_counted(redis, start_worker, tmp_path
     wait_until(lambda: job.is_failed)
     for worker in Worker.all(redis):
         send_shutdown_command(redis, worker.name)  # Tells worker to shutdown
-    process.communicate(timeout=10)
+    process.communicate(timeout=30)
     assert process.returncode == 0
     assert Worker.count(redis) == 0
 
@@ -9858,7 +9873,7 @@ def test_docs_cron_config_file(redis, server, tmp_path, monkeypatch, webhook_ser
             wait_until(lambda queue=queue: work(queue))
     finally:
         process.terminate()
-        process.communicate(timeout=10)
+        process.communicate(timeout=30)
     assert process.returncode == 0
     job = Job.fetch(reports.finished_job_registry.get_job_ids()[0], connection=redis)
     assert job.return_value() == ["daily_metrics", {"format": "json", "ttl": 5}]
@@ -9902,7 +9917,7 @@ def test_docs_cron_scheduler(redis, server, tmp_path):
         assert fetched.last_heartbeat is not None
     finally:
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=10) == 0
+        assert process.wait(timeout=30) == 0
 
 
 def test_docs_testing_with_a_simple_worker(redis):
@@ -10086,7 +10101,7 @@ def test_docs_shell_info_polls(redis, server, queue):
         if seen == 3:
             break
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=10)
+    process.communicate(timeout=30)
     assert seen == 3
 
 
@@ -10095,7 +10110,7 @@ def test_docs_supervisor_ends_workers_by_sigterm(redis, queue, start_worker, tmp
     job = queue.enqueue(sleep_and_record_pid, str(tmp_path / "log"), 0.5)
     pids_of_run(tmp_path / "log")
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=10)
+    process.communicate(timeout=30)
     assert process.returncode == 0
     assert job.return_value() == "slept"
 
