@@ -998,8 +998,11 @@ _SIGNED_FIELDS = ("func", "on_success", "on_failure", "on_stopped", "webhooks")
 
 
 # ---- 3. Serializers and names of functions -------------------------------------------
-# What is stored is made of plain strings, numbers and the serializer's bytes.  No class of this
-# module is among them, since a vendored copy has another name.
+# How a call becomes bytes, and how a worker finds its function.  A job's hash holds plain
+# text, numbers and the serializer's bytes, but never an object of this module: a copy of
+# microq that a program brings along has another module name, and both read each other's jobs.
+# A function is stored by its dotted name, which is tried out when the job is made.  Uses
+# section 1.
 
 
 class PickleSerializer:
@@ -1009,67 +1012,81 @@ class PickleSerializer:
 
     @staticmethod
     def dumps(obj: Any) -> bytes:
+        """Return the pickle of an object; raises whatever pickle raises."""
         data = pickle.dumps(obj, protocol=pickle.HIGHEST_PROTOCOL)
-        if b"__main__" in data:
-            buffer = io.BytesIO()
-            _MainModulePickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(obj)
-            data = buffer.getvalue()
-        return data
+        if b"__main__" not in data:
+            return data
+        buffer = io.BytesIO()
+        _MainModulePickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(obj)
+        return buffer.getvalue()
 
 
 class _MainModulePickler(pickle.Pickler):
-    """Names what a script defines by the module that another process can import."""
+    """Pickles what the main module defines under the name by which a worker imports it."""
 
     def reducer_override(self, obj: Any) -> Any:
+        """Return how to make the object again, or NotImplemented: as usual."""
         if inspect.ismodule(obj):
             return importlib.import_module, (_main_module_name() or obj.__name__,)
-        if getattr(obj, "__module__", None) == "__main__" and hasattr(
-            obj, "__qualname__"
-        ):
-            *owners, last = obj.__qualname__.split(".")
-            return getattr, (
-                functools.reduce(getattr, owners, sys.modules["__main__"]),
-                last,
-            )
-        return NotImplemented
+        is_of_main = getattr(obj, "__module__", None) == "__main__"
+        if not is_of_main or not hasattr(obj, "__qualname__"):
+            return NotImplemented
+        *owners, attribute = obj.__qualname__.split(".")
+        owner = functools.reduce(getattr, owners, sys.modules["__main__"])
+        return getattr, (owner, attribute)
 
 
 class JSONSerializer:
     """JSON: a tuple arrives as a list, a key as a str; nothing is ever executed."""
 
     loads = staticmethod(json.loads)
-    dumps = staticmethod(lambda obj: json.dumps(obj, separators=(",", ":")).encode())
+
+    @staticmethod
+    def dumps(obj: Any) -> bytes:
+        """Return the JSON of an object; raises TypeError for one that JSON does not know."""
+        return json.dumps(obj, separators=(",", ":")).encode()
+
+
+_SIGNATURE_SIZE = 32  # bytes of a SHA-256
 
 
 class SignedSerializer:
-    """Another serializer's data behind an HMAC-SHA256 made with `secret`, or else $MICROQ_SECRET.
+    """Another serializer's data behind an HMAC-SHA256, made with `secret` or $MICROQ_SECRET.
     Data with another signature is refused before the `inner` serializer, pickle, reads it.
 
-    The signature covers `context` too, byte strings that say what the data is for: data signed for
-    one context is refused in any other.  What a job signs is in Job._signed_context()."""
+    The signature covers `context` too: byte strings that say what the data is for.  Data that
+    was signed for one context is refused in any other.  Job._signed_context() returns what the
+    signatures of a job cover."""
 
     def __init__(self, secret: str | bytes | None = None, inner: Any = None) -> None:
-        if not (secret := secret or os.environ.get("MICROQ_SECRET")):
+        secret = secret or os.environ.get("MICROQ_SECRET")
+        if not secret:
             raise ValueError("signing needs a secret: give one, or set $MICROQ_SECRET")
-        self.inner, self._secret = resolve_serializer(inner), os.fsencode(secret)
+        self.inner = resolve_serializer(inner)
+        self._secret = os.fsencode(secret)
 
     def sign(self, data: bytes, *context: bytes) -> bytes:
-        """Return serialized data behind its signature.  Each part is signed behind its length, so
-        that no two sequences of parts read the same."""
+        """Return serialized data behind its signature.
+
+        Each part is signed behind its length, so that no two sequences of parts are signed as
+        the same bytes."""
         parts = [b"%d:%b" % (len(part), part) for part in (*context, data)]
         return hmac.digest(self._secret, b"".join(parts), "sha256") + data
 
     def is_signed(self, signed: bytes, *context: bytes) -> bool:
         """Tell whether sign() returned this, for the same context and with the same secret."""
-        return hmac.compare_digest(signed, self.sign(signed[32:], *context))
+        data = signed[_SIGNATURE_SIZE:]
+        return hmac.compare_digest(signed, self.sign(data, *context))
 
     def dumps(self, obj: Any, *context: bytes) -> bytes:
+        """Return an object serialized and signed for a context."""
         return self.sign(_serialize(self.inner, obj, "this"), *context)
 
     def loads(self, signed: bytes, *context: bytes) -> Any:
+        """Return the object, or raise DeserializationError if the signature is not ours."""
         if not self.is_signed(signed, *context):
             raise DeserializationError(_NOT_SIGNED)
-        return self.inner.loads(signed[32:])
+        return self.inner.loads(signed[_SIGNATURE_SIZE:])
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, SignedSerializer) and self._secret == other._secret
@@ -1087,51 +1104,54 @@ _SERIALIZERS = {
 
 
 def resolve_serializer(choice: Any = None) -> Any:
-    """Return the serializer of a name: 'pickle', which is the default, 'json', 'signed', or a
-    dotted one; or `choice` itself.  Raises TypeError for what is no serializer."""
-    found = PickleSerializer if choice is None else choice
+    """Return the serializer of a name: 'pickle' (the default), 'json', 'signed', or a dotted
+    name; or `choice` itself.  Raises TypeError for anything that is no serializer."""
+    serializer = PickleSerializer if choice is None else choice
     if isinstance(choice, str):
-        found = _SERIALIZERS.get(choice) or ("." in choice and _import_object(choice))
-    found = found() if found is SignedSerializer else found
-    if not (
-        callable(getattr(found, "dumps", None))
-        and callable(getattr(found, "loads", None))
-    ):
-        shape = "an object with dumps(object) -> bytes and loads(bytes) -> object"
-        raise TypeError(
-            f"serializer={choice!r}: give 'pickle', 'json', 'signed' or {shape}"
-        )
-    return found
-
-
-def _deserialize(serializer: Any, data: bytes, what: str, *context: bytes) -> Any:
-    try:
-        return serializer.loads(data, *context)
-    except Exception as error:
-        hint = (
-            "is the code the same, and the serializer of the queue and of the worker?"
-        )
-        text = f"{what} can't be read ({type(error).__name__}: {error}); {hint}"
-        raise DeserializationError(text) from error
+        serializer = _SERIALIZERS.get(choice)
+        if serializer is None and "." in choice:
+            serializer = _import_object(choice)
+    if serializer is SignedSerializer:
+        serializer = SignedSerializer()
+    for method in ("dumps", "loads"):
+        if not callable(getattr(serializer, method, None)):
+            shape = "an object with dumps(object) -> bytes and loads(bytes) -> object"
+            raise TypeError(
+                f"serializer={choice!r}: give 'pickle', 'json', 'signed' or {shape}"
+            )
+    return serializer
 
 
 def _serialize(serializer: Any, value: Any, what: str, *context: bytes) -> bytes:
+    """Return a value as bytes.  Raises TypeError, which names the value as `what`."""
     try:
         data = serializer.dumps(value, *context)
     except Exception as error:
-        raise TypeError(
-            f"{what} can't be serialized: {type(error).__name__}: {error}"
-        ) from error
+        text = f"{what} can't be serialized: {type(error).__name__}: {error}"
+        raise TypeError(text) from error
     return data if isinstance(data, bytes) else str(data).encode()
 
 
+def _deserialize(serializer: Any, data: bytes, what: str, *context: bytes) -> Any:
+    """Return the value of bytes.  Raises DeserializationError, which names it as `what`."""
+    try:
+        return serializer.loads(data, *context)
+    except Exception as error:
+        text = f"{what} can't be read ({type(error).__name__}: {error})"
+        hint = "is the code the same, and the serializer of the queue and the worker?"
+        raise DeserializationError(f"{text}; {hint}") from error
+
+
 def _main_module_name() -> str | None:
-    """Return the name by which a worker can import the script that runs. It is entered under that
-    name here too, so that the process of the script never loads a second copy.  None at a prompt,
-    and for `python -m microq`, which has no functions of its own."""
+    """Return the name by which a worker can import the program's main module.
+
+    The module is entered in sys.modules under that name too, so that this process never loads a
+    second copy of it.  None at a prompt, and for `python -m microq`, whose main module has no
+    functions of a user."""
     main = sys.modules["__main__"]
-    file, spec = getattr(main, "__file__", None) or "", getattr(main, "__spec__", None)
-    # Paths are compared, not files: this one may be in a zip.
+    file = getattr(main, "__file__", None) or ""
+    spec = getattr(main, "__spec__", None)
+    # Paths are compared, not files, since this file may be in a zip archive.
     if not os.path.isfile(file) or os.path.realpath(file) == os.path.realpath(__file__):
         return None
     name: str = spec.name if spec else Path(file).stem
@@ -1140,21 +1160,22 @@ def _main_module_name() -> str | None:
 
 
 def _dotted_name(func: Any) -> str:
-    """Return the dotted name, if it is none, by which a worker finds `func`; else ValueError."""
-    if isinstance(func, str) and re.fullmatch(r"[^\s.]+(\.[^\s.]+)+", func):
-        return func
+    """Return the name by which a worker can import `func`, which may be such a name already.
+
+    Raises ValueError for a function that can't be imported, TypeError for no function."""
     if isinstance(func, str):
+        if re.fullmatch(r"[^\s.]+(\.[^\s.]+)+", func):
+            return func
         raise ValueError(f"{func!r}: give a dotted name, 'package.module.function'")
     if not callable(func) or not hasattr(func, "__qualname__"):
         raise TypeError(f"give a function or its dotted name, not {func!r}")
-    module, qualname = (
-        getattr(func, "__module__", None) or "builtins",
-        func.__qualname__,
-    )
-    if module == "__main__" and not (module := _main_module_name() or ""):
-        raise ValueError(
-            f"{qualname} was defined at a prompt; a worker can only import files"
-        )
+    qualname = func.__qualname__
+    module = getattr(func, "__module__", None) or "builtins"
+    if module == "__main__":
+        module = _main_module_name()
+        if module is None:
+            text = f"{qualname} was defined at a prompt; a worker can only import files"
+            raise ValueError(text)
     name = f"{module}.{qualname}"
     with contextlib.suppress(ImportError, AttributeError):
         if _import_object(name) is func:
@@ -1164,28 +1185,39 @@ def _dotted_name(func: Any) -> str:
 
 
 def _import_object(name: str) -> Any:
-    """Import what a dotted name means.  ImportError or AttributeError name what is missing."""
-    owner, _, last = name.rpartition(".")
-    known = sys.modules.get(owner)
-    if known and (found := getattr(known, last, None)) is not None:
-        return found  # as it mostly is
+    """Return the object that a dotted name means, and import its module if need be.
+
+    The name may go through classes: 'package.module.Class.method'.  ImportError or
+    AttributeError say what is missing."""
+    # Most often the module is imported already, and the object stands at its top level.
+    owner, _, attribute = name.rpartition(".")
+    module = sys.modules.get(owner)
+    if module is not None:
+        value = getattr(module, attribute, None)
+        if value is not None:
+            return value
+    # Else the longest part of the name that is a module is imported.
     parts = name.split(".")
-    for cut in range(len(parts) - 1, 0, -1):
-        path = ".".join(parts[:cut])
+    for size in range(len(parts) - 1, 0, -1):
+        path = ".".join(parts[:size])
         try:
             module = sys.modules.get(path) or importlib.import_module(path)
         except ModuleNotFoundError as error:
+            # Only if `path` itself, or a package that it is in, is missing, a shorter part is
+            # tried: an import that fails within the module is the error to show.
             if not f"{path}.".startswith(f"{error.name}."):
-                raise  # it is there, but lacks something itself; else try a shorter name
+                raise
         else:
-            return functools.reduce(getattr, parts[cut:], module)
+            return functools.reduce(getattr, parts[size:], module)
     hint = "was the worker started in the right directory, or with the right --path?"
     raise ModuleNotFoundError(f"no module {parts[0]!r} for {name!r}; {hint}")
 
 
 def _resolve_class(choice: Any, default: Any) -> Any:
-    """Return a class that was given as such, by its dotted name, or not at all."""
-    return _import_object(choice) if isinstance(choice, str) else choice or default
+    """Return a class that was given itself, by its dotted name, or not at all."""
+    if isinstance(choice, str):
+        return _import_object(choice)
+    return choice or default
 
 
 # ---- 4. Redis ------------------------------------------------------------------------
@@ -3208,7 +3240,9 @@ class Job:
         for name in ("args", "meta"):
             if name in self._fields:
                 context = self._signed_context(name, entry=entry)
-                data = self._fields[name][32:]  # behind the signature for no context
+                data = self._fields[name][
+                    _SIGNATURE_SIZE:
+                ]  # as it was signed for no context
                 self._fields[name] = self.serializer.sign(data, *context)
 
     def _context_of(self, name: str) -> list[bytes]:
