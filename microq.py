@@ -278,10 +278,10 @@ Handlers = Iterable[Callable[..., Any]]  # called with (job, type, exception, tr
 # ======== Part I: the queue ===========================================================
 
 # ---- 1. Errors -----------------------------------------------------------------------
-# What microq raises.  All errors derive from MicroqError, and say in one line what is wrong
-# and what to do.  The exceptions that end a running job (timeout, stop, cold shutdown) derive
-# from BaseException instead, so that the job's own `except Exception` does not swallow them.
-# Uses no other section.
+# What microq raises.  All errors derive from MicroqError, and say in one line what is
+# wrong and what to do.  The exceptions that end a running job (timeout, stop, cold
+# shutdown) derive from BaseException instead, so that the job's own `except Exception`
+# does not swallow them.  Uses no other section.
 
 
 class MicroqError(Exception):
@@ -289,7 +289,7 @@ class MicroqError(Exception):
 
 
 class NoSuchJobError(MicroqError):
-    """No queue has a job of this id: it was never stored, was deleted, or has expired."""
+    """No queue has a job of this id: never stored, deleted, or expired."""
 
 
 class NoSuchGroupError(MicroqError):
@@ -305,7 +305,7 @@ class InvalidJobDependency(MicroqError):
 
 
 class AbandonedJobError(MicroqError):
-    """Passed to the callback of a job that was ended from outside; the message says how."""
+    """Given to the callback of a job that was ended from outside; says how."""
 
 
 class SchedulerNotFound(MicroqError):
@@ -329,7 +329,7 @@ class ServerUnavailable(MicroqError, exceptions.ConnectionError):
 
 
 class ClusterUsageError(MicroqError, exceptions.ResponseError):
-    """The client or the queues don't fit a Redis Cluster; the message says what to change."""
+    """Client or queues don't fit a Redis Cluster; says what to change."""
 
 
 class JobTimeoutException(BaseException):
@@ -345,15 +345,17 @@ class _ColdShutdown(BaseException):
 
 
 # ---- 2. Values and options -----------------------------------------------------------
-# Plain values without Redis and without a clock: statuses, durations, the records that a user
-# passes as options (Retry, Callback, ..), and the table of all options.  Each value is checked
-# when it is made, so that a mistake raises before anything is stored.  To add an option: a row
-# in _OPTIONS, an attribute of Job, a line in the docstring of Queue.enqueue(), a row in the
-# README; a test names what is missing.  Uses section 1, and _dotted_name() of section 3.
+# Plain values without Redis and without a clock: statuses, durations, the records that
+# a user passes as options (Retry, Callback, ..), and the table of all options.  Each
+# value is checked when it is made, so that a mistake raises before anything is stored.
+# To add an option: a row in _OPTIONS, an attribute of Job, a line in the docstring of
+# Queue.enqueue(), a row in the README; a test names what is missing.  Uses section 1,
+# and _dotted_name() of section 3.
 
 # Where a job can be; the container is the status.  The last three are final.
 _CONTAINERS = [
-    "queued", "started", "scheduled", "deferred", "rate_limited", "finished", "failed", "canceled",
+    "queued", "started", "scheduled", "deferred", "rate_limited",
+    "finished", "failed", "canceled",
 ]  # fmt: skip
 _FINAL_CONTAINERS = _CONTAINERS[5:]
 
@@ -361,8 +363,8 @@ _FINAL_CONTAINERS = _CONTAINERS[5:]
 class JobStatus(str, enum.Enum):
     """Where a job stands, in RQ's words.
 
-    The containers are statuses.  `created`: not stored yet; `stopped`: failed, since a command
-    stopped it; `ready_to_enqueue` is a name of RQ that no job has here."""
+    The containers are statuses.  `created`: not stored yet; `stopped`: failed, since a
+    command stopped it; `ready_to_enqueue` is a name of RQ that no job has here."""
 
     QUEUED = "queued"
     STARTED = "started"
@@ -432,16 +434,16 @@ class Outcome(NamedTuple):
     policy: bytes = b""
 
 
-# Characters that change how a terminal or a log shows other text: control characters (C0, C1),
-# ends of lines and paragraphs, directions of writing (UAX #9); and halves of surrogate pairs,
-# which can't be encoded.
+# Characters that change how a terminal or a log shows other text: control characters
+# (C0, C1), ends of lines and paragraphs, directions of writing (UAX #9); and halves of
+# surrogate pairs, which can't be encoded.
 _CONTROL_CHARACTER = re.compile(
     r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 
 
 def _printable(text: str, keep: str = "") -> str:
-    """Return `text` with an escape, such as \\x1b, for each control character outside `keep`.
+    """Return `text` with control characters escaped, as in \\x1b, but for `keep`.
 
     Text that others have written passes through here before it is printed or logged."""
 
@@ -455,7 +457,7 @@ def _printable(text: str, keep: str = "") -> str:
 
 
 def _make_printable(record: logging.LogRecord) -> bool:
-    """Escape control characters in a log record: a message is one line, a traceback several."""
+    """Escape control characters in a log record, so that its message is one line."""
     # logging itself reports a message that can't be formatted.
     with contextlib.suppress(Exception):
         message = record.getMessage()
@@ -521,7 +523,8 @@ def _from_timestamp(at: float) -> datetime:
 def _delay_until(moment: datetime) -> str:
     """Return the argument by which the script `enqueue` has a job due at `moment`.
 
-    A naive datetime is local time.  This host's clock, which may be wrong, has no part in it."""
+    A naive datetime is local time.  This host's clock, which may be wrong, has no part
+    in it."""
     if not isinstance(moment, datetime):
         raise TypeError(f"give a datetime, not {moment!r}")
     return f"@{moment.timestamp():.6f}"
@@ -531,7 +534,7 @@ def _delay_until(moment: datetime) -> str:
 
 
 def _check_integer(name: str, value: Any, least: int, most: int) -> None:
-    """Raise TypeError or ValueError unless `value` is an integer from `least` to `most`."""
+    """Raise an error unless `value` is an integer from `least` to `most`."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}={value!r}: give an integer")
     if not least <= value <= most:
@@ -539,7 +542,7 @@ def _check_integer(name: str, value: Any, least: int, most: int) -> None:
 
 
 def _check_number(name: str, value: Any, least: float, most: float) -> None:
-    """Raise TypeError or ValueError unless `value` is a number from `least` to `most`."""
+    """Raise an error unless `value` is a number from `least` to `most`."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name}={value!r}: give a number")
     if not least <= value <= most:
@@ -561,7 +564,7 @@ class _RerunPolicy:
         object.__setattr__(self, "interval", seconds)
 
     def to_field(self) -> bytes:
-        """Return this as JSON, without what is 0 or empty, as all of that is by default."""
+        """Return this as JSON, without values that are 0, as they are by default."""
         stored = {name: value for name, value in vars(self).items() if value}
         return json.dumps(stored).encode()
 
@@ -602,7 +605,10 @@ class Retry(_RerunPolicy):
 
 @dataclass(frozen=True)
 class Repeat(_RerunPolicy):
-    """Run a job `times` times more after it succeeded, `interval` (or a list) seconds apart."""
+    """How often to run a job again after it succeeded, and after how many seconds.
+
+    times    - runs after the first one
+    interval - seconds to wait, or a list of them, whose last one is used again"""
 
     times: int
     interval: float | Sequence[float] = 0
@@ -614,9 +620,9 @@ class Repeat(_RerunPolicy):
 
 @dataclass(frozen=True)
 class Dependency:
-    """The jobs that a job waits for, as Job objects or ids; a missing one counts as finished.
+    """The jobs that a job waits for: Job objects or ids.  A missing job is finished.
 
-    allow_failure    - whether it runs even if they fail, no; "any": even if canceled or stopped
+    allow_failure    - whether it runs if they fail, no; "any": or are canceled, stopped
     enqueue_at_front - whether it overtakes the jobs that wait when they are done, no"""
 
     jobs: Any
@@ -645,8 +651,9 @@ class Dependency:
 class Callback:
     """A function to be called when a job has ended, and the seconds that it may take.
 
-    on_success(job, connection, result), on_failure(job, connection, type, exception, traceback),
-    on_stopped(job, connection).  What it raises is logged, and changes nothing for the job."""
+    on_success(job, connection, result), on_failure(job, connection, type, exception,
+    traceback), on_stopped(job, connection).  What it raises is logged, and changes
+    nothing for the job."""
 
     func: Any
     timeout: Any = None
@@ -675,10 +682,11 @@ _CALLBACK_FIELDS = {
 
 @dataclass(frozen=True)
 class Webhook:
-    """An HTTP request to be made when a job has 'finished' or 'failed', once that is stored, and
-    before the worker's next job, or after the others of a batch.
+    """An HTTP request to be made when a job has 'finished' or 'failed', once that is
+    stored, and before the worker's next job, or after the others of a batch.
 
-    A POST carries JSON: job_id, func_name, status, enqueued_at, ended_at, exc_info if it failed."""
+    A POST carries JSON: job_id, func_name, status, enqueued_at, ended_at, exc_info if
+    it failed."""
 
     url: str
     job_status: str
@@ -704,12 +712,13 @@ class Webhook:
 
 @dataclass(frozen=True)
 class RateLimit:
-    """A limit that all jobs with the same key share, whatever queue they are in; those beyond it
-    wait as rate_limited, in order.
+    """A limit that all jobs with the same key share, whatever queue they are in; those
+    beyond it wait as rate_limited, in order.
 
-    concurrency - how many may be queued or running at a time; a run whose job was canceled or
-                  deleted meanwhile does not count
-    rate, per   - how many may enter their queues in so many seconds, 60; others are scheduled"""
+    concurrency - how many may be queued or running at a time; a run whose job was
+                  canceled or deleted meanwhile does not count
+    rate, per   - how many may enter their queues in so many seconds, 60; others are
+                  scheduled"""
 
     key: str
     concurrency: int | None = None
@@ -731,7 +740,7 @@ class RateLimit:
         object.__setattr__(self, "per", _parse_seconds(self.per, "per"))
 
     def to_field(self) -> bytes:
-        """Return "<prefix of the limit's keys> <concurrency> <rate> <per>"; 0 for no limit."""
+        """Return "<prefix of its keys> <concurrency> <rate> <per>"; 0: no limit."""
         numbers = f"{self.concurrency or 0} {self.rate or 0} {self.per:.15g}"
         return f"microq:limit:{{{self.key}}}: {numbers}".encode()
 
@@ -765,23 +774,23 @@ def _parse_number(text: str) -> float:
 
 
 class _Option:
-    """An option of a job: how it is checked, stored, read back, shown by Job, and given on the
-    command line.  This class serves the kinds str, int and bool.
+    """An option of a job: how it is checked, stored, read back, shown by Job, and given
+    on the command line.  This class serves the kinds str, int and bool.
 
     name      - its name in Queue.create_job(), and the field of the job's hash
     kind      - the type of its values
     doc       - what it is for, then its default: for the documentation and for --help
     default   - what Job shows without it, None
     at_least  - the least number that it may be; the most is 10**9; no limit
-    convert   - a function that makes a value of `kind` of the value given, or raises, none
+    convert   - a function that makes a value of `kind` of the one given, or raises
     keyword   - its name in Queue.enqueue(), `name`; "": it can't be given there
-    attribute - the attribute of Job that shows it, `name`; "": none, since it is not kept
+    attribute - the attribute of Job that shows it, `name`; "": it is not kept
     stored    - whether create_job() makes a field of it, yes; else Queue uses its value
-    flag      - on the command line of `enqueue`, as in "--ttl S"; without a metavar: True
+    flag      - of the command `enqueue`, as in "--ttl S"; without a metavar: True
     repeated  - whether the flag may be given several times, for a list of values, no
     no_flag   - the reason, if it has no flag
 
-    In class Job an option is a descriptor, which reads its value from the job's hash."""
+    As an attribute of Job an option reads its value from the job's hash."""
 
     def __init__(
         self, name: str, kind: type, doc: str, *, default: Any = None,
@@ -807,7 +816,7 @@ class _Option:
         return self if job is None else job._option(self.name)
 
     def check(self, value: Any) -> Any:
-        """Return the value as it is used from here on, or raise TypeError or ValueError."""
+        """Return the value to be used, or raise TypeError or ValueError."""
         if self.convert is not None:
             return self.convert(value)
         is_bool = isinstance(value, bool)
@@ -825,7 +834,7 @@ class _Option:
         return str(value).encode()
 
     def decode(self, text: str) -> Any:
-        """Return the value of a field that is not empty, or raise ValueError or TypeError."""
+        """Return the value of a field, or raise ValueError or TypeError."""
         if self.kind is str:
             return text
         return self.kind(_parse_number(text))
@@ -875,8 +884,8 @@ class _WebhooksOption(_Option):
 
 
 class _SerializedOption(_Option):
-    """An option that the queue's serializer stores.  Job reads it, as its signature may cover
-    the job."""
+    """An option that the queue's serializer stores.  Job reads it, as its signature may
+    cover the job."""
 
     def encode(self, value: Any, serializer: Any) -> bytes:
         return _serialize(serializer, self.check(value), self.name)
@@ -906,7 +915,8 @@ _OPTIONS = {
         _DurationOption(
             "timeout", (-1,),
             'seconds it may run, or "5m"; -1 for no limit, the queue\'s default',
-            default=DEFAULT_TIMEOUT, keyword="job_timeout", flag="--job-timeout --timeout S",
+            default=DEFAULT_TIMEOUT,
+            keyword="job_timeout", flag="--job-timeout --timeout S",
         ),
         _DurationOption(
             "result_ttl", (-1, 0),
@@ -923,7 +933,9 @@ _OPTIONS = {
             "seconds to keep it if it fails; -1 for ever, one year",
             default=DEFAULT_FAILURE_TTL, flag="--failure-ttl S",
         ),
-        _Option("description", str, "text for people, the call", flag="--description TEXT"),
+        _Option(
+            "description", str, "text for people, the call", flag="--description TEXT",
+        ),
         _Option(
             "job_id", str, "an id of your own, 22 random characters",
             convert=_job_id, attribute="id", stored=False, flag="--job-id ID",
@@ -939,7 +951,7 @@ _OPTIONS = {
         ),
         _RecordOption(
             "retry", Retry, "a Retry, none",
-            attribute="retries_left", no_flag="--retry-max and --retry-interval make one",
+            attribute="retries_left", no_flag="made of --retry-max, --retry-interval",
         ),
         _RecordOption(
             "repeat", Repeat, "a Repeat, none",
@@ -957,16 +969,22 @@ _OPTIONS = {
             flag="--depends-on ID", repeated=True,
         ),
         _RecordOption(
-            "on_success", Callback, "a Callback when it has succeeded, or the function, none",
-            convert=_to_callback, attribute="success_callback", flag="--on-success NAME",
+            "on_success", Callback,
+            "a Callback when it has succeeded, or the function, none",
+            convert=_to_callback,
+            attribute="success_callback", flag="--on-success NAME",
         ),
         _RecordOption(
-            "on_failure", Callback, "a Callback when it has failed, or the function, none",
-            convert=_to_callback, attribute="failure_callback", flag="--on-failure NAME",
+            "on_failure", Callback,
+            "a Callback when it has failed, or the function, none",
+            convert=_to_callback,
+            attribute="failure_callback", flag="--on-failure NAME",
         ),
         _RecordOption(
-            "on_stopped", Callback, "a Callback when it was stopped, or the function, none",
-            convert=_to_callback, attribute="stopped_callback", flag="--on-stopped NAME",
+            "on_stopped", Callback,
+            "a Callback when it was stopped, or the function, none",
+            convert=_to_callback,
+            attribute="stopped_callback", flag="--on-stopped NAME",
         ),
         _WebhooksOption(
             "webhooks", list, "a list of Webhooks, none", no_flag="several values",
@@ -977,8 +995,8 @@ _OPTIONS = {
         ),
         _Option(
             "unique", bool,
-            "True: refuse a job_id of which there is any record; \"pending\": one that has not "
-            "ended, as is done in any case",
+            'True: refuse a job_id of which there is any record; "pending": one that '
+            "has not ended, as is done in any case",
             convert=_check_unique, attribute="", stored=False, flag="--unique",
         ),
         _Option(
@@ -998,11 +1016,11 @@ _SIGNED_FIELDS = ("func", "on_success", "on_failure", "on_stopped", "webhooks")
 
 
 # ---- 3. Serializers and names of functions -------------------------------------------
-# How a call becomes bytes, and how a worker finds its function.  A job's hash holds plain
-# text, numbers and the serializer's bytes, but never an object of this module: a copy of
-# microq that a program brings along has another module name, and both read each other's jobs.
-# A function is stored by its dotted name, which is tried out when the job is made.  Uses
-# section 1.
+# How a call becomes bytes, and how a worker finds its function.  A job's hash holds
+# plain text, numbers and the serializer's bytes, but never an object of this module: a
+# copy of microq that a program brings along has another module name, and both read each
+# other's jobs.  A function is stored by its dotted name, which is tried out when the
+# job is made.  Uses section 1.
 
 
 class PickleSerializer:
@@ -1022,7 +1040,7 @@ class PickleSerializer:
 
 
 class _MainModulePickler(pickle.Pickler):
-    """Pickles what the main module defines under the name by which a worker imports it."""
+    """Pickles objects of the main module under the name that a worker can import."""
 
     def reducer_override(self, obj: Any) -> Any:
         """Return how to make the object again, or NotImplemented: as usual."""
@@ -1043,7 +1061,7 @@ class JSONSerializer:
 
     @staticmethod
     def dumps(obj: Any) -> bytes:
-        """Return the JSON of an object; raises TypeError for one that JSON does not know."""
+        """Return the JSON of an object, or raise TypeError."""
         return json.dumps(obj, separators=(",", ":")).encode()
 
 
@@ -1051,12 +1069,14 @@ _SIGNATURE_SIZE = 32  # bytes of a SHA-256
 
 
 class SignedSerializer:
-    """Another serializer's data behind an HMAC-SHA256, made with `secret` or $MICROQ_SECRET.
-    Data with another signature is refused before the `inner` serializer, pickle, reads it.
+    """Another serializer's data behind a signature, an HMAC-SHA256.
 
-    The signature covers `context` too: byte strings that say what the data is for.  Data that
-    was signed for one context is refused in any other.  Job._signed_context() returns what the
-    signatures of a job cover."""
+    secret - the key, $MICROQ_SECRET; data signed with another one is not read
+    inner  - the serializer of the data, pickle
+
+    The signature covers `context` too: byte strings that say what the data is for.
+    Data that was signed for one context is refused in any other.  Job._signed_context()
+    returns what the signatures of a job cover."""
 
     def __init__(self, secret: str | bytes | None = None, inner: Any = None) -> None:
         secret = secret or os.environ.get("MICROQ_SECRET")
@@ -1068,13 +1088,13 @@ class SignedSerializer:
     def sign(self, data: bytes, *context: bytes) -> bytes:
         """Return serialized data behind its signature.
 
-        Each part is signed behind its length, so that no two sequences of parts are signed as
-        the same bytes."""
+        Each part is signed behind its length, so that no two sequences of parts are
+        signed as the same bytes."""
         parts = [b"%d:%b" % (len(part), part) for part in (*context, data)]
         return hmac.digest(self._secret, b"".join(parts), "sha256") + data
 
     def is_signed(self, signed: bytes, *context: bytes) -> bool:
-        """Tell whether sign() returned this, for the same context and with the same secret."""
+        """Tell whether sign() returned this, for this context and with our secret."""
         data = signed[_SIGNATURE_SIZE:]
         return hmac.compare_digest(signed, self.sign(data, *context))
 
@@ -1083,7 +1103,7 @@ class SignedSerializer:
         return self.sign(_serialize(self.inner, obj, "this"), *context)
 
     def loads(self, signed: bytes, *context: bytes) -> Any:
-        """Return the object, or raise DeserializationError if the signature is not ours."""
+        """Return the object; raises DeserializationError for another signature."""
         if not self.is_signed(signed, *context):
             raise DeserializationError(_NOT_SIGNED)
         return self.inner.loads(signed[_SIGNATURE_SIZE:])
@@ -1104,8 +1124,10 @@ _SERIALIZERS = {
 
 
 def resolve_serializer(choice: Any = None) -> Any:
-    """Return the serializer of a name: 'pickle' (the default), 'json', 'signed', or a dotted
-    name; or `choice` itself.  Raises TypeError for anything that is no serializer."""
+    """Return the serializer of a name, or `choice` itself.
+
+    Names are 'pickle' (the default), 'json', 'signed', and dotted names.  Raises
+    TypeError for anything else that has no dumps() and loads()."""
     serializer = PickleSerializer if choice is None else choice
     if isinstance(choice, str):
         serializer = _SERIALIZERS.get(choice)
@@ -1133,7 +1155,7 @@ def _serialize(serializer: Any, value: Any, what: str, *context: bytes) -> bytes
 
 
 def _deserialize(serializer: Any, data: bytes, what: str, *context: bytes) -> Any:
-    """Return the value of bytes.  Raises DeserializationError, which names it as `what`."""
+    """Return the value of bytes, or raise DeserializationError, which names `what`."""
     try:
         return serializer.loads(data, *context)
     except Exception as error:
@@ -1145,9 +1167,9 @@ def _deserialize(serializer: Any, data: bytes, what: str, *context: bytes) -> An
 def _main_module_name() -> str | None:
     """Return the name by which a worker can import the program's main module.
 
-    The module is entered in sys.modules under that name too, so that this process never loads a
-    second copy of it.  None at a prompt, and for `python -m microq`, whose main module has no
-    functions of a user."""
+    The module is entered in sys.modules under that name too, so that this process never
+    loads a second copy of it.  None at a prompt, and for `python -m microq`, whose main
+    module has no functions of a user."""
     main = sys.modules["__main__"]
     file = getattr(main, "__file__", None) or ""
     spec = getattr(main, "__spec__", None)
@@ -1160,9 +1182,9 @@ def _main_module_name() -> str | None:
 
 
 def _dotted_name(func: Any) -> str:
-    """Return the name by which a worker can import `func`, which may be such a name already.
+    """Return the name by which a worker can import `func`, or `func` if it is a name.
 
-    Raises ValueError for a function that can't be imported, TypeError for no function."""
+    Raises ValueError if that can't be imported, TypeError if it is no function."""
     if isinstance(func, str):
         if re.fullmatch(r"[^\s.]+(\.[^\s.]+)+", func):
             return func
@@ -1180,8 +1202,11 @@ def _dotted_name(func: Any) -> str:
     with contextlib.suppress(ImportError, AttributeError):
         if _import_object(name) is func:
             return name
-    remedy = "enqueue what stands at the top level of a module (no lambda, no local function)"
-    raise ValueError(f"a worker can't import {name}; {remedy}, or give its dotted name")
+    remedy = "enqueue what stands at the top level of a module"
+    raise ValueError(
+        f"a worker can't import {name}; {remedy} (no lambda, no local function), "
+        "or give its dotted name"
+    )
 
 
 def _import_object(name: str) -> Any:
@@ -1203,8 +1228,8 @@ def _import_object(name: str) -> Any:
         try:
             module = sys.modules.get(path) or importlib.import_module(path)
         except ModuleNotFoundError as error:
-            # Only if `path` itself, or a package that it is in, is missing, a shorter part is
-            # tried: an import that fails within the module is the error to show.
+            # A shorter part is tried only if `path` itself, or a package of it, is
+            # missing.  An import that fails within the module is the error to show.
             if not f"{path}.".startswith(f"{error.name}."):
                 raise
         else:
@@ -2871,12 +2896,12 @@ def _leave_command(key: str, age: float, *members: str) -> Command:
 
 
 # ---- 6. Job, result, execution -------------------------------------------------------
-# What a user holds: the id of a job, and its hash as it was last read.  Attributes read that
-# copy, without a round trip; refresh(), get_status() and is_..() read the server.  A field is
-# decoded when it is asked for, so that a garbled one harms nothing else.  What Job does with
-# Redis is in pairs: a method returns the commands, another takes the replies, so that whoever
-# sends them may also be a pipeline or an async client.  Uses sections 1 to 5, of section 7
-# Queue, and of section 8 _run_coroutine().
+# What a user holds: the id of a job, and its hash as it was last read.  Attributes read
+# that copy, without a round trip; refresh(), get_status() and is_..() read the server.
+# A field is decoded when it is asked for, so that a garbled one harms nothing else.
+# What Job does with Redis is in pairs: a method returns the commands, another takes the
+# replies, so that whoever sends them may also be a pipeline or an async client.  Uses
+# sections 1 to 5, of section 7 Queue, and of section 8 _run_coroutine().
 
 _current_job: contextvars.ContextVar[Job | None] = contextvars.ContextVar(
     "job", default=None
@@ -2935,7 +2960,7 @@ class Result:
 
     @property
     def exc_string(self) -> str | None:
-        """The traceback of a run that failed, or another reason; None if it succeeded."""
+        """The traceback of a run that failed, or another reason, or None."""
         if self.type is ResultType.SUCCESSFUL:
             return None
         return self.payload.decode(errors="replace") or None
@@ -2983,8 +3008,8 @@ class Result:
 class _EnqueueRequest(NamedTuple):
     """How a job is to be enqueued, as far as its hash does not say it.
 
-    call_id tells a second life of an id from a call that is sent again; "": the id is random,
-    so nobody else has it; None: a call_id is made when the job is sent."""
+    call_id tells a second life of an id from a call that is sent again; "": the id is
+    random, so nobody else has it; None: a call_id is made when the job is sent."""
 
     call_id: str | None = None
     unique: bool = False
@@ -3008,9 +3033,10 @@ class Job:
     queue: Queue
 
     def __init__(
-        self, id: str, queue: Queue | None = None, fields: dict[str, bytes] | None = None,
-        request: _EnqueueRequest = _DEFAULT_REQUEST, connection: Redis | None = None,
-        serializer: Any = None,
+        self, id: str, queue: Queue | None = None,
+        fields: dict[str, bytes] | None = None,
+        request: _EnqueueRequest = _DEFAULT_REQUEST,
+        connection: Redis | None = None, serializer: Any = None,
     ) -> None:  # fmt: skip
         self.id = id
         self._fields = {} if fields is None else fields  # its hash, as last read
@@ -3031,11 +3057,12 @@ class Job:
 
     @classmethod
     def create(
-        cls, func: Func, args: Any = None, kwargs: Any = None, connection: Redis | None = None, *,
+        cls, func: Func, args: Any = None, kwargs: Any = None,
+        connection: Redis | None = None, *,
         id: str | None = None, origin: str = "default", serializer: Any = None,
         status: JobStatus | None = None, **options: Any,
     ) -> Job:  # fmt: skip
-        """Return a job for Queue.enqueue_job(), with the options of Queue.create_job()."""
+        """Return a job for Queue.enqueue_job(); options as of Queue.create_job()."""
         queue = Queue(
             origin or "default", connection, job_class=cls, serializer=serializer
         )
@@ -3047,7 +3074,7 @@ class Job:
     def fetch(
         cls, id: str, connection: Redis | None = None, serializer: Any = None
     ) -> Job:
-        """Return the job of this id, whatever queue it is in, or raise NoSuchJobError."""
+        """Return the job of this id, in any queue, or raise NoSuchJobError."""
         job = cls.fetch_many([id], connection, serializer)[0]
         if job is None:
             raise NoSuchJobError(
@@ -3062,7 +3089,7 @@ class Job:
         connection: Redis | None = None,
         serializer: Any = None,
     ) -> list[Job | None]:
-        """Return the jobs of these ids, None for each that is missing.  Two round trips."""
+        """Return the jobs of these ids, None for a missing one.  Two round trips."""
         ids = [_job_id(id) for id in job_ids]
         queues = Queue.all(connection, cls, serializer)
         jobs = _fetch_jobs([cls(id, queue, {}) for id in ids for queue in queues])
@@ -3216,13 +3243,13 @@ class Job:
     def _signed_context(
         self, kind: str, execution_id: str = "", entry: str = ""
     ) -> list[bytes]:
-        """Return what the signature of this job's 'args', 'meta' or 'result' covers beside
-        the data; nothing for a serializer that does not sign.
+        """Return what the signature of 'args', 'meta' or 'result' covers beside data.
 
-        Each signature covers its kind and the job's key.  A job enqueued by a tick of cron has
-        the key of the cron entry there, since whoever enqueues ticks need not know the secret.
-        Args cover all fields that name a function or a URL to be called; a result covers its
-        execution."""
+        Each signature covers its kind and the job's key.  For a job that a tick of cron
+        enqueues this is the key of the cron entry, since whoever enqueues ticks need
+        not know the secret.  That of args covers all fields that name a function or a
+        URL to be called; that of a result covers its execution.  Nothing for a
+        serializer that does not sign."""
         if not self._signs:
             return []
         key = f"{self.queue.prefix}cron:{entry}" if entry else self.key
@@ -3234,7 +3261,7 @@ class Job:
         return context
 
     def _sign(self, entry: str = "") -> None:
-        """Sign 'args' and 'meta', which were serialized here, for this job or a cron entry."""
+        """Sign the 'args' and 'meta' made here, for this job or a cron entry."""
         if not self._signs:
             return
         for name in ("args", "meta"):
@@ -3246,8 +3273,9 @@ class Job:
                 self._fields[name] = self.serializer.sign(data, *context)
 
     def _context_of(self, name: str) -> list[bytes]:
-        """Return the context for which 'args' or 'meta' was signed: this job, or else the cron
-        entry that its id names."""
+        """Return the context for which 'args' or 'meta' was signed.
+
+        That is this job, or else the cron entry that its id names."""
         context = self._signed_context(name)
         if self.serializer.is_signed(self._fields.get(name, b""), *context):
             return context
@@ -3259,8 +3287,9 @@ class Job:
         return _deserialize(self.serializer, self._fields[name], what, *context)
 
     def _check_signature(self) -> None:
-        """Raise DeserializationError if the signature of the call, its callbacks and webhooks
-        does not match.  The callbacks and webhooks are removed then, so that nobody calls them."""
+        """Raise DeserializationError if the signature of the call does not match.
+
+        Its callbacks and webhooks are removed then, so that nobody calls them."""
         if not self._signs:
             return
         signed = self._fields.get("args", b"")
@@ -3495,7 +3524,7 @@ class Job:
         return self._execution or self._last_result
 
     def get_executions(self) -> list[Execution]:
-        """Return the run in progress, as a list of one; an empty list if there is none."""
+        """Return a list of the run in progress; empty if there is none."""
         self.refresh()
         return [self._execution] if self._execution else []
 
@@ -3517,7 +3546,7 @@ class Job:
         return not self._text("depends_on").endswith("none")
 
     def fetch_dependencies(self) -> list[Job]:
-        """Return those jobs that this one depends on which still exist.  One round trip."""
+        """Return the jobs that it depends on and that exist.  One round trip."""
         jobs = []
         for key in self._dependency_keys:
             prefix, colon, id = key.rpartition(":")
@@ -3525,8 +3554,9 @@ class Job:
         return _fetch_jobs(jobs)
 
     def dependency_results(self) -> list[Any]:
-        """Return the values of the jobs that it depends on, in their order; None for one that
-        failed, or is gone.  One round trip."""
+        """Return the values of the jobs that it depends on, in their order.
+
+        None for a job that failed or is gone.  One round trip."""
         results = {}
         for job in self.fetch_dependencies():
             results[f"{job.queue.prefix}{job.id}"] = job._last_result
@@ -3552,7 +3582,7 @@ class Job:
         return ("SUNION", f"{base}:any", f"{base}:failed", f"{base}:none")
 
     def _read_dependents(self, entries: list[bytes]) -> list[Job]:
-        """Take the reply to _dependents_command(): "<prefix> <id> <created_at>" each."""
+        """Take the reply to _dependents_command(): "<prefix> <id> .." of each."""
         jobs = []
         for entry in entries:
             prefix, id, *_ = entry.decode().split()
@@ -3569,7 +3599,7 @@ class Job:
     # Results.
 
     def results(self) -> list[Result]:
-        """Return how the last runs ended, the latest first; ten are kept.  One round trip."""
+        """Return how the last ten runs ended, latest first.  One round trip."""
         replies = _execute(self.connection, *self._results_commands())
         return self._read_results(replies)
 
@@ -3593,8 +3623,10 @@ class Job:
         return results
 
     def latest_result(self, timeout: float = 0) -> Result | None:
-        """Return how the last run ended; None if none has.  With a `timeout`, wait so many
-        seconds for the first result: without polling, but over a connection of its own."""
+        """Return how the last run ended; None if none has.
+
+        With a `timeout`, wait so many seconds for the first result: without polling,
+        but over a connection of its own."""
         results = self.results()
         if not results and timeout > 0:
             results = self._wait_for(timeout, Job.results)
@@ -3612,12 +3644,13 @@ class Job:
         return None if result is None else result.exc_string
 
     def _wait_for(self, timeout: float, ask: Callable[[Job], Any]) -> Any:
-        """Return ask(self) once it is true, the job was moved or is gone, or at the timeout.
+        """Return ask(self), when that is true, or the job was moved or is gone, or at
+        the timeout.
 
-        A message may be lost with its connection, and a record that expires publishes nothing.
-        So after each subscription, which redis-py repeats when it connects again, and after
-        RECHECK seconds without a message, the job is asked again.  Until the timeout an outage
-        is waited out."""
+        A message may be lost with its connection, and a record that expires publishes
+        nothing.  So after each subscription, which redis-py repeats when it connects
+        again, and after RECHECK seconds without a message, the job is asked again.
+        Until the timeout an outage is waited out."""
         deadline = time.monotonic() + timeout
         backoff = _Backoff(1.0)
         while (left := deadline - time.monotonic()) > 0:
@@ -3638,7 +3671,9 @@ class Job:
         return ask(self)
 
     def _ask_to_be_told(self, ask: Callable[[Job], Any]) -> tuple[Any, bool]:
-        """Have the end of the next run published; return ask(self), and whether a run may come."""
+        """Have the end of the next run published.
+
+        Return ask(self), and whether another run may come."""
         waited = _set_field_command(self.queue.prefix, self.id, "waited", 1)
         canceled = ("ZSCORE", f"{self.queue.prefix}canceled", self.id)
         exists, canceled_until = _execute(self.connection, waited, canceled)
@@ -3666,7 +3701,7 @@ class Job:
         return self.meta
 
     def save_meta(self) -> None:
-        """Store `meta`.  Raises NoSuchJobError, and stores nothing, if the job is gone."""
+        """Store `meta`.  One round trip; raises NoSuchJobError if the job is gone."""
         if not _execute_one(self.connection, *self._save_meta_command()):
             raise NoSuchJobError(f"job {self.id!r} is gone; its meta was not saved")
 
@@ -3684,16 +3719,18 @@ class Job:
     ) -> None:  # fmt: skip
         """Have the job not run; the result of a run in progress is not recorded.
 
-        Its dependents stay deferred, unless they are to be enqueued; it no longer depends on
-        other jobs.  One round trip.  Raises InvalidJobOperation if it has ended already, but
-        not with a pipeline."""
+        Its dependents stay deferred, unless they are to be enqueued; it no longer
+        depends on other jobs.  One round trip.  Raises InvalidJobOperation if it has
+        ended already, but not with a pipeline."""
         allowed = [each for each in _CONTAINERS if each not in _FINAL_CONTAINERS]
         told = "finished" if enqueue_dependents else "canceled"
         self._transition(allowed, "canceled", tell_dependents=told, pipeline=pipeline)
 
     def requeue(self, at_front: bool = False) -> Job:
-        """Put a job that has ended into its queue again, with all its retries before it.  Its
-        results are kept.  One round trip.  Raises InvalidJobOperation if it has not ended."""
+        """Put a job that has ended into its queue again, with all its retries left.
+
+        Its results are kept.  One round trip.  Raises InvalidJobOperation if it has not
+        ended."""
         self._transition(_FINAL_CONTAINERS, "queued", at_front)
         return self
 
@@ -3703,8 +3740,10 @@ class Job:
         remove_from_queue: bool = True,
         delete_dependents: bool = False,
     ) -> None:
-        """Remove the job and its results, in whatever state, from its queue too; a run is not
-        recorded.  Dependents that wait for nothing else stay deferred, or are deleted, too."""
+        """Remove the job and its results, in whatever state it is.
+
+        The result of a run in progress is not recorded.  Dependents that wait for
+        nothing else stay deferred, or are deleted, too."""
         if delete_dependents:
             for job in self._dependents():
                 job.delete()
@@ -3715,8 +3754,8 @@ class Job:
         self, allowed: Sequence[str], to: str, at_front: bool = False,
         tell_dependents: str = "gone", pipeline: Any = None,
     ) -> None:  # fmt: skip
-        """Move the job from one of the containers `allowed` to 'queued', 'canceled' or 'gone'.
-        One round trip, none with a pipeline."""
+        """Move the job from one of the containers `allowed` to 'queued', 'canceled' or
+        'gone'.  One round trip, none with a pipeline."""
         command = _transition_command(
             self.queue.prefix, self.id, " ".join(allowed), to, secrets.token_hex(4),
             at_front=at_front, tell_dependents=tell_dependents,
@@ -3730,8 +3769,9 @@ class Job:
     def _on_transition(
         self, reply: _TransitionReply, allowed: Sequence[str], to: str
     ) -> None:
-        """Relay the messages of a transition.  Raises NoSuchJobError, or InvalidJobOperation if
-        the job was in another container."""
+        """Relay the messages of a transition, or raise if it did not happen.
+
+        Raises NoSuchJobError, or InvalidJobOperation if the job was elsewhere."""
         _relay(self.connection, reply.messages)
         if not reply.was:
             text = f"there is no job {self.id!r} in queue {self.origin!r}"
@@ -3813,7 +3853,7 @@ class _RunState:
 class Execution:
     """One run of a job, in progress.
 
-    token     - "<execution> <started_at>": what the container `started` holds for the job
+    token     - "<execution> <started_at>", as in the container `started`
     run_state - known only in the process that runs it"""
 
     job: Job
