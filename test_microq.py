@@ -167,6 +167,11 @@ def queue_pair(request, redis, queue):
     return queue, Queue(request.param, redis)
 
 
+in_both_places = pytest.mark.parametrize(
+    "place", [[], ["--in-process"]], ids=["fork", "in-process"]
+)
+
+
 @pytest.fixture(params=["fork", "in-process"])
 def run(request, queue):
     """Run what is queued, in either place."""
@@ -863,8 +868,9 @@ def sleep_and_record_pid(path, seconds=30):
 
 
 def enqueue_and_sleep(path):
-    Queue("sync", redis_py.Redis(unix_socket_path=path), is_async=False).enqueue(add)
-    time.sleep(9)
+    connection = redis_py.Redis(unix_socket_path=path)
+    Queue("sync", connection, is_async=False).enqueue(add)
+    time.sleep(60)
 
 
 def clean_up(path):
@@ -951,7 +957,7 @@ def close_stdin():
 
 def leave_children():
     if os.fork() == 0:
-        time.sleep(3)
+        time.sleep(20)
         os._exit(0)
     return "left"
 
@@ -962,7 +968,7 @@ def leave_an_orphan():
 
 
 def leave_a_thread():
-    threading.Thread(target=time.sleep, args=(20,)).start()
+    threading.Thread(target=time.sleep, args=(60,)).start()
     return "left"
 
 
@@ -1708,6 +1714,11 @@ class MonitoredCommands:
         self.connection.echo("MARK")
         self.thread.join(30)
         self.monitor.__exit__(None, None, None)
+
+
+def blocked_clients(redis):
+    """Return how many clients wait in a BLPOP: an idle worker has two of them."""
+    return redis.info("clients")["blocked_clients"]
 
 
 def socket_reads(redis):
@@ -2576,7 +2587,7 @@ def test_connections_end_with_their_client(redis, server):
         Queue(connection=redis_py.Redis(connection_pool=pool)).enqueue(add)
     del pool
     gc.collect()
-    wait_until(lambda: len(redis.client_list()) <= before, 3)
+    wait_until(lambda: len(redis.client_list()) <= before)
 
 
 @pytest.mark.parametrize(
@@ -3563,10 +3574,10 @@ def test_a_wait_ends_when_the_job_is_canceled_or_unknown(redis, queue):
     job = queue.enqueue(add)
     threading.Timer(0.2, job.cancel).start()
     began = time.monotonic()
-    assert job.latest_result(timeout=10) is None
-    assert queue.create_job(add).latest_result(timeout=10) is None
-    assert job.latest_result(timeout=10) is None  # as it was canceled before
-    assert time.monotonic() - began < 5
+    assert job.latest_result(timeout=60) is None
+    assert queue.create_job(add).latest_result(timeout=60) is None
+    assert job.latest_result(timeout=60) is None  # as it was canceled before
+    assert time.monotonic() - began < 30
 
 
 def test_meta_is_saved_by_the_job_and_by_others(redis, queue):
@@ -4446,11 +4457,11 @@ def test_each_repeat_may_crash_as_often_as_the_first_run(redis, queue):
 def test_job_over_its_timeout_is_stopped_even_if_it_catches_exceptions(
     queue, run, func
 ):
-    job = queue.enqueue(func, 5, job_timeout=0.2)
+    job = queue.enqueue(func, 60, job_timeout=0.2)
     after = queue.enqueue(add, 1)
     began = time.monotonic()
     run()
-    assert time.monotonic() - began < 4.9
+    assert time.monotonic() - began < 30
     assert job.is_failed
     assert "timeout of 0.2 s" in job.latest_result().exc_string
     assert after.is_finished
@@ -4468,16 +4479,15 @@ def test_job_over_its_timeout_is_stopped_in_a_thread(queue):
 
 @pytest.mark.parametrize("seconds", [0, 1000])
 def test_the_timeout_holds_even_if_a_job_took_the_alarm(queue, run, seconds):
-    jobs = [queue.enqueue(add) for _ in range(7)]
-    jobs += [
-        queue.enqueue(signal.alarm, seconds),
-        queue.enqueue(replace_signal_handlers),
-    ]
-    late = queue.enqueue(sleep, 5, job_timeout=0.3)
+    for _ in range(7):
+        queue.enqueue(add)
+    queue.enqueue(signal.alarm, seconds)
+    queue.enqueue(replace_signal_handlers)
+    late = queue.enqueue(sleep, 60, job_timeout=0.3)
     began = time.monotonic()
     run()
     assert late.is_failed
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 30
 
 
 def test_interrupt_hits_only_its_own_run():
@@ -4506,7 +4516,7 @@ def test_a_job_that_runs_another_keeps_its_own_timeout(redis, run, queue):
     run()
     assert job.is_failed
     assert "timeout of 0.5 s" in job.exc_info
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
 
 
 def test_job_over_its_timeout_may_clean_up_before_it_is_killed(queue, tmp_path):
@@ -4531,12 +4541,12 @@ def test_a_job_stuck_where_no_exception_reaches_is_killed_on_time(
     queue, monkeypatch, func
 ):
     monkeypatch.setattr(microq, "KILL_GRACE", 0.3)
-    args = (30,) if func is ignore_exceptions else ()
+    args = (60,) if func is ignore_exceptions else ()
     job = queue.enqueue(func, *args, job_timeout=0.2)
     after = queue.enqueue(add, 1)
     began = time.monotonic()
     work(Worker(queue))
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 30
     assert after.is_finished
     assert job.is_failed
     assert "after its timeout" in job.latest_result().exc_string
@@ -4612,13 +4622,13 @@ def test_a_job_killed_in_its_callback_runs_again(redis, queue, callback_log):
     assert [str(result.type) for result in job.results()] == ["successful", "retried"]
 
 
-@pytest.mark.parametrize("mode", [[], ["--in-process"]], ids=["fork", "in-process"])
+@in_both_places
 def test_a_stopped_job_calls_back(
-    redis, queue, callback_log, start_worker, tmp_path, mode
+    redis, queue, callback_log, start_worker, tmp_path, place
 ):
     words = {"on_stopped": log_stopped, "on_failure": log_failure, "job_id": "a"}
     job = queue.enqueue(sleep_and_record_pid, str(tmp_path / "on"), **words)
-    start_worker(*mode)
+    start_worker(*place)
     wait_until((tmp_path / "on").exists)
     send_stop_job_command(redis, job.id)
     wait_until(lambda: job.is_stopped)
@@ -4807,17 +4817,21 @@ def test_jobs_that_are_no_longer_tiny_are_claimed_one_by_one(queue, run, options
     assert counts[-20:] == [1] * 20, counts
 
 
-@pytest.mark.parametrize("words", [[], ["--in-process"]], ids=["fork", "in-process"])
-def test_jobs_claimed_behind_a_slow_job_are_released(queue, start_worker, words):
-    """And what was done before it is settled: nothing is held back by it."""
-    jobs = [
-        queue.enqueue(add, i) for i in range(300)
-    ]  # so that many are claimed at once
-    slow, *behind = queue.enqueue(sleep, 3), *(queue.enqueue(add, i) for i in range(3))
-    worker = start_worker(*words)
-    wait_until(lambda: slow.is_started and queue.job_ids == [job.id for job in behind])
-    wait_until(lambda: jobs[-1].is_finished, 2)
+@in_both_places
+def test_jobs_claimed_behind_a_slow_job_are_released(
+    queue, start_worker, tmp_path, place
+):
+    """And the outcomes of those before it are settled while it runs."""
+    path = tmp_path / "slow"
+    jobs = [queue.enqueue(add, i) for i in range(300)]  # many are claimed at once
+    slow = queue.enqueue(wait_for_file, str(path))
+    behind = [queue.enqueue(add, i) for i in range(3)]
+    worker = start_worker(*place)
+    wait_until(path.exists)
+    wait_until(lambda: queue.job_ids == [job.id for job in behind])
+    wait_until(lambda: jobs[-1].is_finished)
     assert slow.is_started
+    Path(f"{path}.go").touch()
     wait_until(lambda: behind[-1].is_finished)
     assert all(len(job.results()) == 1 for job in [*jobs, slow, *behind])
     stop_and_read_log(worker)
@@ -4880,7 +4894,7 @@ def test_a_job_that_finds_a_worker_idle_costs_it_no_round_trip_before_it_runs(
     monkeypatch.setattr(microq, "_send_packed", count)
     monkeypatch.setattr(sys.modules[__name__], "SENT", posts)
     with Worker(queue) as worker:
-        wait_until(lambda: queue.connection.info("clients")["blocked_clients"] == 2)
+        wait_until(lambda: blocked_clients(queue.connection) == 2)
         before = posts[f"worker {worker.name}"]
         job = queue.enqueue(sent_so_far)
         assert job.latest_result(timeout=30).return_value == before > 0
@@ -4889,7 +4903,7 @@ def test_a_job_that_finds_a_worker_idle_costs_it_no_round_trip_before_it_runs(
 def test_a_frozen_idle_worker_takes_no_job_from_others(queue, start_worker):
     frozen = start_worker("--lease", "0.5")
     wait_until(lambda: Worker.count(queue.connection) == 1)
-    wait_until(lambda: queue.connection.info("clients")["blocked_clients"] == 2)
+    wait_until(lambda: blocked_clients(queue.connection) == 2)
     all_of_it = [frozen.pid, *children_of(frozen.pid)]
     for pid in all_of_it:
         os.kill(pid, signal.SIGSTOP)
@@ -4907,34 +4921,38 @@ def test_a_frozen_idle_worker_takes_no_job_from_others(queue, start_worker):
 def test_an_idle_worker_in_either_place_takes_delayed_jobs_on_time(
     server, redis, queue
 ):
+    """Woken by the command that enqueues them: the next heartbeat is minutes away."""
+    delays = (0.7, 0.4, 0.2)
     for fork in (True, False):
-        worker = start_script(
-            f"import redis, microq; microq.Worker('default', connection=redis.Redis.from_url"
-            f"({server.url!r}), fork={fork}).work(max_jobs=3, with_scheduler=True)"
-        )
+        code = f"""
+import redis, microq
+connection = redis.Redis.from_url({server.url!r})
+worker = microq.Worker("default", connection=connection, fork={fork}, lease=600)
+worker.work(max_jobs=3, with_scheduler=True)
+"""
+        worker = start_script(code)
         wait_until(lambda: redis.hlen(Q + "workers"))
-        job = queue.enqueue_in(30, add)  # the alarm must be set again for earlier ones
-        jobs = [queue.enqueue_in(delay, add, 1) for delay in (0.7, 0.4, 0.2)]
-        assert worker.wait(30) == 0
-        for job, delay in zip(jobs, (0.7, 0.4, 0.2), strict=True):
+        queue.enqueue_in(30, add)  # the alarm must be set again for earlier ones
+        jobs = [queue.enqueue_in(delay, add, 1) for delay in delays]
+        assert worker.wait(60) == 0
+        for job, delay in zip(jobs, delays, strict=True):
             job.refresh()
             late = (job.started_at - job.created_at).total_seconds() - delay
-            assert -0.01 < late < 3  # the next beat is 5 s away
+            assert -0.01 < late < 20
         queue.delete()
 
 
-def test_a_scheduler_promotes_while_its_worker_is_busy(redis, queue):
-    busy = queue.enqueue(sleep, 3)
+def test_a_scheduler_promotes_while_its_worker_is_busy(redis, queue, tmp_path):
+    path = tmp_path / "busy"
+    busy = queue.enqueue(wait_for_file, str(path))
     soon = queue.enqueue_in(0.2, add)
-    worker = SimpleWorker(queue)
-    thread = threading.Thread(
-        target=worker.work,
-        kwargs={"burst": True, "with_scheduler": True, "logging_level": None},
-    )
+    options = {"burst": True, "with_scheduler": True, "logging_level": None}
+    thread = threading.Thread(target=SimpleWorker(queue).work, kwargs=options)
     thread.start()
-    wait_until(lambda: busy.is_started)
-    wait_until(lambda: soon.is_queued, 2.5)
+    wait_until(path.exists)
+    wait_until(lambda: soon.is_queued)
     assert busy.is_started
+    Path(f"{path}.go").touch()
     thread.join(60)
     assert soon.is_finished
 
@@ -5165,8 +5183,8 @@ def test_workers_are_found_and_show_what_they_do(redis, queue, busy_worker):
     send_stop_job_command(redis, job.id)
     for func in (add, fail, spin):
         queue.enqueue(func, *([0.3] if func is spin else []))
-    wait_until(lambda: Worker.find_by_key(bee.key, redis).failed_job_count == 1, 3)
-    wait_until(lambda: Worker.find_by_key(bee.key, redis).successful_job_count == 2, 3)
+    wait_until(lambda: Worker.find_by_key(bee.key, redis).failed_job_count == 1)
+    wait_until(lambda: Worker.find_by_key(bee.key, redis).successful_job_count == 2)
     bee = Worker.find_by_key("bee", redis)
     assert bee.total_working_time > 0.3
     assert bee.state == "idle"
@@ -5305,11 +5323,11 @@ def test_a_worker_waits_for_the_lease_of_one_in_another_container(redis, queue):
     assert errors
 
 
-@pytest.mark.parametrize("words", [[], ["--in-process"]], ids=["fork", "in-process"])
+@in_both_places
 def test_a_frozen_worker_ends_if_another_has_taken_its_name(
-    redis, queue, start_worker, tmp_path, words
+    redis, queue, start_worker, tmp_path, place
 ):
-    frozen = start_worker("--name", "bee", "--lease", "2", *words)
+    frozen = start_worker("--name", "bee", "--lease", "2", *place)
     log = tmp_path / "log"
     job = queue.enqueue(sleep_and_record_pid, str(log), 1)
     pids_of_run(log)
@@ -5601,7 +5619,7 @@ def test_standby_child_is_forked_before_its_predecessor_ends(
     assert pid in children_of(parent)
     both = children_of(parent)
     worker.kill()
-    wait_until(lambda: not any(map(is_alive, both)), 5)
+    wait_until(lambda: not any(map(is_alive, both)))
 
 
 def test_standby_child_that_dies_is_replaced(queue, start_worker, tmp_path):
@@ -5742,7 +5760,7 @@ def test_a_job_that_leaves_a_thread_does_not_hold_the_worker(queue):
     began = time.monotonic()
     work(Worker(queue))
     assert job.return_value() == "left"
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
 
 
 def test_a_job_that_leaves_children_or_closes_files_does_not_hold_the_worker(queue):
@@ -5751,7 +5769,7 @@ def test_a_job_that_leaves_children_or_closes_files_does_not_hold_the_worker(que
     after = queue.enqueue(add)
     began = time.monotonic()
     work(Worker(queue))
-    assert time.monotonic() - began < 2.9
+    assert time.monotonic() - began < 15
     assert left.return_value() == "left"
     assert after.is_finished
     assert closed.return_value() == "closed"
@@ -5794,7 +5812,7 @@ def test_the_job_of_a_killed_child_runs_again_within_a_second(
     killed = time.monotonic()
     os.kill(pid, signal.SIGKILL)
     second, _ = pids_of_run(log, 2)
-    assert time.monotonic() - killed < 5
+    assert time.monotonic() - killed < 10
     assert second != pid  # a lease is 15 s
     os.kill(second, signal.SIGKILL)
     os.kill(pids_of_run(log, 3)[0], signal.SIGKILL)
@@ -5825,7 +5843,7 @@ def test_a_flood_of_tiny_jobs_survives_kills(redis, queue, start_worker):
             os.kill(victim, signal.SIGKILL)
             time.sleep(dice.uniform(0, 0.1))
     start_worker("--lease", "1", "-q")
-    wait_until(lambda: len(queue.finished_job_registry) == len(jobs), 20)
+    wait_until(lambda: len(queue.finished_job_registry) == len(jobs), 60)
     several = [
         Job.fetch(key.decode().split(":")[-2], redis) for key in redis.keys("*:results")
     ]
@@ -5859,21 +5877,20 @@ def test_a_job_runs_again_after_a_crash_as_often_as_it_may(queue, limit, runs):
     assert len(job.results()) == runs
 
 
+@in_both_places
 def test_job_without_crashes_allowed_runs_once_even_after_a_cold_shutdown(
-    redis, queue, start_worker, tmp_path
+    redis, queue, start_worker, tmp_path, place
 ):
-    for number, words in enumerate([[], ["--in-process"]]):
-        worker = start_worker(*words)
-        log = tmp_path / f"log{number}"
-        job = queue.enqueue(sleep_and_record_pid, str(log), max_crashes=0)
-        waits = queue.enqueue(add)
-        pids_of_run(log)
-        terminate_twice(worker)
-        assert worker.returncode == 1
-        assert job.is_failed
-        assert "shut down" in job.latest_result().exc_string
-        assert waits.is_queued
-        queue.empty()
+    worker = start_worker(*place)
+    log = tmp_path / "log"
+    job = queue.enqueue(sleep_and_record_pid, str(log), 60, max_crashes=0)
+    waits = queue.enqueue(add)
+    pids_of_run(log)
+    terminate_twice(worker)
+    assert worker.returncode == 1
+    assert job.is_failed
+    assert "shut down" in job.latest_result().exc_string
+    assert waits.is_queued
 
 
 def test_job_without_crashes_allowed_fails_when_its_worker_died(queue):
@@ -5929,9 +5946,9 @@ def test_children_of_a_killed_parent_end(server, redis, queue, start_worker, tmp
     other = start_worker("--lease", "1", "--in-process")
     victim.kill()
     killed = time.monotonic()
-    wait_until(lambda: not is_alive(pid), 5)
+    wait_until(lambda: not is_alive(pid))
     _, parent = pids_of_run(log, 2)
-    assert time.monotonic() - killed < 6
+    assert time.monotonic() - killed < 20
     assert parent == os.getpid()
     wait_until(lambda: job.number_of_retries == 0)
     send_stop_job_command(redis, job.id)
@@ -6116,32 +6133,28 @@ def test_the_model_in_short():
 # ---- 10. Worker, child, supervisor, pool: signals ------------------------------------
 
 
-def test_sigterm_finishes_the_current_job(redis, queue, start_worker, tmp_path):
-    for words in ([], ["--in-process"]):
-        worker = start_worker(*words)
-        log = tmp_path / f"log{len(words)}"
-        jobs = [
-            queue.enqueue(append_then_sleep, str(log), 0.5),
-            queue.enqueue(sleep, 0.5),
-        ]
-        wait_until(log.exists)  # it runs: to be claimed is not enough
-        worker.terminate()
-        worker.communicate(timeout=30)
-        assert worker.returncode == 0
-        assert jobs[0].is_finished
-        assert jobs[1].is_queued
-        queue.empty()
+@in_both_places
+def test_sigterm_finishes_the_current_job(redis, queue, start_worker, tmp_path, place):
+    worker = start_worker(*place)
+    log = tmp_path / "log"
+    current = queue.enqueue(append_then_sleep, str(log), 0.5)
+    waits = queue.enqueue(sleep, 0.5)
+    wait_until(log.exists)  # it runs: to be claimed is not enough
+    worker.terminate()
+    worker.communicate(timeout=30)
+    assert worker.returncode == 0
+    assert current.is_finished
+    assert waits.is_queued
 
 
-def test_second_sigterm_requeues_the_current_job(redis, queue, start_worker):
-    for words in ([], ["--in-process"]):
-        worker = start_worker(*words)
-        job = queue.enqueue(sleep, 20)
-        wait_until(lambda job=job: job.is_started)
-        terminate_twice(worker)
-        assert job.is_queued
-        assert redis.hget(f"{Q}job:{job.id}", "crashes") is None
-        queue.empty()
+@in_both_places
+def test_second_sigterm_requeues_the_current_job(redis, queue, start_worker, place):
+    worker = start_worker(*place)
+    job = queue.enqueue(sleep, 60)
+    wait_until(lambda: job.is_started)
+    terminate_twice(worker)
+    assert job.is_queued
+    assert redis.hget(f"{Q}job:{job.id}", "crashes") is None
 
 
 def test_sigkill_soon_after_sigterm_loses_no_job(queue, start_worker, tmp_path):
@@ -6221,7 +6234,7 @@ def test_a_job_is_stopped_by_command_and_not_retried(redis, queue, busy_worker):
     began = time.monotonic()
     send_stop_job_command(redis, job.id)
     wait_until(lambda: job.is_stopped)
-    assert time.monotonic() - began < 5  # it would run for 30 s
+    assert time.monotonic() - began < 20  # the job sleeps for 30 s
     assert job.latest_result().type == "stopped"
     assert len(queue.failed_job_registry) == 1
     assert queue.enqueue(add, 1).latest_result(timeout=30).return_value == 1
@@ -6231,19 +6244,18 @@ def test_a_job_is_stopped_by_command_and_not_retried(redis, queue, busy_worker):
         send_stop_job_command(redis, "nobody")
 
 
-def test_a_worker_is_shut_down_by_command(redis, queue, start_worker, tmp_path):
-    for number, words in enumerate([[], ["--in-process"]]):
-        worker = start_worker("--name", "bee", *words)
-        log = tmp_path / f"log{number}"
-        job = queue.enqueue(sleep_and_record_pid, str(log), 0.5)
-        pids_of_run(log)
-        waits = queue.enqueue(add)
-        send_shutdown_command(redis, "bee")
-        worker.communicate(timeout=30)
-        assert worker.returncode == 0
-        assert job.is_finished
-        assert waits.is_queued
-        queue.empty()
+@in_both_places
+def test_a_worker_is_shut_down_by_command(redis, queue, start_worker, tmp_path, place):
+    worker = start_worker("--name", "bee", *place)
+    log = tmp_path / "log"
+    job = queue.enqueue(sleep_and_record_pid, str(log), 0.5)
+    pids_of_run(log)
+    waits = queue.enqueue(add)
+    send_shutdown_command(redis, "bee")
+    worker.communicate(timeout=30)
+    assert worker.returncode == 0
+    assert job.is_finished
+    assert waits.is_queued
     with pytest.raises(ValueError, match="no worker 'bee'"):
         send_shutdown_command(redis, "bee")
 
@@ -6262,8 +6274,8 @@ def test_unknown_commands_are_logged(redis, queue, start_worker):
     worker = start_worker("--name", "bee")
     redis.rpush("microq:inbox:bee", "{", '["a"]', '{"command": "x"}')
     send_command(redis, "bee", "dance")
-    send_kill_horse_command(redis, "bee")  # it has none
-    time.sleep(0.3)
+    send_kill_horse_command(redis, "bee")  # no job runs
+    wait_until(lambda: not redis.exists("microq:inbox:bee"))
     job = queue.enqueue(add, 1)
     assert job.latest_result(timeout=30).return_value == 1
     time.sleep(0.2)
@@ -6279,17 +6291,17 @@ def test_commands_arrive_after_the_connection_was_cut(redis, queue, start_worker
     assert worker.returncode == 0
 
 
-@pytest.mark.parametrize("words", [[], ["--in-process"]], ids=["fork", "in-process"])
+@in_both_places
 @pytest.mark.parametrize(
     "denial", [["-eval", "-evalsha"], ["resetkeys", "~other:*"], ["-zadd"]]
 )
 def test_a_good_run_whose_outcome_is_refused_is_settled_later(
-    server, redis, queue, start_worker, permit, tmp_path, words, denial
+    server, redis, queue, start_worker, permit, tmp_path, place, denial
 ):
     """NOPERM while a run is settled is waited out like an outage, and no crash."""
     url = server.url.replace("//", "//jobs:secret@")
     path = tmp_path / "log"
-    worker = start_worker("--url", url, *words)
+    worker = start_worker("--url", url, *place)
     job = queue.enqueue(append_twice, str(path), 0.5, max_crashes=0, result_ttl=60)
     wait_until(path.exists)
     permit(*denial)
@@ -6322,13 +6334,13 @@ def test_a_callback_whose_error_is_refused_changes_nothing(server, redis, permit
     assert len(job.results()) == 1
 
 
-@pytest.mark.parametrize("words", [[], ["--in-process"]], ids=["fork", "in-process"])
+@in_both_places
 def test_worker_whose_commands_are_refused_ends_a_lease_after_sigterm(
-    server, redis, queue, start_worker, permit, tmp_path, words
+    server, redis, queue, start_worker, permit, tmp_path, place
 ):
     url = server.url.replace("//", "//jobs:secret@")
     path = tmp_path / "log"
-    worker = start_worker("--url", url, "--lease", "1", *words)
+    worker = start_worker("--url", url, "--lease", "1", *place)
     queue.enqueue(append_twice, str(path), 0.2)
     wait_until(path.exists)
     permit("-eval", "-evalsha")
@@ -6372,28 +6384,30 @@ def test_commands_to_a_dead_worker_are_not_for_the_next_of_its_name(
     assert worker.poll() is None
 
 
-def test_suspended_workers_start_no_jobs(redis, queue, start_worker):
-    for words in ([], ["--in-process"]):
-        worker = start_worker("--name", "bee", *words)
-        suspend(redis)
+@in_both_places
+def test_suspended_workers_start_no_jobs(redis, queue, start_worker, place):
+    """Told by a command, or by the end of the ttl: the next heartbeat is minutes away."""
+    worker = start_worker("--name", "bee", "--lease", "600", *place)
+    wait_until(lambda: blocked_clients(redis) == 2)  # it waits for commands and jobs
+    for ttl in (None, 3):
+        suspend(redis, ttl)
         assert is_suspended(redis)
-        time.sleep(0.3)
+        read_log_until(worker, "suspended")
+        wait_until(lambda: blocked_clients(redis) == 1)
+        time.sleep(0.1)
         job = queue.enqueue(add, 1)
         assert job.latest_result(timeout=0.5) is None
         assert job.is_queued
-        bee = Worker.find_by_key("bee", redis)
-        assert bee.state == "suspended"
-        resume(redis)
-        began = time.monotonic()
+        assert Worker.find_by_key("bee", redis).state == "suspended"
+        if ttl is None:
+            resume(redis)
         assert job.latest_result(timeout=30).return_value == 1
-        assert time.monotonic() - began < 4
-        assert not is_suspended(redis)  # a beat is 5 s away
-        suspend(redis, ttl=1)
-        time.sleep(0.1)
-        job = queue.enqueue(add, 2)
-        assert job.latest_result(timeout=0.5) is None
-        assert job.latest_result(timeout=30).return_value == 2
-        stop_and_read_log(worker)
+        assert not is_suspended(redis)
+        wait_until(lambda: blocked_clients(redis) == 2)
+    stop_and_read_log(worker)
+
+
+def test_a_worker_does_not_start_while_work_is_suspended(redis, queue):
     suspend(redis)
     job = queue.enqueue(add)
     assert not work(queue)
@@ -9350,11 +9364,10 @@ def test_docs_latest_result_waits(redis):
     with Worker(queue):
         job = queue.enqueue(sleep, 0.3)
         began = time.monotonic()
-        result = job.latest_result(
-            timeout=60
-        )  # Will hang for about as long as the job sleeps.
+        # Will hang for about as long as the job sleeps.
+        result = job.latest_result(timeout=60)
         assert result.return_value == 0.3
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 30
     assert job.latest_result(timeout=60).return_value == 0.3  # now it is there
     nobody = Queue("nobody", connection=redis).enqueue(say_hello)
     assert nobody.latest_result(timeout=0.3) is None
