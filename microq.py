@@ -186,13 +186,14 @@ import tempfile
 import threading
 import time
 import traceback
+import weakref
 import zoneinfo
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, ClassVar, NamedTuple, NoReturn
 from urllib.request import Request, urlopen
 
 from hiredis import pack_command
@@ -1624,7 +1625,7 @@ class _BlockingConnection(_Connection):
                 return None
             else:
                 seconds = min(until, self._reply_deadline) - now
-                if wakeup.watch(seconds, self.socket):
+                if wakeup.wait(seconds, self.socket):
                     return None
 
     def _learn_new_slots(self, error: BaseException) -> None:
@@ -3666,7 +3667,7 @@ class Job:
                             return answer
                         backoff = _Backoff(1.0)
             except _TRANSIENT_ERRORS as error:
-                pause = backoff.after(error, f"waiting for job {self.id}")
+                pause = backoff.next_pause(error, f"waiting for job {self.id}")
                 time.sleep(max(0.0, min(pause, deadline - time.monotonic())))
         return ask(self)
 
@@ -5287,129 +5288,1020 @@ def _close_event_loop() -> None:
 
 
 # ---- 9. Work loop --------------------------------------------------------------------
-# One loop: settle what is done and claim what is next in one round trip, run it, again.  While jobs
-# are tiny, it claims more at once, and settles them together, since the round trip is what costs;
-# and it claims a batch ahead, so that the server works while jobs run.  A job that turns out slow
-# is relieved of the others within 0.1 s.  Without work the loop blocks on the wake lists of its
-# queues.  It runs in this process or in a child; beside it, in a thread or in the parent, a keeper
-# beats for it and hears commands: see section 10.  The two share a slate, and a bell ends the
-# other's wait.
+# A work loop claims jobs, runs them and settles their outcomes.  Its one idea: what a
+# round trip costs is shared by many jobs.  One request settles what has run and claims
+# what runs next; while jobs are tiny, a request claims many of them, and the next one
+# is under way while they run.  Without work the loop blocks on the wake lists of its
+# queues.
+#
+# Invariants: a request is sent again until it is answered, and nothing else is sent
+# meanwhile.  Nothing waits behind a slow job: after 0.1 s what was claimed behind it is
+# released, and what ran before it is settled.
+#
+# A loop belongs to the process and thread that run it.  With its supervisor (section
+# 10), in a thread or the parent process, it shares _SharedState and two wake-ups.  Uses
+# sections 4 to 8, and _relay of section 12.
 
 
 class _Backoff:
-    """Pauses before further attempts to reach a server: none at first, since the connection may
-    just have been cut, then each about twice as long, up to a cap."""
+    """Pauses before further attempts to reach a server: none at first, since perhaps
+    only the connection was cut, then each twice as long as the one before, up to a cap."""
 
     def __init__(self, cap: float) -> None:
-        self.seconds, self.cap = 0.0, cap
+        self.seconds = 0.0
+        self.cap = cap
 
-    def after(self, error: Exception, what: str) -> float:
-        """Return the next pause in seconds."""
-        pause = self.seconds * random.uniform(0.5, 1)  # so that not all return at once
+    def next_pause(self, error: Exception, what: str) -> float:
+        """Return how many seconds to wait now, and log that; `what` is who waits."""
+        # By chance, so that workers do not all return at the same time.
+        pause = self.seconds * random.uniform(0.5, 1)
         if pause:
-            log.warning(
-                "%s: %s; trying again in %.1f s", what, error.__cause__ or error, pause
-            )
+            cause = error.__cause__ or error
+            log.warning("%s: %s; trying again in %.1f s", what, cause, pause)
         self.seconds = min(2 * self.seconds or 0.1, self.cap)
         return pause
 
 
+class _Phase(enum.IntEnum):
+    """What a child tells of itself."""
+
+    RUNNING = 0
+    ENDED = 1  # it has settled everything, and is not to be replaced
+    REPLACE = 2  # it has settled everything, and is to be replaced
+    GAVE_UP = 3  # it was told to stop, and the server did not answer for a lease
+
+
+class _CurrentJob(NamedTuple):
+    """Which job runs in a loop, for its supervisor."""
+
+    queue_index: int  # among the queues of the worker
+    job_id: str
+    token: str  # "<execution> <started_at>"
+
+
 class _SharedState(ctypes.Structure):
-    """What a loop tells its keeper, and the reverse, in shared memory.  Times are monotonic."""
+    """All that a loop and its supervisor share, in memory that both processes see.
+
+    Times are those of time.monotonic(), which is the same in all processes.  Each field
+    has one writer at a time, so there is no lock; a reader may be late by one job."""
 
     _fields_ = (
-        (
-            "kill_at",
-            ctypes.c_double,
-        ),  # when the job that runs must have ended; 0: none runs;
-        # negative: it has ended, and is not settled yet
-        ("began", ctypes.c_double),  # when it, or else the process, began
-        ("due", ctypes.c_double),  # when the next scheduled job is due
-        ("seconds", ctypes.c_double),  # spent in jobs so far
-        ("number", ctypes.c_uint64),  # of the last claim
-        (
-            "oldest",
-            ctypes.c_uint64,
-        ),  # of the first claim of which jobs may still be held
-        ("batch", ctypes.c_uint64),  # how many jobs to claim at once
-        ("turns", ctypes.c_uint64),  # signs of life of a loop, outside of its jobs
-        (
-            "count",
-            ctypes.c_uint64,
-        ),  # of runs so far; those that went well; those that failed
-        ("good", ctypes.c_uint64),
-        ("bad", ctypes.c_uint64),
-        (
-            "stopping",
-            ctypes.c_bool,
-        ),  # the keeper's wish: finish the current job and end
-        ("suspended", ctypes.c_bool),  # the keeper's wish: claim nothing
-        ("spare", ctypes.c_bool),  # whether the next child is there
-        ("intact", ctypes.c_bool),  # whether a child has left its connection as it was
-        (
-            "phase",
-            ctypes.c_char,
-        ),  # of a child: r(uns), e(nded), n(ext one, please), g(ave up)
-        (
-            "text",
-            ctypes.c_char * 1000,
-        ),  # "<index of the queue> <job id> <execution> <started_at>"
+        # Written by the loop.  The deadline at which its job is killed; infinity: never;
+        # 0: it holds no job; -1: its last job has ended, and is not settled yet.
+        ("kill_deadline", ctypes.c_double),
+        ("job_started", ctypes.c_double),  # when its job, or else its process, began
+        ("busy_seconds", ctypes.c_double),  # spent in jobs so far
+        ("claim_number", ctypes.c_uint64),  # of its last claim
+        ("oldest_held_claim", ctypes.c_uint64),  # no job of an earlier claim is held
+        ("batch_size", ctypes.c_uint64),  # how many jobs to claim at once
+        ("turns", ctypes.c_uint64),  # grows while it makes progress outside of jobs
+        ("runs", ctypes.c_uint64),  # how many jobs it has run
+        ("succeeded", ctypes.c_uint64),
+        ("failed", ctypes.c_uint64),
+        ("connection_reusable", ctypes.c_bool),  # no reply is left in the connection
+        ("phase", ctypes.c_uint8),  # a _Phase
+        ("_current_job", ctypes.c_char * 1000),  # see publish()
+        # Written by both: when the next scheduled job is due, and how many runs its
+        # process may reach.
+        ("next_scheduled", ctypes.c_double),
+        ("run_limit", ctypes.c_double),
+        # Written by the supervisor.
+        ("stop_requested", ctypes.c_bool),  # finish the current job, and end
+        ("suspended", ctypes.c_bool),  # claim nothing
+        ("has_standby", ctypes.c_bool),  # the next child waits for its start
     )
 
+    @classmethod
+    def create(cls) -> _SharedState:
+        """Return a new one, which the children of this process share with it."""
+        state = cls.from_buffer(mmap.mmap(-1, ctypes.sizeof(cls)))
+        state.next_scheduled = math.inf
+        state.run_limit = math.inf
+        state.batch_size = 1
+        return state
 
-class _Request(NamedTuple):
-    """An exchange whose answer is still to be read."""
+    def publish(self, queue_index: int, execution: Execution, limit: float) -> None:
+        """Tell that a job begins now, which is killed after `limit` seconds."""
+        text = f"{queue_index} {execution.job.id} {execution.token}"
+        self._current_job = text.encode()
+        self.job_started = time.monotonic()
+        self.kill_deadline = self.job_started + limit
 
-    commands: tuple[Command, ...] = ()
-    done: int = (
-        0  # how many of the outcomes it settles, and of the jobs behind it gives back
-    )
-    behind: int = 0
-    most: int = 0  # how many jobs it claims
-    sent_at: float = 0.0
-
-
-def _reopen_standard_files() -> bool:
-    """Open what a job closed of stdin, stdout and stderr, and tell whether there was any."""
-    lost = False
-    for number in (0, 1, 2):
+    def current_job(self) -> _CurrentJob | None:
+        """Return the job that runs, or has run and is not settled; None if there is none."""
+        if not self.kill_deadline:
+            return None
         try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
-            lost = True
-    return lost
+            index, job_id, token = self._current_job.decode().split(" ", 2)
+        except ValueError:  # it is being written
+            return None
+        return _CurrentJob(int(index), job_id, token)
+
+    def count_outcome(self, outcome: Outcome) -> None:
+        """Count a run whose outcome was stored."""
+        if outcome.type is ResultType.SUCCESSFUL:
+            self.succeeded += 1
+        elif outcome.type is ResultType.FAILED:
+            self.failed += 1
 
 
 class _Wakeup:
-    """A pair of sockets: who watches it is woken by ring(), in whatever thread or process."""
+    """Ends a wait in another thread or process: a pair of sockets, one to write to and
+    one to wait for (the self-pipe trick)."""
+
+    _all: ClassVar[weakref.WeakSet[_Wakeup]] = weakref.WeakSet()
 
     def __init__(self) -> None:
         self._writer, self._reader = socket.socketpair()
         self._writer.setblocking(False)
         self._reader.setblocking(False)
+        self._all.add(self)
+
+    @classmethod
+    def keep_only(cls, *, waiting: Sequence[_Wakeup], setting: _Wakeup) -> None:
+        """In a forked child, close what it inherited, but for the wake-ups that it waits
+        for and the one that it sets.  So a wait ends when the parent, which has the only
+        writers then, has died."""
+        for wakeup in list(cls._all):
+            if wakeup is not setting:
+                wakeup._writer.close()
+            if wakeup not in waiting:
+                wakeup._reader.close()
 
     def set(self) -> None:
-        with contextlib.suppress(OSError):  # it is full, so it rings already
+        """End the wait of now, or the next one."""
+        with contextlib.suppress(OSError):  # it is full, so it is set already
             self._writer.send(b"!")
 
+    def set_by_signals(self) -> None:
+        """Have each signal that this process handles set it."""
+        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+
     def clear(self) -> bool:
-        """Silence it; False if nobody is left who could ring it."""
+        """Forget that it was set; False if nobody is left who could set it."""
         with contextlib.suppress(BlockingIOError):
             return self._reader.recv(4096) != b""
         return True
+
+    def wait(self, timeout: float, *sockets: Any) -> bool:
+        """Wait until it is set, one of the sockets can be read, or `timeout` seconds have
+        passed.  Return whether it is set."""
+        ready = _wait_readable([self._reader, *sockets], max(0.0, min(timeout, 3600)))
+        return self._reader in ready
 
     def close(self) -> None:
         self._writer.close()
         self._reader.close()
 
-    def watch(self, seconds: float, *others: Any) -> bool:
-        """Wait up to `seconds`; True if it rang, False for the others (sockets) or nothing."""
-        poll = select.poll()
-        for file in (self._reader, *others):
-            poll.register(file, select.POLLIN)
-        ready = poll.poll(max(0.0, min(seconds, 3600)) * 1000)
-        return any(number == self._reader.fileno() for number, _ in ready)
+
+def _wait_readable(sockets: list[Any], timeout: float) -> list[Any]:
+    """Wait up to `timeout` seconds, and return the sockets that can be read."""
+    if not hasattr(select, "poll"):  # Windows
+        return select.select(sockets, [], [], timeout)[0]
+    poll = select.poll()
+    for each in sockets:
+        poll.register(each, select.POLLIN)
+    numbers = [number for number, _ in poll.poll(timeout * 1000)]
+    return [each for each in sockets if each.fileno() in numbers]
+
+
+class _Limits(NamedTuple):
+    """When a loop ends by itself or is replaced, and how it serves its queues."""
+
+    burst: bool = False
+    max_jobs: float = math.inf
+    max_idle_time: float = math.inf
+    strategy: str = "default"
+    jobs_per_fork: int = JOBS_PER_FORK
+    replaces_exactly: bool = False  # else a child may run more in its first second
+
+
+class _Instance:
+    """A worker from its sign-on to its sign-off: what its loop, its child and its
+    supervisor know in common.  The id tells workers of one name apart."""
+
+    def __init__(
+        self, worker: Worker, limits: _Limits, inbox: str, info: dict[str, Any],
+        prefixes: list[str], handlers: Handlers, killed_handler: Func | None,
+    ) -> None:  # fmt: skip
+        self.worker = worker
+        self.name = worker.name
+        self.id = secrets.token_hex(6)
+        self.limits = limits
+        self.inbox = inbox  # name of the inbox that its supervisor reads
+        self.info = info  # the record that others can read, as it was at the beginning
+        self.queues = worker.queues
+        self.prefixes = prefixes
+        self.handlers = handlers
+        self.killed_handler: Any = killed_handler
+        self.forking = worker.fork
+        self.client = worker.connection
+        self.lease: float = worker.lease
+        # Timeout of a Redis call, and cap of the backoff.  A third of the lease, so that
+        # after an outage every worker has renewed its lease before any may reap.
+        self.redis_timeout = self.lease / 3
+        self.wakeup = _Wakeup()  # of the loop
+        self.shared = _SharedState.create()
+        self.shared.succeeded = info["good"]
+        self.shared.failed = info["bad"]
+        self.shared.busy_seconds = info["seconds"]
+        self.holder = f"{self.name} {self.id}"  # what the scripts know it by
+
+    def record(self) -> dict[str, Any]:
+        """Return what others may know of the worker, as it is now."""
+        now = {
+            "instance": self.id, "inbox": self.inbox, "beat": time.time(),
+            "good": self.shared.succeeded, "bad": self.shared.failed,
+            "seconds": self.shared.busy_seconds,
+        }  # fmt: skip
+        return self.info | now
+
+    def new_connection(self) -> _Connection:
+        """Return a connection to the server, which connects when it is used first."""
+        return _Connection(self.client, self.redis_timeout)
+
+    def claim_command(self, queues: Sequence[Queue], limit: int, mode: str) -> Command:
+        """Return the command that claims up to `limit` jobs, by a new number."""
+        self.shared.claim_number += 1
+        prefixes = [queue.prefix for queue in queues]
+        number = self.shared.claim_number
+        return _claim_command(prefixes, self.holder, number, self.lease, limit, mode)
+
+    def release_command(self, prefix: str, job_ids: Sequence[str]) -> Command:
+        """Return the command that puts jobs of a queue back to its front."""
+        number = self.shared.claim_number
+        return _release_command(prefix, self.holder, self.lease, number, job_ids)
+
+    def release_all_command(self) -> Command:
+        """Return the command that puts back all that is held by the claims so far."""
+        number = self.shared.claim_number
+        return _release_command(self.prefixes, self.holder, self.lease, number)
+
+    def sign_off_command(self) -> Command:
+        """Return the command that puts back all that is held, and ends the lease."""
+        return _release_command(self.prefixes, self.holder, self.lease, None)
+
+    def heartbeat_command(self, mode: str) -> Command:
+        """Return the command that renews the lease."""
+        oldest = self.shared.oldest_held_claim
+        return _heartbeat_command(self.prefixes, self.holder, self.lease, mode, oldest)
+
+    def register_command(self, lease: float, dead: bytes = b"") -> Command:
+        """Return the command that stores the worker's record for `lease` seconds, if the
+        name is its own, or held by the record `dead`."""
+        record = json.dumps(self.record())
+        return _register_command(self.worker.key, self.id, record, lease, dead)
+
+    def unregister_command(self) -> Command:
+        """Return the command that removes the worker's record, if the name is its own."""
+        return _unregister_command(self.worker.key, self.id)
+
+
+class _Run(NamedTuple):
+    """A run that has ended, and is to be settled."""
+
+    execution: Execution
+    outcome: Outcome
+
+
+def _group_by_queue(runs: Sequence[_Run]) -> list[list[_Run]]:
+    """Return the runs, those of one queue together."""
+    groups: dict[str, list[_Run]] = {}
+    for run in runs:
+        groups.setdefault(run.execution.job.queue.prefix, []).append(run)
+    return list(groups.values())
+
+
+def _settle_runs_command(runs: Sequence[_Run], result_ttl: float) -> Command:
+    """Return the command that settles runs of one queue."""
+    prefix = runs[0].execution.job.queue.prefix
+    return _settle_command(prefix, [_settlement(*run, result_ttl) for run in runs])
+
+
+@dataclass
+class _Request:
+    """What one round trip asks of the server: settle runs, release jobs, claim jobs.
+
+    It carries all that its reply concerns, so that a reply can't be taken for that to
+    other runs.  It may be sent again, over any connection: SETTLE and RELEASE name the
+    executions, which hold a job only once, and a claim has a number; the server answers a
+    number that it has seen with the jobs that are held by it, and takes no others."""
+
+    commands: tuple[Command, ...]
+    runs: list[list[_Run]]  # those of one queue together, as the first commands
+    releases: list[Execution]
+    claim_limit: int = 0  # how many jobs it claims, as the last command
+    sent_at: float = 0.0
+
+    def has_large_result(self) -> bool:
+        """Return whether a result is so large that a connection may not carry it."""
+        sizes = [len(run.outcome.payload) for runs in self.runs for run in runs]
+        return max(sizes, default=0) > MAX_SAFE_PAYLOAD
+
+
+class _InlineRunner:
+    """Runs jobs one after the other, in the thread of the loop.
+
+    A loop starts runs, and collects those that have ended; a runner of many jobs at once
+    would return from start() at once."""
+
+    def __init__(self, handlers: Handlers, log_description: bool) -> None:
+        self._handlers = handlers
+        self._log_description = log_description
+        self._ended: list[_Run] = []
+
+    def start(self, execution: Execution) -> None:
+        """Run a job to its end."""
+        pid = os.getpid()
+        outcome = perform(execution, self._handlers, self._log_description)
+        if os.getpid() != pid:
+            os._exit(0)  # the job has forked, and its child has returned from it, too
+        self._ended.append(_Run(execution, outcome))
+
+    def collect(self) -> list[_Run]:
+        """Return the runs that have ended since the last call."""
+        ended = self._ended
+        self._ended = []
+        return ended
+
+
+class _Loop:
+    """What a supervisor runs in its own process: a work loop, or one that only waits."""
+
+    instance: _Instance
+
+    def run(self) -> _Phase:
+        """Work until there is a reason to stop; return what is to follow."""
+        raise NotImplementedError
+
+    def leave_when_idle(self) -> None:
+        """End once nothing is queued; for another thread."""
+
+    def end_job(self, current: _CurrentJob | None, outcome: Outcome) -> None:
+        """End a job that runs, if that can be done here; for another thread."""
+
+    def sign_off_commands(self) -> list[Command]:
+        """Return what settles and releases all that the loop holds."""
+        return []
+
+    def close(self) -> None:
+        """Close the connections."""
+
+
+class _WorkLoop(_Loop):
+    """Claims jobs, runs them and settles their outcomes, until there is a reason to stop.
+
+    It is made in the process that runs it.  Beside its thread only the batch watchdog
+    touches what it holds, under the lock.  `supervisor_wakeup` tells the supervisor that a
+    standby child is needed; `before_wait` is called before the loop waits for work."""
+
+    def __init__(
+        self, instance: _Instance, command_connection: _Connection,
+        supervisor_wakeup: _Wakeup, before_wait: Callable[[], None] | None = None,
+    ) -> None:  # fmt: skip
+        worker = instance.worker
+        self.instance = instance
+        self.shared = instance.shared
+        self.wakeup = instance.wakeup
+        self.supervisor_wakeup = supervisor_wakeup
+        self.before_wait = before_wait
+        self.runner = _InlineRunner(instance.handlers, worker.log_job_description)
+        self.result_ttl: float = worker.default_result_ttl
+        self.command_connection = command_connection
+        self.relay_connection = instance.new_connection()
+        wake_lists = [f"{prefix}wake" for prefix in instance.prefixes]
+        self.blocking_connection = _BlockingConnection(
+            instance.client, instance.redis_timeout, wake_lists
+        )
+        self.queue_order = list(instance.queues)
+        self.ends_when_idle = instance.limits.burst
+        self.is_leaving = False  # the block of a context manager has been left
+        self.lock = threading.RLock()
+        self.claimed: deque[Execution] = deque()  # to be run
+        self.running: Execution | None = None
+        self.unsettled: list[_Run] = []  # has run, and is in no request yet
+        self.to_release: list[Execution] = []  # is not to be run here
+        self.request: _Request | None = None  # is not answered yet
+        self.messages: list[Message] = []  # for other queues, to be relayed
+        self.pending_webhooks: list[tuple[Execution, Outcome, str]] = []
+        self.clock_offset = 0.0  # server's time minus that of time.monotonic()
+        self.last_claim_full = False  # whether the last claim got all that it asked for
+        self.batch_watchdog: threading.Thread | None = None
+        self.started_at = 0.0
+        self.idle_since = 0.0
+
+    # The loop
+
+    def run(self) -> _Phase:
+        """Run jobs until there is a reason to stop; return what is to follow."""
+        self.started_at = self.idle_since = time.monotonic()
+        while True:
+            self.shared.turns += 1
+            self._extend_run_limit()
+            # As it is before the claim: what is enqueued after that may be left.
+            limit_reached = self._process_limit_reached() or self._job_limit_reached()
+            may_end = self.ends_when_idle or limit_reached
+            next_due = self._settle_and_claim(claim=not limit_reached)
+            if self.pending_webhooks or self.messages:
+                self._send_webhooks_due()
+                self._relay_messages()
+                next_due = 0.0  # perhaps one of the messages has freed a job for us
+            if self.claimed and not self.shared.stop_requested:
+                self._run_batch()
+                self.idle_since = time.monotonic()
+            elif next_due <= time.monotonic():
+                continue  # one script promotes only so many scheduled jobs
+            elif may_end or self.shared.stop_requested or self._idle_too_long():
+                self._release_rest()
+                return self._phase_after()
+            else:
+                self._wait_for_work(min(next_due, self._idle_deadline()))
+
+    def _extend_run_limit(self) -> None:
+        """Let a process that reaches its limit within a second go on: jobs are tiny."""
+        limits = self.instance.limits
+        is_young = time.monotonic() < self.started_at + 1
+        if is_young and self._process_limit_reached() and not limits.replaces_exactly:
+            self.shared.run_limit += limits.jobs_per_fork
+
+    def _process_limit_reached(self) -> bool:
+        """Return whether this process has run as many jobs as it may."""
+        return bool(self.shared.runs >= self.shared.run_limit)
+
+    def _job_limit_reached(self) -> bool:
+        """Return whether the worker has run as many jobs as it may."""
+        return bool(self.shared.runs >= self.instance.limits.max_jobs)
+
+    def _idle_deadline(self) -> float:
+        return self.idle_since + self.instance.limits.max_idle_time
+
+    def _idle_too_long(self) -> bool:
+        return time.monotonic() >= self._idle_deadline()
+
+    def _release_rest(self) -> None:
+        """Release what was claimed too late to be run."""
+        if self.claimed:
+            self._release_claimed()
+            self._settle_and_claim(claim=False)
+            self._send_webhooks_due()
+            self._relay_messages()
+
+    def _phase_after(self) -> _Phase:
+        if self._job_limit_reached() or self.shared.stop_requested:
+            return _Phase.ENDED
+        return _Phase.REPLACE if self._process_limit_reached() else _Phase.ENDED
+
+    def leave_when_idle(self) -> None:
+        """End once nothing is queued; for another thread."""
+        self.ends_when_idle = True
+        self.is_leaving = True
+        self.wakeup.set()
+
+    # Requests
+
+    def _settle_and_claim(self, claim: bool) -> float:
+        """Settle what has run and claim the next jobs, in one round trip.
+
+        While there are jobs to run, the reply is read by the next call, after they ran.
+        Return when the next scheduled job is due; infinity if that is not known."""
+        with self.lock:
+            next_due = self._read_reply()  # to the request sent before these jobs ran
+            if not self.claimed:  # nothing to run meanwhile, so wait for the reply
+                self._send_request(claim)
+                next_due = min(next_due, self._read_reply())
+            if self.claimed:  # the server works on the next request while they run
+                self._send_request(claim)
+            self._publish_what_is_held()
+        return next_due
+
+    def _send_request(self, claim: bool) -> None:
+        """Send what settles, releases and claims; its reply is read later."""
+        self.request = self._prepare_request(claim)
+        if self.request:
+            self.command_connection.send_ahead(self.request.commands)
+
+    def _prepare_request(self, claim: bool, mode: str = "") -> _Request | None:
+        """Return the next request, which takes over all that is unsettled or to be
+        released; None if there is nothing to ask for."""
+        runs = _group_by_queue(self.unsettled)
+        commands = [_settle_runs_command(group, self.result_ttl) for group in runs]
+        if self.to_release:
+            commands += self._release_commands()
+        limit = self._claim_limit() if claim else 0
+        if limit:
+            if self.instance.limits.strategy == "random":
+                random.shuffle(self.queue_order)
+            mode = "pipelined" if self.claimed else mode
+            commands.append(self.instance.claim_command(self.queue_order, limit, mode))
+        if not commands:
+            return None
+        releases = self.to_release
+        self.unsettled, self.to_release = [], []
+        return _Request(tuple(commands), runs, releases, limit, time.monotonic())
+
+    def _release_commands(self) -> list[Command]:
+        job_ids: dict[str, list[str]] = {}
+        for execution in self.to_release:
+            job = execution.job
+            job_ids.setdefault(job.queue.prefix, []).append(job.id)
+        return [
+            self.instance.release_command(prefix, ids)
+            for prefix, ids in job_ids.items()
+        ]
+
+    def _claim_limit(self) -> int:
+        """Return how many jobs to claim now."""
+        shared, limits = self.shared, self.instance.limits
+        if shared.stop_requested or shared.suspended:
+            return 0
+        held = len(self.claimed)
+        if held and not self._may_claim_ahead(held):
+            return 0
+        batch_size = shared.batch_size if limits.strategy == "default" else 1
+        left = min(limits.max_jobs, shared.run_limit) - shared.runs - held
+        return max(0, int(min(left, batch_size)))
+
+    def _may_claim_ahead(self, held: int) -> bool:
+        """Return whether to claim while jobs are left to run: these are tiny and many.
+
+        Not with several queues: what is left of a batch after SETTLE_AFTER goes back, and
+        would be overtaken by what was claimed behind it."""
+        return bool(
+            len(self.instance.queues) == 1
+            and self.last_claim_full
+            and held <= self.shared.batch_size
+            and self.shared.batch_size >= MIN_BATCH_TO_PIPELINE
+        )
+
+    def _read_reply(self, patient: bool = True) -> float:
+        """Read the reply to the request that is under way, if there is one.
+
+        What was not answered is sent again here, and only here, whichever connection it
+        went over first, until there is a reply; if not `patient`, it is tried once, and
+        raises.  This is safe: see _Request.  Return when the next scheduled job is due;
+        infinity if that is not known."""
+        request = self.request
+        if request is None:
+            return math.inf
+        if not patient:
+            return self._on_reply(request, self._exchange(request))
+        answer = self._execute_until_answered(request)
+        if answer is None:
+            self._drop_large_results(request)
+            return 0.0
+        return self._on_reply(request, answer)
+
+    def _exchange(self, request: _Request) -> list[Any]:
+        """Return the replies to a request, of which the commands may have been sent."""
+        if self.command_connection.sent:
+            return _receive(self.command_connection)
+        return _execute(self.command_connection, *request.commands)
+
+    def _on_reply(self, request: _Request, replies: list[Any]) -> float:
+        """Act on the replies to a request; return as _read_reply()."""
+        self.request = None
+        for runs, reply in zip(request.runs, replies, strict=False):
+            statuses, messages = _SettleReply.parse(reply)
+            self.messages += messages
+            for run, status in zip(runs, statuses, strict=True):
+                self._on_settled(run, status)
+        if request.claim_limit:
+            return self._on_claimed(request, _ClaimReply.parse(replies[-1]))
+        return math.inf
+
+    def _drop_large_results(self, request: _Request) -> None:
+        """Settle in another request, without results that the connection does not carry."""
+        runs = [run for group in request.runs for run in group]
+        replaced = [_Run(each, _replace_oversized(outcome)) for each, outcome in runs]
+        self.unsettled = replaced + self.unsettled
+        self.to_release = request.releases + self.to_release
+        self.request = None
+
+    def _execute_until_answered(self, request: _Request) -> list[Any] | None:
+        """Return the replies to a request, sent as often as it takes: until the server is
+        there, and does not refuse the commands (to a user without permission, say).  Return
+        None if the server is there, but a large result has cut the connection five times."""
+        backoff = _Backoff(self.instance.redis_timeout)
+        began = time.monotonic()
+        cuts = 0
+        while True:
+            try:
+                return self._exchange(request)
+            except (ServerUnavailable, exceptions.ResponseError) as error:
+                if isinstance(error.__cause__ or error, exceptions.ResponseError):
+                    self.shared.turns += 1  # the server is there, though it refuses
+                if request.has_large_result() and self._server_answers():
+                    cuts += 1
+                was_cut = isinstance(error.__cause__, exceptions.ConnectionError)
+                if cuts >= 5 and was_cut:
+                    return None
+                self._give_up_if_leaving(began, error)
+                time.sleep(backoff.next_pause(error, f"worker {self.instance.name}"))
+
+    def _server_answers(self) -> bool:
+        try:
+            return bool(_execute(self.command_connection, ("PING",)))
+        except (ServerUnavailable, exceptions.ResponseError):
+            return False
+
+    def _give_up_if_leaving(self, began: float, error: Exception) -> None:
+        """Raise ServerUnavailable if the worker was told to end a lease ago."""
+        leaving = self.shared.stop_requested or self.is_leaving
+        if leaving and time.monotonic() - began > self.instance.lease:
+            text = (
+                f"the server does not take what worker {self.instance.name} has to say"
+            )
+            raise ServerUnavailable(f"{text}: {error}") from error
+
+    def _on_settled(self, run: _Run, status: str) -> None:
+        """Count and log what became of a run; `status` is the reply of SETTLE."""
+        execution, outcome = run
+        job = execution.job
+        outcome, status = _outcome_stored(outcome, status)
+        if "webhooks" in job._fields and outcome.type is not ResultType.STOPPED:
+            self.pending_webhooks.append((execution, outcome, status))
+        _count_and_log(self.shared, job, outcome, status)
+
+    def _on_claimed(self, request: _Request, reply: _ClaimReply) -> float:
+        """Take over the jobs of a claim; return when the next scheduled job is due."""
+        self.messages += reply.messages
+        if reply.missing:
+            text = "%d ids without a record: the jobs expired (ttl), or the server evicted them"
+            log.info(text, reply.missing)
+        self._set_clock_offset(request, float(reply.token.partition(" ")[2]))
+        heartbeat_at = _from_timestamp(reply.now)
+        for index, job_id, fields in reply.jobs:
+            queue = self.queue_order[index]
+            job = queue.job_class(job_id, queue, fields)
+            job._status = JobStatus.STARTED
+            job._execution = Execution(job, reply.token, heartbeat_at)
+            self.claimed.append(job._execution)
+        if self.instance.limits.strategy == "round_robin" and reply.jobs:
+            behind = index + 1  # the queue that was served
+            self.queue_order = self.queue_order[behind:] + self.queue_order[:behind]
+        self.last_claim_full = len(reply.jobs) == request.claim_limit
+        if len(reply.jobs) > 1:
+            self._start_batch_watchdog()
+        # The supervisor sees it, too: its own reply, to a heartbeat, may be older.
+        next_due = math.inf
+        if reply.next_due is not None:
+            next_due = reply.next_due - self.clock_offset
+        self.shared.next_scheduled = next_due
+        return next_due
+
+    def _set_clock_offset(self, request: _Request, server_time: float) -> None:
+        """Note that the server's clock showed this between the request and now."""
+        least = server_time - time.monotonic()
+        most = server_time - request.sent_at
+        self.clock_offset = min(max(self.clock_offset, least), most)
+
+    def _publish_what_is_held(self) -> None:
+        """Tell the supervisor from which claim on jobs may be held."""
+        oldest = self._oldest_held()
+        if oldest:
+            self.shared.oldest_held_claim = oldest.claim
+        else:
+            self.shared.oldest_held_claim = self.shared.claim_number + 1
+            self.shared.kill_deadline = 0
+
+    def _oldest_held(self) -> Execution | None:
+        """Return the execution that was claimed first, of those that are held."""
+        if self.request and self.request.runs:
+            return self.request.runs[0][0].execution
+        if self.unsettled:
+            return self.unsettled[0].execution
+        return self.claimed[0] if self.claimed else None
+
+    # Running jobs
+
+    def _run_batch(self) -> None:
+        """Run what is claimed, until it is time to settle; then adapt the size of a batch."""
+        shared = self.shared
+        size = len(self.claimed)
+        longest = 0.0
+        began = time.monotonic()
+        while (
+            self.claimed
+            and not shared.stop_requested
+            and not self._process_limit_reached()
+        ):
+            execution = self._next_execution()
+            if execution is None:
+                break
+            self.runner.start(execution)
+            for run in self.runner.collect():
+                self._on_ended(run)
+                longest = max(longest, run.outcome.seconds)
+            if time.monotonic() - began > SETTLE_AFTER:
+                break
+        self._adapt_batch_size(size, longest, time.monotonic() - began)
+        if len(self.instance.queues) > 1 or self._process_limit_reached():
+            # A job of a queue that comes first may be waiting, or the next process.
+            self._release_claimed()
+        if shared.runs + STANDBY_BEFORE >= shared.run_limit and not shared.has_standby:
+            self.supervisor_wakeup.set()
+
+    def _next_execution(self) -> Execution | None:
+        """Return what is to run now; None if the batch watchdog has released the rest."""
+        with self.lock:
+            if not self.claimed:
+                return None
+            self.running = self.claimed.popleft()
+            self._publish_current_job(self.running)
+            return self.running
+
+    def _on_ended(self, run: _Run) -> None:
+        """Take over a run that has ended, and mend what it has done to this process."""
+        if self.instance.forking and _reopen_standard_files():
+            self.shared.run_limit = 0  # better a new process
+            self.started_at = -math.inf
+        with self.lock:
+            self.unsettled.append(run)
+            self.running = None
+            self.shared.kill_deadline = -1.0  # until it is settled
+        self.shared.runs += 1
+
+    def _adapt_batch_size(self, size: int, longest: float, seconds: float) -> None:
+        """Choose the size of the next batch, by how long this one took."""
+        shared = self.shared
+        if longest > SETTLE_AFTER:
+            shared.batch_size = 1
+        elif seconds > 2 * SETTLE_AFTER:
+            shared.batch_size = max(1, size // 2)
+        elif size >= shared.batch_size and seconds < SETTLE_AFTER / 2:
+            shared.batch_size = min(2 * size, MAX_BATCH)
+
+    def _publish_current_job(self, execution: Execution) -> None:
+        """Tell the supervisor what runs from now on, and when to kill it."""
+        job = execution.job
+        index = self.instance.prefixes.index(job.queue.prefix)
+        self.shared.publish(index, execution, _kill_limit(job))
+        started_at = self.shared.job_started + self.clock_offset
+        execution.run_state = _RunState(started_at)
+        if self.instance.forking and self.shared.batch_size == 1:
+            # Only for jobs one by one: else the title would change all the time.
+            title = f"{self.instance.name}: {job.origin} {job.id}"
+            _set_process_title(f"microq {title}")
+
+    def _release_claimed(self) -> None:
+        """Run nothing more of what is claimed; the next request releases it."""
+        with self.lock:
+            self.to_release += self.claimed
+            self.claimed.clear()
+
+    def end_job(self, current: _CurrentJob | None, outcome: Outcome) -> None:
+        """Stop a job that runs; for another thread.  To kill it takes a child."""
+        running = self.running
+        if outcome.type is not ResultType.STOPPED or not (running and current):
+            return
+        state = running.run_state
+        is_meant = (running.job.id, running.token) == current[1:]
+        if is_meant and state and state.interrupt:
+            state.interrupt(StopRequested)
+
+    # The batch watchdog
+
+    def _start_batch_watchdog(self) -> None:
+        if self.batch_watchdog is None:
+            self.batch_watchdog = threading.Thread(
+                target=self._watch_batch, name="batch watchdog", daemon=True
+            )
+            self.batch_watchdog.start()
+
+    def _watch_batch(self) -> None:
+        """While there are batches: when a job turns out to be slow, settle what ran before
+        it, and release what was claimed behind it."""
+        backoff = _Backoff(self.instance.redis_timeout)
+        retry_at = 0.0
+        while True:
+            time.sleep(SLOW_JOB_AFTER)
+            with self.lock:
+                now = time.monotonic()
+                if self._batches_are_over(now):
+                    self.batch_watchdog = None
+                    return
+                if now < retry_at or not self._slow_job_holds_others(now):
+                    continue
+                try:
+                    self._settle_and_release()
+                    backoff = _Backoff(self.instance.redis_timeout)
+                except Exception as error:  # the loop, or the next try, sends it again
+                    what = f"batch watchdog of worker {self.instance.name}"
+                    retry_at = now + backoff.next_pause(error, what)
+
+    def _holds_others(self) -> bool:
+        """Return whether anything is held beside the job that runs."""
+        return bool(self.claimed or self.to_release or self.unsettled or self.request)
+
+    def _batches_are_over(self, now: float) -> bool:
+        seconds = now - self.shared.job_started
+        return not self._holds_others() and seconds > 20 * SLOW_JOB_AFTER
+
+    def _slow_job_holds_others(self, now: float) -> bool:
+        is_slow = now - self.shared.job_started > SLOW_JOB_AFTER
+        return self.running is not None and is_slow and self._holds_others()
+
+    def _settle_and_release(self) -> None:
+        """Settle and release all but the job that runs.  Raises what the server raises."""
+        self._read_reply(patient=False)
+        self._release_claimed()
+        self._send_request(claim=False)
+        self._read_reply(patient=False)
+
+    # Between jobs
+
+    def _wait_for_work(self, until: float) -> None:
+        """Block until there may be work: a token in a wake list, the wake-up, or `until`."""
+        if self.instance.forking:
+            _set_process_title(f"microq {self.instance.name}: idle")
+        if self.before_wait:
+            self.before_wait()
+        replies = None
+        try:
+            replies = self._block(until - time.monotonic())
+        except exceptions.NoScriptError:
+            pass  # the next exchange sends its text
+        except (
+            exceptions.RedisError, exceptions.RedisClusterException, OSError,
+        ) as error:  # fmt: skip
+            log.warning("waiting for work: %s", error)
+            self.wakeup.wait(random.uniform(0.5, 1))
+        if replies and self.request:
+            self._on_reply(self.request, replies[1:])
+        elif not replies:
+            # Else BLPOP might take a token on which nobody acts.
+            self.blocking_connection.close()
+        if not self.wakeup.clear():  # the parent died
+            self.shared.stop_requested = True
+        self._take_back_claim()
+
+    def _block(self, seconds: float) -> list[Any] | None:
+        """Wait for a token; return it with the replies to a claim, which travels along with
+        BLPOP and saves a round trip when a job comes.  None if there is none."""
+        if self.shared.suspended:
+            self.wakeup.wait(min(seconds, _BlockingConnection.BLPOP_TIMEOUT))
+            return None
+        self.request = self._prepare_request(claim=True, mode="blocking")
+        commands = self.request.commands if self.request else ()
+        return self.blocking_connection.pop(seconds, self.wakeup, *commands)
+
+    def _take_back_claim(self) -> None:
+        """Release what a claim along with BLPOP may hold, if it must not be sent again."""
+        stopped = self.shared.stop_requested or self.shared.suspended
+        if stopped and self.request and self.request.claim_limit:
+            self.request = _Request((self.instance.release_all_command(),), [], [])
+
+    def _relay_messages(self) -> None:
+        """Relay messages to other queues; if that fails, whoever beats for ours does it."""
+        messages = self.messages
+        self.messages = []
+        with contextlib.suppress(exceptions.RedisError):
+            _relay(self.relay_connection, messages)
+
+    def _send_webhooks_due(self) -> None:
+        """Send webhooks.  They may take long, so what is claimed is released before."""
+        while self.pending_webhooks and (self.claimed or self.request):
+            self._release_claimed()
+            self._settle_and_claim(claim=False)
+        webhooks = self.pending_webhooks
+        self.pending_webhooks = []
+        for execution, outcome, status in webhooks:
+            self.shared.turns += 1
+            try:
+                _send_webhooks(execution, outcome, status)
+            except Exception as error:
+                log.warning("webhooks of job %s: %s", execution.job_id, error)
+
+    # The end
+
+    def sign_off_commands(self) -> list[Command]:
+        """Return what settles what has run, and releases all else; then the loop holds
+        nothing.  A job that still runs will run again."""
+        with self.lock:  # the batch watchdog may still be there
+            runs = [run for group in self._requested_runs() for run in group]
+            runs += self.unsettled
+            running = self.running
+            if running and all(run.execution is not running for run in runs):
+                runs.append(_Run(running, _INTERRUPTED))
+            self.claimed.clear()
+            self.unsettled, self.to_release, self.request = [], [], None
+        groups = _group_by_queue(runs)
+        commands = [_settle_runs_command(group, self.result_ttl) for group in groups]
+        return [*commands, self.instance.sign_off_command()]
+
+    def _requested_runs(self) -> list[list[_Run]]:
+        return self.request.runs if self.request else []
+
+    def close(self) -> None:
+        """Close the connections."""
+        self.command_connection.close()
+        self.blocking_connection.close()
+        self.relay_connection.close()
+
+
+def _kill_limit(job: Job) -> float:
+    """Return how many seconds after its start a job is killed; infinity: never."""
+    limit = DEFAULT_TIMEOUT
+    # perform() reports what is garbled.
+    with contextlib.suppress(DeserializationError, ValueError):
+        limit = job.timeout
+        if limit <= 0:
+            return math.inf
+        for name in _CALLBACK_FIELDS.values():  # one of them may follow
+            if name in job._fields:
+                limit += float(job._text(name).rpartition(" ")[2])
+    return limit + KILL_GRACE
+
+
+def _reopen_standard_files() -> bool:
+    """Open what a job closed of stdin, stdout and stderr; return whether there was any."""
+    was_closed = False
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            was_closed = True
+    return was_closed
+
+
+def _outcome_stored(outcome: Outcome, status: str) -> tuple[Outcome, str]:
+    """Return what SETTLE has stored, and where the job is: an outcome that can't be stored
+    is replaced by the error that tells why."""
+    if status.startswith("refused "):
+        error = status.encode()
+        return Outcome(ResultType.FAILED, error, outcome.seconds), "failed"
+    return outcome, status
+
+
+def _count_and_log(
+    shared: _SharedState, job: Job, outcome: Outcome, status: str
+) -> None:
+    """Count and log a run that was settled; `status` is the reply of SETTLE."""
+    shared.busy_seconds += outcome.seconds
+    if status == "lost":
+        text = "%s: job %s is no longer ours (it was taken away); its result is dropped"
+        log.warning(text, job.origin, job.id)
+        return
+    shared.count_outcome(outcome)
+    level = logging.ERROR if outcome.type is ResultType.FAILED else logging.INFO
+    if log.isEnabledFor(level):
+        log.log(level, _describe_outcome(job, outcome, status))
+
+
+_OUTCOME_PHRASES = {
+    ResultType.SUCCESSFUL: "OK",
+    ResultType.FAILED: "FAILED",
+    ResultType.RETRIED: "to be run again",
+}
+_STATUS_PHRASES = {
+    "queued": "; runs again",
+    "scheduled": "; runs again",
+    "callbacks_pending": "; calls back",
+}
+
+
+def _describe_outcome(job: Job, outcome: Outcome, status: str) -> str:
+    """Return what the log says of a run that was settled."""
+    phrase = _OUTCOME_PHRASES.get(outcome.type, "stopped")
+    text = f"{job.origin}: job {phrase} ({job.id}), {outcome.seconds:.3f} s"
+    if outcome.type is ResultType.FAILED:
+        lines = outcome.payload.decode(errors="replace").splitlines()
+        reason = lines[-1] if lines else ""
+        text += f": {reason}"
+    container, _, due = status.partition(" ")
+    text += _STATUS_PHRASES.get(container, "")
+    if due:
+        text += f" at {datetime.fromtimestamp(float(due)):%H:%M:%S}"
+    return text
+
+
+# ---- 10. Worker, child, supervisor, pool ---------------------------------------------
+# A Worker is what a user configures and asks.  When it works, a supervisor keeps it
+# alive in Redis and under control: it renews leases, takes commands and signals, and,
+# where jobs run in child processes, starts, watches, kills and replaces these.
+#
+# Invariants: where a supervisor forks, its process runs no user code, so a job that
+# holds the GIL or crashes harms its own process only.  A child that has died is reported
+# to the server before the next one starts.  Nothing but the end of all workers, or a
+# cold shutdown, ends a supervisor.  Uses section 9, and _handle_command of section 11.
+
+
+_RECORD_KEYS = {
+    "name", "instance", "inbox", "queues", "hostname", "pid", "pid_namespace", "version",
+    "python_version", "birth", "beat", "lease", "fork", "good", "bad", "seconds",
+}  # fmt: skip
+
+
+def _parse_record(record: bytes | None) -> dict[str, Any]:
+    """Return the record of a worker; an empty one if there is none, or it is garbled."""
+    try:
+        info = json.loads(record or b"null")
+    except ValueError:
+        return {}
+    if not isinstance(info, dict) or not info.keys() >= _RECORD_KEYS:
+        return {}
+    return info if isinstance(info["pid"], int) else {}
 
 
 def _default_name() -> str:
@@ -5419,8 +6311,8 @@ def _default_name() -> str:
 
 
 def _pid_namespace() -> str:
-    """Return what tells where the number of a process counts: the boot of a kernel, and the
-    namespace within it, as that of a container; or the name of the host on other systems."""
+    """Return what tells where the number of a process counts: the boot of a kernel, and
+    the namespace within it, as that of a container; or the host on other systems."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -5439,33 +6331,12 @@ def _process_exists(pid: Any) -> bool:
     return True
 
 
-def _read_record(record: bytes | None) -> dict[str, Any]:
-    """Return what the record of a worker says; nothing if there is none, or it is garbled."""
-    try:
-        about = json.loads(record or b"null")
-    except ValueError:
-        return {}
-    valid = (
-        isinstance(about, dict)
-        and about.keys() >= _RECORD
-        and isinstance(about["pid"], int)
-    )
-    return about if valid else {}
-
-
-# What a worker's record says, as JSON; `instance` tells workers of one name apart.
-_RECORD = {
-    "name", "instance", "inbox", "queues", "hostname", "pid", "pid_namespace", "version",
-    "python_version", "birth", "beat", "lease", "fork", "good", "bad", "seconds",
-}  # fmt: skip
-
-
 def _resolve_function(func: Any) -> Any:
     """Return a function that was given as such, or by its dotted name."""
-    found = _import_object(func) if isinstance(func, str) else func
-    if not callable(found):
+    function = _import_object(func) if isinstance(func, str) else func
+    if not callable(function):
         raise TypeError(f"give a function or its dotted name, not {func!r}")
-    return found
+    return function
 
 
 class Worker:
@@ -5475,28 +6346,29 @@ class Worker:
     name                     - unique among workers, <host>.<pid>.<random>
     connection               - a redis.Redis, that of the first Queue
     fork                     - whether jobs run in a child process, yes
-    jobs_per_fork            - jobs after which the child is replaced, 1: one child per job; 1000,
-                               or as many as it runs in its first second
+    jobs_per_fork            - jobs after which the child is replaced, 1: one child per job;
+                               1000, or as many as it runs in its first second
     serializer               - for queues given by name, 'pickle'
     default_result_ttl       - seconds, for jobs that have no result_ttl, 500
     lease                    - seconds of silence after which its jobs are given to others, 15
-    exception_handlers       - functions (job, type, exception, traceback), called in turn when a
-                               job raised; one that returns False is the last, []
-    work_horse_killed_handler - function (job, pid, wait status, resource usage), called in the
-                               parent when a job's process died, none
-    job_class, queue_class   - classes derived from Job, Queue, or their dotted names; those of
-                               the queues, where Queue objects are given
+    exception_handlers       - functions (job, type, exception, traceback), called in turn
+                               when a job raised; one that returns False is the last, []
+    work_horse_killed_handler - function (job, pid, wait status, resource usage), called in
+                               the parent when a job's process died, none
+    job_class, queue_class   - classes derived from Job, Queue, or their dotted names; those
+                               of the queues, where Queue objects are given
     log_job_description      - whether the log shows the calls, yes
 
     What it takes beside it is for RQ's sake, and without effect.
 
-    As a context manager it works in a thread for the life of the block, in-process; leaving the
-    block waits until nothing is queued."""
+    As a context manager it works in a thread for the life of the block, in-process; leaving
+    the block waits until nothing is queued."""
 
-    fork, dequeue_strategy = True, "default"
-    exactly: int | None = None  # the default of jobs_per_fork
+    fork = True
+    dequeue_strategy = "default"
     job_class: Any = None
     queue_class: Any = Queue
+    _default_jobs_per_fork: int | None = None
 
     def __init__(
         self, queues: Queue | str | Sequence[Queue | str], name: str | None = None,
@@ -5509,75 +6381,134 @@ class Worker:
         worker_ttl: Any = None, default_worker_ttl: Any = None, prepare_for_work: Any = None,
         disable_default_exception_handler: Any = None,
     ) -> None:  # fmt: skip
-        several = [queues] if isinstance(queues, Queue | str) else list(queues)
-        if not several:
-            raise ValueError("a worker needs at least one queue")
-        if connection is None and isinstance(several[0], Queue):
-            connection = several[0].connection
-        self.connection = connection = _connect(connection)
-        self.queue_class = _resolve_class(queue_class, self.queue_class)
-        self.job_class = _resolve_class(job_class, self.job_class)
-        more = {"job_class": self.job_class, "serializer": serializer}
-        self.queues = [
-            each
-            if isinstance(each, Queue)
-            else self.queue_class(each, connection, **more)
-            for each in several
-        ]
-        for queue in self.queues if self.job_class else ():
-            queue.job_class = self.job_class
+        self._set_queues(queues, connection, queue_class, job_class, serializer)
         self.name = name or _default_name()
         if not re.fullmatch(r"[\w.:@-]{1,200}", self.name):
-            raise ValueError(
-                f"worker name {self.name!r}: use letters, digits and '_.:@-'"
-            )
+            rule = "use letters, digits and '_.:@-'"
+            raise ValueError(f"worker name {self.name!r}: {rule}")
         self.default_result_ttl = _parse_seconds(
             default_result_ttl, "default_result_ttl", (-1, 0)
         )
         self.lease = _parse_seconds(lease, "lease")
-        # Of a server that does not answer, and between attempts: so that all workers are back, when
-        # it is, before one of them may judge the others.
-        self._redis_timeout = self.lease / 3
-        self.fork = type(self).fork if fork is None else fork
-        jobs_per_fork = self.exactly if jobs_per_fork is None else jobs_per_fork
-        self._replace_exactly = jobs_per_fork is not None
+        if fork is not None:
+            self.fork = fork
+        self._set_jobs_per_fork(jobs_per_fork)
+        self._set_handlers(exception_handlers, work_horse_killed_handler)
+        self.log_job_description = log_job_description
+        self._info = self._new_info()  # the record of a worker, see _RECORD_KEYS
+        self._instance: _Instance | None = None  # of its latest work() here
+        self._supervisor: _Supervisor | None = None  # these two as a context manager
+        self._thread: threading.Thread | None = None
+
+    def _set_queues(
+        self, queues: Any, connection: Redis | None, queue_class: Any, job_class: Any,
+        serializer: Any,
+    ) -> None:  # fmt: skip
+        queues = [queues] if isinstance(queues, Queue | str) else list(queues)
+        if not queues:
+            raise ValueError("a worker needs at least one queue")
+        if connection is None and isinstance(queues[0], Queue):
+            connection = queues[0].connection
+        self.connection = _connect(connection)
+        self.queue_class = _resolve_class(queue_class, self.queue_class)
+        self.job_class = _resolve_class(job_class, self.job_class)
+        options = {"job_class": self.job_class, "serializer": serializer}
+        self.queues: list[Queue] = []
+        for queue in queues:
+            if not isinstance(queue, Queue):
+                queue = self.queue_class(queue, self.connection, **options)
+            elif self.job_class:
+                queue.job_class = self.job_class
+            self.queues.append(queue)
+
+    def _set_jobs_per_fork(self, jobs_per_fork: int | None) -> None:
+        if jobs_per_fork is None:
+            jobs_per_fork = self._default_jobs_per_fork
+        self._replaces_exactly = jobs_per_fork is not None
         self.jobs_per_fork = JOBS_PER_FORK if jobs_per_fork is None else jobs_per_fork
         if not isinstance(self.jobs_per_fork, int) or self.jobs_per_fork < 1:
             raise ValueError(f"jobs_per_fork={jobs_per_fork!r}: give a positive number")
-        handlers = exception_handlers or ()
-        handlers = (
-            [handlers] if callable(handlers) or isinstance(handlers, str) else handlers
-        )
-        self._handlers = [_resolve_function(each) for each in handlers]
-        self._log_description = log_job_description
-        self._killed_handler = work_horse_killed_handler and _resolve_function(
-            work_horse_killed_handler
-        )
-        self.hostname, self.pid = socket.gethostname(), os.getpid()
-        self.version, self.python_version = __version__, platform.python_version()
-        self.birth_date = self.last_heartbeat = _from_timestamp(time.time())
-        self._shared = _SharedState()
-        self._prefixes = [queue.prefix for queue in self.queues]
-        self._lock = (
-            threading.RLock()
-        )  # over what is claimed, between the loop and its relief
-        self._batch_watchdog: threading.Thread | None = None
-        self._thread: Any = None
-        self._pid = 0  # of the child
-        self._instance = ""  # tells the worker that works from others of its name
 
-    key = property(lambda self: f"microq:worker:{self.name}")
-    _holder = property(lambda self: f"{self.name} {self._instance}")
-    successful_job_count = property(lambda self: self._shared.good)
-    failed_job_count = property(lambda self: self._shared.bad)
-    total_working_time = property(lambda self: self._shared.seconds, doc="Seconds.")
+    def _set_handlers(self, handlers: Any, killed_handler: Func | None) -> None:
+        if callable(handlers) or isinstance(handlers, str):
+            handlers = [handlers]
+        self._handlers = [_resolve_function(each) for each in handlers or ()]
+        self._killed_handler = killed_handler and _resolve_function(killed_handler)
+
+    # Its record, and what it says
+
+    def _new_info(self) -> dict[str, Any]:
+        """Return the record of a worker that has not worked yet."""
+        now = time.time()
+        return {
+            "name": self.name, "instance": "", "inbox": self.name,
+            "queues": self.queue_names(), "hostname": socket.gethostname(),
+            "pid": os.getpid(), "pid_namespace": _pid_namespace(),
+            "version": __version__, "python_version": platform.python_version(),
+            "birth": now, "beat": now, "lease": self.lease, "fork": self.fork,
+            "good": 0, "bad": 0, "seconds": 0.0,
+        }  # fmt: skip
+
+    def _current_info(self) -> dict[str, Any]:
+        """Return the record: as it was read, or is now if the worker works here."""
+        return self._instance.record() if self._instance else self._info
+
+    @property
+    def key(self) -> str:
+        """The key of its record in Redis."""
+        return f"microq:worker:{self.name}"
+
+    @property
+    def hostname(self) -> str:
+        """The host that it runs on."""
+        return str(self._info["hostname"])
+
+    @property
+    def pid(self) -> int:
+        """The number of its process; where it forks, of the parent."""
+        return int(self._info["pid"])
+
+    @property
+    def version(self) -> str:
+        """The version of microq that it runs."""
+        return str(self._info["version"])
+
+    @property
+    def python_version(self) -> str:
+        """The version of Python that it runs, as "3.12.1"."""
+        return str(self._info["python_version"])
+
+    @property
+    def birth_date(self) -> datetime:
+        """When it was made."""
+        return _from_timestamp(self._info["birth"])
+
+    @property
+    def last_heartbeat(self) -> datetime:
+        """When it was heard of last, as of the record that was read."""
+        return _from_timestamp(self._info["beat"])
+
+    @property
+    def successful_job_count(self) -> int:
+        """How many jobs it has finished."""
+        return int(self._current_info()["good"])
+
+    @property
+    def failed_job_count(self) -> int:
+        """How many runs failed for good."""
+        return int(self._current_info()["bad"])
+
+    @property
+    def total_working_time(self) -> float:
+        """Seconds that it has spent in jobs."""
+        return float(self._current_info()["seconds"])
 
     @classmethod
     def all(
         cls, connection: Redis | None = None, queue: Queue | None = None, **options: Any
     ) -> list[Worker]:
-        """Return the workers that are alive, those of `queue` only if it is given, by name; further
-        options are for the constructor."""
+        """Return the workers that are alive, those of `queue` only if it is given, by name;
+        further options are for the constructor."""
         connection = queue.connection if queue else _connect(connection)
         return cls._fetch(cls.all_keys(connection, queue), connection, options)
 
@@ -5587,10 +6518,10 @@ class Worker:
     ) -> list[str]:
         """Return the keys of the workers that all() returns."""
         queues = [queue] if queue else Queue.all(connection)
-        asked = [("HKEYS", f"{each.prefix}workers") for each in queues]
-        names = (
-            set().union(*_execute(queues[0].connection, *asked)) if queues else set()
-        )
+        if not queues:
+            return []
+        commands = [("HKEYS", f"{each.prefix}workers") for each in queues]
+        names = set[bytes]().union(*_execute(queues[0].connection, *commands))
         return sorted(
             f"microq:worker:{name.decode(errors='replace')}" for name in names
         )
@@ -5604,80 +6535,85 @@ class Worker:
     def find_by_key(
         cls, key: str, connection: Redis | None = None, **options: Any
     ) -> Worker | None:
-        """Return the worker of this name, or key; None if it is not alive.  Its counts are those
-        of its last heartbeat, up to a second old while it is busy."""
+        """Return the worker of this name, or key; None if it is not alive.  Its counts are
+        those of its last heartbeat, up to a second old while it is busy."""
         keys = [f"microq:worker:{key.removeprefix('microq:worker:')}"]
-        return next(iter(cls._fetch(keys, _connect(connection), options)), None)
+        workers = cls._fetch(keys, _connect(connection), options)
+        return workers[0] if workers else None
 
     @classmethod
     def _fetch(
         cls, keys: list[str], connection: Redis, options: dict[str, Any]
     ) -> list[Worker]:
-        found, asked = list[Worker](), [("GET", key) for key in keys]
-        for about in filter(None, map(_read_record, _execute(connection, *asked))):
-            known = {each: about[each] for each in ("name", "lease", "fork")} | options
-            found.append(cls(about["queues"], connection=connection, **known))
-            found[-1]._take_in(about)
-        return found
-
-    def _take_in(self, about: dict[str, Any]) -> None:
-        for each in ("hostname", "pid", "version", "python_version"):
-            setattr(self, each, about[each])
-        self.birth_date, self.last_heartbeat = (
-            _from_timestamp(about["birth"]),
-            _from_timestamp(about["beat"]),
-        )
-        for each in ("good", "bad", "seconds"):
-            setattr(self._shared, each, about[each])
+        """Return the workers that have a record; one round trip."""
+        workers: list[Worker] = []
+        for record in _execute(connection, *[("GET", key) for key in keys]):
+            info = _parse_record(record)
+            if info:
+                stored = {key: info[key] for key in ("name", "lease", "fork")}
+                worker = cls(
+                    info["queues"], connection=connection, **(stored | options)
+                )
+                worker._info = info
+                workers.append(worker)
+        return workers
 
     def refresh(self) -> None:
         """Read again what find_by_key() read; nothing changes if it is no longer alive."""
-        if about := _read_record(_execute_one(self.connection, "GET", self.key)):
-            self._take_in(about)
+        info = _parse_record(_execute_one(self.connection, "GET", self.key))
+        if info:
+            self._info = info
 
     def get_current_executions(self, refresh: bool = True) -> list[Execution]:
         """Return the executions of the jobs that the worker holds, of which it runs one."""
-        jobs = [
-            job
-            for queue in self.queues
-            for job in queue.started_job_registry.get_jobs()
-        ]
-        return [
-            run
-            for job in jobs
-            if (run := job._execution) and run.worker_name == self.name
-        ]
+        executions: list[Execution] = []
+        for queue in self.queues:
+            for job in queue.started_job_registry.get_jobs():
+                execution = job._execution
+                if execution and execution.worker_name == self.name:
+                    executions.append(execution)
+        return executions
 
-    current_execution_count = property(lambda self: len(self.get_current_executions()))
+    @property
+    def current_execution_count(self) -> int:
+        """How many jobs it holds."""
+        return len(self.get_current_executions())
 
     def get_current_job(self) -> Job | None:
         """Return the job that the worker holds; None if there is none."""
-        return next((run.job for run in self.get_current_executions()), None)
+        executions = self.get_current_executions()
+        return executions[0].job if executions else None
 
-    get_current_job_id = lambda self: getattr(self.get_current_job(), "id", None)  # noqa: E731
+    def get_current_job_id(self) -> str | None:
+        """Return the id of the job that the worker holds; None if there is none."""
+        job = self.get_current_job()
+        return job.id if job else None
 
     def get_state(self) -> WorkerStatus:
         """Return whether it is busy, suspended or idle."""
         if self.get_current_job():
             return WorkerStatus.BUSY
-        return (
-            WorkerStatus.SUSPENDED
-            if is_suspended(self.connection)
-            else WorkerStatus.IDLE
-        )
-
-    state = property(get_state)
+        if is_suspended(self.connection):
+            return WorkerStatus.SUSPENDED
+        return WorkerStatus.IDLE
 
     def queue_names(self) -> list[str]:
         """Return the names of its queues, in their order."""
         return [queue.name for queue in self.queues]
 
-    queue_keys = lambda self: [queue.key for queue in self.queues]  # noqa: E731
+    def queue_keys(self) -> list[str]:
+        """Return the keys of its queues, in their order."""
+        return [queue.key for queue in self.queues]
 
     def push_exc_handler(self, handler: Any) -> None:
+        """Add an exception handler, behind those that it has."""
         self._handlers.append(_resolve_function(handler))
 
-    pop_exc_handler = lambda self: self._handlers.pop()  # noqa: E731
+    def pop_exc_handler(self) -> Any:
+        """Remove the last exception handler, and return it."""
+        return self._handlers.pop()
+
+    # Work
 
     def work(
         self, burst: bool = False, logging_level: str | int | None = "INFO",
@@ -5688,517 +6624,75 @@ class Worker:
         """Run jobs until told to stop, and return whether there were any.
 
         burst            - stop when the queues are empty
-        logging_level    - of microq's log, set up on stderr unless you did that; None: leave it
+        logging_level    - of microq's log, set up on stderr unless you did that; None: leave
+                           it
         date_format, log_format - of that log, '%H:%M:%S' and '%(asctime)s %(message)s'
         max_jobs         - stop after so many
         max_idle_time    - stop after so many seconds without a job
         with_scheduler   - run cron, and put jobs that are due into the queue even while busy
-        dequeue_strategy - 'default': a queue is served before those behind it; 'round_robin': the
-                           queue that was served goes to the end; 'random': by chance, each time
+        dequeue_strategy - 'default': a queue is served before those behind it;
+                           'round_robin': the queue that was served goes to the end;
+                           'random': by chance, each time
 
-        SIGINT or SIGTERM finishes the current job; a second one, at least a second later, gives
-        it up, and it will run again.  Raises ServerUnavailable if no server answers for a lease at
-        the start; later it waits for one to come back."""
-        limits = max_jobs, max_idle_time, dequeue_strategy
-        keeper = _Supervisor(self.name, [self], burst, with_scheduler, *limits)
-        return keeper.run(logging_level, date_format, log_format)
+        SIGINT or SIGTERM finishes the current job; a second one, at least a second later,
+        gives it up, and it will run again.  Raises ServerUnavailable if no server answers for
+        a lease at the start; later it waits for one to come back."""
+        instance = self._begin(
+            self.name, burst, max_jobs, max_idle_time, dequeue_strategy
+        )
+        supervisor = _Supervisor(self.name, [instance], with_scheduler)
+        return supervisor.run(logging_level, date_format, log_format)
 
-    def _prepare_loop(
-        self, keeper: _Supervisor, burst: bool, max_jobs: int | None = None,
+    def _begin(
+        self, inbox: str, burst: bool = False, max_jobs: int | None = None,
         max_idle_time: float | None = None, dequeue_strategy: str = "default",
-    ) -> None:  # fmt: skip
-        """Get ready for a loop, here or in a child."""
+        prefixes: list[str] | None = None,
+    ) -> _Instance:  # fmt: skip
+        """Return what its supervisor and its loop work with, `prefixes` None: its queues."""
+        strategies = [each.value for each in DequeueStrategy]
         if dequeue_strategy == "default":
             dequeue_strategy = self.dequeue_strategy
-        if dequeue_strategy not in (words := [each.value for each in DequeueStrategy]):
-            raise ValueError(
-                f"dequeue_strategy={dequeue_strategy!r}: use one of {words}"
-            )
-        before, self._wakeup, self.start_signal = self._shared, _Wakeup(), _Wakeup()
-        self._shared = _SharedState.from_buffer(
-            mmap.mmap(-1, ctypes.sizeof(_SharedState))
+        if dequeue_strategy not in strategies:
+            text = f"dequeue_strategy={dequeue_strategy!r}: use one of {strategies}"
+            raise ValueError(text)
+        limits = _Limits(
+            burst, max_jobs or math.inf, max_idle_time or math.inf, dequeue_strategy,
+            self.jobs_per_fork, self._replaces_exactly,
+        )  # fmt: skip
+        if prefixes is None:
+            prefixes = [queue.prefix for queue in self.queues]
+        before = self._current_info()
+        kept = {key: before[key] for key in ("birth", "good", "bad", "seconds")}
+        self._info = self._new_info() | kept
+        handlers, killed_handler = self._handlers, self._killed_handler
+        self._instance = _Instance(
+            self, limits, inbox, self._info, prefixes, handlers, killed_handler
         )
-        for name in ("good", "bad", "seconds"):
-            setattr(self._shared, name, getattr(before, name))
-        self._supervisor, self._burst = keeper, burst
-        self._instance = secrets.token_hex(6)
-        self._server = _Connection(self.connection, self._redis_timeout)
-        wakes = [f"{prefix}wake" for prefix in self._prefixes]
-        self.blocking_connection = _BlockingConnection(
-            self.connection, self._redis_timeout, wakes
-        )
-        self._strategy, self.queue_order = dequeue_strategy, list(self.queues)
-        self._max_jobs, self._max_idle_time = (
-            max_jobs or math.inf,
-            max_idle_time or math.inf,
-        )
-        self._shared.due, self._shared.batch, self.run_limit = math.inf, 1, math.inf
-        self.claimed: deque[Execution] = deque()
-        self._current: Execution | None = None  # what runs
-        self.unsettled: list[
-            tuple[Execution, Outcome]
-        ] = []  # what ran, and is not settled yet
-        self.to_release: list[
-            Execution
-        ] = []  # what was claimed, and is to be given back
-        self.messages: list[
-            Message
-        ] = []  # what is to be delivered, and by which connection
-        self.relay_connection = _Connection(self.connection, self._redis_timeout)
-        self.pending_webhooks: list[
-            tuple[Execution, Outcome, str]
-        ] = []  # the webhooks that are due
-        self._request = _Request()
-        self.clock_offset = 0.0  # the server's time when our monotonic clock was at 0
-        self.last_claim_full = False  # whether the last claim got all that it asked for
-        # Of the child: whether its death is still to be told to the server; when the next one may
-        # start; what its slate said when it was killed, and with which outcome.
-        self.unreported, self.restart_at = False, 0.0
-        # How far its loop was, when that was seen first, and when the keeper last looked.
-        self._turns, self._turned_at, self._watched_at = 0, 0.0, 0.0
-        self.kill_outcome: tuple[bytes, Outcome] | None = None
-        # Of the next child: its pid, its connection, and those that earlier ones have left.
-        self.standby_pid, self.standby_connection = 0, self._server
-        self.idle_connections: list[_Connection] = []
-
-    def _info_json(self, inbox: str) -> str:
-        """Return what others may know of it, as JSON."""
-        slate = self._shared
-        return json.dumps({
-            "name": self.name, "inbox": inbox, "queues": self.queue_names(),
-            "hostname": self.hostname, "pid": self.pid, "version": self.version,
-            "instance": self._instance, "pid_namespace": _pid_namespace(),
-            "python_version": self.python_version, "birth": self.birth_date.timestamp(),
-            "beat": time.time(), "lease": self.lease, "fork": self.fork,
-            "good": slate.good, "bad": slate.bad, "seconds": slate.seconds,
-        })  # fmt: skip
-
-    def _sign_off_commands(self, number: int | None) -> list[Command]:
-        """Return what settles the last outcome, and gives back whatever else it holds."""
-        release = _release_command(self._prefixes, self._holder, self.lease, number)
-        return [*self._settle_commands(), release]
-
-    def run_loop(self) -> bytes:
-        """Run jobs until there is a reason to stop; return the phase that follows."""
-        slate, idle_since = self._shared, time.monotonic()
-        self.loop_started = idle_since
-        while True:
-            slate.turns += 1
-            if (
-                slate.count >= self.run_limit
-                and time.monotonic() < self.loop_started + 1
-            ):
-                self.run_limit += 0 if self._replace_exactly else self.jobs_per_fork
-            worn, done = slate.count >= self.run_limit, slate.count >= self._max_jobs
-            over = self._burst or worn or done  # as it was before the claim
-            due = self._settle_and_claim(claim=not (worn or done))
-            if self.pending_webhooks or self.messages:
-                self._send_webhooks_due()
-                self._relay_messages(self.relay_connection)
-                due = 0.0  # perhaps there is something for us now
-            if self.claimed and not slate.stopping:
-                self._run_batch()
-                idle_since = time.monotonic()
-                continue
-            if due <= time.monotonic():
-                continue  # one script does not do it all
-            over = (
-                over
-                or slate.stopping
-                or time.monotonic() >= idle_since + self._max_idle_time
-            )
-            if over:
-                if self.claimed:  # too late to run them
-                    self._release_claimed()
-                    self._settle_and_claim(claim=False)
-                    self._send_webhooks_due()
-                    self._relay_messages(self.relay_connection)
-                return b"n" if worn and not (done or slate.stopping) else b"e"
-            self._wait_for_work(min(due, idle_since + self._max_idle_time))
-
-    def _settle_and_claim(self, claim: bool) -> float:
-        """Settle what is done and claim the next jobs, in one round trip. Return when the next
-        scheduled job is due; infinity if there is none, or that was not asked.  While there are
-        jobs left to run, the answer waits for the next call."""
-        slate = self._shared
-        with self._lock:
-            due = self._read_reply(self._execute_until_answered)
-            if not self.claimed:
-                self._send_request(claim)
-                due = min(due, self._read_reply(self._execute_until_answered))
-            if self.claimed:
-                self._send_request(claim)
-                self._server.send_ahead(self._request.commands)
-            oldest = [run[0] for run in self.unsettled[:1]] or self.claimed
-            slate.oldest = oldest[0].claim if oldest else slate.number + 1
-            if not oldest:
-                slate.kill_at = 0
-        return due
-
-    def _send_request(self, claim: bool, mode: str = "") -> None:
-        """Prepare an exchange.  Jobs are claimed ahead of others while these are tiny, and many;
-        not with several queues, where what is left of a batch goes back, and would be overtaken."""
-        slate, commands, left = self._shared, self._settle_commands(), len(self.claimed)
-        most = min(self._max_jobs, self.run_limit) - slate.count - left
-        most = max(0, int(min(most, slate.batch if self._strategy == "default" else 1)))
-        ahead = (
-            len(self.queues) == 1
-            and self.last_claim_full
-            and left <= slate.batch >= MIN_BATCH_TO_PIPELINE
-        )
-        if not claim or slate.stopping or slate.suspended or (left and not ahead):
-            most = 0
-        if most:
-            slate.number += 1
-            if self._strategy == "random":
-                random.shuffle(self.queue_order)
-            prefixes = [queue.prefix for queue in self.queue_order]
-            if left:
-                mode = "pipelined"
-            commands.append(
-                _claim_command(
-                    prefixes, self._holder, slate.number, self.lease, most, mode
-                )
-            )
-        counts = len(self.unsettled), len(self.to_release), most
-        self._request = _Request(tuple(commands), *counts, time.monotonic())
-
-    def _read_reply(self, send: Callable[..., list[Any]]) -> float:
-        """Read the answer to what was launched, if anything was, and act on it; `send` gets it.
-        Return when the next scheduled job is due; infinity if there is none, or nothing said."""
-        flight = self._request
-        if not flight.commands:
-            return math.inf
-        replies = send(*flight.commands)
-        self._request = _Request()
-        if not replies:
-            self.unsettled = [
-                (each, _replace_oversized(outcome)) for each, outcome in self.unsettled
-            ]
-            return 0.0
-        self._on_settled(replies, flight)
-        if not flight.most:
-            return math.inf
-        return self._on_claimed(flight, _ClaimReply.parse(replies[-1]))
-
-    def _on_claimed(self, flight: _Request, reply: _ClaimReply) -> float:
-        """Take in the reply to a claim; return when the next scheduled job is due."""
-        self.messages += reply.messages
-        if reply.missing:
-            text = "%d ids without a record: the jobs expired (ttl), or the server evicted them"
-            log.info(text, reply.missing)
-        beat = _from_timestamp(reply.now)
-        stamp = float(reply.token.partition(" ")[2])
-        # The server's clock said so at some time from the sending to now.
-        least, most = stamp - time.monotonic(), stamp - flight.sent_at
-        self.clock_offset = min(max(self.clock_offset, least), most)
-        for index, id, fields in reply.jobs:
-            queue = self.queue_order[index]
-            job = queue.job_class(id, queue, fields)
-            job._status = JobStatus.STARTED
-            job._execution = Execution(job, reply.token, beat)
-            self.claimed.append(job._execution)
-        if self._strategy == "round_robin" and reply.jobs:
-            order = self.queue_order
-            self.queue_order = order[index + 1 :] + order[: index + 1]
-        if len(reply.jobs) > 1 and self._batch_watchdog is None:
-            self._batch_watchdog = threading.Thread(
-                target=self._watch_batch, name="relief", daemon=True
-            )
-            self._batch_watchdog.start()
-        self.last_claim_full = len(reply.jobs) == flight.most
-        # The slate is for the keeper, whose own answer may be older.
-        next_due = math.inf
-        if reply.next_due is not None:
-            next_due = reply.next_due - self.clock_offset
-        self._shared.due = next_due
-        return next_due
-
-    def _by_queue(
-        self, count: int | None = None
-    ) -> dict[str, list[tuple[Execution, Outcome]]]:
-        """Return what is done and not settled, or so many of it, by the prefixes of the queues."""
-        runs: dict[str, list[tuple[Execution, Outcome]]] = {}
-        for run in self.unsettled[:count]:
-            runs.setdefault(run[0].job.queue.prefix, []).append(run)
-        return runs
-
-    def _settle_commands(self) -> list[Command]:
-        """Return the commands that settle what is done and give back what is not to run here."""
-        ttl, commands, behind = self.default_result_ttl, [], dict[str, list[str]]()
-        for prefix, runs in self._by_queue().items():
-            settlements = [_settlement(*run, ttl) for run in runs]
-            commands.append(_settle_command(prefix, settlements))
-        for execution in self.to_release:
-            behind.setdefault(execution.job.queue.prefix, []).append(execution.job.id)
-        for prefix, ids in behind.items():
-            number = self._shared.number
-            commands.append(
-                _release_command(prefix, self._holder, self.lease, number, ids)
-            )
-        return commands
-
-    def _on_settled(self, replies: list[Any], flight: _Request | None = None) -> None:
-        """Report what became of it, by the replies to these commands, or those of the flight."""
-        done, behind = (flight.done, flight.behind) if flight else (None, None)
-        settled = zip(self._by_queue(done).values(), replies, strict=False)
-        del self.unsettled[:done], self.to_release[:behind]
-        for runs, each in settled:
-            reply = _SettleReply.parse(each)
-            self.messages += reply.messages
-            for run, status in zip(runs, reply.statuses, strict=True):
-                self._log_outcome(*run, status)
-
-    def _relay_messages(self, line: Any) -> None:
-        """Deliver what was posted for other queues; if that fails, whoever beats for ours will."""
-        messages, self.messages = self.messages, []
-        with contextlib.suppress(exceptions.RedisError):
-            _relay(line, messages)
-
-    def _send_webhooks_due(self) -> None:
-        """Send webhooks, which may take long: so what is claimed goes back before."""
-        while self.pending_webhooks and (self.claimed or self._request.commands):
-            self._release_claimed()
-            self._settle_and_claim(claim=False)
-        hooks, self.pending_webhooks = self.pending_webhooks, []
-        for words in hooks:
-            self._shared.turns += 1
-            try:
-                _send_webhooks(*words)
-            except Exception as error:
-                log.warning("webhooks of job %s: %s", words[0].job.id, error)
-
-    def _release_claimed(self) -> None:
-        """Run nothing more of what is claimed; it is released with the next exchange."""
-        with self._lock:
-            self.to_release += self.claimed
-            self.claimed.clear()
-
-    def _run_batch(self) -> None:
-        """Run what is claimed, until it is time to settle; choose the size of the next batch."""
-        slate, size, longest, began = (
-            self._shared,
-            len(self.claimed),
-            0.0,
-            time.monotonic(),
-        )
-        while self.claimed and not slate.stopping and slate.count < self.run_limit:
-            with self._lock:
-                if not self.claimed:  # given back meanwhile
-                    break
-                execution = self.claimed.popleft()
-                self._publish_current_job(execution)
-            outcome = self._run(execution)
-            with self._lock:
-                self.unsettled.append((execution, outcome))
-                self._current, slate.kill_at = None, -1.0  # until it is settled
-            slate.count += 1
-            longest = max(longest, outcome.seconds)
-            if time.monotonic() - began > SETTLE_AFTER:
-                break
-        took = time.monotonic() - began
-        if longest > SETTLE_AFTER or took > 2 * SETTLE_AFTER:
-            slate.batch = 1 if longest > SETTLE_AFTER else max(1, size // 2)
-        elif size >= slate.batch and took < SETTLE_AFTER / 2:
-            slate.batch = min(2 * size, MAX_BATCH)
-        if len(self.queues) > 1 or slate.count >= self.run_limit:
-            self._release_claimed()  # a job of a higher queue may be waiting, or a new process
-        if slate.count + STANDBY_BEFORE >= self.run_limit and not slate.spare:
-            self._supervisor.bell.set()
-
-    def _publish_current_job(self, execution: Execution) -> None:
-        """Show on the slate what runs from now on."""
-        slate, job = self._shared, execution.job
-        limit = DEFAULT_TIMEOUT
-        with contextlib.suppress(
-            DeserializationError, ValueError
-        ):  # perform() will say so
-            limit = job.timeout
-            for name in (
-                _CALLBACK_FIELDS.values() if limit > 0 else ()
-            ):  # one of them may follow
-                if name in job._fields:
-                    limit += float(job._text(name).rpartition(" ")[2])
-        index = self._prefixes.index(job.queue.prefix)
-        slate.text = f"{index} {job.id} {execution.token}".encode()
-        slate.began = time.monotonic()
-        execution.run_state = _RunState(slate.began + self.clock_offset)
-        slate.kill_at = slate.began + limit + KILL_GRACE if limit > 0 else math.inf
-        self._current = execution
-        if self.fork and slate.batch == 1:  # else it would change all the time
-            _set_process_title(f"microq {self.name}: {job.origin} {job.id}")
-
-    def _run(self, execution: Execution) -> Outcome:
-        """Perform a job, and mend what it has done to this process."""
-        pid = os.getpid()
-        outcome = perform(execution, self._handlers, self._log_description)
-        if os.getpid() != pid:
-            os._exit(0)  # the job has forked, and the child came out of it, too
-        if self.fork and _reopen_standard_files():
-            self.run_limit, self.loop_started = 0, -math.inf  # rather a new process
-        return outcome
-
-    def _watch_batch(self) -> None:
-        """While there are batches: when a job turns out slow, settle what was done before it, and
-        give back what was claimed behind it."""
-        backoff, silent_until = _Backoff(self._redis_timeout), 0.0
-        while True:
-            time.sleep(SLOW_JOB_AFTER)
-            with self._lock:
-                now, began = time.monotonic(), self._shared.began
-                held = self.claimed or self.to_release or self.unsettled
-                if not held and now - began > 20 * SLOW_JOB_AFTER:
-                    self._batch_watchdog = None
-                    return
-                slow = self._current and now - began > SLOW_JOB_AFTER
-                if (
-                    not slow
-                    or not (held or self._request.commands)
-                    or now < silent_until
-                ):
-                    continue
-                try:
-                    self._read_reply(self._exchange)
-                    self._release_claimed()
-                    self._send_request(claim=False)
-                    self._read_reply(self._exchange)
-                    backoff = _Backoff(self._redis_timeout)
-                except Exception as error:  # the loop will send it again
-                    silent_until = now + backoff.after(
-                        error, f"relief of worker {self.name}"
-                    )
-
-    def _exchange(self, *commands: Command) -> list[Any]:
-        """Run commands once, or read the replies to them if they were sent ahead."""
-        if self._server.sent:
-            return _receive(self._server)
-        return _execute(self._server, *commands)
-
-    def _execute_until_answered(self, *commands: Command) -> list[Any]:
-        """Run commands, as often as it takes until the server is there to do it, and does not
-        refuse them (a user without permission, say).  Return nothing if it is there, but something
-        large to be settled has ended the connection five times."""
-        backoff, began, refused = _Backoff(self._redis_timeout), time.monotonic(), 0
-        done = self.unsettled[: self._request.done]
-        large = (
-            max((len(outcome.payload) for _, outcome in done), default=0)
-            > MAX_SAFE_PAYLOAD
-        )
-        while True:
-            try:
-                return self._exchange(*commands)
-            except (ServerUnavailable, exceptions.ResponseError) as error:
-                if isinstance(error.__cause__ or error, exceptions.ResponseError):
-                    self._shared.turns += 1  # the server is there, though it refuses
-                if large:
-                    with contextlib.suppress(
-                        ServerUnavailable, exceptions.ResponseError
-                    ):
-                        refused += _execute(self._server, ("PING",)) != []
-                    if refused >= 5 and isinstance(
-                        error.__cause__, exceptions.ConnectionError
-                    ):
-                        return []
-                leaving = self._shared.stopping or (self._burst and self._thread)
-                if leaving and time.monotonic() - began > self.lease:
-                    text = f"the server does not take what worker {self.name} has to say: {error}"
-                    raise ServerUnavailable(text) from error
-                time.sleep(backoff.after(error, f"worker {self.name}"))
-
-    def _wait_for_work(self, until: float) -> None:
-        """Block until there may be work: a token, the bell, or `until`."""
-        if self.fork:
-            _set_process_title(f"microq {self.name}: idle")
-        heard, seconds = None, until - time.monotonic()
-        try:
-            if not self.fork:  # else signals are for the parent
-                self._supervisor.attend(self._wakeup)
-            if self._shared.suspended:
-                self._wakeup.watch(min(seconds, _BlockingConnection.BLPOP_TIMEOUT))
-            else:  # the claim goes along, and saves a round trip when a job comes
-                self._send_request(claim=True, mode="blocking")
-                heard = self.blocking_connection.pop(
-                    seconds, self._wakeup, *self._request.commands
-                )
-        except exceptions.NoScriptError:
-            pass  # the next exchange sends its text
-        except (
-            exceptions.RedisError,
-            exceptions.RedisClusterException,
-            OSError,
-        ) as error:
-            log.warning("waiting for work: %s", error)
-            self._wakeup.watch(random.uniform(0.5, 1))
-        if heard:
-            self._read_reply(lambda *commands: heard[1:])
-        else:
-            self.blocking_connection.close()  # else it might take a token that we don't act on
-        if not self._wakeup.clear():  # our parent died
-            self._shared.stopping = True
-        if self._request.most and (self._shared.stopping or self._shared.suspended):
-            # Perhaps the claim was under way, and holds jobs.
-            release = _release_command(
-                self._prefixes, self._holder, self.lease, self._shared.number
-            )
-            self._request = _Request((release,))
-
-    def _log_outcome(self, execution: Execution, outcome: Outcome, place: str) -> None:
-        """Log and count what became of a job, which is now at `place`."""
-        if place.startswith("refused "):
-            outcome = Outcome(ResultType.FAILED, place.encode(), outcome.seconds)
-            place = "failed"
-        job, lost, well = (
-            execution.job,
-            place == "lost",
-            outcome.type is ResultType.SUCCESSFUL,
-        )
-        failed = outcome.type is ResultType.FAILED
-        self._shared.seconds += outcome.seconds
-        self._shared.good += well and not lost
-        self._shared.bad += failed and not lost
-        if "webhooks" in job._fields and outcome.type is not ResultType.STOPPED:
-            self.pending_webhooks.append((execution, outcome, place))
-        if lost:
-            text = "%s: job %s is no longer ours (it was taken away); its result is dropped"
-            return log.warning(text, job.origin, job.id)
-        if well and not log.isEnabledFor(logging.INFO):
-            return None
-        verdicts = {
-            "successful": "OK",
-            "failed": "FAILED",
-            "retried": "to be run again",
-        }
-        verdict = verdicts.get(outcome.type, "stopped")
-        text = f"{job.origin}: job {verdict} ({job.id}), {outcome.seconds:.3f} s"
-        if failed:
-            *_, reason = ["", *outcome.payload.decode(errors="replace").splitlines()]
-            text += f": {reason}"
-        place, _, due = place.partition(" ")
-        more = {
-            "queued": "; runs again",
-            "scheduled": "; runs again",
-            "callbacks_pending": "; calls back",
-        }
-        text += more.get(place, "")
-        text += f" at {datetime.fromtimestamp(float(due)):%H:%M:%S}" if due else ""
-        log.log(logging.ERROR if failed else logging.INFO, text)
+        return self._instance
 
     def __enter__(self) -> Worker:
         self.fork = False  # a process must not fork beside running threads
         len(self.queues[0])  # raises here, not in the thread, if there is no server
-        work = _Supervisor(self.name, [self]).run
+        self._supervisor = _Supervisor(self.name, [self._begin(self.name)])
         self._thread = threading.Thread(
-            target=work, args=(None,), name=f"worker {self.name}"
+            target=self._supervisor.run, args=(None,), name=f"worker {self.name}"
         )
         self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *details: Any) -> None:
-        self._burst = True
-        self._wakeup.set()
-        if kind is not None:  # leave the rest to others
-            self._supervisor.stop()
+        assert self._supervisor and self._thread
+        self._supervisor.leave_when_idle()
+        if kind is not None:  # what is queued is for others
+            self._supervisor.request_stop()
         self._thread.join()
+
+    # RQ's other names.
+
+    @property
+    def state(self) -> WorkerStatus:
+        """As get_state()."""
+        return self.get_state()
 
 
 class SimpleWorker(Worker):
@@ -6210,14 +6704,18 @@ class SimpleWorker(Worker):
 class SpawnWorker(Worker):
     """A worker that runs each job in a process of its own."""
 
-    exactly = 1
+    _default_jobs_per_fork = 1
 
 
 class RoundRobinWorker(Worker):
+    """A worker that serves its queues in turn."""
+
     dequeue_strategy = "round_robin"
 
 
 class RandomWorker(Worker):
+    """A worker that serves its queues by chance."""
+
     dequeue_strategy = "random"
 
 
@@ -6225,691 +6723,327 @@ class RandomWorker(Worker):
 BaseDeathPenalty = UnixSignalDeathPenalty = TimerDeathPenalty = object
 
 
-# ---- 10. Worker, child, supervisor, pool ---------------------------------------------
-# A keeper sees to it that workers stay alive in Redis and under control: it renews their leases,
-# hears commands, and, where they run in children, starts, watches, kills and replaces these.  A
-# child near its last job has a spare one beside it, which waits at a gate and goes on as soon as
-# the other has settled everything.  No job runs in the keeper's process then, so one that holds the
-# GIL or crashes harms its own only.
+class _Exit(NamedTuple):
+    """How a child died that had not settled everything."""
+
+    pid: int
+    status: int  # as of os.wait()
+    usage: Any  # as of os.wait4(); None if that is not known
+    current: _CurrentJob | None  # what it ran; None: it was idle
+    kill_outcome: Outcome | None  # of a job that was killed by the supervisor
+    seconds: float  # since the job, or else the child, began
+
+    def describe(self) -> str:
+        """Return how it ended, to stand behind the name of a process."""
+        code = os.waitstatus_to_exitcode(self.status)
+        if code >= 0:
+            return f"exited with status {code}"
+        return f"was killed by signal {-code} ({signal.strsignal(-code)})"
+
+    def outcome(self, worker_name: str) -> Outcome:
+        """Return the outcome of the job that it ran."""
+        if self.kill_outcome:
+            return self.kill_outcome._replace(seconds=self.seconds)
+        text = f"the process that ran this job for worker {worker_name} "
+        text += self.describe()
+        if self.usage:  # in KB, on macOS in bytes
+            units_per_mb = 1 << 20 if sys.platform == "darwin" else 1 << 10
+            text += (
+                f"; its peak memory was {self.usage.ru_maxrss / units_per_mb:.0f} MB"
+            )
+        return _crash_outcome(text)._replace(seconds=self.seconds)
 
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD, signal.SIGALRM)
+def _crash_outcome(text: str) -> Outcome:
+    """Return the outcome of a job that harmed its process: it counts as a crash."""
+    return Outcome(ResultType.FAILED, text.encode(), 0, "crash", _CRASH_POLICY)
 
 
-@contextlib.contextmanager
-def _signals_restored() -> Iterator[None]:
-    """Leave the handling of signals as it was before the block, if it is ours to change."""
-    with contextlib.ExitStack() as after:
-        if threading.current_thread() is threading.main_thread():
-            for number in _SIGNALS:
-                after.callback(signal.signal, number, signal.getsignal(number))
-            after.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(-1))
-            after.callback(signal.setitimer, signal.ITIMER_REAL, 0)
-        yield
+class _Child:
+    """The process that runs the loop of a worker, for the supervisor in its parent.
 
-
-class _Supervisor:
-    """Keeps the loops of workers: that of one in this process, or those of several in children."""
+    Shortly before a child has run as many jobs as it may, the next one, the standby child,
+    is forked.  It waits for its start signal, so a replacement costs the worker no time."""
 
     def __init__(
-        self, name: str, workers: Sequence[Worker], burst: bool = False,
-        with_scheduler: bool = False, *limits: Any, **more_limits: Any,
-    ) -> None:  # fmt: skip
-        self.name, self.workers, self.scheduler = name, workers, with_scheduler
-        self.forks, self.lease = (
-            workers[0].fork,
-            min(worker.lease for worker in workers),
-        )
-        self.connection = workers[0].connection
-        self.bell = _Wakeup()
-        for worker in workers:
-            worker._prepare_loop(self, burst, *limits, **more_limits)
-        self.over = self.cold = False
-        self.leaving: list[int] = []  # children that are replaced already
-        self.stopping_since: float | None = None
-        self.beaten_at, self.backoff, self.silent_until = (
-            0.0,
-            _Backoff(self.lease / 3),
-            0.0,
-        )
-        self.unknown = True  # whether the server must be told the names of the queues
-        self.cron: CronScheduler | None = None  # whose entries are kept in the server
-        self.forgotten = True  # whether it has lost them
-        self.told = 0.0  # the seconds of work that the last beat told
-        self.healthy_since = 0.0  # since when we have beaten in time
-        self.lost_name = ""  # the name of a worker that is another's now
-        self.inherits = self.forks and _inherits_orphans()
+        self, instance: _Instance, supervisor_wakeup: _Wakeup, inherited: _Connection
+    ) -> None:
+        self.instance = instance
+        self.shared = instance.shared
+        self.supervisor_wakeup = supervisor_wakeup
+        self.inherited = inherited  # the connection that a child has to close
+        self.pid = 0  # 0: there is no child
+        self.finished = False  # no further child is to follow
+        self.restart_at = 0.0  # when the next one may be forked
+        self.unreported: _Exit | None = None  # its death is still to be reported
+        self.lost_run: _Run | None = None  # the run that ended by this death
+        # What was killed, and with which outcome.
+        self.kill_target: _CurrentJob | None = None
+        self.kill_outcome: Outcome | None = None
+        self.connection: _Connection | None = None  # for commands of the child
+        self.idle_connections: list[_Connection] = []  # that earlier children have left
+        self.standby_pid = 0
+        self.standby_connection: _Connection | None = None
+        self.start_signal = _Wakeup()
+        self.exiting_pids: list[int] = []  # children that have been replaced
+        self.seen_turns = 0  # of its loop; when that grew, and was looked at last
+        self.progress_at = 0.0
+        self.looked_at = 0.0
 
-    def run(
-        self,
-        level: str | int | None,
-        date_format: str | None = None,
-        log_format: str | None = None,
-    ) -> bool:
-        """Work until told to stop; True if there were any jobs."""
-        if self.forks and threading.current_thread() is not threading.main_thread():
-            raise RuntimeError("a worker in a thread can't fork; give it fork=False")
-        if level is not None:  # does nothing to logging that is set up already
-            log_format = log_format or "%(asctime)s %(message)s"
-            logging.basicConfig(format=log_format, datefmt=date_format or "%H:%M:%S")
-            log.setLevel(level)
-        _main_module_name()
-        patience = self.workers[0]._redis_timeout
-        self.server = _Connection(
-            self.connection, patience, self.workers[0].queues[0].prefix
-        )
-        self.ear = _BlockingConnection(
-            self.connection, patience, [f"microq:inbox:{self.name}"]
-        )
-        self.sign_on()
-        log.info("worker %s (pid %d), microq %s", self.name, os.getpid(), __version__)
-        log.info("listening on %s", ", ".join(self.workers[0].queue_names()))
-        if warning := _eviction_warning(self.server):
-            log.warning(warning)
-        if self.forks:
-            _set_process_title(f"microq {self.name}")
-        try:
-            with _signals_restored():
-                self.attend(self.bell if self.forks else self.workers[0]._wakeup)
-                self.watch() if self.forks else self.run_here(self.workers[0])
-        except _ColdShutdown:
-            pass  # between jobs, or in a handler of a job that failed
-        finally:
-            self.leave()
-        if self.lost_name:
-            text = f"worker {self.lost_name!r} was silent for longer than its lease"
-            raise MicroqError(f"{text}, and another worker has taken its name")
-        if self.cold:
-            log.warning("cold shutdown: what was running will run again")
-            raise SystemExit(1)
-        return any(worker._shared.count for worker in self.workers)
+    # To start it
 
-    def sign_on(self) -> None:
-        """Take the names of the workers, and beat for the first time.  Where the server does not
-        answer, try again for the time of a lease, then raise ServerUnavailable."""
-        backoff, until = _Backoff(self.lease / 3), time.monotonic() + self.lease
-        while True:
-            try:
-                if not isinstance(self.connection, RedisCluster):
-                    # A script that is unknown would be sent again, behind those that follow it.
-                    scripts = [
-                        ("SCRIPT", "LOAD", script.lua) for script in SCRIPTS.values()
-                    ]
-                    _execute(self.server, *scripts)
-                for worker in self.workers:
-                    self.take_name(worker)
-                return self.beat("start")
-            except ServerUnavailable as error:
-                wrong = isinstance(error.__cause__, exceptions.AuthenticationError)
-                if wrong or self.stopping_since or time.monotonic() >= until:
-                    raise
-                time.sleep(backoff.after(error, f"worker {self.name}"))
-            except ValueError:
-                _execute(self.server, *map(self.give_up_name, self.workers))
-                raise
-
-    def take_name(self, worker: Worker) -> None:
-        """Hold the name of a worker from now on.  A process of that name which has died gives way
-        at once if it ran beside this one; elsewhere when its record expires.  Raises ValueError if
-        a worker of the name is alive, or may be."""
-        dead, first, until = b"", b"", time.monotonic() + self.lease
-        while record := _execute(self.server, self.register(worker, dead))[0]:
-            about = _read_record(record)
-            pid, host = about.get("pid"), about.get("hostname")
-            # One that has this process's own number ran in another container, or before an exec.
-            near = about.get("pid_namespace") == _pid_namespace() and pid != os.getpid()
-            if not about or (near and not _process_exists(pid)):
-                dead = record
-            elif near or first not in (b"", record) or time.monotonic() >= until:
-                text = f"a worker {worker.name!r} is alive (process {pid} on {host}); choose "
-                raise ValueError(
-                    text + "another name, or wait for the end of its lease"
-                )
-            else:
-                if not first:
-                    text = "a worker %r was there (process %s on %s): waiting for a sign of life"
-                    log.info(text, worker.name, pid, host)
-                first = record
-                time.sleep(min(0.1, self.lease / 10))
-
-    def register(self, worker: Worker, dead: bytes = b"") -> Command:
-        """Return the command that stores the record of a worker, if the name is its own, or held
-        by the record `dead`."""
-        record = worker._info_json(self.name)
-        return _register_command(worker.key, worker._instance, record, self.lease, dead)
-
-    def give_up_name(self, worker: Worker) -> Command:
-        """Return the command that removes the record of a worker, if the name is its own."""
-        return _unregister_command(worker.key, worker._instance)
-
-    def has_lost_name(self, replies: list[Any]) -> bool:
-        """Return whether another worker has one of the names by now, as the replies to a beat say.
-        Then it has given away what was held by that name, so what runs here is ended."""
-        for worker, other, reply in zip(
-            self.workers, replies[::2], replies[1::2], strict=False
-        ):
-            if other or reply == b"taken":
-                log.error("worker %s: another worker has this name now", worker.name)
-                self.lost_name, self.cold = worker.name, self.forks
-                self.stop()
-        return self.lost_name != ""
-
-    def run_here(self, worker: Worker) -> None:
-        """Run the loop of a worker in this thread, and keep it in another."""
-        thread = threading.Thread(
-            target=self.watch, name=f"keeper {self.name}", daemon=True
-        )
-        thread.start()
-        try:
-            worker.run_loop()
-        finally:
-            self.over = True
-            self.bell.set()
-            thread.join()  # a beat after we signed off would sign us on
-            _close_event_loop()
-
-    def watch(self) -> None:
-        """Keep the workers until all have ended."""
-        self.bell.watch(
-            0 if self.forks else SLOW_JOB_AFTER
-        )  # a short burst needs no ear
-        while not self.over:
-            wake_at = time.monotonic() + (0.1 if self.scheduler else 1.0)
-            for worker in self.workers if self.forks else ():
-                wake_at = min(wake_at, self.attempt(self.supervise, worker))
-            self.attempt(self.reap_replaced)
-            self.attempt(self.reap_inherited)
-            ended = all(each.restart_at == math.inf for each in self.workers)
-            self.over = self.over or ended
-            wake_at = min(wake_at, self.attempt(self.beat_in_time))
-            if not self.over:
-                self.attempt(self.listen, wake_at)
-
-    def attempt(self, step: Callable[..., Any], *words: Any) -> float:
-        """Take a step, and return what it returns, or when to try again: nothing may end us."""
-        try:
-            return step(*words) or math.inf
-        except Exception as error:
-            pause = self.backoff.after(error, f"keeper of {self.name}")
-            # Others may not be back yet: for a lease we judge none of them.
-            self.healthy_since = time.monotonic()
-            self.silent_until = self.healthy_since + pause
-            return self.silent_until
-
-    def beat_in_time(self) -> float:
-        if self.next_beat() <= time.monotonic():
-            fit = time.monotonic() - self.healthy_since >= self.lease
-            self.beat("reap" if fit else "")
-        return self.next_beat()
-
-    def next_beat(self) -> float:
-        """Return when to beat: each second while jobs run, so that others see what we do."""
-        slates = [worker._shared for worker in self.workers]
-        busy = any(s.kill_at for s in slates) or self.told != sum(
-            s.seconds for s in slates
-        )
-        at = self.beaten_at + min(self.lease / 3, 1.0 if busy else math.inf)
-        if busy and self.scheduler:
-            at = min(at, *(slate.due for slate in slates))
-        return math.inf if self.lost_name else max(at, self.silent_until)
-
-    def beat(self, mode: str) -> None:
-        """Renew the leases, and do the house-keeping that comes with it; promote what is due."""
-        commands: list[Command] = []
-        told = sum(worker._shared.seconds for worker in self.workers)
-        for worker in self.workers:
-            commands.append(self.register(worker))
-            commands.append(
-                _heartbeat_command(
-                    worker._prefixes, worker._holder, worker.lease, mode,
-                    worker._shared.oldest,
-                )
-            )  # fmt: skip
-        if mode == "start":
-            commands.append(
-                ("DEL", self.ear.keys[0])
-            )  # words for an earlier one of this name
-        if self.unknown:
-            commands.append(("SADD", _QUEUES_KEY, *self.workers[0].queue_names()))
-        queues = self.workers[0].queues if self.scheduler else []
-        commands += [_cron_read_command(queue.prefix, self.name) for queue in queues]
-        *replies, suspended = _execute(self.server, *commands, ("PTTL", _SUSPENDED_KEY))
-        self.beaten_at, self.unknown, self.told = time.monotonic(), False, told
-        self.backoff = _Backoff(self.lease / 3)
-        if self.has_lost_name(replies):
+    def start(self) -> None:
+        """Have the standby child, or else a new one, run the loop."""
+        if not self.standby_pid and not self.fork():
             return
-        for worker, each in zip(self.workers, replies[1::2], strict=False):
-            reply = _HeartbeatReply.parse(each)
-            worker._shared.due = math.inf
-            if reply.next_due is not None:
-                worker._shared.due = self.beaten_at + reply.next_due - reply.now
-            if (
-                not reply.lease_intact
-            ):  # we were late, or the server has lost its data, or is another one
-                self.unknown, self.healthy_since = mode != "start", time.monotonic()
-            for name in set(reply.reaped):
-                log.warning("worker %s is silent; its jobs run again", name)
-            with contextlib.suppress(ServerUnavailable):
-                _relay(self.server, reply.messages)
-            if len(reply.messages) >= MAX_JOBS_PER_CALL:  # there is more
-                self.beaten_at = 0.0
-        self.suspend_for(suspended)
-        agendas = replies[len(replies) - len(queues) :]
-        cron = list(map(_StoredCron.parse, queues, agendas))
-        self.forgotten |= any(stored.new_scheduler for stored in cron)
-        if self.cron and self.forgotten:
-            self.cron.save()
-        self.forgotten = False
-        _enqueue_ticks(self.server, cron, self.lease)  # so that all are started on time
+        shared = self.shared
+        shared.phase = _Phase.RUNNING
+        shared.job_started = time.monotonic()
+        shared.has_standby = False
+        shared.run_limit = shared.runs + self.instance.limits.jobs_per_fork
+        self.progress_at = shared.job_started
+        self.pid = self.standby_pid
+        self.connection = self.standby_connection
+        self.standby_pid = 0
+        self.standby_connection = None
+        self.start_signal.set()
 
-    def suspend_for(self, ttl: int) -> None:
-        """Have the workers claim nothing or go on, by the time to live of the key that says so."""
-        if (paused := ttl != -2) is not self.workers[0]._shared.suspended:
-            log.info("suspended" if paused else "resumed")
-            for worker in self.workers:
-                worker._shared.suspended = paused
-                worker._wakeup.set()
-        if ttl > 0:  # look again when it ends
-            self.beaten_at = min(
-                self.beaten_at, self.beaten_at + ttl / 1000 - self.lease / 3
-            )
-
-    def listen(self, until: float) -> None:
-        """Wait for commands, for the bell, or until something is to be done."""
-        seconds = until - time.monotonic()
-        if time.monotonic() < self.silent_until or self.lost_name:
-            self.bell.watch(seconds)
-        elif heard := self.ear.pop(seconds, self.bell):
-            self.handle_command(heard[0][1])
-        self.bell.clear()
-
-    def handle_command(self, text: bytes) -> None:
-        """Do what a command says."""
-        log.info("keeper of %s is told: %s", self.name, text.decode(errors="replace"))
-        try:
-            words = json.loads(text)
-            command = words["command"]
-            worker = {worker.name: worker for worker in self.workers}[words["worker"]]
-        except (ValueError, KeyError, TypeError):
-            return log.warning("that is no command")
-        text = worker._shared.text if worker._shared.kill_at else b""
-        running = text and text.split()[1].decode()
-        if command == "shutdown":
-            self.stop()
-        elif command == "suspension":
-            self.beaten_at = 0.0  # the next beat reads it
-        elif command == "stop-job" and running == words.get("job_id"):
-            self.kill(
-                worker,
-                text,
-                Outcome(ResultType.STOPPED, _STOPPED_REASON, rerun="stopped"),
-            )
-        elif command == "kill-horse" and running:
-            self.kill(
-                worker,
-                text,
-                Outcome(ResultType.FAILED, b"killed by a command", 0, "killed"),
-            )
-        elif command not in ("stop-job", "kill-horse"):
-            log.warning("that is no command")
-
-    def kill(self, worker: Worker, text: bytes, verdict: Outcome) -> None:
-        """End the job that `text` on the slate tells of, with this outcome."""
-        if self.forks:
-            worker.kill_outcome = text, verdict
-            for kill in (os.killpg, os.kill):  # its own children, too
-                with contextlib.suppress(OSError):
-                    kill(worker._pid, signal.SIGKILL)
-        elif (current := worker._current) and verdict.type is ResultType.STOPPED:
-            state = current.run_state
-            is_meant = current.job.id.encode() in text.split()
-            if is_meant and state and state.interrupt:
-                state.interrupt(StopRequested)
-
-    def supervise(self, worker: Worker) -> float:
-        """Reap, kill or start the child of a worker; return when to look again."""
-        slate, now = worker._shared, time.monotonic()
-        if worker._pid:
-            self.reap(worker)
-        if worker.standby_pid and _wait_for(worker.standby_pid):
-            worker.standby_pid, slate.spare, worker.restart_at = 0, False, now + 1
-            worker.standby_connection.close()
-        if worker.unreported and now >= self.silent_until:  # tell the server
-            worker._on_settled(
-                _execute(self.server, *worker._sign_off_commands(slate.number))
-            )
-            worker.unreported = False
-            worker._relay_messages(self.server)
-        over = slate.stopping or slate.phase == b"e"
-        if worker._pid:
-            if self.cold:
-                self.kill(worker, slate.text, _INTERRUPTED)
-            else:
-                self.kill_late(worker, now)
-        elif over:
-            late = (
-                now - (self.stopping_since or now) > self.lease
-            )  # its lease ends by itself
-            if late or not worker.unreported:
-                worker.restart_at = math.inf
-        elif not worker.unreported and now >= worker.restart_at:
-            self.start(worker)
-        if worker._pid:
-            soon = (
-                slate.count + STANDBY_BEFORE >= worker.run_limit
-                and now >= worker.restart_at
-            )
-            if soon and not (worker.standby_pid or over):
-                self.fork(worker)
-            return slate.kill_at if slate.kill_at > 0 else math.inf
-        return max(worker.restart_at, self.silent_until)
-
-    def kill_late(self, worker: Worker, now: float) -> None:
-        """Kill the child if its job is over its time, or if the child hangs without one."""
-        slate = worker._shared
-        if 0 < slate.kill_at <= now:
-            text = f"killed, {KILL_GRACE:g} s after its timeout had no effect"
-            self.kill(
-                worker,
-                slate.text,
-                Outcome(ResultType.FAILED, text.encode(), rerun="killed"),
-            )
-        elif self.hangs(worker, now):
-            log.error(
-                "process %d of worker %s hangs, and is killed", worker._pid, worker.name
-            )
-            text = "its process hung when it had ended, before that was settled"
-            crash = Outcome(ResultType.FAILED, text.encode(), 0, "crash", _CRASH_POLICY)
-            self.kill(worker, slate.text, crash)
-
-    def hangs(self, worker: Worker, now: float) -> bool:
-        """Return whether the child makes no progress, though it runs no job.
-
-        A loop turns each time that the server answers, at the latest when BLPOP ends; while the
-        server is away, it may try for long.  So what counts is the time in which this process saw
-        no turn, was itself on time, and had answers from the server: twice the longest wait for an
-        answer, a pause, and the attempt that follows."""
-        slate = worker._shared
-        late = (
-            now - worker._watched_at > 5
-        )  # we look each second, unless frozen or slow
-        if slate.kill_at > 0 or slate.turns != worker._turns or late:
-            worker._turns, worker._turned_at = slate.turns, now
-        worker._watched_at = now
-        since = max(worker._turned_at, self.healthy_since)
-        return now - since > 2 * (_BlockingConnection.BLPOP_TIMEOUT + worker.lease)
-
-    def start(self, worker: Worker) -> None:
-        """Have a child run the loop of a worker."""
-        slate = worker._shared
-        if worker.standby_pid or self.fork(worker):
-            slate.phase, slate.began, slate.spare = b"r", time.monotonic(), False
-            worker._turned_at = slate.began
-            worker.run_limit = slate.count + worker.jobs_per_fork
-            worker._pid, worker.standby_pid = worker.standby_pid, 0
-            worker._server = worker.standby_connection
-            worker.start_signal.set()
-
-    def fork(self, worker: Worker) -> bool:
-        """Fork a child that is ready to run the loop of a worker, and waits at its gate, so that
-        a child that is replaced costs the worker no time.  It gets a connection (but for TLS, whose
-        state is not shared), since making one there costs more than the fork: all that it touches
-        is copied.  False if that is not possible now."""
-        gate, parent = _Wakeup(), os.getpid()
-        line = (
-            worker.idle_connections.pop()
-            if worker.idle_connections
-            else _Connection(self.connection, worker._redis_timeout)
-        )
-        with contextlib.suppress(
-            exceptions.RedisError, OSError
-        ):  # the loop will try again
-            if not (isinstance(self.connection, RedisCluster) or line.uses_tls):
-                line.connect()
+    def fork(self) -> bool:
+        """Fork a standby child; False if that is not possible now."""
+        start_signal = _Wakeup()
+        connection = self._connection_for_child()
+        parent = os.getpid()
         _flush_output()
         try:
-            worker.standby_pid = os.fork()
+            pid = os.fork()
         except OSError as error:  # too many processes, or too little memory
-            log.error("no process for worker %s: %s", worker.name, error)
-            worker.restart_at = time.monotonic() + 1
-            worker.idle_connections.append(line)
-            gate.close()
+            log.error("no process for worker %s: %s", self.instance.name, error)
+            self.restart_at = time.monotonic() + 1
+            self.idle_connections.append(connection)
+            start_signal.close()
             return False
-        if not worker.standby_pid:
-            self.run_child(worker, parent, gate, line)
-        worker.start_signal.close()
-        worker.start_signal, worker.standby_connection, worker._shared.spare = (
-            gate,
-            line,
-            True,
-        )
+        if not pid:
+            self.inherited.close()
+            _child_main(
+                self.instance, parent, start_signal, connection, self.supervisor_wakeup
+            )
+        self.start_signal.close()
+        self.start_signal = start_signal
+        self.standby_pid = pid
+        self.standby_connection = connection
+        self.shared.has_standby = True
         return True
 
-    def run_child(
-        self, worker: Worker, parent: int, gate: _Wakeup, line: _Connection
-    ) -> None:
-        """Wait at the gate, run the loop of a worker, and exit."""
-        slate, status = worker._shared, 1
-        try:
-            _set_up_child(parent)
-            _set_process_title(f"microq {worker.name}: spare")
-            self.ear.close()
-            for each in self.workers:  # so that the death of the parent is heard
-                each._wakeup._writer.close()
-                each.start_signal._writer.close()
-            gate._writer.close()
-            worker._server, sock = line, line.socket
-            while not gate.watch(math.inf):
-                pass
-            if gate.clear():
-                worker.run_limit = slate.count + worker.jobs_per_fork
-                phase = worker.run_loop()
-                worker.blocking_connection.close()
-                _close_event_loop()
-                _flush_output()
-                slate.intact = sock is not None and line.socket is sock
-                slate.phase, status = phase, 0
-                self.bell.set()
-        except ServerUnavailable as error:  # told to stop, it did not wait longer
-            log.warning("worker %s gives up: %s", worker.name, error.__cause__)
-            slate.phase = b"g"
-        except BaseException:
-            log.exception("worker %s", worker.name)
-            slate.phase = b"r"
-        finally:
-            _flush_output()
-            os._exit(status)  # whatever threads the jobs have left
+    def _connection_for_child(self) -> _Connection:
+        """Return a connection for a child, connected if possible: to connect there costs
+        more than the fork, since all that it touches is copied.  Not with TLS, whose state is
+        not shared between processes."""
+        if self.idle_connections:
+            connection = self.idle_connections.pop()
+        else:
+            connection = self.instance.new_connection()
+        # If it fails, the loop tries again.
+        with contextlib.suppress(exceptions.RedisError, OSError):
+            is_cluster = isinstance(self.instance.client, RedisCluster)
+            if not is_cluster and not connection.uses_tls:
+                connection.connect()
+        return connection
 
-    def reap(self, worker: Worker) -> None:
-        """See whether the child has ended or died, and note what is to be done then."""
-        if worker._shared.phase == b"n":  # it has done everything, and only has to exit
-            self.leaving.append(worker._pid)
-            worker._pid, worker.kill_outcome = 0, None
-            if worker._shared.intact:
-                worker.idle_connections.append(worker._server)
-            else:
-                worker._server.close()
-            return
-        end = _wait_for(worker._pid)
+    def fork_standby_if_due(self, now: float) -> None:
+        """Fork the standby child if the child has few jobs left."""
+        soon = self.shared.runs + STANDBY_BEFORE >= self.shared.run_limit
+        if soon and not self.standby_pid and now >= self.restart_at:
+            self.fork()
+
+    # To see how it ended
+
+    def reap(self) -> None:
+        """Take the exit of children that are no longer needed, or have died in standby."""
+        self.exiting_pids = [pid for pid in self.exiting_pids if not _wait_for(pid)]
+        if self.standby_pid and _wait_for(self.standby_pid):
+            self.standby_pid = 0
+            self.shared.has_standby = False
+            self.restart_at = time.monotonic() + 1
+            if self.standby_connection:
+                self.standby_connection.close()
+
+    def poll(self) -> _Exit | None:
+        """Return how the child died; None if there is none, it runs, or it has ended as it
+        should."""
+        if not self.pid:
+            return None
+        if self.shared.phase == _Phase.REPLACE:  # it has settled everything, and exits
+            self.exiting_pids.append(self.pid)
+            self._forget_child()
+            self._keep_connection()
+            return None
+        end = _wait_for(self.pid)
         if not end:
-            return
+            return None
         pid, status, usage = end
-        slate, verdict = worker._shared, worker.kill_outcome
-        worker._pid, worker.kill_outcome, worker.restart_at = 0, None, 0.0
         code = os.waitstatus_to_exitcode(status)
-        if code == 0 and slate.phase in (b"e", b"n"):
-            return  # it has settled everything
-        worker.unreported = True
-        worker._server.close()  # there may be an answer in it
-        cause = f"exited with status {code}"
-        if code < 0:
-            cause = f"was killed by signal {-code} ({signal.strsignal(-code)})"
-        if not slate.kill_at:
-            log.warning("the idle process %d of worker %s %s", pid, worker.name, cause)
-            worker.restart_at = time.monotonic() + 1
-            return
-        index, id, token = slate.text.decode().split(" ", 2)
-        job = worker.queues[int(index)]._job(id)
-        seconds = time.monotonic() - slate.began
-        text = f"the process that ran this job for worker {worker.name} {cause}"
-        if usage:
-            memory = usage.ru_maxrss / (
-                1 << 20 if sys.platform == "darwin" else 1 << 10
+        settled = self.shared.phase in (_Phase.ENDED, _Phase.REPLACE)
+        death = None
+        if code != 0 or not settled:
+            current = self.shared.current_job()
+            seconds = time.monotonic() - self.shared.job_started
+            kill_outcome = self._kill_outcome_for(current)
+            death = _Exit(pid, status, usage, current, kill_outcome, seconds)
+            self.shared.kill_deadline = 0
+        self._forget_child()
+        self.unreported = death
+        if self.connection:
+            self.connection.close()  # it may hold unread replies
+        self.restart_at = time.monotonic() + 1 if death and not death.current else 0.0
+        return death
+
+    def _forget_child(self) -> None:
+        self.pid = 0
+        self.kill_target = self.kill_outcome = None
+
+    def _kill_outcome_for(self, current: _CurrentJob | None) -> Outcome | None:
+        """Return the outcome of the job that ran in a child that was killed; None if it was
+        not killed from here."""
+        if self.kill_outcome:
+            return self.kill_outcome if self.kill_target == current else _INTERRUPTED
+        return _INTERRUPTED if self.shared.phase == _Phase.GAVE_UP else None
+
+    def _keep_connection(self) -> None:
+        """Keep the connection of a child that has left it as it was, for another child."""
+        if self.connection and self.shared.connection_reusable:
+            self.idle_connections.append(self.connection)
+        elif self.connection:
+            self.connection.close()
+        self.connection = None
+
+    def report_commands(self) -> list[Command]:
+        """Return what settles the run that ended by the death of the child, and releases what
+        else it held."""
+        return [*self._settle_commands(), self.instance.release_all_command()]
+
+    def _settle_commands(self) -> list[Command]:
+        if not self.lost_run:
+            return []
+        ttl = self.instance.worker.default_result_ttl
+        return [_settle_runs_command([self.lost_run], ttl)]
+
+    def on_reported(self, replies: list[Any]) -> list[Message]:
+        """Take the replies to report_commands(); return messages to be relayed."""
+        messages: list[Message] = []
+        if self.lost_run:
+            [status], messages = _SettleReply.parse(replies[0])
+            execution, outcome = self.lost_run
+            outcome, status = _outcome_stored(outcome, status)
+            _count_and_log(self.shared, execution.job, outcome, status)
+        self.unreported = self.lost_run = None
+        return messages
+
+    # To end it
+
+    def kill(self, current: _CurrentJob | None, outcome: Outcome) -> None:
+        """Kill the process and its group; `outcome` is that of its job `current`."""
+        self.kill_target = current
+        self.kill_outcome = outcome
+        for kill in (os.killpg, os.kill):  # what the job has started, too
+            with contextlib.suppress(OSError):
+                kill(self.pid, signal.SIGKILL)
+
+    def end_job(self, current: _CurrentJob | None, outcome: Outcome) -> None:
+        """End the job that runs."""
+        if self.pid:
+            self.kill(current, outcome)
+
+    def why_to_kill(self, now: float, healthy_since: float) -> Outcome | None:
+        """Return with which outcome to kill the child, since its job is over its time, or it
+        hangs without one; None if all is well."""
+        if 0 < self.shared.kill_deadline <= now:
+            text = f"killed, {KILL_GRACE:g} s after its timeout had no effect"
+            return Outcome(ResultType.FAILED, text.encode(), rerun="killed")
+        if self._hangs(now, healthy_since):
+            text = "process %d of worker %s hangs, and is killed"
+            log.error(text, self.pid, self.instance.name)
+            return _crash_outcome(
+                "its process hung when it had ended, before that was settled"
             )
-            text += f"; its peak memory was {memory:.0f} MB"
-        outcome = Outcome(
-            ResultType.FAILED, text.encode(), seconds, "crash", _CRASH_POLICY
-        )
-        if verdict and verdict[0] == slate.text:
-            outcome = verdict[1]._replace(seconds=seconds)
-        elif verdict or slate.phase == b"g":  # another job was meant; or see start()
-            outcome = _INTERRUPTED._replace(seconds=seconds)
-        slate.kill_at = 0
-        worker.unsettled = [(Execution(job, token), outcome)]
-        if worker._killed_handler and outcome.rerun == "crash":
-            try:
-                worker._killed_handler(job.queue.fetch_job(id), pid, status, usage)
-            except Exception:
-                log.exception("work_horse_killed_handler failed for job %s", id)
+        return None
 
-    def reap_replaced(self) -> None:
-        """Reap the children that have been replaced."""
-        self.leaving = [pid for pid in self.leaving if not _wait_for(pid)]
+    def _hangs(self, now: float, healthy_since: float) -> bool:
+        """Return whether the child makes no progress, though it runs no job.
 
-    def reap_inherited(self) -> None:
-        """Reap what jobs have left behind, if this process is the one that inherits orphans.  A
-        process in our own group is no orphan of a job: who started it waits for it."""
-        own = {
-            pid for each in self.workers for pid in (each._pid, each.standby_pid)
-        } | {*self.leaving}
-        while self.inherits:
-            flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
-            try:
-                end = os.waitid(os.P_ALL, 0, flags)
-            except ChildProcessError:  # there are no children
-                return
-            if not end or end.si_pid in own or os.getpgid(end.si_pid) == os.getpgrp():
-                return
-            _wait_for(end.si_pid)
+        A loop turns each time that the server answers, at the latest when BLPOP ends; while
+        the server is away, it may try for long.  So what counts is the time in which this
+        process saw no turn, was itself on time, and had answers from the server: twice the
+        longest wait for an answer, a pause, and the attempt that follows."""
+        shared = self.shared
+        is_late = now - self.looked_at > 5  # each second, unless frozen or slow
+        if shared.kill_deadline > 0 or shared.turns != self.seen_turns or is_late:
+            self.seen_turns = shared.turns
+            self.progress_at = now
+        self.looked_at = now
+        since = max(self.progress_at, healthy_since)
+        patience = 2 * (_BlockingConnection.BLPOP_TIMEOUT + self.instance.lease)
+        return bool(now - since > patience)
 
-    def stop(self) -> None:
-        """Have the workers finish their current jobs, and end."""
-        self.stopping_since = self.stopping_since or time.monotonic()
-        for worker in self.workers:
-            worker._shared.stopping = True
-            worker._wakeup.set()
-        self.bell.set()
+    def pids(self) -> list[int]:
+        """Return the numbers of its processes that are not reaped yet."""
+        return [pid for pid in (self.pid, self.standby_pid, *self.exiting_pids) if pid]
 
-    def on_signal(self, number: int, frame: Any) -> None:
-        now = time.monotonic()
-        if number == signal.SIGCHLD:
-            pass  # it has rung the bell
-        elif self.stopping_since is None:
-            self.stopping_since = now  # before the log, which may take its time
-            log.info(
-                "signal %d: finishing the current job; again to give it up", number
-            )
-            self.stop()
-        elif now - self.stopping_since >= 1:  # less is one Ctrl-C that came twice
-            self.cold = True
-            if not self.forks:
-                raise _ColdShutdown
+    def sign_off_commands(self) -> list[Command]:
+        """Return what settles the run that ended by the death of the child, and releases
+        all else, when the worker leaves."""
+        return [*self._settle_commands(), self.instance.sign_off_command()]
 
-    def attend(self, bell: _Wakeup) -> None:
-        """Let signals come here and ring the bell, even if a job took them; if they come at all."""
-        if threading.current_thread() is threading.main_thread():
-            for number in _SIGNALS[: 3 if self.forks else 2]:
-                signal.signal(number, self.on_signal)
-            signal.set_wakeup_fd(bell._writer.fileno(), warn_on_full_buffer=False)
-
-    def leave(self) -> None:
-        """Sign off: whatever is still held goes back to the front of its queue."""
-        self.ear.close()
-        self.leaving += [
-            pid for each in self.workers for pid in (each._pid, each.standby_pid) if pid
-        ]
-        for pid in self.leaving:  # they are spare, or only have to exit; but for errors
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-            self.attempt(_wait_for, pid, 0)
-        # Commands that wait are for whoever has the name now.
-        commands: list[Command] = [] if self.lost_name else [("DEL", self.ear.keys[0])]
-        for queue in self.workers[0].queues if self.scheduler else ():
-            commands.append(("ZREM", f"{queue.prefix}schedulers", self.name))
-        for worker in self.workers:
-            with worker._lock:  # its relief may still be there
-                if worker._current and worker._current not in [
-                    run[0] for run in worker.unsettled
-                ]:
-                    worker.unsettled.append((worker._current, _INTERRUPTED))
-                commands += [
-                    self.give_up_name(worker),
-                    *worker._sign_off_commands(None),
-                ]
-                worker.claimed.clear()
-                worker.unsettled, worker.to_release, worker._request = (
-                    [],
-                    [],
-                    _Request(),
-                )
-            ends: list[Any] = [
-                worker._server,
-                worker.standby_connection,
-                worker.blocking_connection,
-                worker.relay_connection,
-            ]
-            for end in (
-                *ends,
-                *worker.idle_connections,
-                worker._wakeup,
-                worker.start_signal,
-            ):
-                end.close()
-        try:
-            _execute(self.server, *commands)
-        except exceptions.RedisError as error:
-            log.warning("signing off: %s", error)
-        self.server.close()
-        self.bell.close()
-        log.info("worker %s stopped", self.name)
+    def close(self) -> None:
+        """Close the connections."""
+        ends = [self.connection, self.standby_connection, *self.idle_connections]
+        for connection in ends:
+            if connection:
+                connection.close()
+        self.start_signal.close()
 
 
-_PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
-
-
-def _inherits_orphans() -> bool:
-    """Return whether this process is the first of its pid namespace, or a subreaper (prctl(2))."""
-    subreaper = ctypes.c_int()
-    if _PRCTL:
-        _PRCTL(37, ctypes.byref(subreaper))  # PR_GET_CHILD_SUBREAPER
-    return os.getpid() == 1 or subreaper.value != 0
-
-
-def _wait_for(pid: int, flags: int = os.WNOHANG) -> tuple[int, int, Any] | None:
-    """Reap a child; return what os.wait4() does: its number, its status, what it used, which is
-    None if it was not told.  None if it has not ended yet."""
+def _child_main(
+    instance: _Instance, parent: int, start_signal: _Wakeup, connection: _Connection,
+    supervisor_wakeup: _Wakeup,
+) -> None:  # fmt: skip
+    """Wait for the start signal, run the loop of a worker, and exit: what a child does."""
+    shared = instance.shared
+    status = 1
     try:
-        end: tuple[int, int, Any] = os.wait4(pid, flags)
-        return end if end[0] else None
-    except ChildProcessError:
-        # Something else in this process waits for all children, as gevent does, which keeps their
-        # statuses for its own os.waitpid().
-        try:
-            pid, status = os.waitpid(pid, flags)
-        except ChildProcessError:
-            return pid, 0, None  # the status is lost
-        return (pid, status, None) if pid else None
-
-
-def _flush_output() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            stream.flush()
+        _set_up_child(parent)
+        _set_process_title(f"microq {instance.name}: standby")
+        _Wakeup.keep_only(
+            waiting=(instance.wakeup, start_signal), setting=supervisor_wakeup
+        )
+        while not start_signal.wait(math.inf):
+            pass
+        if start_signal.clear():  # else the parent died
+            loop = _WorkLoop(instance, connection, supervisor_wakeup)
+            socket_before = connection.socket
+            phase = loop.run()
+            loop.blocking_connection.close()
+            _close_event_loop()
+            _flush_output()
+            shared.connection_reusable = (
+                socket_before is not None and connection.socket is socket_before
+            )
+            shared.phase = phase
+            status = 0
+            supervisor_wakeup.set()
+    except ServerUnavailable as error:  # told to stop, it did not wait longer
+        log.warning("worker %s gives up: %s", instance.name, error.__cause__)
+        shared.phase = _Phase.GAVE_UP
+    except BaseException:
+        log.exception("worker %s", instance.name)
+        shared.phase = _Phase.RUNNING
+    finally:
+        _flush_output()
+        os._exit(status)  # whatever threads the jobs have left
 
 
 def _set_up_child(parent: int) -> None:
-    """Make a forked process one that dies with its parent, leaves signals to it, and is the first
-    that the kernel kills when memory runs out."""
+    """Make a forked process one that dies with its parent, leaves signals to it, and is the
+    first that the kernel kills when memory runs out."""
     pid = os.getpid()
 
     def on_signal(number: int, frame: Any) -> None:
@@ -6923,15 +7057,610 @@ def _set_up_child(parent: int) -> None:
         signal.signal(number, on_signal)
     os.setpgid(0, 0)
     if _PRCTL:
-        _PRCTL(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; elsewhere the bell tells
-        with contextlib.suppress(
-            OSError
-        ):  # open() touches much, and all that is copied
+        _PRCTL(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; elsewhere the wake-up tells
+        # os.open(), since open() touches much, and all that it touches is copied.
+        with contextlib.suppress(OSError):
             file = os.open("/proc/self/oom_score_adj", os.O_WRONLY)
             os.write(file, b"500")
             os.close(file)
     if os.getppid() != parent:
         os._exit(1)
+
+
+_PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+
+
+def _inherits_orphans() -> bool:
+    """Return whether this process is the first of its pid namespace, or a subreaper
+    (prctl(2))."""
+    subreaper = ctypes.c_int()
+    if _PRCTL:
+        _PRCTL(37, ctypes.byref(subreaper))  # PR_GET_CHILD_SUBREAPER
+    return os.getpid() == 1 or subreaper.value != 0
+
+
+def _wait_for(pid: int, block: bool = False) -> tuple[int, int, Any] | None:
+    """Reap a child; return what os.wait4() does: its number, its status, what it used, which
+    is None if it was not told.  None if it has not ended yet, unless `block`."""
+    flags = 0 if block else os.WNOHANG
+    try:
+        end: tuple[int, int, Any] = os.wait4(pid, flags)
+        return end if end[0] else None
+    except ChildProcessError:
+        # Something else in this process waits for all children, as gevent does, which keeps
+        # their statuses for its own os.waitpid().
+        try:
+            pid, status = os.waitpid(pid, flags)
+        except ChildProcessError:
+            return pid, 0, None  # the status is lost
+        return (pid, status, None) if pid else None
+
+
+def _flush_output() -> None:
+    """Write what Python holds back for stdout and stderr, so that no fork writes it again."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+
+
+# Those that this system has: to stop, and where jobs run in children, that one ended.
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = tuple(
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGCHLD", "SIGALRM")
+    if hasattr(signal, name)
+)
+
+
+@contextlib.contextmanager
+def _signals_restored() -> Iterator[None]:
+    """Leave the handling of signals as it was before the block, if it is ours to change."""
+    with contextlib.ExitStack() as after:
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                after.callback(signal.signal, number, signal.getsignal(number))
+            after.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(-1))
+            if hasattr(signal, "setitimer"):
+                after.callback(signal.setitimer, signal.ITIMER_REAL, 0)
+        yield
+
+
+class _Supervisor:
+    """Keeps workers alive and under control: one whose loop runs in this process, or those
+    whose loops run in children."""
+
+    def __init__(
+        self, name: str, instances: Sequence[_Instance], with_scheduler: bool = False,
+        cron: CronScheduler | None = None, loop: _Loop | None = None,
+    ) -> None:  # fmt: skip
+        first = instances[0]
+        self.name = name
+        self.instances = instances
+        self.queues = first.queues
+        self.with_scheduler = with_scheduler
+        self.cron = cron  # whose entries are kept in the server
+        self.forking = first.forking
+        self.lease = min(instance.lease for instance in instances)
+        self.wakeup = _Wakeup()
+        timeout = first.redis_timeout
+        self.connection = _Connection(first.client, timeout, self.queues[0].prefix)
+        self.inbox = f"microq:inbox:{name}"
+        self.blocking_connection = _BlockingConnection(
+            first.client, timeout, [self.inbox]
+        )
+        self.children: list[_Child] = []
+        self.loop = loop
+        if self.forking:
+            self.children = [
+                _Child(instance, self.wakeup, self.blocking_connection)
+                for instance in instances
+            ]
+        elif loop is None:
+            self.loop = _WorkLoop(
+                first,
+                first.new_connection(),
+                self.wakeup,
+                self.install_signal_handlers,
+            )
+        self.finished = False
+        self.cold_shutdown = False
+        self.stopping_since: float | None = None
+        self.lost_name = ""  # the name of a worker that is another's now
+        self.last_heartbeat = 0.0
+        self.on_time_since = 0.0  # since when heartbeats have been in time
+        self.reported_seconds = 0.0  # of work, by the last heartbeat
+        self.backoff = _Backoff(self.lease / 3)
+        self.retry_at = 0.0
+        self.must_register_queues = True  # in the set of all queues
+        self.must_save_cron = True  # the server has lost the entries
+        self.reaps_orphans = self.forking and _inherits_orphans()
+
+    # The main thread
+
+    def run(
+        self, level: str | int | None, date_format: str | None = None,
+        log_format: str | None = None,
+    ) -> bool:  # fmt: skip
+        """Work until told to stop; return whether there were any jobs."""
+        self._check_fork()
+        _set_up_log(level, date_format, log_format)
+        _main_module_name()
+        self.sign_on()
+        self._log_start()
+        try:
+            with _signals_restored():
+                self.install_signal_handlers()
+                if self.loop:
+                    self._run_in_process(self.loop)
+                else:
+                    _set_process_title(f"microq {self.name}")
+                    self.supervise()
+        except _ColdShutdown:
+            pass  # between jobs, or in a handler of a job that failed
+        finally:
+            self.sign_off()
+        if self.lost_name:
+            text = f"worker {self.lost_name!r} was silent for longer than its lease"
+            raise MicroqError(f"{text}, and another worker has taken its name")
+        if self.cold_shutdown:
+            log.warning("cold shutdown: what was running will run again")
+            raise SystemExit(1)
+        return any(instance.shared.runs for instance in self.instances)
+
+    def _check_fork(self) -> None:
+        """Raise RuntimeError if children are wanted, and can't be had here."""
+        if not self.forking:
+            return
+        if not hasattr(os, "fork"):
+            raise RuntimeError(
+                "this system can't fork; use SimpleWorker, or give fork=False"
+            )
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError("a worker in a thread can't fork; give it fork=False")
+
+    def _log_start(self) -> None:
+        log.info("worker %s (pid %d), microq %s", self.name, os.getpid(), __version__)
+        names = [queue.name for queue in self.queues]
+        log.info("listening on %s", ", ".join(names))
+        warning = _eviction_warning(self.connection)
+        if warning:
+            log.warning(warning)
+
+    def _run_in_process(self, loop: _Loop) -> None:
+        """Run a loop in this thread, and supervise it in another."""
+        thread = threading.Thread(
+            target=self.supervise, name=f"supervisor {self.name}", daemon=True
+        )
+        thread.start()
+        try:
+            loop.run()
+        finally:
+            self.finished = True
+            self.wakeup.set()
+            thread.join()  # a heartbeat after the sign-off would sign it on again
+            _close_event_loop()
+
+    def supervise(self) -> None:
+        """Keep the workers until all have ended."""
+        if not self.forking:
+            self.wakeup.wait(SLOW_JOB_AFTER)  # a short burst needs no supervision
+        while not self.finished:
+            wake_at = time.monotonic() + (0.1 if self.with_scheduler else 1.0)
+            for child in self.children:
+                wake_at = min(wake_at, self._try(self._check_child, child))
+            self._try(self._reap_orphans)
+            if self.children and all(child.finished for child in self.children):
+                self.finished = True
+            wake_at = min(wake_at, self._try(self._heartbeat_if_due))
+            if not self.finished:
+                self._try(self._wait_for_commands, wake_at)
+
+    def _try(self, step: Callable[..., float | None], *args: Any) -> float:
+        """Take a step; return what it returns, or, if it fails, when to try again: nothing
+        may end a supervisor."""
+        try:
+            return step(*args) or math.inf
+        except Exception as error:
+            pause = self.backoff.next_pause(error, f"supervisor of {self.name}")
+            # Others may not be back yet: for a lease this worker reaps none of them.
+            self.on_time_since = time.monotonic()
+            self.retry_at = self.on_time_since + pause
+            return self.retry_at
+
+    def _wait_for_commands(self, until: float) -> None:
+        """Wait for a command and handle it; until the wake-up is set, or that time."""
+        seconds = until - time.monotonic()
+        if time.monotonic() < self.retry_at or self.lost_name:
+            self.wakeup.wait(seconds)
+        else:
+            replies = self.blocking_connection.pop(seconds, self.wakeup)
+            if replies:
+                [_, command] = replies[0]
+                _handle_command(self, command)
+        self.wakeup.clear()
+
+    # To take names
+
+    def sign_on(self) -> None:
+        """Take the names of the workers, and send the first heartbeat.  Where the server does
+        not answer, try again for a lease, then raise ServerUnavailable.  Raises ValueError if a
+        worker of one of the names is alive."""
+        backoff = _Backoff(self.lease / 3)
+        until = time.monotonic() + self.lease
+        while True:
+            try:
+                self._load_scripts()
+                for instance in self.instances:
+                    self._take_name(instance)
+                return self.heartbeat("start")
+            except ServerUnavailable as error:
+                wrong = isinstance(error.__cause__, exceptions.AuthenticationError)
+                if wrong or self.stopping_since or time.monotonic() >= until:
+                    raise
+                time.sleep(backoff.next_pause(error, f"worker {self.name}"))
+            except ValueError:
+                commands = [each.unregister_command() for each in self.instances]
+                _execute(self.connection, *commands)
+                raise
+
+    def _load_scripts(self) -> None:
+        """Make all scripts known: with one that is unknown, a request would be sent twice.
+        Not in a Cluster, where a node may be replaced by another at any time."""
+        if not isinstance(self.instances[0].client, RedisCluster):
+            texts = [script.lua for script in SCRIPTS.values()]
+            _execute(self.connection, *[("SCRIPT", "LOAD", text) for text in texts])
+
+    def _take_name(self, instance: _Instance) -> None:
+        """Hold the name of a worker from now on.  A process of that name which has died gives
+        way at once if it ran beside this one; elsewhere when its record expires.  Raises
+        ValueError if a worker of the name is alive, or may be."""
+        dead = first_record = b""
+        until = time.monotonic() + self.lease
+        while True:
+            command = instance.register_command(self.lease, dead)
+            record = _execute(self.connection, command)[0]
+            if not record:
+                return
+            holder = _parse_record(record)
+            is_near = _runs_beside(holder)
+            pid, host = holder.get("pid"), holder.get("hostname")
+            if not holder or (is_near and not _process_exists(pid)):
+                dead = record
+                continue
+            has_beaten = first_record not in (b"", record)
+            if is_near or has_beaten or time.monotonic() >= until:
+                text = (
+                    f"a worker {instance.name!r} is alive (process {pid} on {host}); "
+                )
+                text += "choose another name, or wait for the end of its lease"
+                raise ValueError(text)
+            if not first_record:
+                text = "a worker %r was there (process %s on %s): waiting for a sign of life"
+                log.info(text, instance.name, pid, host)
+            first_record = record
+            time.sleep(min(0.1, self.lease / 10))
+
+    # Heartbeats
+
+    def _heartbeat_if_due(self) -> float:
+        """Send a heartbeat if it is time; return when the next one is due."""
+        if self._next_heartbeat() <= time.monotonic():
+            on_time = time.monotonic() - self.on_time_since >= self.lease
+            self.heartbeat("reap" if on_time else "")
+        return self._next_heartbeat()
+
+    def _next_heartbeat(self) -> float:
+        """Return when to send a heartbeat: each second while jobs run, so that others see
+        what happens; else three in a lease."""
+        if self.lost_name:
+            return math.inf
+        states = [instance.shared for instance in self.instances]
+        busy_seconds = sum(state.busy_seconds for state in states)
+        is_busy = any(state.kill_deadline for state in states)
+        interval = self.lease / 3
+        if is_busy or busy_seconds != self.reported_seconds:
+            interval = min(interval, 1.0)
+        due = self.last_heartbeat + interval
+        if interval <= 1.0 and self.with_scheduler:
+            due = min(due, *[state.next_scheduled for state in states])
+        return max(due, self.retry_at)
+
+    def heartbeat(self, mode: str) -> None:
+        """Renew the leases, and do what comes with it.  One round trip, if nothing is to be
+        relayed or to be enqueued by cron.
+
+        mode - 'start': the first one, what is held by the names was lost; 'reap': reap
+               workers whose lease has ended; '': reap nobody, since this worker was late"""
+        seconds = sum(instance.shared.busy_seconds for instance in self.instances)
+        cron_queues = self.queues if self.with_scheduler else []
+        replies = iter(
+            _execute(self.connection, *self._heartbeat_commands(mode, cron_queues))
+        )
+        self.last_heartbeat = time.monotonic()
+        self.reported_seconds = seconds
+        self.backoff = _Backoff(self.lease / 3)
+        records = [next(replies) for _ in self.instances]
+        heartbeats = [_HeartbeatReply.parse(next(replies)) for _ in self.instances]
+        suspended_for = next(replies)
+        agendas = [next(replies) for _ in cron_queues]
+        self.must_register_queues = False
+        if self._has_lost_name(records, heartbeats):
+            return
+        for instance, reply in zip(self.instances, heartbeats, strict=True):
+            self._on_heartbeat(instance, reply, mode)
+        self._on_suspension(suspended_for)
+        self._on_agendas(cron_queues, agendas)
+
+    def _heartbeat_commands(
+        self, mode: str, cron_queues: Sequence[Queue]
+    ) -> list[Command]:
+        """Return the commands of a heartbeat, of which heartbeat() takes the replies."""
+        commands = [each.register_command(self.lease) for each in self.instances]
+        commands += [each.heartbeat_command(mode) for each in self.instances]
+        commands.append(("PTTL", _SUSPENDED_KEY))
+        commands += [_cron_read_command(each.prefix, self.name) for each in cron_queues]
+        if mode == "start":
+            commands.append(("DEL", self.inbox))  # for an earlier one of this name
+        if self.must_register_queues:
+            names = [queue.name for queue in self.queues]
+            commands.append(("SADD", _QUEUES_KEY, *names))
+        return commands
+
+    def _has_lost_name(
+        self, records: list[bytes], heartbeats: list[_HeartbeatReply]
+    ) -> bool:
+        """Return whether another worker has one of the names by now.  It has given away what
+        was held by that name, so what runs here is ended."""
+        for instance, other, reply in zip(
+            self.instances, records, heartbeats, strict=True
+        ):
+            if other or reply.name_taken:
+                log.error("worker %s: another worker has this name now", instance.name)
+                self.lost_name = instance.name
+                self.cold_shutdown = self.forking
+                self.request_stop()
+        return self.lost_name != ""
+
+    def _on_heartbeat(
+        self, instance: _Instance, reply: _HeartbeatReply, mode: str
+    ) -> None:
+        """Act on the reply to the heartbeat of a worker."""
+        instance.shared.next_scheduled = math.inf
+        if reply.next_due is not None:
+            seconds = reply.next_due - reply.now
+            instance.shared.next_scheduled = self.last_heartbeat + seconds
+        if not reply.lease_intact:
+            # This worker was late, or the server has lost its data, or is another one.
+            self.must_register_queues = mode != "start"
+            self.on_time_since = time.monotonic()
+        for name in set(reply.reaped):
+            log.warning("worker %s is silent; its jobs run again", name)
+        with contextlib.suppress(ServerUnavailable):
+            _relay(self.connection, reply.messages)
+        if len(reply.messages) >= MAX_JOBS_PER_CALL:  # there is more
+            self.last_heartbeat = 0.0
+
+    def _on_suspension(self, ttl: int) -> None:
+        """Have the workers claim nothing or go on, by the PTTL of the key of suspend()."""
+        suspended = ttl != -2
+        if suspended is not self.instances[0].shared.suspended:
+            log.info("suspended" if suspended else "resumed")
+            for instance in self.instances:
+                instance.shared.suspended = suspended
+                instance.wakeup.set()
+        if ttl > 0:  # look again when it ends
+            next_heartbeat = time.monotonic() + ttl / 1000
+            self.last_heartbeat = min(
+                self.last_heartbeat, next_heartbeat - self.lease / 3
+            )
+
+    def _on_agendas(self, queues: Sequence[Queue], agendas: list[Any]) -> None:
+        """Run cron: enqueue ticks up to a lease ahead, so that all jobs start on time."""
+        stored = [
+            _StoredCron.parse(queue, agenda)
+            for queue, agenda in zip(queues, agendas, strict=True)
+        ]
+        if any(each.new_scheduler for each in stored):
+            self.must_save_cron = True
+        if self.cron and self.must_save_cron:
+            self.cron.save()
+        self.must_save_cron = False
+        _enqueue_ticks(self.connection, stored, self.lease)
+
+    # Children
+
+    def _check_child(self, child: _Child) -> float:
+        """Reap, report, kill or start the child of a worker; return when to look again."""
+        now = time.monotonic()
+        death = child.poll()
+        if death:
+            self._on_death(child, death)
+        child.reap()
+        if child.unreported and now >= self.retry_at:
+            self._report_death(child)
+        must_end = child.shared.stop_requested or child.shared.phase == _Phase.ENDED
+        if child.pid:
+            return self._watch_child(child, now, must_end)
+        if must_end:
+            # After a lease without an answer, the lease of the worker ends by itself.
+            since_stop = now - (self.stopping_since or now)
+            if not child.unreported or since_stop > self.lease:
+                child.finished = True
+        elif not child.unreported and now >= child.restart_at:
+            child.start()
+            if child.pid:
+                return self._watch_child(child, now, must_end)
+        return max(child.restart_at, self.retry_at)
+
+    def _watch_child(self, child: _Child, now: float, must_end: bool) -> float:
+        """Kill a child if need be, and fork its standby child; return as _check_child()."""
+        outcome: Outcome | None = _INTERRUPTED
+        if not self.cold_shutdown:
+            outcome = child.why_to_kill(now, self.on_time_since)
+        if outcome:
+            child.kill(child.shared.current_job(), outcome)
+        if not must_end:
+            child.fork_standby_if_due(now)
+        deadline = float(child.shared.kill_deadline)
+        return deadline if deadline > 0 else math.inf
+
+    def _on_death(self, child: _Child, death: _Exit) -> None:
+        """Note which run ended by the death of a child, and call the handler for that."""
+        instance, current = child.instance, death.current
+        if not current:
+            text = "the idle process %d of worker %s %s"
+            log.warning(text, death.pid, instance.name, death.describe())
+            return
+        job = instance.queues[current.queue_index]._job(current.job_id)
+        outcome = death.outcome(instance.name)
+        child.lost_run = _Run(Execution(job, current.token), outcome)
+        if instance.killed_handler and outcome.rerun == "crash":
+            try:
+                fetched = job.queue.fetch_job(job.id)
+                instance.killed_handler(fetched, death.pid, death.status, death.usage)
+            except Exception:
+                log.exception("work_horse_killed_handler failed for job %s", job.id)
+
+    def _report_death(self, child: _Child) -> None:
+        """Settle what a dead child ran, and release what else it held."""
+        replies = _execute(self.connection, *child.report_commands())
+        messages = child.on_reported(replies)
+        with contextlib.suppress(exceptions.RedisError):
+            _relay(self.connection, messages)
+
+    def _reap_orphans(self) -> None:
+        """Reap what jobs have left behind, if this process is the one that inherits orphans.
+        A process in our own group is no orphan of a job: who started it waits for it."""
+        own = {pid for child in self.children for pid in child.pids()}
+        while self.reaps_orphans:
+            flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+            try:
+                end = os.waitid(os.P_ALL, 0, flags)
+            except ChildProcessError:  # there are no children
+                return
+            if not end or end.si_pid in own or os.getpgid(end.si_pid) == os.getpgrp():
+                return
+            _wait_for(end.si_pid)
+
+    def active_children(self) -> int:
+        """Return how many children run."""
+        return len([child for child in self.children if child.pid])
+
+    # What people and programs tell it
+
+    def install_signal_handlers(self) -> None:
+        """Have signals come here, even if a job took them, and wake who waits in the main
+        thread; nothing in other threads, where no signals come."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        signals = list(_STOP_SIGNALS)
+        if self.forking:
+            signals.append(signal.SIGCHLD)
+        for number in signals:
+            signal.signal(number, self.on_signal)
+        wakeup = self.wakeup if self.forking else self.instances[0].wakeup
+        wakeup.set_by_signals()
+
+    def on_signal(self, number: int, frame: Any) -> None:
+        """Finish the current jobs, or give them up; SIGCHLD only wakes."""
+        if number not in _STOP_SIGNALS:
+            return
+        now = time.monotonic()
+        if self.stopping_since is None:
+            self.stopping_since = now  # before the log, which may take its time
+            log.info(
+                "signal %d: finishing the current job; again to give it up", number
+            )
+            self.request_stop()
+        elif now - self.stopping_since >= 1:  # less is one Ctrl-C that came twice
+            self.cold_shutdown = True
+            if not self.forking:
+                raise _ColdShutdown
+
+    def request_stop(self) -> None:
+        """Have the workers finish their current jobs, and end; for any thread."""
+        self.stopping_since = self.stopping_since or time.monotonic()
+        for instance in self.instances:
+            instance.shared.stop_requested = True
+            instance.wakeup.set()
+        self.wakeup.set()
+
+    def leave_when_idle(self) -> None:
+        """End once nothing is queued; for another thread, of a worker in this process."""
+        if self.loop:
+            self.loop.leave_when_idle()
+
+    def heartbeat_now(self) -> None:
+        """Send a heartbeat with the next step."""
+        self.last_heartbeat = 0.0
+
+    def end_job(
+        self, instance: _Instance, current: _CurrentJob, outcome: Outcome
+    ) -> None:
+        """End the job that a worker runs, with this outcome."""
+        for unit in self._units():
+            if unit.instance is instance:
+                unit.end_job(current, outcome)
+
+    def _units(self) -> Sequence[_Child | _Loop]:
+        """Return what runs the loops of the workers."""
+        return [self.loop] if self.loop else self.children
+
+    # The end
+
+    def sign_off(self) -> None:
+        """Leave: what is still held goes back to the front of its queue."""
+        self.blocking_connection.close()
+        for child in self.children:  # they only have to exit, unless there was an error
+            for pid in child.pids():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                self._try(_wait_for_exit, pid)
+        commands = self._sign_off_commands()
+        for unit in self._units():
+            unit.close()
+        try:
+            _execute(self.connection, *commands)
+        except exceptions.RedisError as error:
+            log.warning("signing off: %s", error)
+        for instance in self.instances:
+            instance.wakeup.close()
+        self.connection.close()
+        self.wakeup.close()
+        log.info("worker %s stopped", self.name)
+
+    def _sign_off_commands(self) -> list[Command]:
+        commands: list[Command] = []
+        if not self.lost_name:  # else commands that wait are for who has the name now
+            commands.append(("DEL", self.inbox))
+        for queue in self.queues if self.with_scheduler else ():
+            commands.append(("ZREM", f"{queue.prefix}schedulers", self.name))
+        for unit in self._units():
+            commands.append(unit.instance.unregister_command())
+            commands += unit.sign_off_commands()
+        return commands
+
+
+def _wait_for_exit(pid: int) -> None:
+    """Wait until a child has ended."""
+    _wait_for(pid, block=True)
+
+
+def _runs_beside(holder: dict[str, Any]) -> bool:
+    """Return whether a worker, by its record, runs or ran in this pid namespace.  One that has
+    this process's own number ran in another container, or before an exec."""
+    same_namespace = holder.get("pid_namespace") == _pid_namespace()
+    return same_namespace and holder.get("pid") != os.getpid()
+
+
+def _set_up_log(
+    level: str | int | None, date_format: str | None, log_format: str | None
+) -> None:
+    """Show microq's log on stderr, unless logging is set up already; None: leave it."""
+    if level is not None:
+        log_format = log_format or "%(asctime)s %(message)s"
+        logging.basicConfig(format=log_format, datefmt=date_format or "%H:%M:%S")
+        log.setLevel(level)
 
 
 class WorkerPool:
@@ -6949,34 +7678,46 @@ class WorkerPool:
         if not isinstance(num_workers, int) or num_workers < 1:
             raise ValueError(f"num_workers={num_workers!r}: give a positive number")
         self.name = name or _default_name()
+        names = [self.name]
+        if num_workers > 1:
+            names = [f"{self.name}-{i + 1}" for i in range(num_workers)]
         options |= {"connection": connection, "fork": True}
-        several = [f"{self.name}-{i + 1}" for i in range(num_workers)]
-        names = several if num_workers > 1 else [self.name]
         self._workers = [worker_class(queues, name=name, **options) for name in names]
         self._supervisor: _Supervisor | None = None
 
-    worker_dict = property(lambda self: {each.name: each for each in self._workers})
-    number_of_active_workers = property(
-        lambda self: sum(bool(w._pid) for w in self._workers)
-    )
+    @property
+    def worker_dict(self) -> dict[str, Worker]:
+        """The workers by their names."""
+        return {worker.name: worker for worker in self._workers}
+
+    @property
+    def number_of_active_workers(self) -> int:
+        """How many workers have a process now."""
+        return self._supervisor.active_children() if self._supervisor else 0
 
     def start(
         self, burst: bool = False, logging_level: str | int | None = "INFO",
-        date_format: str | None = None, log_format: str | None = None, **limits: Any,
+        date_format: str | None = None, log_format: str | None = None,
+        with_scheduler: bool = False, **limits: Any,
     ) -> bool:  # fmt: skip
-        """Run jobs until told to stop; see Worker.work(), whose limits are those of each worker."""
-        self._supervisor = _Supervisor(self.name, self._workers, burst, **limits)
+        """Run jobs until told to stop; see Worker.work(), whose limits are those of each
+        worker."""
+        instances = [each._begin(self.name, burst, **limits) for each in self._workers]
+        self._supervisor = _Supervisor(self.name, instances, with_scheduler)
         return self._supervisor.run(logging_level, date_format, log_format)
 
     def stop_workers(self) -> None:
         """Have the workers finish their current jobs, and end; for another thread."""
         if self._supervisor:
-            self._supervisor.stop()
+            self._supervisor.request_stop()
 
 
 # ---- 11. Commands --------------------------------------------------------------------
-# What people and programs tell a worker that runs: a worker reads its inbox, a list, with
-# its blocking connection, and looks at the key of the suspension with each heartbeat.
+# What people and programs tell a worker that runs.  A command is JSON in the inbox, a
+# list, of its supervisor, which waits there with its blocking connection: see
+# _Supervisor.  Each command is sent by a function, and handled by the function below it.
+# Suspension is a key instead, since it is for workers that start later, too; supervisors
+# look at it with each heartbeat.
 
 
 _SUSPENDED_KEY = "microq:suspended"
@@ -6985,17 +7726,31 @@ _SUSPENDED_KEY = "microq:suspended"
 def send_command(
     connection: Redis | None, worker_name: str, command: str, **details: Any
 ) -> None:
-    """Tell a worker something; it hears within a second or so.  Raises ValueError if no worker of
-    this name is alive."""
-    about = _read_record(
-        _execute_one(_connect(connection), "GET", f"microq:worker:{worker_name}")
-    )
-    if not about:
+    """Tell a worker something; it takes a command within a second or so.  Raises ValueError
+    if no worker of this name is alive.  Two round trips."""
+    client = _connect(connection)
+    info = _parse_record(_execute_one(client, "GET", f"microq:worker:{worker_name}"))
+    if not info:
         raise ValueError(f"no worker {worker_name!r} is alive; see Worker.all()")
-    inbox = f"microq:inbox:{about['inbox']}"
-    words = json.dumps({"command": command, "worker": worker_name, **details})
-    # What nobody takes, because the worker died meanwhile, goes after a minute.
-    _execute(_connect(connection), ("RPUSH", inbox, words), ("EXPIRE", inbox, 60))
+    inbox = f"microq:inbox:{info['inbox']}"
+    text = json.dumps({"command": command, "worker": worker_name, **details})
+    # A command that nobody takes, because the worker died meanwhile, goes after a minute.
+    _execute(client, ("RPUSH", inbox, text), ("EXPIRE", inbox, 60))
+
+
+def _handle_command(supervisor: _Supervisor, text: bytes) -> None:
+    """Do what a command from the inbox says."""
+    shown = text.decode(errors="replace")
+    log.info("supervisor of %s is told: %s", supervisor.name, shown)
+    try:
+        details = json.loads(text)
+        handler = _COMMAND_HANDLERS[details["command"]]
+        instances = {instance.name: instance for instance in supervisor.instances}
+        instance = instances[details["worker"]]
+    except (ValueError, KeyError, TypeError):
+        log.warning("that is no command")
+        return
+    handler(supervisor, instance, details)
 
 
 def send_shutdown_command(connection: Redis | None, worker_name: str) -> None:
@@ -7003,28 +7758,54 @@ def send_shutdown_command(connection: Redis | None, worker_name: str) -> None:
     send_command(connection, worker_name, "shutdown")
 
 
+def _handle_shutdown(
+    supervisor: _Supervisor, instance: _Instance, details: dict[str, Any]
+) -> None:
+    supervisor.request_stop()
+
+
 def send_kill_horse_command(connection: Redis | None, worker_name: str) -> None:
     """Kill the process that runs a worker's current job, which fails; a Retry runs it again."""
     send_command(connection, worker_name, "kill-horse")
 
 
+def _handle_kill_horse(
+    supervisor: _Supervisor, instance: _Instance, details: dict[str, Any]
+) -> None:
+    current = instance.shared.current_job()
+    if current:
+        killed = Outcome(ResultType.FAILED, b"killed by a command", rerun="killed")
+        supervisor.end_job(instance, current, killed)
+
+
 def send_stop_job_command(
     connection: Redis | None, job_id: str, serializer: Any = None
 ) -> None:
-    """Stop a job that runs: it ends as stopped, and is not run again.  Raises NoSuchJobError, or
-    InvalidJobOperation if it does not run."""
+    """Stop a job that runs: it ends as stopped, and is not run again.  Raises NoSuchJobError,
+    or InvalidJobOperation if it does not run."""
     job = Job.fetch(job_id, connection, serializer)
-    if job._status is not JobStatus.STARTED:
-        raise InvalidJobOperation(
-            f"job {job_id!r} is {job._status}; only a started one is stopped"
-        )
+    status = job.get_status(refresh=False)
+    if status is not JobStatus.STARTED:
+        text = f"job {job_id!r} is {status}; only a started one is stopped"
+        raise InvalidJobOperation(text)
     send_command(connection, str(job.worker_name), "stop-job", job_id=job_id)
+
+
+def _handle_stop_job(
+    supervisor: _Supervisor, instance: _Instance, details: dict[str, Any]
+) -> None:
+    current = instance.shared.current_job()
+    if current and current.job_id == details.get("job_id"):
+        stopped = Outcome(ResultType.STOPPED, _STOPPED_REASON, rerun="stopped")
+        supervisor.end_job(instance, current, stopped)
 
 
 def suspend(connection: Redis | None = None, ttl: int | None = None) -> None:
     """Have all workers start no more jobs, for `ttl` seconds or until resume()."""
-    limit = () if ttl is None else ("PX", int(_parse_seconds(ttl, "ttl") * 1000))
-    _execute_one(_connect(connection), "SET", _SUSPENDED_KEY, 1, *limit)
+    expiry: tuple[Any, ...] = ()
+    if ttl is not None:
+        expiry = ("PX", int(_parse_seconds(ttl, "ttl") * 1000))
+    _execute_one(_connect(connection), "SET", _SUSPENDED_KEY, 1, *expiry)
     _tell_workers_to_check_suspension(connection)
 
 
@@ -7043,6 +7824,21 @@ def _tell_workers_to_check_suspension(connection: Redis | None) -> None:
     for key in Worker.all_keys(connection):
         with contextlib.suppress(ValueError):  # it died meanwhile
             send_command(connection, key.removeprefix("microq:worker:"), "suspension")
+
+
+def _handle_suspension(
+    supervisor: _Supervisor, instance: _Instance, details: dict[str, Any]
+) -> None:
+    supervisor.heartbeat_now()
+
+
+_COMMAND_HANDLERS: dict[str, Callable[[_Supervisor, _Instance, dict[str, Any]], None]]
+_COMMAND_HANDLERS = {
+    "shutdown": _handle_shutdown,
+    "kill-horse": _handle_kill_horse,
+    "stop-job": _handle_stop_job,
+    "suspension": _handle_suspension,
+}
 
 
 # ======== Part II: what else there is =================================================
@@ -7916,14 +8712,19 @@ def _enqueue_ticks(
     return [key for key, reply in zip(keys, replies, strict=True) if reply]
 
 
-class _CronOnlyLoop(SimpleWorker):
-    """A worker that runs no jobs: its supervisor runs cron, while the loop waits for the end."""
+class _CronOnlyLoop(_Loop):
+    """A loop that runs no jobs: its supervisor runs cron, while the loop waits for the
+    end."""
 
-    def run_loop(self) -> bytes:
-        while not self._shared.stopping:
-            self._wakeup.watch(math.inf)
-            self._wakeup.clear()
-        return b"e"
+    def __init__(self, instance: _Instance) -> None:
+        self.instance = instance
+
+    def run(self) -> _Phase:
+        """Wait until the supervisor is told to stop."""
+        while not self.instance.shared.stop_requested:
+            self.instance.wakeup.wait(math.inf)
+            self.instance.wakeup.clear()
+        return _Phase.ENDED
 
 
 class CronScheduler:
@@ -8031,10 +8832,12 @@ class CronScheduler:
         has a scheduler does the same; there may be any number of both."""
         if not self._jobs:
             raise ValueError("nothing is registered, so there is nothing to run")
-        loop = _CronOnlyLoop(self._queues(), self.name)
-        supervisor = _Supervisor(self.name, [loop], with_scheduler=True)
-        supervisor.cron = self
-        loop._prefixes = []  # so that it is no worker of these queues
+        worker = SimpleWorker(self._queues(), self.name)
+        # Without prefixes: it is no worker of these queues.
+        instance = worker._begin(self.name, prefixes=[])
+        supervisor = _Supervisor(
+            self.name, [instance], True, cron=self, loop=_CronOnlyLoop(instance)
+        )
         supervisor.run(self.logging_level)
 
     def load_config_from_file(self, config_path: str) -> None:

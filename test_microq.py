@@ -1312,7 +1312,7 @@ def start_worker_that_detects_hangs(server):
     """Start a worker that takes a child for hung after a second and a half."""
     code = f"""
 import redis, microq, test_microq
-microq._BlockingConnection.SECONDS = 0.25
+microq._BlockingConnection.BLPOP_TIMEOUT = 0.25
 microq.Worker("default", lease=0.5, connection=redis.Redis.from_url({server.url!r})).work()
 """
     return start_script(code, stderr=subprocess.PIPE, text=True)
@@ -1576,11 +1576,8 @@ def expire_entry(redis, queue, container, job):
 
 def record_of_another_container(worker, **details):
     """The record of a worker with the same name, host and process, but in another container."""
-    about = json.loads(worker._info_json("bee")) | {
-        "instance": "a",
-        "pid_namespace": "there",
-    }
-    return json.dumps(about | details)
+    about = worker._new_info() | {"inbox": "bee", "instance": "a"}
+    return json.dumps(about | {"pid_namespace": "there"} | details)
 
 
 # ---- Helpers: observing --------------------------------------------------------------
@@ -4842,7 +4839,7 @@ def test_batch_watchdog_tries_again_after_a_cut_connection(queue, monkeypatch):
     read_replies = microq._read_replies
 
     def cut_once(raw, count):
-        if threading.current_thread().name == "relief" and not cuts:
+        if threading.current_thread().name == "batch watchdog" and not cuts:
             cuts.append(1)
             raw.disconnect()
             raise redis_py.exceptions.ConnectionError("cut")
@@ -5046,7 +5043,7 @@ def test_workers_do_not_all_come_back_at_the_same_time():
     pauses = []
     for _ in range(20):
         backoff = microq._Backoff(1.0)
-        pauses.append([backoff.after(error, "test") for _ in range(7)])
+        pauses.append([backoff.next_pause(error, "test") for _ in range(7)])
     longest = [0, 0.1, 0.2, 0.4, 0.8, 1, 1]
     for one, most in zip(zip(*pauses, strict=True), longest, strict=True):
         assert all(most / 2 <= pause <= most for pause in one)
@@ -5527,7 +5524,7 @@ def test_worker_that_ends_by_an_error_sends_no_more_heartbeats(
 ):
     worker = SimpleWorker(queue, lease=0.3)
     before = threading.active_count()
-    monkeypatch.setattr(worker, "run_loop", lambda *_: 1 / 0)
+    monkeypatch.setattr(microq._WorkLoop, "run", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         worker.work(logging_level=None)
     assert threading.active_count() == before
