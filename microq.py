@@ -4924,8 +4924,11 @@ def _log_start(job: Job, describe: bool) -> None:
 def _outcome_from_outside(job: Job) -> tuple[Outcome, Any]:
     """Return the outcome of a job that was killed or stopped by its supervisor.
 
-    The job does not run again. It was claimed only so that its callback is called."""
+    The job does not run again. It was claimed only so that its callback is called. The
+    field is not signed, so it can't make a job that has not run a successful one."""
     kind, _, reason = job._text("verdict").strip().partition(" ")
+    if kind not in (ResultType.FAILED, ResultType.STOPPED):
+        raise DeserializationError(f"the end of job {job.id} can't be read back")
     return Outcome(ResultType(kind), reason.encode()), AbandonedJobError(reason)
 
 

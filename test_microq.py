@@ -4356,6 +4356,19 @@ def test_exception_handlers_are_called_until_one_returns_false(redis, queue, run
         Worker(queue, exception_handlers=[7])
 
 
+@pytest.mark.parametrize("end", ["successful forged", "retried", "nonsense"])
+def test_a_job_that_has_not_run_is_not_made_successful_from_outside(
+    redis, queue, callback_log, end
+):
+    """The field for the end of a job that was killed or stopped is not signed."""
+    job = queue.enqueue(add, on_success=log_success, on_failure=log_failure)
+    child = queue.enqueue(add, depends_on=job)
+    redis.hset(job.key, "verdict", end)
+    work(queue)
+    assert statuses(job, child) == ["failed", "deferred"]
+    assert [entry.split()[0] for entry in callback_log()] == ["failure"]
+
+
 # ---- 8. Running a job: retries and repeats -------------------------------------------
 
 
