@@ -157,7 +157,6 @@ import contextlib
 import contextvars
 import ctypes
 import enum
-import fcntl
 import functools
 import hashlib
 import hmac
@@ -202,6 +201,11 @@ from redis.backoff import NoBackoff
 from redis.connection import SSLConnection, UnixDomainSocketConnection
 from redis.retry import Retry as RedisRetry
 from redis.sentinel import Sentinel
+
+try:
+    import fcntl
+except ImportError:  # Windows, where there is no embedded server
+    fcntl = None  # type: ignore[assignment]
 
 try:
     from setproctitle import setproctitle as _set_process_title
@@ -1247,15 +1251,16 @@ def _resolve_class(choice: Any, default: Any) -> Any:
 
 
 # ---- 4. Redis ------------------------------------------------------------------------
-# How commands get to Redis and replies come back.  All calls go through _execute(), which
-# makes one round trip.  It may send commands twice, since a reply may be lost or a script
-# unknown; so it is for commands that may come twice, as all scripts may (section 5).
-# Replies are bytes.  Trouble with the server is raised as ServerUnavailable, which says
-# what to do about it.
+# How commands get to Redis and replies come back.  All calls go through _execute(),
+# which makes one round trip.  It may send commands twice, since a reply may be lost or
+# a script unknown; so it is for commands that may come twice, as all scripts may
+# (section 5). Replies are bytes.  Trouble with the server is raised as
+# ServerUnavailable, which says what to do about it.
 #
-# Most calls use _ConnectionPool.  A worker has _Connections of its own, on which it can
-# send a request before it runs jobs and read the replies afterwards, and a
-# _BlockingConnection, on which it waits for work.  This section uses only section 1.
+# Most calls take a connection from a _ConnectionPool.  A worker has _Connections of its
+# own, on which it sends a request before it runs jobs and reads the replies afterwards,
+# and a _BlockingConnection, on which it waits for work.  Uses sections 1 and 2, and the
+# _Wakeup of section 9.
 
 
 SCRIPTS: dict[str, Script] = {}  # by SHA1
@@ -1264,8 +1269,8 @@ _NO_RETRIES = RedisRetry(NoBackoff(), 0)  # makes redis-py try once
 
 _REDIS_ERRORS = (exceptions.RedisError, exceptions.RedisClusterException)
 _UNREACHABLE = (exceptions.ConnectionError, exceptions.TimeoutError)
-# Errors that pass by themselves: no server, a server that is loading its data, a fail-over,
-# a disk or memory that is full.
+# Errors that pass by themselves: no server, a server that is loading its data, a
+# fail-over, a disk or memory that is full.
 _TRANSIENT_ERRORS = (
     *_UNREACHABLE, exceptions.ReadOnlyError, exceptions.OutOfMemoryError,
     exceptions.ClusterError, exceptions.RedisClusterException,
@@ -1276,14 +1281,16 @@ _TRANSIENT_REPLIES = (
 
 
 def _queue_prefix(queue: str) -> str:
-    """Return what all keys of `queue` begin with; ValueError if the name gives no slot."""
+    """Return what all keys of a queue begin with; ValueError if its name has no slot."""
     shape = r"(\{[^{}\s]+\})?[^{}\s]+"
     valid = isinstance(queue, str) and re.fullmatch(shape, queue)
     if not valid or _CONTROL_CHARACTER.search(queue):
-        rule = "no white space, no control characters, and "
-        rule += "braces only around a tag at the front, as in '{mail}high'"
-        raise ValueError(f"queue name {queue!r}: a non-empty string, {rule}")
-    return f"microq:{queue}:" if queue[0] == "{" else f"microq:{{{queue}}}:"
+        raise ValueError(
+            f"queue name {queue!r}: a non-empty string, no white space, no control "
+            "characters, and braces only around a tag at the front, as in '{mail}high'"
+        )
+    tagged = queue if queue.startswith("{") else f"{{{queue}}}"
+    return f"microq:{tagged}:"
 
 
 class Script:
@@ -1378,7 +1385,7 @@ def _cluster_advice(error: Exception, client: Any) -> str:
 
 
 def _raise_explained(error: Exception, connection: Any) -> NoReturn:
-    """Raise ServerUnavailable or ClusterUsageError where one of them fits, else `error`.
+    """Raise ServerUnavailable or ClusterUsageError if one of them fits, else `error`.
 
     `connection` is a client or a _Connection."""
     client = connection
@@ -1418,8 +1425,8 @@ def _make_client(kind: Any, **options: Any) -> Any:
 def _client_of_url(url: str, kind: Any = None) -> Any:
     """Return a client for `url`, of the class `kind` if that is given.
 
-    Without it, redis+cluster:// and rediss+cluster://, which name one node of a Cluster,
-    make a RedisCluster, and any other URL makes a Redis."""
+    Without it, redis+cluster:// and rediss+cluster://, which name one node of a
+    Cluster, make a RedisCluster, and any other URL makes a Redis."""
     scheme, cluster, rest = url.partition("+cluster://")
     if cluster:
         return _make_client(kind or RedisCluster, url=f"{scheme}://{rest}")
@@ -1528,7 +1535,7 @@ class _Connection:
         return _send_and_receive(self._ready(), commands)
 
     def send_ahead(self, commands: Sequence[Command]) -> None:
-        """Send commands whose replies receive() reads, so that the server works meanwhile.
+        """Send commands for receive(), so that the server works on them meanwhile.
 
         `sent` is what was sent. It stays empty if that failed, and on a Cluster, where
         the commands may be for several nodes; then execute() is to run them."""
@@ -1552,7 +1559,7 @@ class _Connection:
         self.sent = ()
 
     def _ready(self) -> Any:
-        """Return redis-py's connection, which connects when it sends its first command."""
+        """Return redis-py's connection, which connects when it sends something."""
         if self.sent:  # their replies would be taken for those to the next commands
             self.close()
         if self.raw is None:
@@ -1560,6 +1567,7 @@ class _Connection:
         return self.raw
 
     def _make(self) -> Any:
+        """Return a new connection of redis-py."""
         node: Any = self.client
         if isinstance(node, RedisCluster):
             node = node.get_redis_connection(node.get_node_from_key(self.key))
@@ -1572,14 +1580,14 @@ class _Connection:
 
 
 class _BlockingConnection(_Connection):
-    """The connection on which a process blocks in BLPOP, until there is an element in one
-    of the lists `keys`.
+    """The connection on which a process waits for an element of the lists `keys`.
 
-    The server is asked to wait for BLPOP_TIMEOUT seconds, and pop() watches the socket for
-    as long as its caller wants to wait: the server's own timeout comes up to 0.1 s late,
-    since a server without work looks at its clock only each 1/hz seconds. So a call may be
-    under way after pop() has returned. The next pop() goes on with it; close() ends it,
-    so that it takes no element that nobody expects."""
+    It uses BLPOP. The server is asked to wait for BLPOP_TIMEOUT seconds, and pop()
+    watches the socket for as long as its caller wants to wait: the server's own timeout
+    comes up to 0.1 s late, since a server without work looks at its clock only each
+    1/hz seconds. So a call may be under way after pop() has returned. The next pop()
+    goes on with it; close() ends it, so that it takes no element that nobody
+    expects."""
 
     BLPOP_TIMEOUT = 10  # seconds, after which the server answers if it is still there
 
@@ -1594,9 +1602,9 @@ class _BlockingConnection(_Connection):
         """Wait up to `timeout` seconds for an element; None if `wakeup` was set before.
 
         Returns the reply to BLPOP, which is (key, element), and those to the commands
-        `piggyback`, which the server runs as soon as there is an element. That saves the
-        round trip that would follow. After BLPOP_TIMEOUT seconds without an element the
-        server runs them, too; then the first reply is None."""
+        `piggyback`, which the server runs as soon as there is an element. That saves
+        the round trip that would follow. After BLPOP_TIMEOUT seconds without an element
+        the server runs them, too; then the first reply is None."""
         commands = [("BLPOP", *self.keys, self.BLPOP_TIMEOUT), *piggyback]
         try:
             return self._wait_for_reply(time.monotonic() + timeout, wakeup, commands)
@@ -1608,6 +1616,7 @@ class _BlockingConnection(_Connection):
     def _wait_for_reply(
         self, until: float, wakeup: _Wakeup, commands: Sequence[Command]
     ) -> list[Any] | None:
+        """Send the commands, unless a call is under way, and return their replies."""
         while True:
             if self._reply_deadline is None:
                 _send_packed(self._ready(), commands)
@@ -1631,7 +1640,8 @@ class _BlockingConnection(_Connection):
     def _learn_new_slots(self, error: BaseException) -> None:
         """Read the map of a Cluster again if the slot of `keys` may have moved.
 
-        redis-py learns of a move from its own calls, and none of them is for this slot."""
+        redis-py learns of a move from its own calls, and none of them is for this
+        slot."""
         if isinstance(self.client, RedisCluster) and isinstance(
             error, (exceptions.MovedError, *_UNREACHABLE)
         ):
@@ -1680,6 +1690,7 @@ class _ConnectionPool:
             self._release(raw)
 
     def _acquire(self) -> Any:
+        """Return an idle connection, or a new one, for this call alone."""
         while True:
             try:
                 raw = self._idle.pop()
@@ -1696,7 +1707,7 @@ class _ConnectionPool:
 
 
 def _pipeline(client: Any, commands: Sequence[Command]) -> list[Any]:
-    """Run the commands by a pipeline of redis-py, which finds the nodes of a Cluster."""
+    """Run the commands by redis-py's pipeline, which finds the nodes of a Cluster."""
     try:
         with client.pipeline(transaction=False) as pipe:
             for command in commands:
@@ -1726,7 +1737,7 @@ def _execute_on_cluster(client: Any, commands: Sequence[Command]) -> list[Any]:
 
 
 def _execute_once(connection: Any, commands: Sequence[Command]) -> list[Any]:
-    """Run the commands; raises NoScriptError where the server does not know a script."""
+    """Run the commands; raises NoScriptError if the server does not know a script."""
     if isinstance(connection, _Connection):
         return connection.execute(commands)
     if isinstance(connection, RedisCluster):
@@ -1770,10 +1781,10 @@ def _receive(connection: _Connection) -> list[Any]:
 
 
 def _eviction_warning(connection: _Connection) -> str:
-    """Return a warning if the server deletes keys when its memory is full; '' otherwise.
+    """Return a warning if the server deletes keys when its memory is full; else ''.
 
-    A server that does not tell its policy gives ''. In a Cluster, the node that holds the
-    key of `connection` is asked. One round trip."""
+    A server that does not tell its policy gives ''. In a Cluster, the node that holds
+    the key of `connection` is asked. One round trip."""
     try:
         [info] = _send_and_receive(connection.connect(), [("INFO", "memory")])
     except (*_REDIS_ERRORS, OSError):
@@ -4851,10 +4862,11 @@ def job(
 
 # ---- 8. Running a job ----------------------------------------------------------------
 # perform() runs a job and returns an Outcome.  It never raises, whatever the job does.
-# All that users wrote (functions, callbacks, exception handlers) is called from here, under
-# a time limit that an _Interrupter keeps.  Nothing is stored meanwhile, but for the error of
-# a callback: if the process dies, the job runs again.  _settlement() turns the Outcome
-# into the one transition that records it.  Uses sections 1 to 6.
+# All that users wrote (functions, callbacks, exception handlers) is called from here.
+# Functions and callbacks have a time limit, which an _Interrupter keeps.  Nothing is
+# stored meanwhile, but for the error of a callback: if the process dies, the job runs
+# again. _settlement() turns the Outcome into the one transition that records it.  Uses
+# sections 1 to 6.
 
 _STOPPED_REASON = b"stopped by a command"
 _CRASH_POLICY = Retry(MAX_CRASHES, 0, enqueue_at_front=True).to_field()
@@ -4868,8 +4880,8 @@ def perform(
 ) -> Outcome:
     """Run a job and then its callback; return how the run ended.
 
-    handlers - called with (job, type, exception, traceback) if the job raised, one after
-               the other, until one returns False
+    handlers - called in turn with (job, type, exception, traceback) if the job raised,
+               until one returns False
     describe - whether the log shows the call"""
     started = time.perf_counter()
     token = _current_job.set(execution.job)
@@ -4886,7 +4898,7 @@ def perform(
 def _run_function(
     execution: Execution, handlers: Handlers, started: float, describe: bool
 ) -> tuple[Outcome, Any]:
-    """Run the job's function; return the outcome, and the value or error for a callback."""
+    """Run the job's function; return the outcome, and the value or error."""
     job = execution.job
     try:
         _check_before_run(job)
@@ -4908,8 +4920,10 @@ def _run_function(
 
 
 def _check_before_run(job: Job) -> None:
-    """Raise DeserializationError if the job must not run: it is not as it was signed, or
-    nobody could tell after the run whether it is to run again."""
+    """Raise DeserializationError if the job must not run.
+
+    It is not as it was signed, or its policies are garbled, so that nobody could tell
+    after the run whether it is to run again."""
     job._check_signature()
     job._option("retry")
     job._option("repeat")
@@ -4935,7 +4949,7 @@ def _outcome_from_outside(job: Job) -> tuple[Outcome, Any]:
 def _outcome_of_value(
     execution: Execution, value: Any, seconds: float
 ) -> tuple[Outcome, Any]:
-    """Return the outcome of a function that has returned `value`, and what a callback gets.
+    """Return the outcome of a job that returned `value`, and what its callback gets.
 
     A value that can't be stored fails the job, and it is not retried."""
     if isinstance(value, Retry):
@@ -4950,7 +4964,7 @@ def _outcome_of_value(
 
 
 def _serialize_result(execution: Execution, value: Any) -> bytes:
-    """Return the bytes to store for a return value; b"" for None. TypeError if it can't be."""
+    """Return the bytes to store for a return value, b"" for None; TypeError if none."""
     if value is None:
         return b""
     job = execution.job
@@ -4996,8 +5010,9 @@ def _call_exception_handlers(
 def _call_with_timeout(
     execution: Execution, seconds: float, call: Callable[[], Any]
 ) -> Any:
-    """Return what `call` returns. Raises JobTimeoutException in it after so many seconds;
-    -1: never. A coroutine that it returns is run, too."""
+    """Return what `call` returns; if that is a coroutine, run it first.
+
+    Raises JobTimeoutException in it after so many seconds; -1: never."""
     interrupter = _thread_state.interrupter
     interrupt = interrupter.arm(seconds)
     if execution.run_state is not None:
@@ -5012,8 +5027,8 @@ def _call_with_timeout(
 def _run_callback(execution: Execution, outcome: Outcome, value_or_error: Any) -> None:
     """Run the callback for an outcome, which is not stored yet.
 
-    If the worker dies meanwhile, the job runs again. Nothing that the callback does changes
-    the outcome; if it raises, the traceback is stored with the job."""
+    If the worker dies meanwhile, the job runs again. Nothing that the callback does
+    changes the outcome; if it raises, the traceback is stored with the job."""
     job = execution.job
     name = _CALLBACK_FIELDS.get(outcome.type, "")
     if name not in job._fields:
@@ -5059,7 +5074,8 @@ def _send_webhooks(execution: Execution, outcome: Outcome, status: str) -> None:
         body = json.dumps(payload).encode() if hook.method == "POST" else None
         headers = {"Content-Type": "application/json"} | (hook.headers or {})
         request = Request(hook.url, body, headers, method=hook.method)
-        # urlopen's timeout is that of each packet, _call_with_timeout()'s is that of all.
+        # urlopen's timeout is that of each packet, _call_with_timeout()'s is that of
+        # all.
         send = functools.partial(urlopen, request, timeout=hook.timeout)
         try:
             _call_with_timeout(execution, hook.timeout, send).close()
@@ -5088,7 +5104,7 @@ def _webhook_payload(
 
 
 def _replace_oversized(outcome: Outcome) -> Outcome:
-    """Return what to settle in place of an outcome that is too large for the connection."""
+    """Return the outcome, or a failure if it may be too large for a connection."""
     size = len(outcome.payload)
     if size <= MAX_SAFE_PAYLOAD:
         return outcome
@@ -5102,7 +5118,8 @@ def _settlement(
     """Return what the script `settle` is told of an outcome."""
     job = execution.job
     rerun = outcome.rerun
-    # The supervisor, which settles for a child that died, has not read the job's fields.
+    # The supervisor, which settles for a child that died, has not read the job's
+    # fields.
     if job._fields and not outcome.policy and rerun not in job._fields:
         rerun = ""  # the job has no such policy
     ttl = DEFAULT_FAILURE_TTL
@@ -5124,13 +5141,14 @@ def _settlement(
 
 
 class _Interrupter:
-    """Ends a call in one thread by raising an exception in it: when its time is over, or
-    when interrupt() is called in another thread.
+    """Ends a call in one thread by raising an exception in it.
 
-    arm() begins a call and disarm() ends it. Each call has a number, so that an interrupt
-    that comes late does not hit the next call. This class raises an asynchronous exception,
-    as any thread can: it takes effect between two bytecodes, so a call that blocks in the
-    kernel goes on until it returns."""
+    It does so when the time of the call is over, or interrupt() is called elsewhere.
+
+    arm() begins a call and disarm() ends it. Each call has a number, so that an
+    interrupt that comes late does not hit the next call. This class raises an
+    asynchronous exception, as any thread can: it takes effect between two bytecodes, so
+    a call that blocks in the kernel goes on until it returns."""
 
     def __init__(self) -> None:
         self.thread_id = threading.get_ident()
@@ -5159,7 +5177,8 @@ class _Interrupter:
             self.timer = None
 
     def rearm(self) -> None:
-        """Go on with the call, in which another interrupter was at work in this thread."""
+        """Go on with the call, in which another interrupter was used in this thread."""
+        # Nothing is to be done: the timer went on meanwhile.
 
     def interrupt(self, run_number: int, reason: type[BaseException]) -> None:
         """Raise `reason` in the call of this number, unless it has ended."""
@@ -5227,7 +5246,8 @@ class _AlarmInterrupter(_Interrupter):
 
 def _make_interrupter() -> _Interrupter:
     """Return an interrupter for this thread."""
-    if threading.current_thread() is threading.main_thread():
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread and hasattr(signal, "SIGALRM"):  # Windows has no alarm
         return _AlarmInterrupter()
     return _Interrupter()
 
@@ -5237,7 +5257,7 @@ class _ThreadState(threading.local):
 
     interrupter - ends its calls
     event_loop  - runs coroutines; made when it is first needed
-    loop_pid    - the process that made the event loop; in a fork of it, it is of no use"""
+    loop_pid    - the process that made the event loop; no other one can use it"""
 
     def __init__(self) -> None:
         self.interrupter = _make_interrupter()
@@ -9033,7 +9053,12 @@ def embedded(dir: str | os.PathLike[str] | None = None) -> Redis:
     """Return a connection to a private server, started if need be. With a directory, jobs survive
     in its append-only file; without one, all is gone when this process, or the server, ends.  The
     directory must belong to this user, and gets mode 0700.  Raises ServerUnavailable if it does
-    not, if there is no server program, or if the server does not start."""
+    not, if there is no server program, or if the server does not start; and on Windows."""
+    if fcntl is None:
+        raise ServerUnavailable(
+            "the embedded server needs a Unix system, for its locks and its socket; "
+            "start a server, and name it by --url or $MICROQ_URL"
+        )
     private = dir is None
     home = (
         Path(tempfile.mkdtemp(prefix="microq-") if dir is None else dir)
