@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import ctypes
 import fcntl
+import fnmatch
 import functools
 import gc
 import http.server
@@ -2000,6 +2001,13 @@ def test_every_field_of_a_job_is_in_the_table(redis, queue):
     seen = {name.decode() for id in "ab" for name in redis.hkeys(f"{Q}job:{id}")}
     assert job.get_status() == "finished"
     assert seen <= named, seen - named
+
+
+def test_every_test_that_the_readme_names_exists():
+    tests = [name for name in globals() if name.startswith("test_")]
+    named = re.findall(r"`(test_[\w*]+)`", README)
+    missing = [name for name in named if not fnmatch.filter(tests, name)]
+    assert named and not missing
 
 
 # ---- 2. Values and options -----------------------------------------------------------

@@ -1,13 +1,13 @@
-"""How does microq compare with its competitors?  Writes the tables of bench/README.md.
+"""How does microq compare with its competitors? Writes the tables of bench/README.md.
 
     python -m bench
     python -m bench --competitors rq huey --questions drain latency --repeat 9
     python -m bench --server /usr/bin/redis-server --long
 
-The questions are the files ask_*.py; each one says what it measures.  In each round every
-competitor is measured in turn, and each round begins with another competitor.  Figures are
-medians over the rounds; ratios are medians of the ratios within a round.  The absolute figures
-depend on the machine.
+The questions are the files ask_*.py; each one says what it measures. In each round
+every competitor is measured in turn, and each round begins with another competitor.
+Figures are medians over the rounds; ratios are medians of the ratios within a round.
+The absolute figures depend on the machine.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def module_of(question):
 class Results:
     """What was measured.
 
-    values[question, competitor][label, figure] is a list with an entry for each round; the
-    entry of a latency is a list of all latencies of the round.
+    values[question, competitor][label, figure] is a list with an entry for each round;
+    the entry of a latency is a list of all latencies of the round.
     failures[question, competitor] is the reason why there are no values.
     """
 
@@ -100,7 +100,7 @@ class Results:
 
 
 def attempt(results, question, deployment, number=0, **options):
-    """Measure a competitor, unless it has failed at this question or does not take part."""
+    """Measure a competitor, unless it does not take part or has failed before."""
     competitor = deployment.competitor
     module = module_of(question)
     takes_part = competitor.name in getattr(module, "COMPETITORS", [competitor.name])
@@ -110,7 +110,7 @@ def attempt(results, question, deployment, number=0, **options):
 
 
 def call_and_add(results, question, deployment, number, measure, options):
-    """Call a function that measures, and add its figures, or the reason why it failed."""
+    """Call a function that measures; add its figures, or the reason why it failed."""
     name = deployment.competitor.name
     begun_at = time.monotonic()
     first = deployment.next_number

@@ -1,4 +1,6 @@
-"""What do Redis, redis-py and the system cost without any queue?  The floors of the tables."""
+"""What do Redis, redis-py and the system cost without any queue? The floors of the
+tables.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ def ping(count):
 
 
 def slow_pings(count, least, most):
-    """Return milliseconds of Redis.ping(), each after a pause of `least` to `most` s."""
+    """Return the ms of each Redis.ping(), after a pause of `least` to `most` s."""
     durations = []
     for _ in range(count):
         time.sleep(random.uniform(least, most))
@@ -63,7 +65,7 @@ def push(count, size):
 
 
 def fork(count):
-    """Return fork + exit + wait per second, of a process with a microq worker in memory."""
+    """Return fork + exit + wait per second, with a microq worker in memory."""
     worker = microq.Worker(["bench"], connection=CLIENT)
     begun_at = time.perf_counter()
     for _ in range(count):

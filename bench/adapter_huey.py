@@ -1,4 +1,7 @@
-"""How is huey 3.5 used?  With RedisHuey and its consumer, as its documentation begins."""
+"""How is huey 3.5 used? With RedisHuey and its consumer.
+
+As its documentation begins.
+"""
 
 from __future__ import annotations
 

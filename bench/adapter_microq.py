@@ -1,8 +1,8 @@
-"""How is microq used?  As its README begins.
+"""How is microq used? As its README begins.
 
-Every adapter has what stands below the second line, for the benchmarks.  Those of microq and
-RQ also have what stands above it, for torture.py.  `layout_errors` uses test_microq.py, whose
-check of the keys runs there after every test.
+Every adapter has what stands below the second line, for the benchmarks. Those of microq
+and RQ also have what stands above it, for torture.py. `layout_errors` uses
+test_microq.py, whose check of the keys runs there after every test.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def connect(url):
 def enqueue_job(connection, queue, id, kind, arguments):
     """Enqueue torture.job(*arguments).
 
-    A job of this id that is there already was stored by an earlier call, whose reply was lost.
+    If there is a job of this id, an earlier call stored it, and its reply was lost.
     """
     queue = Queue(queue, connection)
     call = ("torture.job", *arguments)

@@ -1,9 +1,10 @@
-"""How is RQ 3.0 used?  For the benchmarks with its defaults, as its documentation begins.
+"""How is RQ 3.0 used? For the benchmarks with its defaults, as its documentation
+begins.
 
 For torture.py it is configured to recover as fast as its options allow: maintenance and
-heartbeats every 5 s (its defaults are 600 and 30), an idle worker looks for due jobs every
-15 s (405), all workers run the scheduler, and every job has a Retry, since RQ fails a job
-without one when its worker died.
+heartbeats every 5 s (its defaults are 600 and 30), an idle worker looks for due jobs
+every 15 s (405), all workers run the scheduler, and every job has a Retry, since RQ
+fails a job without one when its worker died.
 """
 
 from __future__ import annotations
@@ -89,8 +90,8 @@ def layout_errors(connection):
 
 PINS = ["rq==3.0.0", "redis==8.1.0", "hiredis==3.5.0"]
 ABOUT = (
-    "`SimpleWorker`, or `Worker` (its default), with its scheduler, since microq's workers have "
-    "one; results are stored (its default)"
+    "`SimpleWorker`, or `Worker` (its default), with its scheduler, since microq's "
+    "workers have one; results are stored (its default)"
 )
 SAFE = "it is failed, or runs again if it has a Retry"
 WORKERS = {

@@ -1,4 +1,7 @@
-"""How is saq 0.26 used?  With a Redis queue and settings, as its documentation begins."""
+"""How is saq 0.26 used? With a Redis queue and settings.
+
+As its documentation begins.
+"""
 
 from __future__ import annotations
 

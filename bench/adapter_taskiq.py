@@ -1,4 +1,4 @@
-"""How is taskiq 0.13 used?  With RedisStreamBroker and the result backend of taskiq-redis 1.2.
+"""How is taskiq 0.13 used? With taskiq-redis 1.2: RedisStreamBroker and its results.
 
 As taskiq-redis recommends.
 """

@@ -1,8 +1,9 @@
-"""How many bytes does Redis need for a queued and for a finished no-op job, whose argument is a
-number?
+"""How many bytes does Redis need for a queued and for a finished no-op job, whose
+argument is a number?
 
-The memory that the server has allocated, without the buffers of its clients, before and after up
-to 500 jobs.  Finished jobs are measured while the worker that has run as many jobs before is idle.
+The memory that the server has allocated, without the buffers of its clients, before and
+after up to 500 jobs. Finished jobs are measured while the worker that has run as many
+jobs before is idle.
 """
 
 from __future__ import annotations

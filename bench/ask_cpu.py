@@ -1,7 +1,9 @@
-"""How much CPU does a job cost: of the client that enqueues it, of the worker, and of the server?
+"""How much CPU does a job cost: of the client that enqueues it, of the worker, and of
+the server?
 
-No-ops, enqueued one by one, and run by a worker in one process that was stopped while they were
-enqueued.  The floor: Redis.ping().  CPU time as the scheduler counts it (schedstat of Linux).
+No-ops, enqueued one by one, and run by a worker in one process that was stopped while
+they were enqueued. The floor: Redis.ping(). CPU time as the scheduler counts it
+(schedstat of Linux).
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ def cpu_time(pids):
 
 
 def compare(deployment, pids, count, call, *args):
-    """Return the microseconds of the processes, and of the server, per one of `count`."""
+    """Return the microseconds of the processes, and of the server, by `count`."""
     pids = list(pids)
     server = [deployment.admin.info("server")["process_id"]]
     before = cpu_time(pids)

@@ -1,7 +1,8 @@
-"""How many queued jobs does one worker in one process run in a second: no-ops, and of 1 ms of work?
+"""How many queued jobs does one worker in one process run in a second: no-ops, and of 1
+ms of work?
 
-Each competitor in every configuration of one process that its adapter names.  A fork for every job
-is another question.
+Each competitor in every configuration of one process that its adapter names. A fork for
+every job is another question.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def measure(deployment):
 
 
 def drain(deployment, label, count, processes, busy=0):
-    """Queue no-ops and `busy` jobs of 1 ms, then start the workers; return the figures."""
+    """Queue no-ops and `busy` jobs of 1 ms, start the workers, return the figures."""
     deployment.clear()
     first, _ = deployment.enqueue(count, "enqueue_many")
     first_busy, _ = deployment.enqueue(busy, "enqueue_many", "busy")

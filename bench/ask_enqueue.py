@@ -1,8 +1,8 @@
 """How many jobs can one process enqueue in a second, one by one and in bulk?
 
-The floors: Redis.ping(), a round trip on a bare socket, and LPUSH in pipelines of 1,000, where each
-command has as many bytes as a job of microq's enqueue_many.  Commands and round trips are the
-server's own counts; commands that a script calls are included.
+The floors: Redis.ping(), a round trip on a bare socket, and LPUSH in pipelines of
+1,000, where each command has as many bytes as a job of microq's enqueue_many. Commands
+and round trips are the server's own counts; commands that a script calls are included.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from competitors import Failure
 
 WHEN = "rounds"
-# Bytes that a job of microq's enqueue_many takes in a request; measured before the floor is.
+# Bytes of a job in a request of microq's enqueue_many; measured before the floor.
 measured = {"bulk bytes": 150}
 
 

@@ -1,7 +1,8 @@
 """Does a queue get slower the more jobs are queued?
 
-Fills a queue in bulk to 10^3, 10^4 and 10^5 jobs, with --long also to 10^6.  At each depth it
-enqueues one by one, and then a worker in one process runs the first jobs of the queue.  One pass.
+Fills a queue in bulk to 10^3, 10^4 and 10^5 jobs, with --long also to 10^6. At each
+depth it enqueues one by one, and then a worker in one process runs the first jobs of
+the queue. One pass.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def measure(deployment, long=False):
 
 
 def begin_times(deployment, first, depth):
-    """Let the worker run for SECONDS; return when its jobs began, without the first 50."""
+    """Let the worker run for SECONDS; return when its jobs began, but for 50."""
     deployment.wait_for_runs(first, 50)
     deadline = time.monotonic() + SECONDS
     runs = deployment.runs[first : first + depth]

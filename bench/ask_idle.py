@@ -1,8 +1,8 @@
 """What does an idle worker cost: commands to the server, CPU and memory?
 
-Over 5 seconds, 5 seconds after its last job.  All competitors are measured at the same time, each
-on a server of its own.  Memory is that of all processes of the worker; memory that they share
-counts once (PSS).
+Over 5 seconds, 5 seconds after its last job. All competitors are measured at the same
+time, each on a server of its own. Memory is that of all processes of the worker; memory
+that they share counts once (PSS).
 """
 
 from __future__ import annotations

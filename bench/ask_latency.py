@@ -1,7 +1,8 @@
-"""How long does it take from the call of enqueue to the first line of the job, on an idle worker?
+"""How long does it take from the call of enqueue to the first line of the job, on an
+idle worker?
 
-Jobs are enqueued after random pauses of 20 to 40 ms.  The floor: Redis.ping() after such pauses,
-which takes longer than pings without pauses.
+Jobs are enqueued after random pauses of 20 to 40 ms. The floor: Redis.ping() after such
+pauses, which takes longer than pings without pauses.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How late does a delayed job begin, on an idle worker?
 
-Jobs with a delay of 2 s, enqueued at random moments of a second.  All competitors are measured at
-the same time, each on a server of its own.
+Jobs with a delay of 2 s, enqueued at random moments of a second. All competitors are
+measured at the same time, each on a server of its own.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""How many jobs are enqueued one by one, and run by one worker, if a round trip takes 1 ms more?
+"""How many jobs are enqueued one by one, and run by one worker, if a round trip takes 1
+ms more?
 
-Client and worker reach the server through proxy.py, which passes on requests 1 ms later.  The
-floor: Redis.ping() through the same proxy.
+Client and worker reach the server through proxy.py, which passes on requests 1 ms
+later. The floor: Redis.ping() through the same proxy.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""How long after a SIGKILL of its process, or of its whole worker, does a job begin again?
+"""How long after a SIGKILL of its process, or of its whole worker, does a job begin
+again?
 
-The killed worker is started again at once; that time is included.  Leases and similar options are
-as short as 2 s where there is an option, as the adapters say; most defaults are longer.  All
-competitors are measured at the same time, each on a server of its own.
+The killed worker is started again at once; that time is included. Leases and similar
+options are as short as 2 s where there is an option, as the adapters say; most defaults
+are longer. All competitors are measured at the same time, each on a server of its own.
 """
 
 from __future__ import annotations

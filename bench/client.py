@@ -1,9 +1,10 @@
-"""Which client enqueues?  This one, in a process of its own with the competitor's library.
+"""Which client enqueues? This one, in a process of its own with the competitor's
+library.
 
     client.py ADAPTER
 
-It reads a JSON list [function, *arguments] from each line of stdin, calls that function of
-this file, and answers with a line of JSON on stdout.
+It reads a JSON list [function, *arguments] from each line of stdin, calls that function
+of this file, and answers with a line of JSON on stdout.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def enqueue(adapter, first, count, job="noop"):
 
 
 def enqueue_many(adapter, first, count, job="noop"):
-    """Enqueue in bulk, or one by one if the adapter has no such call; return the seconds."""
+    """Enqueue in bulk, or one by one if the adapter can't; return the seconds."""
     call = getattr(adapter, "enqueue_many", adapter.enqueue)
     return timed(call, range(first, first + count), job)
 

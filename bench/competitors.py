@@ -1,7 +1,9 @@
-"""A competitor: its environment, its client and its workers, each in a process of its own.
+"""A competitor: its environment, its client and its workers, each in a process of its
+own.
 
-A Competitor is what an adapter says about its queue; a Deployment is a competitor that works
-on a server: one client process, which enqueues, and at most one set of worker processes.
+A Competitor is what an adapter says about its queue; a Deployment is a competitor that
+works on a server: one client process, which enqueues, and at most one set of worker
+processes.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ PATIENCE = 30  # seconds for an answer, and for all jobs to have run
 
 
 class Failure(Exception):
-    """A competitor can't be measured; the message is the reason, as the table shows it."""
+    """A competitor can't be measured; the message is the reason, for the table."""
 
 
 class Competitor:
@@ -107,7 +109,7 @@ def family(pid):
 class Deployment:
     """A competitor on a server, with one client and at most one set of workers.
 
-    A deployment uses each number of a job once, so its marks (see jobs.py) are never cleared.
+    It uses each number of a job once, so its marks (see jobs.py) are never cleared.
     """
 
     def __init__(self, competitor, url, home):
@@ -184,7 +186,7 @@ class Deployment:
             self.client = None
 
     def enqueue(self, count, function="enqueue", job="noop"):
-        """Enqueue new jobs; return the number of the first one, and the seconds it took."""
+        """Enqueue new jobs; return the number of the first one, and the seconds."""
         first = self.reserve_numbers(count)
         return first, self.call(function, first, count, job)
 
@@ -264,7 +266,7 @@ class Deployment:
     # ---- What was run
 
     def wait_for_runs(self, first, count):
-        """Wait until the jobs have run; raise Failure if one does not, or runs twice."""
+        """Wait until the jobs have run; raise Failure if one didn't, or ran twice."""
         deadline = time.monotonic() + PATIENCE
         runs = self.runs[first : first + count]
         while True:

@@ -1,6 +1,8 @@
-"""How does a synchronous client call a queue on asyncio?  All calls run on one event loop.
+"""How does a synchronous client call a queue on asyncio? All calls run on one event
+loop.
 
-For the adapters of these queues: their jobs are coroutine functions, and so are their calls.
+For the adapters of these queues: their jobs are coroutine functions, and so are their
+calls.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ def sync(call):
 def coroutine_of(function):
     """Return a job as a coroutine function.
 
-    Some queues pass a context before the number, which is ignored; some pass the number by
-    keyword.
+    Some queues pass a context before the number, which is ignored; some pass the number
+    by keyword.
     """
 
     async def run(*args, number=None):

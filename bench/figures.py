@@ -48,7 +48,7 @@ class Figures:
         return columns.get((label, figure), [])
 
     def rounds(self, place):
-        """Return a value for each round: None if there is none, for latencies the median."""
+        """Return a value for each round, or None; for latencies the median."""
         values = []
         for entry in self.column(place):
             if isinstance(entry, list):

@@ -1,8 +1,9 @@
-"""Which jobs are measured, and how does the benchmark see that each one ran exactly once?
+"""Which jobs are measured, and how does the benchmark see that each one ran exactly
+once?
 
-Every job has a number.  When a job begins, it writes the time under its number, and counts the
-run, in a file that all processes map: its marks.  This needs neither Redis nor a system call,
-so it disturbs the measurement as little as possible.
+Every job has a number. When a job begins, it writes the time under its number, and
+counts the run, in a file that all processes map: its marks. This needs neither Redis
+nor a system call, so it disturbs the measurement as little as possible.
 """
 
 from __future__ import annotations

@@ -1,14 +1,16 @@
-"""What does a queue do on a network that loses data?  A proxy between clients and a server.
+"""What does a queue do on a network that loses data? A proxy between clients and a
+server.
 
-Both sides are unix sockets.  A share of the requests gets one of these faults.  A generator with
-a seed chooses the fault for each connection and request.
+Both sides are unix sockets. A share of the requests gets one of these faults. A
+generator with a seed chooses the fault for each connection and request.
 
-    reply     the server runs the request, but its reply is lost: the connection is cut instead
+    reply     the server runs the request, but its reply is lost: the connection is cut
     doubled   a copy of the request arrives up to COPY_AFTER seconds later over another
               connection; the replies to the copy are lost
     half      the first part of the request arrives, then the connection is cut
-    hung      nothing passes in either direction for up to HANG seconds; then the request
-              arrives, even if the client is gone, and in half of the cases the connection is cut
+    hung      nothing passes in either direction for up to HANG seconds; then the
+              request arrives, even if the client is gone, and in half of the cases the
+              connection is cut
 
 A request is the data of one read from the client: a command, or a pipeline.
 """
@@ -32,7 +34,7 @@ BULK_STRING = re.compile(rb"\$(\d+)\r\n")
 
 
 def is_complete(data):
-    """Return whether `data` consists of whole commands, as clients send them (RESP arrays)."""
+    """Return whether `data` consists of whole commands (RESP arrays)."""
     position = 0
     strings_left = 0  # bulk strings of the command that still follow
     while position < len(data):
@@ -63,7 +65,7 @@ class Connection:
         self.passing.set()
 
     async def run(self):
-        """Pass on requests and replies until one side closes, or a fault cuts the connection."""
+        """Pass on requests and replies until a side closes, or a fault cuts."""
         try:
             replies, self.requests = await asyncio.open_unix_connection(
                 self.proxy.target

@@ -1,26 +1,26 @@
-"""Do random operations break one of microq's promises?  A model finds out, with hypothesis.
+"""Do random operations break a promise of microq? A model checks, with hypothesis.
 
     python bench/model.py --examples 1000 --seed 1
     python bench/model.py --examples 300 --steps 100 --server /usr/bin/redis-server
 
-Operations enqueue, claim, settle, release, cancel, requeue and delete jobs.  Jobs depend on each
-other, share limits, are retried, repeated and expire.  Workers start, miss heartbeats, and leave.
-Any request may be sent twice, or arrive a second time later.  Messages between queues may stay in
-the outbox, as if the client had died before it relayed them.  The model knows of each job only
-what its user was promised:
+Operations enqueue, claim, settle, release, cancel, requeue and delete jobs. Jobs depend
+on each other, share limits, are retried, repeated and expire. Workers start, miss
+heartbeats, and leave. Any request may be sent twice, or arrive a second time later.
+Messages between queues may stay in the outbox, as if the client had died before it
+relayed them. The model knows of each job only what its user was promised:
 
     A job is in one container, and one execution at most holds it.
-    A job runs at least once, or has visibly ended.  It does not run before it is due, before the
-        jobs that it depends on have ended, or while its limit is used up.
-    A job that was canceled or deleted does not run, and the outcome of a run that had begun
-        before is refused.
+    A job runs at least once, or has visibly ended.  It does not run before it is due,
+        before the jobs that it depends on have ended, or while its limit is used up.
+    A job that was canceled or deleted does not run, and the outcome of a run that had
+        begun before is refused.
     A job runs once for each cause: enqueue, requeue, retry, repeat, crash, release.
     When all jobs have expired, no key is left, except for a fixed number of keys.
 
 If a promise is broken, hypothesis shows the shortest list of operations that breaks it.
 
-The test does not sleep.  Scripts read the clock by a function that adds an offset, which the model
-increases; the model shortens the time to live of all keys by the same time.
+The test does not sleep. Scripts read the clock by a function that adds an offset, which
+the model increases; the model shortens the time to live of all keys by the same time.
 
 The server is that of test_microq.py.
 """
@@ -247,7 +247,7 @@ class Model(stateful.RuleBasedStateMachine):
     def place(self, queue, id):
         """Return the container of a job, or None.
 
-        An id may still be in the queue though its job has expired, so the last one counts.
+        An id may be queued although its job has expired, so the last one counts.
         """
         return next(reversed(self.snapshot().get((queue, id), [])), None)
 
@@ -351,7 +351,7 @@ class Model(stateful.RuleBasedStateMachine):
             ttl, max_crashes, result_ttl, failure_ttl, retry, repeat, limit
         )
         options["at_front"] = at_front
-        # A job with a lower id never waits for one with a higher id, so there are no cycles.
+        # A job never waits for one with a higher id, so there are no cycles.
         parents = {key for key in parents if id and key[1] < id}
         if parents:
             jobs = [Job(parent, self.queues[name]) for name, parent in sorted(parents)]
@@ -632,7 +632,7 @@ class Model(stateful.RuleBasedStateMachine):
         return True
 
     def settle_lost_runs(self, expected):
-        """Settle the executions that have lost a job, while another execution holds it."""
+        """Settle executions that have lost a job, while another one holds it."""
         for lost, execution in self.refused:
             if lost is expected:
                 assert self.settle_one(expected, execution, "success") == "lost"
@@ -833,7 +833,7 @@ class Model(stateful.RuleBasedStateMachine):
             assert expected.ended or is_deferred, f"{expected} was not run"
 
     def delete_deferred_jobs(self):
-        """Delete jobs that wait for a job that is gone; no other job may be deferred."""
+        """Delete jobs that wait for a job that is gone; no others may be deferred."""
         for expected in self.expected_jobs.values():
             if self.place(expected.queue, expected.id) == "deferred":
                 events = []
@@ -843,7 +843,7 @@ class Model(stateful.RuleBasedStateMachine):
                 Job(expected.id, self.queues[expected.queue]).delete()
 
     def run_last_worker(self):
-        """Send a heartbeat, claim jobs and run them, as the only worker that is left."""
+        """Send a heartbeat, claim jobs and run them, as the only worker."""
         self.heartbeat("w9", "reap", False, False)
         self.check_containers()
         self.claim("w9", NAMES, 3, False, False)

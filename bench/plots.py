@@ -1,4 +1,6 @@
-"""How do the figures of all competitors look side by side?  The plots of README.md, as SVG."""
+"""How do the figures of all competitors look side by side? The plots of README.md, as
+SVG.
+"""
 
 from __future__ import annotations
 

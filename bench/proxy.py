@@ -1,10 +1,11 @@
-"""What does a slow network cost?  A proxy that delays requests, between two unix sockets.
+"""What does a slow network cost? A proxy that delays requests, between two unix
+sockets.
 
     proxy.py LISTEN TARGET SECONDS
 
-Each piece that a client sends is passed on SECONDS later, and up to 1 ms after that, since the
-clock of asyncio has no finer grain.  Replies are passed on at once.  So a round trip takes
-SECONDS more, and so does a whole pipeline.
+Each piece that a client sends is passed on SECONDS later, and up to 1 ms after that,
+since the clock of asyncio has no finer grain. Replies are passed on at once. So a round
+trip takes SECONDS more, and so does a whole pipeline.
 """
 
 from __future__ import annotations

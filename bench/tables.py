@@ -74,8 +74,8 @@ def speed_table(figures, competitors):
 def speed_row(figures, competitor, label):
     """Return the row of a configuration.
 
-    Figures of the client stand in the first row of a competitor, those of two processes and of
-    latency in the row of its usual configuration.
+    Figures of the client stand in the first row of a competitor, those of two processes
+    and of latency in the row of its usual configuration.
     """
     name = competitor.name
     is_first = label == competitor.labels[0]
@@ -322,7 +322,7 @@ def questions_text(facts):
 
 
 def text(results):
-    """Return the measured part of the README; parts without a question asked are left out."""
+    """Return the measured part of the README, of the questions that were asked."""
     figures = Figures(results)
     facts = results.facts
     competitors = [Competitor(name) for name in ["microq", *facts["competitors"]]]

@@ -1,30 +1,30 @@
-"""Torture: does a queue keep its promises while its workers, connections and server are killed?
+"""Torture: does a queue keep its promises while faults are injected into it?
 
     python bench/torture.py microq --seconds 300 --seed 1
     python bench/torture.py rq --seconds 300 --seed 1
     python bench/torture.py microq --seconds 300 --seed 1 --network
 
-A producer enqueues jobs on three queues: immediate, delayed, retrying and repeating jobs,
-and jobs that enqueue another job.  Workers of several kinds run the jobs.  Meanwhile an
-adversary, which draws from a generator with a seed, injects faults: it kills children and
-parents, stops and continues processes, cuts connections, and kills and restarts the server,
-whose append-only file is synced at every write.  A worker whose parent was killed is started
-again, as systemd would do.
+A producer enqueues jobs on three queues: immediate, delayed, retrying and repeating
+jobs, and jobs that enqueue another job. Workers of several kinds run the jobs.
+Meanwhile an adversary, which draws from a generator with a seed, injects faults: it
+kills children and parents, stops and continues processes, cuts connections, and kills
+and restarts the server, whose append-only file is synced at every write. A worker whose
+parent was killed is started again, as systemd would do.
 
-With --network nothing is killed.  Workers and producer reach the server through lossy.py,
-which loses replies, and doubles, cuts and delays requests.  Since no process is interrupted,
-no job may run more often than asked.
+With --network nothing is killed. Workers and producer reach the server through
+lossy.py, which loses replies, and doubles, cuts and delays requests. Since no process
+is interrupted, no job may run more often than asked.
 
-Jobs write what they do to a file outside Redis: the history.  From the history, and from what
-the queue reports at the end, the checker counts the jobs that are
+Jobs write what they do to a file outside Redis: the history. From the history, and from
+what the queue reports at the end, the checker counts the jobs that are
 
     lost        accepted, but neither run to the end nor visible as failed
     unexplained run to the end more often than asked and than interrupted runs explain
                 (see Checker.was_interrupted)
     doubled     with more recorded results than asked
 
-For microq it also checks that each job is in one container, and that no key is left which
-the layout does not name.  The exit status is 1 if any of these counts is not 0.
+For microq it also checks that each job is in one container, and that no key is left
+which the layout does not name. The exit status is 1 if any of these counts is not 0.
 """
 
 from __future__ import annotations
@@ -227,7 +227,7 @@ class Adversary:
         return True
 
     def stop_process(self):
-        """Stop a parent or a child, and continue it up to one and a half leases later."""
+        """Stop a parent or a child; continue it up to one and a half leases later."""
         worker = self.generator.choice(self.workers.running)
         pid = self.generator.choice([worker.pid, *children_of(worker.pid)])
         seconds = self.generator.choice([0.1, 0.5, 1.5 * self.lease])
@@ -257,7 +257,7 @@ class Adversary:
 
 
 class Checker:
-    """Compares the history with the queue's report and with the signals that were sent."""
+    """Compares the history with the queue's report and the signals sent."""
 
     def __init__(self, events, adversary, statuses, results):
         self.adversary = adversary
@@ -276,11 +276,11 @@ class Checker:
         self.figures["longest"] = round(max(self.recovery_times, default=0), 2)
 
     def was_interrupted(self, pid, parent, begun_at):
-        """Return whether a run, which process `pid` began at `begun_at`, was interrupted.
+        """Return whether the run that process `pid` began then was interrupted.
 
-        It was if the process or its parent was killed or stopped before the process began
-        another job.  Recording the outcome of a run takes a moment, so a signal counts for
-        the run for 0.1 s even if another job has begun.
+        It was if the process or its parent was killed or stopped before the process
+        began another job.  Recording the outcome of a run takes a moment, so a signal
+        counts for the run for 0.1 s even if another job has begun.
         """
         later = [t for t in self.begin_times[pid] if t > begun_at + 0.1]
         until = min(later, default=float("inf"))
@@ -369,7 +369,7 @@ def inject_faults(options, adversary, proxy):
 
 
 def wait_until_drained(adapter, url, workers, seconds):
-    """Return whether all jobs ended within `seconds`: five checks in a row must say so."""
+    """Return whether all jobs ended within `seconds`: five checks must agree."""
     connection = adapter.connect(url)
     deadline = time.monotonic() + seconds
     idle_checks = 0
