@@ -403,9 +403,9 @@ class Model(stateful.RuleBasedStateMachine):
         scheduler.register(nothing, queue, interval=30, name="tick")
         with faults(twice=twice):
             scheduler.enqueue_jobs()
-        for key in self.redis.keys(f"{self.queues[queue].prefix}job:tick-*"):
-            id = key.rpartition(b":")[2].decode()
-            if (queue, id) not in self.expected_jobs:
+        for name, id in self.snapshot():
+            is_tick = name == queue and id.startswith("tick-")
+            if is_tick and (queue, id) not in self.expected_jobs:
                 self.add_job(queue, id)
 
     def choose_job(self, number):
