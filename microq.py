@@ -4199,6 +4199,11 @@ class Registry(_JobContainer):
         return self.get_expiration_time(job)
 
 
+def _slice(ids: list[str], start: int, end: int) -> list[str]:
+    """Return ids `start` to `end`, both included; an end of -1 is the last."""
+    return ids[start:] if end == -1 else ids[start : end + 1]
+
+
 class StartedJobRegistry(Registry):
     """The jobs that workers have claimed: they run, or are about to."""
 
@@ -4211,8 +4216,7 @@ class StartedJobRegistry(Registry):
         return ("HKEYS", self.key)  # a hash has no order, so all ids are read
 
     def _read_ids(self, start: int = 0, end: int = -1, desc: bool = False) -> list[str]:
-        ids = sorted(super()._read_ids(), reverse=desc)
-        return ids[start : end + 1 or None]
+        return _slice(sorted(super()._read_ids(), reverse=desc), start, end)
 
 
 class ScheduledJobRegistry(Registry):
@@ -4286,9 +4290,10 @@ class Queue(_JobContainer):
 
     connection      - a redis.Redis; $MICROQ_URL, else $REDIS_URL, else localhost:6379
     default_timeout - seconds a job may run, 180; -1 for no limit
-    is_async        - False works the queue off here, in enqueue(), instead of in a worker
+    is_async        - False: enqueue() works the queue off, instead of a worker; True
     job_class       - Job, or a class derived from it, or its dotted name
-    serializer      - 'pickle', 'json', 'signed', or an object with dumps and loads, 'pickle'
+    serializer      - 'pickle', 'json', 'signed', or an object with dumps and loads,
+                      'pickle'
     """
 
     container = "queued"
@@ -8306,9 +8311,8 @@ _CRON_NICKNAMES = {
 }
 _MISSED_POLICIES = ("latest", "all", "skip")
 _MAX_MISSED = 1000  # ticks that missed="all" makes up for
-_SCHEDULER_TTL = (
-    60.0  # seconds after which a scheduler without a heartbeat is forgotten
-)
+# Seconds after which a scheduler without a heartbeat is forgotten.
+_SCHEDULER_TTL = 60.0
 _registered_entries: list[CronJob] = []  # by register()
 
 
@@ -8468,6 +8472,20 @@ def _slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]", "_", name)
 
 
+class _Ticks(NamedTuple):
+    """How far the ticks of an entry have come, as timestamps."""
+
+    last: (
+        float  # for which a job was enqueued last; an entry begins with one before now
+    )
+    registered_at: float  # math.inf for an entry that is not stored
+
+    @classmethod
+    def parse(cls, text: bytes) -> _Ticks:
+        last, registered_at = text.split()
+        return cls(float(last), float(registered_at))
+
+
 class CronJob:
     """An entry of cron, made by register(): a call with its options, and when to
     enqueue it."""
@@ -8480,13 +8498,11 @@ class CronJob:
     timezone: str  # of `cron`
     missed: str  # what to do about ticks that came while no scheduler was there
     at_front: bool
-    fields: dict[
-        str, str
-    ]  # those of each job, as in Redis; each character stands for a byte
+    fields: dict[str, str]  # of each job, as in Redis; a character stands for a byte
 
     _STORED = (
-        "name", "queue_name", "owner", "cron", "interval", "timezone", "missed", "at_front",
-        "fields",
+        "name", "queue_name", "owner", "cron", "interval", "timezone", "missed",
+        "at_front", "fields",
     )  # fmt: skip
 
     def __init__(
@@ -8496,37 +8512,40 @@ class CronJob:
         serializer: Any = None, **options: Any,
     ) -> None:  # fmt: skip
         if (interval is None) == (cron is None):
-            raise ValueError(
+            text = (
                 "give either interval=, in seconds, or cron=, as in '0 9 * * mon-fri'"
             )
+            raise ValueError(text)
         if missed not in _MISSED_POLICIES:
             raise ValueError(f"missed={missed!r}: use one of {[*_MISSED_POLICIES]}")
         for option in ("job_id", "unique", "depends_on", "group_id"):
             if option in options:
-                raise TypeError(
-                    f"{option} is no option of cron, which gives its jobs their ids"
-                )
+                text = "is no option of cron, which gives its jobs their ids"
+                raise TypeError(f"{option} {text}")
         options["timeout"] = options.pop("job_timeout", None)
         queue = Queue(queue_name, serializer=serializer)
         self._job = queue.create_job(func, args, kwargs, **options)  # is never stored
         self.name = name or self._job.func_name
-        self._sign()
         self.queue_name = queue_name
         self.owner = ""
         self.missed = missed
         self.at_front = bool(at_front)
-        self.cron = cron
+        self._sign()
+        self._set_schedule(interval, cron, timezone)
+        self.set_ticks(b"")
+        _job_id(self._new_id())  # ValueError if the ids would be too long
+
+    def _set_schedule(self, interval: Any, cron: str | None, timezone: Any) -> None:
         self.interval = None
+        self.cron = cron
+        self.timezone = "UTC"
         if interval is not None:
             self.interval = _parse_seconds(interval, "interval")
             if self.interval < 1:
                 raise ValueError(f"interval={interval!r}: give a second or more")
-        self.timezone = "UTC"
         if cron is not None:
             self.timezone = str(timezone or _local_zone_name())
             _cron_expression(cron, self.timezone)  # ValueError if it makes no sense
-        _job_id(self._new_id())  # ValueError if the ids would be too long
-        self._set_ticks(b"")
 
     def _sign(self) -> None:
         """Take the fields of the call, signed for this entry."""
@@ -8559,11 +8578,11 @@ class CronJob:
     def latest_enqueue_time(self) -> datetime | None:
         """The last tick for which a job was enqueued, up to a lease before it; None if
         none was."""
-        # The tick that an entry begins with lies a second or more before its
-        # registration.
-        if self._last_tick <= self._registered_at - 1:
+        # The tick that an entry begins with lies a second or more before the entry was
+        # registered.
+        if self._ticks.last <= self._ticks.registered_at - 1:
             return None
-        return _from_timestamp(self._last_tick)
+        return _from_timestamp(self._ticks.last)
 
     def should_run(self) -> bool:
         """Tell whether the next tick has come."""
@@ -8579,14 +8598,14 @@ class CronJob:
     ) -> list[str]:
         """Return the ids, <name>-<tick>, of its jobs that still exist, `start` to
         `end`, the latest first.  O(n) in the jobs of the queue."""
-        tick_by_id: dict[str, int] = {}
+        ticks: list[tuple[int, str]] = []
         for container in Queue(self.queue_name, connection)._containers():
             for id in container._read_ids():
                 slug, _, tick = id.rpartition("-")
                 if slug == self.slug and tick.isdecimal():
-                    tick_by_id[id] = int(tick)
-        ids = sorted(tick_by_id, key=tick_by_id.__getitem__, reverse=True)
-        return ids[start : end + 1 or None]
+                    ticks.append((int(tick), id))
+        ticks.sort(reverse=True)
+        return _slice([id for _, id in ticks], start, end)
 
     @classmethod
     def all(cls, connection: Redis | None = None) -> list[CronJob]:
@@ -8607,28 +8626,25 @@ class CronJob:
         for name in cls._STORED:
             setattr(entry, name, record[name])
         if entry.cron:
-            _cron_expression(
-                entry.cron, entry.timezone
-            )  # ValueError if it makes no sense
-        entry._set_ticks(ticks)
+            _cron_expression(entry.cron, entry.timezone)  # ValueError: it is garbled
+        entry.set_ticks(ticks)
         return entry
 
     def to_json(self) -> str:
         """Return the entry as it is stored; the same text for the same entry."""
-        return json.dumps(
-            {name: getattr(self, name) for name in self._STORED}, sort_keys=True
-        )
+        record = {name: getattr(self, name) for name in self._STORED}
+        return json.dumps(record, sort_keys=True)
 
-    def _set_ticks(self, ticks: bytes) -> None:
-        """Take over "<last tick> <registered_at>" from Redis; b"" for an entry that is
-        not stored: then an interval has a tick now."""
-        self._last_tick = time.time() - (self.interval or 0)
-        self._registered_at = math.inf
-        if ticks:
-            self._last_tick, self._registered_at = map(float, ticks.split())
+    def set_ticks(self, text: bytes) -> None:
+        """Take over the ticks as they are stored; b"" for an entry that is not stored:
+        then an interval has a tick now."""
+        if text:
+            self._ticks = _Ticks.parse(text)
+        else:
+            self._ticks = _Ticks(time.time() - (self.interval or 0), math.inf)
 
     def _next_tick(self) -> float:
-        return self._tick_after(self._last_tick, self._last_tick)
+        return self._tick_after(self._ticks.last, self._ticks.last)
 
     def _tick_after(self, moment: float, base: float) -> float:
         """Return the first tick after `moment`.  Those of an interval are counted from
@@ -8645,51 +8661,49 @@ class CronJob:
         if self._next_tick() > now + ahead:
             return []
         max_missed = _MAX_MISSED if self.missed == "all" else 1
-        # Thousands may have been missed.  So look back a minute; if that finds too few,
-        # four, ..
+        # There may be thousands of ticks since the last one.  So look back a minute; if
+        # that finds too few, four minutes, and so on.  "skip" looks back a minute only.
         span = 60.0
         while True:
-            start = max(self._last_tick, now - span)
+            start = max(self._ticks.last, now - span)
             ticks = self._ticks_between(start, now + ahead)
-            count = len([tick for tick in ticks if tick <= now])
-            if count >= max_missed or start == self._last_tick or self.missed == "skip":
-                return ticks[max(0, count - max_missed) :]
+            missed = [tick for tick in ticks if tick <= now]
+            is_complete = start == self._ticks.last or self.missed == "skip"
+            if len(missed) >= max_missed or is_complete:
+                return ticks[max(0, len(missed) - max_missed) :]
             span *= 4
 
     def _ticks_between(self, start: float, end: float) -> list[float]:
         ticks = []
-        tick = self._tick_after(start, self._last_tick)
+        tick = self._tick_after(start, self._ticks.last)
         while tick <= end:
             ticks.append(tick)
             tick = self._tick_after(tick, tick)
         return ticks
 
-    def _tick_commands(self, queue: Queue, now: float, ahead: float) -> list[Command]:
+    def tick_commands(self, queue: Queue, now: float, ahead: float) -> list[Command]:
         """Return the commands that enqueue the due ticks.  Each answers '' if the last
         tick is not the one that was read, since another scheduler was faster."""
         commands = []
-        last_tick = self._last_tick
+        ticks = self._ticks
         for tick in self._due_ticks(now, ahead):
-            job = self._make_job(f"{self.slug}-{int(tick)}", queue)
-            last = last_tick, self._registered_at
-            commands.append(
-                _tick_command(queue.prefix, self.slug, last, tick, _new_job(job, 0))
-            )
-            last_tick = tick
+            job = _new_job(self._make_job(f"{self.slug}-{int(tick)}", queue), 0)
+            commands.append(_tick_command(queue.prefix, self.slug, ticks, tick, job))
+            ticks = ticks._replace(last=tick)
         return commands
 
-    def _store_command(self) -> Command:
+    def store_command(self) -> Command:
         """Return the command that stores the entry.  The same entry goes on as it
         was."""
-        prefix = _queue_prefix(self.queue_name)
-        return _cron_store_command(
-            prefix, self.slug, self.to_json(), self.interval or 0
-        )
+        return self._cron_store_command(self.to_json())
 
-    def _remove_command(self) -> Command:
+    def remove_command(self) -> Command:
         """Return the command that removes the entry, and what it has enqueued ahead."""
+        return self._cron_store_command("")
+
+    def _cron_store_command(self, text: str) -> Command:
         prefix = _queue_prefix(self.queue_name)
-        return _cron_store_command(prefix, self.slug, "", self.interval or 0)
+        return _cron_store_command(prefix, self.slug, text, self.interval or 0)
 
     def _make_job(self, id: str, queue: Queue) -> Job:
         fields = {name: value.encode("latin-1") for name, value in self.fields.items()}
@@ -8754,9 +8768,7 @@ def _enqueue_ticks(
     for stored in cron:
         for slug in stored.entries:
             try:
-                ticks = stored.load(slug)._tick_commands(
-                    stored.queue, stored.now, ahead
-                )
+                ticks = stored.load(slug).tick_commands(stored.queue, stored.now, ahead)
             except Exception as error:
                 _log_error_once(
                     "cron entry %s of %s: %s", slug, stored.queue.name, repr(error)
@@ -8788,9 +8800,10 @@ class CronScheduler:
 
     connection    - a redis.Redis; $MICROQ_URL, else $REDIS_URL, else localhost:6379
     logging_level - of microq's log, in start()
-    name          - of the process, a random one; and of the owner of the entries, the path of the
-                    config file that was loaded.  An entry that the owner has stored, and that is
-                    registered no longer, is removed.  Without an owner nothing is removed
+    name          - of the process, a random one; and of the owner of the entries, the
+                    path of the config file that was loaded.  An entry that the owner
+                    has stored, and that is registered no longer, is removed.  Without
+                    an owner nothing is removed
     """
 
     def __init__(
@@ -8849,7 +8862,7 @@ class CronScheduler:
         for stored in _read_cron(self.connection, self._queues()):
             for slug, ticks in stored.ticks.items():
                 if job := ours.get((stored.queue.name, slug)):
-                    job._set_ticks(ticks)
+                    job.set_ticks(ticks)
         return [ours[key] for key in dict.fromkeys(enqueued) if key in ours]
 
     def _store(self) -> None:
@@ -8859,10 +8872,10 @@ class CronScheduler:
             ours = {(job.queue_name, job.slug) for job in self._jobs}
             for job in CronJob.all(self.connection):
                 if job.owner == self.owner and (job.queue_name, job.slug) not in ours:
-                    commands.append(job._remove_command())
+                    commands.append(job.remove_command())
         for job in self._jobs:
             job.owner = self.owner
-            commands.append(job._store_command())
+            commands.append(job.store_command())
             commands.append(("SADD", _QUEUES_KEY, job.queue_name))
         if commands:
             _execute(self.connection, *commands)
@@ -8954,13 +8967,17 @@ def register(func: Func, queue_name: str, *args: Any, **options: Any) -> CronJob
     """Add an entry of cron, for a config file or create_cron(), and return it.
 
     args, kwargs - arguments of the function, none
-    interval     - seconds between two ticks, 1 or more; the first tick is now.  Either this or:
-    cron         - an expression as '*/5 9-17 * * mon-fri' or '@daily', read as Vixie cron does
-    name         - unique; the ids of the entry's jobs are <name>-<tick>; the function's name
-    timezone     - time zone of `cron`, as 'Europe/Berlin'; that of the process that registers
-    missed       - what makes up for ticks that passed while no scheduler was there: 'latest' one
-                   job, 'all' up to 1000 jobs, 'skip' one job if a tick is less than a minute old;
-                   'latest'
+    interval     - seconds between two ticks, 1 or more; the first tick is now.  Either
+                   this or:
+    cron         - an expression as '*/5 9-17 * * mon-fri' or '@daily', read as Vixie
+                   cron does
+    name         - unique; the ids of the entry's jobs are <name>-<tick>; the function's
+                   name
+    timezone     - time zone of `cron`, as 'Europe/Berlin'; that of the process that
+                   registers
+    missed       - what makes up for ticks that passed while no scheduler was there:
+                   'latest' one job, 'all' up to 1000 jobs, 'skip' one job if a tick is
+                   less than a minute old; 'latest'
     The options of enqueue() are taken as well, and serializer, as of a Queue.
 
     Where clocks are set forward, a local time that they skip comes at the moment of the
@@ -9000,12 +9017,11 @@ cron = sys.modules[__name__]  # for `from microq import cron; cron.register(..)`
 # All processes that use the directory share the server, and it ends after the last of
 # them.  The directory holds:
 #
-# lock          Each user has a shared lock on it, which its forks inherit, until it
-# ends in
-#                 whatever way.  The monitor waits for an exclusive one: then there is no user left.
-# monitor.lock  The monitor has an exclusive lock on it while its server lives, so that
-# there is
-#                 one server at a time.
+#   lock          Each user has a shared lock on it, which its forks inherit, until it
+#                 ends in whatever way.  The monitor waits for an exclusive lock: when it
+#                 gets that, there is no user left.
+#   monitor.lock  The monitor has an exclusive lock on it while its server lives, so that
+#                 there is one server at a time.
 #   redis.sock, log, appendonlydir    the server's
 #
 # The monitor is a process: it starts the server, waits until there is no user left, and
