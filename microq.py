@@ -121,8 +121,8 @@ Fields of a job's hash; only what differs from the default is stored
     callback_error                      "<execution>\n<traceback>"
     group_id                            name
 
-Map of the file.  Who has read part I knows everything that runs a job; it names of part II
-only what its sections declare.
+Map of the file.  Who has read Part I knows everything that runs a job.  Part I names of Part II
+only these hooks of Python: _relay, Group, CronScheduler, _StoredCron, _enqueue_ticks.
 
 Part I, the queue
 

@@ -6,6 +6,7 @@ the path of a redis-server.  Sections are those of microq.py, by number.
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import contextlib
 import ctypes
@@ -1043,11 +1044,11 @@ def spoil_record():
 
 
 def log_success(job, connection, result):
-    connection.rpush("told", f"success {job.id} {result}")
+    connection.rpush("callback_log", f"success {job.id} {result}")
 
 
 def log_failure(job, connection, kind, error, trace):
-    connection.rpush("told", f"failure {job.id} {kind.__name__} {error}")
+    connection.rpush("callback_log", f"failure {job.id} {kind.__name__} {error}")
 
 
 async def log_success_async(job, connection, result):
@@ -1056,7 +1057,7 @@ async def log_success_async(job, connection, result):
 
 
 def log_stopped(job, connection):
-    connection.rpush("told", f"stopped {job.id}")
+    connection.rpush("callback_log", f"stopped {job.id}")
 
 
 def raise_in_callback(job, *details):
@@ -1076,7 +1077,7 @@ def raise_description(job, *details):
 
 
 def kill_process_once(job, connection, *details):
-    if not connection.rpush("told", job.id) > 1:
+    if not connection.rpush("callback_log", job.id) > 1:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -1100,7 +1101,7 @@ def exiting_handler(job, kind, error, trace):
 
 
 def first_handler(job, kind, error, trace):
-    job.meta["told"] = [kind.__name__, str(error), bool(trace)]
+    job.meta["handled"] = [kind.__name__, str(error), bool(trace)]
     job.save_meta()
 
 
@@ -1113,7 +1114,7 @@ def bad_handler(job, *details):
 
 
 def never_handler(job, *details):
-    job.meta["told"] = "too much"
+    job.meta["handled"] = "too often"
     job.save_meta()
 
 
@@ -1121,7 +1122,7 @@ def print_failure(job, kind, error, trace):
     print("noted", error, file=sys.stderr)
 
 
-REPORTED = []  # what callbacks and handlers were told
+REPORTED = []  # the calls of callbacks and handlers
 
 
 def report_success(job, connection, result, *args, **kwargs):
@@ -1522,7 +1523,7 @@ def claim(queue, worker="w", number=1, lease=15, n=1):
 
 
 def settlement(id, execution, *, result_type="", ttl=500, rule="", policy="", chance=0):
-    """Return what SETTLE is told of a run; a `result_type` of "" is a success."""
+    """Return the arguments of SETTLE for a run; a `result_type` of "" is a success."""
     ended = f"{execution} 0.5"
     return microq._Settlement(
         id, execution, ended, "", result_type, ttl, rule, policy, chance
@@ -1594,8 +1595,8 @@ def refused(job):
 
 @pytest.fixture
 def callback_log(redis):
-    yield lambda: [word.decode() for word in redis.lrange("told", 0, -1)]
-    redis.delete("told")
+    yield lambda: [line.decode() for line in redis.lrange("callback_log", 0, -1)]
+    redis.delete("callback_log")
 
 
 @pytest.fixture
@@ -1926,6 +1927,28 @@ def rows_of_rq_names():
     return [(re.findall(r"`([^`]+)`", row[0]), row[1].rstrip(" |")) for row in rows]
 
 
+def names_defined_by(node):
+    """Return the names that a statement of a module defines."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return {node.name}
+    stored = [part for part in ast.walk(node) if isinstance(part, ast.Name)]
+    return {name.id for name in stored if isinstance(name.ctx, ast.Store)}
+
+
+def global_names_of(node):
+    """Return the names that a statement of a module uses, but its local variables."""
+    used = set()
+    local = set()
+    for part in ast.walk(node):
+        if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
+            local.add(part.id)
+        elif isinstance(part, ast.Name):
+            used.add(part.id)
+        elif isinstance(part, ast.arg):
+            local.add(part.arg)
+    return used - local
+
+
 def is_provided(name, owner):
     """Return whether microq has what a row names: `Queue`, and after it `.all`;
     `retry=`, `--url`."""
@@ -1968,6 +1991,24 @@ def test_the_map_of_the_file_names_its_sections():
     shown = re.findall(r"^ +(\d+\. [\w, ]+?)(?:  .*)?$", microq.__doc__, re.M)
     assert sections == shown
     assert len(sections) == 16
+
+
+def test_part_one_names_of_part_two_only_its_hooks():
+    """Whoever has read Part I knows everything that runs a job."""
+    [hooks] = re.findall(r"hooks of Python: ([^.]+)\.", microq.__doc__)
+    declared = set(re.split(r"[,\s]+", hooks))
+    before, _ = MICROQ_CODE.split("# ======== Part II", 1)
+    in_part_two = set()
+    in_part_one = []
+    for node in ast.parse(MICROQ_CODE).body:
+        if node.lineno <= before.count("\n"):
+            in_part_one.append(node)
+        else:
+            in_part_two |= names_defined_by(node)
+    for node in in_part_one:
+        names = global_names_of(node) & in_part_two
+        assert names <= declared, (names - declared, node.lineno)
+    assert declared <= in_part_two
 
 
 def test_every_field_of_a_job_is_in_the_table(redis, queue):
@@ -2054,7 +2095,14 @@ def test_a_duration_is_seconds_or_says_its_unit(given, seconds):
 
 
 @pytest.mark.parametrize(
-    ("given", "seconds"), [(None, None), (5, 5), ("90", 90), ("1h", 3600), (-1, -1)]
+    ("given", "seconds"),
+    [
+        (None, None),
+        (5, 5),
+        ("90", 90),
+        ("1h", 3600),
+        (-1, -1),
+    ],
 )
 def test_a_timeout_is_parsed_as_in_rq(given, seconds):
     assert microq.parse_timeout(given) == seconds
@@ -2483,7 +2531,7 @@ def test_a_queue_name_that_gives_no_slot_is_refused(redis, name):
     "character", list("\x00\x1b\x7f\x85\x9b\u2028\u202e\u2066\udcff")
 )
 def test_a_queue_name_with_a_control_character_is_refused(redis, character):
-    """No name makes a terminal obey, or reads as another name."""
+    """No name commands a terminal, or reads as another name."""
     for name in (f"a{character}b", f"{{a{character}}}b"):
         with pytest.raises(ValueError, match="name") as refusal:
             Queue(name, connection=redis)
@@ -2578,6 +2626,8 @@ def test_connections_are_checked():
 
 
 def test_connections_end_with_their_client(redis, server):
+    """A program that makes many clients must not run out of connections."""
+
     class Detour(redis_py.Connection):
         """One of TCP, in its own eyes."""
 
@@ -2683,7 +2733,9 @@ def test_the_commands_in_the_readme_are_enough(server, redis):
             queue.enqueue(add, pipeline=pipe)
             pipe.execute()
         for registry in (queue.finished_job_registry, queue.failed_job_registry):
-            registry.get_job_ids(desc=True), registry.cleanup(), registry.count
+            registry.get_job_ids(desc=True)
+            registry.cleanup()
+            assert registry.count >= 0
         scheduler.remove("a")
         group.cleanup()
         queue.delete()
@@ -2904,6 +2956,7 @@ def test_replies_that_are_cut_off_leave_nothing_to_receive(redis):
 
 
 def test_enqueue_sent_twice_stores_one_job(redis, queue):
+    """An enqueue whose reply was lost is sent again."""
     for number, id in enumerate((None, "mine"), 1):
         job = queue.create_job(add, (1,), job_id=id)
         command = microq._enqueue_command(queue.prefix, [microq._new_job(job, -1)])
@@ -2918,6 +2971,7 @@ def test_enqueue_sent_twice_stores_one_job(redis, queue):
 
 
 def test_an_id_used_again_after_it_expired_in_the_queue_runs_once(redis, queue):
+    """An id may stand in the queue twice: of an expired job, and of the next."""
     queue.enqueue(add, job_id="a", ttl=0.02)
     time.sleep(0.05)
     queue.enqueue(add, job_id="a")
@@ -2965,6 +3019,7 @@ def test_claim_returns_when_the_next_job_is_due(redis, queue):
 
 
 def test_claim_sent_twice_returns_the_same_jobs(redis, queue):
+    """A claim whose reply was lost is sent again; its jobs must not be lost."""
     ids = [queue.enqueue(add, i).id for i in range(3)]
     first = claim(queue, n=2)
     assert first == claim(queue, n=2)
@@ -2973,6 +3028,7 @@ def test_claim_sent_twice_returns_the_same_jobs(redis, queue):
 
 
 def test_late_claim_takes_nothing(redis, queue):
+    """A claim that arrives after a later one has no reader; its jobs would be lost."""
     queue.enqueue(add)
     queue.enqueue(add)
     assert claim(queue, number=2)
@@ -2989,7 +3045,7 @@ def test_late_claim_takes_nothing_even_if_later_claims_were_empty(redis, queue):
 
 def test_claim_of_a_worker_with_an_expired_lease_takes_nothing(redis, queue):
     job = queue.enqueue(add)
-    for number in (1, 2):  # no seat, and then one whose lease has ended
+    for number in (1, 2):  # without a lease, and then with an expired one
         redis.delete(f"{Q}wake")
         command = microq._claim_command(
             [queue.prefix], "w", number, 0.01, 8, "blocking"
@@ -3020,7 +3076,7 @@ def test_claim_leaves_a_wake_token_for_the_jobs_it_did_not_take(redis):
 
 
 def test_every_job_that_becomes_claimable_wakes_an_idle_worker(redis, queue):
-    """Else it would come to know by a heartbeat only, seconds later."""
+    """Else it would find the job by its next heartbeat only, seconds later."""
     numbers = itertools.count(1)
 
     def wakes(act):
@@ -3047,9 +3103,8 @@ def test_every_job_that_becomes_claimable_wakes_an_idle_worker(redis, queue):
     claim(queue, number=next(numbers))
     assert wakes(lambda: release(queue))
     child.cancel()
-    assert wakes(
-        lambda: queue.enqueue_in(60, add)
-    )  # its worker must wait for less time now
+    # An idle worker must now wait for less time.
+    assert wakes(lambda: queue.enqueue_in(60, add))
     assert wakes(lambda: queue.enqueue_in(30, add))
     assert not wakes(lambda: queue.enqueue_in(90, add))
     assert wakes(lambda: queue.enqueue(add, at_front=True))
@@ -3089,20 +3144,20 @@ def test_an_id_that_stands_twice_in_the_queue_runs_once(redis, queue):
 @pytest.mark.parametrize("mark", [{"max_crashes": 0}, {}])
 def test_job_with_crashes_is_claimed_alone_among_many(redis, queue, run, mark):
     queue.enqueue_many([Queue.prepare_data(add)] * 200)
-    suspect = queue.enqueue(jobs_held, **mark)
+    crashed = queue.enqueue(jobs_held, **mark)
     if not mark:
         microq._execute_one(
-            redis, *microq._set_field_command(queue.prefix, suspect.id, "crashes", 1)
+            redis, *microq._set_field_command(queue.prefix, crashed.id, "crashes", 1)
         )
     queue.enqueue_many([Queue.prepare_data(add)] * 200)
     run()
-    count, waiting = suspect.return_value()
+    count, waiting = crashed.return_value()
     assert count == 1
     assert len(waiting) == 200
 
 
 def test_queues_may_have_the_same_id(redis):
-    """What is given back behind a slow job is that of its own queue."""
+    """What is released behind a slow job goes back to its own queue."""
     high = Queue("high", redis)
     low = Queue("low", redis)
     warm = [high.enqueue(add) for _ in range(3)]
@@ -3112,6 +3167,7 @@ def test_queues_may_have_the_same_id(redis):
 
 
 def test_settle_sent_twice_records_one_result(redis, queue):
+    """A settlement whose reply was lost is sent again."""
     job = queue.enqueue(add)
     [(_, execution)] = claim(queue)
     assert settle(queue, job.id, execution, twice=True) == "finished"
@@ -3119,6 +3175,7 @@ def test_settle_sent_twice_records_one_result(redis, queue):
 
 
 def test_settle_counts_an_id_once(redis, queue):
+    """A run that is settled twice in one call has its first outcome."""
     job = queue.enqueue(add)
     [(id, execution)] = claim(queue)
     finished = settlement(id, execution)
@@ -3138,6 +3195,7 @@ def test_settle_counts_an_id_once(redis, queue):
 
 
 def test_a_retry_sent_twice_is_one_retry(redis, queue):
+    """A settlement whose reply was lost must not use up two retries."""
     job = queue.enqueue(add, retry=Retry(3))
     [(_, execution)] = claim(queue)
     assert (
@@ -3220,6 +3278,7 @@ def test_retries_wait_as_their_rule_says(redis, queue, retry, delays):
 
 
 def test_a_dead_workers_jobs_go_back_to_the_front_once(redis, queue):
+    """However many workers reap a dead one, its jobs are requeued once."""
     ids = [queue.enqueue(add, i).id for i in range(3)]
     claim(queue, "dead", lease=0.01, n=2)
     time.sleep(0.02)
@@ -3286,6 +3345,7 @@ def test_job_that_reappeared_with_older_data_is_released(redis, queue):
 
 
 def test_expired_records_are_swept(redis, queue):
+    """A container must not keep the ids of records that have expired."""
     jobs = [queue.enqueue(add, result_ttl=0.02, failure_ttl=0.02) for _ in range(3)]
     jobs.append(queue.enqueue(fail, failure_ttl=0.02))
     work(queue)
@@ -3331,6 +3391,7 @@ def test_release_counts_no_crash(redis, queue):
 
 
 def test_released_jobs_keep_their_order(redis, queue):
+    """Jobs of a batch that did not run go back to the front as they were."""
     jobs = [queue.enqueue(add, i) for i in range(5)]
     claim(queue, "w", n=5)
     release(queue)
@@ -3354,6 +3415,7 @@ def test_release_of_named_jobs_leaves_later_claims_alone(redis, queue):
 
 
 def test_transition_sent_twice_happens_once(redis, queue):
+    """A transition whose reply was lost is sent again, and may arrive late."""
     job = queue.enqueue(add)
     for allowed, to, was in (
         ("queued", "canceled", b"queued"),
@@ -3605,6 +3667,7 @@ def test_cancel_takes_a_job_out_of_its_queue(redis, queue):
 
 
 def test_a_running_job_that_is_canceled_is_not_recorded(redis, queue):
+    """Who cancels or deletes a job has the last say on it."""
     for number, method in enumerate((Job.cancel, Job.delete), 1):
         job = queue.enqueue(add)
         [(_, execution)] = claim(queue, number=number)
@@ -3735,6 +3798,8 @@ def test_enqueue_many_with_a_bad_one_stores_none(redis, queue):
 
 
 def test_bulk_enqueue_cut_in_flight_is_sent_again(server, redis, queue):
+    """No job of a bulk is lost or stored twice by a cut connection."""
+
     def datas():
         for number in range(3500):
             if number == 2500:  # the second thousand is under way
@@ -3870,6 +3935,7 @@ def test_expired_jobs_do_not_hide_the_live_ones_behind_them(redis, queue):
 
 
 def test_result_ttl_and_failure_ttl_bound_the_record(redis, queue):
+    """Records of ended jobs must not fill the server."""
     gone = queue.enqueue(add, result_ttl=0)
     kept = queue.enqueue(add, result_ttl=-1)
     default = queue.enqueue(add)
@@ -4360,7 +4426,7 @@ def test_exception_handlers_are_called_until_one_returns_false(redis, queue, run
         worker = Worker(queue, fork=fork, exception_handlers=handlers)
         work(worker)
         assert job.is_failed
-        assert job.get_meta()["told"] == ["ValueError", "ouch", True]
+        assert job.get_meta()["handled"] == ["ValueError", "ouch", True]
     with pytest.raises(TypeError, match="dotted name"):
         Worker(queue, exception_handlers=[7])
 
@@ -4404,6 +4470,7 @@ def test_a_retry_runs_again_and_the_last_failure_stays(queue, run):
 
 
 def test_a_retry_at_the_front_overtakes(queue, run):
+    """Retry(enqueue_at_front=True) runs before the jobs that waited."""
     order = [queue.enqueue(flaky, 1, retry=Retry(1, 0, True)), queue.enqueue(add)]
     run()
     ends = [job.latest_result().created_at for job in order]
@@ -4510,6 +4577,7 @@ def test_the_timeout_holds_even_if_a_job_took_the_alarm(queue, run, seconds):
 
 
 def test_interrupt_hits_only_its_own_run():
+    """An interrupt that arrives late must not end the next job."""
     interrupter = microq._make_interrupter()
     before = signal.getsignal(signal.SIGALRM)
     try:
@@ -4658,9 +4726,9 @@ def test_a_stopped_job_calls_back(
 def test_a_job_that_kills_its_process_calls_back_once(queue, callback_log):
     job = queue.enqueue(kill_self, job_id="a", on_failure=log_failure)
     work(Worker(queue))
-    [word] = callback_log()
-    assert word.startswith("failure a AbandonedJobError")
-    assert "signal 9" in word
+    [line] = callback_log()
+    assert line.startswith("failure a AbandonedJobError")
+    assert "signal 9" in line
     assert job.is_failed
     assert "signal 9" in job.latest_result().exc_string
     assert len(job.results()) == 3 + 1 - 1
@@ -4669,7 +4737,7 @@ def test_a_job_that_kills_its_process_calls_back_once(queue, callback_log):
 
 
 def test_webhooks_are_sent_when_a_job_has_ended(queue, webhook_server, run):
-    url, heard = webhook_server
+    url, requests = webhook_server
     hooks = [
         Webhook(f"{url}/finished", "finished"),
         Webhook(f"{url}/broken", JobStatus.FAILED),
@@ -4681,10 +4749,10 @@ def test_webhooks_are_sent_when_a_job_has_ended(queue, webhook_server, run):
     queue.enqueue(add, 1, webhooks=hooks)
     job = queue.enqueue(fail, retry=Retry(1), webhooks=hooks)
     run()
-    assert [words[:3] for words in heard] == [
+    assert [request[:3] for request in requests] == [
         ("GET", "/finished", None), ("GET", "/broken", None), ("POST", "/failed", "7"),
     ]  # fmt: skip
-    body = heard[2][3]
+    body = requests[2][3]
     assert body["job_id"] == job.id
     assert body["func_name"] == "test_microq.fail"
     assert body["status"] == "failed"
@@ -4696,21 +4764,21 @@ def test_webhooks_are_sent_when_a_job_has_ended(queue, webhook_server, run):
 
 
 def test_jobs_claimed_behind_a_webhook_are_released(queue, redis, webhook_server):
-    url, heard = webhook_server
+    url, requests = webhook_server
     for _ in range(30):
         queue.enqueue(add)
     queue.enqueue(add, webhooks=[Webhook(url, "finished")])
     jobs = [queue.enqueue(add) for _ in range(100)]
     work(queue)
-    assert len(heard) == 1
+    assert len(requests) == 1
     assert all(job.is_finished for job in jobs)
 
 
 def test_a_killed_job_sends_its_webhook(queue, webhook_server):
-    url, heard = webhook_server
+    url, requests = webhook_server
     queue.enqueue(kill_self, max_crashes=0, webhooks=[Webhook(url, "failed")])
     work(Worker(queue))
-    assert len(heard) == 1
+    assert len(requests) == 1
 
 
 # ---- 9. Work loop --------------------------------------------------------------------
@@ -4828,7 +4896,7 @@ def test_outcomes_of_a_batch_are_settled_while_it_runs(queue, run):
 def test_jobs_that_are_no_longer_tiny_are_claimed_one_by_one(queue, run, options):
     """Too fast to be relieved of what waits behind them, too slow to let it wait for long."""
     queue.enqueue_many([Queue.prepare_data(add)] * 20)
-    seconds = 0 if options else 0.015
+    seconds = 0 if options else 0.015  # the callback takes as long
     data = Queue.prepare_data(jobs_held_after, (seconds,), **options)
     jobs = queue.enqueue_many([data] * 100)
     run()
@@ -4869,7 +4937,8 @@ def test_batch_watchdog_tries_again_after_a_cut_connection(queue, monkeypatch):
 
     monkeypatch.setattr(microq, "_read_replies", cut_once)
     jobs = [queue.enqueue(add) for _ in range(7)]
-    slow, *behind = queue.enqueue(sleep, 3), *(queue.enqueue(add, i) for i in range(3))
+    slow = queue.enqueue(sleep, 3)
+    behind = [queue.enqueue(add, i) for i in range(3)]
     with Worker(queue):
         wait_until(
             lambda: slow.is_started and queue.job_ids == [job.id for job in behind]
@@ -4879,15 +4948,14 @@ def test_batch_watchdog_tries_again_after_a_cut_connection(queue, monkeypatch):
 
 
 def test_job_with_crashes_is_claimed_alone(redis, queue):
-    """A crash of a whole worker is blamed on all that it held, so a suspect must be alone."""
+    """A crash of a whole worker counts for all jobs it held: one with crashes must be alone."""
     jobs = [queue.enqueue(add, i) for i in range(4)]
     redis.hset(f"{Q}job:{jobs[2].id}", "crashes", 1)
     once = queue.enqueue(add, max_crashes=0)
-    claims = [
-        [id for id, _ in claim(queue, number=number, n=10)] for number in (1, 2, 3, 4)
-    ]
     ids = [job.id for job in jobs]
-    assert claims == [ids[:2], ids[2:3], ids[3:], [once.id]]
+    claims = [ids[:2], ids[2:3], ids[3:], [once.id]]
+    for number, claimed in enumerate(claims, 1):
+        assert [id for id, _ in claim(queue, number=number, n=10)] == claimed
 
 
 def test_request_cut_in_flight_is_sent_again(queue, run):
@@ -4903,18 +4971,18 @@ def test_request_cut_in_flight_is_sent_again(queue, run):
 def test_a_job_that_finds_a_worker_idle_costs_it_no_round_trip_before_it_runs(
     queue, monkeypatch
 ):
-    posts = Counter()
-    post = microq._send_packed
+    sent = Counter()
+    send_packed = microq._send_packed
 
     def count(wire, commands):
-        posts[threading.current_thread().name] += 1
-        post(wire, commands)
+        sent[threading.current_thread().name] += 1
+        send_packed(wire, commands)
 
     monkeypatch.setattr(microq, "_send_packed", count)
-    monkeypatch.setattr(sys.modules[__name__], "SENT", posts)
+    monkeypatch.setattr(sys.modules[__name__], "SENT", sent)
     with Worker(queue) as worker:
         wait_until(lambda: blocked_clients(queue.connection) == 2)
-        before = posts[f"worker {worker.name}"]
+        before = sent[f"worker {worker.name}"]
         job = queue.enqueue(sent_so_far)
         assert job.latest_result(timeout=30).return_value == before > 0
 
@@ -5076,6 +5144,7 @@ def test_workers_do_not_all_come_back_at_the_same_time():
 def test_lost_replies_neither_lose_nor_double_a_job(
     server, redis, queue, tmp_path, fork
 ):
+    """Each command of a worker may be sent again."""
     proxy = Proxy(tmp_path / "p", server.path)
     log = tmp_path / "log"
     connection = redis_py.Redis(unix_socket_path=proxy.path)
@@ -5091,7 +5160,7 @@ def test_lost_replies_neither_lose_nor_double_a_job(
     threading.Thread(target=harm).start()
     work(Worker("default", connection=connection, fork=fork))
     assert proxy.replies_to_lose == 0
-    assert sorted(map(int, log.read_text().split())) == sorted([*range(20)] * 2)
+    assert lines_of(log) == {str(i): 2 for i in range(20)}
     assert all(job.is_finished and len(job.results()) == 2 for job in jobs)
 
 
@@ -5117,7 +5186,7 @@ def test_no_control_character_of_a_job_reaches_the_log(queue, start_worker):
     text = stop_and_read_log(worker)
     assert "Traceback" in text
     assert "\\x1b]0;title\\x07\\x9b2J\\r\\u202e" in text
-    assert not [each for each in text if not (each.isprintable() or each in "\n\t")]
+    assert not unprintable_characters(text)
 
 
 def test_the_log_has_the_format_and_the_detail_that_were_asked_for(
@@ -5149,6 +5218,7 @@ def test_bad_arguments_of_a_worker_are_refused(redis, arguments):
 
 
 def test_a_worker_takes_the_options_of_rq(redis, queue):
+    """Options without a meaning here are accepted, misspelt ones are not."""
     options = {"default_worker_ttl": 420, "worker_ttl": 9, "maintenance_interval": 600}
     options |= {
         "job_monitoring_interval": 30,
@@ -5331,7 +5401,7 @@ def test_a_worker_waits_for_the_lease_of_one_in_another_container(redis, queue):
     thread = threading.Thread(target=start)
     thread.start()
     try:
-        for beat in itertools.count():  # a beat, seen sooner or later
+        for beat in itertools.count():  # a heartbeat, seen sooner or later
             redis.set(worker.key, record_of_another_container(worker, beat=beat))
             thread.join(0.05)
             if not thread.is_alive() or beat == 200:
@@ -5544,6 +5614,7 @@ microq.Worker("default", connection=redis.Redis.from_url({server.url!r})).work()
 def test_worker_that_ends_by_an_error_sends_no_more_heartbeats(
     redis, queue, monkeypatch
 ):
+    """Else its jobs would never be released."""
     worker = SimpleWorker(queue, lease=0.3)
     before = threading.active_count()
     monkeypatch.setattr(microq._WorkLoop, "run", lambda *_: 1 / 0)
@@ -5603,6 +5674,7 @@ def test_processes_have_titles_where_setproctitle_is_installed(
 
 
 def test_a_child_is_replaced_after_its_jobs(queue):
+    """Jobs that leak memory are bounded by jobs_per_fork."""
     jobs = [queue.enqueue(pid_of_parent) for _ in range(5)]
     work(Worker(queue, jobs_per_fork=2))
     pids = [job.return_value()[0] for job in jobs]
@@ -5646,12 +5718,12 @@ def test_standby_child_that_dies_is_replaced(queue, start_worker, tmp_path):
     log = tmp_path / "log"
     queue.enqueue(sleep_and_record_pid, str(log))
     pid, _ = pids_of_run(log)
-    [spare] = wait_until(
-        lambda: [each for each in children_of(worker.pid) if each != pid]
+    [standby] = wait_until(
+        lambda: [child for child in children_of(worker.pid) if child != pid]
     )
-    os.kill(spare, signal.SIGKILL)
+    os.kill(standby, signal.SIGKILL)
     wait_until(
-        lambda: set(children_of(worker.pid)) - {pid, spare} and not is_alive(spare)
+        lambda: set(children_of(worker.pid)) - {pid, standby} and not is_alive(standby)
     )
     worker.kill()
 
@@ -5691,6 +5763,7 @@ def test_child_may_exit_while_the_supervisor_looks_at_it(queue, monkeypatch, cap
 def test_a_fork_that_fails_is_tried_again_while_the_others_are_kept(
     redis, queue, monkeypatch
 ):
+    """A machine without memory for a process may have it again."""
     forks = []
     fork = os.fork
 
@@ -5719,6 +5792,7 @@ def test_late_reply_is_not_read_by_the_next_child(queue, start_worker):
 
 
 def test_jobs_claimed_behind_a_killed_job_are_released(queue):
+    """They did not run, so the crash is not theirs."""
     jobs = [queue.enqueue(add, i) for i in range(60)]
     killer = queue.enqueue(kill_self)
     jobs += [queue.enqueue(add, i) for i in range(60)]
@@ -5758,10 +5832,10 @@ def test_jobs_that_misbehave_leave_the_worker_working(queue, start_worker):
     last = queue.enqueue(spin, 5, job_timeout=0.2)
     assert "timeout" in last.latest_result(timeout=60).exc_string
     reasons = [job.latest_result().exc_string for job in crashes]
-    for reason, word in zip(
+    for reason, text in zip(
         reasons, ["signal 11", "status 3", "signal 6"], strict=True
     ):
-        assert word in reason
+        assert text in reason
     assert [job.return_value() for job in good] == [
         "left",
         "printed",
@@ -5802,6 +5876,7 @@ def test_a_job_that_closes_a_standard_file_does_not_hold_the_batch(queue):
 
 
 def test_a_job_that_returns_twice_is_recorded_once(queue):
+    """A fork of the job that goes on in the worker's code must not settle it."""
     jobs = [
         queue.enqueue(fork_and_fall_through),
         *(queue.enqueue(pid_of_parent) for _ in range(3)),
@@ -5853,7 +5928,7 @@ def test_a_flood_of_tiny_jobs_survives_kills(redis, queue, start_worker):
     dice = random.Random(4)
     for number in range(4):
         worker = start_worker(
-            "--lease", "1", "-q", *["--in-process"] * (number % 3 == 2)
+            "--lease", "1", "-q", *(["--in-process"] if number == 2 else [])
         )
         finished = len(queue.finished_job_registry)
         wait_until(lambda: len(queue.finished_job_registry) > finished or not queue)  # noqa: B023
@@ -5943,13 +6018,13 @@ def test_a_job_that_the_kernel_kills_for_its_memory_is_failed(queue):
 
 
 def test_work_horse_killed_handler_is_called(queue):
-    told = []
+    calls = []
     job = queue.enqueue(kill_self, max_crashes=0)
     worker = Worker(
-        queue, work_horse_killed_handler=lambda *details: told.append(details)
+        queue, work_horse_killed_handler=lambda *details: calls.append(details)
     )
     work(worker)
-    [(same, pid, status, usage)] = told
+    [(same, pid, status, usage)] = calls
     assert same == job
     assert pid > 0
     assert os.WTERMSIG(status) == 9
@@ -6370,10 +6445,8 @@ def test_worker_whose_commands_are_refused_ends_a_lease_after_sigterm(
 
 
 def test_outcome_that_the_server_always_refuses_fails_its_job_alone(redis, queue, run):
-    spoiled, *others = (
-        queue.enqueue(spoil_results, repeat=Repeat(1)),
-        *map(queue.enqueue, [add] * 5),
-    )
+    spoiled = queue.enqueue(spoil_results, repeat=Repeat(1))
+    others = [queue.enqueue(add) for _ in range(5)]
     run()
     assert spoiled.is_failed
     assert "WRONGTYPE" in spoiled.latest_result().exc_string
@@ -6381,7 +6454,8 @@ def test_outcome_that_the_server_always_refuses_fails_its_job_alone(redis, queue
 
 
 def test_an_outcome_whose_record_was_replaced_is_dropped(redis, queue, run):
-    spoiled, *others = queue.enqueue(spoil_record), *map(queue.enqueue, [add] * 5)
+    spoiled = queue.enqueue(spoil_record)
+    others = [queue.enqueue(add) for _ in range(5)]
     run()
     assert redis.get(spoiled.key) == b"x"
     assert all(job.is_finished for job in others)
@@ -6479,7 +6553,10 @@ def test_vanished_dependency_starts_nothing_and_blocks_no_other(redis, queue_pai
     whole = second.enqueue(
         add, depends_on=Dependency([gone, other], allow_failure="any")
     )
-    gone.delete() if way == "deleted" else time.sleep(0.1)
+    if way == "deleted":
+        gone.delete()
+    else:
+        time.sleep(0.1)
     work_all_queues(redis)
     assert statuses(alone, child, whole) == ["deferred", "finished", "finished"]
     assert child.return_value() == [2, None]
@@ -6609,6 +6686,7 @@ def test_garbled_dependent_blocks_no_job(redis, queue_pair):
 
 
 def test_garbled_message_between_queues_blocks_no_job(redis, queue_pair):
+    """A message that nobody can read is dropped."""
     first, second = queue_pair
     parent = first.enqueue(add, 1)
     child = second.enqueue(dependency_results, depends_on=parent)
@@ -6664,7 +6742,10 @@ def test_dependency_that_expires_blocks_no_dependent(redis, queue_pair, end, whe
     if when == "before":
         children.append(second.enqueue(dependency_results, depends_on=[parent, other]))
         children.append(second.enqueue(add, depends_on=parent))
-    parent.cancel() if end == "canceled" else claim_and_fail(first, parent)
+    if end == "canceled":
+        parent.cancel()
+    else:
+        claim_and_fail(first, parent)
     if when == "after":
         children.append(second.enqueue(dependency_results, depends_on=[parent, other]))
         children.append(second.enqueue(add, depends_on=parent))
@@ -6766,8 +6847,7 @@ def test_record_of_a_job_expires_before_its_entry_in_a_container(redis, queue_pa
 
 
 def test_many_dependents_are_notified_in_portions(redis, queue_pair):
-    """The script that ends their parent doesn't hold the server for long, and what it leaves to
-    do survives the death of whoever was to do it."""
+    """No script holds the server for long, and the rest survives the death of a relay."""
     first, second = queue_pair
     parent = first.enqueue(add)
     count = 2500
@@ -6783,10 +6863,10 @@ def test_many_dependents_are_notified_in_portions(redis, queue_pair):
     )
     reply = microq._execute_one(redis, *settle_command)
     messages = microq._SettleReply.parse(reply).messages
-    told = len(second) + redis.scard(f"{first.prefix}outbox")
-    assert 1000 <= told <= 1010
+    notified = len(second) + redis.scard(f"{first.prefix}outbox")
+    assert 1000 <= notified <= 1010
     assert len(messages) <= 1005
-    # The parent begins a new life, and ends; only those that it has now are told of that.
+    # A new run of the parent begins, and ends; only those that it has now are notified of that.
     parent.requeue()
     late = second.enqueue(nothing, depends_on=Dependency(parent, allow_failure=True))
     parent.delete()
@@ -6796,12 +6876,12 @@ def test_many_dependents_are_notified_in_portions(redis, queue_pair):
         calls = iter(range(2))
         send = microq._execute
 
-        def killed(connection, *commands):
+        def dying_send(connection, *commands):
             if next(calls) == 1:
                 raise KeyboardInterrupt
             return send(connection, *commands)
 
-        patch.setattr(microq, "_execute", killed)
+        patch.setattr(microq, "_execute", dying_send)
         with pytest.raises(KeyboardInterrupt):
             microq._relay(redis, messages)
     assert redis.keys("*untold*")
@@ -6854,13 +6934,13 @@ def test_messages_delivered_twice_have_the_effect_of_one(redis, queue_pair):
     """Each step between two queues can be repeated, at any later time."""
     first, second = queue_pair
     limit = RateLimit("k", concurrency=1)
-    heard = []
+    deliveries = []
     send = microq._execute
 
     def twice(connection, *commands):
         for command in commands:
             if command[:2] == ("EVALSHA", microq.DELIVER.sha):
-                heard.append(command)
+                deliveries.append(command)
                 send(connection, command)
         return send(connection, *commands)
 
@@ -6872,9 +6952,9 @@ def test_messages_delivered_twice_have_the_effect_of_one(redis, queue_pair):
             for _ in range(3)
         ]
         work_all_queues(redis)
-    assert heard
+    assert deliveries
     assert statuses(parent, *jobs) == ["finished"] * 4
-    for command in heard:
+    for command in deliveries:
         send(redis, command)
     work(Queue.all(redis))
     assert [len(job.results()) for job in (parent, *jobs)] == [1] * 4
@@ -6883,7 +6963,7 @@ def test_messages_delivered_twice_have_the_effect_of_one(redis, queue_pair):
 
 
 def test_message_stored_again_during_its_delivery_is_delivered_again(redis, queue):
-    """Here the limit grants a slot to a job that has said, before it asked, that it wants none."""
+    """Here a job's message that frees its slot arrives before the one that requests it."""
     pipe = redis.pipeline()
     job = queue.enqueue(add, rate_limit=RateLimit("k", concurrency=1), pipeline=pipe)
     pipe.execute()
@@ -6902,7 +6982,7 @@ def test_message_stored_again_during_its_delivery_is_delivered_again(redis, queu
 def test_a_worker_killed_between_two_queues_loses_and_doubles_nothing(
     redis, queue, start_worker, tmp_path, step, what
 ):
-    """It is killed after its job's end was stored, before what depends on that was told."""
+    """It is killed when its job's end is stored, and the messages are not relayed yet."""
     other = Queue("other", redis)
     path = str(tmp_path / "runs")
     if what == "limit":
@@ -7388,7 +7468,7 @@ def test_cron_expression_survives_a_change_of_the_clocks(expression, start, expe
 
 
 @pytest.mark.parametrize(
-    ("expression", "word"),
+    ("expression", "field"),
     [
         ("60 * * * *", "minute"),
         ("* 24 * * *", "hour"),
@@ -7410,8 +7490,8 @@ def test_cron_expression_survives_a_change_of_the_clocks(expression, start, expe
         ("0 0 31 4,6,9,11 *", "never"),
     ],
 )
-def test_bad_cron_expression_is_refused(expression, word):
-    with pytest.raises(ValueError, match=word):
+def test_bad_cron_expression_is_refused(expression, field):
+    with pytest.raises(ValueError, match=field):
         microq._CronExpression(expression, "UTC")
 
 
@@ -7668,8 +7748,8 @@ def test_a_scheduler_stores_its_entries_again_when_the_server_has_lost_them(redi
     thread.start()
     wait_until(lambda: CronJob.all(redis) and redis.exists("microq:worker:s"))
     redis.flushall()
-    word = json.dumps({"command": "suspension", "worker": "s"})
-    redis.rpush("microq:inbox:s", word)  # so that it beats at once
+    command = json.dumps({"command": "suspension", "worker": "s"})
+    redis.rpush("microq:inbox:s", command)  # it answers by a heartbeat, at once
     wait_until(lambda: CronJob.all(redis))
     assert len(enqueued_ticks(redis)) == 1
     assert Worker.all(redis) == []
@@ -7817,7 +7897,7 @@ def test_a_failed_start_leaves_no_lock_and_a_child_keeps_its_server(
 @pytest.mark.parametrize("private", [False, True])
 @pytest.mark.parametrize("victim", ["server", "monitor", "both"])
 def test_a_killed_server_is_started_again_by_its_users(tmp_path, private, victim):
-    """The users live, and none of them is told to do anything about it."""
+    """Its users go on by themselves."""
     user, home = start_user(None if private else tmp_path / "data")
     first = enqueue_by_user(user, 1)
     server, monitor = process_ids(home)
@@ -8468,7 +8548,7 @@ def test_a_config_module_says_where_and_what(server, redis, tmp_path):
     assert "MINE listening on high, low" in log
     status, _, error = microq_command("info", *words, MICROQ_URL="unix:///nowhere")
     assert status == 1
-    assert "nowhere" in error  # the environment beats it
+    assert "nowhere" in error  # the environment wins
     assert microq_command("info", *words[2:], MICROQ_CONFIG="", cwd=tmp_path)[0] == 0
     assert microq_command("info", *words[:2], MICROQ_CONFIG="my_settings")[0] == 0
     status, _, error = microq_command("info", "--config", "nowhere")
@@ -8862,7 +8942,8 @@ def test_docs_enqueue_with_every_option(redis):
 
     q = Queue(connection=redis)
     first = q.enqueue(say_hello)
-    for timeout, seconds in ((2, 2), ("2", 2), ("1h", 3600), ("3m", 180), ("5s", 5)):
+    timeouts = {2: 2, "2": 2, "1h": 3600, "3m": 180, "5s": 5}
+    for timeout, seconds in timeouts.items():
         assert q.enqueue(say_hello, job_timeout=timeout).timeout == seconds
     job = q.enqueue(
         say_hello,
@@ -9604,7 +9685,7 @@ def test_docs_exception_handlers(redis, reported):
     from microq import Queue, SimpleWorker
 
     q = Queue(connection=redis)
-    for handlers, heard in (
+    for handlers, called in (
         ([foo_handler, bar_handler], ["foo", "bar"]),  # a None falls through
         ([foo_handler, black_hole, bar_handler], ["foo"]),
     ):
@@ -9612,7 +9693,7 @@ def test_docs_exception_handlers(redis, reported):
         job = q.enqueue(div_by_zero)
         w = SimpleWorker([q], exception_handlers=handlers)
         w.work(burst=True)
-        assert reported == [(name, job.id, "ZeroDivisionError") for name in heard]
+        assert reported == [(name, job.id, "ZeroDivisionError") for name in called]
     job = q.enqueue(div_by_zero)
     w = SimpleWorker(
         [q], exception_handlers=[foo_handler], disable_default_exception_handler=True
@@ -9839,8 +9920,8 @@ def test_docs_settings_name_sentinels_and_certificates(
     monkeypatch.syspath_prepend(tmp_path)
     words = ["info", "--config", name, "--connection-class", "test_microq.ShownRedis"]
     assert microq.main(words) == 1
-    told = capsys.readouterr().err
-    assert [each for each in shown if each not in told] == []
+    error = capsys.readouterr().err
+    assert [text for text in shown if text not in error] == []
 
 
 def test_docs_connections_of_each_queue(redis, server, tmp_path):
