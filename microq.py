@@ -355,7 +355,7 @@ class _ColdShutdown(BaseException):
 # value is checked when it is made, so that a mistake raises before anything is stored.
 # To add an option: a row in _OPTIONS, an attribute of Job, a line in the docstring of
 # Queue.enqueue(), a row in the README; a test names what is missing.  Uses section 1,
-# and _dotted_name() of section 3.
+# _dotted_name() and _serialize() of section 3, and Job, to know one.
 
 # Where a job can be; the container is the status.  The last three are final.
 _CONTAINERS = [
@@ -793,6 +793,7 @@ class _Option:
     stored    - whether create_job() makes a field of it, yes; else Queue uses its value
     flag      - of the command `enqueue`, as in "--ttl S"; without a metavar: True
     repeated  - whether the flag may be given several times, for a list of values, no
+    flag_help - for --help, `doc`
     no_flag   - the reason, if it has no flag
 
     As an attribute of Job an option reads its value from the job's hash."""
@@ -801,7 +802,7 @@ class _Option:
         self, name: str, kind: type, doc: str, *, default: Any = None,
         at_least: int | None = None, convert: Callable[[Any], Any] | None = None,
         keyword: str | None = None, attribute: str | None = None, stored: bool = True,
-        flag: str = "", repeated: bool = False, no_flag: str = "",
+        flag: str = "", repeated: bool = False, flag_help: str = "", no_flag: str = "",
     ) -> None:  # fmt: skip
         self.name = name
         self.kind = kind
@@ -815,6 +816,7 @@ class _Option:
         self.stored = stored
         self.flag = flag
         self.repeated = repeated
+        self.flag_help = flag_help or doc
         self.no_flag = no_flag
 
     def __get__(self, job: Any, owner: Any = None) -> Any:
@@ -922,6 +924,7 @@ _OPTIONS = {
             'seconds it may run, or "5m"; -1 for no limit, the queue\'s default',
             default=DEFAULT_TIMEOUT,
             keyword="job_timeout", flag="--job-timeout --timeout S",
+            flag_help="seconds it may run, or 5m, 2h, 1d; -1 for no limit, 180",
         ),
         _DurationOption(
             "result_ttl", (-1, 0),
@@ -948,7 +951,7 @@ _OPTIONS = {
         _Option(
             "at_front", bool, "whether to overtake the jobs that wait, no",
             default=False, convert=bool, attribute="enqueue_at_front", stored=False,
-            flag="--at-front",
+            flag="--at-front", flag_help="overtake the jobs that wait",
         ),
         _SerializedOption(
             "meta", dict, "a dict of your own to travel along, {}",
@@ -972,24 +975,28 @@ _OPTIONS = {
             "jobs that must have finished: a Job, an id, a list, a Dependency, none",
             convert=_to_dependency, attribute="dependency_ids", stored=False,
             flag="--depends-on ID", repeated=True,
+            flag_help="run it after this job; may be repeated",
         ),
         _RecordOption(
             "on_success", Callback,
             "a Callback when it has succeeded, or the function, none",
             convert=_to_callback,
             attribute="success_callback", flag="--on-success NAME",
+            flag_help="function to call when it has succeeded, by its dotted name",
         ),
         _RecordOption(
             "on_failure", Callback,
             "a Callback when it has failed, or the function, none",
             convert=_to_callback,
             attribute="failure_callback", flag="--on-failure NAME",
+            flag_help="function to call when it has failed, by its dotted name",
         ),
         _RecordOption(
             "on_stopped", Callback,
             "a Callback when it was stopped, or the function, none",
             convert=_to_callback,
             attribute="stopped_callback", flag="--on-stopped NAME",
+            flag_help="function to call when it was stopped, by its dotted name",
         ),
         _WebhooksOption(
             "webhooks", list, "a list of Webhooks, none", no_flag="several values",
@@ -1003,6 +1010,7 @@ _OPTIONS = {
             'True: refuse a job_id of which there is any record; "pending": one that '
             "has not ended, as is done in any case",
             convert=_check_unique, attribute="", stored=False, flag="--unique",
+            flag_help="refuse a --job-id of which there is any record",
         ),
         _Option(
             "group_id", str, "the name of its Group, none",
@@ -3673,7 +3681,8 @@ class Job:
                         message = channel.get_message(timeout=min(left, RECHECK))
                         if message and message["type"] == "message":
                             return ask(self)
-                        answer, may_come = self._ask_to_be_told(ask)
+                        may_come = self._announce_waiter()
+                        answer = ask(self)
                         if answer or not may_come:
                             return answer
                         backoff = _Backoff(1.0)
@@ -3682,14 +3691,14 @@ class Job:
                 time.sleep(max(0.0, min(pause, deadline - time.monotonic())))
         return ask(self)
 
-    def _ask_to_be_told(self, ask: Callable[[Job], Any]) -> tuple[Any, bool]:
-        """Have the end of the next run published.
+    def _announce_waiter(self) -> bool:
+        """Have the end of the next run published, and return whether a run may come.
 
-        Return ask(self), and whether another run may come."""
-        waited = _set_field_command(self.queue.prefix, self.id, "waited", 1)
+        None comes for a job that is gone or canceled.  One round trip."""
+        waiter = _set_field_command(self.queue.prefix, self.id, "waited", 1)
         canceled = ("ZSCORE", f"{self.queue.prefix}canceled", self.id)
-        exists, canceled_until = _execute(self.connection, waited, canceled)
-        return ask(self), bool(exists) and canceled_until is None
+        exists, canceled_until = _execute(self.connection, waiter, canceled)
+        return bool(exists) and canceled_until is None
 
     # Meta.
 
@@ -9709,22 +9718,25 @@ def _add_enqueue(commands: Any) -> None:
 
 
 def _add_option_flag(parser: argparse.ArgumentParser, option: _Option) -> None:
-    """Add the flag of a job's option.  Its value is checked by the option, but for a number."""
-    words = option.flag.split()
-    names = [word for word in words if word.startswith("--")]
-    dest, help = option.keyword, option.doc
-    if words == names:
+    """Add the flag of a job's option; all values but numbers are checked by the option."""
+    *names, metavar = option.flag.split()
+    if metavar.startswith("--"):  # a flag without a value
         parser.add_argument(
-            *names, dest=dest, help=help, action="store_true", default=None
+            *names,
+            metavar,
+            dest=option.keyword,
+            action="store_true",
+            default=None,
+            help=option.flag_help,
         )
         return
-    action = "store"
-    if option.repeated:
-        action = "append"
-        help += " (may be repeated)"
-    kind = int if option.kind is int else str
     parser.add_argument(
-        *names, dest=dest, help=help, metavar=words[-1], action=action, type=kind
+        *names,
+        dest=option.keyword,
+        metavar=metavar,
+        action="append" if option.repeated else "store",
+        type=int if option.kind is int else str,
+        help=option.flag_help,
     )
 
 
