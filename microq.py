@@ -121,6 +121,25 @@ Fields of a job's hash; only what differs from the default is stored
     callback_error                      "<execution>\n<traceback>"
     group_id                            name
 
+Processes and connections of a worker
+
+    parent: _Supervisor, runs no user code    child: _WorkLoop, runs the jobs
+      connection: heartbeats, cron              command connection: settle and claim
+      blocking connection:                      blocking connection: microq:{q}:wake,
+        microq:inbox:<name>                       with a claim
+      wake-up, set by signals and by            wake-up, set by the supervisor to stop
+        a child that ends or needs a              or suspend the loop; its wait ends,
+        standby child                             too, if the parent died
+                                                batch watchdog, a thread
+
+    _SharedState, one for each worker, in memory that both see:
+      from the child: current job, deadline     from the parent: stop, suspended
+        at which to kill it, counts
+
+    standby child: forked before its predecessor ends, waits for its start signal
+
+    in-process: the loop runs in the main thread, and the supervisor in another thread
+
 Map of the file.  Who has read Part I knows everything that runs a job.  Part I names of Part II
 only these hooks of Python: _relay, Group, CronScheduler, _StoredCron, _enqueue_ticks.
 
@@ -5357,7 +5376,8 @@ def _close_event_loop() -> None:
 
 class _Backoff:
     """Pauses before further attempts to reach a server: none at first, since perhaps
-    only the connection was cut, then each twice as long as the one before, up to a cap."""
+    only the connection was cut, then each twice as long as the one before, up to a
+    cap."""
 
     def __init__(self, cap: float) -> None:
         self.seconds = 0.0
@@ -5398,8 +5418,8 @@ class _SharedState(ctypes.Structure):
     has one writer at a time, so there is no lock; a reader may be late by one job."""
 
     _fields_ = (
-        # Written by the loop.  The deadline at which its job is killed; infinity: never;
-        # 0: it holds no job; -1: its last job has ended, and is not settled yet.
+        # Written by the loop.  The deadline at which its job is killed; infinity:
+        # never; 0: it holds no job; -1: its last job has ended, and is not settled yet.
         ("kill_deadline", ctypes.c_double),
         ("job_started", ctypes.c_double),  # when its job, or else its process, began
         ("busy_seconds", ctypes.c_double),  # spent in jobs so far
@@ -5440,7 +5460,7 @@ class _SharedState(ctypes.Structure):
         self.kill_deadline = self.job_started + limit
 
     def current_job(self) -> _CurrentJob | None:
-        """Return the job that runs, or has run and is not settled; None if there is none."""
+        """Return the job that runs, or is not settled yet; None if there is none."""
         if not self.kill_deadline:
             return None
         try:
@@ -5471,9 +5491,9 @@ class _Wakeup:
 
     @classmethod
     def keep_only(cls, *, waiting: Sequence[_Wakeup], setting: _Wakeup) -> None:
-        """In a forked child, close what it inherited, but for the wake-ups that it waits
-        for and the one that it sets.  So a wait ends when the parent, which has the only
-        writers then, has died."""
+        """In a forked child, close what it inherited, but for the wake-ups that it
+        waits for and the one that it sets.  So a wait ends when the parent, which has
+        the only writers then, has died."""
         for wakeup in list(cls._all):
             if wakeup is not setting:
                 wakeup._writer.close()
@@ -5496,8 +5516,8 @@ class _Wakeup:
         return True
 
     def wait(self, timeout: float, *sockets: Any) -> bool:
-        """Wait until it is set, one of the sockets can be read, or `timeout` seconds have
-        passed.  Return whether it is set."""
+        """Wait until it is set, one of the sockets can be read, or `timeout` seconds
+        have passed.  Return whether it is set."""
         ready = _wait_readable([self._reader, *sockets], max(0.0, min(timeout, 3600)))
         return self._reader in ready
 
@@ -5549,8 +5569,8 @@ class _Instance:
         self.forking = worker.fork
         self.client = worker.connection
         self.lease: float = worker.lease
-        # Timeout of a Redis call, and cap of the backoff.  A third of the lease, so that
-        # after an outage every worker has renewed its lease before any may reap.
+        # Timeout of a Redis call, and cap of the backoff.  A third of the lease, so
+        # that after an outage every worker has renewed its lease before any may reap.
         self.redis_timeout = self.lease / 3
         self.wakeup = _Wakeup()  # of the loop
         self.shared = _SharedState.create()
@@ -5599,13 +5619,13 @@ class _Instance:
         return _heartbeat_command(self.prefixes, self.holder, self.lease, mode, oldest)
 
     def register_command(self, lease: float, dead: bytes = b"") -> Command:
-        """Return the command that stores the worker's record for `lease` seconds, if the
-        name is its own, or held by the record `dead`."""
+        """Return the command that stores the worker's record for `lease` seconds, if
+        the name is its own, or held by the record `dead`."""
         record = json.dumps(self.record())
         return _register_command(self.worker.key, self.id, record, lease, dead)
 
     def unregister_command(self) -> Command:
-        """Return the command that removes the worker's record, if the name is its own."""
+        """Return the command that removes the worker's record, if it has the name."""
         return _unregister_command(self.worker.key, self.id)
 
 
@@ -5636,8 +5656,8 @@ class _Request:
 
     It carries all that its reply concerns, so that a reply can't be taken for that to
     other runs.  It may be sent again, over any connection: SETTLE and RELEASE name the
-    executions, which hold a job only once, and a claim has a number; the server answers a
-    number that it has seen with the jobs that are held by it, and takes no others."""
+    executions, which hold a job only once, and a claim has a number; the server answers
+    a number that it has seen with the jobs that are held by it, and takes no others."""
 
     commands: tuple[Command, ...]
     runs: list[list[_Run]]  # those of one queue together, as the first commands
@@ -5654,8 +5674,8 @@ class _Request:
 class _InlineRunner:
     """Runs jobs one after the other, in the thread of the loop.
 
-    A loop starts runs, and collects those that have ended; a runner of many jobs at once
-    would return from start() at once."""
+    A loop starts runs, and collects those that have ended; a runner of many jobs at
+    once would return from start() at once."""
 
     def __init__(self, handlers: Handlers, log_description: bool) -> None:
         self._handlers = handlers
@@ -5678,7 +5698,7 @@ class _InlineRunner:
 
 
 class _Loop:
-    """What a supervisor runs in its own process: a work loop, or one that only waits."""
+    """What a supervisor runs in its own process: a work loop, or a mere wait."""
 
     instance: _Instance
 
@@ -5701,11 +5721,12 @@ class _Loop:
 
 
 class _WorkLoop(_Loop):
-    """Claims jobs, runs them and settles their outcomes, until there is a reason to stop.
+    """Claims jobs, runs them and settles their outcomes, until it is to stop.
 
     It is made in the process that runs it.  Beside its thread only the batch watchdog
-    touches what it holds, under the lock.  `supervisor_wakeup` tells the supervisor that a
-    standby child is needed; `before_wait` is called before the loop waits for work."""
+    touches what it holds, under the lock.  `supervisor_wakeup` tells the supervisor
+    that a standby child is needed; `before_wait` is called before the loop waits for
+    work."""
 
     def __init__(
         self, instance: _Instance, command_connection: _Connection,
@@ -5876,8 +5897,8 @@ class _WorkLoop(_Loop):
     def _may_claim_ahead(self, held: int) -> bool:
         """Return whether to claim while jobs are left to run: these are tiny and many.
 
-        Not with several queues: what is left of a batch after SETTLE_AFTER goes back, and
-        would be overtaken by what was claimed behind it."""
+        Not with several queues: what is left of a batch after SETTLE_AFTER goes back,
+        and would be overtaken by what was claimed behind it."""
         return bool(
             len(self.instance.queues) == 1
             and self.last_claim_full
@@ -5922,7 +5943,7 @@ class _WorkLoop(_Loop):
         return math.inf
 
     def _drop_large_results(self, request: _Request) -> None:
-        """Settle in another request, without results that the connection does not carry."""
+        """Settle by another request, without results that are too large for it."""
         runs = [run for group in request.runs for run in group]
         replaced = [_Run(each, _replace_oversized(outcome)) for each, outcome in runs]
         self.unsettled = replaced + self.unsettled
@@ -5930,9 +5951,10 @@ class _WorkLoop(_Loop):
         self.request = None
 
     def _execute_until_answered(self, request: _Request) -> list[Any] | None:
-        """Return the replies to a request, sent as often as it takes: until the server is
-        there, and does not refuse the commands (to a user without permission, say).  Return
-        None if the server is there, but a large result has cut the connection five times."""
+        """Return the replies to a request, sent as often as it takes: until the server
+        is there, and does not refuse the commands (to a user without permission, say).
+        Return None if the server is there, but a large result has cut the connection
+        five times."""
         backoff = _Backoff(self.instance.redis_timeout)
         began = time.monotonic()
         cuts = 0
@@ -5978,8 +6000,8 @@ class _WorkLoop(_Loop):
         """Take over the jobs of a claim; return when the next scheduled job is due."""
         self.messages += reply.messages
         if reply.missing:
-            text = "%d ids without a record: the jobs expired (ttl), or the server evicted them"
-            log.info(text, reply.missing)
+            text = "%d ids without a record: the jobs expired (ttl), or the server "
+            log.info(text + "evicted them", reply.missing)
         self._set_clock_offset(request, float(reply.token.partition(" ")[2]))
         heartbeat_at = _from_timestamp(reply.now)
         for index, job_id, fields in reply.jobs:
@@ -6027,7 +6049,8 @@ class _WorkLoop(_Loop):
     # Running jobs
 
     def _run_batch(self) -> None:
-        """Run what is claimed, until it is time to settle; then adapt the size of a batch."""
+        """Run what is claimed, until it is time to settle; then adapt the size of a
+        batch."""
         shared = self.shared
         size = len(self.claimed)
         longest = 0.0
@@ -6054,7 +6077,8 @@ class _WorkLoop(_Loop):
             self.supervisor_wakeup.set()
 
     def _next_execution(self) -> Execution | None:
-        """Return what is to run now; None if the batch watchdog has released the rest."""
+        """Return what is to run now; None if the batch watchdog has released the
+        rest."""
         with self.lock:
             if not self.claimed:
                 return None
@@ -6121,8 +6145,8 @@ class _WorkLoop(_Loop):
             self.batch_watchdog.start()
 
     def _watch_batch(self) -> None:
-        """While there are batches: when a job turns out to be slow, settle what ran before
-        it, and release what was claimed behind it."""
+        """While there are batches: when a job turns out to be slow, settle what ran
+        before it, and release what was claimed behind it."""
         backoff = _Backoff(self.instance.redis_timeout)
         retry_at = 0.0
         while True:
@@ -6154,7 +6178,8 @@ class _WorkLoop(_Loop):
         return self.running is not None and is_slow and self._holds_others()
 
     def _settle_and_release(self) -> None:
-        """Settle and release all but the job that runs.  Raises what the server raises."""
+        """Settle and release all but the job that runs.  Raises what the server
+        raises."""
         self._read_reply(patient=False)
         self._release_claimed()
         self._send_request(claim=False)
@@ -6163,7 +6188,8 @@ class _WorkLoop(_Loop):
     # Between jobs
 
     def _wait_for_work(self, until: float) -> None:
-        """Block until there may be work: a token in a wake list, the wake-up, or `until`."""
+        """Block until there may be work: a token in a wake list, the wake-up, or
+        `until`."""
         if self.instance.forking:
             _set_process_title(f"microq {self.instance.name}: idle")
         if self.before_wait:
@@ -6188,8 +6214,8 @@ class _WorkLoop(_Loop):
         self._take_back_claim()
 
     def _block(self, seconds: float) -> list[Any] | None:
-        """Wait for a token; return it with the replies to a claim, which travels along with
-        BLPOP and saves a round trip when a job comes.  None if there is none."""
+        """Wait for a token; return it with the replies to a claim, which travels along
+        with BLPOP and saves a round trip when a job comes.  None if there is none."""
         if self.shared.suspended:
             self.wakeup.wait(min(seconds, _BlockingConnection.BLPOP_TIMEOUT))
             return None
@@ -6198,13 +6224,15 @@ class _WorkLoop(_Loop):
         return self.blocking_connection.pop(seconds, self.wakeup, *commands)
 
     def _take_back_claim(self) -> None:
-        """Release what a claim along with BLPOP may hold, if it must not be sent again."""
+        """Release what a claim along with BLPOP may hold, if it must not be sent
+        again."""
         stopped = self.shared.stop_requested or self.shared.suspended
         if stopped and self.request and self.request.claim_limit:
             self.request = _Request((self.instance.release_all_command(),), [], [])
 
     def _relay_messages(self) -> None:
-        """Relay messages to other queues; if that fails, whoever beats for ours does it."""
+        """Relay messages to other queues; if that fails, whoever beats for ours does
+        it."""
         messages = self.messages
         self.messages = []
         with contextlib.suppress(exceptions.RedisError):
@@ -6266,7 +6294,8 @@ def _kill_limit(job: Job) -> float:
 
 
 def _reopen_standard_files() -> bool:
-    """Open what a job closed of stdin, stdout and stderr; return whether there was any."""
+    """Open what a job closed of stdin, stdout and stderr; return whether there was
+    any."""
     was_closed = False
     for number in (0, 1, 2):
         try:
@@ -6278,8 +6307,8 @@ def _reopen_standard_files() -> bool:
 
 
 def _outcome_stored(outcome: Outcome, status: str) -> tuple[Outcome, str]:
-    """Return what SETTLE has stored, and where the job is: an outcome that can't be stored
-    is replaced by the error that tells why."""
+    """Return what SETTLE has stored, and where the job is: an outcome that can't be
+    stored is replaced by the error that tells why."""
     if status.startswith("refused "):
         error = status.encode()
         return Outcome(ResultType.FAILED, error, outcome.seconds), "failed"
@@ -6334,19 +6363,22 @@ def _describe_outcome(job: Job, outcome: Outcome, status: str) -> str:
 # where jobs run in child processes, starts, watches, kills and replaces these.
 #
 # Invariants: where a supervisor forks, its process runs no user code, so a job that
-# holds the GIL or crashes harms its own process only.  A child that has died is reported
-# to the server before the next one starts.  Nothing but the end of all workers, or a
-# cold shutdown, ends a supervisor.  Uses section 9, and _handle_command of section 11.
+# holds the GIL or crashes harms its own process only.  A child that has died is
+# reported to the server before the next one starts.  Nothing but the end of all
+# workers, or a cold shutdown, ends a supervisor.  Uses section 9, and _handle_command
+# of section 11.
 
 
 _RECORD_KEYS = {
-    "name", "instance", "inbox", "queues", "hostname", "pid", "pid_namespace", "version",
-    "python_version", "birth", "beat", "lease", "fork", "good", "bad", "seconds",
+    "name", "instance", "inbox", "queues", "hostname", "pid", "pid_namespace",
+    "version", "python_version", "birth", "beat", "lease", "fork", "good", "bad",
+    "seconds",
 }  # fmt: skip
 
 
 def _parse_record(record: bytes | None) -> dict[str, Any]:
-    """Return the record of a worker; an empty one if there is none, or it is garbled."""
+    """Return the record of a worker; an empty one if there is none, or it is
+    garbled."""
     try:
         info = json.loads(record or b"null")
     except ValueError:
@@ -6394,27 +6426,29 @@ def _resolve_function(func: Any) -> Any:
 class Worker:
     """Runs the jobs of queues, those of the first queue before those of the second.
 
-    queues                   - Queue objects or names; on a Cluster, of one slot
-    name                     - unique among workers, <host>.<pid>.<random>
-    connection               - a redis.Redis, that of the first Queue
-    fork                     - whether jobs run in a child process, yes
-    jobs_per_fork            - jobs after which the child is replaced, 1: one child per job;
-                               1000, or as many as it runs in its first second
-    serializer               - for queues given by name, 'pickle'
-    default_result_ttl       - seconds, for jobs that have no result_ttl, 500
-    lease                    - seconds of silence after which its jobs are given to others, 15
-    exception_handlers       - functions (job, type, exception, traceback), called in turn
-                               when a job raised; one that returns False is the last, []
-    work_horse_killed_handler - function (job, pid, wait status, resource usage), called in
-                               the parent when a job's process died, none
-    job_class, queue_class   - classes derived from Job, Queue, or their dotted names; those
-                               of the queues, where Queue objects are given
-    log_job_description      - whether the log shows the calls, yes
+    queues                    - Queue objects or names; on a Cluster, of one slot
+    name                      - unique among workers, <host>.<pid>.<random>
+    connection                - a redis.Redis, that of the first Queue
+    fork                      - whether jobs run in a child process, yes
+    jobs_per_fork             - jobs after which the child is replaced, 1: one child per
+                                job; 1000, or as many as it runs in its first second
+    serializer                - for queues given by name, 'pickle'
+    default_result_ttl        - seconds, for jobs that have no result_ttl, 500
+    lease                     - seconds of silence after which its jobs are given to
+                                others, 15
+    exception_handlers        - functions (job, type, exception, traceback), called in
+                                turn when a job raised; one that returns False is the
+                                last, []
+    work_horse_killed_handler - function (job, pid, wait status, resource usage), called
+                                in the parent when a job's process died, none
+    job_class, queue_class    - classes derived from Job, Queue, or their dotted names;
+                                those of the queues, where Queue objects are given
+    log_job_description       - whether the log shows the calls, yes
 
     What it takes beside it is for RQ's sake, and without effect.
 
-    As a context manager it works in a thread for the life of the block, in-process; leaving
-    the block waits until nothing is queued."""
+    As a context manager it works in a thread for the life of the block, in-process;
+    leaving the block waits until nothing is queued."""
 
     fork = True
     dequeue_strategy = "default"
@@ -6430,8 +6464,8 @@ class Worker:
         work_horse_killed_handler: Func | None = None, job_class: Any = None,
         queue_class: Any = None, log_job_description: bool = True,
         maintenance_interval: Any = None, job_monitoring_interval: Any = None,
-        worker_ttl: Any = None, default_worker_ttl: Any = None, prepare_for_work: Any = None,
-        disable_default_exception_handler: Any = None,
+        worker_ttl: Any = None, default_worker_ttl: Any = None,
+        prepare_for_work: Any = None, disable_default_exception_handler: Any = None,
     ) -> None:  # fmt: skip
         self._set_queues(queues, connection, queue_class, job_class, serializer)
         self.name = name or _default_name()
@@ -6559,8 +6593,8 @@ class Worker:
     def all(
         cls, connection: Redis | None = None, queue: Queue | None = None, **options: Any
     ) -> list[Worker]:
-        """Return the workers that are alive, those of `queue` only if it is given, by name;
-        further options are for the constructor."""
+        """Return the workers that are alive, those of `queue` only if it is given, by
+        name; further options are for the constructor."""
         connection = queue.connection if queue else _connect(connection)
         return cls._fetch(cls.all_keys(connection, queue), connection, options)
 
@@ -6587,8 +6621,8 @@ class Worker:
     def find_by_key(
         cls, key: str, connection: Redis | None = None, **options: Any
     ) -> Worker | None:
-        """Return the worker of this name, or key; None if it is not alive.  Its counts are
-        those of its last heartbeat, up to a second old while it is busy."""
+        """Return the worker of this name, or key; None if it is not alive.  Its counts
+        are those of its last heartbeat, up to a second old while it is busy."""
         keys = [f"microq:worker:{key.removeprefix('microq:worker:')}"]
         workers = cls._fetch(keys, _connect(connection), options)
         return workers[0] if workers else None
@@ -6611,13 +6645,15 @@ class Worker:
         return workers
 
     def refresh(self) -> None:
-        """Read again what find_by_key() read; nothing changes if it is no longer alive."""
+        """Read again what find_by_key() read; nothing changes if it is no longer
+        alive."""
         info = _parse_record(_execute_one(self.connection, "GET", self.key))
         if info:
             self._info = info
 
     def get_current_executions(self, refresh: bool = True) -> list[Execution]:
-        """Return the executions of the jobs that the worker holds, of which it runs one."""
+        """Return the executions of the jobs that the worker holds, of which it runs
+        one."""
         executions: list[Execution] = []
         for queue in self.queues:
             for job in queue.started_job_registry.get_jobs():
@@ -6676,19 +6712,20 @@ class Worker:
         """Run jobs until told to stop, and return whether there were any.
 
         burst            - stop when the queues are empty
-        logging_level    - of microq's log, set up on stderr unless you did that; None: leave
-                           it
+        logging_level    - of microq's log, set up on stderr unless you did that; None:
+                           leave it
         date_format, log_format - of that log, '%H:%M:%S' and '%(asctime)s %(message)s'
         max_jobs         - stop after so many
         max_idle_time    - stop after so many seconds without a job
-        with_scheduler   - run cron, and put jobs that are due into the queue even while busy
+        with_scheduler   - run cron, and put jobs that are due into the queue even while
+                           busy
         dequeue_strategy - 'default': a queue is served before those behind it;
                            'round_robin': the queue that was served goes to the end;
                            'random': by chance, each time
 
-        SIGINT or SIGTERM finishes the current job; a second one, at least a second later,
-        gives it up, and it will run again.  Raises ServerUnavailable if no server answers for
-        a lease at the start; later it waits for one to come back."""
+        SIGINT or SIGTERM finishes the current job; a second one, at least a second
+        later, gives it up, and it will run again.  Raises ServerUnavailable if no
+        server answers for a lease at the start; later it waits for one to come back."""
         instance = self._begin(
             self.name, burst, max_jobs, max_idle_time, dequeue_strategy
         )
@@ -6700,7 +6737,8 @@ class Worker:
         max_idle_time: float | None = None, dequeue_strategy: str = "default",
         prefixes: list[str] | None = None,
     ) -> _Instance:  # fmt: skip
-        """Return what its supervisor and its loop work with, `prefixes` None: its queues."""
+        """Return what its supervisor and its loop work with, `prefixes` None: its
+        queues."""
         strategies = [each.value for each in DequeueStrategy]
         if dequeue_strategy == "default":
             dequeue_strategy = self.dequeue_strategy
@@ -6814,8 +6852,9 @@ def _crash_outcome(text: str) -> Outcome:
 class _Child:
     """The process that runs the loop of a worker, for the supervisor in its parent.
 
-    Shortly before a child has run as many jobs as it may, the next one, the standby child,
-    is forked.  It waits for its start signal, so a replacement costs the worker no time."""
+    Shortly before a child has run as many jobs as it may, the next one, the standby
+    child, is forked.  It waits for its start signal, so a replacement costs the worker
+    no time."""
 
     def __init__(
         self, instance: _Instance, supervisor_wakeup: _Wakeup, inherited: _Connection
@@ -6887,9 +6926,9 @@ class _Child:
         return True
 
     def _connection_for_child(self) -> _Connection:
-        """Return a connection for a child, connected if possible: to connect there costs
-        more than the fork, since all that it touches is copied.  Not with TLS, whose state is
-        not shared between processes."""
+        """Return a connection for a child, connected if possible: to connect there
+        costs more than the fork, since all that it touches is copied.  Not with TLS,
+        whose state is not shared between processes."""
         if self.idle_connections:
             connection = self.idle_connections.pop()
         else:
@@ -6910,7 +6949,8 @@ class _Child:
     # To see how it ended
 
     def reap(self) -> None:
-        """Take the exit of children that are no longer needed, or have died in standby."""
+        """Take the exit of children that are no longer needed, or have died in
+        standby."""
         self.exiting_pids = [pid for pid in self.exiting_pids if not _wait_for(pid)]
         if self.standby_pid and _wait_for(self.standby_pid):
             self.standby_pid = 0
@@ -6920,8 +6960,8 @@ class _Child:
                 self.standby_connection.close()
 
     def poll(self) -> _Exit | None:
-        """Return how the child died; None if there is none, it runs, or it has ended as it
-        should."""
+        """Return how the child died; None if there is none, it runs, or it has ended as
+        it should."""
         if not self.pid:
             return None
         if self.shared.phase == _Phase.REPLACE:  # it has settled everything, and exits
@@ -6946,7 +6986,9 @@ class _Child:
         self.unreported = death
         if self.connection:
             self.connection.close()  # it may hold unread replies
-        self.restart_at = time.monotonic() + 1 if death and not death.current else 0.0
+        self.restart_at = 0.0
+        if death and not death.current:
+            self.restart_at = time.monotonic() + 1
         return death
 
     def _forget_child(self) -> None:
@@ -6954,14 +6996,15 @@ class _Child:
         self.kill_target = self.kill_outcome = None
 
     def _kill_outcome_for(self, current: _CurrentJob | None) -> Outcome | None:
-        """Return the outcome of the job that ran in a child that was killed; None if it was
-        not killed from here."""
+        """Return the outcome of the job that ran in a child that was killed; None if it
+        was not killed from here."""
         if self.kill_outcome:
             return self.kill_outcome if self.kill_target == current else _INTERRUPTED
         return _INTERRUPTED if self.shared.phase == _Phase.GAVE_UP else None
 
     def _keep_connection(self) -> None:
-        """Keep the connection of a child that has left it as it was, for another child."""
+        """Keep the connection of a child that has left it as it was, for another
+        child."""
         if self.connection and self.shared.connection_reusable:
             self.idle_connections.append(self.connection)
         elif self.connection:
@@ -6969,8 +7012,8 @@ class _Child:
         self.connection = None
 
     def report_commands(self) -> list[Command]:
-        """Return what settles the run that ended by the death of the child, and releases what
-        else it held."""
+        """Return what settles the run that ended by the death of the child, and
+        releases what else it held."""
         return [*self._settle_commands(), self.instance.release_all_command()]
 
     def _settle_commands(self) -> list[Command]:
@@ -7006,8 +7049,8 @@ class _Child:
             self.kill(current, outcome)
 
     def why_to_kill(self, now: float, healthy_since: float) -> Outcome | None:
-        """Return with which outcome to kill the child, since its job is over its time, or it
-        hangs without one; None if all is well."""
+        """Return with which outcome to kill the child, since its job is over its time,
+        or it hangs without one; None if all is well."""
         if 0 < self.shared.kill_deadline <= now:
             text = f"killed, {KILL_GRACE:g} s after its timeout had no effect"
             return Outcome(ResultType.FAILED, text.encode(), rerun="killed")
@@ -7022,10 +7065,11 @@ class _Child:
     def _hangs(self, now: float, healthy_since: float) -> bool:
         """Return whether the child makes no progress, though it runs no job.
 
-        A loop turns each time that the server answers, at the latest when BLPOP ends; while
-        the server is away, it may try for long.  So what counts is the time in which this
-        process saw no turn, was itself on time, and had answers from the server: twice the
-        longest wait for an answer, a pause, and the attempt that follows."""
+        A loop turns each time that the server answers, at the latest when BLPOP ends;
+        while the server is away, it may try for long.  So what counts is the time in
+        which this process saw no turn, was itself on time, and had answers from the
+        server: twice the longest wait for an answer, a pause, and the attempt that
+        follows."""
         shared = self.shared
         is_late = now - self.looked_at > 5  # each second, unless frozen or slow
         if shared.kill_deadline > 0 or shared.turns != self.seen_turns or is_late:
@@ -7041,8 +7085,8 @@ class _Child:
         return [pid for pid in (self.pid, self.standby_pid, *self.exiting_pids) if pid]
 
     def sign_off_commands(self) -> list[Command]:
-        """Return what settles the run that ended by the death of the child, and releases
-        all else, when the worker leaves."""
+        """Return what settles the run that ended by the death of the child, and
+        releases all else, when the worker leaves."""
         return [*self._settle_commands(), self.instance.sign_off_command()]
 
     def close(self) -> None:
@@ -7058,7 +7102,8 @@ def _child_main(
     instance: _Instance, parent: int, start_signal: _Wakeup, connection: _Connection,
     supervisor_wakeup: _Wakeup,
 ) -> None:  # fmt: skip
-    """Wait for the start signal, run the loop of a worker, and exit: what a child does."""
+    """Wait for the start signal, run the loop of a worker, and exit: what a child
+    does."""
     shared = instance.shared
     status = 1
     try:
@@ -7094,8 +7139,8 @@ def _child_main(
 
 
 def _set_up_child(parent: int) -> None:
-    """Make a forked process one that dies with its parent, leaves signals to it, and is the
-    first that the kernel kills when memory runs out."""
+    """Make a forked process one that dies with its parent, leaves signals to it, and is
+    the first that the kernel kills when memory runs out."""
     pid = os.getpid()
 
     def on_signal(number: int, frame: Any) -> None:
@@ -7132,15 +7177,15 @@ def _inherits_orphans() -> bool:
 
 
 def _wait_for(pid: int, block: bool = False) -> tuple[int, int, Any] | None:
-    """Reap a child; return what os.wait4() does: its number, its status, what it used, which
-    is None if it was not told.  None if it has not ended yet, unless `block`."""
+    """Reap a child; return what os.wait4() does: its number, its status, what it used,
+    which is None if it was not told.  None if it has not ended yet, unless `block`."""
     flags = 0 if block else os.WNOHANG
     try:
         end: tuple[int, int, Any] = os.wait4(pid, flags)
         return end if end[0] else None
     except ChildProcessError:
-        # Something else in this process waits for all children, as gevent does, which keeps
-        # their statuses for its own os.waitpid().
+        # Something else in this process waits for all children, as gevent does, which
+        # keeps their statuses for its own os.waitpid().
         try:
             pid, status = os.waitpid(pid, flags)
         except ChildProcessError:
@@ -7149,7 +7194,8 @@ def _wait_for(pid: int, block: bool = False) -> tuple[int, int, Any] | None:
 
 
 def _flush_output() -> None:
-    """Write what Python holds back for stdout and stderr, so that no fork writes it again."""
+    """Write what Python holds back for stdout and stderr, so that no fork writes it
+    again."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.flush()
@@ -7166,7 +7212,8 @@ _SIGNALS = tuple(
 
 @contextlib.contextmanager
 def _signals_restored() -> Iterator[None]:
-    """Leave the handling of signals as it was before the block, if it is ours to change."""
+    """Leave the handling of signals as it was before the block, if it is ours to
+    change."""
     with contextlib.ExitStack() as after:
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
@@ -7178,8 +7225,8 @@ def _signals_restored() -> Iterator[None]:
 
 
 class _Supervisor:
-    """Keeps workers alive and under control: one whose loop runs in this process, or those
-    whose loops run in children."""
+    """Keeps workers alive and under control: one whose loop runs in this process, or
+    those whose loops run in children."""
 
     def __init__(
         self, name: str, instances: Sequence[_Instance], with_scheduler: bool = False,
@@ -7194,26 +7241,10 @@ class _Supervisor:
         self.forking = first.forking
         self.lease = min(instance.lease for instance in instances)
         self.wakeup = _Wakeup()
-        timeout = first.redis_timeout
-        self.connection = _Connection(first.client, timeout, self.queues[0].prefix)
-        self.inbox = f"microq:inbox:{name}"
-        self.blocking_connection = _BlockingConnection(
-            first.client, timeout, [self.inbox]
-        )
+        self._set_connections(first)
         self.children: list[_Child] = []
         self.loop = loop
-        if self.forking:
-            self.children = [
-                _Child(instance, self.wakeup, self.blocking_connection)
-                for instance in instances
-            ]
-        elif loop is None:
-            self.loop = _WorkLoop(
-                first,
-                first.new_connection(),
-                self.wakeup,
-                self.install_signal_handlers,
-            )
+        self._set_units()
         self.finished = False
         self.cold_shutdown = False
         self.stopping_since: float | None = None
@@ -7226,6 +7257,28 @@ class _Supervisor:
         self.must_register_queues = True  # in the set of all queues
         self.must_save_cron = True  # the server has lost the entries
         self.reaps_orphans = self.forking and _inherits_orphans()
+
+    def _set_connections(self, instance: _Instance) -> None:
+        client, timeout = instance.client, instance.redis_timeout
+        self.inbox = f"microq:inbox:{self.name}"
+        self.connection = _Connection(client, timeout, self.queues[0].prefix)
+        self.blocking_connection = _BlockingConnection(client, timeout, [self.inbox])
+
+    def _set_units(self) -> None:
+        """Make what runs the loops of the workers: children, or a loop in this process."""
+        if self.forking:
+            self.children = [
+                _Child(instance, self.wakeup, self.blocking_connection)
+                for instance in self.instances
+            ]
+        elif self.loop is None:
+            [instance] = self.instances
+            self.loop = _WorkLoop(
+                instance,
+                instance.new_connection(),
+                self.wakeup,
+                self.install_signal_handlers,
+            )
 
     # The main thread
 
@@ -7308,8 +7361,8 @@ class _Supervisor:
                 self._try(self._wait_for_commands, wake_at)
 
     def _try(self, step: Callable[..., float | None], *args: Any) -> float:
-        """Take a step; return what it returns, or, if it fails, when to try again: nothing
-        may end a supervisor."""
+        """Take a step; return what it returns, or, if it fails, when to try again:
+        nothing may end a supervisor."""
         try:
             return step(*args) or math.inf
         except Exception as error:
@@ -7334,9 +7387,9 @@ class _Supervisor:
     # To take names
 
     def sign_on(self) -> None:
-        """Take the names of the workers, and send the first heartbeat.  Where the server does
-        not answer, try again for a lease, then raise ServerUnavailable.  Raises ValueError if a
-        worker of one of the names is alive."""
+        """Take the names of the workers, and send the first heartbeat.  Where the
+        server does not answer, try again for a lease, then raise ServerUnavailable.
+        Raises ValueError if a worker of one of the names is alive."""
         backoff = _Backoff(self.lease / 3)
         until = time.monotonic() + self.lease
         while True:
@@ -7356,16 +7409,17 @@ class _Supervisor:
                 raise
 
     def _load_scripts(self) -> None:
-        """Make all scripts known: with one that is unknown, a request would be sent twice.
-        Not in a Cluster, where a node may be replaced by another at any time."""
+        """Make all scripts known: with one that is unknown, a request would be sent
+        twice.  Not in a Cluster, where a node may be replaced by another at any
+        time."""
         if not isinstance(self.instances[0].client, RedisCluster):
             texts = [script.lua for script in SCRIPTS.values()]
             _execute(self.connection, *[("SCRIPT", "LOAD", text) for text in texts])
 
     def _take_name(self, instance: _Instance) -> None:
-        """Hold the name of a worker from now on.  A process of that name which has died gives
-        way at once if it ran beside this one; elsewhere when its record expires.  Raises
-        ValueError if a worker of the name is alive, or may be."""
+        """Hold the name of a worker from now on.  A process of that name which has died
+        gives way at once if it ran beside this one; elsewhere when its record expires.
+        Raises ValueError if a worker of the name is alive, or may be."""
         dead = first_record = b""
         until = time.monotonic() + self.lease
         while True:
@@ -7387,8 +7441,8 @@ class _Supervisor:
                 text += "choose another name, or wait for the end of its lease"
                 raise ValueError(text)
             if not first_record:
-                text = "a worker %r was there (process %s on %s): waiting for a sign of life"
-                log.info(text, instance.name, pid, host)
+                text = "a worker %r was there (process %s on %s): waiting for a sign "
+                log.info(text + "of life", instance.name, pid, host)
             first_record = record
             time.sleep(min(0.1, self.lease / 10))
 
@@ -7402,8 +7456,8 @@ class _Supervisor:
         return self._next_heartbeat()
 
     def _next_heartbeat(self) -> float:
-        """Return when to send a heartbeat: each second while jobs run, so that others see
-        what happens; else three in a lease."""
+        """Return when to send a heartbeat: each second while jobs run, so that others
+        see what happens; else three in a lease."""
         if self.lost_name:
             return math.inf
         states = [instance.shared for instance in self.instances]
@@ -7418,11 +7472,12 @@ class _Supervisor:
         return max(due, self.retry_at)
 
     def heartbeat(self, mode: str) -> None:
-        """Renew the leases, and do what comes with it.  One round trip, if nothing is to be
-        relayed or to be enqueued by cron.
+        """Renew the leases, and do what comes with it.  One round trip, if nothing is
+        to be relayed or to be enqueued by cron.
 
         mode - 'start': the first one, what is held by the names was lost; 'reap': reap
-               workers whose lease has ended; '': reap nobody, since this worker was late"""
+               workers whose lease has ended; '': reap nobody, since this worker was
+               late"""
         seconds = sum(instance.shared.busy_seconds for instance in self.instances)
         cron_queues = self.queues if self.with_scheduler else []
         replies = iter(
@@ -7446,7 +7501,8 @@ class _Supervisor:
     def _heartbeat_commands(
         self, mode: str, cron_queues: Sequence[Queue]
     ) -> list[Command]:
-        """Return the commands of a heartbeat, of which heartbeat() takes the replies."""
+        """Return the commands of a heartbeat, of which heartbeat() takes the
+        replies."""
         commands = [each.register_command(self.lease) for each in self.instances]
         commands += [each.heartbeat_command(mode) for each in self.instances]
         commands.append(("PTTL", _SUSPENDED_KEY))
@@ -7461,8 +7517,8 @@ class _Supervisor:
     def _has_lost_name(
         self, records: list[bytes], heartbeats: list[_HeartbeatReply]
     ) -> bool:
-        """Return whether another worker has one of the names by now.  It has given away what
-        was held by that name, so what runs here is ended."""
+        """Return whether another worker has one of the names by now.  It has given away
+        what was held by that name, so what runs here is ended."""
         for instance, other, reply in zip(
             self.instances, records, heartbeats, strict=True
         ):
@@ -7493,7 +7549,8 @@ class _Supervisor:
             self.last_heartbeat = 0.0
 
     def _on_suspension(self, ttl: int) -> None:
-        """Have the workers claim nothing or go on, by the PTTL of the key of suspend()."""
+        """Have the workers claim nothing or go on, by the PTTL of the key of
+        suspend()."""
         suspended = ttl != -2
         if suspended is not self.instances[0].shared.suspended:
             log.info("suspended" if suspended else "resumed")
@@ -7507,7 +7564,8 @@ class _Supervisor:
             )
 
     def _on_agendas(self, queues: Sequence[Queue], agendas: list[Any]) -> None:
-        """Run cron: enqueue ticks up to a lease ahead, so that all jobs start on time."""
+        """Run cron: enqueue ticks up to a lease ahead, so that all jobs start on
+        time."""
         stored = [
             _StoredCron.parse(queue, agenda)
             for queue, agenda in zip(queues, agendas, strict=True)
@@ -7522,7 +7580,8 @@ class _Supervisor:
     # Children
 
     def _check_child(self, child: _Child) -> float:
-        """Reap, report, kill or start the child of a worker; return when to look again."""
+        """Reap, report, kill or start the child of a worker; return when to look
+        again."""
         now = time.monotonic()
         death = child.poll()
         if death:
@@ -7545,7 +7604,8 @@ class _Supervisor:
         return max(child.restart_at, self.retry_at)
 
     def _watch_child(self, child: _Child, now: float, must_end: bool) -> float:
-        """Kill a child if need be, and fork its standby child; return as _check_child()."""
+        """Kill a child if need be, and fork its standby child; return as
+        _check_child()."""
         outcome: Outcome | None = _INTERRUPTED
         if not self.cold_shutdown:
             outcome = child.why_to_kill(now, self.on_time_since)
@@ -7557,7 +7617,8 @@ class _Supervisor:
         return deadline if deadline > 0 else math.inf
 
     def _on_death(self, child: _Child, death: _Exit) -> None:
-        """Note which run ended by the death of a child, and call the handler for that."""
+        """Note which run ended by the death of a child, and call the handler for
+        that."""
         instance, current = child.instance, death.current
         if not current:
             text = "the idle process %d of worker %s %s"
@@ -7581,8 +7642,9 @@ class _Supervisor:
             _relay(self.connection, messages)
 
     def _reap_orphans(self) -> None:
-        """Reap what jobs have left behind, if this process is the one that inherits orphans.
-        A process in our own group is no orphan of a job: who started it waits for it."""
+        """Reap what jobs have left behind, if this process is the one that inherits
+        orphans.  A process in our own group is no orphan of a job: who started it waits
+        for it."""
         own = {pid for child in self.children for pid in child.pids()}
         while self.reaps_orphans:
             flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
@@ -7601,8 +7663,8 @@ class _Supervisor:
     # What people and programs tell it
 
     def install_signal_handlers(self) -> None:
-        """Have signals come here, even if a job took them, and wake who waits in the main
-        thread; nothing in other threads, where no signals come."""
+        """Have signals come here, even if a job took them, and wake who waits in the
+        main thread; nothing in other threads, where no signals come."""
         if threading.current_thread() is not threading.main_thread():
             return
         signals = list(_STOP_SIGNALS)
@@ -7638,7 +7700,8 @@ class _Supervisor:
         self.wakeup.set()
 
     def leave_when_idle(self) -> None:
-        """End once nothing is queued; for another thread, of a worker in this process."""
+        """End once nothing is queued; for another thread, of a worker in this
+        process."""
         if self.loop:
             self.loop.leave_when_idle()
 
@@ -7699,8 +7762,8 @@ def _wait_for_exit(pid: int) -> None:
 
 
 def _runs_beside(holder: dict[str, Any]) -> bool:
-    """Return whether a worker, by its record, runs or ran in this pid namespace.  One that has
-    this process's own number ran in another container, or before an exec."""
+    """Return whether a worker, by its record, runs or ran in this pid namespace.  One
+    that has this process's own number ran in another container, or before an exec."""
     same_namespace = holder.get("pid_namespace") == _pid_namespace()
     return same_namespace and holder.get("pid") != os.getpid()
 
@@ -7752,8 +7815,8 @@ class WorkerPool:
         date_format: str | None = None, log_format: str | None = None,
         with_scheduler: bool = False, **limits: Any,
     ) -> bool:  # fmt: skip
-        """Run jobs until told to stop; see Worker.work(), whose limits are those of each
-        worker."""
+        """Run jobs until told to stop; see Worker.work(), whose limits are those of
+        each worker."""
         instances = [each._begin(self.name, burst, **limits) for each in self._workers]
         self._supervisor = _Supervisor(self.name, instances, with_scheduler)
         return self._supervisor.run(logging_level, date_format, log_format)
@@ -7767,9 +7830,9 @@ class WorkerPool:
 # ---- 11. Commands --------------------------------------------------------------------
 # What people and programs tell a worker that runs.  A command is JSON in the inbox, a
 # list, of its supervisor, which waits there with its blocking connection: see
-# _Supervisor.  Each command is sent by a function, and handled by the function below it.
-# Suspension is a key instead, since it is for workers that start later, too; supervisors
-# look at it with each heartbeat.
+# _Supervisor.  Each command is sent by a function, and handled by the function below
+# it.  Suspension is a key instead, since it is for workers that start later, too;
+# supervisors look at it with each heartbeat.
 
 
 _SUSPENDED_KEY = "microq:suspended"
@@ -7778,15 +7841,16 @@ _SUSPENDED_KEY = "microq:suspended"
 def send_command(
     connection: Redis | None, worker_name: str, command: str, **details: Any
 ) -> None:
-    """Tell a worker something; it takes a command within a second or so.  Raises ValueError
-    if no worker of this name is alive.  Two round trips."""
+    """Tell a worker something; it takes a command within a second or so.  Raises
+    ValueError if no worker of this name is alive.  Two round trips."""
     client = _connect(connection)
     info = _parse_record(_execute_one(client, "GET", f"microq:worker:{worker_name}"))
     if not info:
         raise ValueError(f"no worker {worker_name!r} is alive; see Worker.all()")
     inbox = f"microq:inbox:{info['inbox']}"
     text = json.dumps({"command": command, "worker": worker_name, **details})
-    # A command that nobody takes, because the worker died meanwhile, goes after a minute.
+    # A command that nobody takes, because the worker died meanwhile, goes after a
+    # minute.
     _execute(client, ("RPUSH", inbox, text), ("EXPIRE", inbox, 60))
 
 
@@ -7817,7 +7881,8 @@ def _handle_shutdown(
 
 
 def send_kill_horse_command(connection: Redis | None, worker_name: str) -> None:
-    """Kill the process that runs a worker's current job, which fails; a Retry runs it again."""
+    """Kill the process that runs a worker's current job, which fails; a Retry runs it
+    again."""
     send_command(connection, worker_name, "kill-horse")
 
 
@@ -7833,8 +7898,8 @@ def _handle_kill_horse(
 def send_stop_job_command(
     connection: Redis | None, job_id: str, serializer: Any = None
 ) -> None:
-    """Stop a job that runs: it ends as stopped, and is not run again.  Raises NoSuchJobError,
-    or InvalidJobOperation if it does not run."""
+    """Stop a job that runs: it ends as stopped, and is not run again.  Raises
+    NoSuchJobError, or InvalidJobOperation if it does not run."""
     job = Job.fetch(job_id, connection, serializer)
     status = job.get_status(refresh=False)
     if status is not JobStatus.STARTED:
