@@ -3353,9 +3353,9 @@ class Job:
     def _option(self, name: str) -> Any:
         """Return the value of an option, or its default."""
         option = _OPTIONS[name]
-        text = self._text(name)
-        if not text:
+        if not self._fields.get(name):
             return option.default
+        text = self._text(name)
         try:
             return option.decode(text)
         except (ValueError, TypeError):
@@ -6281,15 +6281,15 @@ class _WorkLoop(_Loop):
 
 def _kill_limit(job: Job) -> float:
     """Return how many seconds after its start a job is killed; infinity: never."""
-    limit = DEFAULT_TIMEOUT
-    # perform() reports what is garbled.
-    with contextlib.suppress(DeserializationError, ValueError):
-        limit = job.timeout
+    try:
+        limit = float(job.timeout)
         if limit <= 0:
             return math.inf
         for name in _CALLBACK_FIELDS.values():  # one of them may follow
             if name in job._fields:
                 limit += float(job._text(name).rpartition(" ")[2])
+    except (DeserializationError, ValueError):  # perform() reports that
+        limit = DEFAULT_TIMEOUT
     return limit + KILL_GRACE
 
 
@@ -7265,7 +7265,7 @@ class _Supervisor:
         self.blocking_connection = _BlockingConnection(client, timeout, [self.inbox])
 
     def _set_units(self) -> None:
-        """Make what runs the loops of the workers: children, or a loop in this process."""
+        """Make what runs the loops of the workers: children, or a loop here."""
         if self.forking:
             self.children = [
                 _Child(instance, self.wakeup, self.blocking_connection)
