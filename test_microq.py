@@ -1846,7 +1846,7 @@ def terminal(server):
     terminals = []
 
     def start(*words, **options):
-        command = [sys.executable, "-m", "microq", "info", "--url", server.url, *words]
+        command = command_line("info", "--url", server.url, *words)
         terminals.append(Terminal(command, **options))
         return terminals[-1]
 
@@ -2158,24 +2158,26 @@ def test_a_time_may_be_local_or_past(redis, queue, zone):
 
 
 @pytest.mark.parametrize(
-    "words",
+    "arguments",
     [{"key": ""}, {"key": "a b"}, {"concurrency": 0}, {"rate": 1.5}, {"per": 0}, {}],
 )
-def test_bad_rate_limit_is_refused(words):
-    more = {} if words == {} else {"concurrency": 1}
+def test_bad_rate_limit_is_refused(arguments):
+    more = {} if arguments == {} else {"concurrency": 1}
     with pytest.raises((ValueError, TypeError)):
-        RateLimit(**({"key": "k"} | more | words))
+        RateLimit(**({"key": "k"} | more | arguments))
 
 
 @pytest.mark.parametrize(
-    "words",
+    "arguments",
     [("ftp://x", "failed"), ("http://x", "started"), ("http://x", "failed", {"method": "PUT"}),
      ("http://x", "failed", {"timeout": 0}), ("http://x", "failed", {"headers": {"a": 1}})],
 )  # fmt: skip
-def test_bad_webhook_is_refused(queue, words):
-    *words, more = words if isinstance(words[-1], dict) else (*words, {})
+def test_bad_webhook_is_refused(queue, arguments):
+    *arguments, more = (
+        arguments if isinstance(arguments[-1], dict) else (*arguments, {})
+    )
     with pytest.raises((ValueError, TypeError)):
-        Webhook(*words, **more)
+        Webhook(*arguments, **more)
     with pytest.raises(TypeError):
         queue.enqueue(add, webhooks=["http://x"])
 
@@ -2214,9 +2216,8 @@ def test_an_option_is_complete(redis, queue, name):
     value, shown, default = OPTIONS_SHOWN[name]
     given = queue.create_job(add, **{name: value})
     plain = queue.create_job(add)
-    soon = datetime.now() + timedelta(
-        seconds=60
-    )  # at_front is stored of a job that waits
+    # A job that is scheduled stores at_front.
+    soon = datetime.now() + timedelta(seconds=60)
     for job in given, plain:
         queue.schedule_job(job, soon)
     if option.attribute:
@@ -2692,10 +2693,10 @@ def test_the_commands_in_the_readme_are_enough(server, redis):
     """Under an ACL user that may do nothing else."""
     readme = (HERE / "README.md").read_text()
     [rule] = re.findall(r"ACL SETUSER jobs (.*?)\n\n", readme, re.S)
-    words = rule.replace("\\\n", "").split()
+    arguments = rule.replace("\\\n", "").split()
     if redis.info()["redis_version"] < "7.2":
-        words.remove("+client|setinfo")
-    redis.execute_command("ACL", "SETUSER", "jobs", "reset", *words)
+        arguments.remove("+client|setinfo")
+    redis.execute_command("ACL", "SETUSER", "jobs", "reset", *arguments)
     try:
         client = redis_py.Redis.from_url(server.url, username="jobs", password="secret")
         queue = Queue(connection=client)
@@ -3067,9 +3068,8 @@ def test_claim_leaves_a_wake_token_for_the_jobs_it_did_not_take(redis):
     second = Queue("{t}b", redis)
     second.enqueue(add)
     first.enqueue(add)
-    redis.delete(
-        first.prefix + "wake", second.prefix + "wake"
-    )  # one worker has taken both
+    # One worker has taken both.
+    redis.delete(first.prefix + "wake", second.prefix + "wake")
     command = microq._claim_command([first.prefix, second.prefix], "w", 1, 15, 1)
     assert len(microq._execute_one(redis, *command)[3]) == 1
     assert redis.llen(second.prefix + "wake") == 1
@@ -4713,8 +4713,8 @@ def test_a_job_killed_in_its_callback_runs_again(redis, queue, callback_log):
 def test_a_stopped_job_calls_back(
     redis, queue, callback_log, start_worker, tmp_path, place
 ):
-    words = {"on_stopped": log_stopped, "on_failure": log_failure, "job_id": "a"}
-    job = queue.enqueue(sleep_and_record_pid, str(tmp_path / "on"), **words)
+    arguments = {"on_stopped": log_stopped, "on_failure": log_failure, "job_id": "a"}
+    job = queue.enqueue(sleep_and_record_pid, str(tmp_path / "on"), **arguments)
     start_worker(*place)
     wait_until((tmp_path / "on").exists)
     send_stop_job_command(redis, job.id)
@@ -4858,9 +4858,8 @@ def test_a_worker_works_more_than_once(queue):
 
 def test_tiny_jobs_are_claimed_ahead_of_a_batch_that_runs(queue, monkeypatch):
     """So that the server works meanwhile: at times two batches are held."""
-    monkeypatch.setattr(
-        microq, "SETTLE_AFTER", 5
-    )  # on a slow machine, too, these are tiny
+    # On a slow machine, too, these are tiny.
+    monkeypatch.setattr(microq, "SETTLE_AFTER", 5)
     monkeypatch.setattr(microq, "SLOW_JOB_AFTER", 5)
     jobs = queue.enqueue_many([Queue.prepare_data(jobs_held)] * 400)
     work(queue)
@@ -4887,9 +4886,8 @@ def test_outcomes_of_a_batch_are_settled_while_it_runs(queue, run):
     jobs = queue.enqueue_many([Queue.prepare_data(finished_count)] * 100)
     run()
     unsettled = [len(before) + i - job.return_value() for i, job in enumerate(jobs)]
-    assert max(unsettled[20:]) <= 8, (
-        unsettled
-    )  # before these, there are tiny ones among them
+    # Before these, there are tiny ones among them.
+    assert max(unsettled[20:]) <= 8, unsettled
 
 
 @pytest.mark.parametrize("options", [{}, {"on_success": Callback(sleep_15_ms)}])
@@ -5377,7 +5375,7 @@ def test_a_worker_takes_the_name_of_a_dead_process_at_once(
     pids_of_run(log)
     dead.kill()
     dead.communicate(timeout=30)
-    command = [sys.executable, "-m", "microq", "worker", "-b", "-n", "bee"]
+    command = command_line("worker", "-b", "-n", "bee")
     url = redis_url(queue.connection)
     subprocess.run([*command, "--url", url, "--lease", "600"], check=True, timeout=30)
     assert job.is_finished
@@ -5425,16 +5423,7 @@ def test_a_frozen_worker_ends_if_another_has_taken_its_name(
         os.kill(pid, signal.SIGSTOP)
     wait_until(lambda: not redis.exists("microq:worker:bee"))
     try:
-        command = [
-            sys.executable,
-            "-m",
-            "microq",
-            "worker",
-            "-n",
-            "bee",
-            "--lease",
-            "2",
-        ]
+        command = command_line("worker", "-n", "bee", "--lease", "2")
         url = redis_url(redis)
         other = subprocess.Popen(
             [*command, "--url", url], stderr=subprocess.PIPE, text=True
@@ -6529,9 +6518,8 @@ def test_a_job_waits_for_those_it_depends_on(redis, queue_pair):
     work_all_queues(redis)
     assert child.return_value() == [1, 2, 3]
     assert grandchild.return_value() == [[1, 2, 3]]
-    late = second.enqueue(
-        dependency_results, depends_on=parents
-    )  # they have ended long ago
+    # They have ended long ago.
+    late = second.enqueue(dependency_results, depends_on=parents)
     assert late.get_status() == "queued"
     work_all_queues(redis)
     assert late.return_value() == [1, 2, 3]
@@ -6713,9 +6701,8 @@ def test_dependent_enqueued_after_its_dependency_ended(
 ):
     first, second = queue_pair
     parent = first.enqueue(add, failure_ttl=60)
-    before = second.enqueue(
-        add, depends_on=parent
-    )  # the check at the end looks after its trace
+    # The check at the end looks after its trace.
+    before = second.enqueue(add, depends_on=parent)
     [(_, execution)] = claim(first)
     settle(first, parent.id, execution, result_type=result_type)
     for allow in ("none", "failed", "any"):
@@ -7145,9 +7132,8 @@ def test_a_client_with_a_wrong_clock_finds_and_cleans_groups(redis, queue, wrong
     redis.zadd("microq:group:early", {f"{kept.id} default": 1})
     assert [each.name for each in microq.Group.all(redis)] == ["early", "g"]
     group.cleanup()
-    assert (
-        redis.zcard(group.key) == 2
-    )  # the one that is gone joined within the last minute
+    # The one that is gone joined within the last minute.
+    assert redis.zcard(group.key) == 2
     redis.zincrby(group.key, -61, f"{gone.id} default")
     group.cleanup()
     assert group.get_jobs() == [kept]
@@ -7787,13 +7773,7 @@ def test_each_tick_runs_once_though_schedulers_die(
     log = config_in(tmp_path, monkeypatch)
     url = f"connection=redis.Redis.from_url({server.url!r})"
     work = f"SimpleWorker('default', {url}).work(logging_level='ERROR', with_scheduler="
-    command = [
-        sys.executable,
-        "-m",
-        "microq",
-        "cron",
-        str(tmp_path / "cron_of_test.py"),
-    ]
+    command = command_line("cron", str(tmp_path / "cron_of_test.py"))
     command += ["--url", server.url, "--logging-level", "error"]
     processes = [subprocess.Popen(command, cwd=tmp_path) for _ in range(3)]
     processes += [start_python(f"{work}{scheduler})") for scheduler in (True, False)]
@@ -7852,14 +7832,7 @@ def test_processes_share_the_server_of_a_directory(tmp_path):
     assert id in second.stdout  # it joined the first one's server
     first.communicate("\n", timeout=30)
     wait_until(lambda: not (home / "redis.sock").exists())  # the last one shut it down
-    command = [
-        sys.executable,
-        "-m",
-        "microq",
-        "worker",
-        "--burst",
-        f"--embedded={home}",
-    ]
+    command = command_line("worker", "--burst", f"--embedded={home}")
     assert subprocess.run(command, cwd=HERE, timeout=20).returncode == 0
     third = run_script(code + f"print(q.fetch_job({id!r}).return_value())")
     assert third.stdout.strip() == "2"  # it survived in the file
@@ -7938,7 +7911,7 @@ def test_a_server_outlasts_signals_to_all_until_its_users_have_left(tmp_path):
     """`systemctl stop` sends SIGTERM to all processes of a service, Ctrl-C SIGINT."""
     home = tmp_path / "data"
     log = tmp_path / "log"
-    command = [sys.executable, "-m", "microq", "worker", f"--embedded={home}"]
+    command = command_line("worker", f"--embedded={home}")
     worker = subprocess.Popen(
         command, cwd=HERE, env=clean_env(), stderr=subprocess.PIPE
     )
@@ -8155,7 +8128,7 @@ def test_a_vendored_copy_works_under_its_own_name(
 
 def test_the_command_line_enqueues_and_shows(server, redis, queue, tmp_path):
     url = ["--url", server.url]
-    words = [
+    arguments = [
         "test_microq.add",
         ":[1]",
         "b:=[2]",
@@ -8166,9 +8139,9 @@ def test_the_command_line_enqueues_and_shows(server, redis, queue, tmp_path):
         "--job-id",
         "me",
     ]
-    assert microq_command("enqueue", *url, *words) == (0, "me\n", "")
-    words = ["test_microq.add", "x", "b=y", "--quiet", "--at-front"]
-    assert microq_command("enqueue", *url, *words)[:2] == (0, "")
+    assert microq_command("enqueue", *url, *arguments) == (0, "me\n", "")
+    arguments = ["test_microq.add", "x", "b=y", "--quiet", "--at-front"]
+    assert microq_command("enqueue", *url, *arguments)[:2] == (0, "")
     assert (
         microq_command("enqueue", *url, "test_microq.add", "--schedule-in", "1h")[0]
         == 0
@@ -8199,7 +8172,7 @@ def test_the_command_line_enqueues_and_shows(server, redis, queue, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "text"),
+    ("arguments", "text"),
     [
         (["worker"], "no answer from Redis"),
         (["info", "nope"], "no queue nope"),
@@ -8212,9 +8185,11 @@ def test_the_command_line_enqueues_and_shows(server, redis, queue, tmp_path):
         (["worker", "{a}"], "queue name"),
     ],
 )
-def test_errors_of_the_command_line_are_one_line(server, redis, words, text, tmp_path):
-    url = f"unix://{tmp_path}/none" if words == ["worker"] else server.url
-    status, shown, error = microq_command(words[0], "--url", url, *words[1:])
+def test_errors_of_the_command_line_are_one_line(
+    server, redis, arguments, text, tmp_path
+):
+    url = f"unix://{tmp_path}/none" if arguments == ["worker"] else server.url
+    status, shown, error = microq_command(arguments[0], "--url", url, *arguments[1:])
     assert (status, shown, error.count("\n")) == (1, "", 1), error
     assert text in error, error
     assert redis.dbsize() == 0
@@ -8237,18 +8212,26 @@ def test_every_command_explains_itself(cli, name):
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["wroker"], ["worker", "--foo"], ["requeue"], ["enqueue"]]
+    "arguments", [[], ["wroker"], ["worker", "--foo"], ["requeue"], ["enqueue"]]
 )
-def test_wrong_arguments_are_answered_with_help(cli, words):
-    status, shown, error = cli(*words, url=None)
+def test_wrong_arguments_are_answered_with_help(cli, arguments):
+    status, shown, error = cli(*arguments, url=None)
     assert (status, shown) == (2, "")
     assert "usage: python -m microq" in error
-    assert "COMMAND" in error or words[0] in error
+    assert "COMMAND" in error or arguments[0] in error
 
 
 def test_flags_may_stand_anywhere(redis, queue, cli):
-    words = ["test_microq.echo", "1", "--at-front", "a=2", "--description", "me", "b=3"]
-    job = queue.fetch_job(cli("enqueue", *words)[1].strip())
+    arguments = [
+        "test_microq.echo",
+        "1",
+        "--at-front",
+        "a=2",
+        "--description",
+        "me",
+        "b=3",
+    ]
+    job = queue.fetch_job(cli("enqueue", *arguments)[1].strip())
     assert job.args == ("1",)
     assert job.kwargs == {"a": "2", "b": "3"}
     assert job.description == "me"
@@ -8260,10 +8243,14 @@ def test_the_command_line_works_on_a_cluster(cluster_ports, cli, monkeypatch):
     url = f"redis://127.0.0.1:{cluster_ports[0]}"
     cluster_url = url.replace("redis://", "redis+cluster://")
     for i, queue in enumerate(["a", "b", "c", "d"]):  # in the slots of both masters
-        words = ["--url", cluster_url] if i % 2 else ["--url", url, "--cluster"]
-        assert cli("enqueue", "a.b", "-q", queue, *words, url=None)[0] == 0
-        assert cli("worker", queue, "--burst", "-q", *words, url=None) == (0, "", "")
-        shown = cli("info", queue, *words, url=None)[1]
+        arguments = ["--url", cluster_url] if i % 2 else ["--url", url, "--cluster"]
+        assert cli("enqueue", "a.b", "-q", queue, *arguments, url=None)[0] == 0
+        assert cli("worker", queue, "--burst", "-q", *arguments, url=None) == (
+            0,
+            "",
+            "",
+        )
+        shown = cli("info", queue, *arguments, url=None)[1]
         assert re.search(rf"^{queue} +0 .* 0 +1 +0$", shown, re.M), shown
     monkeypatch.setenv("REDIS_HOST", "127.0.0.1")
     monkeypatch.setenv("REDIS_PORT", str(cluster_ports[1]))
@@ -8275,25 +8262,25 @@ def test_the_command_line_works_on_a_cluster(cluster_ports, cli, monkeypatch):
     assert job.return_value() == 1
 
 
-@pytest.mark.parametrize("words", [[], ["--in-process"], ["-n", "2"]])
-def test_worker_refuses_queues_in_two_slots(cluster_ports, cli, words):
+@pytest.mark.parametrize("arguments", [[], ["--in-process"], ["-n", "2"]])
+def test_worker_refuses_queues_in_two_slots(cluster_ports, cli, arguments):
     """Slots: "high" 9976 and "low" 15214; a worker's script may touch the keys of one only."""
     url = f"redis+cluster://127.0.0.1:{cluster_ports[0]}"
     status, shown, error = cli(
-        "worker", "high", "low", "-b", *words, "--url", url, url=None
+        "worker", "high", "low", "-b", *arguments, "--url", url, url=None
     )
     assert (status, shown, error.count("\n")) == (1, "", 1)
     assert "'{mail}high'" in error
     assert "no answer" not in error
-    words = ["{mail}high", "{mail}low", "-b", "-q", *words]
-    assert cli("worker", *words, "--url", url, url=None) == (0, "", "")
+    arguments = ["{mail}high", "{mail}low", "-b", "-q", *arguments]
+    assert cli("worker", *arguments, "--url", url, url=None) == (0, "", "")
 
 
 def test_a_plain_url_of_a_cluster_is_called_one(cluster_ports, cli):
     """Slots: "b" 3300 is the first node's, "microq:queues" 12171 the second's."""
     for port in cluster_ports:
-        for words in (["enqueue", "a.b", "-q", "b"], ["worker", "b", "--burst"]):
-            status, _, error = cli(*words, url=f"redis://127.0.0.1:{port}")
+        for arguments in (["enqueue", "a.b", "-q", "b"], ["worker", "b", "--burst"]):
+            status, _, error = cli(*arguments, url=f"redis://127.0.0.1:{port}")
             assert status == 1
             assert error.count("\n") == 1
             assert "this is a Redis Cluster" in error
@@ -8434,14 +8421,14 @@ def test_workers_are_suspended_and_resumed(redis, queue, cli):
 
 def test_a_worker_pool_takes_the_options_of_a_worker(server, redis, queue):
     job = Queue(connection=redis, serializer="json").enqueue(add, 1)
-    words = ["worker-pool", "--burst", "-n", "2", "-S", "json", "--url", server.url]
-    assert microq_command(*words)[0] == 0
+    arguments = ["worker-pool", "--burst", "-n", "2", "-S", "json", "--url", server.url]
+    assert microq_command(*arguments)[0] == 0
     assert job.is_finished
 
 
 def test_a_worker_takes_the_flags_of_rq(server, redis, queue, tmp_path):
     queue.enqueue(fail)
-    words = [
+    arguments = [
         "-b",
         "-v",
         "-n",
@@ -8453,20 +8440,22 @@ def test_a_worker_takes_the_flags_of_rq(server, redis, queue, tmp_path):
         "-ds",
         "random",
     ]
-    words += ["-s", "--max-idle-time", "1"]
-    words += [
+    arguments += ["-s", "--max-idle-time", "1"]
+    arguments += [
         "--exception-handler",
         "test_microq.print_failure",
         "--pid",
         tmp_path / "pid",
     ]
-    words += [
+    arguments += [
         "--log-format",
         "%(levelname)s %(asctime)s %(message)s",
         "--date-format",
         "AT",
     ]
-    status, _, log = microq_command("worker", "default", "--url", server.url, *words)
+    status, _, log = microq_command(
+        "worker", "default", "--url", server.url, *arguments
+    )
     assert status == 0
     assert "INFO AT worker bee (pid" in log
     assert "noted boom" in log
@@ -8478,7 +8467,7 @@ def test_a_worker_takes_the_flags_of_rq(server, redis, queue, tmp_path):
 
 
 def test_flags_of_rq_without_a_meaning_here_are_ignored(redis, cli):
-    words = [
+    arguments = [
         "--worker-ttl",
         "420",
         "--maintenance-interval",
@@ -8486,7 +8475,7 @@ def test_flags_of_rq_without_a_meaning_here_are_ignored(redis, cli):
         "--job-monitoring-interval",
         "9",
     ]
-    status, _, error = cli("worker", "--burst", "-q", *words)
+    status, _, error = cli("worker", "--burst", "-q", *arguments)
     assert status == 0
     assert error.count("\n") == 1
     assert "--worker-ttl" in error
@@ -8524,7 +8513,7 @@ def test_classes_are_named_by_flag_or_environment(redis, queue, cli, monkeypatch
 
 
 def test_a_config_module_says_where_and_what(server, redis, tmp_path):
-    words = settings_module(
+    arguments = settings_module(
         tmp_path,
         f"""
         REDIS_URL = {server.url!r}
@@ -8540,17 +8529,19 @@ def test_a_config_module_says_where_and_what(server, redis, tmp_path):
     )
     jobs = [Queue(name, redis).enqueue(add) for name in ("high", "low")]
     status, _, log = microq_command(
-        "worker", "--burst", *words, MICROQ_URL="", REDIS_URL="redis://x"
+        "worker", "--burst", *arguments, MICROQ_URL="", REDIS_URL="redis://x"
     )
     assert status == 0, log
     assert all(job.is_finished for job in jobs), log
     assert "MINE worker configured" in log
     assert "MINE listening on high, low" in log
-    status, _, error = microq_command("info", *words, MICROQ_URL="unix:///nowhere")
+    status, _, error = microq_command("info", *arguments, MICROQ_URL="unix:///nowhere")
     assert status == 1
     assert "nowhere" in error  # the environment wins
-    assert microq_command("info", *words[2:], MICROQ_CONFIG="", cwd=tmp_path)[0] == 0
-    assert microq_command("info", *words[:2], MICROQ_CONFIG="my_settings")[0] == 0
+    assert (
+        microq_command("info", *arguments[2:], MICROQ_CONFIG="", cwd=tmp_path)[0] == 0
+    )
+    assert microq_command("info", *arguments[:2], MICROQ_CONFIG="my_settings")[0] == 0
     status, _, error = microq_command("info", "--config", "nowhere")
     assert status == 1
     assert error == "microq: ModuleNotFoundError: No module named 'nowhere'\n"
@@ -8567,11 +8558,11 @@ def test_the_parts_of_an_address_come_from_the_environment_or_the_module(
     assert cli("enqueue", "a.b", url=None)[0] == 0
     known = {"port": port_with_password, "password": "sesame"}
     assert redis_py.Redis(db=3, **known).exists("microq:queues")
-    words = settings_module(
+    arguments = settings_module(
         tmp_path,
         f"REDIS_PORT, REDIS_PASSWORD, REDIS_DB = {port_with_password}, 'sesame', 4",
     )
-    assert cli("enqueue", "a.b", *words, url=None)[0] == 0
+    assert cli("enqueue", "a.b", *arguments, url=None)[0] == 0
     assert redis_py.Redis(db=4, **known).exists("microq:queues")
     monkeypatch.setenv("REDIS_PORT", "tcp://10.0.0.1:6379")  # Kubernetes does that
     status, _, error = cli("info", url=None)
@@ -8596,7 +8587,7 @@ def test_a_config_module_may_name_sentinels(port_with_password, cli, tmp_path):
         wait_until(
             lambda: there.execute_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", "boss")
         )
-        words = settings_module(
+        arguments = settings_module(
             tmp_path,
             f"""
             SENTINEL = {{
@@ -8606,12 +8597,16 @@ def test_a_config_module_may_name_sentinels(port_with_password, cli, tmp_path):
             }}
             """,
         )
-        assert cli("enqueue", "test_microq.add", *words, url=None)[2] == ""
+        assert cli("enqueue", "test_microq.add", *arguments, url=None)[2] == ""
         assert redis_py.Redis(port=port_with_password, db=2, password="sesame").exists(
             "microq:queues"
         )
-        assert cli("worker", "--burst", "-q", "--in-process", *words, url=None)[0] == 0
-        assert re.search(r"default +0 .* 1 +0 +0\n", cli("info", *words, url=None)[1])
+        assert (
+            cli("worker", "--burst", "-q", "--in-process", *arguments, url=None)[0] == 0
+        )
+        assert re.search(
+            r"default +0 .* 1 +0 +0\n", cli("info", *arguments, url=None)[1]
+        )
     finally:
         sentinel.kill()
         sentinel.wait(30)
@@ -8690,7 +8685,7 @@ def test_no_control_character_reaches_the_terminal(redis, queue, cli):
     claim(queue)
     redis.hset(f"{Q}job:a", "func", f"f{attack}")
     escaped = "\\x1b]0;title\\x07\\x9b2J\\u202e"
-    outputs = [cli("info", *words) for words in ([], ["--raw"], ["--by-queue"])]
+    outputs = [cli("info", *arguments) for arguments in ([], ["--raw"], ["--by-queue"])]
     outputs += [cli("info", attack), cli("requeue", "--queue", "default", attack)]
     outputs += [
         cli("empty", attack),
@@ -8732,7 +8727,9 @@ def test_info_takes_two_round_trips_whatever_there_is_in_the_queues(redis, monke
     trips = []
     send = microq._execute
     monkeypatch.setattr(
-        microq, "_execute", lambda *words: trips.append(words) or send(*words)
+        microq,
+        "_execute",
+        lambda *arguments: trips.append(arguments) or send(*arguments),
     )
     snapshot = microq._take_snapshot(redis, [f"q{i}" for i in range(20)])
     assert len(trips) == 2
@@ -8899,9 +8896,8 @@ def test_an_idle_worker_sends_at_most_one_command_per_second(server, redis, queu
             time.sleep(6)
         worker.terminate()
         assert worker.wait(30) == 0
-        assert 1 <= len(seen) <= 8, (
-            seen
-        )  # two beats of four commands; they come each 5 seconds
+        # Two beats of four commands; they come each 5 seconds.
+        assert 1 <= len(seen) <= 8, seen
 
 
 def test_a_job_costs_redis_few_bytes(redis, queue):
@@ -9553,9 +9549,8 @@ def test_docs_scheduling_in_the_past_means_now(redis):
     from microq import Queue, Worker
 
     queue = Queue(connection=redis)
-    job = queue.enqueue_at(
-        datetime(2019, 10, 10, 9, 15), say_hello
-    )  # RQ's very example
+    # RQ's very example.
+    job = queue.enqueue_at(datetime(2019, 10, 10, 9, 15), say_hello)
     Worker([queue]).work(burst=True, with_scheduler=True)
     assert job.is_finished
 
@@ -9918,8 +9913,14 @@ def test_docs_settings_name_sentinels_and_certificates(
     name = f"settings_{abs(hash(settings))}"
     (tmp_path / f"{name}.py").write_text(settings)
     monkeypatch.syspath_prepend(tmp_path)
-    words = ["info", "--config", name, "--connection-class", "test_microq.ShownRedis"]
-    assert microq.main(words) == 1
+    arguments = [
+        "info",
+        "--config",
+        name,
+        "--connection-class",
+        "test_microq.ShownRedis",
+    ]
+    assert microq.main(arguments) == 1
     error = capsys.readouterr().err
     assert [text for text in shown if text not in error] == []
 
@@ -9985,15 +9986,7 @@ def test_docs_cron_config_file(redis, server, tmp_path, monkeypatch, webhook_ser
     scheduler = CronScheduler(connection=redis)
     scheduler.load_config_from_file(str(tmp_path / "src" / "cron_config.py"))
     assert [job.interval for job in scheduler.get_jobs()] == [1800, 1, None]
-    command = [
-        sys.executable,
-        "-m",
-        "microq",
-        "cron",
-        "myapp.cron_config",
-        "--url",
-        server.url,
-    ]
+    command = command_line("cron", "myapp.cron_config", "--url", server.url)
     process = subprocess.Popen(
         [*command, "--path", "src"],
         cwd=tmp_path,
@@ -10072,7 +10065,7 @@ def test_docs_testing_with_a_simple_worker(redis):
 
 
 @pytest.mark.parametrize(
-    ("words", "args", "kwargs"),
+    ("arguments", "args", "kwargs"),
     [
         (["abc"], ("abc",), {}),
         (["abc=def"], (), {"abc": "def"}),
@@ -10088,14 +10081,14 @@ def test_docs_testing_with_a_simple_worker(redis):
         ([":@text"], ({"a": [1]},), {}),
         (["key:=@text"], (), {"key": {"a": [1]}}),
     ],
-    ids=lambda words: words[0] if isinstance(words, list) else "",
+    ids=lambda arguments: arguments[0] if isinstance(arguments, list) else "",
 )
 def test_docs_shell_enqueue_reads_arguments(
-    redis, queue, server, tmp_path, monkeypatch, words, args, kwargs
+    redis, queue, server, tmp_path, monkeypatch, arguments, args, kwargs
 ):
     monkeypatch.chdir(tmp_path)
     Path("text").write_text('{"a": [1]}')
-    assert microq.main(["enqueue", "-u", server.url, "path.to.func", *words]) == 0
+    assert microq.main(["enqueue", "-u", server.url, "path.to.func", *arguments]) == 0
     [job] = queue.jobs
     assert job.func_name == "path.to.func"
     assert tuple(job.args) == args
@@ -10103,8 +10096,8 @@ def test_docs_shell_enqueue_reads_arguments(
 
 
 def test_docs_shell_commands_look_and_repair(redis, queue, server, capsys):
-    def command(*words):
-        assert microq.main([*words, "-u", server.url]) == 0
+    def command(*arguments):
+        assert microq.main([*arguments, "-u", server.url]) == 0
         return capsys.readouterr().out
 
     first = queue.enqueue(say_hello, job_id="first")
@@ -10132,10 +10125,10 @@ def test_docs_shell_commands_look_and_repair(redis, queue, server, capsys):
     assert len(myqueue.failed_job_registry) == 2
     assert "myqueue" in command("info")
     assert "myqueue" not in command("info", "default")
-    for words in (["-R"], ["--raw"], ["-Q"], ["-W"]):
-        assert command("info", *words)
-    words = ["requeue", "--queue", "myqueue", "-u", server.url, "nobody", "id1"]
-    assert microq.main(words) == 1  # RQ stops at the first that is not there
+    for arguments in (["-R"], ["--raw"], ["-Q"], ["-W"]):
+        assert command("info", *arguments)
+    arguments = ["requeue", "--queue", "myqueue", "-u", server.url, "nobody", "id1"]
+    assert microq.main(arguments) == 1  # RQ stops at the first that is not there
     assert myqueue.job_ids == ["id1"]
     command("requeue", "--queue", "myqueue", "--all")
     assert set(myqueue.job_ids) == {"id1", "id2"}
@@ -10187,22 +10180,22 @@ def test_docs_shell_workers(redis, server, tmp_path, monkeypatch):
         "worker-pool j2 j3 j4 -n 3 --burst --serializer microq.JSONSerializer",
         "worker-pool c2 -n 4 -l WARNING -b -w microq.SimpleWorker -S pickle -j mine.CustomJob",
     ]
-    commands = [words.split() for words in commands]
+    commands = [arguments.split() for arguments in commands]
     jobs = {}
-    for words in commands:
-        for name in itertools.takewhile(lambda word: word[0] != "-", words[1:]):
+    for arguments in commands:
+        for name in itertools.takewhile(lambda word: word[0] != "-", arguments[1:]):
             q = Queue(
                 name, connection=redis, serializer="json" if name[0] == "j" else None
             )
             jobs[name] = q.enqueue(
                 "mine.say_class" if name[0] == "c" else "mine.say_hello"
             )
-            if "mine.mark" in words:
+            if "mine.mark" in arguments:
                 jobs[name + "bad"] = q.enqueue("mine.div_by_zero")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "mine", raising=False)
-    for words in commands:
-        assert microq.main([*words, "--url", server.url]) == 0, words
+    for arguments in commands:
+        assert microq.main([*arguments, "--url", server.url]) == 0, arguments
     for name, job in jobs.items():
         if name.endswith("bad"):
             assert job.is_failed, name
@@ -10216,16 +10209,7 @@ def test_docs_shell_workers(redis, server, tmp_path, monkeypatch):
 
 def test_docs_shell_info_polls(redis, server, queue):
     queue.enqueue(say_hello)
-    command = [
-        sys.executable,
-        "-m",
-        "microq",
-        "info",
-        "--interval",
-        "0.2",
-        "--url",
-        server.url,
-    ]
+    command = command_line("info", "--interval", "0.2", "--url", server.url)
     process = subprocess.Popen(
         command, env=child_env(), stdout=subprocess.PIPE, text=True
     )
