@@ -2957,10 +2957,11 @@ class Result:
     job: Job
     ended: str
     payload: bytes
-    execution_id: str = field(init=False)
-    execution_started_at: datetime = field(init=False)
-    execution_ended_at: datetime = field(init=False)
-    type: ResultType = field(init=False)
+    # Read from `ended`.
+    execution_id: str = field(init=False, repr=False, compare=False)
+    execution_started_at: datetime = field(init=False, repr=False, compare=False)
+    execution_ended_at: datetime = field(init=False, repr=False, compare=False)
+    type: ResultType = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         match = re.fullmatch(r"(\S+) (\d+\.\d+) (\d+\.\d+)(?: ([a-z_]+))?", self.ended)
