@@ -6397,7 +6397,10 @@ def _default_name() -> str:
 
 def _pid_namespace() -> str:
     """Return what tells where the number of a process counts: the boot of a kernel, and
-    the namespace within it, as that of a container; or the host on other systems."""
+    the namespace within it, as that of a container; or the host on other systems.  On
+    Windows, where os.kill() can't look a process up, it equals no other."""
+    if sys.platform == "win32":
+        return secrets.token_hex(8)
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -6430,7 +6433,7 @@ class Worker:
     queues                    - Queue objects or names; on a Cluster, of one slot
     name                      - unique among workers, <host>.<pid>.<random>
     connection                - a redis.Redis, that of the first Queue
-    fork                      - whether jobs run in a child process, yes
+    fork                      - whether jobs run in a child process, yes; Windows can't
     jobs_per_fork             - jobs after which the child is replaced, 1: one child per
                                 job; 1000, or as many as it runs in its first second
     serializer                - for queues given by name, 'pickle'

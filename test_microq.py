@@ -5659,6 +5659,98 @@ def test_processes_have_titles_where_setproctitle_is_installed(
     assert worker.poll() is None
 
 
+HIDE_UNIX = """
+import _signal, os, select, signal, sys, threading, time, types
+import microq, redis  # and what they import, which may need what is hidden next
+hidden = {
+    os: "fork forkpty register_at_fork wait wait4 waitid waitpid getpgid setpgid getpgrp "
+        "killpg getuid geteuid fchmod WNOHANG WEXITED WNOWAIT P_ALL P_PID O_NOFOLLOW",
+    signal: "SIGALRM SIGCHLD SIGHUP SIGKILL SIGQUIT SIGUSR1 SIGTSTP alarm getitimer "
+            "setitimer ITIMER_REAL pthread_kill pthread_sigmask sigwait",
+}
+hidden[_signal] = hidden[signal]
+for module, names in hidden.items():
+    for name in names.split():
+        if hasattr(module, name):
+            delattr(module, name)
+os.kill = None  # on Windows, it ends a process also with the signal 0
+for name in "fcntl grp pty pwd resource termios tty".split():
+    sys.modules[name] = None
+select_only = types.ModuleType("select")  # the real one is redis-py's by now
+select_only.select = select.select
+sys.modules["select"] = select_only
+sys.platform = "win32"
+del sys.modules["microq"], microq
+import microq
+from microq import CronScheduler, Queue, SimpleWorker, Worker
+"""
+
+
+def test_microq_works_where_there_is_no_fork(redis, queue, tmp_path):
+    """Producers, workers that do not fork, and cron run on Windows; the rest says why not."""
+    (tmp_path / "windows_jobs.py").write_text(
+        textwrap.dedent("""
+            import os, time
+            def add(a, b):
+                return a + b
+            def spin():
+                while True:
+                    time.sleep(0.01)
+        """)
+    )
+    code = f"""
+        sys.path.insert(0, {str(tmp_path)!r})
+        queue = Queue(connection=redis.Redis.from_url({redis_url(redis)!r}))
+
+        job = queue.enqueue("windows_jobs.add", 1, 2)
+        late = queue.enqueue("windows_jobs.spin", job_timeout=0.2)
+        later = queue.enqueue("windows_jobs.add", 3, 4)
+        SimpleWorker(queue).work(burst=True, logging_level=None)
+        assert job.return_value() == 3 and later.return_value() == 7
+        assert "timeout of 0.2 s" in late.latest_result().exc_string
+
+        with Worker(queue, name="bee", lease=0.5):
+            job = queue.enqueue("windows_jobs.add", 5, 6)
+            assert job.latest_result(timeout=10).return_value == 11
+            try:
+                SimpleWorker(queue, name="bee", lease=0.5).work(burst=True)
+            except ValueError as error:
+                print(error)
+
+        def stop_when_scheduled():
+            deadline = time.monotonic() + 20
+            while not ticks.count and time.monotonic() < deadline:
+                time.sleep(0.01)
+            signal.raise_signal(signal.SIGINT)
+
+        assert microq._pid_namespace() != microq._pid_namespace()  # so no os.kill()
+
+        scheduler = CronScheduler(queue.connection)
+        scheduler.register("windows_jobs.add", "default", args=(7, 8), interval=1)
+        ticks = queue.scheduled_job_registry
+        threading.Thread(target=stop_when_scheduled).start()
+        scheduler.start()
+        assert ticks.count
+
+        for work in (Worker(queue).work, microq.WorkerPool([queue]).start):
+            try:
+                work(burst=True)
+            except RuntimeError as error:
+                print(error)
+        try:
+            microq.embedded()
+        except microq.ServerUnavailable as error:
+            print(error)
+    """
+    ran = run_script(HIDE_UNIX + textwrap.dedent(code), check=False)
+    assert ran.returncode == 0, ran.stderr
+    lines = ran.stdout.splitlines()
+    assert len(lines) == 4 and "a worker 'bee' is alive" in lines[0]
+    assert "can't fork" in lines[1] and "SimpleWorker" in lines[1]
+    assert lines[1] == lines[2]
+    assert "embedded server" in lines[3]
+
+
 # ---- 10. Worker, child, supervisor, pool: children -----------------------------------
 
 
