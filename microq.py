@@ -6050,17 +6050,14 @@ class _WorkLoop(_Loop):
     # Running jobs
 
     def _run_batch(self) -> None:
-        """Run what is claimed, until it is time to settle; then adapt the size of a
-        batch."""
+        """Run what is claimed until it is time to settle; then adapt batch_size."""
         shared = self.shared
         size = len(self.claimed)
         longest = 0.0
         began = time.monotonic()
-        while (
-            self.claimed
-            and not shared.stop_requested
-            and not self._process_limit_reached()
-        ):
+        while self.claimed and not shared.stop_requested:
+            if shared.runs >= shared.run_limit:
+                break
             execution = self._next_execution()
             if execution is None:
                 break
@@ -6078,8 +6075,7 @@ class _WorkLoop(_Loop):
             self.supervisor_wakeup.set()
 
     def _next_execution(self) -> Execution | None:
-        """Return what is to run now; None if the batch watchdog has released the
-        rest."""
+        """Return what is to run now; None if the batch watchdog has released it."""
         with self.lock:
             if not self.claimed:
                 return None
@@ -6179,8 +6175,7 @@ class _WorkLoop(_Loop):
         return self.running is not None and is_slow and self._holds_others()
 
     def _settle_and_release(self) -> None:
-        """Settle and release all but the job that runs.  Raises what the server
-        raises."""
+        """Settle and release all but the job that runs.  It is tried once."""
         self._read_reply(patient=False)
         self._release_claimed()
         self._send_request(claim=False)
@@ -6189,8 +6184,7 @@ class _WorkLoop(_Loop):
     # Between jobs
 
     def _wait_for_work(self, until: float) -> None:
-        """Block until there may be work: a token in a wake list, the wake-up, or
-        `until`."""
+        """Block until there may be work: a token, the wake-up, or that time."""
         if self.instance.forking:
             _set_process_title(f"microq {self.instance.name}: idle")
         if self.before_wait:
@@ -6225,15 +6219,13 @@ class _WorkLoop(_Loop):
         return self.blocking_connection.pop(seconds, self.wakeup, *commands)
 
     def _take_back_claim(self) -> None:
-        """Release what a claim along with BLPOP may hold, if it must not be sent
-        again."""
+        """Release what a claim along with BLPOP may hold if the loop is to pause."""
         stopped = self.shared.stop_requested or self.shared.suspended
         if stopped and self.request and self.request.claim_limit:
             self.request = _Request((self.instance.release_all_command(),), [], [])
 
     def _relay_messages(self) -> None:
-        """Relay messages to other queues; if that fails, whoever beats for ours does
-        it."""
+        """Relay messages to other queues.  If that fails, a heartbeat does it."""
         messages = self.messages
         self.messages = []
         with contextlib.suppress(exceptions.RedisError):
@@ -6295,8 +6287,7 @@ def _kill_limit(job: Job) -> float:
 
 
 def _reopen_standard_files() -> bool:
-    """Open what a job closed of stdin, stdout and stderr; return whether there was
-    any."""
+    """Open what a job closed of stdin, stdout and stderr; return if there was any."""
     was_closed = False
     for number in (0, 1, 2):
         try:
@@ -6378,8 +6369,7 @@ _RECORD_KEYS = {
 
 
 def _parse_record(record: bytes | None) -> dict[str, Any]:
-    """Return the record of a worker; an empty one if there is none, or it is
-    garbled."""
+    """Return the record of a worker, empty if there is none or it is garbled."""
     try:
         info = json.loads(record or b"null")
     except ValueError:
@@ -6649,15 +6639,13 @@ class Worker:
         return workers
 
     def refresh(self) -> None:
-        """Read again what find_by_key() read; nothing changes if it is no longer
-        alive."""
+        """Read its record again; nothing changes if it is no longer alive."""
         info = _parse_record(_execute_one(self.connection, "GET", self.key))
         if info:
             self._info = info
 
     def get_current_executions(self, refresh: bool = True) -> list[Execution]:
-        """Return the executions of the jobs that the worker holds, of which it runs
-        one."""
+        """Return the executions of all jobs that it holds, of which it runs one."""
         executions: list[Execution] = []
         for queue in self.queues:
             for job in queue.started_job_registry.get_jobs():
@@ -6741,8 +6729,7 @@ class Worker:
         max_idle_time: float | None = None, dequeue_strategy: str = "default",
         prefixes: list[str] | None = None,
     ) -> _Instance:  # fmt: skip
-        """Return what its supervisor and its loop work with, `prefixes` None: its
-        queues."""
+        """Return what its supervisor and loop work with; `prefixes`: not its own."""
         strategies = [each.value for each in DequeueStrategy]
         if dequeue_strategy == "default":
             dequeue_strategy = self.dequeue_strategy
@@ -6953,8 +6940,7 @@ class _Child:
     # To see how it ended
 
     def reap(self) -> None:
-        """Take the exit of children that are no longer needed, or have died in
-        standby."""
+        """Reap children that have been replaced, or have died in standby."""
         self.exiting_pids = [pid for pid in self.exiting_pids if not _wait_for(pid)]
         if self.standby_pid and _wait_for(self.standby_pid):
             self.standby_pid = 0
@@ -6964,8 +6950,7 @@ class _Child:
                 self.standby_connection.close()
 
     def poll(self) -> _Exit | None:
-        """Return how the child died; None if there is none, it runs, or it has ended as
-        it should."""
+        """Return how the child died; None if it runs, or has ended as it should."""
         if not self.pid:
             return None
         if self.shared.phase == _Phase.REPLACE:  # it has settled everything, and exits
@@ -7007,8 +6992,7 @@ class _Child:
         return _INTERRUPTED if self.shared.phase == _Phase.GAVE_UP else None
 
     def _keep_connection(self) -> None:
-        """Keep the connection of a child that has left it as it was, for another
-        child."""
+        """Keep the connection of a child, if it can be used by another child."""
         if self.connection and self.shared.connection_reusable:
             self.idle_connections.append(self.connection)
         elif self.connection:
@@ -7106,8 +7090,7 @@ def _child_main(
     instance: _Instance, parent: int, start_signal: _Wakeup, connection: _Connection,
     supervisor_wakeup: _Wakeup,
 ) -> None:  # fmt: skip
-    """Wait for the start signal, run the loop of a worker, and exit: what a child
-    does."""
+    """Wait for the start signal, run the loop of a worker, and exit."""
     shared = instance.shared
     status = 1
     try:
@@ -7172,8 +7155,8 @@ _PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
 def _inherits_orphans() -> bool:
-    """Return whether this process is the first of its pid namespace, or a subreaper
-    (prctl(2))."""
+    """Return whether this process is a subreaper (prctl(2)), or the first one of
+    its pid namespace."""
     subreaper = ctypes.c_int()
     if _PRCTL:
         _PRCTL(37, ctypes.byref(subreaper))  # PR_GET_CHILD_SUBREAPER
@@ -7198,8 +7181,7 @@ def _wait_for(pid: int, block: bool = False) -> tuple[int, int, Any] | None:
 
 
 def _flush_output() -> None:
-    """Write what Python holds back for stdout and stderr, so that no fork writes it
-    again."""
+    """Write what Python holds back for stdout and stderr, before a fork copies it."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.flush()
@@ -7216,8 +7198,7 @@ _SIGNALS = tuple(
 
 @contextlib.contextmanager
 def _signals_restored() -> Iterator[None]:
-    """Leave the handling of signals as it was before the block, if it is ours to
-    change."""
+    """Leave the handling of signals as it was before the block, in the main thread."""
     with contextlib.ExitStack() as after:
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
@@ -7505,8 +7486,7 @@ class _Supervisor:
     def _heartbeat_commands(
         self, mode: str, cron_queues: Sequence[Queue]
     ) -> list[Command]:
-        """Return the commands of a heartbeat, of which heartbeat() takes the
-        replies."""
+        """Return the commands of which heartbeat() takes the replies."""
         commands = [each.register_command(self.lease) for each in self.instances]
         commands += [each.heartbeat_command(mode) for each in self.instances]
         commands.append(("PTTL", _SUSPENDED_KEY))
@@ -7553,8 +7533,7 @@ class _Supervisor:
             self.last_heartbeat = 0.0
 
     def _on_suspension(self, ttl: int) -> None:
-        """Have the workers claim nothing or go on, by the PTTL of the key of
-        suspend()."""
+        """Have the workers pause or go on, by the PTTL of the key of suspend()."""
         suspended = ttl != -2
         if suspended is not self.instances[0].shared.suspended:
             log.info("suspended" if suspended else "resumed")
@@ -7568,8 +7547,7 @@ class _Supervisor:
             )
 
     def _on_agendas(self, queues: Sequence[Queue], agendas: list[Any]) -> None:
-        """Run cron: enqueue ticks up to a lease ahead, so that all jobs start on
-        time."""
+        """Run cron: enqueue ticks a lease ahead, so that all jobs start on time."""
         stored = [
             _StoredCron.parse(queue, agenda)
             for queue, agenda in zip(queues, agendas, strict=True)
@@ -7584,8 +7562,7 @@ class _Supervisor:
     # Children
 
     def _check_child(self, child: _Child) -> float:
-        """Reap, report, kill or start the child of a worker; return when to look
-        again."""
+        """Reap, report, kill or start a child; return when to look again."""
         now = time.monotonic()
         death = child.poll()
         if death:
@@ -7608,8 +7585,8 @@ class _Supervisor:
         return max(child.restart_at, self.retry_at)
 
     def _watch_child(self, child: _Child, now: float, must_end: bool) -> float:
-        """Kill a child if need be, and fork its standby child; return as
-        _check_child()."""
+        """Kill a child or fork its standby child, if it is time for that; return when
+        to look again."""
         outcome: Outcome | None = _INTERRUPTED
         if not self.cold_shutdown:
             outcome = child.why_to_kill(now, self.on_time_since)
@@ -7621,8 +7598,7 @@ class _Supervisor:
         return deadline if deadline > 0 else math.inf
 
     def _on_death(self, child: _Child, death: _Exit) -> None:
-        """Note which run ended by the death of a child, and call the handler for
-        that."""
+        """Note which run ended by the death of a child, and call the handler."""
         instance, current = child.instance, death.current
         if not current:
             text = "the idle process %d of worker %s %s"
@@ -7704,8 +7680,7 @@ class _Supervisor:
         self.wakeup.set()
 
     def leave_when_idle(self) -> None:
-        """End once nothing is queued; for another thread, of a worker in this
-        process."""
+        """End the loop in this process once nothing is queued; for another thread."""
         if self.loop:
             self.loop.leave_when_idle()
 
@@ -7819,8 +7794,7 @@ class WorkerPool:
         date_format: str | None = None, log_format: str | None = None,
         with_scheduler: bool = False, **limits: Any,
     ) -> bool:  # fmt: skip
-        """Run jobs until told to stop; see Worker.work(), whose limits are those of
-        each worker."""
+        """Run jobs until told to stop; see Worker.work().  Limits are for each worker."""
         instances = [each._begin(self.name, burst, **limits) for each in self._workers]
         self._supervisor = _Supervisor(self.name, instances, with_scheduler)
         return self._supervisor.run(logging_level, date_format, log_format)
