@@ -216,6 +216,7 @@ from urllib.request import Request, urlopen
 
 from hiredis import pack_command
 from redis import Redis, RedisCluster, exceptions
+from redis._parsers import _HiredisParser
 from redis.backoff import NoBackoff
 from redis.connection import SSLConnection, UnixDomainSocketConnection
 from redis.retry import Retry as RedisRetry
@@ -1522,19 +1523,38 @@ def _send_and_receive(raw: Any, commands: Sequence[Command]) -> list[Any]:
     return _read_replies(raw, len(commands))
 
 
+class _TellingParser(_HiredisParser):
+    """Reads replies, and tells of each piece of data: a large reply may take long."""
+
+    def __init__(self, on_data: Callable[[], None], socket_read_size: int) -> None:
+        super().__init__(socket_read_size)  # type: ignore[no-untyped-call]
+        self.on_data = on_data
+
+    def read_from_socket(self, *args: Any, **options: Any) -> Any:
+        has_come = super().read_from_socket(*args, **options)  # type: ignore[no-untyped-call]
+        if has_come:
+            self.on_data()
+        return has_come
+
+
 class _Connection:
     """One connection of our own, beside those in the pool of a client.
 
     client  - tells where the server is, and how to log in
     timeout - seconds to wait for the server; None: as long as the client does
     key     - on a Cluster, the connection is to the node that holds this key
+    on_data - called when data has come; not on a Cluster, where redis-py connects
 
     It never retries. Only one thread at a time may use it."""
 
-    def __init__(self, client: Redis, timeout: float | None, key: str = "") -> None:
+    def __init__(
+        self, client: Redis, timeout: float | None, key: str = "", *,
+        on_data: Callable[[], None] | None = None,
+    ) -> None:  # fmt: skip
         self.client = client
         self.timeout = timeout
         self.key = key
+        self.on_data = on_data
         self.raw: Any = None  # redis-py's connection
         self.sent: Sequence[Command] = ()  # commands whose replies are unread
 
@@ -1603,6 +1623,8 @@ class _Connection:
         if self.timeout is not None:
             options["socket_timeout"] = self.timeout
             options["socket_connect_timeout"] = self.timeout
+        if self.on_data is not None:
+            options["parser_class"] = functools.partial(_TellingParser, self.on_data)
         return pool.connection_class(**options)
 
 
@@ -1618,8 +1640,11 @@ class _BlockingConnection(_Connection):
 
     BLPOP_TIMEOUT = 10  # seconds, after which the server answers if it is still there
 
-    def __init__(self, client: Redis, timeout: float, keys: Sequence[str]) -> None:
-        super().__init__(client, timeout, keys[0])
+    def __init__(
+        self, client: Redis, timeout: float, keys: Sequence[str], *,
+        on_data: Callable[[], None] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(client, timeout, keys[0], on_data=on_data)
         self.keys = keys
         self._reply_deadline: float | None = None  # of the call that is under way
 
@@ -5460,6 +5485,10 @@ class _SharedState(ctypes.Structure):
         self.job_started = time.monotonic()
         self.kill_deadline = self.job_started + limit
 
+    def make_progress(self) -> None:
+        """Tell that the loop has not stopped."""
+        self.turns += 1
+
     def current_job(self) -> _CurrentJob | None:
         """Return the job that runs, or is not settled yet; None if there is none."""
         if not self.kill_deadline:
@@ -5591,7 +5620,8 @@ class _Instance:
 
     def new_connection(self) -> _Connection:
         """Return a connection to the server, which connects when it is used first."""
-        return _Connection(self.client, self.redis_timeout)
+        on_data = self.shared.make_progress
+        return _Connection(self.client, self.redis_timeout, on_data=on_data)
 
     def claim_command(self, queues: Sequence[Queue], limit: int, mode: str) -> Command:
         """Return the command that claims up to `limit` jobs, by a new number."""
@@ -5745,7 +5775,10 @@ class _WorkLoop(_Loop):
         self.relay_connection = instance.new_connection()
         wake_lists = [f"{prefix}wake" for prefix in instance.prefixes]
         self.blocking_connection = _BlockingConnection(
-            instance.client, instance.redis_timeout, wake_lists
+            instance.client,
+            instance.redis_timeout,
+            wake_lists,
+            on_data=self.shared.make_progress,
         )
         self.queue_order = list(instance.queues)
         self.ends_when_idle = instance.limits.burst
@@ -5770,7 +5803,7 @@ class _WorkLoop(_Loop):
         """Run jobs until there is a reason to stop; return what is to follow."""
         self.started_at = self.idle_since = time.monotonic()
         while True:
-            self.shared.turns += 1
+            self.shared.make_progress()
             self._extend_run_limit()
             # As it is before the claim: what is enqueued after that may be left.
             limit_reached = self._process_limit_reached() or self._job_limit_reached()
@@ -5964,7 +5997,7 @@ class _WorkLoop(_Loop):
                 return self._exchange(request)
             except (ServerUnavailable, exceptions.ResponseError) as error:
                 if isinstance(error.__cause__ or error, exceptions.ResponseError):
-                    self.shared.turns += 1  # the server is there, though it refuses
+                    self.shared.make_progress()  # the server is there, though it refuses
                 if request.has_large_result() and self._server_answers():
                     cuts += 1
                 was_cut = isinstance(error.__cause__, exceptions.ConnectionError)
@@ -7053,11 +7086,11 @@ class _Child:
     def _hangs(self, now: float, healthy_since: float) -> bool:
         """Return whether the child makes no progress, though it runs no job.
 
-        A loop turns each time that the server answers, at the latest when BLPOP ends;
-        while the server is away, it may try for long.  So what counts is the time in
-        which this process saw no turn, was itself on time, and had answers from the
-        server: twice the longest wait for an answer, a pause, and the attempt that
-        follows."""
+        A loop makes progress each time that data comes from the server, at the latest
+        when BLPOP ends; while the server is away, it may try for long.  So what counts
+        is the time in which this process saw no progress, was itself on time, and had
+        answers from the server: twice the longest wait for an answer, a pause, and the
+        attempt that follows."""
         shared = self.shared
         is_late = now - self.looked_at > 5  # each second, unless frozen or slow
         if shared.kill_deadline > 0 or shared.turns != self.seen_turns or is_late:

@@ -1310,12 +1310,13 @@ def busy_worker(request, queue, start_worker, tmp_path):
     return process, "bee", job
 
 
-def start_worker_that_detects_hangs(server):
-    """Start a worker that takes a child for hung after a second and a half."""
+def start_worker_that_detects_hangs(server, lease=0.5):
+    """Start a worker that takes a child for hung after half a second and two leases."""
     code = f"""
 import redis, microq, test_microq
 microq._BlockingConnection.BLPOP_TIMEOUT = 0.25
-microq.Worker("default", lease=0.5, connection=redis.Redis.from_url({server.url!r})).work()
+connection = redis.Redis(unix_socket_path={str(server.path)!r})
+microq.Worker("default", lease={lease}, connection=connection).work()
 """
     return start_script(code, stderr=subprocess.PIPE, text=True)
 
@@ -1745,13 +1746,14 @@ def bytes_per_job(redis, make, count=2000):
 
 
 class Proxy:
-    """Stands between clients and the server: can go silent, or lose replies."""
+    """Stands between clients and the server: can go silent, lose replies, or be slow."""
 
     def __init__(self, path, target):
         self.path = str(path)
         self.target = str(target)
         self.silent = False
         self.replies_to_lose = 0
+        self.is_slow = False  # 4 KB each 50 ms, in each direction of a connection
         self.listener = socket.socket(socket.AF_UNIX)
         self.listener.bind(self.path)
         self.listener.listen(50)
@@ -1767,7 +1769,9 @@ class Proxy:
 
     def forward(self, source, target, are_replies):
         with contextlib.suppress(OSError):
-            while data := source.recv(1 << 16):
+            while data := source.recv(4096 if self.is_slow else 1 << 16):
+                if self.is_slow:
+                    time.sleep(0.05)
                 if self.silent:
                     return  # it neither answers nor closes
                 if are_replies and self.loses(data):
@@ -5202,6 +5206,22 @@ def test_the_log_has_the_format_and_the_detail_that_were_asked_for(
     assert done.returncode == 0
     assert "now|default: job OK" in done.stderr
     assert "secret" not in done.stderr
+
+
+def test_a_child_that_receives_a_large_claim_slowly_is_not_taken_for_hung(
+    queue, server, tmp_path
+):
+    proxy = Proxy(tmp_path / "p", server.path)
+    worker = start_worker_that_detects_hangs(proxy, lease=1.5)
+    try:
+        assert queue.enqueue(add, 1).latest_result(timeout=60).return_value == 1
+        proxy.is_slow = True
+        job = queue.enqueue(len, "x" * 400_000)
+        assert job.latest_result(timeout=60).return_value == 400_000
+    finally:
+        proxy.is_slow = False
+        log = end_process(worker)
+    assert "hangs" not in log and len(job.results()) == 1
 
 
 # ---- 10. Worker, child, supervisor, pool: a worker -----------------------------------
