@@ -5137,25 +5137,19 @@ def _store_callback_error(execution: Execution, error: BaseException) -> None:
         _execute_one(job.connection, *command)
 
 
-def _send_webhooks(execution: Execution, outcome: Outcome, status: str) -> None:
-    """Send the requests that are due now that the job has this status, one by one.
+def _send_webhook(hook: Webhook, execution: Execution, payload: dict[str, str]) -> None:
+    """Send one request, in at most its timeout.
 
-    The answers do not matter; a request that fails is logged."""
-    payload = _webhook_payload(execution, outcome, status)
-    for hook in execution.job.webhooks:
-        if hook.job_status != status:
-            continue
-        body = json.dumps(payload).encode() if hook.method == "POST" else None
-        headers = {"Content-Type": "application/json"} | (hook.headers or {})
-        request = Request(hook.url, body, headers, method=hook.method)
-        # urlopen's timeout is that of each packet, _call_with_timeout()'s is that of
-        # all.
-        send = functools.partial(urlopen, request, timeout=hook.timeout)
-        try:
-            _call_with_timeout(execution, hook.timeout, send).close()
-        except (Exception, JobTimeoutException) as error:
-            job_id = execution.job_id
-            log.warning("webhook %s of job %s: %r", hook.url, job_id, error)
+    The answer does not matter; a request that fails is logged."""
+    body = json.dumps(payload).encode() if hook.method == "POST" else None
+    headers = {"Content-Type": "application/json"} | (hook.headers or {})
+    request = Request(hook.url, body, headers, method=hook.method)
+    # urlopen's timeout is that of each packet, _call_with_timeout()'s that of all.
+    send = functools.partial(urlopen, request, timeout=hook.timeout)
+    try:
+        _call_with_timeout(execution, hook.timeout, send).close()
+    except (Exception, JobTimeoutException) as error:
+        log.warning("webhook %s of job %s: %r", hook.url, execution.job_id, error)
 
 
 def _webhook_payload(
@@ -5453,6 +5447,7 @@ class _SharedState(ctypes.Structure):
         ("oldest_held_claim", ctypes.c_uint64),  # no job of an earlier claim is held
         ("batch_size", ctypes.c_uint64),  # how many jobs to claim at once
         ("turns", ctypes.c_uint64),  # grows while it makes progress outside of jobs
+        ("webhook_deadline", ctypes.c_double),  # of the request; 0: it makes none
         ("runs", ctypes.c_uint64),  # how many jobs it has run
         ("succeeded", ctypes.c_uint64),
         ("failed", ctypes.c_uint64),
@@ -6272,11 +6267,23 @@ class _WorkLoop(_Loop):
         webhooks = self.pending_webhooks
         self.pending_webhooks = []
         for execution, outcome, status in webhooks:
-            self.shared.turns += 1
             try:
-                _send_webhooks(execution, outcome, status)
+                self._send_webhooks(execution, outcome, status)
             except Exception as error:
                 log.warning("webhooks of job %s: %s", execution.job_id, error)
+
+    def _send_webhooks(
+        self, execution: Execution, outcome: Outcome, status: str
+    ) -> None:
+        """Send the webhooks of a job that now has this status, one by one, and tell the
+        supervisor how long each may take."""
+        payload = _webhook_payload(execution, outcome, status)
+        for hook in execution.job.webhooks:
+            if hook.job_status == status:
+                self.shared.webhook_deadline = time.monotonic() + hook.timeout
+                _send_webhook(hook, execution, payload)
+                self.shared.make_progress()
+                self.shared.webhook_deadline = 0
 
     # The end
 
@@ -7090,14 +7097,14 @@ class _Child:
         when BLPOP ends; while the server is away, it may try for long.  So what counts
         is the time in which this process saw no progress, was itself on time, and had
         answers from the server: twice the longest wait for an answer, a pause, and the
-        attempt that follows."""
+        attempt that follows.  The timeout of a webhook comes on top."""
         shared = self.shared
         is_late = now - self.looked_at > 5  # each second, unless frozen or slow
         if shared.kill_deadline > 0 or shared.turns != self.seen_turns or is_late:
             self.seen_turns = shared.turns
             self.progress_at = now
         self.looked_at = now
-        since = max(self.progress_at, healthy_since)
+        since = max(self.progress_at, healthy_since, shared.webhook_deadline)
         patience = 2 * (_BlockingConnection.BLPOP_TIMEOUT + self.instance.lease)
         return bool(now - since > patience)
 

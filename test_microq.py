@@ -4785,6 +4785,25 @@ def test_a_killed_job_sends_its_webhook(queue, webhook_server):
     assert len(requests) == 1
 
 
+def test_a_child_that_sends_slow_webhooks_is_not_taken_for_hung(queue, server):
+    """Neither in one that takes long, nor in several."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:  # it never answers
+        listener.settimeout(60)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        hooks = [Webhook(url, "finished", timeout=seconds) for seconds in (2.2, 1)]
+        worker = start_worker_that_detects_hangs(server)
+        try:
+            queue.enqueue(add, webhooks=hooks)
+            requests = [listener.accept()[0] for _ in hooks]
+            job = queue.enqueue(add, 1)
+            assert job.latest_result(timeout=60).return_value == 1
+        finally:
+            log = end_process(worker)
+    for request in requests:
+        request.close()
+    assert log.count("webhook") == 2 and "hangs" not in log
+
+
 # ---- 9. Work loop --------------------------------------------------------------------
 
 
