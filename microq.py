@@ -5982,11 +5982,11 @@ class _WorkLoop(_Loop):
     def _execute_until_answered(self, request: _Request) -> list[Any] | None:
         """Return the replies to a request, sent as often as it takes: until the server
         is there, and does not refuse the commands (to a user without permission, say).
-        Return None if the server is there, but a large result has cut the connection
-        five times."""
+        Return None if the server is there, but a large result has failed five times,
+        since the connection was cut or too slow."""
         backoff = _Backoff(self.instance.redis_timeout)
         began = time.monotonic()
-        cuts = 0
+        failures = 0
         while True:
             try:
                 return self._exchange(request)
@@ -5994,9 +5994,8 @@ class _WorkLoop(_Loop):
                 if isinstance(error.__cause__ or error, exceptions.ResponseError):
                     self.shared.make_progress()  # the server is there, though it refuses
                 if request.has_large_result() and self._server_answers():
-                    cuts += 1
-                was_cut = isinstance(error.__cause__, exceptions.ConnectionError)
-                if cuts >= 5 and was_cut:
+                    failures += 1
+                if failures >= 5 and isinstance(error.__cause__, _UNREACHABLE):
                     return None
                 self._give_up_if_leaving(began, error)
                 time.sleep(backoff.next_pause(error, f"worker {self.instance.name}"))

@@ -5243,6 +5243,24 @@ def test_a_child_that_receives_a_large_claim_slowly_is_not_taken_for_hung(
     assert "hangs" not in log and len(job.results()) == 1
 
 
+def test_a_result_that_is_too_large_for_a_slow_line_fails_its_job(
+    queue, server, tmp_path
+):
+    proxy = Proxy(tmp_path / "p", server.path)
+    worker = start_worker_that_detects_hangs(proxy, lease=1.5)
+    try:
+        assert queue.enqueue(add, 1).latest_result(timeout=60).return_value == 1
+        proxy.is_slow = True
+        job = queue.enqueue(return_large, max_crashes=0)
+        wait_until(lambda: job.is_failed, 60)
+        assert "too large for the connection" in job.exc_info
+        assert queue.enqueue(add, 2).latest_result(timeout=60).return_value == 2
+    finally:
+        proxy.is_slow = False
+        log = end_process(worker)
+    assert "hangs" not in log and len(job.results()) == 1
+
+
 # ---- 10. Worker, child, supervisor, pool: a worker -----------------------------------
 
 
