@@ -7202,6 +7202,15 @@ def _inherits_orphans() -> bool:
     return os.getpid() == 1 or subreaper.value != 0
 
 
+def _child_pids() -> list[int]:
+    """Return the numbers of all children of this process that are not reaped yet."""
+    pids: list[int] = []
+    for path in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # the thread that forked them has ended
+            pids += map(int, path.read_text().split())
+    return pids
+
+
 def _wait_for(pid: int, block: bool = False) -> tuple[int, int, Any] | None:
     """Reap a child; return what os.wait4() does: its number, its status, what it used,
     which is None if it was not told.  None if it has not ended yet, unless `block`."""
@@ -7664,16 +7673,13 @@ class _Supervisor:
         """Reap what jobs have left behind, if this process is the one that inherits
         orphans.  A process in our own group is no orphan of a job: who started it waits
         for it."""
+        if not self.reaps_orphans:
+            return
         own = {pid for child in self.children for pid in child.pids()}
-        while self.reaps_orphans:
-            flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
-            try:
-                end = os.waitid(os.P_ALL, 0, flags)
-            except ChildProcessError:  # there are no children
-                return
-            if not end or end.si_pid in own or os.getpgid(end.si_pid) == os.getpgrp():
-                return
-            _wait_for(end.si_pid)
+        for pid in _child_pids():
+            with contextlib.suppress(ProcessLookupError):
+                if pid not in own and os.getpgid(pid) != os.getpgrp():
+                    _wait_for(pid)
 
     def active_children(self) -> int:
         """Return how many children run."""

@@ -5633,6 +5633,29 @@ microq.Worker("default", jobs_per_fork=1, connection=connection).work()
         end_process(worker)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs prctl(2) and /proc")
+def test_a_zombie_of_its_own_group_keeps_no_worker_from_reaping_orphans(queue, server):
+    """Such as a helper of the script that started the worker by `exec`."""
+    code = f"""
+import ctypes, redis, microq, subprocess, test_microq
+ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
+helper = subprocess.Popen(["true"])
+connection = redis.Redis.from_url({server.url!r})
+microq.Worker("default", jobs_per_fork=1, connection=connection).work()
+"""
+    worker = start_script(code)
+    try:
+        helper = wait_until(lambda: children_of(worker.pid), 60)[0]
+        wait_until(lambda: state_of_process(helper) == "Z", 60)
+        jobs = [queue.enqueue(leave_an_orphan) for _ in range(6)]
+        wait_until(lambda: all(job.is_finished for job in jobs), 60)
+        wait_until(lambda: len(children_of(worker.pid)) <= 3, 60)
+        assert helper in children_of(worker.pid)  # it is for who started it
+    finally:
+        worker.terminate()
+        worker.wait(30)
+
+
 @pytest.mark.skipif(
     not importlib.util.find_spec("gevent"), reason="gevent is not installed"
 )
