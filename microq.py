@@ -6438,14 +6438,20 @@ def _pid_namespace() -> str:
 
 
 def _process_exists(pid: Any) -> bool:
-    """Return whether there is a process of this number; it may be another user's."""
+    """Return whether there is a process of this number; it may be another user's.
+
+    One that has ended, and was not reaped yet by the process that started it, is none."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         pass
-    return True
+    try:
+        status = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:  # not Linux
+        return True
+    return not status.rpartition(b")")[2].startswith(b" Z")
 
 
 def _resolve_function(func: Any) -> Any:

@@ -5831,6 +5831,20 @@ def test_microq_works_where_there_is_no_fork(redis, queue, tmp_path):
     assert "embedded server" in lines[3]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_a_worker_that_died_but_was_not_reaped_gives_its_name_away(
+    queue, start_worker, server
+):
+    dead = start_worker("--name", "bee")
+    dead.kill()
+    wait_until(lambda: state_of_process(dead.pid) == "Z")
+    job = queue.enqueue(add, 1)
+    status, _, log = microq_command(
+        "worker", "--url", server.url, "--name", "bee", "--burst"
+    )
+    assert status == 0 and job.is_finished, log
+
+
 # ---- 10. Worker, child, supervisor, pool: children -----------------------------------
 
 
