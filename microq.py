@@ -7775,14 +7775,16 @@ class _Supervisor:
         log.info("worker %s stopped", self.name)
 
     def _sign_off_commands(self) -> list[Command]:
+        """Return what settles and releases all that is held, and then gives up the names:
+        whoever has a name next counts what is still held by it as crashed."""
         commands: list[Command] = []
-        if not self.lost_name:  # else commands that wait are for who has the name now
-            commands.append(("DEL", self.inbox))
+        for unit in self._units():
+            commands += unit.sign_off_commands()
         for queue in self.queues if self.with_scheduler else ():
             commands.append(("ZREM", f"{queue.prefix}schedulers", self.name))
-        for unit in self._units():
-            commands.append(unit.instance.unregister_command())
-            commands += unit.sign_off_commands()
+        if not self.lost_name:  # else commands that wait are for who has the name now
+            commands.append(("DEL", self.inbox))
+        commands += [each.unregister_command() for each in self.instances]
         return commands
 
 

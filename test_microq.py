@@ -5845,6 +5845,21 @@ def test_a_worker_that_died_but_was_not_reaped_gives_its_name_away(
     assert status == 0 and job.is_finished, log
 
 
+@pytest.mark.parametrize("options", [[], ["--in-process"]], ids=["fork", "in-process"])
+def test_a_worker_gives_up_its_name_when_it_holds_nothing_any_more(
+    server, redis, queue, start_worker, options
+):
+    """Else the next worker of its name would count what is held as a crash."""
+    worker = start_worker("--name", "bee", *options)
+    assert queue.enqueue(add, 1).latest_result(timeout=30).return_value == 1
+    with MonitoredCommands(server) as commands:
+        worker.terminate()
+        assert worker.wait(30) == 0
+    about_queue = [i for i, text in enumerate(commands) if f" {Q} " in text]
+    about_name = [i for i, text in enumerate(commands) if "microq:worker:bee" in text]
+    assert about_queue and about_name[-1] > about_queue[-1], commands
+
+
 # ---- 10. Worker, child, supervisor, pool: children -----------------------------------
 
 
