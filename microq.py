@@ -70,7 +70,7 @@ Queues that one worker serves on a Cluster share a slot by naming the tag: "{mai
     microq:queues               set     names of all queues
     microq:suspended            string  while it exists, workers claim nothing
     microq:worker:<name>        string  who and where, as JSON; expires with the lease
-    microq:inbox:<name>         list    commands for a worker, or for a pool of them
+    microq:inbox:<name>         list    commands for a worker; the first of a pool has them for all
     microq:groups               zset    names of groups by the time they are forgotten
     microq:group:<name>         zset    "<id> <queue>" of its jobs by the time they joined
     microq:{q}:queued           list    ids ready to run, the next one first
@@ -7299,7 +7299,7 @@ class _Supervisor:
 
     def _set_connections(self, instance: _Instance) -> None:
         client, timeout = instance.client, instance.redis_timeout
-        self.inbox = f"microq:inbox:{self.name}"
+        self.inbox = f"microq:inbox:{instance.inbox}"
         self.connection = _Connection(client, timeout, self.queues[0].prefix)
         self.blocking_connection = _BlockingConnection(client, timeout, [self.inbox])
 
@@ -7848,7 +7848,9 @@ class WorkerPool:
         with_scheduler: bool = False, **limits: Any,
     ) -> bool:  # fmt: skip
         """Run jobs until told to stop; see Worker.work().  Limits are for each worker."""
-        instances = [each._begin(self.name, burst, **limits) for each in self._workers]
+        # The pool's own name may be that of a worker, since nothing holds it.
+        inbox = self._workers[0].name
+        instances = [each._begin(inbox, burst, **limits) for each in self._workers]
         self._supervisor = _Supervisor(self.name, instances, with_scheduler)
         return self._supervisor.run(logging_level, date_format, log_format)
 

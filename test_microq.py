@@ -6510,6 +6510,18 @@ def test_a_pool_starts_from_a_program(redis, queue):
         WorkerPool([queue], redis, 0)
 
 
+def test_a_pool_and_a_worker_may_have_the_same_name(redis, queue, start_worker):
+    worker = start_worker("--name", "hive")
+    pool = start_worker("--processes", "2", "--name", "hive")
+    for name in ("hive-1", "hive-2", "hive"):
+        send_command(redis, name, "suspension")
+    wait_until(lambda: not redis.keys("microq:inbox:*"), 60)
+    send_shutdown_command(redis, "hive-2")
+    assert pool.wait(60) == 0 and worker.poll() is None
+    assert "that is no command" not in stop_and_read_log(worker)
+    assert "that is no command" not in pool.communicate(timeout=30)[1]
+
+
 # ---- 11. Commands --------------------------------------------------------------------
 
 
