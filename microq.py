@@ -4148,11 +4148,7 @@ class _JobContainer:
     def empty(self) -> int:
         """Delete the jobs that are here, a thousand in a round trip, and return how
         many they were."""
-        ids = self._read_ids()
-        count = 0
-        for start in range(0, len(ids), MAX_JOBS_PER_CALL):
-            count += self._delete_jobs(ids[start : start + MAX_JOBS_PER_CALL])
-        return count
+        return sum(self._delete_jobs(ids) for ids in _chunks(self._read_ids()))
 
     def _delete_jobs(self, ids: Sequence[str]) -> int:
         """Delete those of the jobs that are still here, and return how many they
@@ -8232,7 +8228,7 @@ class Group:
         """Return all groups, in the order in which the last jobs joined them.  Two
         round trips."""
         connection = _connect(connection)
-        names = _execute_one(connection, *LIST.on_key(_GROUPS_KEY, "", 0, -1, 0))
+        names = _execute_one(connection, *_list_command(_GROUPS_KEY))
         if not names:
             return []
         groups = [cls(connection, name.decode()) for name in names]
@@ -8301,9 +8297,7 @@ class Group:
     def cleanup(self) -> None:
         """Take out of the group the jobs that do not exist, a minute after they joined:
         till then they may be about to be stored."""
-        members = self._read_members()
-        for start in range(0, len(members), MAX_JOBS_PER_CALL):
-            jobs = members[start : start + MAX_JOBS_PER_CALL]
+        for jobs in _chunks(self._read_members()):
             containers = self._containers_of(jobs)
             pairs = zip(jobs, containers, strict=True)
             self._remove([job for job, container in pairs if not container], age=60)
@@ -8312,8 +8306,8 @@ class Group:
         """Enter jobs into the group, and the group among all groups."""
         members = [self._member(job) for job in jobs]
         commands = [
-            JOIN.on_key(self.key, 0, GROUP_TTL, *members),
-            JOIN.on_key(_GROUPS_KEY, GROUP_TTL, GROUP_TTL, self.name),
+            _join_command(self.key, 0, GROUP_TTL, *members),
+            _join_command(_GROUPS_KEY, GROUP_TTL, GROUP_TTL, self.name),
         ]
         if pipeline is None:
             _execute(self.connection, *commands)
@@ -8361,7 +8355,7 @@ class Group:
         """Take out of the group those of the jobs that joined `age` seconds ago."""
         if jobs:
             members = [self._member(job) for job in jobs]
-            _execute_one(self.connection, *LEAVE.on_key(self.key, age, *members))
+            _execute_one(self.connection, *_leave_command(self.key, age, *members))
 
     def __repr__(self) -> str:
         return f"Group({self.name!r})"
