@@ -37,11 +37,14 @@ the container is its status.
                               transition (requeue)
 
     script      from        to                    guard, and what if it does not hold
-    enqueue     (new)       queued, scheduled     the id is free, else 'taken'
+    enqueue     (new)       queued, scheduled     the job is not there yet
+    enqueue_checked  (new)  queued, scheduled     the id is free, else 'taken'
                 (new)       deferred              it depends on jobs that have not finished
                 (new)       rate_limited          its limit is used up
+    tick        (new)       scheduled             the last tick of cron is the one that was read
     deliver     deferred    as if it were new     the last job that it waited for has finished
-                rate_limited  queued, scheduled   there is room for it
+                rate_limited  queued, scheduled   its limit has granted a slot
+    grant_slots any         the same              (a limit grants slots)
     claim       queued      started               the claim's number is new, else as before
                 scheduled   queued                the job is due; heartbeat does this too
     settle      started     finished, failed      the execution holds the job, else 'lost'
@@ -80,7 +83,7 @@ Queues that one worker serves on a Cluster share a slot by naming the tag: "{mai
     microq:{q}:workers          hash    worker -> "<heartbeat_at> <lease> <claim> <instance>"
     microq:{q}:deferred         zset    ids that wait for other jobs, by the time since when
     microq:{q}:rate_limited     zset    ids that wait for a slot of their limit, likewise
-    microq:{q}:outbox           set     words for other queues, until they have arrived
+    microq:{q}:outbox           set     messages for other queues, until they have arrived
     microq:{q}:finished         zset    ids by the time the record expires
     microq:{q}:failed           zset    likewise; stopped jobs are here too
     microq:{q}:canceled         zset    likewise
@@ -95,8 +98,8 @@ Queues that one worker serves on a Cluster share a slot by naming the tag: "{mai
     microq:limit:{key}:holders  zset    "<prefix> <id> <slot> <numbers>" that have a slot
     microq:limit:{key}:waiting  zset    likewise those that want one
     microq:limit:{key}:starts   list    when the last jobs of a rate may start
-    microq:limit:{key}:outbox   set     words for queues, until they have arrived; a limit that is
-                                        not used for a year is forgotten
+    microq:limit:{key}:outbox   set     messages for queues, until they have arrived; a limit that
+                                        is not used for a year is forgotten
 
 Fields of a job's hash; only what differs from the default is stored
 
@@ -108,16 +111,16 @@ Fields of a job's hash; only what differs from the default is stored
     retries, repeats, crashes           how often so far
     ended                               "<execution> <started_at> <seconds> [<type>]"
     result                              the serialized return value, or the traceback
-    nonce, moved                        tell a second enqueue or move from one that was sent again
-    waited                              somebody waits for the first result
+    call_id, last_move                  tell a second enqueue or transition from one sent again
+    has_waiter                          somebody waits for the first result
     depends_on                          "<prefix><id> .. <allow>", allow: none, failed, any
-    dependents                          somebody depends on it; it ends with the sweep, which tells
+    has_dependents                      somebody depends on it; it ends with the sweep, which tells
                                         them, and not by itself
-    due                                 not to be queued before, once it waits no longer
+    not_before                          not to be queued before, once it waits no longer
     rate_limit, slot                    "<prefix of the limit> <numbers>"; that it asked for, or has
     on_success, on_failure, on_stopped  "<dotted name> <timeout>"
     webhooks                            JSON
-    verdict                             "<type> <reason>" for callbacks, ended from outside
+    pending_end                         "<type> <reason>" for callbacks, ended from outside
     callback_error                      "<execution>\n<traceback>"
     group_id                            name
 
@@ -141,7 +144,8 @@ Processes and connections of a worker
     in-process: the loop runs in the main thread, and the supervisor in another thread
 
 Map of the file.  Who has read Part I knows everything that runs a job.  Part I names of Part II
-only these hooks of Python: _relay, Group, CronScheduler, _StoredCron, _enqueue_ticks.
+only these hooks of Python: _relay, Group, CronScheduler, _StoredCron, _cron_read_command,
+_enqueue_ticks.
 
 Part I, the queue
 
@@ -1291,7 +1295,6 @@ def _resolve_class(choice: Any, default: Any) -> Any:
 # _Wakeup of section 9.
 
 
-SCRIPTS: dict[str, Script] = {}  # by SHA1
 _QUEUES_KEY, _GROUPS_KEY = "microq:queues", "microq:groups"
 _NO_RETRIES = RedisRetry(NoBackoff(), 0)  # makes redis-py try once
 
@@ -1321,41 +1324,9 @@ def _queue_prefix(queue: str) -> str:
     return f"microq:{tagged}:"
 
 
-class Script:
-    """A Lua script behind those of the shared definitions that it needs, since the server makes all
-    that it finds anew at each call; its first comment names it."""
-
-    def __init__(self, lua: str) -> None:
-        self.name = lua.split()[1].rstrip(":")
-        head, *definitions = re.split(r"(?m)^(?=local )", LUA_LIBRARY)
-        for definition in reversed(definitions):
-            [names] = re.findall(r"^local (?:function )?(\w+(?:, \w+)*)", definition)
-            if re.search(rf"\b({names.replace(', ', '|')})[(),[]", lua):
-                lua = definition + lua
-        self.lua = head + lua
-        self.sha = hashlib.sha1(self.lua.encode()).hexdigest()
-        SCRIPTS[self.sha] = self
-
-    def __call__(self, prefixes: str | Sequence[str], *args: Any) -> Command:
-        """Return the command that runs the script.
-
-        A prefix is no key, so the master from which a slot migrates sends the call on (ASK), and
-        the master that imports the slot would run it beside the keys that are still to come.  It
-        answers TRYAGAIN to a call with two keys, if one of them is missing.  So there is one more
-        key behind the prefixes, which never exists, and the head of the script removes it."""
-        keys = [prefixes] if isinstance(prefixes, str) else prefixes
-        more = [f"{keys[0]}-"] if keys else []
-        return ("EVALSHA", self.sha, len(keys) + len(more), *keys, *more, *args)
-
-    def on_key(self, key: str, *args: Any) -> Command:
-        """Return the command that runs a script whose one key is a whole key. The head of the
-        script removes the second one, which a Cluster takes for the same key."""
-        return ("EVALSHA", self.sha, 2, key, key, *args)
-
-
 def _as_eval(command: Command) -> Command:
     """Return the command with the text of its script, which works on any server."""
-    script = SCRIPTS.get(command[1])
+    script = _scripts_by_sha().get(command[1])
     return ("EVAL", script.lua, *command[2:]) if script else command
 
 
@@ -1851,74 +1822,348 @@ def _eviction_warning(connection: _Connection) -> str:
 
 
 # ---- 5. Transitions ------------------------------------------------------------------
-# Every change of a job's state is in this section.  A transition is one Lua script, so it happens
-# whole or not at all, and it is guarded so that a copy of the call that arrives later changes
-# nothing.  What may fail comes before the first write.
+# Every change of a job's state is here.  A transition is one Lua script, so it happens whole or
+# not at all, and it is guarded, so that a copy of the call that arrives later changes nothing.
+# What may fail comes before the first write.
 #
-# To add one: draw it in the picture at the top and enter it in the table, write the script, and
-# give it a test that sends it twice.
+# A script is made of its own text and of pieces of a library: it names those that it uses.  Part I
+# calls what Part II adds (dependencies, limits) by hooks, as in hooks().dispatch(q, id, now): the
+# server makes these functions when a script calls the first hook, so a plain job pays nothing.
+# Each script has a Python function that returns the command which runs it, and, if its reply has
+# parts, a NamedTuple that reads this.
+#
+# In Lua, `q` is the prefix of a queue's keys, `job` the key of a job's hash, `now` the time of the
+# server.  To add a transition: draw it in the picture at the top and enter it in the table, write
+# the script, and give it a test that sends it twice.
 
-LUA_LIBRARY = """--!df flags=allow-undeclared-keys
-KEYS[#KEYS] = nil  -- the key that never exists: see Script.__call__
-local call = redis.call
-local ENDED = {finished = 1, failed = 1, canceled = 1}
-local FAILURE_TTL = 31536000  -- a year, that of failed jobs without an option
-local function stamp(at) return string.format('%.6f', at) end
-local function now() local time = call('TIME') return time[1] + time[2] / 1e6 end  -- seconds
-local function wake(q)  -- one blocked worker goes to look, unless a token says so already
+SCRIPTS: list[Script] = []
+Message = tuple[bytes, bytes]  # (prefix of the outbox that it is in, text)
+
+
+class _LuaPiece(NamedTuple):
+    """A function or a table of the Lua library."""
+
+    text: str  # assigns to its name
+    uses: Sequence[str]  # names of other pieces
+    hooks: Sequence[str]  # names of pieces that it calls by hooks()
+
+
+LUA_LIBRARY: dict[
+    str, _LuaPiece
+] = {}  # by name; a table comes behind the functions in it
+
+
+def _lua(name: str, text: str, uses: str = "", hooks: str = "") -> None:
+    """Define a piece of the library.  `uses` and `hooks` are names, with blanks between."""
+    LUA_LIBRARY[name] = _LuaPiece(text.strip("\n"), uses.split(), hooks.split())
+
+
+def _reachable(names: Iterable[str], follow_hooks: bool) -> list[str]:
+    """Return the pieces of these names and all that they use, in the library's order."""
+    found = set[str]()
+    pending = list(names)
+    while pending:
+        name = pending.pop()
+        if name not in found:
+            found.add(name)
+            pending += LUA_LIBRARY[name].uses
+            if follow_hooks:
+                pending += LUA_LIBRARY[name].hooks
+    return [name for name in LUA_LIBRARY if name in found]
+
+
+def _definitions(names: Sequence[str]) -> list[str]:
+    """Return the lines of Lua that define pieces, which may call each other in a circle."""
+    if not names:
+        return []
+    texts = [LUA_LIBRARY[name].text for name in names]
+    return [f"local {', '.join(names)}", *texts]
+
+
+def _hook_definitions(hooks: Sequence[str], defined: Sequence[str]) -> list[str]:
+    """Return the lines of Lua that define hooks(), beside pieces that are defined already."""
+    inner = [name for name in _reachable(hooks, True) if name not in defined]
+    entries = ", ".join(f"{name} = {name}" for name in hooks)
+    return [
+        "function hooks()",
+        "if hook_table then return hook_table end",
+        *_definitions(inner),
+        f"hook_table = {{{entries}}}",
+        "return hook_table",
+        "end",
+    ]
+
+
+class Script:
+    """A Lua script with the pieces of the library that it uses.
+
+    Its text is put together when it is first asked for, when all pieces are defined."""
+
+    def __init__(self, name: str, body: str, uses: str = "", hooks: str = "") -> None:
+        self.name = name
+        self.body = body.strip("\n")
+        self.uses = uses.split()
+        self.hooks = hooks.split()
+        SCRIPTS.append(self)
+
+    @functools.cached_property
+    def lua(self) -> str:
+        """The whole text."""
+        pieces = _reachable(self.uses, False)
+        hooks = set(self.hooks)
+        for name in pieces:
+            hooks.update(LUA_LIBRARY[name].hooks)
+        lines = [
+            "--!df flags=allow-undeclared-keys",
+            f"-- {self.name}",
+            "KEYS[#KEYS] = nil  -- the key that never exists: see Script.__call__",
+            "local call = redis.call",
+        ]
+        if hooks:
+            lines.append("local hooks, hook_table")
+        lines += _definitions(pieces)
+        if hooks:
+            all_hooks = set(hooks)
+            for name in _reachable(hooks, True):
+                all_hooks.update(LUA_LIBRARY[name].hooks)
+            lines += _hook_definitions(sorted(all_hooks), pieces)
+        return "\n".join([*lines, self.body, ""])
+
+    @functools.cached_property
+    def sha(self) -> str:
+        """The SHA1 of the text, by which the server knows it."""
+        return hashlib.sha1(self.lua.encode()).hexdigest()
+
+    def __call__(self, prefixes: str | Sequence[str], *args: Any) -> Command:
+        """Return the command that runs the script.
+
+        A prefix is no key, so the master from which a slot migrates sends the call on (ASK), and
+        the master that imports the slot would run it beside the keys that are still to come.  It
+        answers TRYAGAIN to a call with two keys, if one of them is missing.  So there is one more
+        key behind the prefixes, which never exists, and the head of the script removes it."""
+        keys = [prefixes] if isinstance(prefixes, str) else prefixes
+        return ("EVALSHA", self.sha, len(keys) + 1, *keys, f"{keys[0]}-", *args)
+
+    def on_key(self, key: str, *args: Any) -> Command:
+        """Return the command that runs a script whose one key is a whole key.  The head of the
+        script removes the second one, which a Cluster takes for the same key."""
+        return ("EVALSHA", self.sha, 2, key, key, *args)
+
+
+@functools.cache
+def _scripts_by_sha() -> dict[str, Script]:
+    return {script.sha: script for script in SCRIPTS}
+
+
+def _as_messages(reply: Sequence[Sequence[bytes]]) -> list[Message]:
+    """Return the messages in a reply."""
+    return [(outbox, text) for outbox, text in reply]
+
+
+# The library, part I: time, leases, containers.
+
+_lua(
+    "FINAL",
+    """
+FINAL = {finished = true, failed = true, canceled = true}  -- the containers of ended jobs
+""",
+)
+
+_lua(
+    "format_time",
+    """
+function format_time(time) return string.format('%.6f', time) end
+""",
+)
+
+_lua(
+    "server_time",
+    """
+function server_time()  -- in seconds
+  local time = call('TIME')
+  return time[1] + time[2] / 1e6
+end
+""",
+)
+
+_lua(
+    "parse_due",
+    """
+-- When new jobs are due: '-1' now, which is nil; '<seconds>' from now; '@<time>'.
+function parse_due(text, now)
+  if string.sub(text, 1, 1) == '@' then return tonumber(string.sub(text, 2)) end
+  local delay = tonumber(text)
+  if delay >= 0 then return now + delay end
+end
+""",
+)
+
+_lua(
+    "wake",
+    """
+-- Wake one blocked worker, unless there is a token which says that there may be work.
+function wake(q)
   if call('EXISTS', q .. 'wake') == 0 then call('RPUSH', q .. 'wake', 1) end
 end
-local function ttl_or(default, text)  -- a garbled number is not for EXPIRE
-  local ttl = tonumber(text)
-  return ttl and math.abs(ttl) < 1e10 and ttl or tonumber(default)
+""",
+)
+
+_lua(
+    "ttl_of",
+    """
+-- The ttl in a field of a job, or else the default.  A garbled number is not for PEXPIRE.
+function ttl_of(default, field)
+  local ttl = tonumber(field)
+  if ttl and math.abs(ttl) < 1e10 then return ttl end
+  return tonumber(default)
 end
-local function read_lease(entry)  -- returns its end, last claim, instance; nil if it is garbled
-  local beat, lease, claim, instance =
+""",
+)
+
+_lua(
+    "parse_holder",
+    """
+function parse_holder(text)  -- '<worker> <instance>': returns both
+  return string.match(text, '^(%S+) ?(%S*)$')
+end
+""",
+)
+
+_lua(
+    "parse_lease",
+    """
+-- '<heartbeat_at> <lease> <claim> <instance>', an entry of `workers`; nil if it is garbled.
+function parse_lease(entry)
+  local heartbeat_at, lease, claim, instance =
     string.match(entry or '', '^(%d+%.?%d*) (%d[%d.e+-]*) (%d+) ?(%S*)$')
-  lease = tonumber(lease)
-  if lease then return beat + lease, tonumber(claim), instance end
+  if not tonumber(lease) then return nil end
+  return {
+    heartbeat_at = heartbeat_at, ends_at = heartbeat_at + lease, claim = tonumber(claim),
+    instance = instance,
+  }
 end
-local function last_claim(q, worker, instance)  -- nil: another instance has the name now
-  local _, claim, holder = read_lease(call('HGET', q .. 'workers', worker))
-  if claim and holder ~= instance then return nil end
-  return claim or 0
+""",
+)
+
+_lua(
+    "read_lease",
+    """
+function read_lease(q, worker) return parse_lease(call('HGET', q .. 'workers', worker)) end
+""",
+    uses="parse_lease",
+)
+
+_lua(
+    "last_claim",
+    """
+-- The number of the last claim by a lease; nil if another instance has the worker's name now.
+function last_claim(lease, instance)
+  if not lease then return 0 end
+  if lease.instance == instance then return lease.claim end
 end
-local function sit(q, worker, instance, at, lease, number)  -- renew the lease of a worker
-  local entry = stamp(at) .. ' ' .. lease .. ' ' .. number .. ' ' .. instance
+""",
+)
+
+_lua(
+    "renew_lease",
+    """
+function renew_lease(q, worker, instance, now, lease, claim)
+  local entry = format_time(now) .. ' ' .. lease .. ' ' .. claim .. ' ' .. instance
   call('HSET', q .. 'workers', worker, entry)
 end
-local function identity(holder)  -- returns the name and the instance of a worker
-  return string.match(holder, '^(%S+) ?(%S*)$')
+""",
+    uses="format_time",
+)
+
+_lua(
+    "parse_token",
+    """
+-- '<worker>.<claim> <started_at>', an entry of `started`; nil if it is garbled.
+function parse_token(token)
+  local worker, claim, started_at = string.match(token or '', '^(.*)%.(%d+) (%S+)$')
+  if not worker then return nil end
+  return {worker = worker, claim = tonumber(claim), started_at = tonumber(started_at)}
 end
-local function give_back(q, id)  -- started -> queued, not counted
+""",
+)
+
+_lua(
+    "requeue_front",
+    """
+function requeue_front(q, id)  -- started -> queued; no counter changes
   call('HDEL', q .. 'started', id)
   call('LPUSH', q .. 'queued', id)
 end
--- Let a record expire in `ttl` seconds; negative: never.  It is rounded so that the record never
+""",
+)
+
+_lua(
+    "expire_in",
+    """
+-- Let a key expire in `ttl` seconds; negative: never.  This is rounded so that a record never
 -- outlives its entry in a container, since a record without an entry counts as queued.
-local keep
-function keep(job, ttl, only)
-  if ttl < 0 then call('PERSIST', job)
-  else call('PEXPIRE', job, math.floor(ttl * 1000) - 1) end
-  if not only then keep(job .. ':results', ttl, true) end
+function expire_in(key, ttl)
+  if ttl < 0 then call('PERSIST', key)
+  else call('PEXPIRE', key, math.floor(ttl * 1000) - 1) end
 end
-local function drop(job) call('DEL', job, job .. ':results', job .. ':waits') end
-local function ready(q, id, front, at)  -- ... -> queued, where its ttl begins
+""",
+)
+
+_lua(
+    "expire_job",
+    """
+function expire_job(job, ttl)
+  expire_in(job, ttl)
+  expire_in(job .. ':results', ttl)
+end
+""",
+    uses="expire_in",
+)
+
+_lua(
+    "delete_record",
+    """
+function delete_record(job) call('DEL', job, job .. ':results', job .. ':waits') end
+""",
+)
+
+_lua(
+    "push_queued",
+    """
+-- ... -> queued, where its ttl begins.  The record of a job with dependents or a slot does not
+-- expire by itself; claim sees when its ttl has passed.
+function push_queued(q, id, at_front, now)
   local job = q .. 'job:' .. id
-  local ttl, watched, slot = unpack(call('HMGET', job, 'ttl', 'dependents', 'slot'))
-  call('HSET', job, 'enqueued_at', stamp(at))
-  keep(job, (watched or slot) and -1 or ttl_or(-1, ttl))  -- claim() sees the end of these
-  call(front and 'LPUSH' or 'RPUSH', q .. 'queued', id)
+  local ttl, has_dependents, slot = unpack(call('HMGET', job, 'ttl', 'has_dependents', 'slot'))
+  if has_dependents or slot then ttl = nil end
+  call('HSET', job, 'enqueued_at', format_time(now))
+  expire_job(job, ttl_of(-1, ttl))
+  call(at_front and 'LPUSH' or 'RPUSH', q .. 'queued', id)
   wake(q)
 end
-local function later(q, id, due)  -- ... -> scheduled; if it is the next one, set the alarm
-  call('ZADD', q .. 'scheduled', stamp(due), id)
+""",
+    uses="format_time expire_job ttl_of wake",
+)
+
+_lua(
+    "schedule",
+    """
+-- ... -> scheduled.  Workers are woken if the job is the next one, so that they wait for less time.
+function schedule(q, id, due)
+  call('ZADD', q .. 'scheduled', format_time(due), id)
   if call('ZRANGE', q .. 'scheduled', 0, 0)[1] == id then wake(q) end
 end
--- The container a job is in, and its score there; nil if there is no such job.  The list is not
--- searched, since that takes the longer the more jobs wait, and the status of a job is asked for
--- often: a record that is in no other container counts as queued.
-local function place(q, id)
+""",
+    uses="format_time wake",
+)
+
+_lua(
+    "status_of",
+    """
+-- The container that a job is in, and its score there; nil if there is no such job.  The list is
+-- not searched, since that takes the longer the more jobs wait, and the status of a job is asked
+-- for often: a record that is in no other container counts as queued.
+function status_of(q, id)
   if call('EXISTS', q .. 'job:' .. id) == 0 then return nil end
   if call('HEXISTS', q .. 'started', id) == 1 then return 'started' end
   for name in string.gmatch('scheduled deferred rate_limited finished failed canceled', '%S+') do
@@ -1927,404 +2172,212 @@ local function place(q, id)
   end
   return 'queued'
 end
+""",
+)
 
--- What one queue has to say to another, or to a limit, may have to go to another node.  So the
--- script that causes it puts it into an outbox, until it has arrived: see deliver.  What is for the
--- queue itself is done at once, up to `most` words in one call; more would hold the server.
-local posted = {n = 0, most = 1000}
-local mail, post, leftover, receive, ask, admit, give_up_slot, tell, tell_some, conclude, vanish
-function mail(q, to, text)
-  text = to .. ' ' .. text
-  call('SADD', q .. 'outbox', text)
-  posted[#posted + 1], posted[#posted + 2] = q, text
-end
-function post(q, to, text, at)
-  posted.n = posted.n + 1
-  if to == q and posted.n <= posted.most then receive(q, text, at) else mail(q, to, text) end
-end
-function leftover(q, most, list)  -- add to `list` what is in the outbox, of any time
-  for _, text in ipairs(call('SRANDMEMBER', q .. 'outbox', most)) do
-    list[#list + 1], list[#list + 2] = q, text
-  end
-  return list
-end
-function give_up_slot(q, id, slot, limit, at)
-  local to, numbers = string.match(limit or '', '^(%S+) (.*)$')
-  call('HDEL', q .. 'job:' .. id, 'slot')
-  if to then post(q, to, 'free ' .. q .. ' ' .. id .. ' ' .. slot .. ' ' .. numbers, at) end
-end
--- Tell dependents in the set `list` of the end of a job, as many as this call has room for.
--- Returns whether there are more.
-function tell_some(q, id, verb, list, at)
-  local room = math.max(0, posted.most - posted.n)
-  local entries = room > 0 and call('SPOP', list, room) or {}
-  for _, entry in ipairs(entries) do
-    local to, child = string.match(entry, '^(%S+) (%S+ %S+)$')
-    if to then post(q, to, verb .. ' ' .. q .. id .. ' ' .. child, at) end
-  end
-  return #entries == room and call('EXISTS', list) == 1
-end
--- Tell all dependents for which this end of the job counts; `gone` is for all.  Those for whom this
--- call has no room are set apart, since the job may begin a new life with others, and told by a
--- word in the queue's own outbox, which stays there until the last of them is told.
-function tell(q, id, status, at)
-  for _, allow in ipairs({'any', 'failed', 'none'}) do
-    local list = q .. 'job:' .. id .. ':dependents:' .. allow
-    local counts = status == 'finished' or status == allow or allow == 'any'
-    local verb = counts and 'ended' or 'gone'
-    if (counts or status == 'gone') and tell_some(q, id, verb, list, at) then
-      local rest = q .. 'job:' .. id .. ':untold:' .. allow .. stamp(at)
-      call('RENAME', list, rest)
-      mail(q, q, 'tell ' .. id .. ' ' .. verb .. ' ' .. rest)
+_lua(
+    "outgoing",
+    """
+outgoing = {}  -- messages that this call has put into an outbox: {prefix of the outbox, text}
+""",
+)
+
+_lua(
+    "forget_expired_in",
+    """
+-- Forget up to `limit` jobs of a final container whose record has expired by `time`; returns how
+-- many.  A record that is still there is that of a job with dependents, which are told; nobody
+-- depends on a finished job.
+function forget_expired_in(q, container, time, limit, now)
+  local count = math.min(limit, call('ZCOUNT', q .. container, '-inf', format_time(time)))
+  if count == 0 then return 0 end
+  if container ~= 'finished' then
+    count = math.min(count, 1000)
+    for _, id in ipairs(call('ZRANGE', q .. container, 0, count - 1)) do
+      if call('EXISTS', q .. 'job:' .. id) == 1 then hooks().delete_job(q, id, now) end
     end
   end
+  return call('ZREMRANGEBYRANK', q .. container, 0, count - 1)
 end
-function conclude(q, id, status, at)  -- a job gives up its slot; with a status, it has ended
-  local job = q .. 'job:' .. id
-  local watched, slot, limit = unpack(call('HMGET', job, 'dependents', 'slot', 'rate_limit'))
-  if slot then give_up_slot(q, id, slot, limit, at) end
-  if watched and status then tell(q, id, status, at) end
+""",
+    uses="format_time",
+    hooks="delete_job",
+)
+
+_lua(
+    "forget_expired",
+    """
+function forget_expired(q, limit, now)
+  for container in pairs(FINAL) do forget_expired_in(q, container, now, limit, now) end
 end
-function vanish(q, id, at)  -- delete a job, and tell those that it concerns
-  conclude(q, id, 'gone', at)
-  drop(q .. 'job:' .. id)
-end
-function ask(q, id, at)  -- for the slot that the job has or wants; true if it makes sense
-  local slot, limit = unpack(call('HMGET', q .. 'job:' .. id, 'slot', 'rate_limit'))
-  local to, numbers = string.match(limit or '', '^(%S+) (%d+ %d+ [%d.]+)$')
-  if not (slot and to) then return false end
-  post(q, to, 'ask ' .. q .. ' ' .. id .. ' ' .. slot .. ' ' .. numbers, at)
-  return true
-end
-function admit(q, id, at)  -- ... -> as far as it may go: scheduled, rate_limited, queued
-  local job = q .. 'job:' .. id
-  local fields = {'due', 'rate_limit', 'slot', 'at_front'}
-  local due, limit, slot, front = unpack(call('HMGET', job, unpack(fields)))
-  due = tonumber(due)
-  if due and due > at then return later(q, id, due) end
-  if due then
-    call('HDEL', job, 'due')
-    local rate, per = string.match(limit or '', ' (%d+) (%S+)$')
-    local gap = math.max(1, (tonumber(per) or 0) / math.max(1, rate or 1))
-    if slot and due + gap < at then  -- nobody was there in time, and its like may be many
-      give_up_slot(q, id, slot, limit, at)
-      slot = nil
-    end
-  end
-  if limit and not slot then
-    slot = stamp(at + posted.n / 1e6)  -- so they keep their order
-    call('HSET', job, 'slot', slot)
-    call('ZADD', q .. 'rate_limited', slot, id)
-    if ask(q, id, at) then return end
-    call('ZREM', q .. 'rate_limited', id)  -- it is garbled
-  end
-  ready(q, id, front, at)
-end
-function receive(q, text, at)
-  local verb, id, rest = string.match(text, '^(%S+) (%S+) (.*)$')
-  if not verb then return end
-  if verb == 'depend' then  -- <parent> <dependent>: note it, or say that the parent has ended
-    local job, status, expires_at = q .. 'job:' .. id, place(q, id)
-    local to, child, allow = string.match(rest, '^(%S+) (%S+ %S+) (%S+)$')
-    if ENDED[status] and tonumber(expires_at) <= at then  -- the sweep is late
-      vanish(q, id, at)
-      status = nil
-    end
-    if status == 'failed' and string.find(call('HGET', job, 'ended') or '', ' stopped$') then
-      status = 'stopped'
-    end
-    local over = ENDED[status] or status == 'stopped'
-    if not status or status == 'finished' or over and (allow == 'any' or allow == status) then
-      return post(q, to, 'ended ' .. q .. id .. ' ' .. child, at)
-    end
-    if allow ~= 'any' and allow ~= 'failed' then allow = 'none' end
-    call('SADD', job .. ':dependents:' .. allow, to .. ' ' .. child)
-    call('HSET', job, 'dependents', 1)
-    keep(job, -1)
-  elseif verb == 'tell' then  -- <parent> <ended|gone> <set of dependents>
-    local what, list = string.match(rest, '^(%S+) (%S+)$')
-    if list and tell_some(q, id, what, list, at) then mail(q, q, text) end
-  elseif verb ~= 'grant' then  -- ended|gone <parent's key> <dependent> <since when it is that job>
-    local child, since = string.match(rest, '^(%S+) (%S+)$')
-    local job = q .. 'job:' .. child
-    if call('HGET', job, 'created_at') == since then
-      call('SREM', job .. ':waits', id)
-      local free = verb == 'ended' and call('EXISTS', job .. ':waits') == 0
-      if free and call('ZREM', q .. 'deferred', child) == 1 then admit(q, child, at) end
-    end
-  else  -- grant <job> <slot> <when it may start> <limit> <its numbers>
-    local slot, due, to, numbers = string.match(rest, '^(%S+) (%S+) (%S+) (.*)$')
-    local job = q .. 'job:' .. id
-    if call('HGET', job, 'slot') ~= slot or ENDED[place(q, id)] then  -- it does not want it now
-      post(q, to, 'free ' .. q .. ' ' .. id .. ' ' .. slot .. ' ' .. numbers, at)
-    elseif call('ZREM', q .. 'rate_limited', id) == 1 then
-      if tonumber(due) > at then call('HSET', job, 'due', due) end
-      admit(q, id, at)
-    end
-  end
-end
--- Whether others depend on the job: then its record doesn't expire by itself, but by the sweep.
-local function is_parent(job)
-  local list = job .. ':dependents:'
-  return call('EXISTS', list .. 'any', list .. 'failed', list .. 'none') > 0
-end
--- Forget up to `most` ended jobs of a container whose record has expired until then; a record that
--- is still there is that of a parent, and nobody depends on a finished job.  Returns how many.
-local function sweep_container(q, name, at, most)
-  local old = math.min(most, call('ZCOUNT', q .. name, '-inf', stamp(at)))
-  if old == 0 then return 0 end
-  if name ~= 'finished' then
-    old = math.min(old, 1000)
-    for _, id in ipairs(call('ZRANGE', q .. name, 0, old - 1)) do
-      if call('EXISTS', q .. 'job:' .. id) == 1 then vanish(q, id, at) end
-    end
-  end
-  return call('ZREMRANGEBYRANK', q .. name, 0, old - 1)
-end
-local function sweep(q, at, most)
-  for name in pairs(ENDED) do sweep_container(q, name, at, most) end
-end
-local function promote(q, at)  -- scheduled -> queued, what is due; returns when the next is
+""",
+    uses="FINAL forget_expired_in",
+)
+
+_lua(
+    "promote",
+    """
+-- scheduled -> queued, up to 100 jobs that are due.  Returns when the next one is due; nil: none.
+function promote(q, now)
   for _ = 1, 100 do
     local id, due = unpack(call('ZRANGE', q .. 'scheduled', 0, 0, 'WITHSCORES'))
-    if not id or tonumber(due) > at then return tonumber(due) end
+    if not id or tonumber(due) > now then return tonumber(due) end
     call('ZREM', q .. 'scheduled', id)
-    if call('EXISTS', q .. 'job:' .. id) == 1 then admit(q, id, at) end
+    if call('EXISTS', q .. 'job:' .. id) == 1 then hooks().dispatch(q, id, now) end
   end
-  return at
+  return now
 end
+""",
+    hooks="dispatch",
+)
 
--- Store a result; the one before joins the list of nine.  Returns the seconds to keep it all, by
--- the option `name` or else `ttl`; the last `ended`; whether it has dependents; its slot and limit.
-local function record(job, ended, result, name, ttl)
-  local old = call('HMGET', job, 'ended', 'result', 'waited', name, 'dependents', 'slot',
-    'rate_limit')
-  if old[1] and old[1] ~= ended then  -- the same: a call of which a part was denied, sent again
-    call('RPUSH', job .. ':results', old[1] .. '\\n' .. (old[2] or ''))
-    call('LTRIM', job .. ':results', -9, -1)
+# Enqueue.  A job is stored by one of two scripts: the second one also knows chosen ids, which may
+# have had a life before, and jobs that have to wait for others or for a slot.
+
+_lua(
+    "parse_new_jobs",
+    """
+-- The arguments from `first` on: id, call_id, flags, ttl, count of words, words of the hash, ..
+-- Returns the jobs, and the keys of their hashes.
+function parse_new_jobs(q, first)
+  local jobs, keys = {}, {}
+  while ARGV[first] do
+    local id, call_id, flags, ttl, count = unpack(ARGV, first, first + 4)
+    local last = first + 4 + count
+    local key = q .. 'job:' .. id
+    jobs[#jobs + 1] = {
+      id = id, key = key, call_id = call_id, flags = flags, ttl = ttl,
+      first_word = first + 5, last_word = last,
+    }
+    keys[#keys + 1] = key
+    first = last + 1
   end
-  if result ~= '' then call('HSET', job, 'ended', ended, 'result', result)
-  else
-    call('HSET', job, 'ended', ended)
-    if old[2] then call('HDEL', job, 'result') end
-  end
-  if old[3] and call('HDEL', job, 'waited') then redis.pcall('PUBLISH', job, 'ended') end
-  return ttl_or(ttl, old[4]), old[1], old[5], old[6], old[7]
+  return jobs, keys
 end
+""",
+)
 
--- Ask a rule for one more run: 'retry', 'repeat', 'crash', or 'interrupt', which has no count; or
--- 'killed', the retry of a job that has not seen its own end, or 'stopped', which has no other run.
--- Returns the seconds to wait, nil when there were enough; whether to go to the front; and the
--- counter and its value.
-local OUTSIDE = {crash = 1, killed = 1, stopped = 1}
-local COUNTERS = {retry = 'retries', killed = 'retries', ['repeat'] = 'repeats', crash = 'crashes'}
-local function next_delay(job, rule, policy, chance)
-  if rule == 'stopped' then return nil end
-  local counter = COUNTERS[rule]
-  local count = counter and tonumber(call('HGET', job, counter)) or 0
-  if policy == '' then policy = call('HGET', job, rule == 'killed' and 'retry' or rule) end
-  policy = cjson.decode(policy)
-  local max = policy.max or policy.times
-  if rule == 'crash' or not counter then
-    max = tonumber(call('HGET', job, 'max_crashes')) or max
-  end
-  if count >= max then return nil end
-  local list = policy.interval
-  local delay = list[math.min(count + 1, #list)]
-    * (policy.backoff or 1) ^ math.min(99, math.max(0, count + 1 - #list))
-  delay = math.min(delay, policy.max_interval or 1e10) * (1 - (policy.jitter or 0) * chance)
-  return delay, policy.enqueue_at_front, counter, count + 1
+_lua(
+    "store_job",
+    """
+-- Store the hash of a new job, and put it into `scheduled` or at the front of `queued`; or into the
+-- list `at_back`, whose ids are pushed together.
+function store_job(q, job, due, created_at, at_back)
+  call('HSET', job.key, 'created_at', created_at, unpack(ARGV, job.first_word, job.last_word))
+  if string.find(job.flags, 'blocked') then return end
+  if due then return schedule(q, job.id, due) end
+  if job.ttl ~= '' then call('PEXPIRE', job.key, math.ceil(job.ttl * 1000)) end
+  if string.find(job.flags, 'at_front') then call('LPUSH', q .. 'queued', job.id)
+  else at_back[#at_back + 1] = job.id end
 end
+""",
+    uses="schedule",
+)
 
-local function bequeath(job, last, result)  -- leave a verdict to the callbacks, if there are any
-  local had, failure, stopped, hooks =
-    unpack(call('HMGET', job, 'verdict', 'on_failure', 'on_stopped', 'webhooks'))
-  if last == ' stopped' then failure, hooks = nil, stopped end
-  if had or not (failure or hooks) then return false end
-  call('HSET', job, 'verdict', last .. ' ' .. result)
-  call('HDEL', job, 'ttl')  -- it has failed, and must stay visible
-  return true
-end
-
-local function is_denial(text)  -- in the words of Valkey, and of Redis
-  return string.find(text, 'ACL failure', 1, true)
-    or string.find(text, "executing the script can't", 1, true)
-end
-
--- started -> queued | scheduled while the job's own rule, or else `policy`, allows it; after that
--- -> finished or, with a type in `last`, failed; for runs of 9 `words` each: id, execution, ended,
--- result, last, ttl, rule, policy, chance.  `last` completes `ended` for a run that has no
--- successor.  A job that was ended from outside, and has callbacks, is queued once more to run them
--- by its `verdict`.  Returns where each job is now, with the time that it is due, or 'lost', or
--- 'refused <error>' for a job whose outcome can't be stored, since a key of another type is in the
--- way: it is failed by that error.  If the user may not run a command (ACL), that error is raised,
--- and the executions hold the jobs that are not settled until the call comes again.
-local function settle(q, at, words)
-  local ids, ours, places, filed, stamps = {}, {}, {}, {finished = {}, failed = {}}, {}
-  for w = 1, #words, 9 do ids[#ids + 1] = words[w] end
-  local holders, mine = call('HMGET', q .. 'started', unpack(ids)), {}
-  for i, id in ipairs(ids) do
-    if holders[i] == words[9 * i - 7] and not mine[id] then mine[id], ours[#ours + 1] = i, id end
-  end
-  if #ours > 0 then call('HDEL', q .. 'started', unpack(ours)) end
-  local function settle_run(i, id)
-    local w, job, to, delay, front, counter, count = 9 * i - 8, q .. 'job:' .. id, 'finished'
-    local ended, result, last, ttl = words[w + 2], words[w + 3], words[w + 4], words[w + 5]
-    if last ~= '' then last = ' ' .. last end
-    local rule, ruled = words[w + 6], nil
-    if mine[id] ~= i then
-      local was = call('HGET', job, 'ended') or ''  -- ours, if this is the call sent again
-      to = string.sub(was, 1, #ended) == ended and (place(q, id) or 'gone') or 'lost'
-    else
-      if rule ~= '' then
-        ruled, delay, front, counter, count =
-          pcall(next_delay, job, rule, words[w + 7], words[w + 8])
-      end
-      if ruled and delay then
-        if counter then call('HSET', job, counter, count) end
-        if rule == 'repeat' then call('HDEL', job, 'retries', 'crashes') end
-        if front then call('HSET', job, 'at_front', 1) end
-        local _, _, watched, slot, limit =
-          record(job, ended .. (last ~= '' and ' retried' or ''), result, 'ttl', 0)
-        if watched and last == '' then tell(q, id, 'finished', at) end
-        if slot and (delay > 0 or string.match(limit or '', ' (%S+) %S+$') ~= '0') then  -- a rate
-          give_up_slot(q, id, slot, limit, at)
-        end
-        to = delay <= 0 and 'queued' or 'scheduled ' .. stamp(at + delay)
-        if delay > 0 then later(q, id, at + delay)
-        elseif limit then admit(q, id, at)
-        else ready(q, id, front, at) end
-      elseif OUTSIDE[rule] and bequeath(job, last, result) then
-        ready(q, id, true, at)
-        to = 'callbacks_pending'
-      else  -- no rule, one that makes no sense, or it is used up
-        local option, more, watched, slot, limit = 'result_ttl', nil, nil, nil, nil
-        if last ~= '' then to, option = 'failed', 'failure_ttl' end
-        ttl, more, watched, slot, limit = record(job, ended .. last, result, option, ttl)
-        if slot then give_up_slot(q, id, slot, limit, at) end
-        if watched then
-          tell(q, id, last == ' stopped' and 'stopped' or to, at)
-          watched = is_parent(job)
-        end
-        if ttl == 0 then
-          if watched then tell(q, id, 'gone', at) end
-          drop(job)
-        else
-          local list = filed[to]
-          keep(job, watched and -1 or ttl, not more)
-          stamps[ttl] = stamps[ttl] or (ttl < 0 and '+inf' or stamp(at + ttl))
-          list[#list + 1] = stamps[ttl]
-          list[#list + 1] = id
-        end
-      end
-    end
-    return to
-  end
-  local function refuse(i, id, text)
-    local w = 9 * i - 8
-    words[w + 3], words[w + 4], words[w + 5], words[w + 6] = text, 'failed', FAILURE_TTL, ''
-    call('DEL', q .. 'job:' .. id .. ':results')
-    return pcall(settle_run, i, id) and 'refused ' .. text or 'lost'  -- lost: it is no job any more
-  end
-  local denial
-  local function attempt(call_it, ...)
-    local done, reply = pcall(call_it, ...)
-    if done then return reply end
-    local text = type(reply) == 'table' and reply.err or reply
-    if is_denial(text) then denial = text end
-    return nil, text
-  end
-  local function hold_again(i, id) call('HSET', q .. 'started', id, words[9 * i - 7]) end
-  for i, id in ipairs(ids) do
-    local to, text
-    if not denial then to, text = attempt(settle_run, i, id) end
-    if text and not denial then to = refuse(i, id, text) end
-    if denial and mine[id] == i then hold_again(i, id) end
-    places[i] = to
-  end
-  for name, list in pairs(filed) do
-    local _, text
-    if #list > 0 then _, text = attempt(call, 'ZADD', q .. name, unpack(list)) end
-    for k = 2, text and #list or 0, 2 do hold_again(mine[list[k]], list[k]) end
-  end
-  if denial then error(denial, 0) end
-  return places
-end
-"""
-
-Message = tuple[bytes, bytes]  # (prefix of the outbox that it is in, text)
-
-
-def _messages(flat: Sequence[bytes]) -> list[Message]:
-    """Return the messages in a reply, where outbox and text alternate."""
-    return list(zip(flat[::2], flat[1::2], strict=True))
-
-
-ENQUEUE = Script("""
--- enqueue: new -> queued, or scheduled.  The first argument is -1 for queued; the seconds from now,
--- or '@' and the time, when the jobs are due; or a tick of cron.  Jobs are id, nonce, flags, ttl,
--- count of words, words of the hash; flags are 'at_front', 'blocked' if it depends on others or has
--- a limit, 'unique' if there must be no record of the id, or ''.  Returns the time, or {time,
--- posted}, or {'taken', id, status} if one of them has not ended: then none is stored.
-local q, at, due = KEYS[1], now(), nil
-local i, starts, keys, fresh, back, careful = 2, {}, {}, {}, {}, {}
-if tonumber(ARGV[1]) then due = tonumber(ARGV[1]) >= 0 and at + ARGV[1] or nil
-elseif string.sub(ARGV[1], 1, 1) == '@' then due = tonumber(string.sub(ARGV[1], 2))
-else  -- a tick of cron: entry, its last tick, this one; if others were faster, nothing
-  local name, last, tick = string.match(ARGV[1], '^(%S+) (%S+ %S+) (%S+)$')
-  if call('HGET', q .. 'ticks', name) ~= last then return '' end
-  call('HSET', q .. 'ticks', name, tick .. string.match(last, ' .*'))
-  due = math.max(at, tick)
-end
-while ARGV[i] do
-  starts[#starts + 1], keys[#keys + 1] = i, q .. 'job:' .. ARGV[i]
-  i = i + 5 + ARGV[i + 4]
-end
-local known, created_at = call('EXISTS', unpack(keys)) > 0, stamp(at)
-for k, i in ipairs(starts) do
-  local id, nonce, status = ARGV[i], ARGV[i + 1], known and place(q, ARGV[i])
-  local again = status and nonce ~= '' and call('HGET', keys[k], 'nonce') ~= nonce
-  if not status or again and ENDED[status] and not string.find(ARGV[i + 2], 'unique') then
-    fresh[#fresh + 1] = k
-  elseif again then return {'taken', id, status} end
-end
-for _, k in ipairs(fresh) do
-  local i, job = starts[k], keys[k]
-  local id, nonce, mode, ttl, words = unpack(ARGV, i, i + 4)
-  if nonce ~= '' then  -- a chosen id may have a record of its last life
-    for name in pairs(ENDED) do call('ZREM', q .. name, id) end
-    local watched = call('HGET', job, 'dependents')  -- and somebody who still hopes for it
-    call('DEL', job, job .. ':results')
-    call('HSET', job, 'nonce', nonce)
-    if watched then call('HSET', job, 'dependents', 1) end
-  end
-  call('HSET', job, 'created_at', created_at, unpack(ARGV, i + 5, i + 4 + words))
-  if string.find(mode, 'blocked') then careful[#careful + 1] = id
-  elseif due then later(q, id, due)
-  else
-    if ttl ~= '' then call('PEXPIRE', job, math.ceil(ttl * 1000)) end
-    if string.find(mode, 'at_front') then call('LPUSH', q .. 'queued', id)
-    else back[#back + 1] = id end
+ENQUEUE = Script(
+    "enqueue",
+    """
+-- new -> queued or scheduled, for jobs whose ids were made for this call.
+-- KEYS  prefix of the queue
+-- ARGV  when (see parse_due), then for each job those of parse_new_jobs
+-- A job that is there already was stored by this call, which was sent again: it is left alone.
+-- Returns created_at.
+local q, when = KEYS[1], ARGV[1]
+local now = server_time()
+local due = parse_due(when, now)
+local created_at = format_time(now)
+local jobs, keys = parse_new_jobs(q, 2)
+local any_exists = call('EXISTS', unpack(keys)) > 0
+local at_back = {}
+for _, job in ipairs(jobs) do
+  if not any_exists or call('EXISTS', job.key) == 0 then
+    store_job(q, job, due, created_at, at_back)
   end
 end
-if #back > 0 then call('RPUSH', q .. 'queued', unpack(back)) end
+if #at_back > 0 then call('RPUSH', q .. 'queued', unpack(at_back)) end
 if not due then wake(q) end
-for _, id in ipairs(careful) do
-  local job = q .. 'job:' .. id
-  if due then call('HSET', job, 'due', stamp(due)) end
-  local parents, allow = string.match(call('HGET', job, 'depends_on') or '', '^(.-) ?(%S*)$')
-  if parents == '' then admit(q, id, at)
-  else
-    call('ZADD', q .. 'deferred', created_at, id)
-    for key in string.gmatch(parents, '%S+') do call('SADD', job .. ':waits', key) end
-    local us = q .. ' ' .. id .. ' ' .. created_at .. ' ' .. allow
-    for to, parent in string.gmatch(parents, '(%S+:)(%S+)') do
-      post(q, to, 'depend ' .. parent .. ' ' .. us, at)
+return created_at
+""",
+    uses="server_time parse_due format_time parse_new_jobs store_job wake",
+)
+
+_lua(
+    "find_taken",
+    """
+-- Mark the jobs that are to be stored by `is_new`.  Returns {'taken', id, status} for one whose id
+-- belongs to a job that has not ended, or to any job if the flag 'unique' is given.
+function find_taken(q, jobs)
+  for _, job in ipairs(jobs) do
+    local status = status_of(q, job.id)
+    job.is_new = not status
+    if status and job.call_id ~= '' and call('HGET', job.key, 'call_id') ~= job.call_id then
+      job.is_new = FINAL[status] and not string.find(job.flags, 'unique')
+      if not job.is_new then return {'taken', job.id, status} end
     end
   end
 end
-return #posted > 0 and {created_at, posted} or created_at
-""")
+""",
+    uses="status_of FINAL",
+)
+
+_lua(
+    "forget_last_life",
+    """
+-- Remove what is left of an earlier job with a chosen id; its dependents still hope for it.
+function forget_last_life(q, job)
+  for container in pairs(FINAL) do call('ZREM', q .. container, job.id) end
+  local has_dependents = call('HGET', job.key, 'has_dependents')
+  call('DEL', job.key, job.key .. ':results')
+  call('HSET', job.key, 'call_id', job.call_id)
+  if has_dependents then call('HSET', job.key, 'has_dependents', 1) end
+end
+""",
+    uses="FINAL",
+)
+
+_lua(
+    "store_new_jobs",
+    """
+-- Store those of the jobs that are new.
+function store_new_jobs(q, jobs, due, now)
+  local created_at, at_back = format_time(now), {}
+  for _, job in ipairs(jobs) do
+    if job.is_new then
+      if job.call_id ~= '' then forget_last_life(q, job) end
+      store_job(q, job, due, created_at, at_back)
+    end
+  end
+  if #at_back > 0 then call('RPUSH', q .. 'queued', unpack(at_back)) end
+  if not due then wake(q) end
+  for _, job in ipairs(jobs) do
+    if job.is_new and string.find(job.flags, 'blocked') then
+      hooks().store_blocked(q, job.id, due, now)
+    end
+  end
+end
+""",
+    uses="format_time forget_last_life store_job wake",
+    hooks="store_blocked",
+)
+
+ENQUEUE_CHECKED = Script(
+    "enqueue_checked",
+    """
+-- new -> queued, scheduled, deferred or rate_limited, for any jobs.
+-- KEYS  prefix of the queue
+-- ARGV  when (see parse_due), then for each job those of parse_new_jobs
+-- Returns {created_at, outgoing}, or {'taken', id, status} if one of the jobs has not ended: then
+-- none is stored.
+local q, when = KEYS[1], ARGV[1]
+local now = server_time()
+local jobs = parse_new_jobs(q, 2)
+local taken = find_taken(q, jobs)
+if taken then return taken end
+store_new_jobs(q, jobs, parse_due(when, now), now)
+return {format_time(now), outgoing}
+""",
+    uses="server_time parse_due format_time parse_new_jobs find_taken store_new_jobs outgoing",
+)
 
 
 class _NewJob(NamedTuple):
@@ -2335,6 +2388,11 @@ class _NewJob(NamedTuple):
     flags: str  # of 'at_front', 'blocked', 'unique', with blanks between
     ttl: bytes  # seconds in the queue; b"" for no limit
     fields: dict[str, bytes]  # of its hash
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its id is new, and it waits for nothing."""
+        return not self.call_id and "blocked" not in self.flags
 
     def args(self) -> list[Any]:
         args = [self.id, self.call_id, self.flags, self.ttl, 2 * len(self.fields)]
@@ -2348,10 +2406,13 @@ def _enqueue_command(
 ) -> Command:
     """Store jobs, to be run at once, or `delay` seconds from now, or at the time "@<time>"; the
     reply is for _EnqueueReply.parse()."""
+    script = ENQUEUE
     args: list[Any] = []
     for job in jobs:
         args += job.args()
-    return ENQUEUE(prefix, delay, *args)
+        if not job.is_plain:
+            script = ENQUEUE_CHECKED
+    return script(prefix, delay, *args)
 
 
 class _EnqueueReply(NamedTuple):
@@ -2366,105 +2427,188 @@ class _EnqueueReply(NamedTuple):
             return cls(reply, [])
         if reply[0] == b"taken":
             return cls(b"", [], reply[1].decode(), reply[2].decode())
-        created_at, flat = reply
-        return cls(created_at, _messages(flat))
+        created_at, messages = reply
+        return cls(created_at, _as_messages(messages))
 
 
-def _tick_command(
-    prefix: str, slug: str, last: tuple[float, float], tick: float, job: _NewJob
-) -> Command:
-    """Store the job of a tick of cron, if `last` (last tick, registered_at) still holds; else the
-    reply is b"", since another scheduler was faster."""
-    last_tick, registered_at = last
-    guard = f"{slug} {last_tick:.6f} {registered_at:.6f} {tick:.6f}"
-    return ENQUEUE(prefix, guard, *job.args())
+# Claim.  The table `claim` has the arguments of the call, and what was claimed so far.
 
+_lua(
+    "read_claimable",
+    """
+-- Read a job that was popped from the queue.  Returns its hash, and whether it is claimed alone,
+-- since it has crashed or runs at most once: a crash is blamed on all that a worker holds.
+-- Returns nil if the id is not that of a job which is to be run: its record has expired or was
+-- evicted; or an earlier life of the id stood here.
+function read_claimable(claim, q, id)
+  local job = q .. 'job:' .. id
+  local hash, seen = redis.pcall('HGETALL', job), claim.seen[job]
+  claim.seen[job] = true
+  if hash.err or seen then return nil end
+  if #hash == 0 then claim.missing = claim.missing + 1 end
+  local ttl, queued_at, is_suspect
+  local size = claim.size
+  for i = 1, #hash, 2 do
+    local name, value = hash[i], hash[i + 1]
+    size = size + #value
+    if name == 'ttl' then ttl = tonumber(value)
+    elseif name == 'enqueued_at' then queued_at = value
+    elseif name == 'crashes' or name == 'max_crashes' then is_suspect = true
+    elseif name == 'call_id' and status_of(q, id) ~= 'queued' then return nil end
+  end
+  claim.size = size
+  if #hash == 0 or ttl and has_waited_too_long(q, id, ttl, queued_at, claim.now) then return nil end
+  return hash, is_suspect
+end
+""",
+    uses="status_of has_waited_too_long",
+)
 
-CLAIM = Script("""
--- claim: queued -> started, for the claim `number` of `worker`, up to n jobs from the queues in
--- order; before that scheduled -> queued.  Returns the time, the time of the next scheduled job (or
--- now, if there may be more to claim, or ''), the execution, {queue, id, hash} for each job, what
--- is posted, and how many ids had no record, since it expired or the server evicted it.  A number
--- seen before returns what it holds, an older one nothing.  A worker that was frozen for longer
--- than its lease, so that another instance has its name now, gets nothing.  `mode` is 'pipelined'
--- if the worker still has others to run, or 'blocking' if this was sent along with BLPOP, maybe
--- long ago: then a worker that is late, which may be gone, gets nothing.
-local worker, instance = identity(ARGV[1])
-local number, lease, n = tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4])
-local mode = ARGV[5]
-local at, next_due, claimed = now(), nil, {}
-local name = worker .. '.' .. number
-local execution, full, seen, size = name .. ' ' .. stamp(at), false, {}, 0
-local missing = 0
--- Hold `ids`, popped from a queue, as far as they are jobs, up to a megabyte.  One that has
--- crashed, or runs at most once, is claimed alone: a crash is blamed on all that a worker holds.
-local function hold(i, q, ids)
+_lua(
+    "has_waited_too_long",
+    """
+-- Let the record of a job with a ttl stay, as it is claimed.  Returns true, and deletes it, if its
+-- ttl has passed: the record of a job with dependents or a slot does not expire by itself.
+function has_waited_too_long(q, id, ttl, queued_at, now)
+  local job = q .. 'job:' .. id
+  expire_in(job, -1)
+  local since = tonumber(queued_at or call('HGET', job, 'created_at'))
+  if not since or since + ttl >= now then return false end
+  hooks().delete_job(q, id, now)
+  return true
+end
+""",
+    uses="expire_in",
+    hooks="delete_job",
+)
+
+_lua(
+    "push_back",
+    """
+function push_back(q, ids, first)  -- to the front of the queue, in their order
+  for i = #ids, first, -1 do call('LPUSH', q .. 'queued', ids[i]) end
+end
+""",
+)
+
+_lua(
+    "hold",
+    """
+-- Hold the jobs `ids`, which were popped from queue number `index`, up to a megabyte.
+function hold(claim, index, q, ids)
   local entries = {}
-  for k, id in ipairs(ids) do
-    local job, alone, valid = q .. 'job:' .. id, false, true
-    local hash, ttl, since = redis.pcall('HGETALL', job), nil, nil
-    if #hash == 0 and not hash.err and not seen[job] then missing = missing + 1 end
-    if hash.err or #hash == 0 or seen[job] then valid, hash = false, {} end  -- it is no job
-    seen[job] = true
-    for f = 1, #hash, 2 do
-      size = size + #hash[f + 1]
-      if hash[f] == 'ttl' then
-        ttl = tonumber(hash[f + 1])
-        keep(job, -1, true)
-      elseif hash[f] == 'enqueued_at' then since = hash[f + 1]
-      elseif hash[f] == 'crashes' or hash[f] == 'max_crashes' then alone = true
-      -- An id used again may stand here for an earlier life, which expired.
-      elseif hash[f] == 'nonce' and place(q, id) ~= 'queued' then valid = false end
+  for i, id in ipairs(ids) do
+    local hash, is_suspect = read_claimable(claim, q, id)
+    if hash then
+      claim.is_full = is_suspect or claim.size > 1048576
+      if is_suspect and (claim.mode == 'pipelined' or #claim.jobs > 0) then
+        push_back(q, ids, i)
+        break
+      end
+      entries[#entries + 1] = id
+      entries[#entries + 1] = claim.token
+      claim.jobs[#claim.jobs + 1] = {index, id, hash}
+      if claim.is_full then
+        push_back(q, ids, i + 1)
+        break
+      end
     end
-    since = ttl and tonumber(since or call('HGET', job, 'created_at'))
-    if valid and since and since + ttl < at then  -- it has dependents, or a slot
-      valid = false
-      vanish(q, id, at)
-    end
-    full = full or valid and (alone or size > 1048576)
-    local others = mode == 'pipelined' or #claimed > 0
-    local rest = full and (alone and others and k or k + 1) or math.huge
-    if valid and rest ~= k then
-      entries[#entries + 1], entries[#entries + 2] = id, execution
-      claimed[#claimed + 1] = {i, id, hash}
-    end
-    for back = #ids, rest, -1 do call('LPUSH', q .. 'queued', ids[back]) end
-    if full then break end
   end
   if #entries > 0 then call('HSET', q .. 'started', unpack(entries)) end
 end
-local dues, tried = {}, {}
-for i, q in ipairs(KEYS) do
-  dues[i] = promote(q, at)
-  if dues[i] and dues[i] < (next_due or math.huge) then next_due = dues[i] end
-  local last = last_claim(q, worker, instance) or math.huge
-  local started = number == last and call('HGETALL', q .. 'started') or {}
-  for k = 1, #started, 2 do
-    local id = started[k]
-    if string.match(started[k + 1], '^%S+') == name then
-      execution = started[k + 1]
-      claimed[#claimed + 1] = {i, id, call('HGETALL', q .. 'job:' .. id)}
-    end
-  end
-  local late = mode == 'blocking' and (read_lease(call('HGET', q .. 'workers', worker)) or 0) < at
-  if number > last and not late then
-    sit(q, worker, instance, at, lease, number)
-    for _ = 1, 100 do
-      local ids = #claimed < n and not full and call('LPOP', q .. 'queued', n - #claimed)
-      if not ids then break end
-      tried[i] = true
-      hold(i, q, ids)
+""",
+    uses="read_claimable push_back",
+)
+
+_lua(
+    "held_already",
+    """
+-- Add what this claim, which was sent before, holds in a queue.
+function held_already(claim, index, q)
+  local started = call('HGETALL', q .. 'started')
+  for i = 1, #started, 2 do
+    local id, token = started[i], started[i + 1]
+    if string.match(token, '^%S+') == claim.execution then
+      claim.token = token
+      claim.jobs[#claim.jobs + 1] = {index, id, call('HGETALL', q .. 'job:' .. id)}
     end
   end
 end
-for i, q in ipairs(KEYS) do  -- what we leave behind is for others to see
-  local soon = dues[i] and dues[i] < at + lease
-  if tried[i] and #claimed == 0 and call('LLEN', q .. 'queued') > 0 then next_due = at end
-  local took = #claimed > 0 or tried[i] or mode == 'blocking'
-  if took and (soon or call('LLEN', q .. 'queued') > 0) then wake(q) end
+""",
+)
+
+_lua(
+    "claim_from",
+    """
+-- Promote what is due in a queue, and claim from it.
+function claim_from(claim, index, q)
+  local now, worker, instance, number = claim.now, claim.worker, claim.instance, claim.number
+  claim.dues[index] = promote(q, now)
+  local lease = read_lease(q, worker)
+  local last = last_claim(lease, instance)
+  if number == last then held_already(claim, index, q) end
+  local is_late = claim.mode == 'blocking' and not (lease and lease.ends_at >= now)
+  if not last or number <= last or is_late then return end
+  renew_lease(q, worker, instance, now, claim.lease, number)
+  for _ = 1, 100 do
+    local room = claim.limit - #claim.jobs
+    local ids = room > 0 and not claim.is_full and call('LPOP', q .. 'queued', room)
+    if not ids then break end
+    claim.has_popped[index] = true
+    hold(claim, index, q, ids)
+  end
 end
-return {stamp(at), next_due and stamp(next_due) or '', execution, claimed, posted, missing}
-""")
+""",
+    uses="promote read_lease last_claim held_already renew_lease hold",
+)
+
+_lua(
+    "wake_others",
+    """
+-- Leave a token for what this claim leaves behind, now or before the next heartbeat.
+function wake_others(claim, index, q)
+  local due, popped = claim.dues[index], claim.has_popped[index]
+  local claimed = #claim.jobs > 0
+  if due and due < claim.next_due then claim.next_due = due end
+  if popped and not claimed and call('LLEN', q .. 'queued') > 0 then claim.next_due = claim.now end
+  if not (claimed or popped or claim.mode == 'blocking') then return end
+  local is_due_soon = due and due < claim.now + claim.lease
+  if is_due_soon or call('LLEN', q .. 'queued') > 0 then wake(q) end
+end
+""",
+    uses="wake",
+)
+
+CLAIM = Script(
+    "claim",
+    """
+-- queued -> started, up to `limit` jobs; before that scheduled -> queued.
+-- KEYS  prefixes of the worker's queues, in the order in which they are to be served
+-- ARGV  holder ('<worker> <instance>'), number of the claim, lease, limit, mode
+-- mode  'pipelined'  the worker has other jobs to run before these
+--       'blocking'   sent along with BLPOP, maybe long ago: a worker whose lease has expired, which
+--                    may be gone, gets nothing
+-- A number seen before returns what it holds, an older one nothing.  If another instance has the
+-- worker's name now, since this one was frozen for longer than its lease, it gets nothing.
+-- Returns {now, time of the next scheduled job (or now, if there may be more to claim; or ''),
+-- token, jobs as {number of the queue, id, hash}, outgoing, number of ids without a record}.
+local holder, number, lease, limit, mode = unpack(ARGV)
+local worker, instance = parse_holder(holder)
+local now = server_time()
+local execution = worker .. '.' .. tonumber(number)
+local claim = {
+  worker = worker, instance = instance, number = tonumber(number), lease = lease, mode = mode,
+  limit = tonumber(limit), now = now, execution = execution,
+  token = execution .. ' ' .. format_time(now),
+  jobs = {}, seen = {}, size = 0, missing = 0, dues = {}, next_due = math.huge, has_popped = {},
+}
+for index, q in ipairs(KEYS) do claim_from(claim, index, q) end
+for index, q in ipairs(KEYS) do wake_others(claim, index, q) end
+local next_due = claim.next_due < math.huge and format_time(claim.next_due) or ''
+return {format_time(now), next_due, claim.token, claim.jobs, outgoing, claim.missing}
+""",
+    uses="parse_holder server_time format_time claim_from wake_others outgoing",
+)
 
 
 def _claim_command(
@@ -2488,22 +2632,357 @@ class _ClaimReply(NamedTuple):
 
     @classmethod
     def parse(cls, reply: Any) -> _ClaimReply:
-        now, next_due, token, claimed, flat, missing = reply
+        now, next_due, token, claimed, outgoing, missing = reply
         jobs = [
             (index - 1, id.decode(), _hash_to_dict(fields))
             for index, id, fields in claimed
         ]
         due = float(next_due) if next_due else None
-        return cls(float(now), due, token.decode(), jobs, _messages(flat), missing)
+        messages = _as_messages(outgoing)
+        return cls(float(now), due, token.decode(), jobs, messages, missing)
 
 
-SETTLE = Script("""
--- settle: started -> where the outcome takes it, for runs of 9 words each, those that the function
--- above takes.  Returns a list of what became of them, and what is posted.
-local q, at = KEYS[1], now()
-sweep(q, at, #ARGV / 9 + 1)
-return {settle(q, at, ARGV), posted}
-""")
+# Settle.  The table `run` has how one run ended, `batch` what the runs of a call share.
+
+_lua(
+    "parse_runs",
+    """
+function parse_runs(q, args)
+  local runs = {}
+  for i = 1, #args, 9 do
+    local id, token, ended, result, result_type, ttl, rerun, policy, chance =
+      unpack(args, i, i + 8)
+    runs[#runs + 1] = {
+      id = id, token = token, ended = ended, result = result, result_type = result_type,
+      ttl = ttl, rerun = rerun, policy = policy, chance = chance,
+      key = q .. 'job:' .. id, owned = false,
+    }
+  end
+  return runs
+end
+""",
+)
+
+_lua(
+    "take_owned",
+    """
+-- Take the jobs out of `started` whose run still holds them, and mark these runs by `owned`.
+-- Returns the tokens of these by the ids of the jobs.
+function take_owned(q, runs)
+  local ids, owned_ids, owned = {}, {}, {}
+  for i, run in ipairs(runs) do ids[i] = run.id end
+  local tokens = call('HMGET', q .. 'started', unpack(ids))
+  for i, run in ipairs(runs) do
+    local id = run.id
+    if tokens[i] == run.token and not owned[id] then
+      run.owned = true
+      owned[id] = run.token
+      owned_ids[#owned_ids + 1] = id
+    end
+  end
+  if #owned_ids > 0 then call('HDEL', q .. 'started', unpack(owned_ids)) end
+  return owned
+end
+""",
+)
+
+_lua(
+    "store_result",
+    """
+-- Store a result; the one before joins the list of nine.  Returns what the hash held: ended, ttl
+-- (the field `option`), has_dependents, slot and limit.
+function store_result(job, ended, result, option)
+  local old_ended, old_result, has_waiter, ttl, has_dependents, slot, limit = unpack(call('HMGET',
+    job, 'ended', 'result', 'has_waiter', option, 'has_dependents', 'slot', 'rate_limit'))
+  -- It is the same if a call of which a part was denied is sent again.
+  if old_ended and old_ended ~= ended then
+    call('RPUSH', job .. ':results', old_ended .. '\\n' .. (old_result or ''))
+    call('LTRIM', job .. ':results', -9, -1)
+  end
+  if result ~= '' then call('HSET', job, 'ended', ended, 'result', result)
+  else
+    call('HSET', job, 'ended', ended)
+    if old_result then call('HDEL', job, 'result') end
+  end
+  if has_waiter and call('HDEL', job, 'has_waiter') then redis.pcall('PUBLISH', job, 'ended') end
+  return {
+    ended = old_ended, ttl = ttl, has_dependents = has_dependents, slot = slot, limit = limit,
+  }
+end
+""",
+)
+
+_lua(
+    "COUNTERS",
+    """
+COUNTERS = {retry = 'retries', killed = 'retries', ['repeat'] = 'repeats', crash = 'crashes'}
+""",
+)
+
+_lua(
+    "next_run",
+    """
+-- Ask the policy of a run, or else of its job, for one more run.  The rerun is
+--   'retry', 'repeat', 'crash'   it has a counter
+--   'killed'                     the retry of a job that has not seen its own end
+--   'interrupt'                  it has no counter
+--   'stopped'                    there is none
+-- Returns {delay, at_front, counter, count}; nil if there is no run left.
+function next_run(run)
+  local job, rerun = run.key, run.rerun
+  if rerun == 'stopped' then return nil end
+  local counter = COUNTERS[rerun]
+  local count = counter and tonumber(call('HGET', job, counter)) or 0
+  local text = run.policy
+  if text == '' then text = call('HGET', job, rerun == 'killed' and 'retry' or rerun) end
+  local policy = cjson.decode(text)
+  local max = policy.max or policy.times
+  if rerun == 'crash' or not counter then
+    max = tonumber(call('HGET', job, 'max_crashes')) or max
+  end
+  if count >= max then return nil end
+  local delay = delay_of(policy, count + 1, run.chance)
+  return {delay = delay, at_front = policy.enqueue_at_front, counter = counter, count = count + 1}
+end
+""",
+    uses="COUNTERS delay_of",
+)
+
+_lua(
+    "delay_of",
+    """
+-- The seconds before run number `count` of a policy: by its list of intervals, then by its backoff.
+function delay_of(policy, count, chance)
+  local intervals = policy.interval
+  local beyond = math.min(99, math.max(0, count - #intervals))
+  local delay = intervals[math.min(count, #intervals)] * (policy.backoff or 1) ^ beyond
+  delay = math.min(delay, policy.max_interval or 1e10)
+  return delay * (1 - (policy.jitter or 0) * chance)
+end
+""",
+)
+
+_lua(
+    "run_again",
+    """
+-- started -> queued or scheduled, by what next_run said.
+function run_again(batch, run, again)
+  local q, id, job, now = batch.q, run.id, run.key, batch.now
+  local has_failed = run.result_type ~= ''
+  if again.counter then call('HSET', job, again.counter, again.count) end
+  if run.rerun == 'repeat' then call('HDEL', job, 'retries', 'crashes') end
+  if again.at_front then call('HSET', job, 'at_front', 1) end
+  local ended = run.ended .. (has_failed and ' retried' or '')
+  local old = store_result(job, ended, run.result, 'ttl')
+  if old.has_dependents and not has_failed then
+    hooks().notify_dependents(q, id, 'finished', now)
+  end
+  if old.slot then hooks().release_before_rerun(q, id, old.slot, old.limit, again.delay, now) end
+  if again.delay > 0 then
+    schedule(q, id, now + again.delay)
+    return 'scheduled ' .. format_time(now + again.delay)
+  end
+  if old.limit then hooks().dispatch(q, id, now)
+  else push_queued(q, id, again.at_front, now) end
+  return 'queued'
+end
+""",
+    uses="store_result schedule format_time push_queued",
+    hooks="notify_dependents release_before_rerun dispatch",
+)
+
+_lua(
+    "requeue_for_callbacks",
+    """
+-- started -> queued, once more, for a job that was ended from outside and has callbacks, which run
+-- by its field pending_end.  Returns false if it has none, or they have had their run.
+function requeue_for_callbacks(batch, run)
+  local job = run.key
+  local pending_end, on_failure, on_stopped, webhooks =
+    unpack(call('HMGET', job, 'pending_end', 'on_failure', 'on_stopped', 'webhooks'))
+  local callbacks = on_failure or webhooks
+  if run.result_type == 'stopped' then callbacks = on_stopped end
+  if pending_end or not callbacks then return false end
+  call('HSET', job, 'pending_end', run.result_type .. ' ' .. run.result)
+  call('HDEL', job, 'ttl')  -- it has failed, and must stay visible
+  push_queued(batch.q, run.id, true, batch.now)
+  return true
+end
+""",
+    uses="push_queued",
+)
+
+_lua(
+    "finish",
+    """
+-- started -> finished, or failed if there is a result_type.
+function finish(batch, run)
+  local q, id, job, now = batch.q, run.id, run.key, batch.now
+  local status, option, ended = 'finished', 'result_ttl', run.ended
+  if run.result_type ~= '' then
+    status, option, ended = 'failed', 'failure_ttl', run.ended .. ' ' .. run.result_type
+  end
+  local old = store_result(job, ended, run.result, option)
+  local has_dependents = false
+  if old.has_dependents or old.slot then
+    local told = run.result_type == 'stopped' and 'stopped' or status
+    hooks().on_final(q, id, told, now)
+    has_dependents = hooks().is_parent(job)
+  end
+  local ttl = ttl_of(run.ttl, old.ttl)
+  if ttl == 0 then
+    if has_dependents then hooks().notify_dependents(q, id, 'gone', now) end
+    delete_record(job)
+    return status
+  end
+  local record_ttl = has_dependents and -1 or ttl
+  if old.ended then expire_job(job, record_ttl) else expire_in(job, record_ttl) end
+  add_to_container(batch, status, run, ttl)
+  return status
+end
+""",
+    uses="store_result ttl_of delete_record expire_job expire_in add_to_container",
+    hooks="on_final is_parent notify_dependents",
+)
+
+_lua(
+    "add_to_container",
+    """
+-- Note that a job goes into a final container; write_containers() stores it with the others.
+function add_to_container(batch, status, run, ttl)
+  local expires_at = batch.expiries[ttl]
+  if not expires_at then
+    expires_at = ttl < 0 and '+inf' or format_time(batch.now + ttl)
+    batch.expiries[ttl] = expires_at
+  end
+  local entries = batch.entries[status]
+  local size = #entries
+  entries[size + 1] = expires_at
+  entries[size + 2] = run.id
+end
+""",
+    uses="format_time",
+)
+
+_lua(
+    "settle_run",
+    """
+-- Settle one run, and return where its job is now.
+function settle_run(batch, run)
+  local q = batch.q
+  if not run.owned then  -- either the call was sent again, or the run lost its job
+    local ended = call('HGET', run.key, 'ended') or ''
+    if string.sub(ended, 1, #run.ended) ~= run.ended then return 'lost' end
+    return status_of(q, run.id) or 'gone'
+  end
+  local rerun = run.rerun
+  if rerun ~= '' then
+    local is_valid, again = pcall(next_run, run)
+    if is_valid and again then return run_again(batch, run, again) end
+    local from_outside = rerun == 'crash' or rerun == 'killed' or rerun == 'stopped'
+    if from_outside and requeue_for_callbacks(batch, run) then return 'callbacks_pending' end
+  end
+  return finish(batch, run)  -- no policy, one that makes no sense, or it is used up
+end
+""",
+    uses="status_of next_run run_again requeue_for_callbacks finish",
+)
+
+_lua(
+    "attempt",
+    """
+-- Call a function.  Returns what it returns, or nil and the text of its error.  If the user may not
+-- run a command (ACL), the error is noted: this is raised when the batch is done.
+function attempt(batch, step, ...)
+  local is_done, reply = pcall(step, ...)
+  if is_done then return reply end
+  local text = type(reply) == 'table' and reply.err or reply
+  if string.find(text, 'ACL failure', 1, true)  -- Valkey's words
+    or string.find(text, "executing the script can't", 1, true) then  -- those of Redis
+    batch.denial = text
+  end
+  return nil, text
+end
+""",
+)
+
+_lua(
+    "refuse",
+    """
+-- Fail a job whose outcome can't be stored, since a key of another type is in the way.
+function refuse(batch, run, text)
+  run.result, run.result_type, run.ttl, run.rerun = text, 'failed', 31536000, ''  -- a year
+  call('DEL', run.key .. ':results')
+  if pcall(settle_run, batch, run) then return 'refused ' .. text end
+  return 'lost'  -- it is no job any more
+end
+""",
+    uses="settle_run",
+)
+
+_lua(
+    "write_containers",
+    """
+-- Store the jobs that have ended.  What can't be stored is held again.
+function write_containers(batch)
+  for container, entries in pairs(batch.entries) do
+    local added = #entries == 0
+      or attempt(batch, call, 'ZADD', batch.q .. container, unpack(entries))
+    for i = 2, added and 0 or #entries, 2 do
+      local id = entries[i]
+      call('HSET', batch.q .. 'started', id, batch.tokens[id])
+    end
+  end
+end
+""",
+    uses="attempt",
+)
+
+_lua(
+    "settle",
+    """
+-- Settle runs of a queue.  Returns for each of them where its job is now: its status, 'scheduled
+-- <due>', 'callbacks_pending', 'gone', or 'lost' if the run does not hold the job any more, or
+-- 'refused <error>' for an outcome that can't be stored: the job is failed by that error.  If the
+-- user may not run a command, that error is raised, and the runs hold the jobs that are not settled
+-- until the call comes again.
+function settle(q, runs, now)
+  local batch = {
+    q = q, now = now, tokens = take_owned(q, runs), denial = nil,
+    expiries = {}, entries = {finished = {}, failed = {}},
+  }
+  local statuses = {}
+  for i, run in ipairs(runs) do
+    local status, text
+    if not batch.denial then status, text = attempt(batch, settle_run, batch, run) end
+    if text and not batch.denial then status = refuse(batch, run, text) end
+    if batch.denial and run.owned then call('HSET', q .. 'started', run.id, run.token) end
+    statuses[i] = status
+  end
+  write_containers(batch)
+  if batch.denial then error(batch.denial, 0) end
+  return statuses
+end
+""",
+    uses="take_owned attempt settle_run refuse write_containers",
+)
+
+SETTLE = Script(
+    "settle",
+    """
+-- started -> finished, failed, queued or scheduled, as the runs say; see settle.
+-- KEYS  prefix of the queue
+-- ARGV  for each run: id, token, ended, result, result_type, ttl, rerun, policy, chance; see
+--       _Settlement
+-- Forgets one more expired job of each container than there are runs, so that they never pile up.
+-- Returns {statuses, outgoing}.
+local q, now = KEYS[1], server_time()
+local runs = parse_runs(q, ARGV)
+forget_expired(q, #runs + 1, now)
+return {settle(q, runs, now), outgoing}
+""",
+    uses="server_time parse_runs forget_expired settle outgoing",
+)
 
 
 class _Settlement(NamedTuple):
@@ -2534,71 +3013,143 @@ class _SettleReply(NamedTuple):
 
     @classmethod
     def parse(cls, reply: Any) -> _SettleReply:
-        statuses, flat = reply
-        return cls([status.decode() for status in statuses], _messages(flat))
+        statuses, messages = reply
+        return cls([status.decode() for status in statuses], _as_messages(messages))
 
 
-HEARTBEAT = Script("""
--- heartbeat: renew the lease of `worker` on its queues.  `mode` is 'start' if it has just begun, so
--- that what its name holds was lost; 'reap' if it has beaten in time for a lease: then it settles,
--- as crashed, the jobs of workers whose lease has ended.  (After an outage all of them are late.)
--- What it has held for a lease from a claim before `oldest` came back with older data, and is
--- released.  Then what any worker does for all: sweep what expired, promote what is due, and mend
--- a token that was lost with its taker.  Returns the names of the dead, the time, the time of the
--- next scheduled job or '', whether the worker was known and in time, and what is in the outboxes.
--- Where another instance has the name now, it returns 'taken' and changes nothing.
-local holder, lease, mode, oldest, policy, failure_ttl = unpack(ARGV)
-local worker, instance = identity(holder)
-local at, dead, next_due, fit = now(), {}, nil, 1
-for _, q in ipairs(mode ~= 'start' and KEYS or {}) do
-  local lease_end, _, other = read_lease(call('HGET', q .. 'workers', worker))
-  if lease_end and lease_end >= at and other ~= instance then return 'taken' end
-end
-for _, q in ipairs(KEYS) do
-  local seats, over, number = call('HGETALL', q .. 'workers'), {}, nil
-  for i = 1, #seats, 2 do
-    local lease_end, claim, other = read_lease(seats[i + 1])
-    local late = not lease_end or lease_end < at
-    if seats[i] ~= worker then over[seats[i]] = late or nil
-    elseif other ~= instance and (claim or mode == 'start') then over[worker] = true
-    else number = not late and claim end
-  end
-  if not number then fit = 0 end
-  if not number or mode ~= 'reap' then over = {[worker] = over[worker]} end
-  sit(q, worker, instance, at, lease, over[worker] and 0 or last_claim(q, worker, instance))
-  local started, crashed = call('HGETALL', q .. 'started'), {}
-  for i = #started - 1, 1, -2 do  -- from the end, so that the first is at the front again
-    local id, execution = started[i], started[i + 1]
-    local name, claim, since = string.match(execution, '^(.*)%.(%d+) (%S+)$')
-    since = tonumber(since) or at
-    if name and over[name] then
-      local ended = string.format('%s %.6f', execution, at - since)
-      local reason = 'worker ' .. name .. ' died while it ran this job'
-      local words = {id, execution, ended, reason, 'failed', failure_ttl, 'crash', policy, 0}
-      for _, word in ipairs(words) do crashed[#crashed + 1] = word end
-      if #crashed > 4000 then crashed = settle(q, at, crashed) and {} end
-    elseif name == worker and tonumber(claim) < tonumber(oldest) and since + lease < at then
-      give_back(q, id)
+# Heartbeat.  The table `beat` has its arguments, and what it returns.
+
+_lua(
+    "find_expired",
+    """
+-- Read the leases of a queue.  Returns the set of the workers to be reaped, and the lease of this
+-- worker if it is intact.  Under its own name a predecessor may have left jobs.
+function find_expired(beat, q)
+  local entries, expired = call('HGETALL', q .. 'workers'), {}
+  local own, own_is_intact = nil, false
+  for i = 1, #entries, 2 do
+    local worker, lease = entries[i], parse_lease(entries[i + 1])
+    local is_late = not lease or lease.ends_at < beat.now
+    if worker ~= beat.worker then expired[worker] = is_late or nil
+    else
+      own = lease
+      local is_other = not lease or lease.instance ~= beat.instance
+      local replaces = is_other and (lease or beat.mode == 'start')
+      if replaces then expired[worker] = true else own_is_intact = not is_late end
     end
   end
-  if #crashed > 0 then settle(q, at, crashed) end
-  for name in pairs(over) do
-    dead[#dead + 1] = name
-    if name ~= worker then call('HDEL', q .. 'workers', name) end
+  if not own_is_intact then beat.lease_intact = 0 end
+  if not own_is_intact or beat.mode ~= 'reap' then
+    expired = {[beat.worker] = expired[beat.worker]}
   end
-  sweep(q, at, 10000)
-  local waiters = call('ZCOUNT', q .. 'rate_limited', '-inf', at - 60)
-  if waiters > 0 then  -- has its limit forgotten it, or another that has vanished?
-    local n = math.random(waiters) - 1
-    ask(q, call('ZRANGE', q .. 'rate_limited', n, n)[1], at)
-  end
-  local due = promote(q, at)
-  if due and due < (next_due or math.huge) then next_due = due end
-  if due and due < at + lease or call('LLEN', q .. 'queued') > 0 then wake(q) end
-  leftover(q, 1000, posted)
+  local claim = own and not expired[beat.worker] and own.claim or 0
+  renew_lease(q, beat.worker, beat.instance, beat.now, beat.lease, claim)
+  return expired
 end
-return {dead, stamp(at), next_due and stamp(next_due) or '', fit, posted}
-""")
+""",
+    uses="parse_lease renew_lease",
+)
+
+_lua(
+    "crashed_run",
+    """
+function crashed_run(beat, q, id, text, token)  -- the run of a worker that was reaped
+  local seconds = beat.now - (token.started_at or beat.now)
+  return {
+    id = id, token = text, ended = string.format('%s %.6f', text, seconds),
+    result = 'worker ' .. token.worker .. ' died while it ran this job', result_type = 'failed',
+    ttl = beat.failure_ttl, rerun = 'crash', policy = beat.policy, chance = 0,
+    key = q .. 'job:' .. id, owned = false,
+  }
+end
+""",
+)
+
+_lua(
+    "reap",
+    """
+-- Settle, as crashed, the jobs of the workers in `expired`; and release what this worker has held
+-- for a lease by a claim before `oldest_held_claim`.
+function reap(beat, q, expired)
+  local started, crashed = call('HGETALL', q .. 'started'), {}
+  for i = #started - 1, 1, -2 do  -- from the end, so that the first is at the front again
+    local id, text = started[i], started[i + 1]
+    local token = parse_token(text)
+    if token and expired[token.worker] then
+      crashed[#crashed + 1] = crashed_run(beat, q, id, text, token)
+      if #crashed == 400 then
+        settle(q, crashed, beat.now)
+        crashed = {}
+      end
+    elseif token and token.worker == beat.worker and token.claim < beat.oldest_held_claim
+      and (token.started_at or beat.now) + beat.lease < beat.now then
+      requeue_front(q, id)
+    end
+  end
+  if #crashed > 0 then settle(q, crashed, beat.now) end
+  for worker in pairs(expired) do
+    beat.reaped[#beat.reaped + 1] = worker
+    if worker ~= beat.worker then call('HDEL', q .. 'workers', worker) end
+  end
+end
+""",
+    uses="parse_token crashed_run settle requeue_front",
+)
+
+_lua(
+    "look_after",
+    """
+-- Do what any worker does for a queue: forget what expired, promote what is due, leave a token if
+-- it was lost with the worker that took it, and hand out what is in the outbox.
+function look_after(beat, q)
+  local now = beat.now
+  forget_expired(q, 10000, now)
+  local waiting = call('ZCOUNT', q .. 'rate_limited', '-inf', now - 60)
+  if waiting > 0 then hooks().ask_again(q, waiting, now) end
+  local due = promote(q, now)
+  if due and due < beat.next_due then beat.next_due = due end
+  if due and due < now + beat.lease or call('LLEN', q .. 'queued') > 0 then wake(q) end
+  if call('EXISTS', q .. 'outbox') == 1 then hooks().add_unsent(q, 1000, outgoing) end
+end
+""",
+    uses="forget_expired promote wake outgoing",
+    hooks="ask_again add_unsent",
+)
+
+HEARTBEAT = Script(
+    "heartbeat",
+    """
+-- Renew the leases of `worker`, reap dead workers, do what any worker does for all.
+-- KEYS  prefixes of its queues
+-- ARGV  holder ('<worker> <instance>'), lease, mode, oldest_held_claim, policy of crashes,
+--       failure_ttl
+-- mode  'start'  first heartbeat: what is still held under this name was lost with a predecessor
+--       'reap'   on time for a whole lease: reap workers whose lease has expired
+--       ''       was late itself: reap nobody, since after an outage everybody is late
+-- Jobs held for longer than a lease by claims before `oldest_held_claim` came back with older data
+-- (a fail-over); they are released.
+-- Returns {names reaped, now, time of the next scheduled job or '', 1 if the lease was intact else
+-- 0, outgoing and what is in the outboxes}, or 'taken' if another instance has the name now.
+local holder, lease, mode, oldest_held_claim, policy, failure_ttl = unpack(ARGV)
+local worker, instance = parse_holder(holder)
+local beat = {
+  worker = worker, instance = instance, lease = lease, mode = mode, now = server_time(),
+  oldest_held_claim = tonumber(oldest_held_claim), policy = policy, failure_ttl = failure_ttl,
+  reaped = {}, next_due = math.huge, lease_intact = 1,
+}
+for _, q in ipairs(mode ~= 'start' and KEYS or {}) do
+  local held = read_lease(q, worker)
+  if held and held.ends_at >= beat.now and held.instance ~= instance then return 'taken' end
+end
+for _, q in ipairs(KEYS) do
+  reap(beat, q, find_expired(beat, q))
+  look_after(beat, q)
+end
+local next_due = beat.next_due < math.huge and format_time(beat.next_due) or ''
+return {beat.reaped, format_time(beat.now), next_due, beat.lease_intact, outgoing}
+""",
+    uses="parse_holder server_time read_lease reap find_expired look_after format_time outgoing",
+)
 
 
 def _heartbeat_command(
@@ -2625,42 +3176,63 @@ class _HeartbeatReply(NamedTuple):
     def parse(cls, reply: Any) -> _HeartbeatReply:
         if reply == b"taken":
             return cls(True, [], 0.0, None, False, [])
-        reaped, now, next_due, intact, flat = reply
+        reaped, now, next_due, intact, outgoing = reply
         names = [name.decode() for name in reaped]
         due = float(next_due) if next_due else None
-        return cls(False, names, float(now), due, intact == 1, _messages(flat))
+        messages = _as_messages(outgoing)
+        return cls(False, names, float(now), due, intact == 1, messages)
 
 
-RELEASE = Script("""
--- release: started -> queued, at the front, what `worker` holds by claims up to `number`, or of it
--- only the jobs named; nothing is counted.  Without names, `number` is the last claim that a dead
--- child of it can have sent: one that arrives late takes nothing; '' signs the worker off.  Where
--- another instance has the name now, it releases nothing.  Returns how many jobs there were.
-local holder, lease, number = unpack(ARGV)
-local worker, instance = identity(holder)
-local count = 0
-for _, q in ipairs(KEYS) do
-  local last = last_claim(q, worker, instance)
-  local ids = ARGV[4] and {unpack(ARGV, 4)} or call('HKEYS', q .. 'started')
-  if not last then ids = {} end
+_lua(
+    "release_jobs",
+    """
+-- started -> queued, of the jobs `ids` those that `worker` holds by claims up to `number`, '' for
+-- any.  Returns how many.
+function release_jobs(q, ids, worker, number)
+  local count = 0
   for i = #ids, 1, -1 do  -- from the end, so that the first is at the front again
-    local id, token = ids[i], call('HGET', q .. 'started', ids[i]) or ''
-    local name, claim = string.match(token, '^(.*)%.(%d+) ')
-    if name == worker and (number == '' or tonumber(claim) <= tonumber(number)) then
-      give_back(q, id)
+    local token = parse_token(call('HGET', q .. 'started', ids[i]))
+    if token and token.worker == worker and (number == '' or token.claim <= tonumber(number)) then
+      requeue_front(q, ids[i])
       count = count + 1
     end
   end
-  if not last then  -- its lease is another's
-  elseif number == '' then call('HDEL', q .. 'workers', worker)
-  elseif not ARGV[4] and last < tonumber(number) then
-    sit(q, worker, instance, now(), lease, number)
+  return count
+end
+""",
+    uses="parse_token requeue_front",
+)
+
+RELEASE = Script(
+    "release",
+    """
+-- started -> queued, at the front, what `worker` holds by claims up to `number`.  No counter
+-- changes.
+-- KEYS  prefixes of its queues
+-- ARGV  holder ('<worker> <instance>'), lease, number of a claim, ids ..
+-- With ids, only these jobs.  Without, `number` is the last claim that a dead child of the worker
+-- can have sent: one that arrives late takes nothing; '' signs the worker off.  If another instance
+-- has the name now, nothing is released.  Returns how many jobs there were.
+local holder, lease, number = unpack(ARGV)
+local worker, instance = parse_holder(holder)
+local named = #ARGV > 3 and {unpack(ARGV, 4)}
+local count = 0
+for _, q in ipairs(KEYS) do
+  local last = last_claim(read_lease(q, worker), instance)
+  if last then
+    count = count + release_jobs(q, named or call('HKEYS', q .. 'started'), worker, number)
+    if number == '' then call('HDEL', q .. 'workers', worker)
+    elseif not named and last < tonumber(number) then
+      renew_lease(q, worker, instance, server_time(), lease, number)
+    end
   end
-  -- It listened for these two.
+  -- The worker was to be woken for these two.
   if call('EXISTS', q .. 'queued', q .. 'scheduled') > 0 then wake(q) end
 end
 return count
-""")
+""",
+    uses="parse_holder last_claim read_lease release_jobs renew_lease server_time wake",
+)
 
 
 def _release_command(
@@ -2672,40 +3244,81 @@ def _release_command(
     return RELEASE(prefixes, holder, lease, "" if number is None else number, *ids)
 
 
-TRANSITION = Script("""
--- transition: a job in one of the containers `from` -> queued, canceled or gone.  Returns where it
--- was, '' if it does not exist, and what is posted.  A run in progress goes on, but its result is
--- refused.  `verdict` is what its dependents are told; `nonce` tells a call that was sent again.
-local q, id, from, to, front, failure_ttl, nonce, verdict = KEYS[1], unpack(ARGV)
-local job, at, was = q .. 'job:' .. id, now(), place(q, id)
-local moved = was and string.match(call('HGET', job, 'moved') or '', '^' .. nonce .. ' (.*)')
-if moved then return {moved, leftover(q, 100, posted)} end
+_lua(
+    "take_out",
+    """
+-- Take a job out of the container that it is in.
+function take_out(q, id, container)
+  local key = q .. container
+  if container == 'started' then call('HDEL', key, id)
+  elseif container == 'queued' then call('LREM', key, 1, id)
+  else call('ZREM', key, id) end
+end
+""",
+)
+
+_lua(
+    "requeue_job",
+    """
+function requeue_job(q, id, at_front, now)  -- ... -> queued, as if it had never run
+  local job = q .. 'job:' .. id
+  call('HDEL', job, 'retries', 'repeats', 'crashes', 'not_before', 'pending_end',
+    'callback_error')
+  if at_front then call('HSET', job, 'at_front', 1) end
+  expire_job(job, -1)
+  hooks().dispatch(q, id, now)
+end
+""",
+    uses="expire_job",
+    hooks="dispatch",
+)
+
+_lua(
+    "cancel_job",
+    """
+function cancel_job(q, id, failure_ttl, now)  -- ... -> canceled, or gone if it has no ttl
+  local job = q .. 'job:' .. id
+  local ttl = ttl_of(failure_ttl, call('HGET', job, 'failure_ttl'))
+  if ttl == 0 then return hooks().delete_job(q, id, now) end
+  call('ZADD', q .. 'canceled', ttl < 0 and '+inf' or format_time(now + ttl), id)
+  expire_job(job, hooks().is_parent(job) and -1 or ttl)
+end
+""",
+    uses="ttl_of format_time expire_job",
+    hooks="delete_job is_parent",
+)
+
+TRANSITION = Script(
+    "transition",
+    """
+-- A job in one of the containers `allowed` -> queued, canceled or gone.
+-- KEYS  prefix of the queue
+-- ARGV  id, allowed, to, at_front ('1' or '0'), failure_ttl, call_id, tell_dependents
+-- `call_id` tells a call that was sent again; `tell_dependents` is the status that dependents of a
+-- canceled job are told.  A run in progress goes on, but its result is refused.
+-- Returns {the container it was in or '' if there is no such job, outgoing}.
+local q, id, allowed, to, at_front, failure_ttl, call_id, tell_dependents = KEYS[1], unpack(ARGV)
+local job, now, was = q .. 'job:' .. id, server_time(), status_of(q, id)
+local last_move = was and call('HGET', job, 'last_move') or ''
+local done = string.match(last_move, '^' .. call_id .. ' (.*)')
+if done then return {done, hooks().add_unsent(q, 100, outgoing)} end
 if not was and to == 'gone' then call('LREM', q .. 'queued', 1, id) end  -- it had a ttl
-if not was or not string.find(from, was, 1, true) then return {was or '', posted} end
-if was == 'started' then call('HDEL', q .. was, id)
-elseif was == 'queued' then call('LREM', q .. was, 1, id)
-else call('ZREM', q .. was, id) end
-if to ~= 'gone' then call('HSET', job, 'moved', nonce .. ' ' .. was) end
+if not was or not string.find(allowed, was, 1, true) then return {was or '', outgoing} end
+take_out(q, id, was)
+if to ~= 'gone' then call('HSET', job, 'last_move', call_id .. ' ' .. was) end
 call('DEL', job .. ':waits')
-if to ~= 'gone' and not ENDED[was] then
-  conclude(q, id, to == 'canceled' and verdict or nil, at)
+if to ~= 'gone' and not FINAL[was] then
+  hooks().on_final(q, id, to == 'canceled' and tell_dependents or nil, now)
 end
-if to == 'queued' then
-  call('HDEL', job, 'retries', 'repeats', 'crashes', 'due', 'verdict', 'callback_error')
-  if front == '1' then call('HSET', job, 'at_front', 1) end
-  keep(job, -1)
-  admit(q, id, at)
-else
-  local ttl = to == 'canceled' and ttl_or(failure_ttl, call('HGET', job, 'failure_ttl')) or 0
-  if ttl == 0 then vanish(q, id, at)
-  else
-    call('ZADD', q .. to, ttl < 0 and '+inf' or stamp(at + ttl), id)
-    keep(job, is_parent(job) and -1 or ttl)
-  end
-end
+if to == 'queued' then requeue_job(q, id, at_front == '1', now)
+elseif to == 'canceled' then cancel_job(q, id, failure_ttl, now)
+else hooks().delete_job(q, id, now) end
 redis.pcall('PUBLISH', job, to)
-return {was, posted}
-""")
+return {was, outgoing}
+""",
+    uses="server_time status_of outgoing take_out FINAL requeue_job cancel_job",
+    hooks="add_unsent on_final delete_job",
+)
 
 
 def _transition_command(
@@ -2728,16 +3341,23 @@ class _TransitionReply(NamedTuple):
 
     @classmethod
     def parse(cls, reply: Any) -> _TransitionReply:
-        was, flat = reply
-        return cls(was.decode(), _messages(flat))
+        was, messages = reply
+        return cls(was.decode(), _as_messages(messages))
 
 
-SWEEP = Script("""
--- sweep: forget jobs of an ended container, a thousand in one call, whose record has expired until
--- then, '' for now.  Returns how many there were, and what is posted.
-local q, name, at = KEYS[1], ARGV[1], now()
-return {sweep_container(q, name, math.min(at, tonumber(ARGV[2]) or at), 1000), posted}
-""")
+SWEEP = Script(
+    "sweep",
+    """
+-- Forget jobs of a final container, a thousand in one call, whose record has expired.
+-- KEYS  prefix of the queue        ARGV  container, until ('' for now)
+-- Returns {how many there were, outgoing}.
+local q, container, until_time = KEYS[1], unpack(ARGV)
+local now = server_time()
+local time = math.min(now, tonumber(until_time) or now)
+return {forget_expired_in(q, container, time, 1000, now), outgoing}
+""",
+    uses="server_time forget_expired_in outgoing",
+)
 
 
 def _sweep_command(prefix: str, container: str, until: float | None = None) -> Command:
@@ -2752,22 +3372,26 @@ class _SweepReply(NamedTuple):
 
     @classmethod
     def parse(cls, reply: Any) -> _SweepReply:
-        forgotten, flat = reply
-        return cls(forgotten, _messages(flat))
+        forgotten, messages = reply
+        return cls(forgotten, _as_messages(messages))
 
 
-REGISTER = Script("""
--- register: store the record of a worker, for `lease` milliseconds, 0: remove it.  It holds the
--- name: returns '' if that is done, else the record of another instance, which keeps the name,
--- unless its record is still `dead`.  The key is the record's own.
+REGISTER = Script(
+    "register",
+    """
+-- Store the record of a worker, which holds its name.
+-- KEYS  key of the record        ARGV  instance, record, lease in ms (0 removes it), dead
+-- Returns '' if that is done; else the record of another instance, which keeps the name, unless it
+-- is `dead`.
 local key, instance, record, lease, dead = KEYS[1], unpack(ARGV)
 local held = redis.pcall('GET', key)
-local valid, about = pcall(cjson.decode, held)
-local holder = valid and type(about) == 'table' and about.instance
+local is_json, details = pcall(cjson.decode, held)
+local holder = is_json and type(details) == 'table' and details.instance
 if type(holder) == 'string' and holder ~= instance and held ~= dead then return held end
 if lease == '0' then call('DEL', key) else call('SET', key, record, 'PX', lease) end
 return ''
-""")
+""",
+)
 
 
 def _register_command(
@@ -2783,13 +3407,19 @@ def _unregister_command(key: str, instance: str) -> Command:
     return REGISTER.on_key(key, instance, "", 0, "")
 
 
-SET_FIELD = Script("""
--- set_field: set a field of a job's hash.  Returns 1, or 0 if there is no such job.
-local job, name, value = KEYS[1] .. 'job:' .. ARGV[1], ARGV[2], ARGV[3]
+SET_FIELD = Script(
+    "set_field",
+    """
+-- Set a field of a job's hash.
+-- KEYS  prefix of the queue        ARGV  id, name, value
+-- Returns 1, or 0 if there is no such job.
+local q, id, name, value = KEYS[1], unpack(ARGV)
+local job = q .. 'job:' .. id
 if call('EXISTS', job) == 0 then return 0 end
 call('HSET', job, name, value)
 return 1
-""")
+""",
+)
 
 
 def _set_field_command(prefix: str, id: str, name: str, value: Any) -> Command:
@@ -2797,73 +3427,24 @@ def _set_field_command(prefix: str, id: str, name: str, value: Any) -> Command:
     return SET_FIELD(prefix, id, name, value)
 
 
-CRON_STORE = Script("""
--- cron_store: store `spec` as the entry `name` of cron, '' to remove it.  If that changes it, its
--- ticks that wait in scheduled are gone, and it starts from now: with the first of these, or else
--- what was next or is now for an interval, of `back` seconds; 0: what comes next.  Returns 1, or 0
--- if nothing changed.
-local q, name, spec, back = KEYS[1], ARGV[1], ARGV[2], tonumber(ARGV[3])
-local at, was, first = now(), call('HGET', q .. 'cron', name) or '', nil
-if was == spec then return 0 end
-local last = tonumber(string.match(call('HGET', q .. 'ticks', name) or '', '^%S+'))
-local ahead = last and call('ZRANGEBYSCORE', q .. 'scheduled', stamp(at), stamp(last)) or {}
-for _, id in ipairs(ahead) do
-  local job = q .. 'job:' .. id  -- one that was enqueued already waits for a retry
-  if string.match(id, '^(.*)%-%d+$') == name and call('HGET', job, 'enqueued_at') == '' then
-    first = first or call('ZSCORE', q .. 'scheduled', id)
-    call('ZREM', q .. 'scheduled', id)
-    vanish(q, id, at)
-  end
-end
-local base = math.floor(at) - math.max(1, back)
-if first and back > 0 then base = first - back
-elseif last and not first then base = math.max(base, math.min(last, at)) end
-if spec == '' then
-  call('HDEL', q .. 'cron', name)
-  call('HDEL', q .. 'ticks', name)
-else
-  call('HSET', q .. 'cron', name, spec)
-  call('HSET', q .. 'ticks', name, stamp(base) .. ' ' .. stamp(at))
-end
-return 1
-""")
-
-
-def _cron_store_command(prefix: str, slug: str, spec: str, interval: float) -> Command:
-    """Store the JSON of an entry of cron, '' to remove it; the reply is 1 if that changed it.
-    `interval` is in seconds, 0 for an entry with an expression."""
-    return CRON_STORE(prefix, slug, spec, interval)
-
-
-CRON_READ = Script("""
--- cron_read: read the entries of cron; `name` runs it, if it is not ''.  Returns the time, whether
--- the name is new, and the hash of last ticks, that of entries, and the schedulers.
-local q, name, at, new = KEYS[1], ARGV[1], now(), 0
-if name ~= '' then
-  new = call('ZADD', q .. 'schedulers', stamp(at), name)
-  call('ZREMRANGEBYSCORE', q .. 'schedulers', '-inf', at - 60)
-end
-local schedulers = call('ZRANGE', q .. 'schedulers', 0, -1, 'WITHSCORES')
-return {stamp(at), new, {call('HGETALL', q .. 'ticks'), call('HGETALL', q .. 'cron'), schedulers}}
-""")
-
-
-def _cron_read_command(prefix: str, scheduler: str = "") -> Command:
-    """Read the entries of cron; `scheduler` runs them, if it is not ''."""
-    return CRON_READ(prefix, scheduler)
-
-
-FETCH = Script("""
--- fetch: read a job as {status, execution or '', its worker's last heartbeat or '', hash}; the
--- status is '' if there is no such job.
+FETCH = Script(
+    "fetch",
+    """
+-- Read a job.
+-- KEYS  prefix of the queue        ARGV  id
+-- Returns {status, token or '', heartbeat_at of its worker or '', hash}; the status is '' if there
+-- is no such job.
 local q, id = KEYS[1], ARGV[1]
-local status = place(q, id)
+local status = status_of(q, id)
 if not status then return {'', '', '', {}} end
-local execution = call('HGET', q .. 'started', id) or ''
-local seat = call('HGET', q .. 'workers', string.match(execution, '^(.*)%.%d+ ') or '') or ''
-local heartbeat_at = string.match(seat, '^%d+%.%d+') or ''
-return {status, execution, heartbeat_at, call('HGETALL', q .. 'job:' .. id)}
-""")
+local text = call('HGET', q .. 'started', id) or ''
+local token = parse_token(text)
+local lease = token and read_lease(q, token.worker)
+local heartbeat_at = lease and lease.heartbeat_at or ''
+return {status, text, heartbeat_at, call('HGETALL', q .. 'job:' .. id)}
+""",
+    uses="status_of parse_token read_lease",
+)
 
 
 def _fetch_command(prefix: str, id: str) -> Command:
@@ -2878,16 +3459,22 @@ class _FetchReply(NamedTuple):
     fields: list[bytes]  # of its hash: name, value, ..
 
 
-WHERE = Script("""
--- where: for each id, the container that its job is in, '' if there is no such job; then, in the
--- same order, the groups of these jobs, '' for none.
-local q, places, groups = KEYS[1], {}, {}
+WHERE = Script(
+    "where",
+    """
+-- Tell where jobs are.
+-- KEYS  prefix of the queue        ARGV  ids
+-- Returns {containers, groups}, with '' where there is no such job, or it has no group.
+local q, containers, groups = KEYS[1], {}, {}
 for i, id in ipairs(ARGV) do
-  places[i] = place(q, id) or ''
-  groups[i] = places[i] ~= '' and call('HGET', q .. 'job:' .. id, 'group_id') or ''
+  local status = status_of(q, id)
+  containers[i] = status or ''
+  groups[i] = status and call('HGET', q .. 'job:' .. id, 'group_id') or ''
 end
-return {places, groups}
-""")
+return {containers, groups}
+""",
+    uses="status_of",
+)
 
 
 def _where_command(prefix: str, ids: Iterable[str]) -> Command:
@@ -2895,10 +3482,16 @@ def _where_command(prefix: str, ids: Iterable[str]) -> Command:
     return WHERE(prefix, *ids)
 
 
-COUNT = Script("""
--- count: how many members of a sorted set of times have one that is still to come.
-return call('ZCOUNT', KEYS[1] .. ARGV[1], '(' .. stamp(now()), '+inf')
-""")
+COUNT = Script(
+    "count",
+    """
+-- Count the members of a sorted set of times whose time is still to come.
+-- KEYS  prefix of the queue        ARGV  container
+local q, container = KEYS[1], ARGV[1]
+return call('ZCOUNT', q .. container, '(' .. format_time(server_time()), '+inf')
+""",
+    uses="format_time server_time",
+)
 
 
 def _count_command(prefix: str, container: str) -> Command:
@@ -2906,37 +3499,50 @@ def _count_command(prefix: str, container: str) -> Command:
     return COUNT(prefix, container)
 
 
-LIST = Script("""
--- list: those members, `count` of them from `offset` on, -1 for all; from the last one if `desc`.
-local key, offset, count, desc = KEYS[1] .. ARGV[1], ARGV[2], ARGV[3], ARGV[4] == '1'
-local low = '(' .. stamp(now())
-if desc then return call('ZREVRANGEBYSCORE', key, '+inf', low, 'LIMIT', offset, count) end
+LIST = Script(
+    "list",
+    """
+-- List the members of a sorted set of times whose time is still to come.
+-- KEYS  the set        ARGV  offset, count (-1 for all), desc ('1': from the last one)
+local key, offset, count, desc = KEYS[1], unpack(ARGV)
+local low = '(' .. format_time(server_time())
+if desc == '1' then
+  return call('ZREVRANGEBYSCORE', key, '+inf', low, 'LIMIT', offset, count)
+end
 return call('ZRANGEBYSCORE', key, low, '+inf', 'LIMIT', offset, count)
-""")
+""",
+    uses="format_time server_time",
+)
 
 
 def _list_command(
     key: str, offset: int = 0, count: int = -1, desc: bool = False
 ) -> Command:
     """List `count` members, -1 for all, of a sorted set of times; without those that passed."""
-    return LIST.on_key(key, "", offset, count, int(desc))
+    return LIST.on_key(key, offset, count, int(desc))
 
 
-JOIN = Script("""
--- join: enter members into the sorted set of times KEYS[1], `ahead` seconds from now and in their
--- order, behind those that joined before; it expires in `ttl` seconds, unless more join.  If it
--- holds times to come, those that have passed leave it.
-local key, ahead, ttl, at, entries = KEYS[1], tonumber(ARGV[1]), ARGV[2], now(), {}
-if ahead > 0 then call('ZREMRANGEBYSCORE', key, '-inf', stamp(at)) end
+JOIN = Script(
+    "join",
+    """
+-- Enter members into a sorted set of times, in their order, behind those that joined before.
+-- KEYS  the set        ARGV  ahead (seconds from now), ttl (seconds), members ..
+-- The set expires after the ttl, unless more join.  If it holds times to come, those that have
+-- passed leave it.
+local key, ahead, ttl = KEYS[1], unpack(ARGV)
+local now, entries = server_time(), {}
+if tonumber(ahead) > 0 then call('ZREMRANGEBYSCORE', key, '-inf', format_time(now)) end
 local last = tonumber(call('ZRANGE', key, -1, -1, 'WITHSCORES')[2]) or 0
-local first = math.max(at + ahead, last + 1e-6)
-for i = 3, #ARGV do
-  entries[#entries + 1] = stamp(first + (i - 3) / 1e6)
-  entries[#entries + 1] = ARGV[i]
+local first = math.max(now + ahead, last + 1e-6)
+for i, member in ipairs({unpack(ARGV, 3)}) do
+  entries[#entries + 1] = format_time(first + (i - 1) / 1e6)
+  entries[#entries + 1] = member
 end
 call('ZADD', key, unpack(entries))
 call('EXPIRE', key, ttl)
-""")
+""",
+    uses="server_time format_time",
+)
 
 
 def _join_command(key: str, ahead: float, ttl: float, *members: str) -> Command:
@@ -2944,14 +3550,20 @@ def _join_command(key: str, ahead: float, ttl: float, *members: str) -> Command:
     return JOIN.on_key(key, ahead, ttl, *members)
 
 
-LEAVE = Script("""
--- leave: take members out of the sorted set of times KEYS[1] that joined it `age` seconds ago.
-local before = now() - ARGV[1]
-for i = 2, #ARGV do
-  local since = call('ZSCORE', KEYS[1], ARGV[i])
-  if since and tonumber(since) <= before then call('ZREM', KEYS[1], ARGV[i]) end
+LEAVE = Script(
+    "leave",
+    """
+-- Take members out of a sorted set of times.
+-- KEYS  the set        ARGV  age (seconds since they joined, at least), members ..
+local key, age = KEYS[1], ARGV[1]
+local before = server_time() - age
+for _, member in ipairs({unpack(ARGV, 2)}) do
+  local since = call('ZSCORE', key, member)
+  if since and tonumber(since) <= before then call('ZREM', key, member) end
 end
-""")
+""",
+    uses="server_time",
+)
 
 
 def _leave_command(key: str, age: float, *members: str) -> Command:
@@ -3740,7 +4352,7 @@ class Job:
         """Have the end of the next run published, and return whether a run may come.
 
         None comes for a job that is gone or canceled.  One round trip."""
-        waiter = _set_field_command(self.queue.prefix, self.id, "waited", 1)
+        waiter = _set_field_command(self.queue.prefix, self.id, "has_waiter", 1)
         canceled = ("ZSCORE", f"{self.queue.prefix}canceled", self.id)
         exists, canceled_until = _execute(self.connection, waiter, canceled)
         return bool(exists) and canceled_until is None
@@ -4973,7 +5585,7 @@ def _run_function(
     try:
         _check_before_run(job)
         _log_start(job, describe)
-        if "verdict" in job._fields:
+        if "pending_end" in job._fields:
             return _outcome_from_outside(job)
         value = _call_with_timeout(execution, job.timeout, job.perform)
         seconds = time.perf_counter() - started
@@ -5010,7 +5622,7 @@ def _outcome_from_outside(job: Job) -> tuple[Outcome, Any]:
 
     The job does not run again. It was claimed only so that its callback is called. The
     field is not signed, so it can't make a job that has not run a successful one."""
-    kind, _, reason = job._text("verdict").strip().partition(" ")
+    kind, _, reason = job._text("pending_end").partition(" ")
     if kind not in (ResultType.FAILED, ResultType.STOPPED):
         raise DeserializationError(f"the end of job {job.id} can't be read back")
     return Outcome(ResultType(kind), reason.encode()), AbandonedJobError(reason)
@@ -7448,7 +8060,7 @@ class _Supervisor:
         twice.  Not in a Cluster, where a node may be replaced by another at any
         time."""
         if not isinstance(self.instances[0].client, RedisCluster):
-            texts = [script.lua for script in SCRIPTS.values()]
+            texts = [script.lua for script in SCRIPTS]
             _execute(self.connection, *[("SCRIPT", "LOAD", text) for text in texts])
 
     def _take_name(self, instance: _Instance) -> None:
@@ -7990,66 +8602,527 @@ _COMMAND_HANDLERS = {
 # ======== Part II: what else there is =================================================
 
 # ---- 12. Messages between queues -----------------------------------------------------
-# What a script has to tell another queue, or a limit, it stores in an outbox, since that
-# may live on another node.  Whoever sees a message there may relay it, as often as it takes.
+# What a script has to tell another queue, or a limit, it stores in an outbox as a message, together
+# with its cause, since the other may live on another node.  Whoever sees a message there may relay
+# it, as often as it takes; it is acknowledged last.  So each message may come twice, at any later
+# time, and means the same.  A message for the queue itself is handled at once.
+#
+#     to a queue  subscribe <parent> <prefix> <dependent> <created_at> <allow>
+#                 parent_finished <parent's key> <dependent> <created_at>, or parent_gone ..
+#                 notify <parent> <parent_finished or parent_gone> <set of dependents>, to itself
+#                 granted <id> <slot> <when it may start> <prefix of the limit> <numbers>
+#     to a limit  acquire <prefix> <id> <slot> <numbers>, or release_slot ..
+#
+# `created_at` tells the lives of an id apart; <numbers> are concurrency, rate and period.
 
+_lua(
+    "sends",
+    """
+sends = {count = 0, limit = 1000}  -- messages of this call; the limit is for those handled at once
+""",
+)
 
-DELIVER = Script("""
--- deliver: do what the words that other queues have posted to this one, or to this limit, ask for.
--- Each may come twice.  Returns what is posted in turn and, if that is nothing, what had been
--- posted and is still there.
-local q, at, left = KEYS[1], now(), {}
-local holders, waiting, starts = q .. 'holders', q .. 'waiting', q .. 'starts'
-local function grant(member, due)
-  local to, id, slot, numbers = string.match(member, '^(%S+) (%S+) (%S+) (.*)$')
-  post(q, to, 'grant ' .. id .. ' ' .. slot .. ' ' .. stamp(due) .. ' ' .. q .. ' ' .. numbers, at)
+_lua(
+    "store_message",
+    """
+function store_message(q, to, text)
+  text = to .. ' ' .. text
+  call('SADD', q .. 'outbox', text)
+  outgoing[#outgoing + 1] = {q, text}
 end
-for _, text in ipairs(ARGV) do
-  local verb, member = string.match(text, '^(%S+) (.*)$')
-  if verb == 'ask' and call('ZSCORE', holders, member) then grant(member, at)  -- it was lost
-  elseif verb == 'ask' then
-    call('ZADD', waiting, 'NX', string.match(member, '^%S+ %S+ (%S+)'), member)
-  elseif verb == 'free' then
+""",
+    uses="outgoing",
+)
+
+_lua(
+    "send",
+    """
+-- Handle a message of queue `q` to itself at once, up to a limit, as more would hold the server;
+-- else store it.
+function send(q, to, text, now)
+  sends.count = sends.count + 1
+  if to == q and sends.count <= sends.limit then handle_message(q, text, now)
+  else store_message(q, to, text) end
+end
+""",
+    uses="sends store_message handle_message",
+)
+
+_lua(
+    "add_unsent",
+    """
+-- Add to a list up to `limit` messages that are in the outbox, of any time; returns the list.
+function add_unsent(q, limit, messages)
+  for _, text in ipairs(call('SRANDMEMBER', q .. 'outbox', limit)) do
+    messages[#messages + 1] = {q, text}
+  end
+  return messages
+end
+""",
+)
+
+# Dependencies.
+
+_lua(
+    "is_parent",
+    """
+function is_parent(job)  -- then its record doesn't expire by itself, but by the sweep
+  local list = job .. ':dependents:'
+  return call('EXISTS', list .. 'any', list .. 'failed', list .. 'none') > 0
+end
+""",
+)
+
+_lua(
+    "notify_some",
+    """
+-- Send a message to dependents in the set `list`, to as many as this call has room for.  Returns
+-- whether there are more.
+function notify_some(q, id, kind, list, now)
+  local room = math.max(0, sends.limit - sends.count)
+  local entries = room > 0 and call('SPOP', list, room) or {}
+  for _, entry in ipairs(entries) do
+    local to, dependent = string.match(entry, '^(%S+) (%S+ %S+)$')
+    if to then send(q, to, kind .. ' ' .. q .. id .. ' ' .. dependent, now) end
+  end
+  return #entries == room and call('EXISTS', list) == 1
+end
+""",
+    uses="sends send",
+)
+
+_lua(
+    "notify_dependents",
+    """
+-- Tell all dependents for which this end of the job counts; 'gone' is for all.  Those for whom this
+-- call has no room are set apart, since the job may begin a new life with others; they are notified
+-- by a message of the queue to itself, which stays in the outbox until the last of them is.
+function notify_dependents(q, id, status, now)
+  for _, allow in ipairs({'any', 'failed', 'none'}) do
+    local list = q .. 'job:' .. id .. ':dependents:' .. allow
+    local counts = status == 'finished' or status == allow or allow == 'any'
+    local kind = counts and 'parent_finished' or 'parent_gone'
+    if (counts or status == 'gone') and notify_some(q, id, kind, list, now) then
+      local untold = q .. 'job:' .. id .. ':untold:' .. allow .. format_time(now)
+      call('RENAME', list, untold)
+      store_message(q, q, 'notify ' .. id .. ' ' .. kind .. ' ' .. untold)
+    end
+  end
+end
+""",
+    uses="notify_some format_time store_message",
+)
+
+_lua(
+    "on_final",
+    """
+-- Give up the slot of a job; and with a status, which is that of its end, notify its dependents.
+function on_final(q, id, status, now)
+  local has_any, slot, limit =
+    unpack(call('HMGET', q .. 'job:' .. id, 'has_dependents', 'slot', 'rate_limit'))
+  if slot then release_slot(q, id, slot, limit, now) end
+  if has_any and status then notify_dependents(q, id, status, now) end
+end
+""",
+    uses="release_slot notify_dependents",
+)
+
+_lua(
+    "delete_job",
+    """
+function delete_job(q, id, now)
+  on_final(q, id, 'gone', now)
+  delete_record(q .. 'job:' .. id)
+end
+""",
+    uses="on_final delete_record",
+)
+
+_lua(
+    "store_blocked",
+    """
+-- Let a new job wait for the jobs that it depends on; if it has none, see dispatch.
+function store_blocked(q, id, due, now)
+  local job = q .. 'job:' .. id
+  if due then call('HSET', job, 'not_before', format_time(due)) end
+  local depends_on, created_at = unpack(call('HMGET', job, 'depends_on', 'created_at'))
+  local parents, allow = string.match(depends_on or '', '^(.-) ?(%S*)$')
+  if parents == '' then return dispatch(q, id, now) end
+  call('ZADD', q .. 'deferred', created_at, id)
+  for key in string.gmatch(parents, '%S+') do call('SADD', job .. ':waits', key) end
+  local dependent = q .. ' ' .. id .. ' ' .. created_at .. ' ' .. allow
+  for to, parent in string.gmatch(parents, '(%S+:)(%S+)') do
+    send(q, to, 'subscribe ' .. parent .. ' ' .. dependent, now)
+  end
+end
+""",
+    uses="format_time dispatch send",
+)
+
+_lua(
+    "final_status",
+    """
+-- How a job has ended, as its dependents see it: 'finished', 'failed', 'stopped', 'canceled'; also
+-- 'finished' if it does not exist; nil if it has not ended.
+function final_status(q, id, now)
+  local status, expires_at = status_of(q, id)
+  if not status then return 'finished' end
+  if not FINAL[status] then return nil end
+  if tonumber(expires_at) <= now then  -- the sweep is late
+    delete_job(q, id, now)
+    return 'finished'
+  end
+  local ended = call('HGET', q .. 'job:' .. id, 'ended') or ''
+  if status == 'failed' and string.find(ended, ' stopped$') then return 'stopped' end
+  return status
+end
+""",
+    uses="status_of FINAL delete_job",
+)
+
+_lua(
+    "on_subscribe",
+    """
+-- Note a dependent, or tell it that its parent has ended.
+function on_subscribe(q, parent, rest, now)
+  local job, status = q .. 'job:' .. parent, final_status(q, parent, now)
+  local to, dependent, allow = string.match(rest, '^(%S+) (%S+ %S+) (%S+)$')
+  if not to then return end
+  if status == 'finished' or status and (allow == 'any' or allow == status) then
+    return send(q, to, 'parent_finished ' .. q .. parent .. ' ' .. dependent, now)
+  end
+  if allow ~= 'any' and allow ~= 'failed' then allow = 'none' end
+  call('SADD', job .. ':dependents:' .. allow, to .. ' ' .. dependent)
+  call('HSET', job, 'has_dependents', 1)
+  expire_job(job, -1)
+end
+""",
+    uses="final_status send expire_job",
+)
+
+_lua(
+    "on_notify",
+    """
+function on_notify(q, parent, rest, now)  -- go on with dependents that were set apart
+  local kind, list = string.match(rest, '^(%S+) (%S+)$')
+  if list and notify_some(q, parent, kind, list, now) then
+    store_message(q, q, 'notify ' .. parent .. ' ' .. rest)
+  end
+end
+""",
+    uses="notify_some store_message",
+)
+
+_lua(
+    "on_parent_gone",
+    """
+-- A job waits no longer for a parent.  Returns the job's id if it is still the same life of it.
+function on_parent_gone(q, parent_key, rest)
+  local id, created_at = string.match(rest, '^(%S+) (%S+)$')
+  if not id or call('HGET', q .. 'job:' .. id, 'created_at') ~= created_at then return nil end
+  call('SREM', q .. 'job:' .. id .. ':waits', parent_key)
+  return id
+end
+""",
+)
+
+_lua(
+    "on_parent_finished",
+    """
+-- deferred -> ..., when the last parent has finished.
+function on_parent_finished(q, parent_key, rest, now)
+  local id = on_parent_gone(q, parent_key, rest)
+  if id and call('EXISTS', q .. 'job:' .. id .. ':waits') == 0
+    and call('ZREM', q .. 'deferred', id) == 1 then
+    dispatch(q, id, now)
+  end
+end
+""",
+    uses="on_parent_gone dispatch",
+)
+
+# Limits, as a queue sees them.  A job has the field `slot` while it wants a slot or has it.
+
+_lua(
+    "parse_limit",
+    """
+-- '<prefix of the limit> <concurrency> <rate> <period>', a field of a job; nil if it is garbled.
+function parse_limit(text)
+  local to, numbers = string.match(text or '', '^(%S+) (%d+ %d+ [%d.]+)$')
+  if not to then return nil end
+  local concurrency, rate, period = string.match(numbers, '^(%S+) (%S+) (%S+)$')
+  return {
+    to = to, numbers = numbers, concurrency = tonumber(concurrency), rate = tonumber(rate),
+    period = tonumber(period),
+  }
+end
+""",
+)
+
+_lua(
+    "release_slot",
+    """
+function release_slot(q, id, slot, limit_text, now)
+  local to, numbers = string.match(limit_text or '', '^(%S+) (.*)$')
+  call('HDEL', q .. 'job:' .. id, 'slot')
+  if not to then return end
+  send(q, to, 'release_slot ' .. q .. ' ' .. id .. ' ' .. slot .. ' ' .. numbers, now)
+end
+""",
+    uses="send",
+)
+
+_lua(
+    "release_before_rerun",
+    """
+-- Give up the slot of a job that runs again, unless it does so at once, and has no rate.
+function release_before_rerun(q, id, slot, limit_text, delay, now)
+  local limit = parse_limit(limit_text)
+  if delay > 0 or not limit or limit.rate ~= 0 then release_slot(q, id, slot, limit_text, now) end
+end
+""",
+    uses="parse_limit release_slot",
+)
+
+_lua(
+    "request_slot",
+    """
+-- Ask for the slot that a job has or wants.  Returns false if that makes no sense.
+function request_slot(q, id, now)
+  local slot, limit_text = unpack(call('HMGET', q .. 'job:' .. id, 'slot', 'rate_limit'))
+  local limit = parse_limit(limit_text)
+  if not (slot and limit) then return false end
+  local member = q .. ' ' .. id .. ' ' .. slot .. ' ' .. limit.numbers
+  send(q, limit.to, 'acquire ' .. member, now)
+  return true
+end
+""",
+    uses="parse_limit send",
+)
+
+_lua(
+    "ask_again",
+    """
+-- Ask once more for one of the `count` jobs that have waited longest for a slot: their limit may
+-- have forgotten it, or a job that had a slot and has vanished.
+function ask_again(q, count, now)
+  local index = math.random(count) - 1
+  request_slot(q, call('ZRANGE', q .. 'rate_limited', index, index)[1], now)
+end
+""",
+    uses="request_slot",
+)
+
+_lua(
+    "is_slot_stale",
+    """
+-- Whether a job was to start at `not_before`, and nobody was there in time: then its like may be
+-- many, and would come all at once.  Each may be late by what the rate leaves between two of them.
+function is_slot_stale(not_before, limit_text, now)
+  local limit = parse_limit(limit_text) or {rate = 1, period = 0}
+  local gap = math.max(1, limit.period / math.max(1, limit.rate))
+  return not_before + gap < now
+end
+""",
+    uses="parse_limit",
+)
+
+_lua(
+    "dispatch",
+    """
+-- ... -> as far as a job may go: scheduled, rate_limited, queued.
+function dispatch(q, id, now)
+  local job = q .. 'job:' .. id
+  local not_before, limit, slot, at_front =
+    unpack(call('HMGET', job, 'not_before', 'rate_limit', 'slot', 'at_front'))
+  not_before = tonumber(not_before or '')
+  if not_before and not_before > now then return schedule(q, id, not_before) end
+  if not_before then
+    call('HDEL', job, 'not_before')
+    if slot and is_slot_stale(not_before, limit, now) then
+      release_slot(q, id, slot, limit, now)
+      slot = nil
+    end
+  end
+  if limit and not slot then
+    slot = format_time(now + sends.count / 1e6)  -- so that jobs keep their order
+    call('HSET', job, 'slot', slot)
+    call('ZADD', q .. 'rate_limited', slot, id)
+    if request_slot(q, id, now) then return end
+    call('ZREM', q .. 'rate_limited', id)  -- the limit is garbled
+  end
+  push_queued(q, id, at_front, now)
+end
+""",
+    uses="schedule is_slot_stale release_slot format_time sends request_slot push_queued",
+)
+
+_lua(
+    "on_granted",
+    """
+-- rate_limited -> queued or scheduled, or back to the limit if the job does not want the slot now.
+function on_granted(q, id, rest, now)
+  local slot, starts_at, to, numbers = string.match(rest, '^(%S+) (%S+) (%S+) (.*)$')
+  local job = q .. 'job:' .. id
+  if not slot then return end
+  if call('HGET', job, 'slot') ~= slot or FINAL[status_of(q, id)] then
+    send(q, to, 'release_slot ' .. q .. ' ' .. id .. ' ' .. slot .. ' ' .. numbers, now)
+  elseif call('ZREM', q .. 'rate_limited', id) == 1 then
+    if tonumber(starts_at) > now then call('HSET', job, 'not_before', starts_at) end
+    dispatch(q, id, now)
+  end
+end
+""",
+    uses="FINAL status_of send dispatch",
+)
+
+_lua(
+    "HANDLERS",
+    """
+HANDLERS = {
+  subscribe = on_subscribe, notify = on_notify, parent_finished = on_parent_finished,
+  parent_gone = on_parent_gone, granted = on_granted,
+}
+""",
+    uses="on_subscribe on_notify on_parent_finished on_parent_gone on_granted",
+)
+
+_lua(
+    "handle_message",
+    """
+-- Do what a message to a queue asks for; one that is garbled is dropped.
+function handle_message(q, text, now)
+  local kind, subject, rest = string.match(text, '^(%S+) (%S+) (.*)$')
+  local handler = HANDLERS[kind]
+  if handler then handler(q, subject, rest, now) end
+end
+""",
+    uses="HANDLERS",
+)
+
+DELIVER = Script(
+    "deliver",
+    """
+-- deferred, rate_limited -> queued, scheduled, rate_limited: handle messages from other queues.
+-- KEYS  prefix of the queue        ARGV  messages
+-- Returns {outgoing, what was in the outbox already}; the second only if the first is empty and
+-- these are few: the queue's workers look after the outbox.
+local q, now, unsent = KEYS[1], server_time(), {}
+for _, text in ipairs(ARGV) do handle_message(q, text, now) end
+if #outgoing == 0 and call('SCARD', q .. 'outbox') <= 20 then add_unsent(q, 20, unsent) end
+return {outgoing, unsent}
+""",
+    uses="server_time handle_message outgoing add_unsent",
+)
+
+# A limit.  Its keys are the sets of `holders` and of `waiting` jobs, and the list `starts`.
+
+_lua(
+    "grant",
+    """
+function grant(limit, member, starts_at)  -- tell a job that it has a slot
+  local to, id, slot, numbers = string.match(member, '^(%S+) (%S+) (%S+) (.*)$')
+  if not to then return end
+  local granted = 'granted ' .. id .. ' ' .. slot .. ' ' .. format_time(starts_at)
+  store_message(limit, to, granted .. ' ' .. limit .. ' ' .. numbers)
+end
+""",
+    uses="format_time store_message",
+)
+
+_lua(
+    "on_limit_message",
+    """
+function on_limit_message(limit, text, now)
+  local kind, member = string.match(text, '^(%S+) (.*)$')
+  local holders, waiting = limit .. 'holders', limit .. 'waiting'
+  if kind == 'acquire' and call('ZSCORE', holders, member) then
+    grant(limit, member, now)  -- the message that said so was lost
+  elseif kind == 'acquire' then
+    local slot = string.match(member, '^%S+ %S+ (%S+)')
+    if tonumber(slot) then call('ZADD', waiting, 'NX', slot, member) end
+  elseif kind == 'release_slot' then
     call('ZREM', holders, member)
     call('ZREM', waiting, member)
-  else receive(q, text, at) end
-end
-while true do
-  local member = call('ZRANGE', waiting, 0, 0)[1]
-  if not member then break end
-  local most, rate, per = string.match(member, '(%S+) (%S+) (%S+)$')
-  most, rate, per = tonumber(most), tonumber(rate), tonumber(per)
-  if not (most and rate and per) then most, rate = 0, 0 end  -- garbled: it harms nobody else
-  if most > 0 and call('ZCARD', holders) >= most then  -- has one of them been lost?
-    local oldest, since = unpack(call('ZRANGE', holders, 0, 0, 'WITHSCORES'))
-    if since + 60 < at then
-      call('ZADD', holders, stamp(at), oldest)
-      grant(oldest, at)
-    end
-    break
   end
-  local due = at
-  if rate > 0 then
-    due = math.max(at, (call('LINDEX', starts, rate - 1) or 0) + per)
-    call('LPUSH', starts, stamp(due))
-    call('LTRIM', starts, 0, rate - 1)
+end
+""",
+    uses="grant",
+)
+
+_lua(
+    "parse_numbers",
+    """
+-- The numbers of a member '<prefix> <id> <slot> <concurrency> <rate> <period>'.  Garbled ones are
+-- no limit, so that they harm nobody else.
+function parse_numbers(member)
+  local concurrency, rate, period = string.match(member, '(%S+) (%S+) (%S+)$')
+  concurrency, rate, period = tonumber(concurrency), tonumber(rate), tonumber(period)
+  if concurrency and rate and period then
+    return {concurrency = concurrency, rate = rate, period = period}
+  end
+  return {concurrency = 0, rate = 0, period = 0}
+end
+""",
+)
+
+_lua(
+    "grant_next",
+    """
+-- Give a slot to the job that waits longest.  Returns false if there is none, or no slot.
+function grant_next(limit, now)
+  local holders, waiting, starts = limit .. 'holders', limit .. 'waiting', limit .. 'starts'
+  local member = call('ZRANGE', waiting, 0, 0)[1]
+  if not member then return false end
+  local numbers = parse_numbers(member)
+  if numbers.concurrency > 0 and call('ZCARD', holders) >= numbers.concurrency then
+    local oldest, since = unpack(call('ZRANGE', holders, 0, 0, 'WITHSCORES'))
+    if since + 60 < now then  -- it may have vanished: if so, its queue gives the slot back
+      call('ZADD', holders, format_time(now), oldest)
+      grant(limit, oldest, now)
+    end
+    return false
+  end
+  local starts_at = now
+  if numbers.rate > 0 then
+    local recent = call('LINDEX', starts, numbers.rate - 1) or 0
+    starts_at = math.max(now, recent + numbers.period)
+    call('LPUSH', starts, format_time(starts_at))
+    call('LTRIM', starts, 0, numbers.rate - 1)
   end
   call('ZREM', waiting, member)
-  call('ZADD', holders, stamp(at), member)
-  grant(member, due)
+  call('ZADD', holders, format_time(now), member)
+  grant(limit, member, starts_at)
+  return true
 end
-local limit, outbox = string.find(q, '^microq:limit:'), q .. 'outbox'
-for _, key in ipairs(limit and {holders, waiting, starts, outbox} or {}) do
-  call('EXPIRE', key, 366 * 86400)
+""",
+    uses="parse_numbers format_time grant",
+)
+
+GRANT_SLOTS = Script(
+    "grant_slots",
+    """
+-- Handle messages to a limit, and give slots to the jobs that wait, as far as there are any.
+-- KEYS  prefix of the limit        ARGV  messages
+-- The keys of a limit that is not used for a year are forgotten.
+-- Returns {outgoing, what was in the outbox already}; the second only if the first is empty.
+local limit, now, unsent = KEYS[1], server_time(), {}
+for _, text in ipairs(ARGV) do on_limit_message(limit, text, now) end
+while grant_next(limit, now) do end
+for _, name in ipairs({'holders', 'waiting', 'starts', 'outbox'}) do
+  call('EXPIRE', limit .. name, 366 * 86400)
 end
--- A queue has keepers, which look for what is left.
-if #posted == 0 and (limit or call('SCARD', outbox) <= 20) then leftover(q, 20, left) end
-return {posted, left}
-""")
+if #outgoing == 0 then add_unsent(limit, 20, unsent) end
+return {outgoing, unsent}
+""",
+    uses="server_time on_limit_message grant_next outgoing add_unsent",
+)
 
 
 def _deliver_command(prefix: str, texts: Sequence[bytes]) -> Command:
-    """Give messages to a queue, or a limit; the reply is for _DeliverReply.parse()."""
+    """Give messages to a queue or a limit; the reply is for _DeliverReply.parse()."""
+    if prefix.startswith("microq:limit:"):
+        return GRANT_SLOTS(prefix, *texts)
     return DELIVER(prefix, *texts)
 
 
@@ -8060,7 +9133,7 @@ class _DeliverReply(NamedTuple):
     @classmethod
     def parse(cls, reply: Any) -> _DeliverReply:
         caused, unsent = reply
-        return cls(_messages(caused), _messages(unsent))
+        return cls(_as_messages(caused), _as_messages(unsent))
 
 
 def _relay(connection: Any, messages: Iterable[Message]) -> None:
@@ -8378,6 +9451,121 @@ class Group:
 # that comes up to a lease ahead.  The script enqueue takes a tick only if the last tick
 # is still the one that was read.  So any number of schedulers may run, each of them may
 # die at any time, and no tick is enqueued twice.  The time is the server's.
+
+
+TICK = Script(
+    "tick",
+    """
+-- new -> scheduled, for a tick of cron.
+-- KEYS  prefix of the queue
+-- ARGV  slug, last ('<last_tick> <registered_at>'), tick, then the job's as for parse_new_jobs
+-- Stores the job if `last` is still the one that was read: then no other scheduler was faster.
+-- Returns created_at, or '' if another was.
+local q, slug, last, tick = KEYS[1], unpack(ARGV)
+local now, ticks = server_time(), q .. 'ticks'
+if call('HGET', ticks, slug) ~= last then return '' end
+call('HSET', ticks, slug, tick .. string.match(last, ' .*'))
+local jobs = parse_new_jobs(q, 4)
+if not find_taken(q, jobs) then store_new_jobs(q, jobs, math.max(now, tick), now) end
+return format_time(now)
+""",
+    uses="server_time parse_new_jobs find_taken store_new_jobs format_time",
+)
+
+
+def _tick_command(
+    prefix: str, slug: str, last: tuple[float, float], tick: float, job: _NewJob
+) -> Command:
+    """Store the job of a tick of cron, if `last` (last tick, registered_at) still holds; else the
+    reply is b"", since another scheduler was faster."""
+    last_tick, registered_at = last
+    stored = f"{last_tick:.6f} {registered_at:.6f}"
+    return TICK(prefix, slug, stored, f"{tick:.6f}", *job.args())
+
+
+_lua(
+    "forget_pending_ticks",
+    """
+-- Delete the jobs of an entry of cron that are still to come, up to `last_tick`.  Returns the time
+-- of the first of these; nil if there are none.
+function forget_pending_ticks(q, slug, last_tick, now)
+  local first
+  local range = {format_time(now), format_time(last_tick)}
+  for _, id in ipairs(call('ZRANGEBYSCORE', q .. 'scheduled', unpack(range))) do
+    local is_tick = string.match(id, '^(.*)%-%d+$') == slug
+    -- A tick that has run once has this field, and waits for a retry.
+    if is_tick and call('HGET', q .. 'job:' .. id, 'enqueued_at') == '' then
+      first = first or tonumber(call('ZSCORE', q .. 'scheduled', id))
+      call('ZREM', q .. 'scheduled', id)
+      delete_job(q, id, now)
+    end
+  end
+  return first
+end
+""",
+    uses="format_time delete_job",
+)
+
+CRON_STORE = Script(
+    "cron_store",
+    """
+-- Store an entry of cron, or remove it; scheduled -> gone for its ticks that are still to come.
+-- KEYS  prefix of the queue        ARGV  slug, spec ('' removes it), interval (0: an expression)
+-- An entry that changes counts its ticks from now.  For an interval the next one is the first of
+-- those that were to come, or else what was next, or now.  Returns 1, or 0 if nothing changed.
+local q, slug, spec, interval = KEYS[1], unpack(ARGV)
+local now, ticks = server_time(), q .. 'ticks'
+if spec == (call('HGET', q .. 'cron', slug) or '') then return 0 end
+interval = tonumber(interval)
+local last_tick = tonumber(string.match(call('HGET', ticks, slug) or '', '^%S+'))
+local next_waiting = last_tick and forget_pending_ticks(q, slug, last_tick, now)
+local counts_from = math.floor(now) - math.max(1, interval)
+if next_waiting and interval > 0 then counts_from = next_waiting - interval
+elseif last_tick and not next_waiting then
+  counts_from = math.max(counts_from, math.min(last_tick, now))
+end
+if spec == '' then
+  call('HDEL', q .. 'cron', slug)
+  call('HDEL', ticks, slug)
+else
+  call('HSET', q .. 'cron', slug, spec)
+  call('HSET', ticks, slug, format_time(counts_from) .. ' ' .. format_time(now))
+end
+return 1
+""",
+    uses="server_time forget_pending_ticks format_time",
+)
+
+
+def _cron_store_command(prefix: str, slug: str, spec: str, interval: float) -> Command:
+    """Store the JSON of an entry of cron, '' to remove it; the reply is 1 if that changed it.
+    `interval` is in seconds, 0 for an entry with an expression."""
+    return CRON_STORE(prefix, slug, spec, interval)
+
+
+CRON_READ = Script(
+    "cron_read",
+    """
+-- Read the entries of cron.
+-- KEYS  prefix of the queue        ARGV  name of a scheduler that runs them, or ''
+-- Returns {now, 1 if the scheduler is new, {hash of last ticks, hash of entries, schedulers}}.
+local q, scheduler, now, is_new = KEYS[1], ARGV[1], server_time(), 0
+local schedulers = q .. 'schedulers'
+if scheduler ~= '' then
+  is_new = call('ZADD', schedulers, format_time(now), scheduler)
+  call('ZREMRANGEBYSCORE', schedulers, '-inf', now - 60)
+end
+local names = call('ZRANGE', schedulers, 0, -1, 'WITHSCORES')
+local stored = {call('HGETALL', q .. 'ticks'), call('HGETALL', q .. 'cron'), names}
+return {format_time(now), is_new, stored}
+""",
+    uses="server_time format_time",
+)
+
+
+def _cron_read_command(prefix: str, scheduler: str = "") -> Command:
+    """Read the entries of cron; `scheduler` runs them, if it is not ''."""
+    return CRON_READ(prefix, scheduler)
 
 
 class _CronField(NamedTuple):

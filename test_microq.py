@@ -1677,7 +1677,7 @@ def ask_from_another_thread(job, timeout, redis):
     )
     thread.start()
     wait_until(lambda: job.key.encode() in redis.pubsub_channels())
-    wait_until(lambda: redis.hget(job.key, "waited"))
+    wait_until(lambda: redis.hget(job.key, "has_waiter"))
 
     def value():
         thread.join(timeout=60)
@@ -1981,12 +1981,35 @@ def test_the_table_of_scripts_names_them_all():
     """A transition that is not drawn at the top is not there."""
     table = re.search(r"script +from.*?\n\n", microq.__doc__, re.S)[0]
     named = set(re.findall(r"^    (\w+) ", table, re.M)) - {"script"}
-    assert named == {script.name for script in microq.SCRIPTS.values()}
+    assert named == {script.name for script in microq.SCRIPTS}
 
 
 def test_scripts_compile(redis):
-    for sha, script in microq.SCRIPTS.items():
+    for sha, script in microq._scripts_by_sha().items():
         assert redis.script_load(script.lua) == sha
+
+
+def test_scripts_and_pieces_of_the_lua_library_name_what_they_use():
+    """A piece that is missing would be nil at run time; one too many costs each call time."""
+    bodies = {script.name: (script.body, script) for script in microq.SCRIPTS}
+    bodies |= {name: (piece.text, piece) for name, piece in microq.LUA_LIBRARY.items()}
+    names = microq.LUA_LIBRARY.keys()
+    for name, (text, item) in bodies.items():
+        code = re.sub(r"--.*|'[^']*'", "", text)
+        hooks = set(re.findall(r"hooks\(\)\.(\w+)", code))
+        words = set(re.findall(r"(?<![\w.])\w+(?!\w| = )", code)) & names - {name}
+        assert words == set(item.uses), name
+        assert hooks == set(item.hooks), name
+
+
+def test_a_plain_enqueue_carries_nothing_of_part_two():
+    text = Path(microq.__file__).read_text().partition("# ======== Part II")[2]
+    part_two = set(re.findall(r'_lua\(\s+"(\w+)"', text))
+    carried = set(re.findall(r"(?m)^function (\w+)", microq.ENQUEUE.lua))
+    assert part_two and not part_two & carried and "hooks" not in carried
+    for script in (microq.CLAIM, microq.SETTLE, microq.HEARTBEAT):
+        made_at_once = script.lua.partition("\nfunction hooks()")[0]
+        assert not part_two & set(re.findall(r"(?m)^function (\w+)", made_at_once))
 
 
 def test_the_map_of_the_file_names_its_sections():
@@ -2460,7 +2483,7 @@ def test_nothing_is_called_that_was_not_signed(signing, redis, caplog, field, va
         job = signing.enqueue(fail)
         redis.hset(job.key, field, value)
         if end:
-            redis.hset(job.key, "verdict", end)
+            redis.hset(job.key, "pending_end", end)
         work(signing)
         assert refused(job)
         assert not ended_jobs
@@ -2790,7 +2813,7 @@ def test_no_script_runs_while_its_slot_migrates(cluster):
             [job.queue.prefix],
             [job.queue.prefix, f"microq:{{{name}}}low:"],
         ):
-            for script in microq.SCRIPTS.values():
+            for script in microq.SCRIPTS:
                 command = microq._as_eval(script(prefixes, *["1"] * 9))
                 with pytest.raises(redis_py.exceptions.AskError):
                     cluster.call(first, *command)
@@ -2965,10 +2988,8 @@ def test_enqueue_sent_twice_stores_one_job(redis, queue):
     for number, id in enumerate((None, "mine"), 1):
         job = queue.create_job(add, (1,), job_id=id)
         command = microq._enqueue_command(queue.prefix, [microq._new_job(job, -1)])
-        assert all(
-            isinstance(reply, bytes)
-            for reply in microq._execute(redis, command, command)
-        )
+        for reply in microq._execute(redis, command, command):
+            assert microq._EnqueueReply.parse(reply).created_at
         assert redis.lrange(Q + "queued", 0, -1).count(job.id.encode()) == 1
         assert claim(queue, number=number)
         assert microq._execute_one(redis, *command)
@@ -3586,9 +3607,9 @@ def test_a_wait_for_a_result_goes_on_after_its_connection_was_cut(server, redis,
     job = queue.enqueue(add, 1)
     value = ask_from_another_thread(waiting.fetch_job(job.id), 30, redis)
     for _ in range(2):
-        redis.hdel(job.key, "waited")
+        redis.hdel(job.key, "has_waiter")
         redis.client_kill_filter(_type="pubsub")
-        wait_until(lambda: redis.hget(job.key, "waited"))
+        wait_until(lambda: redis.hget(job.key, "has_waiter"))
     work(queue)
     assert value().return_value == 1
 
@@ -3627,7 +3648,7 @@ def test_a_wait_without_a_server_ends_in_time_by_an_error(tmp_path):
     thread = threading.Thread(target=ask)
     thread.start()
     try:
-        wait_until(lambda: connection.hget(job.key, "waited"))
+        wait_until(lambda: connection.hget(job.key, "has_waiter"))
     finally:
         server.stop()
     thread.join(timeout=30)
@@ -3912,7 +3933,7 @@ def test_unique_refuses_an_id_of_which_there_is_any_record(redis, queue):
     command = microq._enqueue_command(queue.prefix, [microq._new_job(job, -1)])
     for _ in range(2):  # sent twice
         reply = microq._execute_one(redis, *command)
-        assert not isinstance(reply, list)
+        assert not microq._EnqueueReply.parse(reply).taken_id
 
 
 def test_job_that_expires_in_the_queue_is_dropped(redis, queue):
@@ -3990,7 +4011,10 @@ def test_a_clients_clock_has_no_part_in_when_a_job_is_due(
     assert later.is_scheduled
     parent = queue.enqueue(add)
     child = queue.enqueue_at(moments[1], add, depends_on=parent)
-    assert microq._execute_one(redis, "HGET", child.key, "due") == b"2000000000.123457"
+    assert (
+        microq._execute_one(redis, "HGET", child.key, "not_before")
+        == b"2000000000.123457"
+    )
     soon = queue.enqueue_in(100, add)
     now = server_time(redis)
     assert now + 90 < redis.zscore(Q + "scheduled", soon.id) <= now + 100
@@ -4365,14 +4389,14 @@ def test_argument_without_a_repr_does_not_fail_the_job(queue, caplog):
         ("result_ttl", b"x", None),
         ("result_ttl", b"nan", None),
         ("retries", b"x", None),
-        ("due", b"x", None),
+        ("not_before", b"x", None),
         ("slot", b"x", None),
         ("rate_limit", b"x", None),
-        ("dependents", b"x", None),
+        ("has_dependents", b"x", None),
         ("depends_on", b"x", None),
         ("on_success", b"x y z", None),
         ("webhooks", b"{", None),
-        ("verdict", b"x", "ValueError"),
+        ("pending_end", b"x", "ValueError"),
     ],
 )
 def test_a_garbled_job_fails_alone(redis, queue, run, field, value, reason):
@@ -4442,7 +4466,7 @@ def test_a_job_that_has_not_run_is_not_made_successful_from_outside(
     """The field for the end of a job that was killed or stopped is not signed."""
     job = queue.enqueue(add, on_success=log_success, on_failure=log_failure)
     child = queue.enqueue(add, depends_on=job)
-    redis.hset(job.key, "verdict", end)
+    redis.hset(job.key, "pending_end", end)
     work(queue)
     assert statuses(job, child) == ["failed", "deferred"]
     assert [entry.split()[0] for entry in callback_log()] == ["failure"]
@@ -6892,7 +6916,9 @@ def test_garbled_message_between_queues_blocks_no_job(redis, queue_pair):
     parent = first.enqueue(add, 1)
     child = second.enqueue(dependency_results, depends_on=parent)
     for prefix in {first.prefix, second.prefix}:
-        redis.sadd(prefix + "outbox", f"{prefix} garbage", f"{prefix} ended nothing")
+        redis.sadd(
+            prefix + "outbox", f"{prefix} garbage", f"{prefix} parent_finished nothing"
+        )
     for queue in {first, second}:
         command = heartbeat_command(queue, mode="start")
         reply = microq._execute_one(redis, *command)
@@ -7037,8 +7063,8 @@ def test_record_of_a_job_expires_before_its_entry_in_a_container(redis, queue_pa
         work(first)
         end = redis.zscore(f"{first.prefix}finished", parent.id)
         beat_once = heartbeat_command(first)
-        depend = f"depend {parent.id} {second.prefix} c 1 none"
-        commands = [beat_once, microq.DELIVER(first.prefix, depend)]
+        subscribe = f"subscribe {parent.id} {second.prefix} c 1 none"
+        commands = [beat_once, microq.DELIVER(first.prefix, subscribe)]
         while end and server_time(redis) < end:
             pass
         microq._execute(redis, *commands)
@@ -7125,7 +7151,7 @@ def test_message_to_an_earlier_job_of_the_same_id_is_ignored(redis, queue_pair):
     since = redis.hget(child.key, "created_at").decode()
     child.delete()
     child = second.enqueue(add, job_id="again", depends_on=parents[0])
-    old = f"ended {first.prefix}{parents[0].id} again {since}"
+    old = f"parent_finished {first.prefix}{parents[0].id} again {since}"
     microq._execute_one(redis, *microq.DELIVER(second.prefix, old))
     assert child.is_deferred
 
@@ -7392,7 +7418,7 @@ def test_the_wait_of_a_group_reads_few_jobs_when_one_has_ended(redis, queue, ord
     def is_awaited():
         """Tell whether the wait has come to a job that has not ended."""
         awaited = pending.intersection(redis.pubsub_channels())
-        return any(redis.hget(key, "waited") for key in awaited)
+        return any(redis.hget(key, "has_waiter") for key in awaited)
 
     redis.config_resetstat()
     thread = threading.Thread(target=lambda: answers.append(group.wait(60)))
@@ -7497,10 +7523,12 @@ def test_late_jobs_of_a_rate_do_not_start_all_at_once(redis, queue, per, at_once
     assert statuses(*jobs) == ["queued", "scheduled", "scheduled", "scheduled"]
     for job in jobs[1:]:  # as if the last of them had been due 20 s ago
         redis.zadd(Q + "scheduled", {job.id: time.time() - 20})
-        redis.hset(job.key, "due", time.time() - 20)
+        redis.hset(job.key, "not_before", time.time() - 20)
     work(queue)
     assert statuses(*jobs).count("finished") == at_once
-    assert not any(job.is_finished and redis.hexists(job.key, "due") for job in jobs)
+    assert not any(
+        job.is_finished and redis.hexists(job.key, "not_before") for job in jobs
+    )
 
 
 def test_a_limit_holds_for_delayed_and_dependent_jobs(redis, queue):

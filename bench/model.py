@@ -118,15 +118,12 @@ def shift_clock():
     """Patch all scripts, so that they add the offset to the server's time."""
     shifted = "(function() local t = redis.call('TIME') "
     shifted += f"t[1] = t[1] + (redis.call('GET', '{OFFSET}') or 0) return t end)()"
-    values = vars(microq).values()
-    scripts = [value for value in values if isinstance(value, microq.Script)]
-    microq.SCRIPTS.clear()
-    for script in scripts:
+    microq._scripts_by_sha.cache_clear()
+    for script in microq.SCRIPTS:
         text, count = re.subn(r"call\('TIME'\)", shifted, script.lua)
         assert count <= 1
         script.lua = text
         script.sha = microq.hashlib.sha1(text.encode()).hexdigest()
-        microq.SCRIPTS[script.sha] = script
 
 
 def patch_requests():
