@@ -2677,21 +2677,32 @@ def test_connections_end_with_their_client(redis, server):
     "trouble", ["NOREPLICAS x", "MISCONF x", "BUSY x", "LOADING x"]
 )
 def test_transient_errors_are_waited_out(redis, queue, monkeypatch, trouble):
+    """Whether the settlement is sent at once, or was sent ahead."""
     job = queue.enqueue(add)
-    send = microq._execute_once
+    execute_once = microq._execute_once
+    receive = microq._Connection.receive
     fails = [2]
 
-    def troubled(connection, commands):
+    def fail_to_settle(commands):
         if fails[0] and any(microq.SETTLE.sha in command for command in commands):
             fails[0] -= 1
-            raise redis_py.exceptions.ResponseError(
-                f"Command # 1 of pipeline: {trouble}"
-            )
-        return send(connection, commands)
+            text = f"Command # 1 of pipeline: {trouble}"
+            raise redis_py.exceptions.ResponseError(text)
+
+    def troubled_execute(connection, commands):
+        fail_to_settle(commands)
+        return execute_once(connection, commands)
+
+    def troubled_receive(connection):
+        commands = connection.sent
+        replies = receive(connection)
+        fail_to_settle(commands)
+        return replies
 
     if trouble.startswith("LOADING"):
         monkeypatch.setattr(microq, "_TRANSIENT_REPLIES", "LOADING")
-    monkeypatch.setattr(microq, "_execute_once", troubled)
+    monkeypatch.setattr(microq, "_execute_once", troubled_execute)
+    monkeypatch.setattr(microq._Connection, "receive", troubled_receive)
     work(queue)
     assert job.is_finished
     assert fails == [0]
@@ -4396,7 +4407,7 @@ def test_argument_without_a_repr_does_not_fail_the_job(queue, caplog):
         ("depends_on", b"x", None),
         ("on_success", b"x y z", None),
         ("webhooks", b"{", None),
-        ("pending_end", b"x", "ValueError"),
+        ("pending_end", b"x", "the end of job"),
     ],
 )
 def test_a_garbled_job_fails_alone(redis, queue, run, field, value, reason):
