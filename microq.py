@@ -2261,12 +2261,15 @@ _lua(
     "store_job",
     """
 -- Store the hash of a new job, and put it into `scheduled` or at the front of `queued`; or into the
--- list `at_back`, whose ids are pushed together.
+-- list `at_back`, whose ids are pushed together.  The record of a job with dependents does not
+-- expire by itself; claim sees when its ttl has passed.
 function store_job(q, job, due, created_at, at_back)
   call('HSET', job.key, 'created_at', created_at, unpack(ARGV, job.first_word, job.last_word))
   if string.find(job.flags, 'blocked') then return end
   if due then return schedule(q, job.id, due) end
-  if job.ttl ~= '' then call('PEXPIRE', job.key, math.ceil(job.ttl * 1000)) end
+  if job.ttl ~= '' and not job.has_dependents then
+    call('PEXPIRE', job.key, math.ceil(job.ttl * 1000))
+  end
   if string.find(job.flags, 'at_front') then call('LPUSH', q .. 'queued', job.id)
   else at_back[#at_back + 1] = job.id end
 end
@@ -2323,13 +2326,14 @@ end
 _lua(
     "forget_last_life",
     """
--- Remove what is left of an earlier job with a chosen id; its dependents still hope for it.
+-- Remove what is left of an earlier job with a chosen id, but for its dependents, which are now
+-- those of the new job.
 function forget_last_life(q, job)
   for container in pairs(FINAL) do call('ZREM', q .. container, job.id) end
-  local has_dependents = call('HGET', job.key, 'has_dependents')
+  job.has_dependents = call('HGET', job.key, 'has_dependents')
   call('DEL', job.key, job.key .. ':results')
   call('HSET', job.key, 'call_id', job.call_id)
-  if has_dependents then call('HSET', job.key, 'has_dependents', 1) end
+  if job.has_dependents then call('HSET', job.key, 'has_dependents', 1) end
 end
 """,
     uses="FINAL",

@@ -7264,6 +7264,23 @@ def test_a_producer_killed_while_it_enqueues_a_dependent_leaves_it_to_the_worker
     wait_until(lambda: not redis.keys("*outbox*"))
 
 
+def test_an_id_used_again_with_a_ttl_blocks_no_dependent(redis, queue_pair):
+    """A job that others wait for does not expire by itself, since nobody would be told."""
+    first, second = queue_pair
+    first.enqueue(fail, job_id="p")
+    other = first.enqueue_in(30, add)
+    child = second.enqueue(add, depends_on=["p", other])
+    work_all_queues(redis)
+    again = first.enqueue(add, job_id="p", ttl=0.05)
+    assert redis.pttl(again.key) == -1
+    time.sleep(0.1)
+    work_all_queues(redis)
+    assert not Job.exists("p", redis) and child.is_deferred
+    redis.zadd(first.prefix + "scheduled", {other.id: time.time()})
+    work_all_queues(redis)
+    assert statuses(other, child) == ["finished", "finished"]
+
+
 # ---- 13. Groups and rate limits ------------------------------------------------------
 
 
