@@ -2001,9 +2001,10 @@ end
 _lua(
     "wake",
     """
--- Wake one blocked worker, unless there is a token which says that there may be work.
+-- Wake one blocked worker, unless there is a token which says that there may be work.  An error
+-- must not end a script half-way; workers also look for work by themselves.
 function wake(q)
-  if call('EXISTS', q .. 'wake') == 0 then call('RPUSH', q .. 'wake', 1) end
+  if redis.pcall('EXISTS', q .. 'wake') == 0 then redis.pcall('RPUSH', q .. 'wake', 1) end
 end
 """,
 )
@@ -2773,7 +2774,6 @@ _lua(
 function run_again(batch, run, again)
   local q, id, job, now = batch.q, run.id, run.key, batch.now
   local has_failed = run.result_type ~= ''
-  if again.counter then call('HSET', job, again.counter, again.count) end
   if run.rerun == 'repeat' then call('HDEL', job, 'retries', 'crashes') end
   if again.at_front then call('HSET', job, 'at_front', 1) end
   local ended = run.ended .. (has_failed and ' retried' or '')
@@ -2782,13 +2782,15 @@ function run_again(batch, run, again)
     hooks().notify_dependents(q, id, 'finished', now)
   end
   if old.slot then hooks().release_before_rerun(q, id, old.slot, old.limit, again.delay, now) end
+  local status = 'queued'
   if again.delay > 0 then
     schedule(q, id, now + again.delay)
-    return 'scheduled ' .. format_time(now + again.delay)
-  end
-  if old.limit then hooks().dispatch(q, id, now)
+    status = 'scheduled ' .. format_time(now + again.delay)
+  elseif old.limit then hooks().dispatch(q, id, now)
   else push_queued(q, id, again.at_front, now) end
-  return 'queued'
+  -- Last: if the user may not run one of the commands above, the call comes again.
+  if again.counter then call('HSET', job, again.counter, again.count) end
+  return status
 end
 """,
     uses="store_result schedule format_time push_queued",
@@ -2807,9 +2809,9 @@ function requeue_for_callbacks(batch, run)
   local callbacks = on_failure or webhooks
   if run.result_type == 'stopped' then callbacks = on_stopped end
   if pending_end or not callbacks then return false end
-  call('HSET', job, 'pending_end', run.result_type .. ' ' .. run.result)
   call('HDEL', job, 'ttl')  -- it has failed, and must stay visible
   push_queued(batch.q, run.id, true, batch.now)
+  call('HSET', job, 'pending_end', run.result_type .. ' ' .. run.result)
   return true
 end
 """,
@@ -2925,6 +2927,18 @@ end
 )
 
 _lua(
+    "take_back",
+    """
+-- Undo a move of which a part was denied: the run is to hold the job again.
+function take_back(q, id)
+  redis.pcall('LREM', q .. 'queued', 1, id)
+  redis.pcall('ZREM', q .. 'scheduled', id)
+  redis.pcall('ZREM', q .. 'rate_limited', id)
+end
+""",
+)
+
+_lua(
     "write_containers",
     """
 -- Store the jobs that have ended.  What can't be stored is held again.
@@ -2958,7 +2972,10 @@ function settle(q, runs, now)
   local statuses = {}
   for i, run in ipairs(runs) do
     local status, text
-    if not batch.denial then status, text = attempt(batch, settle_run, batch, run) end
+    if not batch.denial then
+      status, text = attempt(batch, settle_run, batch, run)
+      if batch.denial and run.owned then take_back(q, run.id) end
+    end
     if text and not batch.denial then status = refuse(batch, run, text) end
     if batch.denial and run.owned then call('HSET', q .. 'started', run.id, run.token) end
     statuses[i] = status
@@ -2968,7 +2985,7 @@ function settle(q, runs, now)
   return statuses
 end
 """,
-    uses="take_owned attempt settle_run refuse write_containers",
+    uses="take_owned attempt settle_run take_back refuse write_containers",
 )
 
 SETTLE = Script(
@@ -8868,9 +8885,10 @@ _lua(
     """
 function release_slot(q, id, slot, limit_text, now)
   local to, numbers = string.match(limit_text or '', '^(%S+) (.*)$')
+  if to then
+    send(q, to, 'release_slot ' .. q .. ' ' .. id .. ' ' .. slot .. ' ' .. numbers, now)
+  end
   call('HDEL', q .. 'job:' .. id, 'slot')
-  if not to then return end
-  send(q, to, 'release_slot ' .. q .. ' ' .. id .. ' ' .. slot .. ' ' .. numbers, now)
 end
 """,
     uses="send",

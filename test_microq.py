@@ -205,6 +205,11 @@ def permit(redis):
     redis.execute_command("ACL", "DELUSER", "jobs")
 
 
+def jobs_url(server):
+    """Return the URL by which the user `jobs` of permit() connects."""
+    return server.url.replace("//", "//jobs:secret@")
+
+
 @pytest.fixture(params=[-3600, 3600], ids=["behind", "ahead"])
 def wrong_clock(request, monkeypatch):
     """Set the clock of this client, as microq reads it, an hour off."""
@@ -1584,6 +1589,12 @@ def record_of_another_container(worker, **details):
 
 
 # ---- Helpers: observing --------------------------------------------------------------
+
+
+def holding(redis, id, prefix=Q):
+    """Return the names of the containers that a job is in."""
+    places = containers(redis, prefix).items()
+    return [name for name, ids in places if id.encode() in ids]
 
 
 def statuses(*jobs):
@@ -3479,6 +3490,81 @@ def test_transitions_that_are_not_allowed_change_nothing(redis, queue):
     with pytest.raises(NoSuchJobError):
         job.cancel()
     assert redis.keys(Q + "job*") == []
+
+
+@pytest.mark.parametrize(
+    ("denial", "rule", "options", "field", "container"),
+    [
+        ("-zadd", "retry", {"retry": Retry(3, 9)}, "retries", "scheduled"),
+        ("-rpush", "retry", {"retry": Retry(3)}, "retries", "queued"),
+        ("-lpush", "crash", {}, "crashes", "queued"),
+        ("-zadd", "repeat", {"repeat": Repeat(3, 9)}, "repeats", "scheduled"),
+    ],
+)
+def test_settle_that_was_denied_half_way_has_the_effect_of_one(
+    server, redis, queue, permit, denial, rule, options, field, container
+):
+    """By the permissions of its user, which are put right later."""
+    jobs = Queue(connection=redis_py.Redis.from_url(jobs_url(server)))
+    job = queue.enqueue(add, **options)
+    [(id, execution)] = claim(queue)
+    permit(denial)
+    policy = microq._CRASH_POLICY if rule == "crash" else ""
+    ending = {"rule": rule, "policy": policy}
+    if rule != "repeat":
+        ending["result_type"] = "failed"
+    for _ in range(4):
+        with pytest.raises(redis_py.exceptions.ResponseError):
+            settle(jobs, id, execution, **ending)
+        assert holding(redis, id) == ["started"]
+    permit("+@all")
+    assert settle(jobs, id, execution, **ending).startswith(container)
+    assert holding(redis, id) == [container] and redis.hget(job.key, field) == b"1"
+
+
+def test_the_callbacks_of_a_killed_job_run_though_settle_was_denied_at_first(
+    server, redis, queue, permit
+):
+    jobs = Queue(connection=redis_py.Redis.from_url(jobs_url(server)))
+    queue.enqueue(add, on_failure=log_failure)
+    [(id, execution)] = claim(queue)
+    permit("-lpush")
+    ending = {"rule": "killed", "result_type": "failed"}
+    for _ in range(2):
+        with pytest.raises(redis_py.exceptions.ResponseError):
+            settle(jobs, id, execution, **ending)
+        assert holding(redis, id) == ["started"]
+    permit("+@all")
+    assert settle(jobs, id, execution, **ending) == "callbacks_pending"
+    assert holding(redis, id) == ["queued"]
+
+
+def test_a_wake_token_that_is_denied_undoes_nothing(server, redis, queue, permit):
+    jobs = Queue(connection=redis_py.Redis.from_url(jobs_url(server)))
+    queue.enqueue(add, retry=Retry(1, enqueue_at_front=True))
+    [(id, execution)] = claim(queue)
+    redis.delete(f"{Q}wake")
+    permit("-rpush")
+    ending = {"rule": "retry", "result_type": "failed"}
+    assert settle(jobs, id, execution, **ending) == "queued"
+    assert holding(redis, id) == ["queued"]
+
+
+def test_a_move_of_which_a_part_was_denied_is_taken_back(server, redis, queue, permit):
+    """The next run of a rate waits for its slot, but the limit could not be asked for it."""
+    jobs = Queue(connection=redis_py.Redis.from_url(jobs_url(server)))
+    queue.enqueue(add, retry=Retry(1), rate_limit=RateLimit("r", rate=1000, per=1))
+    [(id, execution)] = wait_until(lambda: claim(queue))
+    permit("-sadd")
+    ending = {"rule": "retry", "result_type": "failed"}
+    for _ in range(2):
+        with pytest.raises(redis_py.exceptions.ResponseError):
+            settle(jobs, id, execution, **ending)
+        assert holding(redis, id) == ["started"]
+    permit("+@all")
+    assert settle(jobs, id, execution, **ending) == "queued"
+    assert holding(redis, id) == ["rate_limited"]
+    work_all_queues(redis)
 
 
 # ---- 6. Job --------------------------------------------------------------------------
