@@ -3143,7 +3143,7 @@ HEARTBEAT = Script(
 -- Renew the leases of `worker`, reap dead workers, do what any worker does for all.
 -- KEYS  prefixes of its queues
 -- ARGV  holder ('<worker> <instance>'), lease, mode, oldest_held_claim, policy of crashes,
---       failure_ttl
+--       failure_ttl, instance that was displaced from the name, or ''
 -- mode  'start'  first heartbeat: what is still held under this name was lost with a predecessor
 --       'reap'   on time for a whole lease: reap workers whose lease has expired
 --       ''       was late itself: reap nobody, since after an outage everybody is late
@@ -3151,16 +3151,18 @@ HEARTBEAT = Script(
 -- (a fail-over); they are released.
 -- Returns {names reaped, now, time of the next scheduled job or '', 1 if the lease was intact else
 -- 0, outgoing and what is in the outboxes}, or 'taken' if another instance has the name now.
-local holder, lease, mode, oldest_held_claim, policy, failure_ttl = unpack(ARGV)
+local holder, lease, mode, oldest_held_claim, policy, failure_ttl, displaced = unpack(ARGV)
 local worker, instance = parse_holder(holder)
 local beat = {
   worker = worker, instance = instance, lease = lease, mode = mode, now = server_time(),
   oldest_held_claim = tonumber(oldest_held_claim), policy = policy, failure_ttl = failure_ttl,
   reaped = {}, next_due = math.huge, lease_intact = 1,
 }
-for _, q in ipairs(mode ~= 'start' and KEYS or {}) do
+for _, q in ipairs(KEYS) do
   local held = read_lease(q, worker)
-  if held and held.ends_at >= beat.now and held.instance ~= instance then return 'taken' end
+  local is_other = held and held.instance ~= instance
+  if mode == 'start' and is_other then is_other = held.instance ~= displaced end
+  if is_other and held.ends_at >= beat.now then return 'taken' end
 end
 for _, q in ipairs(KEYS) do
   reap(beat, q, find_expired(beat, q))
@@ -3175,13 +3177,15 @@ return {beat.reaped, format_time(beat.now), next_due, beat.lease_intact, outgoin
 
 def _heartbeat_command(
     prefixes: Sequence[str], holder: str, lease: float, mode: str,
-    oldest_held_claim: int, failure_ttl: float = DEFAULT_FAILURE_TTL,
+    oldest_held_claim: int, displaced: str = "", failure_ttl: float = DEFAULT_FAILURE_TTL,
 ) -> Command:  # fmt: skip
     """Renew the leases of a worker; the reply is for _HeartbeatReply.parse().
 
     `mode` is 'start' for the first heartbeat; 'reap' if the worker was on time for a whole lease,
-    so that it reaps others whose lease has expired; else ''."""
-    args = (lease, mode, oldest_held_claim, _CRASH_POLICY, failure_ttl)
+    so that it reaps others whose lease has expired; else ''.  `displaced` is the instance that had
+    the name before, '' if there was none: only from that one the first heartbeat takes a lease that
+    has not expired, since it may arrive late, when a third instance has the name."""
+    args = (lease, mode, oldest_held_claim, _CRASH_POLICY, failure_ttl, displaced)
     return HEARTBEAT(prefixes, holder, *args)
 
 
@@ -6232,6 +6236,7 @@ class _Instance:
         self.shared.failed = info["bad"]
         self.shared.busy_seconds = info["seconds"]
         self.holder = f"{self.name} {self.id}"  # what the scripts know it by
+        self.displaced_id = ""  # the instance that had the name before
 
     def record(self) -> dict[str, Any]:
         """Return what others may know of the worker, as it is now."""
@@ -6271,7 +6276,9 @@ class _Instance:
     def heartbeat_command(self, mode: str) -> Command:
         """Return the command that renews the lease."""
         oldest = self.shared.oldest_held_claim
-        return _heartbeat_command(self.prefixes, self.holder, self.lease, mode, oldest)
+        return _heartbeat_command(
+            self.prefixes, self.holder, self.lease, mode, oldest, self.displaced_id
+        )
 
     def register_command(self, lease: float, dead: bytes = b"") -> Command:
         """Return the command that stores the worker's record for `lease` seconds, if
@@ -7892,6 +7899,10 @@ def _signals_restored() -> Iterator[None]:
         yield
 
 
+class _NameInUse(ValueError):
+    """A worker whose record was lost has a lease under this name, which will expire."""
+
+
 class _Supervisor:
     """Keeps workers alive and under control: one whose loop runs in this process, or
     those whose loops run in children."""
@@ -8071,7 +8082,10 @@ class _Supervisor:
                 if wrong or self.stopping_since or time.monotonic() >= until:
                     raise
                 time.sleep(backoff.next_pause(error, f"worker {self.name}"))
-            except ValueError:
+            except ValueError as error:
+                if isinstance(error, _NameInUse) and time.monotonic() < until:
+                    time.sleep(min(0.1, self.lease / 10))
+                    continue
                 commands = [each.unregister_command() for each in self.instances]
                 _execute(self.connection, *commands)
                 raise
@@ -8096,6 +8110,7 @@ class _Supervisor:
             if not record:
                 return
             holder = _parse_record(record)
+            instance.displaced_id = holder.get("instance", "")
             is_near = _runs_beside(holder)
             pid, host = holder.get("pid"), holder.get("hostname")
             if not holder or (is_near and not _process_exists(pid)):
@@ -8159,6 +8174,11 @@ class _Supervisor:
         suspended_for = next(replies)
         agendas = [next(replies) for _ in cron_queues]
         self.must_register_queues = False
+        if mode == "start" and any(reply.name_taken for reply in heartbeats):
+            raise _NameInUse(
+                f"a worker {self.name!r} is alive; choose another name, or wait for the "
+                "end of its lease"
+            )
         if self._has_lost_name(records, heartbeats):
             return
         for instance, reply in zip(self.instances, heartbeats, strict=True):

@@ -1546,9 +1546,11 @@ def settle(queue, id, execution, *, twice=False, **options):
     return replies[0][0][0].decode()
 
 
-def heartbeat_command(queue, worker="w", lease=15, mode="", oldest=0):
+def heartbeat_command(queue, worker="w", lease=15, mode="", oldest=0, displaced=""):
     """Return the command of a heartbeat; see the script for `mode` and `oldest`."""
-    return microq._heartbeat_command([queue.prefix], worker, lease, mode, oldest, 100)
+    return microq._heartbeat_command(
+        [queue.prefix], worker, lease, mode, oldest, displaced, 100
+    )
 
 
 def heartbeat(queue, worker="other", lease=15):
@@ -3565,6 +3567,40 @@ def test_a_move_of_which_a_part_was_denied_is_taken_back(server, redis, queue, p
     assert settle(jobs, id, execution, **ending) == "queued"
     assert holding(redis, id) == ["rate_limited"]
     work_all_queues(redis)
+
+
+def test_late_first_heartbeat_of_a_displaced_worker_takes_nothing(redis, queue):
+    """It was sent before another process took the name, and arrives while that works."""
+    late = heartbeat_command(queue, "bee A", mode="start", displaced="")
+    first = heartbeat_command(queue, "bee B", mode="start", displaced="A")
+    job = queue.enqueue(add, max_crashes=0)
+    microq._execute(redis, first)
+    claim(queue, "bee B")
+    assert microq._execute_one(redis, *late) == b"taken" and job.is_started
+    reply = microq._execute_one(redis, *heartbeat_command(queue, "bee B", mode="reap"))
+    assert reply != b"taken" and job.is_started
+
+
+def test_first_heartbeat_takes_the_name_from_the_worker_that_it_displaced(redis, queue):
+    job = queue.enqueue(add)
+    microq._execute(redis, heartbeat_command(queue, "bee A", mode="start"))
+    claim(queue, "bee A")
+    first = heartbeat_command(queue, "bee B", mode="start", displaced="A")
+    replies = microq._execute(redis, first, first)  # sent twice
+    assert b"taken" not in replies and job.is_queued
+    assert redis.hget(job.key, "crashes") == b"1"
+
+
+def test_a_name_whose_lease_is_of_an_unknown_worker_is_waited_for(queue, server):
+    """Its record was lost, but not its lease: it may be alive."""
+    job = queue.enqueue(add, 1)
+    command = heartbeat_command(queue, "bee A", mode="start", lease=2)
+    microq._execute(queue.connection, command)
+    claim(queue, "bee A", lease=2)
+    options = ("--url", server.url, "--name", "bee", "--lease", "2", "--burst")
+    status, _, log = microq_command("worker", *options)
+    assert status == 0 and job.is_finished, log
+    assert len(job.results()) == 2
 
 
 # ---- 6. Job --------------------------------------------------------------------------
@@ -5630,7 +5666,7 @@ def test_late_commands_of_an_earlier_instance_of_a_worker_change_nothing(redis, 
     first = heartbeat_command(queue, "w early", mode="start")
     microq._execute_one(redis, *first)
     assert claim(queue, "w early", 1) != []
-    second = heartbeat_command(queue, "w late", mode="start")
+    second = heartbeat_command(queue, "w late", mode="start", displaced="early")
     microq._execute_one(redis, *second)
     [claimed] = claim(queue, "w late", 1)
     for args in ([], [2], [9, *(job.id for job in jobs)]):
@@ -6423,15 +6459,15 @@ def test_worker_reaps_only_after_a_whole_lease_on_time(redis, queue):
 def test_heartbeat_returns_whether_the_lease_was_intact(redis, queue):
     """Else it tells the server again what this may have lost, and takes nothing for a lease."""
 
-    def known(state, lease, holder="w one"):
-        command = heartbeat_command(queue, holder, lease=lease, mode=state, oldest=0)
+    def known(state, lease, holder="w one", **options):
+        command = heartbeat_command(queue, holder, lease, mode=state, **options)
         reply = microq._execute_one(redis, *command)
         assert redis.hexists(Q + "workers", "w")
         return reply[3] == 1
 
     assert not known("reap", 15)
     assert known("reap", 15)
-    assert not known("start", 15, "w two")
+    assert not known("start", 15, "w two", displaced="one")
     assert known("", 0.01, "w two")
     time.sleep(0.02)
     assert not known("reap", 15, "w two")
