@@ -6038,7 +6038,8 @@ class _Backoff:
 
     def next_pause(self, error: Exception, what: str) -> float:
         """Return how many seconds to wait now, and log that; `what` is who waits."""
-        # By chance, so that workers do not all return at the same time.
+        # A random part of the pause is left out: else all workers would come back in
+        # the same moment, and overload a server that has just started.
         pause = self.seconds * random.uniform(0.5, 1)
         if pause:
             cause = error.__cause__ or error
@@ -6048,7 +6049,8 @@ class _Backoff:
 
 
 class _Phase(enum.IntEnum):
-    """What a child tells of itself."""
+    """How far a child is.  The child writes it, and its supervisor reads it: from it and
+    the exit status, _Child.poll() tells an end from a death."""
 
     RUNNING = 0
     ENDED = 1  # it has settled everything, and is not to be replaced
@@ -6068,7 +6070,8 @@ class _SharedState(ctypes.Structure):
     """All that a loop and its supervisor share, in memory that both processes see.
 
     Times are those of time.monotonic(), which is the same in all processes.  Each field
-    has one writer at a time, so there is no lock; a reader may be late by one job."""
+    has one writer at a time, so there is no lock.  A reader may still see the fields of
+    the job before, so whoever acts on a job names it by its token."""
 
     _fields_ = (
         # Written by the loop.  The deadline at which its job is killed; infinity:
@@ -6114,7 +6117,7 @@ class _SharedState(ctypes.Structure):
         self.kill_deadline = self.job_started + limit
 
     def make_progress(self) -> None:
-        """Tell that the loop has not stopped."""
+        """Tell that the loop does not hang; see _Child._hangs()."""
         self.turns += 1
 
     def current_job(self) -> _CurrentJob | None:
@@ -6149,9 +6152,10 @@ class _Wakeup:
 
     @classmethod
     def keep_only(cls, *, waiting: Sequence[_Wakeup], setting: _Wakeup) -> None:
-        """In a forked child, close what it inherited, but for the wake-ups that it
-        waits for and the one that it sets.  So a wait ends when the parent, which has
-        the only writers then, has died."""
+        """In a forked child, close the inherited sockets, but for the wake-ups that it
+        waits for and the one that it sets.  Then only the parent can write to those that
+        the child waits for: when the parent has died, they are at end-of-file, and the
+        wait ends."""
         for wakeup in list(cls._all):
             if wakeup is not setting:
                 wakeup._writer.close()
@@ -6168,7 +6172,8 @@ class _Wakeup:
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
 
     def clear(self) -> bool:
-        """Forget that it was set; False if nobody is left who could set it."""
+        """Forget that it was set; False at end-of-file: no process is left that could
+        set it."""
         with contextlib.suppress(BlockingIOError):
             return self._reader.recv(4096) != b""
         return True
@@ -6176,6 +6181,7 @@ class _Wakeup:
     def wait(self, timeout: float, *sockets: Any) -> bool:
         """Wait until it is set, one of the sockets can be read, or `timeout` seconds
         have passed.  Return whether it is set."""
+        # Callers may wait for infinity, which poll() does not take; they loop.
         ready = _wait_readable([self._reader, *sockets], max(0.0, min(timeout, 3600)))
         return self._reader in ready
 
@@ -6186,6 +6192,7 @@ class _Wakeup:
 
 def _wait_readable(sockets: list[Any], timeout: float) -> list[Any]:
     """Wait up to `timeout` seconds, and return the sockets that can be read."""
+    # poll(), since select() takes no file descriptor above 1023.
     if not hasattr(select, "poll"):  # Windows
         return select.select(sockets, [], [], timeout)[0]
     poll = select.poll()
@@ -6253,7 +6260,8 @@ class _Instance:
         return _Connection(self.client, self.redis_timeout, on_data=on_data)
 
     def claim_command(self, queues: Sequence[Queue], limit: int, mode: str) -> Command:
-        """Return the command that claims up to `limit` jobs, by a new number."""
+        """Return the command that claims up to `limit` jobs, by a new number.  `mode` is
+        that of the script claim."""
         self.shared.claim_number += 1
         prefixes = [queue.prefix for queue in queues]
         number = self.shared.claim_number
@@ -6265,7 +6273,8 @@ class _Instance:
         return _release_command(prefix, self.holder, self.lease, number, job_ids)
 
     def release_all_command(self) -> Command:
-        """Return the command that puts back all that is held by the claims so far."""
+        """Return the command that puts back all that is held by the claims so far.  It
+        also voids a claim that was sent and has not arrived yet."""
         number = self.shared.claim_number
         return _release_command(self.prefixes, self.holder, self.lease, number)
 
@@ -6282,7 +6291,8 @@ class _Instance:
 
     def register_command(self, lease: float, dead: bytes = b"") -> Command:
         """Return the command that stores the worker's record for `lease` seconds, if
-        the name is its own, or held by the record `dead`."""
+        the name is free, its own, or held by the record `dead`.  The reply is the record
+        of another worker that has the name, b"" if there is none."""
         record = json.dumps(self.record())
         return _register_command(self.worker.key, self.id, record, lease, dead)
 
@@ -6316,10 +6326,11 @@ def _settle_runs_command(runs: Sequence[_Run], result_ttl: float) -> Command:
 class _Request:
     """What one round trip asks of the server: settle runs, release jobs, claim jobs.
 
-    It carries all that its reply concerns, so that a reply can't be taken for that to
-    other runs.  It may be sent again, over any connection: SETTLE and RELEASE name the
-    executions, which hold a job only once, and a claim has a number; the server answers
-    a number that it has seen with the jobs that are held by it, and takes no others."""
+    It keeps the runs and jobs that its reply is about, so that the reply is never
+    applied to others.  It may be sent again, over any connection.  SETTLE and RELEASE
+    name the executions, and an execution that no longer holds its job changes nothing.
+    A claim has a number: if the server has seen the number, it claims nothing more, and
+    returns the jobs that are held by that claim."""
 
     commands: tuple[Command, ...]
     runs: list[list[_Run]]  # those of one queue together, as the first commands
@@ -6336,8 +6347,8 @@ class _Request:
 class _InlineRunner:
     """Runs jobs one after the other, in the thread of the loop.
 
-    A loop starts runs, and collects those that have ended; a runner of many jobs at
-    once would return from start() at once."""
+    start() and collect() are two methods so that a runner of several jobs at a time can
+    take its place: its start() would return while the job runs."""
 
     def __init__(self, handlers: Handlers, log_description: bool) -> None:
         self._handlers = handlers
@@ -6436,19 +6447,21 @@ class _WorkLoop(_Loop):
         while True:
             self.shared.make_progress()
             self._extend_run_limit()
-            # As it is before the claim: what is enqueued after that may be left.
+            # Before the claim: leave_when_idle() may be called while the claim is under
+            # way.  A job that was enqueued before that call, but after the claim, has to
+            # run, so one more claim must find nothing.
             limit_reached = self._process_limit_reached() or self._job_limit_reached()
             may_end = self.ends_when_idle or limit_reached
             next_due = self._settle_and_claim(claim=not limit_reached)
             if self.pending_webhooks or self.messages:
                 self._send_webhooks_due()
                 self._relay_messages()
-                next_due = 0.0  # perhaps one of the messages has freed a job for us
+                next_due = 0.0  # a message may have queued a job here: claim again
             if self.claimed and not self.shared.stop_requested:
                 self._run_batch()
                 self.idle_since = time.monotonic()
             elif next_due <= time.monotonic():
-                continue  # one script promotes only so many scheduled jobs
+                continue  # more jobs are due: a claim promotes a limited number
             elif may_end or self.shared.stop_requested or self._idle_too_long():
                 self._release_rest()
                 return self._phase_after()
@@ -6456,7 +6469,8 @@ class _WorkLoop(_Loop):
                 self._wait_for_work(min(next_due, self._idle_deadline()))
 
     def _extend_run_limit(self) -> None:
-        """Let a process that reaches its limit within a second go on: jobs are tiny."""
+        """Let a process that reaches its limit within a second go on: its jobs are tiny,
+        and a fork for each thousand of them would cost more than they do."""
         limits = self.instance.limits
         is_young = time.monotonic() < self.started_at + 1
         if is_young and self._process_limit_reached() and not limits.replaces_exactly:
@@ -6477,7 +6491,7 @@ class _WorkLoop(_Loop):
         return time.monotonic() >= self._idle_deadline()
 
     def _release_rest(self) -> None:
-        """Release what was claimed too late to be run."""
+        """Release what was claimed, and is not run since the loop ends."""
         if self.claimed:
             self._release_claimed()
             self._settle_and_claim(claim=False)
@@ -6504,10 +6518,12 @@ class _WorkLoop(_Loop):
         Return when the next scheduled job is due; infinity if that is not known."""
         with self.lock:
             next_due = self._read_reply()  # to the request sent before these jobs ran
-            if not self.claimed:  # nothing to run meanwhile, so wait for the reply
+            # At most two requests, of which the reply to the first one is read here: it
+            # brings the jobs to run.  The server works on the second one while they run.
+            if not self.claimed:
                 self._send_request(claim)
                 next_due = min(next_due, self._read_reply())
-            if self.claimed:  # the server works on the next request while they run
+            if self.claimed:
                 self._send_request(claim)
             self._publish_what_is_held()
         return next_due
@@ -6562,8 +6578,8 @@ class _WorkLoop(_Loop):
     def _may_claim_ahead(self, held: int) -> bool:
         """Return whether to claim while jobs are left to run: these are tiny and many.
 
-        Not with several queues: what is left of a batch after SETTLE_AFTER goes back,
-        and would be overtaken by what was claimed behind it."""
+        Not with several queues: there, the jobs of a batch that were not run within
+        SETTLE_AFTER are released, and jobs claimed ahead would run before them."""
         return bool(
             len(self.instance.queues) == 1
             and self.last_claim_full
@@ -6574,10 +6590,10 @@ class _WorkLoop(_Loop):
     def _read_reply(self, patient: bool = True) -> float:
         """Read the reply to the request that is under way, if there is one.
 
-        What was not answered is sent again here, and only here, whichever connection it
-        went over first, until there is a reply; if not `patient`, it is tried once, and
-        raises.  This is safe: see _Request.  Return when the next scheduled job is due;
-        infinity if that is not known."""
+        This is the only place that sends a request again, whichever connection it went
+        over first; why that is safe, see _Request.  It is sent until there is a reply.
+        If not `patient`, it is tried once, and an error is raised.  Return when the next
+        scheduled job is due; infinity if that is not known."""
         request = self.request
         if request is None:
             return math.inf
@@ -6596,8 +6612,10 @@ class _WorkLoop(_Loop):
         return _execute(self.command_connection, *request.commands)
 
     def _on_reply(self, request: _Request, replies: list[Any]) -> float:
-        """Act on the replies to a request; return as _read_reply()."""
+        """Act on the replies to a request; return when the next scheduled job is due,
+        infinity if that is not known."""
         self.request = None
+        # Not strict: the replies to a release and a claim follow those to settle.
         for runs, reply in zip(request.runs, replies, strict=False):
             statuses, messages = _SettleReply.parse(reply)
             self.messages += messages
@@ -6608,7 +6626,9 @@ class _WorkLoop(_Loop):
         return math.inf
 
     def _drop_large_results(self, request: _Request) -> None:
-        """Settle by another request, without results that are too large for it."""
+        """Settle by another request, in which errors replace the results that are too
+        large.  Its claim was not answered, and is not sent again: jobs that it may hold
+        are released by a heartbeat, a lease later; see oldest_held_claim."""
         runs = [run for group in request.runs for run in group]
         replaced = [_Run(each, _replace_oversized(outcome)) for each, outcome in runs]
         self.unsettled = replaced + self.unsettled
@@ -6618,8 +6638,8 @@ class _WorkLoop(_Loop):
     def _execute_until_answered(self, request: _Request) -> list[Any] | None:
         """Return the replies to a request, sent as often as it takes: until the server
         is there, and does not refuse the commands (to a user without permission, say).
-        Return None if the server is there, but a large result has failed five times,
-        since the connection was cut or too slow."""
+        Return None if a large result has failed five times, by a connection that was cut
+        or too slow, while the server answered a PING: then it is the result's size."""
         backoff = _Backoff(self.instance.redis_timeout)
         began = time.monotonic()
         failures = 0
@@ -6652,7 +6672,8 @@ class _WorkLoop(_Loop):
             raise ServerUnavailable(f"{text}: {error}") from error
 
     def _on_settled(self, run: _Run, status: str) -> None:
-        """Count and log what became of a run; `status` is the reply of SETTLE."""
+        """Count and log a run that was settled, and note its webhooks; `status` is the
+        reply of SETTLE."""
         execution, outcome = run
         job = execution.job
         outcome, status = _outcome_stored(outcome, status)
@@ -6688,13 +6709,15 @@ class _WorkLoop(_Loop):
         return next_due
 
     def _set_clock_offset(self, request: _Request, server_time: float) -> None:
-        """Note that the server's clock showed this between the request and now."""
-        least = server_time - time.monotonic()
-        most = server_time - request.sent_at
-        self.clock_offset = min(max(self.clock_offset, least), most)
+        """Keep clock_offset within the bounds that a reply gives: the server read its
+        clock after the request was sent, and before now."""
+        lowest = server_time - time.monotonic()
+        highest = server_time - request.sent_at
+        self.clock_offset = min(max(self.clock_offset, lowest), highest)
 
     def _publish_what_is_held(self) -> None:
-        """Tell the supervisor from which claim on jobs may be held."""
+        """Tell the supervisor the oldest claim of which a job is held.  It is called
+        between runs."""
         oldest = self._oldest_held()
         if oldest:
             self.shared.oldest_held_claim = oldest.claim
@@ -6703,7 +6726,8 @@ class _WorkLoop(_Loop):
             self.shared.kill_deadline = 0
 
     def _oldest_held(self) -> Execution | None:
-        """Return the execution that was claimed first, of those that are held."""
+        """Return the execution that was claimed first, of those that are held; None if
+        none is.  Jobs are run, and requests are made, in the order of the claims."""
         if self.request and self.request.runs:
             return self.request.runs[0][0].execution
         if self.unsettled:
@@ -6732,10 +6756,11 @@ class _WorkLoop(_Loop):
                 break
         self._adapt_batch_size(size, longest, time.monotonic() - began)
         if len(self.instance.queues) > 1 or self._process_limit_reached():
-            # A job of a queue that comes first may be waiting, or the next process.
+            # With several queues, a job of an earlier queue may have come.  A process
+            # at its limit leaves the rest of the batch to its successor.
             self._release_claimed()
         if shared.runs + STANDBY_BEFORE >= shared.run_limit and not shared.has_standby:
-            self.supervisor_wakeup.set()
+            self.supervisor_wakeup.set()  # so that it forks the standby child now
 
     def _next_execution(self) -> Execution | None:
         """Return what is to run now; None if the batch watchdog has released it."""
@@ -6749,7 +6774,9 @@ class _WorkLoop(_Loop):
     def _on_ended(self, run: _Run) -> None:
         """Take over a run that has ended, and mend what it has done to this process."""
         if self.instance.forking and _reopen_standard_files():
-            self.shared.run_limit = 0  # better a new process
+            # A job that closed these may have done more harm: replace this process, and
+            # have _extend_run_limit() not prolong its life.
+            self.shared.run_limit = 0
             self.started_at = -math.inf
         with self.lock:
             self.unsettled.append(run)
@@ -6758,7 +6785,9 @@ class _WorkLoop(_Loop):
         self.shared.runs += 1
 
     def _adapt_batch_size(self, size: int, longest: float, seconds: float) -> None:
-        """Choose the size of the next batch, by how long this one took."""
+        """Choose the size of the next batch, by how long this one took: 1 if a job took
+        longer than SETTLE_AFTER, half the size if the batch took twice as long, twice
+        the size if it took less than half as long."""
         shared = self.shared
         if longest > SETTLE_AFTER:
             shared.batch_size = 1
@@ -6786,7 +6815,8 @@ class _WorkLoop(_Loop):
             self.claimed.clear()
 
     def end_job(self, current: _CurrentJob | None, outcome: Outcome) -> None:
-        """Stop a job that runs; for another thread.  To kill it takes a child."""
+        """Stop a job that runs; for another thread.  Only a stop is done here: a job can
+        be killed only in a child process."""
         running = self.running
         if outcome.type is not ResultType.STOPPED or not (running and current):
             return
@@ -6830,6 +6860,8 @@ class _WorkLoop(_Loop):
         return bool(self.claimed or self.to_release or self.unsettled or self.request)
 
     def _batches_are_over(self, now: float) -> bool:
+        """Return whether nothing is held, and the last job began a second ago or more:
+        then the watchdog ends.  The next batch starts another one."""
         seconds = now - self.shared.job_started
         return not self._holds_others() and seconds > 20 * SLOW_JOB_AFTER
 
@@ -6856,7 +6888,7 @@ class _WorkLoop(_Loop):
         try:
             replies = self._block(until - time.monotonic())
         except exceptions.NoScriptError:
-            pass  # the next exchange sends its text
+            pass  # the request is still there, and _exchange() sends the script's text
         except (
             exceptions.RedisError, exceptions.RedisClusterException, OSError,
         ) as error:  # fmt: skip
@@ -6865,7 +6897,8 @@ class _WorkLoop(_Loop):
         if replies and self.request:
             self._on_reply(self.request, replies[1:])
         elif not replies:
-            # Else BLPOP might take a token on which nobody acts.
+            # BLPOP may still be under way.  It would take a token while this loop does
+            # something else, and no other worker would be woken.
             self.blocking_connection.close()
         if not self.wakeup.clear():  # the parent died
             self.shared.stop_requested = True
@@ -6882,20 +6915,23 @@ class _WorkLoop(_Loop):
         return self.blocking_connection.pop(seconds, self.wakeup, *commands)
 
     def _take_back_claim(self) -> None:
-        """Release what a claim along with BLPOP may hold if the loop is to pause."""
+        """If the loop is to pause or stop, release what a claim that was sent along with
+        BLPOP, and not answered, may hold."""
         stopped = self.shared.stop_requested or self.shared.suspended
         if stopped and self.request and self.request.claim_limit:
             self.request = _Request((self.instance.release_all_command(),), [], [])
 
     def _relay_messages(self) -> None:
-        """Relay messages to other queues.  If that fails, a heartbeat does it."""
+        """Relay messages to other queues.  If that fails, they stay in the outbox, and a
+        heartbeat relays them."""
         messages = self.messages
         self.messages = []
         with contextlib.suppress(exceptions.RedisError):
             _relay(self.relay_connection, messages)
 
     def _send_webhooks_due(self) -> None:
-        """Send webhooks.  They may take long, so what is claimed is released before."""
+        """Send webhooks.  They may take long, so first release what is claimed, and wait
+        for the reply to the request, which may bring more jobs and webhooks."""
         while self.pending_webhooks and (self.claimed or self.request):
             self._release_claimed()
             self._settle_and_claim(claim=False)
@@ -6953,7 +6989,8 @@ def _kill_limit(job: Job) -> float:
         limit = float(job.timeout)
         if limit <= 0:
             return math.inf
-        for name in _CALLBACK_FIELDS.values():  # one of them may follow
+        # Callbacks run in the same process after the function.
+        for name in _CALLBACK_FIELDS.values():
             if name in job._fields:
                 limit += float(job._text(name).rpartition(" ")[2])
     except (DeserializationError, ValueError):  # perform() reports that
@@ -6962,7 +6999,8 @@ def _kill_limit(job: Job) -> float:
 
 
 def _reopen_standard_files() -> bool:
-    """Open what a job closed of stdin, stdout and stderr; return if there was any."""
+    """Open what a job closed of stdin, stdout and stderr; return whether it closed any.
+    Else the next file or socket would get that number, and output would go there."""
     was_closed = False
     for number in (0, 1, 2):
         try:
