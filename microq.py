@@ -7,21 +7,29 @@
     Worker([queue]).work(burst=True)                  # or: python -m microq worker
     print(job.return_value())
 
-The promise: once enqueue() has returned, the job runs at least once, or is visible as failed, for
-as long as Redis keeps its data.  Every change of state is one Lua script: it happens whole or not
-at all, and sent twice, because its reply was lost, it has the effect of one sent once.
+The promise: once enqueue() has returned, the job runs at least once, or is visible as
+failed, for as long as Redis keeps its data.  Every change of state is one Lua script:
+it happens whole or not at all.  If its reply is lost, the script is sent again, and the
+second call changes nothing.
 
-Words used throughout
+Terms used throughout
 
     job        one call of a function, stored under an id ("xYz..", 22 characters)
     queue      a name ("default"); its jobs, and where each of them stands
+    claim      a call by which a worker takes jobs; a worker numbers its claims
     execution  one run of a job by a worker; its id is <worker>.<number of the claim>
-    lease      seconds that a worker may be silent before its jobs are given back
-    *_at       in Redis: seconds since the epoch by the server's clock; datetimes are aware UTC
+    token      "<execution> <started_at>", which says who holds a job, and since when
+    instance   one start of a worker; tells two workers of the same name apart
+    lease      seconds for which a worker's heartbeat holds its jobs; when it has ended,
+               other workers may reap them: they are settled as crashed
+    settle     to record how an execution ended; refused if it no longer holds the job
+    message    what one queue has to tell another; stored in an outbox until it arrived
+    *_at       in Redis: seconds since the epoch by the server's clock; datetimes are
+               aware UTC
     timeout, ttl, interval, lease    seconds; fractions are allowed
 
-States, and the transitions between them.  A job is in one container of its queue at a time, and
-the container is its status.
+States, and the transitions between them.  A job is in one container of its queue at a
+time, and the container is its status.
 
      enqueue, due later    settle (retry, repeat)
     -------------------> SCHEDULED <---------------.
@@ -39,27 +47,31 @@ the container is its status.
     script      from        to                    guard, and what if it does not hold
     enqueue     (new)       queued, scheduled     the job is not there yet
     enqueue_checked  (new)  queued, scheduled     the id is free, else 'taken'
-                (new)       deferred              it depends on jobs that have not finished
+                (new)       deferred              jobs that it depends on have not ended
                 (new)       rate_limited          its limit is used up
-    tick        (new)       scheduled             the last tick of cron is the one that was read
-    deliver     deferred    as if it were new     the last job that it waited for has finished
+    tick        (new)       scheduled             cron's last tick is the one that was
+                                                  read before
+    deliver     deferred    as if it were new     no job that it waits for is left
                 rate_limited  queued, scheduled   its limit has granted a slot
     grant_slots any         the same              (a limit grants slots)
-    claim       queued      started               the claim's number is new, else as before
-                scheduled   queued                the job is due; heartbeat does this too
-    settle      started     finished, failed      the execution holds the job, else 'lost'
-                started     queued, scheduled     likewise, and a retry or repeat is left
-    heartbeat   started     queued, failed        the lease of the job's worker has ended
+    claim       queued      started               the claim's number is new; else it is
+                                                  told what it holds, if it is the last
+                scheduled   queued                the job is due; heartbeat does it, too
+    settle      started     finished, failed      the execution holds the job; or 'lost'
+                started     queued, scheduled     the execution holds the job, and a
+                                                  retry or repeat is left
+    heartbeat   started     queued, failed        its worker's lease has ended
     release     started     queued                the worker that holds the job says so
-    transition  not ended   canceled              the job is where it is said to be,
-                ended       queued                else where it is
-                any         (gone)
-    sweep       ended       (gone)                the record has expired; settle and heartbeat do
-                                                  this too
+    transition  not ended   canceled              the job is in one of the containers
+                ended       queued                that the caller names; else the reply
+                any         (gone)                names the one that it is in
+    sweep       ended       (gone)                the record has expired; settle and
+                                                  heartbeat do this too
     set_field   any         the same              the job exists, else 0
     join        any         the same              (the job becomes one of a group)
     leave       any         the same              it joined the group long enough ago
-    cron_store  scheduled   (gone)                the entry of cron changes: its ticks ahead
+    cron_store  scheduled   (gone)                the entry of cron changes, and these
+                                                  jobs of it are not due yet
     fetch       any         the same              (it reads)
     where       any         the same              (it reads)
     count       any         the same              (it reads)
@@ -67,60 +79,82 @@ the container is its status.
     cron_read   any         the same              (it reads the entries of cron)
     register    any         the same              (it holds the name of a worker)
 
-Keys.  {q} is the queue's name in braces, so that a queue lives in one slot of a Redis Cluster.
-Queues that one worker serves on a Cluster share a slot by naming the tag: "{mail}high".
+Keys.  {q} is the queue's name in braces, so that a queue lives in one slot of a Redis
+Cluster.  Queues that one worker serves on a Cluster share a slot by naming the tag:
+"{mail}high".
 
     microq:queues               set     names of all queues
     microq:suspended            string  while it exists, workers claim nothing
     microq:worker:<name>        string  who and where, as JSON; expires with the lease
-    microq:inbox:<name>         list    commands for a worker; the first of a pool has them for all
+    microq:inbox:<name>         list    commands for a worker; those for the workers of
+                                        a pool are in the inbox of its first one
     microq:groups               zset    names of groups by the time they are forgotten
-    microq:group:<name>         zset    "<id> <queue>" of its jobs by the time they joined
+    microq:group:<name>         zset    "<id> <queue>" of its jobs by the time they
+                                        joined
     microq:{q}:queued           list    ids ready to run, the next one first
     microq:{q}:wake             list    at most one token: "there may be work"
     microq:{q}:scheduled        zset    ids by the time they are due
     microq:{q}:started          hash    id -> "<execution> <started_at>"
-    microq:{q}:workers          hash    worker -> "<heartbeat_at> <lease> <claim> <instance>"
-    microq:{q}:deferred         zset    ids that wait for other jobs, by the time since when
-    microq:{q}:rate_limited     zset    ids that wait for a slot of their limit, likewise
-    microq:{q}:outbox           set     messages for other queues, until they have arrived
+    microq:{q}:workers          hash    worker -> "<heartbeat_at> <lease> <number of its
+                                        last claim> <instance>"
+    microq:{q}:deferred         zset    ids that wait for other jobs, by the time since
+                                        when
+    microq:{q}:rate_limited     zset    ids that wait for a slot of their limit, by the
+                                        time since when
+    microq:{q}:outbox           set     messages for other queues, until they arrived
     microq:{q}:finished         zset    ids by the time the record expires
-    microq:{q}:failed           zset    likewise; stopped jobs are here too
-    microq:{q}:canceled         zset    likewise
+    microq:{q}:failed           zset    ids by the time the record expires; stopped jobs
+                                        are here too
+    microq:{q}:canceled         zset    ids by the time the record expires
     microq:{q}:cron             hash    entry -> the call and when it is to run, as JSON
-    microq:{q}:ticks            hash    entry -> "<last tick handed out> <registered_at>"
+    microq:{q}:ticks            hash    entry -> "<last tick handed out>
+                                        <registered_at>"
     microq:{q}:schedulers       zset    names of what runs cron, by their last heartbeat
     microq:{q}:job:<id>         hash    the call and its options, later its outcome
     microq:{q}:job:<id>:results list    older results, where there is more than one
-    microq:{q}:job:<id>:waits   set     keys of the jobs that a deferred one still waits for
-    microq:{q}:job:<id>:dependents:<allow> set  "<prefix> <id> <created_at>", told of its end
-    microq:{q}:job:<id>:untold:<n> set  dependents from there, which an end has still to be told to
-    microq:limit:{key}:holders  zset    "<prefix> <id> <slot> <numbers>" that have a slot
-    microq:limit:{key}:waiting  zset    likewise those that want one
+    microq:{q}:job:<id>:waits   set     keys of the jobs that a deferred one still waits
+                                        for
+    microq:{q}:job:<id>:dependents:<allow> set  "<prefix> <id> <created_at>" of the jobs
+                                        that wait for this one to end
+    microq:{q}:job:<id>:untold:<n> set  dependents that one call had no room to tell of
+                                        an end; a later call tells them
+    microq:limit:{key}:holders  zset    "<prefix> <id> <slot> <numbers>" of the jobs
+                                        that have a slot
+    microq:limit:{key}:waiting  zset    "<prefix> <id> <slot> <numbers>" of the jobs
+                                        that wait for a slot
     microq:limit:{key}:starts   list    when the last jobs of a rate may start
-    microq:limit:{key}:outbox   set     messages for queues, until they have arrived; a limit that
-                                        is not used for a year is forgotten
+    microq:limit:{key}:outbox   set     messages for queues, until they arrived; a limit
+                                        that is not used for a year is forgotten
 
 Fields of a job's hash; only what differs from the default is stored
 
-    func, args                          dotted name; serialized (args, kwargs[, instance]), or, for
-                                        no arguments, "()" after the name
+    func, args                          dotted name; serialized (args, kwargs[,
+                                        instance]), or, for no arguments, "()" after
+                                        the name
     created_at, enqueued_at             the second only when it is another time
-    timeout, ttl, result_ttl, failure_ttl, description, at_front, meta, max_crashes  options
+    timeout, ttl, result_ttl, failure_ttl   options
+    description, at_front, meta, max_crashes  options
     retry, repeat                       JSON {"max", "interval": [..], ..}
     retries, repeats, crashes           how often so far
     ended                               "<execution> <started_at> <seconds> [<type>]"
     result                              the serialized return value, or the traceback
-    call_id, last_move                  tell a second enqueue or transition from one sent again
-    has_waiter                          somebody waits for the first result
-    depends_on                          "<prefix><id> .. <allow>", allow: none, failed, any
-    has_dependents                      somebody depends on it; it ends with the sweep, which tells
-                                        them, and not by itself
-    not_before                          not to be queued before, once it waits no longer
-    rate_limit, slot                    "<prefix of the limit> <numbers>"; that it asked for, or has
+    call_id, last_move                  tell a second enqueue or transition from one
+                                        that is sent again
+    has_waiter                          a client waits for the first result
+    depends_on                          "<prefix><id> .. <allow>", allow: none, failed,
+                                        any
+    has_dependents                      other jobs may depend on it: then the sweep
+                                        deletes the record and tells them; the record
+                                        does not expire by itself
+    not_before                          once it waits for no job and no slot, it is
+                                        scheduled until this time
+    rate_limit                          "<prefix of the limit> <numbers>"
+    slot                                when it asked its limit for a slot; the slot's
+                                        name, as long as the job wants or has it
     on_success, on_failure, on_stopped  "<dotted name> <timeout>"
     webhooks                            JSON
-    pending_end                         "<type> <reason>" for callbacks, ended from outside
+    pending_end                         "<type> <reason>": its process could not call
+                                        its callback, which the next execution does
     callback_error                      "<execution>\n<traceback>"
     group_id                            name
 
@@ -143,9 +177,9 @@ Processes and connections of a worker
 
     in-process: the loop runs in the main thread, and the supervisor in another thread
 
-Map of the file.  Who has read Part I knows everything that runs a job.  Part I names of Part II
-only these hooks of Python: _relay, Group, CronScheduler, _StoredCron, _cron_read_command,
-_enqueue_ticks.
+Map of the file.  Who has read Part I knows everything that runs a job.  Part I names of
+Part II only these hooks of Python: _relay, Group, CronScheduler, _StoredCron,
+_cron_read_command, _enqueue_ticks.
 
 Part I, the queue
 
@@ -239,8 +273,9 @@ except ImportError:  # then processes keep their name
 
 
 if __name__ == "__main__":
-    # `python -m microq` runs this file as __main__, and a job that imports microq would load it a
-    # second time.  So hand over to the importable module at once, under whatever name it has.
+    # `python -m microq` runs this file as __main__, and a job that imports microq would
+    # load it a second time.  So hand over to the importable module at once, under
+    # whatever name it has.
     _name = __spec__.name if __spec__ else Path(__file__).stem
     sys.exit(importlib.import_module(_name).main())
 
@@ -272,32 +307,27 @@ LEASE = 15.0  # seconds; three heartbeats
 KILL_GRACE = 5.0  # seconds between the exception in a job over its time and SIGKILL
 MAX_RESULT = 64 << 20  # bytes; Redis cuts the connection at 512 MB (proto-max-bulk-len)
 MAX_TRACEBACK = 100_000  # characters; the end tells most
-MAX_CRASHES = (
-    2  # a job that killed its worker runs again so often; the next time it is failed
-)
-MAX_SAFE_PAYLOAD = 1 << 16  # bytes; a result that may be too much for a connection
-SETTLE_AFTER = (
-    0.005  # seconds after which outcomes are settled at the next end of a job
-)
+# A job that killed its worker runs again so often; the next time it is failed.
+MAX_CRASHES = 2
+# Bytes.  A connection that breaks at a larger outcome is likely to break at it again;
+# then a failure is stored in its place.
+MAX_SAFE_PAYLOAD = 1 << 16
+# Seconds after which outcomes are settled at the next end of a job.
+SETTLE_AFTER = 0.005
 SLOW_JOB_AFTER = 0.05  # seconds after which a job is slow, so that nothing waits for it
 MAX_BATCH = 128  # jobs claimed at once
-MIN_BATCH_TO_PIPELINE = (
-    8  # size of a batch from which on the next one is claimed while it runs
-)
-JOBS_PER_FORK = (
-    1000  # jobs after which a child is replaced, but not in its first second
-)
+# Size of a batch from which on the next one is claimed while it runs.
+MIN_BATCH_TO_PIPELINE = 8
+# Jobs after which a child is replaced, but not in its first second.
+JOBS_PER_FORK = 1000
 STANDBY_BEFORE = 256  # jobs that a child has left when the next one is forked
-SLOT_TIMEOUT = (
-    10.0  # seconds that a call waits for a slot of a Cluster that nobody serves now
-)
-GROUP_TTL = (
-    7 * 86400
-)  # seconds after which a group is forgotten, unless more jobs join it
+# Seconds that a call waits for a slot of a Cluster that no master serves now.
+SLOT_TIMEOUT = 10.0
+# Seconds after which a group is forgotten, unless more jobs join it.
+GROUP_TTL = 7 * 86400
 MAX_JOBS_PER_CALL = 1000  # jobs per script call, which keeps a script near 10 ms
-RECHECK = (
-    10.0  # seconds after which a wait for a job asks again, as no message may have come
-)
+# Seconds after which a wait for a job asks again, since a message may have been lost.
+RECHECK = 10.0
 
 log = logging.getLogger("microq")
 Func = Callable[..., Any] | str  # a function, or its dotted name
