@@ -2295,13 +2295,14 @@ _lua(
 -- list `at_back`, whose ids are pushed together.  The record of a job with dependents does not
 -- expire by itself; claim sees when its ttl has passed.
 function store_job(q, job, due, created_at, at_back)
+  local flags = job.flags
   call('HSET', job.key, 'created_at', created_at, unpack(ARGV, job.first_word, job.last_word))
-  if string.find(job.flags, 'blocked') then return end
+  if flags ~= '' and string.find(flags, 'blocked') then return end
   if due then return schedule(q, job.id, due) end
   if job.ttl ~= '' and not job.has_dependents then
     call('PEXPIRE', job.key, math.ceil(job.ttl * 1000))
   end
-  if string.find(job.flags, 'at_front') then call('LPUSH', q .. 'queued', job.id)
+  if flags ~= '' and string.find(flags, 'at_front') then call('LPUSH', q .. 'queued', job.id)
   else at_back[#at_back + 1] = job.id end
 end
 """,
@@ -2687,11 +2688,15 @@ function parse_runs(q, args)
   for i = 1, #args, 9 do
     local id, token, ended, result, result_type, ttl, rerun, policy, chance =
       unpack(args, i, i + 8)
-    runs[#runs + 1] = {
-      id = id, token = token, ended = ended, result = result, result_type = result_type,
-      ttl = ttl, rerun = rerun, policy = policy, chance = chance,
-      key = q .. 'job:' .. id, owned = false,
+    local run = {  -- eight fields, since a table with more takes twice the memory
+      id = id, key = q .. 'job:' .. id, token = token, ended = ended, result = result,
+      result_type = result_type, ttl = ttl, rerun = rerun,
     }
+    if rerun ~= '' then
+      run.policy = policy
+      run.chance = chance
+    end
+    runs[#runs + 1] = run
   end
   return runs
 end
@@ -2701,8 +2706,8 @@ end
 _lua(
     "take_owned",
     """
--- Take the jobs out of `started` whose run still holds them, and mark these runs by `owned`.
--- Returns the tokens of these by the ids of the jobs.
+-- Take the jobs out of `started` whose run still holds them.  Returns these runs by the ids of
+-- their jobs.
 function take_owned(q, runs)
   local ids, owned_ids, owned = {}, {}, {}
   for i, run in ipairs(runs) do ids[i] = run.id end
@@ -2710,8 +2715,7 @@ function take_owned(q, runs)
   for i, run in ipairs(runs) do
     local id = run.id
     if tokens[i] == run.token and not owned[id] then
-      run.owned = true
-      owned[id] = run.token
+      owned[id] = run
       owned_ids[#owned_ids + 1] = id
     end
   end
@@ -2906,7 +2910,7 @@ _lua(
 -- Settle one run, and return where its job is now.
 function settle_run(batch, run)
   local q = batch.q
-  if not run.owned then  -- either the call was sent again, or the run lost its job
+  if batch.owned[run.id] ~= run then  -- either the call was sent again, or the run lost its job
     local ended = call('HGET', run.key, 'ended') or ''
     if string.sub(ended, 1, #run.ended) ~= run.ended then return 'lost' end
     return status_of(q, run.id) or 'gone'
@@ -2978,7 +2982,7 @@ function write_containers(batch)
       or attempt(batch, call, 'ZADD', batch.q .. container, unpack(entries))
     for i = 2, added and 0 or #entries, 2 do
       local id = entries[i]
-      call('HSET', batch.q .. 'started', id, batch.tokens[id])
+      call('HSET', batch.q .. 'started', id, batch.owned[id].token)
     end
   end
 end
@@ -2996,7 +3000,7 @@ _lua(
 -- until the call comes again.
 function settle(q, runs, now)
   local batch = {
-    q = q, now = now, tokens = take_owned(q, runs), denial = nil,
+    q = q, now = now, owned = take_owned(q, runs), denial = nil,
     expiries = {}, entries = {finished = {}, failed = {}},
   }
   local statuses = {}
@@ -3004,10 +3008,12 @@ function settle(q, runs, now)
     local status, text
     if not batch.denial then
       status, text = attempt(batch, settle_run, batch, run)
-      if batch.denial and run.owned then take_back(q, run.id) end
+      if batch.denial and batch.owned[run.id] == run then take_back(q, run.id) end
     end
     if text and not batch.denial then status = refuse(batch, run, text) end
-    if batch.denial and run.owned then call('HSET', q .. 'started', run.id, run.token) end
+    if batch.denial and batch.owned[run.id] == run then
+      call('HSET', q .. 'started', run.id, run.token)
+    end
     statuses[i] = status
   end
   write_containers(batch)
@@ -3110,7 +3116,7 @@ function crashed_run(beat, q, id, text, token)  -- the run of a worker that was 
     id = id, token = text, ended = string.format('%s %.6f', text, seconds),
     result = 'worker ' .. token.worker .. ' died while it ran this job', result_type = 'failed',
     ttl = beat.failure_ttl, rerun = 'crash', policy = beat.policy, chance = 0,
-    key = q .. 'job:' .. id, owned = false,
+    key = q .. 'job:' .. id,
   }
 end
 """,
