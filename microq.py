@@ -6085,8 +6085,8 @@ class _Backoff:
 
 
 class _Phase(enum.IntEnum):
-    """How far a child is.  The child writes it, and its supervisor reads it: from it and
-    the exit status, _Child.poll() tells an end from a death."""
+    """How far a child is.  The child writes it, and its supervisor reads it: from it
+    and the exit status, _Child.poll() tells an end from a death."""
 
     RUNNING = 0
     ENDED = 1  # it has settled everything, and is not to be replaced
@@ -6189,9 +6189,9 @@ class _Wakeup:
     @classmethod
     def keep_only(cls, *, waiting: Sequence[_Wakeup], setting: _Wakeup) -> None:
         """In a forked child, close the inherited sockets, but for the wake-ups that it
-        waits for and the one that it sets.  Then only the parent can write to those that
-        the child waits for: when the parent has died, they are at end-of-file, and the
-        wait ends."""
+        waits for and the one that it sets.  Then only the parent can write to those
+        that the child waits for: when the parent has died, they are at end-of-file, and
+        the wait ends."""
         for wakeup in list(cls._all):
             if wakeup is not setting:
                 wakeup._writer.close()
@@ -6296,8 +6296,8 @@ class _Instance:
         return _Connection(self.client, self.redis_timeout, on_data=on_data)
 
     def claim_command(self, queues: Sequence[Queue], limit: int, mode: str) -> Command:
-        """Return the command that claims up to `limit` jobs, by a new number.  `mode` is
-        that of the script claim."""
+        """Return the command that claims up to `limit` jobs, by a new number.  `mode`
+        is that of the script claim."""
         self.shared.claim_number += 1
         prefixes = [queue.prefix for queue in queues]
         number = self.shared.claim_number
@@ -6327,8 +6327,8 @@ class _Instance:
 
     def register_command(self, lease: float, dead: bytes = b"") -> Command:
         """Return the command that stores the worker's record for `lease` seconds, if
-        the name is free, its own, or held by the record `dead`.  The reply is the record
-        of another worker that has the name, b"" if there is none."""
+        the name is free, its own, or held by the record `dead`.  The reply is the
+        record of another worker that has the name, b"" if there is none."""
         record = json.dumps(self.record())
         return _register_command(self.worker.key, self.id, record, lease, dead)
 
@@ -6484,8 +6484,8 @@ class _WorkLoop(_Loop):
             self.shared.make_progress()
             self._extend_run_limit()
             # Before the claim: leave_when_idle() may be called while the claim is under
-            # way.  A job that was enqueued before that call, but after the claim, has to
-            # run, so one more claim must find nothing.
+            # way.  A job that was enqueued before that call, but after the claim, has
+            # to run, so one more claim must find nothing.
             limit_reached = self._process_limit_reached() or self._job_limit_reached()
             may_end = self.ends_when_idle or limit_reached
             next_due = self._settle_and_claim(claim=not limit_reached)
@@ -6505,8 +6505,8 @@ class _WorkLoop(_Loop):
                 self._wait_for_work(min(next_due, self._idle_deadline()))
 
     def _extend_run_limit(self) -> None:
-        """Let a process that reaches its limit within a second go on: its jobs are tiny,
-        and a fork for each thousand of them would cost more than they do."""
+        """Let a process that reaches its limit within a second go on: its jobs are
+        tiny, and a fork for each thousand of them would cost more than they do."""
         limits = self.instance.limits
         is_young = time.monotonic() < self.started_at + 1
         if is_young and self._process_limit_reached() and not limits.replaces_exactly:
@@ -6555,7 +6555,8 @@ class _WorkLoop(_Loop):
         with self.lock:
             next_due = self._read_reply()  # to the request sent before these jobs ran
             # At most two requests, of which the reply to the first one is read here: it
-            # brings the jobs to run.  The server works on the second one while they run.
+            # brings the jobs to run.  The server works on the second one while they
+            # run.
             if not self.claimed:
                 self._send_request(claim)
                 next_due = min(next_due, self._read_reply())
@@ -6628,8 +6629,8 @@ class _WorkLoop(_Loop):
 
         This is the only place that sends a request again, whichever connection it went
         over first; why that is safe, see _Request.  It is sent until there is a reply.
-        If not `patient`, it is tried once, and an error is raised.  Return when the next
-        scheduled job is due; infinity if that is not known."""
+        If not `patient`, it is tried once, and an error is raised.  Return when the
+        next scheduled job is due; infinity if that is not known."""
         request = self.request
         if request is None:
             return math.inf
@@ -6674,8 +6675,9 @@ class _WorkLoop(_Loop):
     def _execute_until_answered(self, request: _Request) -> list[Any] | None:
         """Return the replies to a request, sent as often as it takes: until the server
         is there, and does not refuse the commands (to a user without permission, say).
-        Return None if a large result has failed five times, by a connection that was cut
-        or too slow, while the server answered a PING: then it is the result's size."""
+        Return None if a large result has failed five times, by a connection that was
+        cut or too slow, while the server answered a PING: then it is the result's
+        size."""
         backoff = _Backoff(self.instance.redis_timeout)
         began = time.monotonic()
         failures = 0
@@ -6851,8 +6853,8 @@ class _WorkLoop(_Loop):
             self.claimed.clear()
 
     def end_job(self, current: _CurrentJob | None, outcome: Outcome) -> None:
-        """Stop a job that runs; for another thread.  Only a stop is done here: a job can
-        be killed only in a child process."""
+        """Stop a job that runs; for another thread.  Only a stop is done here: a job
+        can be killed only in a child process."""
         running = self.running
         if outcome.type is not ResultType.STOPPED or not (running and current):
             return
@@ -6951,23 +6953,23 @@ class _WorkLoop(_Loop):
         return self.blocking_connection.pop(seconds, self.wakeup, *commands)
 
     def _take_back_claim(self) -> None:
-        """If the loop is to pause or stop, release what a claim that was sent along with
-        BLPOP, and not answered, may hold."""
+        """If the loop is to pause or stop, release what a claim that was sent along
+        with BLPOP, and not answered, may hold."""
         stopped = self.shared.stop_requested or self.shared.suspended
         if stopped and self.request and self.request.claim_limit:
             self.request = _Request((self.instance.release_all_command(),), [], [])
 
     def _relay_messages(self) -> None:
-        """Relay messages to other queues.  If that fails, they stay in the outbox, and a
-        heartbeat relays them."""
+        """Relay messages to other queues.  If that fails, they stay in the outbox, and
+        a heartbeat relays them."""
         messages = self.messages
         self.messages = []
         with contextlib.suppress(exceptions.RedisError):
             _relay(self.relay_connection, messages)
 
     def _send_webhooks_due(self) -> None:
-        """Send webhooks.  They may take long, so first release what is claimed, and wait
-        for the reply to the request, which may bring more jobs and webhooks."""
+        """Send webhooks.  They may take long, so first release what is claimed, and
+        wait for the reply to the request, which may bring more jobs and webhooks."""
         while self.pending_webhooks and (self.claimed or self.request):
             self._release_claimed()
             self._settle_and_claim(claim=False)
@@ -7150,7 +7152,8 @@ def _pid_namespace() -> str:
 def _process_exists(pid: Any) -> bool:
     """Return whether there is a process of this number; it may be another user's.
 
-    One that has ended, and was not reaped yet by the process that started it, is none."""
+    One that has ended, and was not reaped yet by the process that started it, is
+    none."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -8498,8 +8501,8 @@ class _Supervisor:
         log.info("worker %s stopped", self.name)
 
     def _sign_off_commands(self) -> list[Command]:
-        """Return what settles and releases all that is held, and then gives up the names:
-        whoever has a name next counts what is still held by it as crashed."""
+        """Return what settles and releases all that is held, and then gives up the
+        names: whoever has a name next counts what is still held by it as crashed."""
         commands: list[Command] = []
         for unit in self._units():
             commands += unit.sign_off_commands()
@@ -8570,7 +8573,8 @@ class WorkerPool:
         date_format: str | None = None, log_format: str | None = None,
         with_scheduler: bool = False, **limits: Any,
     ) -> bool:  # fmt: skip
-        """Run jobs until told to stop; see Worker.work().  Limits are for each worker."""
+        """Run jobs until told to stop; see Worker.work().  Limits are for each
+        worker."""
         # The pool's own name may be that of a worker, since nothing holds it.
         inbox = self._workers[0].name
         instances = [each._begin(inbox, burst, **limits) for each in self._workers]
@@ -9592,8 +9596,8 @@ return format_time(now)
 def _tick_command(
     prefix: str, slug: str, last: tuple[float, float], tick: float, job: _NewJob
 ) -> Command:
-    """Store the job of a tick of cron, if `last` (last tick, registered_at) still holds; else the
-    reply is b"", since another scheduler was faster."""
+    """Store the job of a tick of cron, if `last` (last tick, registered_at) still
+    holds; else the reply is b"", since another scheduler was faster."""
     last_tick, registered_at = last
     stored = f"{last_tick:.6f} {registered_at:.6f}"
     return TICK(prefix, slug, stored, f"{tick:.6f}", *job.args())
@@ -9654,8 +9658,8 @@ return 1
 
 
 def _cron_store_command(prefix: str, slug: str, spec: str, interval: float) -> Command:
-    """Store the JSON of an entry of cron, '' to remove it; the reply is 1 if that changed it.
-    `interval` is in seconds, 0 for an entry with an expression."""
+    """Store the JSON of an entry of cron, '' to remove it; the reply is 1 if that
+    changed it.  `interval` is in seconds, 0 for an entry with an expression."""
     return CRON_STORE(prefix, slug, spec, interval)
 
 
@@ -10422,12 +10426,11 @@ cron = sys.modules[__name__]  # for `from microq import cron; cron.register(..)`
 # All processes that use the directory share the server, and it ends after the last of
 # them.  The directory holds:
 #
-#   lock          Each user has a shared lock on it, which its forks inherit, until it
-#                 ends in whatever way.  The monitor waits for an exclusive lock: when it
-#                 gets that, there is no user left.
-#   monitor.lock  The monitor has an exclusive lock on it while its server lives, so that
-#                 there is one server at a time.
-#   redis.sock, log, appendonlydir    the server's
+# lock          Each user has a shared lock on it, which its forks inherit, until it
+# ends in whatever way.  The monitor waits for an exclusive lock: when it gets that,
+# there is no user left.  monitor.lock  The monitor has an exclusive lock on it while
+# its server lives, so that there is one server at a time.  redis.sock, log,
+# appendonlydir    the server's
 #
 # The monitor is a process: it starts the server, waits until there is no user left, and
 # shuts the server down.  `systemctl stop` sends SIGTERM to all processes of a service,
@@ -10519,10 +10522,10 @@ class _EmbeddedConnection(UnixDomainSocketConnection):
 def embedded(dir: str | os.PathLike[str] | None = None) -> Redis:
     """Return a connection to a private server, started if need be.
 
-    With a directory, jobs survive in its append-only file; without one, all is gone when
-    this process, or the server, ends.  The directory must belong to this user, and gets
-    mode 0700.  Raises ServerUnavailable if it does not, if there is no server program,
-    or if the server does not start; and on Windows."""
+    With a directory, jobs survive in its append-only file; without one, all is gone
+    when this process, or the server, ends.  The directory must belong to this user, and
+    gets mode 0700.  Raises ServerUnavailable if it does not, if there is no server
+    program, or if the server does not start; and on Windows."""
     if fcntl is None:
         raise ServerUnavailable(
             "the embedded server needs a Unix system, for its locks and its socket; "
@@ -10684,10 +10687,11 @@ def _start_server(home: Path, private: bool) -> subprocess.Popen[bytes] | None:
 
 
 # ---- 16. Command line ----------------------------------------------------------------
-# A command has a function _add_.. that declares its arguments, and a function _cmd_.. that runs it.
-# main() parses the words, completes the options from the environment and the config module, runs
-# the command, and turns an error into one line.  Flags beat the environment, which beats the config
-# module.  What others have written is printed through _printable().
+# A command has a function _add_.. that declares its arguments, and a function _cmd_..
+# that runs it.  main() parses the words, completes the options from the environment and
+# the config module, runs the command, and turns an error into one line.  Flags beat the
+# environment, which beats the config module.  What others have written is printed
+# through _printable().
 
 _PROGRAM = f"python -m {__name__}"
 _ADDRESS_PARTS = (
@@ -10701,8 +10705,9 @@ _ENVIRONMENT_OPTIONS = (
 
 
 def _server_of(options: argparse.Namespace) -> Any:
-    """Return a connection to the server that is named: by a flag or $MICROQ_URL, else in the config
-    module, else in $REDIS_URL or $REDIS_HOST and the like; else the one on localhost."""
+    """Return a connection to the server that is named: by a flag or $MICROQ_URL, else
+    in the config module, else in $REDIS_URL or $REDIS_HOST and the like; else the one
+    on localhost."""
     if options.embedded is not None:
         return embedded(options.embedded or None)
     kind = options.connection_class
@@ -10808,7 +10813,8 @@ def _worker_options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run_worker(options: argparse.Namespace, run: Callable[..., Any]) -> None:
-    """Run workers by Worker.work() or WorkerPool.start(), which take the same options."""
+    """Run workers by Worker.work() or WorkerPool.start(), which take the same
+    options."""
     if options.pid:
         Path(options.pid).write_text(f"{os.getpid()}\n")
     if options.verbose:
@@ -10823,8 +10829,9 @@ def _run_worker(options: argparse.Namespace, run: Callable[..., Any]) -> None:
 
 
 def _parse_argument(text: str) -> tuple[str, Any]:
-    """Read "value", ":json" or "%literal"; "name=value", "name:=json" or "name%=literal" as (name
-    or '', value).  A value "@path" stands for what is in that file."""
+    """Read "value", ":json" or "%literal"; "name=value", "name:=json" or
+    "name%=literal" as (name or '', value).  A value "@path" stands for what is in that
+    file."""
     keyword = re.match(r"([A-Za-z_]\w*)([:%]?)=", text)
     if keyword:
         name, sign = keyword.groups()
@@ -11119,7 +11126,8 @@ def _add_enqueue(commands: Any) -> None:
 
 
 def _add_option_flag(parser: argparse.ArgumentParser, option: _Option) -> None:
-    """Add the flag of a job's option; all values but numbers are checked by the option."""
+    """Add the flag of a job's option; all values but numbers are checked by the
+    option."""
     *names, metavar = option.flag.split()
     if metavar.startswith("--"):  # a flag without a value
         parser.add_argument(
@@ -11276,16 +11284,16 @@ def _configure(options: argparse.Namespace) -> None:
 
 
 def _open_standard_streams() -> None:
-    """Open what the shell has closed (`>&-`), so that the text for it goes nowhere, and not into
-    the next file or socket that gets its number."""
+    """Open what the shell has closed (`>&-`), so that the text for it goes nowhere, and
+    not into the next file or socket that gets its number."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  until the process ends
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line, and return the exit status: 1 for an error, 2 for words that make no
-    sense, 130 for Ctrl-C."""
+    """Run the command line, and return the exit status: 1 for an error, 2 for words
+    that make no sense, 130 for Ctrl-C."""
     _open_standard_streams()
     parser, commands = _parser()
     words = list(sys.argv[1:] if argv is None else argv)
@@ -11313,7 +11321,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _error_line(error: Exception) -> str:
-    """Return the message of an error in one line; with its type, unless the message says all."""
+    """Return the message of an error in one line; with its type, unless the message
+    says all."""
     text = str(error)
     if not isinstance(
         error, MicroqError | exceptions.RedisError | TypeError | ValueError | OSError
@@ -11338,7 +11347,8 @@ _COLUMN_STYLES = {"queued": _CYAN, "started": _GREEN, "failed": _RED, _BAR_TITLE
 
 
 class _HeldJob(NamedTuple):
-    """A job that a worker has claimed; of several, the one that it runs has the lowest claim."""
+    """A job that a worker has claimed; of several, the one that it runs has the lowest
+    claim."""
 
     claim: int
     id: str
@@ -11371,8 +11381,8 @@ class _Snapshot(NamedTuple):
 
 
 def _take_snapshot(connection: Redis, names: Sequence[str]) -> _Snapshot:
-    """Read how the queues of these names are, and their workers, in two round trips; or of all
-    queues, in three."""
+    """Read how the queues of these names are, and their workers, in two round trips; or
+    of all queues, in three."""
     queues = [Queue(name, connection) for name in names] or Queue.all(connection)
     commands: list[Command] = []
     for queue in queues:
@@ -11465,7 +11475,8 @@ class _Table(NamedTuple):
 
 
 def _queue_table(snapshot: _Snapshot, layout: _Layout) -> _Table:
-    """Return a table of the queues, with bars for their queued jobs if the layout has bars."""
+    """Return a table of the queues, with bars for their queued jobs if the layout has
+    bars."""
     table = _Table(["queue", *_CONTAINERS, _BAR_TITLE], [])
     longest = max(map(len, ["", *snapshot.queues]))
     room = layout.width - len(" ".join(table.titles)) - longest
@@ -11497,8 +11508,8 @@ def _by_queue_table(snapshot: _Snapshot) -> _Table:
 
 
 def _column_sizes(table: _Table, width: int) -> list[int]:
-    """Return the widths of the columns.  Where they are too much for `width`, the first column is
-    cut, and the last one gets what is left."""
+    """Return the widths of the columns.  Where they are too much for `width`, the first
+    column is cut, and the last one gets what is left."""
     columns = zip(table.titles, *table.rows, strict=True)
     sizes = [max(len(str(cell)) for cell in column) for column in columns]
     first, *middle, last = sizes
@@ -11517,7 +11528,8 @@ def _without_empty_columns(table: _Table) -> _Table:
 
 
 def _format_table(table: _Table, max_rows: int, layout: _Layout) -> list[str]:
-    """Return the lines of a table; where rows are too many, the last line says how many more."""
+    """Return the lines of a table; where rows are too many, the last line says how many
+    more."""
     if layout.width < len(" ".join(table.titles)) + 8:
         table = _without_empty_columns(table)
     shown = table.rows
@@ -11558,7 +11570,8 @@ def _styled(text: str, style: int | None, layout: _Layout) -> str:
 
 
 def _summary(old: _Snapshot, new: _Snapshot) -> str:
-    """Count what there is, and what ended per second between two snapshots, if they are two."""
+    """Count what there is, and what ended per second between two snapshots, if they are
+    two."""
     busy = len([worker for worker in new.workers if worker.state == "busy"])
     text = f"{len(new.queues)} queues, {new.count('queued')} queued, {new.count('started')} started"
     text += f"; {len(new.workers)} workers, {busy} busy"
@@ -11594,8 +11607,8 @@ def _raw_lines(options: argparse.Namespace, snapshot: _Snapshot) -> list[str]:
 
 
 def _rows_that_fit(wanted: Sequence[int], lines: int) -> list[int]:
-    """Share lines among tables that want so many: equally, but what one does not need is for the
-    others."""
+    """Share lines among tables that want so many: equally, but what one does not need
+    is for the others."""
     fitting = []
     for index, rows in enumerate(wanted):
         equal_share = lines // (len(wanted) - index)
@@ -11611,7 +11624,8 @@ def _render(
     heading: Sequence[str],
     snapshot: _Snapshot,
 ) -> list[str]:
-    """Return the lines of a page: the heading, and the tables that the options ask for."""
+    """Return the lines of a page: the heading, and the tables that the options ask
+    for."""
     tables = []
     if not options.only_workers:
         tables.append(_queue_table(snapshot, layout))
@@ -11646,7 +11660,8 @@ def _is_terminal() -> bool:
 def _print_page(
     options: argparse.Namespace, heading: Sequence[str], snapshot: _Snapshot, live: bool
 ) -> None:
-    """Print a page; with `live` in place of the page before, of the size that the terminal has."""
+    """Print a page; with `live` in place of the page before, of the size that the
+    terminal has."""
     coloured = _is_terminal() and not os.environ.get("NO_COLOR")
     layout = _Layout(coloured=coloured)
     if live:
@@ -11679,8 +11694,8 @@ def _cmd_info(options: argparse.Namespace) -> None:
 def _poll_info(
     options: argparse.Namespace, interval: float, warning: Sequence[str]
 ) -> None:
-    """Print a page each `interval` seconds, until Ctrl-C.  On a terminal, an outage of the server
-    is shown, and does not end it."""
+    """Print a page each `interval` seconds, until Ctrl-C.  On a terminal, an outage of
+    the server is shown, and does not end it."""
     live = _is_terminal() and not options.raw
     if live and isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(
