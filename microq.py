@@ -6686,7 +6686,7 @@ class _WorkLoop(_Loop):
                 return self._exchange(request)
             except (ServerUnavailable, exceptions.ResponseError) as error:
                 if isinstance(error.__cause__ or error, exceptions.ResponseError):
-                    self.shared.make_progress()  # the server is there, though it refuses
+                    self.shared.make_progress()  # the server refuses, but it answers
                 if request.has_large_result() and self._server_answers():
                     failures += 1
                 if failures >= 5 and isinstance(error.__cause__, _UNREACHABLE):
@@ -7105,13 +7105,20 @@ def _describe_outcome(job: Job, outcome: Outcome, status: str) -> str:
 # alive in Redis and under control: it renews leases, takes commands and signals, and,
 # where jobs run in child processes, starts, watches, kills and replaces these.
 #
-# Invariants: where a supervisor forks, its process runs no user code, so a job that
-# holds the GIL or crashes harms its own process only.  A child that has died is
-# reported to the server before the next one starts.  Nothing but the end of all
-# workers, or a cold shutdown, ends a supervisor.  Uses section 9, and _handle_command
-# of section 11.
+# The one idea: what has to go on whatever a job does is in a process, or at least a
+# thread, of its own, and reads the loop's state from shared memory.
+#
+# Invariants: where a supervisor forks, its process runs no user code but the
+# work_horse_killed_handler, so a job that holds the GIL or crashes harms its own
+# process only.  A child that has died is reported to the server before the next one
+# starts.  Nothing but the end of all workers, or a cold shutdown, ends a supervisor.
+# Uses sections 1 to 9, _handle_command of section 11, and of Part II the hooks that the
+# map of the file names.
 
 
+# The keys of a worker's record, which is JSON.  They are stored, and workers of other
+# versions read them, so they keep their names: "beat" is the time of the last
+# heartbeat, "seconds" those spent in jobs, "good" and "bad" count jobs.
 _RECORD_KEYS = {
     "name", "instance", "inbox", "queues", "hostname", "pid", "pid_namespace",
     "version", "python_version", "birth", "beat", "lease", "fork", "good", "bad",
@@ -7197,7 +7204,7 @@ class Worker:
                                 those of the queues, where Queue objects are given
     log_job_description       - whether the log shows the calls, yes
 
-    What it takes beside it is for RQ's sake, and without effect.
+    The other parameters are taken for RQ's sake, and have no effect.
 
     As a context manager it works in a thread for the life of the block, in-process;
     leaving the block waits until nothing is queued."""
@@ -7487,7 +7494,9 @@ class Worker:
         max_idle_time: float | None = None, dequeue_strategy: str = "default",
         prefixes: list[str] | None = None,
     ) -> _Instance:  # fmt: skip
-        """Return what its supervisor and loop work with; `prefixes`: not its own."""
+        """Return what its supervisor and loop have in common, from now on: a sign-on
+        with its limits.  `inbox` is the name under which commands come.  `prefixes` are
+        those of the queues in which it has a lease; None: its own queues."""
         strategies = [each.value for each in DequeueStrategy]
         if dequeue_strategy == "default":
             dequeue_strategy = self.dequeue_strategy
@@ -7522,7 +7531,7 @@ class Worker:
     def __exit__(self, kind: type[BaseException] | None, *details: Any) -> None:
         assert self._supervisor and self._thread
         self._supervisor.leave_when_idle()
-        if kind is not None:  # what is queued is for others
+        if kind is not None:  # after an error, other workers run what is queued
             self._supervisor.request_stop()
         self._thread.join()
 
@@ -7558,7 +7567,8 @@ class RandomWorker(Worker):
     dequeue_strategy = "random"
 
 
-# RQ's names for what ends a job that is over its time; a worker knows that by itself.
+# RQ's names for the classes that end a job at its timeout.  Here they mean nothing:
+# perform() chooses the means by itself.
 BaseDeathPenalty = UnixSignalDeathPenalty = TimerDeathPenalty = object
 
 
@@ -7611,13 +7621,15 @@ class _Child:
         self.instance = instance
         self.shared = instance.shared
         self.supervisor_wakeup = supervisor_wakeup
-        self.inherited = inherited  # the connection that a child has to close
+        # The supervisor's blocking connection.  A child closes its copy: else BLPOP
+        # would outlive the supervisor, and take a command that nobody reads.
+        self.inherited = inherited
         self.pid = 0  # 0: there is no child
         self.finished = False  # no further child is to follow
         self.restart_at = 0.0  # when the next one may be forked
-        self.unreported: _Exit | None = None  # its death is still to be reported
+        self.unreported: _Exit | None = None  # a death that the server was not told yet
         self.lost_run: _Run | None = None  # the run that ended by this death
-        # What was killed, and with which outcome.
+        # The job for which the child was killed (None: it was idle), and its outcome.
         self.kill_target: _CurrentJob | None = None
         self.kill_outcome: Outcome | None = None
         self.connection: _Connection | None = None  # for commands of the child
@@ -7626,9 +7638,9 @@ class _Child:
         self.standby_connection: _Connection | None = None
         self.start_signal = _Wakeup()
         self.exiting_pids: list[int] = []  # children that have been replaced
-        self.seen_turns = 0  # of its loop; when that grew, and was looked at last
-        self.progress_at = 0.0
-        self.looked_at = 0.0
+        self.seen_turns = 0  # the last value of shared.turns that was seen
+        self.progress_at = 0.0  # when it was seen to grow
+        self.looked_at = 0.0  # when it was looked at last
 
     # To start it
 
@@ -7636,6 +7648,7 @@ class _Child:
         """Have the standby child, or else a new one, run the loop."""
         if not self.standby_pid and not self.fork():
             return
+        # All this before the start signal, after which the child writes these fields.
         shared = self.shared
         shared.phase = _Phase.RUNNING
         shared.job_started = time.monotonic()
@@ -7711,7 +7724,8 @@ class _Child:
         """Return how the child died; None if it runs, or has ended as it should."""
         if not self.pid:
             return None
-        if self.shared.phase == _Phase.REPLACE:  # it has settled everything, and exits
+        if self.shared.phase == _Phase.REPLACE:
+            # It holds nothing, so the next child need not wait for its exit.
             self.exiting_pids.append(self.pid)
             self._forget_child()
             self._keep_connection()
@@ -7721,6 +7735,7 @@ class _Child:
             return None
         pid, status, usage = end
         code = os.waitstatus_to_exitcode(status)
+        # REPLACE, too: the child may have written it since the test above.
         settled = self.shared.phase in (_Phase.ENDED, _Phase.REPLACE)
         death = None
         if code != 0 or not settled:
@@ -7735,6 +7750,7 @@ class _Child:
             self.connection.close()  # it may hold unread replies
         self.restart_at = 0.0
         if death and not death.current:
+            # It was idle: perhaps no child can start here now, so don't fork at once.
             self.restart_at = time.monotonic() + 1
         return death
 
@@ -7743,9 +7759,11 @@ class _Child:
         self.kill_target = self.kill_outcome = None
 
     def _kill_outcome_for(self, current: _CurrentJob | None) -> Outcome | None:
-        """Return the outcome of the job that ran in a child that was killed; None if it
-        was not killed from here."""
+        """Return the outcome of the job that ran in a child that was killed or gave up;
+        None if the child died by itself."""
         if self.kill_outcome:
+            # A job that began between the decision to kill another one and SIGKILL was
+            # merely interrupted.
             return self.kill_outcome if self.kill_target == current else _INTERRUPTED
         return _INTERRUPTED if self.shared.phase == _Phase.GAVE_UP else None
 
@@ -7782,10 +7800,12 @@ class _Child:
     # To end it
 
     def kill(self, current: _CurrentJob | None, outcome: Outcome) -> None:
-        """Kill the process and its group; `outcome` is that of its job `current`."""
+        """Kill the process and its group, to which belongs what its jobs have started;
+        `outcome` is that of its job `current`."""
         self.kill_target = current
         self.kill_outcome = outcome
-        for kill in (os.killpg, os.kill):  # what the job has started, too
+        # Both: a child that has just been forked has no group of its own yet.
+        for kill in (os.killpg, os.kill):
             with contextlib.suppress(OSError):
                 kill(self.pid, signal.SIGKILL)
 
@@ -7858,7 +7878,7 @@ def _child_main(
             waiting=(instance.wakeup, start_signal), setting=supervisor_wakeup
         )
         while not start_signal.wait(math.inf):
-            pass
+            pass  # a wait ends after an hour at the latest
         if start_signal.clear():  # else the parent died
             loop = _WorkLoop(instance, connection, supervisor_wakeup)
             socket_before = connection.socket
@@ -7866,6 +7886,8 @@ def _child_main(
             loop.blocking_connection.close()
             _close_event_loop()
             _flush_output()
+            # The parent has the socket that it connected before the fork.  If the loop
+            # has connected again, that one is of no use.
             shared.connection_reusable = (
                 socket_before is not None and connection.socket is socket_before
             )
@@ -7877,7 +7899,7 @@ def _child_main(
         shared.phase = _Phase.GAVE_UP
     except BaseException:
         log.exception("worker %s", instance.name)
-        shared.phase = _Phase.RUNNING
+        shared.phase = _Phase.RUNNING  # so the parent takes this exit for a death
     finally:
         _flush_output()
         os._exit(status)  # whatever threads the jobs have left
@@ -7889,7 +7911,10 @@ def _set_up_child(parent: int) -> None:
     pid = os.getpid()
 
     def on_signal(number: int, frame: Any) -> None:
-        if os.getpid() != pid:  # what a job has forked ends as usual
+        # The supervisor stops this process by a wake-up, so here the signals of Ctrl-C
+        # and systemd do nothing.  A process that a job has forked ends by them as
+        # usual.
+        if os.getpid() != pid:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
@@ -7897,7 +7922,7 @@ def _set_up_child(parent: int) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
-    os.setpgid(0, 0)
+    os.setpgid(0, 0)  # so that _Child.kill() can kill what jobs have started, too
     if _PRCTL:
         _PRCTL(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; elsewhere the wake-up tells
         # os.open(), since open() touches much, and all that it touches is copied.
@@ -7905,7 +7930,7 @@ def _set_up_child(parent: int) -> None:
             file = os.open("/proc/self/oom_score_adj", os.O_WRONLY)
             os.write(file, b"500")
             os.close(file)
-    if os.getppid() != parent:
+    if os.getppid() != parent:  # it died before PR_SET_PDEATHSIG was set
         os._exit(1)
 
 
@@ -7954,7 +7979,8 @@ def _flush_output() -> None:
             stream.flush()
 
 
-# Those that this system has: to stop, and where jobs run in children, that one ended.
+# Signals that stop a worker; and all signals that a worker or a timeout of a job
+# handles, as far as this system has them.
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SIGNALS = tuple(
     getattr(signal, name)
@@ -8004,14 +8030,14 @@ class _Supervisor:
         self.finished = False
         self.cold_shutdown = False
         self.stopping_since: float | None = None
-        self.lost_name = ""  # the name of a worker that is another's now
+        self.lost_name = ""  # a name of ours that another worker has taken
         self.last_heartbeat = 0.0
         self.on_time_since = 0.0  # since when heartbeats have been in time
         self.reported_seconds = 0.0  # of work, by the last heartbeat
         self.backoff = _Backoff(self.lease / 3)
         self.retry_at = 0.0
         self.must_register_queues = True  # in the set of all queues
-        self.must_save_cron = True  # the server has lost the entries
+        self.must_save_cron = True  # at the start, and if the server lost the entries
         self.reaps_orphans = self.forking and _inherits_orphans()
 
     def _set_connections(self, instance: _Instance) -> None:
@@ -8045,7 +8071,7 @@ class _Supervisor:
         """Work until told to stop; return whether there were any jobs."""
         self._check_fork()
         _set_up_log(level, date_format, log_format)
-        _main_module_name()
+        _main_module_name()  # enters the main module under the name that jobs have
         self.sign_on()
         self._log_start()
         try:
@@ -8106,6 +8132,8 @@ class _Supervisor:
         if not self.forking:
             self.wakeup.wait(SLOW_JOB_AFTER)  # a short burst needs no supervision
         while not self.finished:
+            # With a scheduler, look often: a busy loop may learn of the next scheduled
+            # job, and sets no wake-up for that.
             wake_at = time.monotonic() + (0.1 if self.with_scheduler else 1.0)
             for child in self.children:
                 wake_at = min(wake_at, self._try(self._check_child, child))
@@ -8117,13 +8145,15 @@ class _Supervisor:
                 self._try(self._wait_for_commands, wake_at)
 
     def _try(self, step: Callable[..., float | None], *args: Any) -> float:
-        """Take a step; return what it returns, or, if it fails, when to try again:
-        nothing may end a supervisor."""
+        """Take a step; return when the next one is due: as the step says, or, if it
+        fails, after a pause.  No error ends a supervisor, since without heartbeats all
+        its jobs would be run by others, too."""
         try:
             return step(*args) or math.inf
         except Exception as error:
             pause = self.backoff.next_pause(error, f"supervisor of {self.name}")
-            # Others may not be back yet: for a lease this worker reaps none of them.
+            # After an outage, other workers may not have renewed their leases yet: for
+            # a lease this worker reaps none of them.
             self.on_time_since = time.monotonic()
             self.retry_at = self.on_time_since + pause
             return self.retry_at
@@ -8168,9 +8198,9 @@ class _Supervisor:
                 raise
 
     def _load_scripts(self) -> None:
-        """Make all scripts known: with one that is unknown, a request would be sent
-        twice.  Not in a Cluster, where a node may be replaced by another at any
-        time."""
+        """Load all scripts into the server: a request with a script that the server
+        does not know is sent twice.  Not in a Cluster, where any node may be replaced
+        at any time, so that loading saves nothing for sure."""
         if not isinstance(self.instances[0].client, RedisCluster):
             texts = [script.lua for script in SCRIPTS]
             _execute(self.connection, *[("SCRIPT", "LOAD", text) for text in texts])
@@ -8188,13 +8218,14 @@ class _Supervisor:
                 return
             holder = _parse_record(record)
             instance.displaced_id = holder.get("instance", "")
-            is_near = _runs_beside(holder)
+            ran_here = _runs_beside(holder)
             pid, host = holder.get("pid"), holder.get("hostname")
-            if not holder or (is_near and not _process_exists(pid)):
+            if not holder or (ran_here and not _process_exists(pid)):
                 dead = record
                 continue
-            has_beaten = first_record not in (b"", record)
-            if is_near or has_beaten or time.monotonic() >= until:
+            # A heartbeat stores the record again, with another time.
+            was_renewed = first_record not in (b"", record)
+            if ran_here or was_renewed or time.monotonic() >= until:
                 text = (
                     f"a worker {instance.name!r} is alive (process {pid} on {host}); "
                 )
@@ -8235,9 +8266,9 @@ class _Supervisor:
         """Renew the leases, and do what comes with it.  One round trip, if nothing is
         to be relayed or to be enqueued by cron.
 
-        mode - 'start': the first one, what is held by the names was lost; 'reap': reap
-               workers whose lease has ended; '': reap nobody, since this worker was
-               late"""
+        mode - 'start': the first one; jobs still held by these names are those of dead
+               workers, and count as crashed; 'reap': reap workers whose lease has
+               ended; '': reap nobody, since this worker was late"""
         seconds = sum(instance.shared.busy_seconds for instance in self.instances)
         cron_queues = self.queues if self.with_scheduler else []
         replies = iter(
@@ -8249,7 +8280,7 @@ class _Supervisor:
         records = [next(replies) for _ in self.instances]
         heartbeats = [_HeartbeatReply.parse(next(replies)) for _ in self.instances]
         suspended_for = next(replies)
-        agendas = [next(replies) for _ in cron_queues]
+        cron_replies = [next(replies) for _ in cron_queues]
         self.must_register_queues = False
         if mode == "start" and any(reply.name_taken for reply in heartbeats):
             raise _NameInUse(
@@ -8261,18 +8292,19 @@ class _Supervisor:
         for instance, reply in zip(self.instances, heartbeats, strict=True):
             self._on_heartbeat(instance, reply, mode)
         self._on_suspension(suspended_for)
-        self._on_agendas(cron_queues, agendas)
+        self._run_cron(cron_queues, cron_replies)
 
     def _heartbeat_commands(
         self, mode: str, cron_queues: Sequence[Queue]
     ) -> list[Command]:
-        """Return the commands of which heartbeat() takes the replies."""
+        """Return the commands of which heartbeat() takes the replies; to the commands
+        after those of cron it takes none."""
         commands = [each.register_command(self.lease) for each in self.instances]
         commands += [each.heartbeat_command(mode) for each in self.instances]
         commands.append(("PTTL", _SUSPENDED_KEY))
         commands += [_cron_read_command(each.prefix, self.name) for each in cron_queues]
         if mode == "start":
-            commands.append(("DEL", self.inbox))  # for an earlier one of this name
+            commands.append(("DEL", self.inbox))  # commands for a worker that has died
         if self.must_register_queues:
             names = [queue.name for queue in self.queues]
             commands.append(("SADD", _QUEUES_KEY, *names))
@@ -8281,8 +8313,10 @@ class _Supervisor:
     def _has_lost_name(
         self, records: list[bytes], heartbeats: list[_HeartbeatReply]
     ) -> bool:
-        """Return whether another worker has one of the names by now.  It has given away
-        what was held by that name, so what runs here is ended."""
+        """Return whether another worker has taken one of the names.  By its sign-on the
+        jobs that were held by the name count as crashed, so all workers here are to
+        end.  Children are killed; in-process the job runs to its end, and is dropped as
+        lost."""
         for instance, other, reply in zip(
             self.instances, records, heartbeats, strict=True
         ):
@@ -8309,8 +8343,8 @@ class _Supervisor:
             log.warning("worker %s is silent; its jobs run again", name)
         with contextlib.suppress(ServerUnavailable):
             _relay(self.connection, reply.messages)
-        if len(reply.messages) >= MAX_JOBS_PER_CALL:  # there is more
-            self.last_heartbeat = 0.0
+        if len(reply.messages) >= MAX_JOBS_PER_CALL:  # the outbox may hold more
+            self.last_heartbeat = 0.0  # so the next heartbeat is due at once
 
     def _on_suspension(self, ttl: int) -> None:
         """Have the workers pause or go on, by the PTTL of the key of suspend()."""
@@ -8326,11 +8360,12 @@ class _Supervisor:
                 self.last_heartbeat, next_heartbeat - self.lease / 3
             )
 
-    def _on_agendas(self, queues: Sequence[Queue], agendas: list[Any]) -> None:
-        """Run cron: enqueue ticks a lease ahead, so that all jobs start on time."""
+    def _run_cron(self, queues: Sequence[Queue], replies: list[Any]) -> None:
+        """Run cron, by the replies of cron_read.  Ticks are enqueued a lease ahead:
+        their jobs start on time even if this scheduler dies, and another takes over."""
         stored = [
-            _StoredCron.parse(queue, agenda)
-            for queue, agenda in zip(queues, agendas, strict=True)
+            _StoredCron.parse(queue, reply)
+            for queue, reply in zip(queues, replies, strict=True)
         ]
         if any(each.new_scheduler for each in stored):
             self.must_save_cron = True
@@ -8354,7 +8389,8 @@ class _Supervisor:
         if child.pid:
             return self._watch_child(child, now, must_end)
         if must_end:
-            # After a lease without an answer, the lease of the worker ends by itself.
+            # A death that could not be reported for a lease need not be: the lease of
+            # the worker has expired, so that others reap its jobs.
             since_stop = now - (self.stopping_since or now)
             if not child.unreported or since_stop > self.lease:
                 child.finished = True
@@ -8417,11 +8453,12 @@ class _Supervisor:
         """Return how many children run."""
         return len([child for child in self.children if child.pid])
 
-    # What people and programs tell it
+    # Signals, and calls of other threads
 
     def install_signal_handlers(self) -> None:
-        """Have signals come here, even if a job took them, and wake who waits in the
-        main thread; nothing in other threads, where no signals come."""
+        """Have on_signal() handle the signals, even if a job has set a handler of its
+        own, and have each signal end the wait of the main thread.  In another thread do
+        nothing: Python runs handlers in the main thread only."""
         if threading.current_thread() is not threading.main_thread():
             return
         signals = list(_STOP_SIGNALS)
@@ -8480,7 +8517,8 @@ class _Supervisor:
     # The end
 
     def sign_off(self) -> None:
-        """Leave: what is still held goes back to the front of its queue."""
+        """End the children, put jobs that are still held back to the front of their
+        queues, give up the leases and names, and close the connections."""
         self.blocking_connection.close()
         for child in self.children:  # they only have to exit, unless there was an error
             for pid in child.pids():
@@ -8502,13 +8540,14 @@ class _Supervisor:
 
     def _sign_off_commands(self) -> list[Command]:
         """Return what settles and releases all that is held, and then gives up the
-        names: whoever has a name next counts what is still held by it as crashed."""
+        names.  In that order: the sign-on of the next worker of a name counts the jobs
+        that are still held by it as crashed."""
         commands: list[Command] = []
         for unit in self._units():
             commands += unit.sign_off_commands()
         for queue in self.queues if self.with_scheduler else ():
             commands.append(("ZREM", f"{queue.prefix}schedulers", self.name))
-        if not self.lost_name:  # else commands that wait are for who has the name now
+        if not self.lost_name:  # else the commands there are for the other worker
             commands.append(("DEL", self.inbox))
         commands += [each.unregister_command() for each in self.instances]
         return commands
@@ -8588,11 +8627,15 @@ class WorkerPool:
 
 
 # ---- 11. Commands --------------------------------------------------------------------
-# What people and programs tell a worker that runs.  A command is JSON in the inbox, a
-# list, of its supervisor, which waits there with its blocking connection: see
-# _Supervisor.  Each command is sent by a function, and handled by the function below
-# it.  Suspension is a key instead, since it is for workers that start later, too;
-# supervisors look at it with each heartbeat.
+# Commands to a worker that runs: end, kill or stop its current job, pause, go on.  A
+# command is JSON in a list, the inbox of the worker's supervisor, which waits there
+# with its blocking connection.  Each command is sent by a function, and handled in the
+# supervisor by the function below it.
+#
+# Invariants: a command is for the worker that it names, and stop-job for the job that
+# it names: if that has ended meanwhile, nothing happens.  Suspension is a key, not a
+# command, since it is for workers that start later, too; supervisors read the key with
+# each heartbeat, and the command only has them send one now.  Uses sections 2 to 10.
 
 
 _SUSPENDED_KEY = "microq:suspended"
@@ -8601,16 +8644,16 @@ _SUSPENDED_KEY = "microq:suspended"
 def send_command(
     connection: Redis | None, worker_name: str, command: str, **details: Any
 ) -> None:
-    """Tell a worker something; it takes a command within a second or so.  Raises
-    ValueError if no worker of this name is alive.  Two round trips."""
+    """Put a command into the inbox of a worker's supervisor, which handles it within a
+    second or so.  Raises ValueError if no worker of this name is alive.  Two round
+    trips."""
     client = _connect(connection)
     info = _parse_record(_execute_one(client, "GET", f"microq:worker:{worker_name}"))
     if not info:
         raise ValueError(f"no worker {worker_name!r} is alive; see Worker.all()")
     inbox = f"microq:inbox:{info['inbox']}"
     text = json.dumps({"command": command, "worker": worker_name, **details})
-    # A command that nobody takes, because the worker died meanwhile, goes after a
-    # minute.
+    # If the worker died meanwhile, nobody takes the command, and it expires.
     _execute(client, ("RPUSH", inbox, text), ("EXPIRE", inbox, 60))
 
 
@@ -8687,7 +8730,7 @@ def suspend(connection: Redis | None = None, ttl: int | None = None) -> None:
 
 
 def resume(connection: Redis | None = None) -> None:
-    """Have all workers go on."""
+    """End suspend(): have all workers start jobs again."""
     _execute_one(_connect(connection), "DEL", _SUSPENDED_KEY)
     _tell_workers_to_check_suspension(connection)
 
@@ -9568,9 +9611,13 @@ class Group:
 # Jobs that are enqueued by the clock.  An entry of cron is stored in its queue, beside
 # its last tick: the time for which a job was enqueued last.  A supervisor with a
 # scheduler reads both with each heartbeat, and enqueues a scheduled job for each tick
-# that comes up to a lease ahead.  The script enqueue takes a tick only if the last tick
-# is still the one that was read.  So any number of schedulers may run, each of them may
-# die at any time, and no tick is enqueued twice.  The time is the server's.
+# that comes up to a lease ahead.
+#
+# The one idea is compare-and-set: the script tick takes a tick only if the last tick is
+# still the one that was read.  So any number of schedulers may run, and each of them
+# may die at any time.  Invariants: no tick is enqueued twice; an entry that is stored
+# again without a change goes on as it was.  All times are the server's.  Uses sections
+# 1 to 10.
 
 
 TICK = Script(
@@ -9725,6 +9772,7 @@ _SCHEDULER_TTL = 60.0
 _registered_entries: list[CronJob] = []  # by register()
 
 
+# Each heartbeat meets the same broken entries again.
 @functools.lru_cache(1000)
 def _log_error_once(text: str, *args: str) -> None:
     log.error(text, *args)
@@ -9797,6 +9845,8 @@ class _CronExpression:
         return range(low, high + 1, int(step or 1))
 
     def _includes_day(self, local: datetime) -> bool:
+        """Return whether the expression comes on the day of a local time in a month
+        that matches."""
         day = local.day in self.days
         weekday = local.isoweekday() % 7 in self.weekdays
         if self.days_and_weekdays:
@@ -9807,7 +9857,8 @@ class _CronExpression:
         """Return the first local time after `after` that matches, whether or not clocks
         are changed then.  Raises ValueError if no day ever matches."""
         local = after.replace(second=0, microsecond=0) + timedelta(minutes=1)
-        while local.year <= after.year + 41:  # 29 February on a certain day of the week
+        # 29 February on a given day of the week comes within 41 years.
+        while local.year <= after.year + 41:
             if local.month not in self.months:
                 in_next_month = local.replace(day=1, hour=0, minute=0) + timedelta(
                     days=32
@@ -9838,6 +9889,7 @@ class _CronExpression:
         if second < first:  # clocks skip this time
             if self.has_wildcard:
                 return []
+            # As Vixie cron: a job that was to run meanwhile runs just after the change.
             while second < first:
                 local += timedelta(minutes=1)
                 first, second = self._timestamps(local)
@@ -9850,7 +9902,8 @@ class _CronExpression:
         """Return the first tick after a timestamp, as a timestamp."""
         local_now = datetime.fromtimestamp(moment, self.zone).replace(tzinfo=None)
         first, second = self._timestamps(local_now)
-        # In an hour that clocks show twice, earlier local times may come once more.
+        # In an hour that clocks show twice, earlier local times may come once more, so
+        # the search begins before the first of them.
         local = local_now - timedelta(seconds=second - first)
         tick = math.inf
         while local <= local_now or tick == math.inf:
@@ -9884,9 +9937,8 @@ def _slug(name: str) -> str:
 class _Ticks(NamedTuple):
     """How far the ticks of an entry have come, as timestamps."""
 
-    last: (
-        float  # for which a job was enqueued last; an entry begins with one before now
-    )
+    # For which a job was enqueued last; an entry begins with a tick before now.
+    last: float
     registered_at: float  # math.inf for an entry that is not stored
 
     @classmethod
@@ -9927,6 +9979,7 @@ class CronJob:
             raise ValueError(text)
         if missed not in _MISSED_POLICIES:
             raise ValueError(f"missed={missed!r}: use one of {[*_MISSED_POLICIES]}")
+        # These are about one job, and the entry makes many of them.
         for option in ("job_id", "unique", "depends_on", "group_id"):
             if option in options:
                 text = "is no option of cron, which gives its jobs their ids"
@@ -9960,6 +10013,7 @@ class CronJob:
         """Take the fields of the call, signed for this entry."""
         self._job._sign(entry=self.slug)
         fields = self._job._fields
+        # JSON has no bytes, so they are stored as the characters of the same numbers.
         self.fields = {name: value.decode("latin-1") for name, value in fields.items()}
 
     def _new_id(self) -> str:
@@ -10098,7 +10152,7 @@ class CronJob:
         for tick in self._due_ticks(now, ahead):
             job = _new_job(self._make_job(f"{self.slug}-{int(tick)}", queue), 0)
             commands.append(_tick_command(queue.prefix, self.slug, ticks, tick, job))
-            ticks = ticks._replace(last=tick)
+            ticks = ticks._replace(last=tick)  # as the command before has stored it
         return commands
 
     def store_command(self) -> Command:
@@ -10120,8 +10174,8 @@ class CronJob:
 
 
 class _StoredCron(NamedTuple):
-    """What the script agenda reads: the entries of a queue, and who runs cron for the
-    queue."""
+    """What the script cron_read returns: the entries of a queue, and who runs cron for
+    the queue."""
 
     queue: Queue
     now: float
@@ -10134,7 +10188,7 @@ class _StoredCron(NamedTuple):
     def parse(cls, queue: Queue, reply: Any) -> _StoredCron:
         now, new, (ticks, entries, schedulers) = reply
         heartbeats = {
-            name: float(beat) for name, beat in _hash_to_dict(schedulers).items()
+            name: float(moment) for name, moment in _hash_to_dict(schedulers).items()
         }
         return cls(
             queue,
@@ -10157,9 +10211,8 @@ def _read_cron(
     not ''."""
     if not queues:
         return []
-    commands = [
-        _cron_read_command(queue.prefix, scheduler) for queue in queues
-    ]  # each in its own slot
+    # A command for each queue, since on a Cluster each has its own slot.
+    commands = [_cron_read_command(queue.prefix, scheduler) for queue in queues]
     replies = _execute(_connect(connection), *commands)
     return [
         _StoredCron.parse(queue, reply)
@@ -10301,8 +10354,8 @@ class CronScheduler:
         queues = Queue.all(self.connection)
         if not queues:
             return False
-        # Asked before, since a removal that was sent twice answers that there is
-        # nothing.
+        # The removal's own reply would not do: if that was lost, and the removal was
+        # sent again, the second reply says that there was no entry.
         lookups = [("HEXISTS", f"{queue.prefix}cron", slug) for queue in queues]
         exists = any(_execute(self.connection, *lookups))
         if exists:
@@ -10318,7 +10371,7 @@ class CronScheduler:
         if not self._jobs:
             raise ValueError("nothing is registered, so there is nothing to run")
         worker = SimpleWorker(self._queues(), self.name)
-        # Without prefixes: it is no worker of these queues.
+        # Without prefixes, it has no lease in these queues, and is no worker of theirs.
         instance = worker._begin(self.name, prefixes=[])
         supervisor = _Supervisor(
             self.name, [instance], True, cron=self, loop=_CronOnlyLoop(instance)
@@ -10332,7 +10385,7 @@ class CronScheduler:
         if path.is_file():
             sys.path.insert(0, str(path.parent.resolve()))
             name = path.stem
-        sys.modules.pop(name, None)
+        sys.modules.pop(name, None)  # it may have changed since it was imported
         importlib.invalidate_caches()
         _registered_entries.clear()
         importlib.import_module(name)
@@ -10390,8 +10443,8 @@ def register(func: Func, queue_name: str, *args: Any, **options: Any) -> CronJob
     The options of enqueue() are taken as well, and serializer, as of a Queue.
 
     Where clocks are set forward, a local time that they skip comes at the moment of the
-    change. Where clocks are set back, a local time that they show twice comes the first
-    time only.  But an expression whose minute or hour begins with '*' follows the
+    change.  Where clocks are set back, a local time that they show twice comes the
+    first time only.  But an expression whose minute or hour begins with '*' follows the
     clocks: it leaves out a time that they skip, and comes twice at a time that they
     show twice."""
     job = CronJob(func, queue_name, *args, **options)
@@ -10424,7 +10477,9 @@ cron = sys.modules[__name__]  # for `from microq import cron; cron.register(..)`
 # ---- 15. Embedded server -------------------------------------------------------------
 # A server on a unix socket in a directory of one user, for a machine that has none.
 # All processes that use the directory share the server, and it ends after the last of
-# them.  The directory holds:
+# them.  The one idea: a process uses the server for as long as it has a lock on a file.
+# Since the kernel drops the lock when the process ends in whatever way, no user can be
+# left over.  Uses sections 1 and 4.  The directory holds:
 #
 # lock          Each user has a shared lock on it, which its forks inherit, until it
 # ends in whatever way.  The monitor waits for an exclusive lock: when it gets that,
@@ -10599,6 +10654,8 @@ def _open_lock(path: Path) -> int:
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
         os.fchmod(file, 0o600)
+        # A daemon closes 0 to 2, or makes them something else: that would drop the
+        # lock.
         return fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 3)
     finally:
         os.close(file)
