@@ -405,7 +405,8 @@ class _ColdShutdown(BaseException):
 
 # ---- 2. Values and options -----------------------------------------------------------
 # Plain values without Redis and without a clock: statuses, durations, the records that
-# a user passes as options (Retry, Callback, ..), and the table of all options.  Each
+# a user passes as options (Retry, Callback, ..), and _OPTIONS, the table of all options,
+# which says for each how it is checked, stored, read back and shown.  Each
 # value is checked when it is made, so that a mistake raises before anything is stored.
 # To add an option: a row in _OPTIONS, an attribute of Job, a line in the docstring of
 # Queue.enqueue(), a row in the README; a test names what is missing.  Uses section 1,
@@ -1321,8 +1322,8 @@ def _resolve_class(choice: Any, default: Any) -> Any:
 #
 # Most calls take a connection from a _ConnectionPool.  A worker has _Connections of its
 # own, on which it sends a request before it runs jobs and reads the replies afterwards,
-# and a _BlockingConnection, on which it waits for work.  Uses sections 1 and 2, and the
-# _Wakeup of section 9.
+# and a _BlockingConnection, on which it waits for work.  Uses sections 1 and 2, of
+# section 5 _scripts_by_sha(), and of section 9 _Wakeup.
 
 
 _QUEUES_KEY, _GROUPS_KEY = "microq:queues", "microq:groups"
@@ -1852,19 +1853,22 @@ def _eviction_warning(connection: _Connection) -> str:
 
 
 # ---- 5. Transitions ------------------------------------------------------------------
-# Every change of a job's state is here.  A transition is one Lua script, so it happens whole or
-# not at all, and it is guarded, so that a copy of the call that arrives later changes nothing.
-# What may fail comes before the first write.
+# Every change of a job's state is here.  A transition is one Lua script, so it happens
+# whole or not at all.  Its one idea: a transition is guarded by what it finds in Redis,
+# so that a copy of the call that arrives later changes nothing.  Invariants: a job is in
+# one container; what may fail comes before the first write.
 #
-# A script is made of its own text and of pieces of a library: it names those that it uses.  Part I
-# calls what Part II adds (dependencies, limits) by hooks, as in hooks().dispatch(q, id, now): the
-# server makes these functions when a script calls the first hook, so a plain job pays nothing.
-# Each script has a Python function that returns the command which runs it, and, if its reply has
-# parts, a NamedTuple that reads this.
+# A script is made of its own text and of pieces of a library: it names those that it
+# uses.  Part I calls what Part II adds (dependencies, limits) by hooks, as in
+# hooks().dispatch(q, id, now): the server makes these functions when a script calls the
+# first hook, so a plain job pays nothing.  Each script has a Python function that
+# returns the command which runs it, and, if its reply has parts, a NamedTuple with a
+# method that reads the reply.
 #
-# In Lua, `q` is the prefix of a queue's keys, `job` the key of a job's hash, `now` the time of the
-# server.  To add a transition: draw it in the picture at the top and enter it in the table, write
-# the script, and give it a test that sends it twice.
+# In Lua, `q` is the prefix of a queue's keys, `job` the key of a job's hash, `now` the
+# time of the server.  To add a transition: draw it in the picture at the top and enter
+# it in the table, write the script, and give it a test that sends it twice.  Uses,
+# of section 6, _hash_to_dict(), and of section 8 _CRASH_POLICY.
 
 SCRIPTS: list[Script] = []
 Message = tuple[bytes, bytes]  # (prefix of the outbox that it is in, text)
@@ -1890,16 +1894,16 @@ def _lua(name: str, text: str, uses: str = "", hooks: str = "") -> None:
 
 def _reachable(names: Iterable[str], follow_hooks: bool) -> list[str]:
     """Return the pieces of these names and all that they use, in the library's order."""
-    found = set[str]()
+    reached = set[str]()
     pending = list(names)
     while pending:
         name = pending.pop()
-        if name not in found:
-            found.add(name)
+        if name not in reached:
+            reached.add(name)
             pending += LUA_LIBRARY[name].uses
             if follow_hooks:
                 pending += LUA_LIBRARY[name].hooks
-    return [name for name in LUA_LIBRARY if name in found]
+    return [name for name in LUA_LIBRARY if name in reached]
 
 
 def _definitions(names: Sequence[str]) -> list[str]:
@@ -1967,16 +1971,20 @@ class Script:
     def __call__(self, prefixes: str | Sequence[str], *args: Any) -> Command:
         """Return the command that runs the script.
 
-        A prefix is no key, so the master from which a slot migrates sends the call on (ASK), and
-        the master that imports the slot would run it beside the keys that are still to come.  It
-        answers TRYAGAIN to a call with two keys, if one of them is missing.  So there is one more
-        key behind the prefixes, which never exists, and the head of the script removes it."""
+        In a Cluster, a slot may be on its way from one master to another.  The old master
+        does not find the prefixes, since they are no keys, and redirects the call (ASK);
+        the new one would run it, though keys of the slot are still to come.  But the new
+        one answers TRYAGAIN to a call with several keys, if one of them is missing.  So
+        one more key stands behind the prefixes, which never exists; the head of the
+        script removes it."""
         keys = [prefixes] if isinstance(prefixes, str) else prefixes
         return ("EVALSHA", self.sha, len(keys) + 1, *keys, f"{keys[0]}-", *args)
 
     def on_key(self, key: str, *args: Any) -> Command:
-        """Return the command that runs a script whose one key is a whole key.  The head of the
-        script removes the second one, which a Cluster takes for the same key."""
+        """Return the command that runs a script whose one key is no prefix.
+
+        The key stands there twice, since the head of each script removes the last
+        one."""
         return ("EVALSHA", self.sha, 2, key, key, *args)
 
 
@@ -2042,7 +2050,8 @@ end
 _lua(
     "ttl_of",
     """
--- The ttl in a field of a job, or else the default.  A garbled number is not for PEXPIRE.
+-- The ttl in a field of a job, or else the default; also for a garbled field, since an
+-- error of PEXPIRE would end the script half-way.
 function ttl_of(default, field)
   local ttl = tonumber(field)
   if ttl and math.abs(ttl) < 1e10 then return ttl end
@@ -2087,7 +2096,8 @@ function read_lease(q, worker) return parse_lease(call('HGET', q .. 'workers', w
 _lua(
     "last_claim",
     """
--- The number of the last claim by a lease; nil if another instance has the worker's name now.
+-- The number of the last claim by a lease, 0 if it is lost; nil if another instance has
+-- the worker's name now.
 function last_claim(lease, instance)
   if not lease then return 0 end
   if lease.instance == instance then return lease.claim end
@@ -2216,9 +2226,9 @@ outgoing = {}  -- messages that this call has put into an outbox: {prefix of the
 _lua(
     "forget_expired_in",
     """
--- Forget up to `limit` jobs of a final container whose record has expired by `time`; returns how
--- many.  A record that is still there is that of a job with dependents, which are told; nobody
--- depends on a finished job.
+-- Forget up to `limit` jobs of a final container whose record has expired by `time`;
+-- returns how many.  A record that is still there is that of a job with dependents: it is
+-- deleted, and they are told.  A finished job has none, so its record is not looked for.
 function forget_expired_in(q, container, time, limit, now)
   local count = math.min(limit, call('ZCOUNT', q .. container, '-inf', format_time(time)))
   if count == 0 then return 0 end
@@ -2248,7 +2258,9 @@ end
 _lua(
     "promote",
     """
--- scheduled -> queued, up to 100 jobs that are due.  Returns when the next one is due; nil: none.
+-- scheduled -> queued, up to 100 jobs that are due.  Returns when the next one is due,
+-- `now` if more may be due, nil if none is scheduled.  A job whose record is gone is
+-- dropped.
 function promote(q, now)
   for _ = 1, 100 do
     local id, due = unpack(call('ZRANGE', q .. 'scheduled', 0, 0, 'WITHSCORES'))
@@ -2268,8 +2280,9 @@ end
 _lua(
     "parse_new_jobs",
     """
--- The arguments from `first` on: id, call_id, flags, ttl, count of words, words of the hash, ..
--- Returns the jobs, and the keys of their hashes.
+-- Read the arguments from `first` on, for each job: id, call_id, flags, ttl, how many
+-- arguments follow, and these: name and value of each field of its hash.  Returns the
+-- jobs, and the keys of their hashes.
 function parse_new_jobs(q, first)
   local jobs, keys = {}, {}
   while ARGV[first] do
@@ -2278,7 +2291,7 @@ function parse_new_jobs(q, first)
     local key = q .. 'job:' .. id
     jobs[#jobs + 1] = {
       id = id, key = key, call_id = call_id, flags = flags, ttl = ttl,
-      first_word = first + 5, last_word = last,
+      first_field = first + 5, last_field = last,
     }
     keys[#keys + 1] = key
     first = last + 1
@@ -2296,7 +2309,7 @@ _lua(
 -- expire by itself; claim sees when its ttl has passed.
 function store_job(q, job, due, created_at, at_back)
   local flags = job.flags
-  call('HSET', job.key, 'created_at', created_at, unpack(ARGV, job.first_word, job.last_word))
+  call('HSET', job.key, 'created_at', created_at, unpack(ARGV, job.first_field, job.last_field))
   if flags ~= '' and string.find(flags, 'blocked') then return end
   if due then return schedule(q, job.id, due) end
   if job.ttl ~= '' and not job.has_dependents then
@@ -2339,8 +2352,10 @@ return created_at
 _lua(
     "find_taken",
     """
--- Mark the jobs that are to be stored by `is_new`.  Returns {'taken', id, status} for one whose id
--- belongs to a job that has not ended, or to any job if the flag 'unique' is given.
+-- Mark the jobs that are to be stored by `is_new`.  Returns {'taken', id, status} for one
+-- whose id belongs to a job that has not ended, or to any job if the flag 'unique' is
+-- given.  A job that has the call_id of this call was stored by it, when it was sent
+-- before: it is neither new nor taken.
 function find_taken(q, jobs)
   for _, job in ipairs(jobs) do
     local status = status_of(q, job.id)
@@ -2417,7 +2432,7 @@ return {format_time(now), outgoing}
 
 
 class _NewJob(NamedTuple):
-    """What `enqueue` stores of one job."""
+    """What `enqueue` or `enqueue_checked` stores of one job."""
 
     id: str
     call_id: str  # tells this call from another for the same id; '' for an id made here
@@ -2440,8 +2455,9 @@ class _NewJob(NamedTuple):
 def _enqueue_command(
     prefix: str, jobs: Sequence[_NewJob], delay: float | str = -1
 ) -> Command:
-    """Store jobs, to be run at once, or `delay` seconds from now, or at the time "@<time>"; the
-    reply is for _EnqueueReply.parse()."""
+    """Store jobs; the reply is for _EnqueueReply.parse().
+
+    They are to be run `delay` seconds from now, or at the time "@<time>"; -1: at once."""
     script = ENQUEUE
     args: list[Any] = []
     for job in jobs:
@@ -2472,10 +2488,13 @@ class _EnqueueReply(NamedTuple):
 _lua(
     "read_claimable",
     """
--- Read a job that was popped from the queue.  Returns its hash, and whether it is claimed alone,
--- since it has crashed or runs at most once: a crash is blamed on all that a worker holds.
--- Returns nil if the id is not that of a job which is to be run: its record has expired or was
--- evicted; or an earlier life of the id stood here.
+-- Read a job that was popped from the queue.  Returns its hash, and whether it is a
+-- suspect, which is claimed alone: it has crashed or has max_crashes, and if a worker
+-- dies, each job that it holds counts a crash.
+-- Returns nil if the id is not that of a job which is to be run:
+--   its record has expired or was evicted, or its key holds another type (hash.err);
+--   the id stands here twice (seen);
+--   a chosen id (call_id) is in another container: an earlier life of it stood here.
 function read_claimable(claim, q, id)
   local job = q .. 'job:' .. id
   local hash, seen = redis.pcall('HGETALL', job), claim.seen[job]
@@ -2503,8 +2522,8 @@ end
 _lua(
     "has_waited_too_long",
     """
--- Let the record of a job with a ttl stay, as it is claimed.  Returns true, and deletes it, if its
--- ttl has passed: the record of a job with dependents or a slot does not expire by itself.
+-- Stop the ttl of a job that is claimed.  Returns true, and deletes the job, if its ttl
+-- has passed: the record of a job with dependents or a slot does not expire by itself.
 function has_waited_too_long(q, id, ttl, queued_at, now)
   local job = q .. 'job:' .. id
   expire_in(job, -1)
@@ -2530,7 +2549,9 @@ end
 _lua(
     "hold",
     """
--- Hold the jobs `ids`, which were popped from queue number `index`, up to a megabyte.
+-- Hold the jobs `ids`, which were popped from queue number `index`, up to a megabyte, so
+-- that the reply does not take long.  A suspect goes back, with all behind it, if the
+-- worker holds other jobs, and nothing is claimed after a suspect.
 function hold(claim, index, q, ids)
   local entries = {}
   for i, id in ipairs(ids) do
@@ -2559,7 +2580,8 @@ end
 _lua(
     "held_already",
     """
--- Add what this claim, which was sent before, holds in a queue.
+-- For a claim that is sent again, since its reply was lost: add the jobs of a queue that
+-- it holds since it was sent first.
 function held_already(claim, index, q)
   local started = call('HGETALL', q .. 'started')
   for i = 1, #started, 2 do
@@ -2576,7 +2598,11 @@ end
 _lua(
     "claim_from",
     """
--- Promote what is due in a queue, and claim from it.
+-- Promote what is due in a queue, and claim from it.  Nothing is claimed
+--   if another instance has the worker's name now (last is nil);
+--   by a call that was sent again, or arrives after a newer one (number <= last);
+--   by one that was sent along with BLPOP, for a worker that may be gone (is_late).
+-- The 100 rounds are for ids without a record, which make room for others.
 function claim_from(claim, index, q)
   local now, worker, instance, number = claim.now, claim.worker, claim.instance, claim.number
   claim.dues[index] = promote(q, now)
@@ -2601,7 +2627,10 @@ end
 _lua(
     "wake_others",
     """
--- Leave a token for what this claim leaves behind, now or before the next heartbeat.
+-- Leave a token in a queue that has more jobs now, or will have before the next heartbeat:
+-- the worker may have taken the token that would wake another one.  A claim that was not
+-- blocking and found the queue empty has taken none.  If only ids without a record were
+-- popped and more are left, next_due tells the worker to claim again at once.
 function wake_others(claim, index, q)
   local due, popped = claim.dues[index], claim.has_popped[index]
   local claimed = #claim.jobs > 0
@@ -2624,8 +2653,9 @@ CLAIM = Script(
 -- mode  'pipelined'  the worker has other jobs to run before these
 --       'blocking'   sent along with BLPOP, maybe long ago: a worker whose lease has expired, which
 --                    may be gone, gets nothing
--- A number seen before returns what it holds, an older one nothing.  If another instance has the
--- worker's name now, since this one was frozen for longer than its lease, it gets nothing.
+-- The last number, if it is sent again, returns what it holds; an older one nothing.  If
+-- another instance has the worker's name now, since this one was frozen for longer than
+-- its lease, this one gets nothing.
 -- Returns {now, time of the next scheduled job (or now, if there may be more to claim; or ''),
 -- token, jobs as {number of the queue, id, hash}, outgoing, number of ids without a record}.
 local holder, number, lease, limit, mode = unpack(ARGV)
@@ -2728,12 +2758,13 @@ end
 _lua(
     "store_result",
     """
--- Store a result; the one before joins the list of nine.  Returns what the hash held: ended, ttl
--- (the field `option`), has_dependents, slot and limit.
+-- Store a result; the one before joins the list, which keeps nine.  Returns what the hash
+-- held: ended, ttl (the field `option`), has_dependents, slot and limit.  PUBLISH is by
+-- pcall: a user who may not publish still settles, and who waits asks again (RECHECK).
 function store_result(job, ended, result, option)
   local old_ended, old_result, has_waiter, ttl, has_dependents, slot, limit = unpack(call('HMGET',
     job, 'ended', 'result', 'has_waiter', option, 'has_dependents', 'slot', 'rate_limit'))
-  -- It is the same if a call of which a part was denied is sent again.
+  -- It is equal if a call of which a part was denied (see attempt) is sent again.
   if old_ended and old_ended ~= ended then
     call('RPUSH', job .. ':results', old_ended .. '\\n' .. (old_result or ''))
     call('LTRIM', job .. ':results', -9, -1)
@@ -2766,7 +2797,8 @@ _lua(
 --   'killed'                     the retry of a job that has not seen its own end
 --   'interrupt'                  it has no counter
 --   'stopped'                    there is none
--- Returns {delay, at_front, counter, count}; nil if there is no run left.
+-- Returns {delay, at_front, counter, count}; nil if there is no run left.  An error means
+-- that the policy is missing or garbled.
 function next_run(run)
   local job, rerun = run.key, run.rerun
   if rerun == 'stopped' then return nil end
@@ -2804,7 +2836,8 @@ end
 _lua(
     "run_again",
     """
--- started -> queued or scheduled, by what next_run said.
+-- started -> queued or scheduled, as next_run returned.  After a success a job has all its
+-- retries again, and its dependents need not wait for the repeats.
 function run_again(batch, run, again)
   local q, id, job, now = batch.q, run.id, run.key, batch.now
   local has_failed = run.result_type ~= ''
@@ -2863,6 +2896,8 @@ function finish(batch, run)
     status, option, ended = 'failed', 'failure_ttl', run.ended .. ' ' .. run.result_type
   end
   local old = store_result(job, ended, run.result, option)
+  -- Dependents that are left do not accept this end: they wait for another life of the
+  -- job, or for its record to be gone.
   local has_dependents = false
   if old.has_dependents or old.slot then
     local told = run.result_type == 'stopped' and 'stopped' or status
@@ -2932,13 +2967,13 @@ _lua(
     "attempt",
     """
 -- Call a function.  Returns what it returns, or nil and the text of its error.  If the user may not
--- run a command (ACL), the error is noted: this is raised when the batch is done.
+-- run a command (ACL), the error is noted: it is raised when the batch is done.
 function attempt(batch, step, ...)
   local is_done, reply = pcall(step, ...)
   if is_done then return reply end
   local text = type(reply) == 'table' and reply.err or reply
-  if string.find(text, 'ACL failure', 1, true)  -- Valkey's words
-    or string.find(text, "executing the script can't", 1, true) then  -- those of Redis
+  if string.find(text, 'ACL failure', 1, true)  -- Valkey's text
+    or string.find(text, "executing the script can't", 1, true) then  -- that of Redis
     batch.denial = text
   end
   return nil, text
@@ -2975,7 +3010,8 @@ end
 _lua(
     "write_containers",
     """
--- Store the jobs that have ended.  What can't be stored is held again.
+-- Enter the jobs that have ended into their containers, by one call for each.  If a
+-- container can't be written, the runs hold its jobs again, so that none is lost.
 function write_containers(batch)
   for container, entries in pairs(batch.entries) do
     local added = #entries == 0
@@ -3051,8 +3087,8 @@ class _Settlement(NamedTuple):
     payload: bytes | str  # the serialized return value, or the traceback
     result_type: str  # '' for success, else a ResultType; if no other run follows
     ttl: float  # seconds to keep the record, unless the job has an option
-    rerun: str  # by which rule it may run again: 'retry', 'repeat', 'crash', .., '' for none
-    policy: bytes | str  # the rule as JSON; '' for that of the job
+    rerun: str  # why it may run again, '' if it does not; see Outcome
+    policy: bytes | str  # a Retry or Repeat as JSON; '' for that of the job
     chance: float  # from 0 to 1, for its jitter
 
 
@@ -3074,33 +3110,36 @@ class _SettleReply(NamedTuple):
         return cls([status.decode() for status in statuses], _as_messages(messages))
 
 
-# Heartbeat.  The table `beat` has its arguments, and what it returns.
+# Heartbeat.  The table `heartbeat` has its arguments, and what it returns.
 
 _lua(
     "find_expired",
     """
--- Read the leases of a queue.  Returns the set of the workers to be reaped, and the lease of this
--- worker if it is intact.  Under its own name a predecessor may have left jobs.
-function find_expired(beat, q)
+-- Read the leases of a queue, and renew that of this worker.  Returns the set of the
+-- workers to be reaped.  This worker's own name is among them if the entry is that of
+-- another instance, a predecessor, which may have left jobs.  Other workers are reaped
+-- only if this one's lease is intact: after an outage all leases have ended, and their
+-- workers must get the time to renew them.
+function find_expired(heartbeat, q)
   local entries, expired = call('HGETALL', q .. 'workers'), {}
   local own, own_is_intact = nil, false
   for i = 1, #entries, 2 do
     local worker, lease = entries[i], parse_lease(entries[i + 1])
-    local is_late = not lease or lease.ends_at < beat.now
-    if worker ~= beat.worker then expired[worker] = is_late or nil
+    local is_late = not lease or lease.ends_at < heartbeat.now
+    if worker ~= heartbeat.worker then expired[worker] = is_late or nil
     else
       own = lease
-      local is_other = not lease or lease.instance ~= beat.instance
-      local replaces = is_other and (lease or beat.mode == 'start')
+      local is_other = not lease or lease.instance ~= heartbeat.instance
+      local replaces = is_other and (lease or heartbeat.mode == 'start')
       if replaces then expired[worker] = true else own_is_intact = not is_late end
     end
   end
-  if not own_is_intact then beat.lease_intact = 0 end
-  if not own_is_intact or beat.mode ~= 'reap' then
-    expired = {[beat.worker] = expired[beat.worker]}
+  if not own_is_intact then heartbeat.lease_intact = 0 end
+  if not own_is_intact or heartbeat.mode ~= 'reap' then
+    expired = {[heartbeat.worker] = expired[heartbeat.worker]}
   end
-  local claim = own and not expired[beat.worker] and own.claim or 0
-  renew_lease(q, beat.worker, beat.instance, beat.now, beat.lease, claim)
+  local claim = own and not expired[heartbeat.worker] and own.claim or 0
+  renew_lease(q, heartbeat.worker, heartbeat.instance, heartbeat.now, heartbeat.lease, claim)
   return expired
 end
 """,
@@ -3110,12 +3149,12 @@ end
 _lua(
     "crashed_run",
     """
-function crashed_run(beat, q, id, text, token)  -- the run of a worker that was reaped
-  local seconds = beat.now - (token.started_at or beat.now)
+function crashed_run(heartbeat, q, id, text, token)  -- the run of a worker that was reaped
+  local seconds = heartbeat.now - (token.started_at or heartbeat.now)
   return {
     id = id, token = text, ended = string.format('%s %.6f', text, seconds),
     result = 'worker ' .. token.worker .. ' died while it ran this job', result_type = 'failed',
-    ttl = beat.failure_ttl, rerun = 'crash', policy = beat.policy, chance = 0,
+    ttl = heartbeat.failure_ttl, rerun = 'crash', policy = heartbeat.policy, chance = 0,
     key = q .. 'job:' .. id,
   }
 end
@@ -3125,28 +3164,30 @@ end
 _lua(
     "reap",
     """
--- Settle, as crashed, the jobs of the workers in `expired`; and release what this worker has held
--- for a lease by a claim before `oldest_held_claim`.
-function reap(beat, q, expired)
+-- Settle, as crashed, the jobs of the workers in `expired`, 400 at a time, since unpack()
+-- returns only some thousand values.  A job that this worker has held for longer than a
+-- lease, by a claim before `oldest_held_claim`, reappeared because the server lost newer
+-- data (a fail-over): it is released.
+function reap(heartbeat, q, expired)
   local started, crashed = call('HGETALL', q .. 'started'), {}
   for i = #started - 1, 1, -2 do  -- from the end, so that the first is at the front again
     local id, text = started[i], started[i + 1]
     local token = parse_token(text)
     if token and expired[token.worker] then
-      crashed[#crashed + 1] = crashed_run(beat, q, id, text, token)
+      crashed[#crashed + 1] = crashed_run(heartbeat, q, id, text, token)
       if #crashed == 400 then
-        settle(q, crashed, beat.now)
+        settle(q, crashed, heartbeat.now)
         crashed = {}
       end
-    elseif token and token.worker == beat.worker and token.claim < beat.oldest_held_claim
-      and (token.started_at or beat.now) + beat.lease < beat.now then
+    elseif token and token.worker == heartbeat.worker and token.claim < heartbeat.oldest_held_claim
+      and (token.started_at or heartbeat.now) + heartbeat.lease < heartbeat.now then
       requeue_front(q, id)
     end
   end
-  if #crashed > 0 then settle(q, crashed, beat.now) end
+  if #crashed > 0 then settle(q, crashed, heartbeat.now) end
   for worker in pairs(expired) do
-    beat.reaped[#beat.reaped + 1] = worker
-    if worker ~= beat.worker then call('HDEL', q .. 'workers', worker) end
+    heartbeat.reaped[#heartbeat.reaped + 1] = worker
+    if worker ~= heartbeat.worker then call('HDEL', q .. 'workers', worker) end
   end
 end
 """,
@@ -3156,16 +3197,17 @@ end
 _lua(
     "look_after",
     """
--- Do what any worker does for a queue: forget what expired, promote what is due, leave a token if
--- it was lost with the worker that took it, and hand out what is in the outbox.
-function look_after(beat, q)
-  local now = beat.now
+-- Do what any worker does for a queue: forget what expired, promote what is due, leave a
+-- token if jobs wait (the last one may have been lost with the worker that took it), have
+-- one job ask for its slot again, and return the messages that are still in the outbox.
+function look_after(heartbeat, q)
+  local now = heartbeat.now
   forget_expired(q, 10000, now)
   local waiting = call('ZCOUNT', q .. 'rate_limited', '-inf', now - 60)
   if waiting > 0 then hooks().ask_again(q, waiting, now) end
   local due = promote(q, now)
-  if due and due < beat.next_due then beat.next_due = due end
-  if due and due < now + beat.lease or call('LLEN', q .. 'queued') > 0 then wake(q) end
+  if due and due < heartbeat.next_due then heartbeat.next_due = due end
+  if due and due < now + heartbeat.lease or call('LLEN', q .. 'queued') > 0 then wake(q) end
   if call('EXISTS', q .. 'outbox') == 1 then hooks().add_unsent(q, 1000, outgoing) end
 end
 """,
@@ -3183,13 +3225,12 @@ HEARTBEAT = Script(
 -- mode  'start'  first heartbeat: what is still held under this name was lost with a predecessor
 --       'reap'   on time for a whole lease: reap workers whose lease has expired
 --       ''       was late itself: reap nobody, since after an outage everybody is late
--- Jobs held for longer than a lease by claims before `oldest_held_claim` came back with older data
--- (a fail-over); they are released.
+-- For `oldest_held_claim` see reap.
 -- Returns {names reaped, now, time of the next scheduled job or '', 1 if the lease was intact else
 -- 0, outgoing and what is in the outboxes}, or 'taken' if another instance has the name now.
 local holder, lease, mode, oldest_held_claim, policy, failure_ttl, displaced = unpack(ARGV)
 local worker, instance = parse_holder(holder)
-local beat = {
+local heartbeat = {
   worker = worker, instance = instance, lease = lease, mode = mode, now = server_time(),
   oldest_held_claim = tonumber(oldest_held_claim), policy = policy, failure_ttl = failure_ttl,
   reaped = {}, next_due = math.huge, lease_intact = 1,
@@ -3198,14 +3239,14 @@ for _, q in ipairs(KEYS) do
   local held = read_lease(q, worker)
   local is_other = held and held.instance ~= instance
   if mode == 'start' and is_other then is_other = held.instance ~= displaced end
-  if is_other and held.ends_at >= beat.now then return 'taken' end
+  if is_other and held.ends_at >= heartbeat.now then return 'taken' end
 end
 for _, q in ipairs(KEYS) do
-  reap(beat, q, find_expired(beat, q))
-  look_after(beat, q)
+  reap(heartbeat, q, find_expired(heartbeat, q))
+  look_after(heartbeat, q)
 end
-local next_due = beat.next_due < math.huge and format_time(beat.next_due) or ''
-return {beat.reaped, format_time(beat.now), next_due, beat.lease_intact, outgoing}
+local next_due = heartbeat.next_due < math.huge and format_time(heartbeat.next_due) or ''
+return {heartbeat.reaped, format_time(heartbeat.now), next_due, heartbeat.lease_intact, outgoing}
 """,
     uses="parse_holder server_time read_lease reap find_expired look_after format_time outgoing",
 )
@@ -3271,9 +3312,10 @@ RELEASE = Script(
 -- changes.
 -- KEYS  prefixes of its queues
 -- ARGV  holder ('<worker> <instance>'), lease, number of a claim, ids ..
--- With ids, only these jobs.  Without, `number` is the last claim that a dead child of the worker
--- can have sent: one that arrives late takes nothing; '' signs the worker off.  If another instance
--- has the name now, nothing is released.  Returns how many jobs there were.
+-- With ids, only these jobs.  Without, `number` is the last claim that a dead child of the
+-- worker can have sent.  It becomes the last number of the lease, so that such a claim, if
+-- it arrives later, takes nothing.  '' signs the worker off.  If another instance has the
+-- name now, nothing is released.  Returns how many jobs there were.
 local holder, lease, number = unpack(ARGV)
 local worker, instance = parse_holder(holder)
 local named = #ARGV > 3 and {unpack(ARGV, 4)}
@@ -3287,7 +3329,7 @@ for _, q in ipairs(KEYS) do
       renew_lease(q, worker, instance, server_time(), lease, number)
     end
   end
-  -- The worker was to be woken for these two.
+  -- The worker may have taken the token for these two; then another is to be woken.
   if call('EXISTS', q .. 'queued', q .. 'scheduled') > 0 then wake(q) end
 end
 return count
@@ -3300,8 +3342,10 @@ def _release_command(
     prefixes: str | Sequence[str], holder: str, lease: float, number: int | None,
     ids: Sequence[str] = (),
 ) -> Command:  # fmt: skip
-    """Put back what a worker holds by claims up to `number`, of it only the jobs `ids` if there
-    are any; None: all that it holds, and sign it off.  The reply is how many jobs there were."""
+    """Put back what a worker holds by claims up to `number`; the reply is how many jobs.
+
+    With `ids`, only these jobs.  A number of None puts back all that the worker holds,
+    and signs it off."""
     return RELEASE(prefixes, holder, lease, "" if number is None else number, *ids)
 
 
@@ -3355,15 +3399,16 @@ TRANSITION = Script(
 -- A job in one of the containers `allowed` -> queued, canceled or gone.
 -- KEYS  prefix of the queue
 -- ARGV  id, allowed, to, at_front ('1' or '0'), failure_ttl, call_id, tell_dependents
--- `call_id` tells a call that was sent again; `tell_dependents` is the status that dependents of a
--- canceled job are told.  A run in progress goes on, but its result is refused.
+-- `call_id` tells that a call was sent before: the field last_move has it.  Then the reply
+-- is the same.  `tell_dependents` is the status that dependents of a canceled job are told.
+-- A run in progress goes on, but its result is refused.
 -- Returns {the container it was in or '' if there is no such job, outgoing}.
 local q, id, allowed, to, at_front, failure_ttl, call_id, tell_dependents = KEYS[1], unpack(ARGV)
 local job, now, was = q .. 'job:' .. id, server_time(), status_of(q, id)
 local last_move = was and call('HGET', job, 'last_move') or ''
 local done = string.match(last_move, '^' .. call_id .. ' (.*)')
 if done then return {done, hooks().add_unsent(q, 100, outgoing)} end
-if not was and to == 'gone' then call('LREM', q .. 'queued', 1, id) end  -- it had a ttl
+if not was and to == 'gone' then call('LREM', q .. 'queued', 1, id) end  -- its ttl has passed
 if not was or not string.find(allowed, was, 1, true) then return {was or '', outgoing} end
 take_out(q, id, was)
 if to ~= 'gone' then call('HSET', job, 'last_move', call_id .. ' ' .. was) end
@@ -3422,8 +3467,9 @@ return {forget_expired_in(q, container, time, 1000, now), outgoing}
 
 
 def _sweep_command(prefix: str, container: str, until: float | None = None) -> Command:
-    """Forget a thousand jobs of a container whose record has expired until then, None: now; the
-    reply is for _SweepReply.parse()."""
+    """Forget a thousand jobs whose record has expired by `until`, None for now.
+
+    The reply is for _SweepReply.parse()."""
     return SWEEP(prefix, container, "" if until is None else until)
 
 
@@ -3442,8 +3488,8 @@ REGISTER = Script(
     """
 -- Store the record of a worker, which holds its name.
 -- KEYS  key of the record        ARGV  instance, record, lease in ms (0 removes it), dead
--- Returns '' if that is done; else the record of another instance, which keeps the name, unless it
--- is `dead`.
+-- Returns '' if that is done; else the record of another instance, which keeps the name.
+-- A record equal to `dead` is replaced: the caller has found out that its process is gone.
 local key, instance, record, lease, dead = KEYS[1], unpack(ARGV)
 local held = redis.pcall('GET', key)
 local is_json, details = pcall(cjson.decode, held)
@@ -3638,7 +3684,8 @@ def _leave_command(key: str, age: float, *members: str) -> Command:
 # A field is decoded when it is asked for, so that a garbled one harms nothing else.
 # What Job does with Redis is in pairs: a method returns the commands, another takes the
 # replies, so that whoever sends them may also be a pipeline or an async client.  Uses
-# sections 1 to 5, of section 7 Queue, and of section 8 _run_coroutine().
+# sections 1 to 5, of section 7 Queue, of section 8 _run_coroutine(), of section 9
+# _Backoff, and of section 12 _relay().
 
 _current_job: contextvars.ContextVar[Job | None] = contextvars.ContextVar(
     "job", default=None
@@ -4743,10 +4790,11 @@ def requeue_job(
 # ---- 7. Queue and registries ---------------------------------------------------------
 # What a producer calls.  A queue and its registries are containers of jobs: each job is
 # in one of them, and they have the same parent class, which counts, reads and deletes.
-# Queue has the methods that store jobs; all of them end in _store().  Everything is
-# checked and serialized before the first byte is sent: a call that raises has stored
-# nothing.  Uses sections 1 to 6; is_async=False uses the worker, a group the section of
-# groups.
+# Queue has the methods that store jobs.  All of them get the commands from
+# _prepare_call() and give the reply to _on_reply(); most do so by _store().  Everything
+# is checked and serialized before the first byte is sent: a call that raises has stored
+# nothing.  Uses sections 1 to 6, of section 12 _relay(), and of section 13 Group; for
+# is_async=False, of section 8 _nested_worker() and of section 10 SimpleWorker.
 
 
 class EnqueueData(NamedTuple):
