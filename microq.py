@@ -1977,8 +1977,10 @@ class Script:
         one answers TRYAGAIN to a call with several keys, if one of them is missing.  So
         one more key stands behind the prefixes, which never exists; the head of the
         script removes it."""
-        keys = [prefixes] if isinstance(prefixes, str) else prefixes
-        return ("EVALSHA", self.sha, len(keys) + 1, *keys, f"{keys[0]}-", *args)
+        keys = [prefixes] if isinstance(prefixes, str) else [*prefixes]
+        if keys:  # who runs cron only names no queue
+            keys.append(f"{keys[0]}-")
+        return ("EVALSHA", self.sha, len(keys), *keys, *args)
 
     def on_key(self, key: str, *args: Any) -> Command:
         """Return the command that runs a script whose one key is no prefix.
