@@ -1559,6 +1559,7 @@ class _Connection:
         self.on_data = on_data
         self.raw: Any = None  # redis-py's connection
         self.sent: Sequence[Command] = ()  # commands whose replies are unread
+        self._probes: dict[str, _Probe] = {}  # by the names of the nodes of a Cluster
 
     @property
     def socket(self) -> Any:
@@ -1606,6 +1607,37 @@ class _Connection:
             self.raw.disconnect()
         self.raw = None
         self.sent = ()
+        for probe in self._probes.values():
+            probe.connection.close()
+
+    def answers(self, key: str) -> bool:
+        """Return whether the node of a Cluster that holds `key` is not frozen.
+
+        redis-py waits for a frozen node for up to a minute; this waits for `timeout`
+        seconds, and does not ask a node that was silent again for a pause that grows.
+        Where there is no node, redis-py finds that out at once. One round trip."""
+        if not isinstance(self.client, RedisCluster):
+            return True
+        node = self.client.get_node_from_key(key)
+        if node.name not in self._probes:
+            self._probes[node.name] = _Probe(
+                _Connection(self.client, self.timeout, key)
+            )
+        probe = self._probes[node.name]
+        if time.monotonic() < probe.retry_at:
+            return False
+        try:
+            _send_and_receive(probe.connection.connect(), [("PING",)])
+        except exceptions.TimeoutError:
+            probe.pause = min(2 * probe.pause or 1.0, 60.0)
+            probe.retry_at = time.monotonic() + probe.pause
+            log.warning("node %s is silent", node.name)
+            _ask_others_for_slots(self.client, node.name)
+            return False
+        except (*_REDIS_ERRORS, OSError):
+            pass
+        probe.pause = 0.0
+        return True
 
     def _ready(self) -> Any:
         """Return redis-py's connection, which connects when it sends something."""
@@ -1628,6 +1660,29 @@ class _Connection:
         if self.on_data is not None:
             options["parser_class"] = functools.partial(_TellingParser, self.on_data)
         return pool.connection_class(**options)
+
+
+@dataclass
+class _Probe:
+    """What tells whether a node of a Cluster answers."""
+
+    connection: _Connection
+    pause: float = 0.0  # seconds
+    retry_at: float = 0.0
+
+
+def _ask_others_for_slots(client: Any, silent: str) -> None:
+    """Read the map of a Cluster again, from other nodes than the silent one, since a
+    replica may have taken its place."""
+    manager = client.nodes_manager
+    if len(manager.startup_nodes) > 1:
+        manager.startup_nodes.pop(silent, None)  # the map that is read names it again
+    with contextlib.suppress(*_REDIS_ERRORS):
+        manager.initialize()
+    # redis-py asks its default node which keys a script has.
+    for node in client.get_primaries():
+        if node.name != silent:
+            client.replace_default_node(node)
 
 
 class _BlockingConnection(_Connection):
@@ -9404,9 +9459,11 @@ def _deliver_round(
     caused: list[Message] = []
     unsent: list[Message] = []
     for target, bodies in texts.items():
+        name = target.decode(errors="replace")
+        if isinstance(connection, _Connection) and not connection.answers(name):
+            unreachable.add(target)
         if target in unreachable:
             continue
-        name = target.decode(errors="replace")
         commands = [_deliver_command(name, chunk) for chunk in _chunks(list(bodies))]
         try:
             replies = _execute(connection, *commands)

@@ -7403,6 +7403,53 @@ def test_an_id_used_again_with_a_ttl_blocks_no_dependent(redis, queue_pair):
     assert statuses(other, child) == ["finished", "finished"]
 
 
+def test_a_frozen_node_of_a_cluster_stops_no_heartbeats(cluster):
+    """It holds only limits; messages for these wait, and arrive when it is back."""
+    shared = {key_slot(key) for key in (b"microq:queues", b"microq:suspended")}
+    slots = {node: set(cluster.lowest_slots(node, 9999)) for node in cluster.masters()}
+    frozen = next(node for node in slots if not slots[node] & shared)
+    awake = [node for node in slots if node is not frozen]
+    [name] = cluster.names(slots[awake[0]])
+    others = slots[awake[0]] | slots[awake[1]]
+    keys = ("microq:worker:w{}", "microq:inbox:w{}")
+    worker_name = next(
+        f"w{i}"
+        for i in itertools.count()
+        if {key_slot(key.format(i).encode()) for key in keys} <= others
+    )
+    code = f"""
+import microq, redis
+connection = redis.RedisCluster(host="127.0.0.1", port={cluster.port(awake[0])})
+connection.replace_default_node(
+    connection.get_node("127.0.0.1", {cluster.port(awake[0])})
+)
+options = {{"name": {worker_name!r}, "connection": connection, "lease": 3}}
+microq.Worker({name!r}, **options).work()
+"""
+    prefix = f"microq:{{{name}}}:"
+
+    def entry():
+        return cluster.call(awake[0], "HGET", prefix + "workers", worker_name)
+
+    worker = start_script(code, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_until(entry, 60)
+        os.kill(frozen.process.pid, signal.SIGSTOP)
+        try:
+            for limit in cluster.names(slots[frozen], 2):
+                text = f"microq:limit:{{{limit}}}: release_slot {prefix} id 1.0 1 0 60"
+                cluster.call(awake[0], "SADD", prefix + "outbox", text)
+            for _ in range(6):
+                last = entry()
+                wait_until(lambda last=last: entry() != last, 10)
+        finally:
+            os.kill(frozen.process.pid, signal.SIGCONT)
+        wait_until(lambda: not cluster.call(awake[0], "EXISTS", prefix + "outbox"), 60)
+    finally:
+        log = end_process(worker)
+    assert "is silent" in log
+
+
 # ---- 13. Groups and rate limits ------------------------------------------------------
 
 
