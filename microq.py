@@ -3886,7 +3886,7 @@ class Job:
         self._status: JobStatus | None = JobStatus.CREATED  # None: to be read
         self._execution: Execution | None = None  # the one in progress
         self._meta: dict[str, Any] | None = None  # decoded, once it was asked for
-        self._call_cache: tuple[Any, ...] | None = None  # likewise _decoded_call
+        self._call_cache: tuple[Any, ...] | None = None  # _decoded_call, once asked for
         self._bind(queue or Queue("default", connection, serializer=serializer))
 
     def _bind(self, queue: Any) -> None:
@@ -3966,8 +3966,10 @@ class Job:
             self._status = JobStatus.STOPPED
         self._execution = None
         if token:
-            beat = _from_timestamp(float(heartbeat_at)) if heartbeat_at else None
-            self._execution = Execution(self, token.decode(), beat)
+            last_heartbeat = None
+            if heartbeat_at:
+                last_heartbeat = _from_timestamp(float(heartbeat_at))
+            self._execution = Execution(self, token.decode(), last_heartbeat)
         return True
 
     def _on_stored(self, status: JobStatus, created_at: bytes | None) -> None:
@@ -3976,7 +3978,7 @@ class Job:
             self._fields["created_at"] = created_at
         self._status = status
         if "depends_on" in self._fields or "rate_limit" in self._fields:
-            self._status = None  # it may have to wait; to be looked up
+            self._status = None  # only the server knows whether it has to wait
         self._request = self._request.renewed()
 
     def _text(self, name: str) -> str:
@@ -4109,9 +4111,8 @@ class Job:
         for name in ("args", "meta"):
             if name in self._fields:
                 context = self._signed_context(name, entry=entry)
-                data = self._fields[name][
-                    _SIGNATURE_SIZE:
-                ]  # as it was signed for no context
+                # The serializer has signed it for no context, or for another queue.
+                data = self._fields[name][_SIGNATURE_SIZE:]
                 self._fields[name] = self.serializer.sign(data, *context)
 
     def _context_of(self, name: str) -> list[bytes]:
@@ -4486,13 +4487,13 @@ class Job:
         return None if result is None else result.exc_string
 
     def _wait_for(self, timeout: float, ask: Callable[[Job], Any]) -> Any:
-        """Return ask(self), when that is true, or the job was moved or is gone, or at
-        the timeout.
+        """Wait for ask(self) to be true, and return it.
 
-        A message may be lost with its connection, and a record that expires publishes
-        nothing.  So after each subscription, which redis-py repeats when it connects
-        again, and after RECHECK seconds without a message, the job is asked again.
-        Until the timeout an outage is waited out."""
+        Also returns it when the job was moved or is gone, and at the timeout.  A message
+        may be lost with its connection, and a record that expires publishes nothing.  So
+        the job is asked again after RECHECK seconds without a message, and after each
+        subscription, which redis-py repeats when it connects again.  An outage is waited
+        out, until the timeout."""
         deadline = time.monotonic() + timeout
         backoff = _Backoff(1.0)
         while (left := deadline - time.monotonic()) > 0:
@@ -4566,8 +4567,8 @@ class Job:
         depends on other jobs.  One round trip.  Raises InvalidJobOperation if it has
         ended already, but not with a pipeline."""
         allowed = [each for each in _CONTAINERS if each not in _FINAL_CONTAINERS]
-        told = "finished" if enqueue_dependents else "canceled"
-        self._transition(allowed, "canceled", tell_dependents=told, pipeline=pipeline)
+        status = "finished" if enqueue_dependents else "canceled"
+        self._transition(allowed, "canceled", tell_dependents=status, pipeline=pipeline)
 
     def requeue(self, at_front: bool = False) -> Job:
         """Put a job that has ended into its queue again, with all its retries left.
@@ -4761,11 +4762,11 @@ def _fetch_jobs(jobs: Sequence[Job]) -> list[Job]:
         return []
     commands = [job._fetch_command() for job in jobs]
     replies = _execute(jobs[0].connection, *commands)
-    found = []
+    existing = []
     for job, reply in zip(jobs, replies, strict=True):
         if job._load(reply):
-            found.append(job)
-    return found
+            existing.append(job)
+    return existing
 
 
 def _chunks(items: Sequence[Any]) -> Iterator[Any]:
@@ -4790,12 +4791,12 @@ def _where(jobs: Sequence[Job]) -> list[tuple[bytes, bytes]]:
         _where_command(chunk[0].queue.prefix, [job.id for job in chunk])
         for chunk in chunks
     ]
-    found = {}
+    places = {}
     replies = _execute(jobs[0].connection, *commands)
     for chunk, (containers, groups) in zip(chunks, replies, strict=True):
         for job, container, group in zip(chunk, containers, groups, strict=True):
-            found[job] = (container, group)
-    return [found[job] for job in jobs]
+            places[job] = (container, group)
+    return [places[job] for job in jobs]
 
 
 @functools.lru_cache(100)
@@ -4862,7 +4863,7 @@ class EnqueueData(NamedTuple):
 
 
 class _EnqueueCall(NamedTuple):
-    """A call of the script `enqueue`, between its sending and its reply."""
+    """A call of `enqueue` or `enqueue_checked`, between its sending and its reply."""
 
     jobs: Sequence[Job]
     # -1: to be queued now.  Else scheduled: seconds from now, or "@" and a timestamp.
@@ -5140,9 +5141,8 @@ class Queue(_JobContainer):
         timeout = DEFAULT_TIMEOUT if default_timeout is None else default_timeout
         self.default_timeout = _parse_seconds(timeout, "default_timeout", (-1,))
         self.is_async = is_async
-        self._registered = (
-            False  # whether this object has entered its name in the server
-        )
+        # Whether this object has entered the queue's name in microq:queues.
+        self._registered = False
 
     @classmethod
     def all(
@@ -5240,8 +5240,9 @@ class Queue(_JobContainer):
     def _enqueue(
         self, delay: float | str, f: Func, args: Any, kwargs: dict[str, Any]
     ) -> Job:
-        """Sort keywords into options and the function's own, and enqueue; for the delay
-        see _EnqueueCall."""
+        """Take the options out of the keywords, and enqueue with what is left.
+
+        For the delay see _EnqueueCall."""
         pipeline = kwargs.pop("pipeline", None)
         options = {}
         for keyword in [name for name in kwargs if name in _ENQUEUE_KEYWORDS]:
@@ -5388,8 +5389,10 @@ class Queue(_JobContainer):
         return job
 
     def _take_over(self, job: Job, at_front: bool, unique: bool) -> None:
-        """Make the job one of this queue, if it may still become that, and add
-        options."""
+        """Bind a job that is not stored yet to this queue, and add options.
+
+        Raises InvalidJobOperation if it is in another queue, TypeError if that has
+        another serializer."""
         is_new = job.get_status(refresh=False) is JobStatus.CREATED
         if job.queue is not self and is_new:
             if job.serializer != self.serializer:
@@ -5412,7 +5415,7 @@ class Queue(_JobContainer):
     def _store(
         self, jobs: Sequence[Job], pipeline: Any, delay: float | str = -1
     ) -> None:
-        """Store jobs; with a pipeline, this is left to who executes it."""
+        """Store jobs; with a pipeline, they are stored when its owner executes it."""
         if pipeline is not None and not self.is_async:
             raise TypeError("is_async=False runs jobs at once; it can't use a pipeline")
         call = self._prepare_call(jobs, delay)
@@ -5426,8 +5429,9 @@ class Queue(_JobContainer):
     def _prepare_call(
         self, jobs: Sequence[Job], delay: float | str = -1
     ) -> _EnqueueCall:
-        """Return what stores the jobs.  Two round trips for dependencies given by
-        ids."""
+        """Return the call that stores the jobs, which was not sent yet.
+
+        Two round trips for dependencies that are given by ids, else none."""
         if len({job.id for job in jobs}) < len(jobs):
             text = "the same job_id stands twice in one enqueue_many()"
             raise DuplicateJobError(text)
@@ -5435,7 +5439,7 @@ class Queue(_JobContainer):
         new_jobs = [_new_job(job, delay) for job in jobs]
         command = _enqueue_command(self.prefix, new_jobs, delay)
         commands: tuple[Command, ...] = (command,)
-        if not self._registered:
+        if not self._registered:  # by no script, since it is in another slot
             commands += (("SADD", _QUEUES_KEY, self.name),)
         return _EnqueueCall(jobs, delay, commands)
 
@@ -5466,8 +5470,8 @@ class Queue(_JobContainer):
 
     @staticmethod
     def _on_stored(call: _EnqueueCall, created_at: bytes | None) -> None:
-        """Note in the jobs that they are stored; the time is not known of a
-        pipeline."""
+        """Note in the jobs that they are stored; None: by a pipeline, at a time that is
+        not known."""
         status = JobStatus.QUEUED if call.delay == -1 else JobStatus.SCHEDULED
         for job in call.jobs:
             job._on_stored(status, created_at)
@@ -5503,8 +5507,10 @@ class Queue(_JobContainer):
     def _encode_dependency(
         self, dependent_id: str, dependency: Dependency, parents: dict[str, Job]
     ) -> bytes:
-        """Return the field `depends_on`.  `parents` are the jobs found by their ids; an
-        id that was not found counts as one of this queue."""
+        """Return the field `depends_on`.
+
+        `parents` are the jobs that exist, by id.  A parent that is given by its id and
+        does not exist counts as a job of this queue: it may be stored by this call."""
         keys: list[str] = []
         for parent in dependency.jobs:
             if isinstance(parent, str):
@@ -5513,14 +5519,8 @@ class Queue(_JobContainer):
                 text = f"job {dependent_id!r} can't depend on itself"
                 raise InvalidJobDependency(text)
             keys.append(f"{parent.queue.prefix}{parent.id}")
-        if dependency.allow_failure == "any":
-            allow = "any"
-        elif dependency.allow_failure:
-            allow = "failed"
-        else:
-            allow = "none"
         unique_keys = dict.fromkeys(keys)
-        return " ".join([*unique_keys, allow]).encode()
+        return " ".join([*unique_keys, dependency.allowed_status]).encode()
 
     def get_job_ids(self, offset: int = 0, length: int = -1) -> list[str]:
         """Return the ids of `length` jobs that wait, the next one first; -1 for all."""
@@ -5649,7 +5649,9 @@ def _new_job(job: Job, delay: float | str) -> _NewJob:
     """Return what the script `enqueue` stores of the job."""
     request = job._request
     call_id = request.call_id
-    if call_id is None:  # kept, so that a call that is repeated has the same one
+    if call_id is None:
+        # Kept in the job: if this call raises, since its reply was lost, and the user
+        # enqueues the job again, the server takes that for the same call.
         call_id = secrets.token_urlsafe(6)
         job._request = request._replace(call_id=call_id)
     fields = {
@@ -5664,7 +5666,7 @@ def _new_job(job: Job, delay: float | str) -> _NewJob:
     is_blocked = "depends_on" in fields or "rate_limit" in fields
     if is_blocked or delay != -1:
         fields["enqueued_at"] = b""  # not yet
-        if at_front:
+        if at_front:  # for the script that queues it later
             fields["at_front"] = b"1"
     flags = []
     if at_front:
@@ -5732,7 +5734,7 @@ def perform(
                until one returns False
     describe - whether the log shows the call"""
     started = time.perf_counter()
-    token = _current_job.set(execution.job)
+    reset_token = _current_job.set(execution.job)
     try:
         outcome, value_or_error = _run_function(execution, handlers, started, describe)
         _run_callback(execution, outcome, value_or_error)
@@ -5740,7 +5742,7 @@ def perform(
     except _ColdShutdown:
         return _INTERRUPTED._replace(seconds=time.perf_counter() - started)
     finally:
-        _current_job.reset(token)
+        _current_job.reset(reset_token)
 
 
 def _run_function(
@@ -5961,7 +5963,7 @@ def _settlement(
     job = execution.job
     rerun = outcome.rerun
     # The supervisor, which settles for a child that died, has not read the job's
-    # fields.
+    # fields.  Then the script finds out whether the job has a policy.
     if job._fields and not outcome.policy and rerun not in job._fields:
         rerun = ""  # the job has no such policy
     ttl = DEFAULT_FAILURE_TTL
@@ -6050,11 +6052,12 @@ class _AlarmInterrupter(_Interrupter):
 
     def __init__(self) -> None:
         super().__init__()
-        # A number, and what is to be raised in the call that has it.
+        # The number of a call, and what is to be raised in this call.
         self.pending: tuple[int, type[BaseException]] | None = None
 
     def disarm(self) -> None:
-        self.deadline = 0.0  # an alarm that is still to come means nothing
+        # The timer goes on, which saves a system call; _on_alarm() ignores its alarm.
+        self.deadline = 0.0
 
     def rearm(self) -> None:
         if not self.deadline:
@@ -6063,12 +6066,13 @@ class _AlarmInterrupter(_Interrupter):
         if self._is_pending():
             seconds = 0.0
         signal.signal(signal.SIGALRM, self._on_alarm)
+        # 0 would switch the timer off, and infinity is refused.
         signal.setitimer(signal.ITIMER_REAL, min(max(0.001, seconds), 1e6))
 
     def _start_timer(self, seconds: float, interrupt: Callable[..., None]) -> None:
         if _signal.getsignal(signal.SIGALRM) != self._on_alarm:  # a job replaced it
             signal.signal(signal.SIGALRM, self._on_alarm)
-        signal.setitimer(signal.ITIMER_REAL, max(0.0, seconds))
+        signal.setitimer(signal.ITIMER_REAL, max(0.0, seconds))  # 0: no limit
 
     def _raise(self, reason: type[BaseException]) -> None:
         self.pending = (self.run_number, reason)
@@ -6078,6 +6082,10 @@ class _AlarmInterrupter(_Interrupter):
         return self.pending is not None and self.pending[0] == self.run_number
 
     def _on_alarm(self, number: int, frame: Any) -> None:
+        """Raise what is pending, or the timeout.
+
+        An alarm may be that of an earlier call: it does nothing if no call is armed, or
+        if the deadline of this call is still to come."""
         if not self.deadline:
             return
         if self.pending is not None and self._is_pending():
@@ -8869,10 +8877,18 @@ _COMMAND_HANDLERS = {
 # ======== Part II: what else there is =================================================
 
 # ---- 12. Messages between queues -----------------------------------------------------
-# What a script has to tell another queue, or a limit, it stores in an outbox as a message, together
-# with its cause, since the other may live on another node.  Whoever sees a message there may relay
-# it, as often as it takes; it is acknowledged last.  So each message may come twice, at any later
-# time, and means the same.  A message for the queue itself is handled at once.
+# Dependencies and rate limits work across queues, which may live on other nodes of a
+# Cluster, where no script can write.  The one idea is the outbox: a script stores what it
+# has to tell another queue, or a limit, as a message in the outbox of its own queue, in
+# the same step as the change that causes it.  Whoever gets the message in a reply, or
+# finds it in the outbox, relays it: delivers it, then takes it out of the outbox.
+# Invariants: no message is lost; it may be delivered several times, and late, so each
+# handler checks first whether it still applies.  A message for the queue itself is
+# handled at once.  Uses sections 1, 4 and 5, and of section 6 _chunks().
+#
+# A dependency, for example: enqueue stores the job in `deferred`, and subscribes it to
+# its parents.  A parent that is not finished notes it in `dependents`; settle sends
+# parent_finished to each of them; when none is left in `waits`, the job is dispatched.
 #
 #     to a queue  subscribe <parent> <prefix> <dependent> <created_at> <allow>
 #                 parent_finished <parent's key> <dependent> <created_at>, or parent_gone ..
@@ -8880,7 +8896,8 @@ _COMMAND_HANDLERS = {
 #                 granted <id> <slot> <when it may start> <prefix of the limit> <numbers>
 #     to a limit  acquire <prefix> <id> <slot> <numbers>, or release_slot ..
 #
-# `created_at` tells the lives of an id apart; <numbers> are concurrency, rate and period.
+# The `created_at` of the dependent tells the lives of its id apart: a message for an
+# earlier life is ignored.  <numbers> are concurrency, rate and period.
 
 _lua(
     "sends",
@@ -8904,8 +8921,9 @@ end
 _lua(
     "send",
     """
--- Handle a message of queue `q` to itself at once, up to a limit, as more would hold the server;
--- else store it.
+-- Handle a message of queue `q` to itself at once, and store any other in the outbox.  Of
+-- those to itself, too, all beyond a limit are stored, since a script that handles more of
+-- them (a chain or a fan of dependents) would block the server for too long.
 function send(q, to, text, now)
   sends.count = sends.count + 1
   if to == q and sends.count <= sends.limit then handle_message(q, text, now)
@@ -8933,7 +8951,7 @@ end
 _lua(
     "is_parent",
     """
-function is_parent(job)  -- then its record doesn't expire by itself, but by the sweep
+function is_parent(job)  -- has dependents; then the sweep deletes it, and no expiry
   local list = job .. ':dependents:'
   return call('EXISTS', list .. 'any', list .. 'failed', list .. 'none') > 0
 end
@@ -8961,9 +8979,10 @@ end
 _lua(
     "notify_dependents",
     """
--- Tell all dependents for which this end of the job counts; 'gone' is for all.  Those for whom this
--- call has no room are set apart, since the job may begin a new life with others; they are notified
--- by a message of the queue to itself, which stays in the outbox until the last of them is.
+-- Tell the dependents that accept this end of the job: parent_finished.  If the job is
+-- 'gone', the others are told, too: parent_gone.  Those for whom this call has no room are
+-- set apart, since the job may begin a new life with other dependents; a message of the
+-- queue to itself, `notify`, goes on with them, and stays in the outbox until all are told.
 function notify_dependents(q, id, status, now)
   for _, allow in ipairs({'any', 'failed', 'none'}) do
     local list = q .. 'job:' .. id .. ':dependents:' .. allow
@@ -8983,7 +9002,8 @@ end
 _lua(
     "on_final",
     """
--- Give up the slot of a job; and with a status, which is that of its end, notify its dependents.
+-- Give up the slot of a job that has ended; with the status of its end, also notify its
+-- dependents (nil: they are not told).
 function on_final(q, id, status, now)
   local has_any, slot, limit =
     unpack(call('HMGET', q .. 'job:' .. id, 'has_dependents', 'slot', 'rate_limit'))
@@ -9050,7 +9070,8 @@ end
 _lua(
     "on_subscribe",
     """
--- Note a dependent, or tell it that its parent has ended.
+-- Tell a dependent that its parent has ended, if it accepts this end; else note it, since
+-- the parent has not ended, or may begin a new life.
 function on_subscribe(q, parent, rest, now)
   local job, status = q .. 'job:' .. parent, final_status(q, parent, now)
   local to, dependent, allow = string.match(rest, '^(%S+) (%S+ %S+) (%S+)$')
@@ -9083,7 +9104,8 @@ end
 _lua(
     "on_parent_gone",
     """
--- A job waits no longer for a parent.  Returns the job's id if it is still the same life of it.
+-- Remove a parent for which a job waits.  Returns the job's id; nil if its id has begun
+-- another life.  The job stays deferred, even if it waits for nothing else.
 function on_parent_gone(q, parent_key, rest)
   local id, created_at = string.match(rest, '^(%S+) (%S+)$')
   if not id or call('HGET', q .. 'job:' .. id, 'created_at') ~= created_at then return nil end
@@ -9171,8 +9193,9 @@ end
 _lua(
     "ask_again",
     """
--- Ask once more for one of the `count` jobs that have waited longest for a slot: their limit may
--- have forgotten it, or a job that had a slot and has vanished.
+-- Ask again for the slot of one of the `count` jobs that have waited longest.  Their limit
+-- may have lost the request; or a job that holds a slot was evicted, which the limit finds
+-- out only when it gets a message (see grant_next).
 function ask_again(q, count, now)
   local index = math.random(count) - 1
   request_slot(q, call('ZRANGE', q .. 'rate_limited', index, index)[1], now)
@@ -9184,8 +9207,9 @@ end
 _lua(
     "is_slot_stale",
     """
--- Whether a job was to start at `not_before`, and nobody was there in time: then its like may be
--- many, and would come all at once.  Each may be late by what the rate leaves between two of them.
+-- Whether a job missed the start that its rate gave it, by more than the time between two
+-- starts.  No worker ran then, so many jobs may have missed theirs; if each kept its slot,
+-- all of them would start at once.
 function is_slot_stale(not_before, limit_text, now)
   local limit = parse_limit(limit_text) or {rate = 1, period = 0}
   local gap = math.max(1, limit.period / math.max(1, limit.rate))
@@ -9228,7 +9252,8 @@ end
 _lua(
     "on_granted",
     """
--- rate_limited -> queued or scheduled, or back to the limit if the job does not want the slot now.
+-- rate_limited -> queued or scheduled.  If the job has ended, or wants another slot by now,
+-- the slot is given back.  If it has left `rate_limited` already, this message came twice.
 function on_granted(q, id, rest, now)
   local slot, starts_at, to, numbers = string.match(rest, '^(%S+) (%S+) (%S+) (.*)$')
   local job = q .. 'job:' .. id
@@ -9273,8 +9298,9 @@ DELIVER = Script(
     """
 -- deferred, rate_limited -> queued, scheduled, rate_limited: handle messages from other queues.
 -- KEYS  prefix of the queue        ARGV  messages
--- Returns {outgoing, what was in the outbox already}; the second only if the first is empty and
--- these are few: the queue's workers look after the outbox.
+-- Returns {outgoing, what was in the outbox already}.  The second only if the first is
+-- empty and the outbox is small: a large one is left to the queue's workers, which relay a
+-- part of it at each heartbeat.
 local q, now, unsent = KEYS[1], server_time(), {}
 for _, text in ipairs(ARGV) do handle_message(q, text, now) end
 if #outgoing == 0 and call('SCARD', q .. 'outbox') <= 20 then add_unsent(q, 20, unsent) end
@@ -9353,8 +9379,8 @@ function grant_next(limit, now)
   end
   local starts_at = now
   if numbers.rate > 0 then
-    local recent = call('LINDEX', starts, numbers.rate - 1) or 0
-    starts_at = math.max(now, recent + numbers.period)
+    local previous = call('LINDEX', starts, numbers.rate - 1) or 0  -- `rate` starts ago
+    starts_at = math.max(now, previous + numbers.period)
     call('LPUSH', starts, format_time(starts_at))
     call('LTRIM', starts, 0, numbers.rate - 1)
   end
@@ -9395,8 +9421,8 @@ def _deliver_command(prefix: str, texts: Sequence[bytes]) -> Command:
 
 
 class _DeliverReply(NamedTuple):
-    caused: list[Message]  # by these
-    unsent: list[Message]  # that were in the outbox already
+    caused: list[Message]  # by the messages that were delivered
+    unsent: list[Message]  # that were in the outbox of the target already
 
     @classmethod
     def parse(cls, reply: Any) -> _DeliverReply:
@@ -9405,12 +9431,12 @@ class _DeliverReply(NamedTuple):
 
 
 def _relay(connection: Any, messages: Iterable[Message]) -> None:
-    """Deliver messages to the queues and limits that they are for, and the messages that these
-    cause, round by round; then take them out of their outboxes.
+    """Deliver messages and those that they cause, and take them out of their outboxes.
 
-    Whoever sees a message in an outbox may do that, as often as it takes.  A message that was
-    caused once more is delivered once more.  Raises nothing for a target that can't be reached:
-    what is for it waits in its outbox."""
+    Done in rounds, one call per target and round.  Any process may relay any message, as
+    often as it likes.  A message that is caused a second time has to be delivered again;
+    one that is only found in an outbox is delivered once by this call.  Raises nothing if
+    a target can't be reached: its messages stay in their outboxes."""
     pending = dict.fromkeys(messages)
     seen = set(pending)
     arrived: dict[Message, None] = {}
@@ -9450,8 +9476,10 @@ def _is_limit(prefix: bytes) -> bool:
 def _deliver_round(
     connection: Any, messages: Iterable[Message], unreachable: set[bytes]
 ) -> tuple[list[Message], list[Message]]:
-    """Deliver messages, and add targets that don't answer to `unreachable`.  Return the messages
-    that these have caused, and those that were in the outboxes of the targets already."""
+    """Deliver messages, and add targets that don't answer to `unreachable`.
+
+    Returns the messages that these have caused, and those that were in the outboxes of
+    the targets already."""
     texts: dict[bytes, dict[bytes, None]] = {}
     for _, text in messages:
         target, _, body = text.partition(b" ")
@@ -9478,8 +9506,9 @@ def _deliver_round(
 
 
 def _acknowledge(connection: Any, messages: Iterable[Message]) -> None:
-    """Take messages that have arrived out of their outboxes.  One that stays, since the server does
-    not answer, is delivered again."""
+    """Take messages that have arrived out of their outboxes.
+
+    One that stays, since the server does not answer, is delivered again."""
     outboxes: dict[bytes, list[bytes]] = {}
     for prefix, text in messages:
         outboxes.setdefault(prefix, []).append(text)
