@@ -7257,9 +7257,10 @@ def _default_name() -> str:
 
 
 def _pid_namespace() -> str:
-    """Return what tells where the number of a process counts: the boot of a kernel, and
-    the namespace within it, as that of a container; or the host on other systems.  On
-    Windows, where os.kill() can't look a process up, it equals no other."""
+    """Return an id of the set of processes among which a pid is unique: the boot of a
+    kernel, and a namespace within it, as that of a container; on systems without
+    namespaces the host.  On Windows, where os.kill() can't look a process up, the id
+    equals no other."""
     if sys.platform == "win32":
         return secrets.token_hex(8)
     try:
@@ -7270,20 +7271,20 @@ def _pid_namespace() -> str:
 
 
 def _process_exists(pid: Any) -> bool:
-    """Return whether there is a process of this number; it may be another user's.
+    """Return whether a process of this number runs; it may be another user's.
 
-    One that has ended, and was not reaped yet by the process that started it, is
-    none."""
+    A zombie, which has ended and was not reaped yet by its parent, does not run."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass
+        pass  # it runs, as another user
     try:
         status = Path(f"/proc/{pid}/stat").read_bytes()
     except OSError:  # not Linux
         return True
+    # "<pid> (<name>) <state> ..", and the name may hold parentheses.
     return not status.rpartition(b")")[2].startswith(b" Z")
 
 
@@ -7686,7 +7687,7 @@ BaseDeathPenalty = UnixSignalDeathPenalty = TimerDeathPenalty = object
 
 
 class _Exit(NamedTuple):
-    """How a child died that had not settled everything."""
+    """The death of a child: it ended before it had settled everything."""
 
     pid: int
     status: int  # as of os.wait()
@@ -7740,7 +7741,7 @@ class _Child:
         self.pid = 0  # 0: there is no child
         self.finished = False  # no further child is to follow
         self.restart_at = 0.0  # when the next one may be forked
-        self.unreported: _Exit | None = None  # a death that the server was not told yet
+        self.unreported: _Exit | None = None  # a death, to be reported to the server
         self.lost_run: _Run | None = None  # the run that ended by this death
         # The job for which the child was killed (None: it was idle), and its outcome.
         self.kill_target: _CurrentJob | None = None
@@ -8037,7 +8038,8 @@ def _set_up_child(parent: int) -> None:
         signal.signal(number, on_signal)
     os.setpgid(0, 0)  # so that _Child.kill() can kill what jobs have started, too
     if _PRCTL:
-        _PRCTL(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; elsewhere the wake-up tells
+        # PR_SET_PDEATHSIG; on other systems the wake-up is at end-of-file.
+        _PRCTL(1, signal.SIGKILL)
         # os.open(), since open() touches much, and all that it touches is copied.
         with contextlib.suppress(OSError):
             file = os.open("/proc/self/oom_score_adj", os.O_WRONLY)
@@ -8069,8 +8071,8 @@ def _child_pids() -> list[int]:
 
 
 def _wait_for(pid: int, block: bool = False) -> tuple[int, int, Any] | None:
-    """Reap a child; return what os.wait4() does: its number, its status, what it used,
-    which is None if it was not told.  None if it has not ended yet, unless `block`."""
+    """Reap a child; return what os.wait4() does: its number, its status, and its usage
+    of resources, which is None if it is not known.  None if it has not ended yet, unless `block`."""
     flags = 0 if block else os.WNOHANG
     try:
         end: tuple[int, int, Any] = os.wait4(pid, flags)
@@ -9761,9 +9763,10 @@ TICK = Script(
     """
 -- new -> scheduled, for a tick of cron.
 -- KEYS  prefix of the queue
--- ARGV  slug, last ('<last_tick> <registered_at>'), tick, then the job's as for parse_new_jobs
--- Stores the job if `last` is still the one that was read: then no other scheduler was faster.
--- Returns created_at, or '' if another was.
+-- ARGV  slug, last ('<last_tick> <registered_at>'), tick, then the job's as for
+--       parse_new_jobs
+-- Stores the job if `last` is still the one that was read: then no other scheduler was
+-- faster.  Returns created_at, or '' if another was.
 local q, slug, last, tick = KEYS[1], unpack(ARGV)
 local now, ticks = server_time(), q .. 'ticks'
 if call('HGET', ticks, slug) ~= last then return '' end
@@ -9789,8 +9792,8 @@ def _tick_command(
 _lua(
     "forget_pending_ticks",
     """
--- Delete the jobs of an entry of cron that are still to come, up to `last_tick`.  Returns the time
--- of the first of these; nil if there are none.
+-- Delete the jobs of an entry of cron that are still to come, up to `last_tick`.
+-- Returns the time of the first of these; nil if there are none.
 function forget_pending_ticks(q, slug, last_tick, now)
   local first
   local range = {format_time(now), format_time(last_tick)}
@@ -9812,10 +9815,13 @@ end
 CRON_STORE = Script(
     "cron_store",
     """
--- Store an entry of cron, or remove it; scheduled -> gone for its ticks that are still to come.
--- KEYS  prefix of the queue        ARGV  slug, spec ('' removes it), interval (0: an expression)
--- An entry that changes counts its ticks from now.  For an interval the next one is the first of
--- those that were to come, or else what was next, or now.  Returns 1, or 0 if nothing changed.
+-- Store an entry of cron, or remove it; scheduled -> gone for its ticks that are still
+-- to come.
+-- KEYS  prefix of the queue
+-- ARGV  slug, spec ('' removes it), interval (0: an expression)
+-- The ticks of an entry that changes are counted from now.  But the next tick of an
+-- interval is the first of those that were to come; if there is none, the one that
+-- would have been next, or now if that has passed.  Returns 1, or 0 if nothing changed.
 local q, slug, spec, interval = KEYS[1], unpack(ARGV)
 local now, ticks = server_time(), q .. 'ticks'
 if spec == (call('HGET', q .. 'cron', slug) or '') then return 0 end
@@ -9851,7 +9857,8 @@ CRON_READ = Script(
     """
 -- Read the entries of cron.
 -- KEYS  prefix of the queue        ARGV  name of a scheduler that runs them, or ''
--- Returns {now, 1 if the scheduler is new, {hash of last ticks, hash of entries, schedulers}}.
+-- Returns {now, 1 if the scheduler is new,
+--          {hash of last ticks, hash of entries, schedulers}}.
 local q, scheduler, now, is_new = KEYS[1], ARGV[1], server_time(), 0
 local schedulers = q .. 'schedulers'
 if scheduler ~= '' then
@@ -10617,11 +10624,12 @@ cron = sys.modules[__name__]  # for `from microq import cron; cron.register(..)`
 # Since the kernel drops the lock when the process ends in whatever way, no user can be
 # left over.  Uses sections 1 and 4.  The directory holds:
 #
-# lock          Each user has a shared lock on it, which its forks inherit, until it
-# ends in whatever way.  The monitor waits for an exclusive lock: when it gets that,
-# there is no user left.  monitor.lock  The monitor has an exclusive lock on it while
-# its server lives, so that there is one server at a time.  redis.sock, log,
-# appendonlydir    the server's
+#   lock          Each user has a shared lock on it, which its forks inherit.  The
+#                 monitor waits for an exclusive lock: when it gets that, there is no
+#                 user left.
+#   monitor.lock  The monitor has an exclusive lock on it while its server lives, so
+#                 that there is one server at a time.
+#   redis.sock, log, appendonlydir    the server's
 #
 # The monitor is a process: it starts the server, waits until there is no user left, and
 # shuts the server down.  `systemctl stop` sends SIGTERM to all processes of a service,
@@ -10656,8 +10664,9 @@ def end_unused_server():
     server.kill()
 
 def be_no_victim_of_the_kernel():
-    # The child of a worker is the first that the kernel kills when memory runs out, and what it
-    # starts inherits that.  How far a process may go back is up to who started the first of them.
+    # The child of a worker is the first that the kernel kills when memory runs out, and
+    # a process that it starts inherits that.  A process may lower its points only as far
+    # as the first process of the line was allowed to.
     path = "/proc/self/oom_score_adj"
     with contextlib.suppress(OSError):
         inherited = int(open(path).read())
@@ -10880,18 +10889,26 @@ def _start_server(home: Path, private: bool) -> subprocess.Popen[bytes] | None:
 
 
 # ---- 16. Command line ----------------------------------------------------------------
-# A command has a function _add_.. that declares its arguments, and a function _cmd_..
-# that runs it.  main() parses the words, completes the options from the environment and
-# the config module, runs the command, and turns an error into one line.  Flags beat the
-# environment, which beats the config module.  What others have written is printed
-# through _printable().
+# The commands of `python -m microq`.  The one idea: a command does nothing that can't
+# be done from Python; it names the classes and calls of the sections before, and their
+# arguments.  A command has a function _add_.. that declares its arguments, and a
+# function _cmd_.. that runs it.  main() parses the arguments, completes the options
+# from the environment and the config module, and runs the command.
+#
+# Invariants: flags beat the environment, which beats the config module.  An error is
+# one line on stderr.  Text that comes from Redis is printed through _printable(), since
+# it may hold codes that control the terminal.  Uses sections 1 to 15.
 
 _PROGRAM = f"python -m {__name__}"
+# Options of redis.Redis, which the config module or the environment gives as REDIS_HOST
+# and so on; and keys that the dict SENTINEL of the config module may have.  Both as in
+# RQ.
 _ADDRESS_PARTS = (
     "host", "port", "db", "username", "password", "ssl", "ssl_ca_certs", "ssl_cert_reqs",
     "ssl_ca_data", "ssl_keyfile", "ssl_certfile",
 )  # fmt: skip
 _SENTINEL_PARTS = ("DB", "USERNAME", "PASSWORD", "SOCKET_TIMEOUT", "SSL")
+# Options that $MICROQ_URL, $MICROQ_CONFIG and so on give.
 _ENVIRONMENT_OPTIONS = (
     "url", "config", "worker_class", "job_class", "queue_class", "connection_class",
 )  # fmt: skip
@@ -10914,6 +10931,8 @@ def _server_of(options: argparse.Namespace) -> Any:
                 "--cluster: the config module names Sentinels, which know no Cluster"
             )
         return _sentinel_master(sentinel, kind or Redis)
+    # One or the other: a host of the config module with a password of the environment
+    # would be a mixture that nobody meant.
     settings: Any = os.environ
     if any(name.startswith("REDIS_") for name in options.settings):
         settings = options.settings
@@ -11017,7 +11036,7 @@ def _run_worker(options: argparse.Namespace, run: Callable[..., Any]) -> None:
     elif not options.logging_level and "DICT_CONFIG" not in options.settings:
         options.logging_level = "INFO"
     run_options = _given(options, *inspect.signature(Worker.work).parameters)
-    run_options.setdefault("logging_level", None)  # logging is set up already
+    run_options.setdefault("logging_level", None)  # DICT_CONFIG has set up the log
     run(**run_options)
 
 
@@ -11302,7 +11321,7 @@ def _add_enqueue(commands: Any) -> None:
         metavar="TIME",
         help="run it at that time, ISO 8601; local unless it says",
     )
-    for option in _OPTIONS.values():
+    for option in _OPTIONS.values():  # so a new option has its flag here, too
         if option.flag:
             _add_option_flag(parser, option)
     add(
@@ -11485,30 +11504,34 @@ def _open_standard_streams() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line, and return the exit status: 1 for an error, 2 for words
-    that make no sense, 130 for Ctrl-C."""
+    """Run the command line, and return the exit status: 1 for an error, 2 for arguments
+    that can't be parsed, 130 for Ctrl-C."""
     _open_standard_streams()
     parser, commands = _parser()
-    words = list(sys.argv[1:] if argv is None else argv)
-    if not words:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments:
         parser.print_help(sys.stderr)
         return 2
-    if words[0] not in commands:
-        parser.parse_args(words[:1])  # --help, or an error: it does not return
-    options = commands[words[0]].parse_intermixed_args(words[1:])
+    if arguments[0] not in commands:
+        parser.parse_args(arguments[:1])  # --help, or an error: it does not return
+    # By the command's own parser: argparse can't parse intermixed arguments, as in
+    # `enqueue f 1 --ttl 5 2`, with a parser that has commands.
+    options = commands[arguments[0]].parse_intermixed_args(arguments[1:])
     try:
         if options.command != "demo":
             _configure(options)
         status = options.run(options) or 0
         sys.stdout.flush()
         return int(status)
-    except BrokenPipeError:  # nobody reads on; what is left to flush goes nowhere
+    except BrokenPipeError:
+        # As with `| head`.  Python flushes stdout once more when it exits, which must
+        # not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        log.debug("this is where", exc_info=True)
+        log.debug("this is where", exc_info=True)  # the traceback, with --verbose
         print(f"microq: {_error_line(error)}", file=sys.stderr)
         return 1
 
@@ -11529,10 +11552,9 @@ def _error_line(error: Exception) -> str:
 _CLEAR_SCREEN = "\x1b[H\x1b[2J"
 _UNLIMITED = 10**6  # columns or lines of an output that is no terminal
 _MAX_BAR = 40  # columns
-_MIN_FIRST, _MIN_LAST = (
-    8,
-    14,
-)  # columns that a table's first and last column get, if they need them
+# Columns that a table's first and last column get, if they need them.
+_MIN_FIRST = 8
+_MIN_LAST = 14
 _DIM, _BOLD, _RED, _GREEN, _YELLOW, _CYAN = 2, 1, 31, 32, 33, 36  # ANSI's codes
 _CELL_STYLES = {"0": _DIM, "busy": _GREEN, "suspended": _YELLOW}
 _BAR_TITLE = ""
@@ -11628,9 +11650,8 @@ def _read_workers(
         if held[name]:
             state = "busy"
             text = _describe_held(held[name], funcs[name])
-        with contextlib.suppress(
-            ValueError, KeyError, TypeError
-        ):  # no record, or a garbled one
+        # There may be no record, or a garbled one.
+        with contextlib.suppress(ValueError, KeyError, TypeError):
             rows.append(_worker_row(json.loads(record), state, text))
     return rows
 
@@ -11739,7 +11760,8 @@ def _format_table(table: _Table, max_rows: int, layout: _Layout) -> list[str]:
 def _format_row(
     titles: Sequence[str], row: Sequence[Any], sizes: Sequence[int], layout: _Layout
 ) -> str:
-    """Return the line of a row: cells of the given sizes, as far as the width goes."""
+    """Return the line of a row: cells of the given sizes, as many as fit.  The codes of
+    a style are added last, since they take no room."""
     cells = []
     left = layout.width
     for title, value, size in zip(titles, row, sizes, strict=True):
@@ -11763,8 +11785,8 @@ def _styled(text: str, style: int | None, layout: _Layout) -> str:
 
 
 def _summary(old: _Snapshot, new: _Snapshot) -> str:
-    """Count what there is, and what ended per second between two snapshots, if they are
-    two."""
+    """Return the first line of a page: how much there is of everything, and how many
+    jobs ended per second between two snapshots; no rates if both are the same one."""
     busy = len([worker for worker in new.workers if worker.state == "busy"])
     text = f"{len(new.queues)} queues, {new.count('queued')} queued, {new.count('started')} started"
     text += f"; {len(new.workers)} workers, {busy} busy"
@@ -11773,7 +11795,7 @@ def _summary(old: _Snapshot, new: _Snapshot) -> str:
         before = {worker.name: worker for worker in old.workers}
         finished = failed = 0
         for worker in new.workers:
-            earlier = before.get(worker.name, worker)
+            earlier = before.get(worker.name, worker)  # a new one counts for nothing
             finished += max(0, worker.finished - earlier.finished)
             failed += max(0, worker.failed - earlier.failed)
         text += (
@@ -11785,7 +11807,8 @@ def _summary(old: _Snapshot, new: _Snapshot) -> str:
 
 
 def _raw_lines(options: argparse.Namespace, snapshot: _Snapshot) -> list[str]:
-    """Return a line of words for each queue and worker, for programs."""
+    """Return a line for each queue and worker, its parts separated by spaces: for
+    programs, so the order of the parts does not change."""
     lines = []
     if not options.only_workers:
         for name, (queued, *others) in snapshot.queues.items():
@@ -11829,9 +11852,8 @@ def _render(
     tables = [table for table in tables if table.rows]
     style = _YELLOW if snapshot.suspended else _BOLD
     lines = [_styled(line[: layout.width], style, layout) for line in heading]
-    room = (
-        layout.height - len(lines) - 2 * len(tables)
-    )  # an empty line and the titles of each
+    # Beside its rows, each table has an empty line and its titles.
+    room = layout.height - len(lines) - 2 * len(tables)
     rows = _rows_that_fit([len(table.rows) for table in tables], room)
     for table, max_rows in zip(tables, rows, strict=True):
         lines += ["", *_format_table(table, max_rows, layout)]
@@ -11841,8 +11863,8 @@ def _render(
 def _eviction_line(options: argparse.Namespace, names: Sequence[str]) -> list[str]:
     """Return the line that warns of a server that deletes jobs, if it does."""
     keys = [Queue(name).prefix for name in names]
-    with contextlib.closing(_Connection(options.connection, None, *keys[:1])) as line:
-        warning = _eviction_warning(line)
+    with contextlib.closing(_Connection(options.connection, None, *keys[:1])) as server:
+        warning = _eviction_warning(server)
     return [f"warning: {warning}"] if warning else []
 
 
@@ -11872,8 +11894,8 @@ def _print_page(
 def _cmd_info(options: argparse.Namespace) -> None:
     known = [queue.name for queue in Queue.all(options.connection)]
     if unknown := sorted({*options.queues} - {*known}):
-        there = ", ".join(known) or "none"
-        raise ValueError(f"no queue {', '.join(unknown)}; there are: {there}")
+        existing = ", ".join(known) or "none"
+        raise ValueError(f"no queue {', '.join(unknown)}; there are: {existing}")
     warning = [] if options.raw else _eviction_line(options, options.queues or known)
     if options.interval:
         _poll_info(options, _parse_seconds(options.interval, "--interval"), warning)
@@ -11891,23 +11913,22 @@ def _poll_info(
     the server is shown, and does not end it."""
     live = _is_terminal() and not options.raw
     if live and isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            errors="replace"
-        )  # a terminal may lack the character of the bars
+        # The encoding of a terminal may lack the character of the bars.
+        sys.stdout.reconfigure(errors="replace")
     # Rates are those of three seconds, or of one interval if that is longer.
     snapshots: deque[_Snapshot] = deque(maxlen=1 + min(30, math.ceil(3 / interval)))
     snapshots.append(_take_snapshot(options.connection, options.queues))
-    trouble: list[str] = []
+    outage: list[str] = []  # the line that shows it
     while True:
         summary = _summary(snapshots[0], snapshots[-1])
         if live:
             summary = f"{time.strftime('%H:%M:%S')}  {summary}"
-        _print_page(options, [summary, *warning, *trouble], snapshots[-1], live)
+        _print_page(options, [summary, *warning, *outage], snapshots[-1], live)
         time.sleep(interval)
-        trouble = []
+        outage = []
         try:
             snapshots.append(_take_snapshot(options.connection, options.queues))
         except ServerUnavailable as error:
             if not live:
                 raise
-            trouble = [_error_line(error)]
+            outage = [_error_line(error)]
