@@ -8072,7 +8072,8 @@ def _child_pids() -> list[int]:
 
 def _wait_for(pid: int, block: bool = False) -> tuple[int, int, Any] | None:
     """Reap a child; return what os.wait4() does: its number, its status, and its usage
-    of resources, which is None if it is not known.  None if it has not ended yet, unless `block`."""
+    of resources, which is None if it is not known.  None if it has not ended yet,
+    unless `block`."""
     flags = 0 if block else os.WNOHANG
     try:
         end: tuple[int, int, Any] = os.wait4(pid, flags)
@@ -10664,9 +10665,9 @@ def end_unused_server():
     server.kill()
 
 def be_no_victim_of_the_kernel():
-    # The child of a worker is the first that the kernel kills when memory runs out, and
-    # a process that it starts inherits that.  A process may lower its points only as far
-    # as the first process of the line was allowed to.
+    # The child of a worker is the first that the kernel kills when memory runs out,
+    # and a process that it starts inherits that.  A process may lower its points only
+    # as far as the first process of the line was allowed to.
     path = "/proc/self/oom_score_adj"
     with contextlib.suppress(OSError):
         inherited = int(open(path).read())
@@ -11500,7 +11501,8 @@ def _open_standard_streams() -> None:
     not into the next file or socket that gets its number."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  until the process ends
+            # Open until the process ends.
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
 
 
 def main(argv: Sequence[str] | None = None) -> int:
