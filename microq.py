@@ -6648,6 +6648,7 @@ class _WorkLoop(_Loop):
             self._relay_messages()
 
     def _phase_after(self) -> _Phase:
+        """Return the phase after the end of the loop: whether a new process goes on."""
         if self._job_limit_reached() or self.shared.stop_requested:
             return _Phase.ENDED
         return _Phase.REPLACE if self._process_limit_reached() else _Phase.ENDED
@@ -6808,6 +6809,7 @@ class _WorkLoop(_Loop):
                 time.sleep(backoff.next_pause(error, f"worker {self.instance.name}"))
 
     def _server_answers(self) -> bool:
+        """Return whether the server answers a PING now."""
         try:
             return bool(_execute(self.command_connection, ("PING",)))
         except (ServerUnavailable, exceptions.ResponseError):
@@ -7017,6 +7019,8 @@ class _WorkLoop(_Loop):
         return not self._holds_others() and seconds > 20 * SLOW_JOB_AFTER
 
     def _slow_job_holds_others(self, now: float) -> bool:
+        """Return whether a job runs for long, while jobs wait behind it or outcomes of
+        runs before it are unsettled."""
         is_slow = now - self.shared.job_started > SLOW_JOB_AFTER
         return self.running is not None and is_slow and self._holds_others()
 
@@ -8119,7 +8123,8 @@ def _signals_restored() -> Iterator[None]:
 
 
 class _NameInUse(ValueError):
-    """A worker whose record was lost has a lease under this name, which will expire."""
+    """A worker of this name has no record any more, but still a lease in the queues: it
+    may be alive, or the lease expires soon."""
 
 
 class _Supervisor:
@@ -8500,6 +8505,8 @@ class _Supervisor:
             self._on_death(child, death)
         child.reap()
         if child.unreported and now >= self.retry_at:
+            # By an error this step ends here, and the next one reports again: no child
+            # starts before, which might be given jobs of the dead one.
             self._report_death(child)
         must_end = child.shared.stop_requested or child.shared.phase == _Phase.ENDED
         if child.pid:
@@ -8530,7 +8537,8 @@ class _Supervisor:
         return deadline if deadline > 0 else math.inf
 
     def _on_death(self, child: _Child, death: _Exit) -> None:
-        """Note which run ended by the death of a child, and call the handler."""
+        """Note which run ended by the death of a child, and call the user's
+        work_horse_killed_handler, if a crash ended the run."""
         instance, current = child.instance, death.current
         if not current:
             text = "the idle process %d of worker %s %s"
@@ -8547,16 +8555,17 @@ class _Supervisor:
                 log.exception("work_horse_killed_handler failed for job %s", job.id)
 
     def _report_death(self, child: _Child) -> None:
-        """Settle what a dead child ran, and release what else it held."""
+        """Settle the run of a child that has died, and release the other jobs that it
+        held.  Raises an error of Redis if that has to be done again."""
         replies = _execute(self.connection, *child.report_commands())
         messages = child.on_reported(replies)
         with contextlib.suppress(exceptions.RedisError):
             _relay(self.connection, messages)
 
     def _reap_orphans(self) -> None:
-        """Reap what jobs have left behind, if this process is the one that inherits
-        orphans.  A process in our own group is no orphan of a job: who started it waits
-        for it."""
+        """Reap the processes that jobs have started and not waited for, if this process
+        is their parent once the child is dead.  A process in the group of this one is
+        none of these: whoever started it here waits for it."""
         if not self.reaps_orphans:
             return
         own = {pid for child in self.children for pid in child.pids()}
