@@ -583,8 +583,8 @@ def _from_timestamp(at: float) -> datetime:
 def _delay_until(moment: datetime) -> str:
     """Return the argument by which the script `enqueue` has a job due at `moment`.
 
-    A naive datetime is local time.  This host's clock, which may be wrong, has no part
-    in it."""
+    A naive datetime is local time.  It is an absolute time and no delay, so that only
+    the server's clock decides when it has come; that of this host may be wrong."""
     if not isinstance(moment, datetime):
         raise TypeError(f"give a datetime, not {moment!r}")
     return f"@{moment.timestamp():.6f}"
@@ -618,7 +618,7 @@ class _RerunPolicy:
         intervals = self.interval
         if isinstance(intervals, str) or not isinstance(intervals, Iterable):
             intervals = [intervals]
-        seconds = tuple(_parse_seconds(each, "interval", (0,)) for each in intervals)
+        seconds = tuple(_parse_seconds(value, "interval", (0,)) for value in intervals)
         if not seconds:
             raise ValueError("interval is empty; leave it out for no delay")
         object.__setattr__(self, "interval", seconds)
@@ -845,7 +845,8 @@ class _Option:
     convert   - a function that makes a value of `kind` of the one given, or raises
     keyword   - its name in Queue.enqueue(), `name`; "": it can't be given there
     attribute - the attribute of Job that shows it, `name`; "": it is not kept
-    stored    - whether create_job() makes a field of it, yes; else Queue uses its value
+    stored    - whether create_job() makes a field of it, yes; else its value goes into
+                the job's _EnqueueRequest, or is its id
     flag      - of the command `enqueue`, as in "--ttl S"; without a metavar: True
     repeated  - whether the flag may be given several times, for a list of values, no
     flag_help - for --help, `doc`
@@ -906,9 +907,9 @@ class _DurationOption(_Option):
     """An option in seconds: a positive number, or one of `special`."""
 
     def __init__(
-        self, name: str, special: tuple[int, ...], doc: str, **more: Any
+        self, name: str, special: tuple[int, ...], doc: str, **attributes: Any
     ) -> None:
-        super().__init__(name, float, doc, **more)
+        super().__init__(name, float, doc, **attributes)
         self.special = special
 
     def check(self, value: Any) -> float:
@@ -1100,6 +1101,8 @@ class PickleSerializer:
     def dumps(obj: Any) -> bytes:
         """Return the pickle of an object; raises whatever pickle raises."""
         data = pickle.dumps(obj, protocol=pickle.HIGHEST_PROTOCOL)
+        # A pickler in Python takes many times as long, so it is used only where the
+        # main module may be named.
         if b"__main__" not in data:
             return data
         buffer = io.BytesIO()
@@ -1111,7 +1114,10 @@ class _MainModulePickler(pickle.Pickler):
     """Pickles objects of the main module under the name that a worker can import."""
 
     def reducer_override(self, obj: Any) -> Any:
-        """Return how to make the object again, or NotImplemented: as usual."""
+        """Return how to make the object again; NotImplemented: as pickle does it.
+
+        An attribute of the main module becomes getattr(module, name), and the module an
+        import under the name that a worker knows."""
         if inspect.ismodule(obj):
             return importlib.import_module, (_main_module_name() or obj.__name__,)
         is_of_main = getattr(obj, "__module__", None) == "__main__"
@@ -1315,10 +1321,10 @@ def _resolve_class(choice: Any, default: Any) -> Any:
 
 # ---- 4. Redis ------------------------------------------------------------------------
 # How commands get to Redis and replies come back.  All calls go through _execute(),
-# which makes one round trip.  It may send commands twice, since a reply may be lost or
-# a script unknown; so it is for commands that may come twice, as all scripts may
-# (section 5). Replies are bytes.  Trouble with the server is raised as
-# ServerUnavailable, which says what to do about it.
+# which makes one round trip.  Its one idea: commands may be sent twice, since a reply
+# may be lost or a script unknown.  So all commands are such that the second call does no
+# harm, as all scripts are (section 5).  Replies are bytes.  If the server can't be
+# reached or can't do its work, ServerUnavailable is raised, and says what to do.
 #
 # Most calls take a connection from a _ConnectionPool.  A worker has _Connections of its
 # own, on which it sends a request before it runs jobs and reads the replies afterwards,
@@ -1457,9 +1463,9 @@ def _client_of_url(url: str, kind: Any = None) -> Any:
 
     Without it, redis+cluster:// and rediss+cluster://, which name one node of a
     Cluster, make a RedisCluster, and any other URL makes a Redis."""
-    scheme, cluster, rest = url.partition("+cluster://")
+    scheme, cluster, address = url.partition("+cluster://")
     if cluster:
-        return _make_client(kind or RedisCluster, url=f"{scheme}://{rest}")
+        return _make_client(kind or RedisCluster, url=f"{scheme}://{address}")
     return _make_client(kind or Redis, url=url)
 
 
@@ -1484,7 +1490,9 @@ def _send_packed(raw: Any, commands: Sequence[Command]) -> None:
 
     hiredis packs them in a quarter of the time that redis-py takes."""
     if not raw._sock:
-        raw.connect()  # asks the Sentinel, where there is one; sending does not
+        # redis-py asks a Sentinel for its master here, but not when it connects in order
+        # to send.
+        raw.connect()
     packed = b"".join(map(pack_command, commands))
     raw.send_packed_command([packed], check_health=False)
 
@@ -1729,8 +1737,8 @@ class _BlockingConnection(_Connection):
         while True:
             if self._reply_deadline is None:
                 _send_packed(self._ready(), commands)
-                patience = self.BLPOP_TIMEOUT + (self.timeout or 0)
-                self._reply_deadline = time.monotonic() + patience
+                reply_timeout = self.BLPOP_TIMEOUT + (self.timeout or 0)
+                self._reply_deadline = time.monotonic() + reply_timeout
             now = time.monotonic()
             if self.raw.can_read(timeout=0):
                 replies = _read_replies(self.raw, len(commands))
@@ -1775,8 +1783,8 @@ class _ConnectionPool:
         pool = client.connection_pool
         connections: _ConnectionPool | None = getattr(pool, "_microq_pool", None)
         if connections is None:
-            ours = _ConnectionPool(pool)
-            connections = vars(pool).setdefault("_microq_pool", ours)
+            # Another thread may do the same at the same time; setdefault() is atomic.
+            connections = vars(pool).setdefault("_microq_pool", _ConnectionPool(pool))
         return connections
 
     def __init__(self, pool: Any) -> None:
@@ -1791,7 +1799,8 @@ class _ConnectionPool:
         try:
             return _send_and_receive(raw, commands)
         except _UNREACHABLE:
-            # The server may have closed the connection while it was idle.
+            # The server may have closed the connection while it was idle.  So this
+            # attempt counts as none of those that the client's Retry allows.
             again = functools.partial(_send_and_receive, raw, commands)
             replies: list[Any] = raw.retry.call_with_retry(again, lambda error: None)
             return replies
@@ -1805,7 +1814,8 @@ class _ConnectionPool:
                 raw = self._idle.pop()
             except IndexError:
                 return self._connection_class(**self._options)
-            if raw.pid == os.getpid():  # else it is that of the process that forked
+            # Else the connection is that of the parent process, which goes on using it.
+            if raw.pid == os.getpid():
                 return raw
 
     def _release(self, raw: Any) -> None:
@@ -1825,7 +1835,8 @@ def _pipeline(client: Any, commands: Sequence[Command]) -> list[Any]:
             return replies
     except _UNREACHABLE:
         if isinstance(client, RedisCluster):
-            # redis-py asks its default node which keys a script has, even a dead one.
+            # redis-py asks its default node which keys a script has, and goes on asking
+            # this node when it is dead.
             client.replace_default_node()
         raise
 
@@ -1853,7 +1864,8 @@ def _execute_once(connection: Any, commands: Sequence[Command]) -> list[Any]:
         return _execute_on_cluster(connection, commands)
     if connection.connection is None:
         return _ConnectionPool.of(connection).execute(commands)
-    return _pipeline(connection, commands)  # made with single_connection_client=True
+    # A client made with single_connection_client=True has one connection and no pool.
+    return _pipeline(connection, commands)
 
 
 def _execute(connection: Any, *commands: Command) -> list[Any]:
@@ -2446,7 +2458,8 @@ end
 _lua(
     "store_new_jobs",
     """
--- Store those of the jobs that are new.
+-- Store those of the jobs that are new.  Those that have to wait come last: what they
+-- send may be handled at once, and depend on the other jobs of this call.
 function store_new_jobs(q, jobs, due, now)
   local created_at, at_back = format_time(now), {}
   for _, job in ipairs(jobs) do
@@ -2924,8 +2937,10 @@ end
 _lua(
     "requeue_for_callbacks",
     """
--- started -> queued, once more, for a job that was ended from outside and has callbacks, which run
--- by its field pending_end.  Returns false if it has none, or they have had their run.
+-- started -> queued, once more, for a job that was ended from outside (killed, stopped or
+-- crashed) and has callbacks or webhooks.  The field pending_end tells the next execution
+-- to call only these.  Returns false if it has none, or has pending_end already: then that
+-- execution was ended from outside, too, and there is no other one.
 function requeue_for_callbacks(batch, run)
   local job = run.key
   local pending_end, on_failure, on_stopped, webhooks =
@@ -3345,8 +3360,8 @@ class _HeartbeatReply(NamedTuple):
 _lua(
     "release_jobs",
     """
--- started -> queued, of the jobs `ids` those that `worker` holds by claims up to `number`, '' for
--- any.  Returns how many.
+-- started -> queued, for those of the jobs `ids` that `worker` holds by claims up to
+-- `number` ('': by any claim).  Returns how many.
 function release_jobs(q, ids, worker, number)
   local count = 0
   for i = #ids, 1, -1 do  -- from the end, so that the first is at the front again
