@@ -6737,6 +6737,7 @@ class _WorkLoop(_Loop):
         held = len(self.claimed)
         if held and not self._may_claim_ahead(held):
             return 0
+        # The other strategies choose a queue for each job.
         batch_size = shared.batch_size if limits.strategy == "default" else 1
         left = min(limits.max_jobs, shared.run_limit) - shared.runs - held
         return max(0, int(min(left, batch_size)))
@@ -6864,7 +6865,7 @@ class _WorkLoop(_Loop):
             job._execution = Execution(job, reply.token, heartbeat_at)
             self.claimed.append(job._execution)
         if self.instance.limits.strategy == "round_robin" and reply.jobs:
-            behind = index + 1  # the queue that was served
+            behind = index + 1  # index: of the queue that was served, the only one
             self.queue_order = self.queue_order[behind:] + self.queue_order[:behind]
         self.last_claim_full = len(reply.jobs) == request.claim_limit
         if len(reply.jobs) > 1:
@@ -6969,7 +6970,9 @@ class _WorkLoop(_Loop):
         job = execution.job
         index = self.instance.prefixes.index(job.queue.prefix)
         self.shared.publish(index, execution, _kill_limit(job))
-        started_at = self.shared.job_started + self.clock_offset
+        started_at = (
+            self.shared.job_started + self.clock_offset
+        )  # by the server's clock
         execution.run_state = _RunState(started_at)
         if self.instance.forking and self.shared.batch_size == 1:
             # Only for jobs one by one: else the title would change all the time.
@@ -7016,6 +7019,8 @@ class _WorkLoop(_Loop):
                     return
                 if now < retry_at or not self._slow_job_holds_others(now):
                     continue
+                # Under the lock: if the job ends now, the loop waits for this round
+                # trip.
                 try:
                     self._settle_and_release()
                     backoff = _Backoff(self.instance.redis_timeout)
@@ -7041,7 +7046,7 @@ class _WorkLoop(_Loop):
 
     def _settle_and_release(self) -> None:
         """Settle and release all but the job that runs.  It is tried once."""
-        self._read_reply(patient=False)
+        self._read_reply(patient=False)  # this may bring more jobs, to be released, too
         self._release_claimed()
         self._send_request(claim=False)
         self._read_reply(patient=False)
@@ -8378,6 +8383,8 @@ class _Supervisor:
     def _heartbeat_if_due(self) -> float:
         """Send a heartbeat if it is time; return when the next one is due."""
         if self._next_heartbeat() <= time.monotonic():
+            # A worker that was frozen, or cut off, would take others for silent that
+            # were so, too.  It reaps when its heartbeats were in time for a lease.
             on_time = time.monotonic() - self.on_time_since >= self.lease
             self.heartbeat("reap" if on_time else "")
         return self._next_heartbeat()
@@ -8394,6 +8401,8 @@ class _Supervisor:
         if is_busy or busy_seconds != self.reported_seconds:
             interval = min(interval, 1.0)
         due = self.last_heartbeat + interval
+        # A busy loop claims only between jobs, so here a heartbeat promotes what is
+        # due.
         if interval <= 1.0 and self.with_scheduler:
             due = min(due, *[state.next_scheduled for state in states])
         return max(due, self.retry_at)
@@ -8620,7 +8629,9 @@ class _Supervisor:
                 "signal %d: finishing the current job; again to give it up", number
             )
             self.request_stop()
-        elif now - self.stopping_since >= 1:  # less is one Ctrl-C that came twice
+        elif now - self.stopping_since >= 1:
+            # Not within a second: one Ctrl-C may come twice, from the terminal and from
+            # a parent that passes it on.
             self.cold_shutdown = True
             if not self.forking:
                 raise _ColdShutdown
