@@ -1349,7 +1349,7 @@ _TRANSIENT_REPLIES = (
 
 
 def _queue_prefix(queue: str) -> str:
-    """Return what all keys of a queue begin with; ValueError if its name has no slot."""
+    """Return what all keys of a queue begin with; ValueError for a bad name."""
     shape = r"(\{[^{}\s]+\})?[^{}\s]+"
     valid = isinstance(queue, str) and re.fullmatch(shape, queue)
     if not valid or _CONTROL_CHARACTER.search(queue):
@@ -1955,12 +1955,12 @@ LUA_LIBRARY: dict[
 
 
 def _lua(name: str, text: str, uses: str = "", hooks: str = "") -> None:
-    """Define a piece of the library.  `uses` and `hooks` are names, with blanks between."""
+    """Define a piece of the library; `uses` and `hooks` are names, with blanks."""
     LUA_LIBRARY[name] = _LuaPiece(text.strip("\n"), uses.split(), hooks.split())
 
 
 def _reachable(names: Iterable[str], follow_hooks: bool) -> list[str]:
-    """Return the pieces of these names and all that they use, in the library's order."""
+    """Return the names and those of all pieces that they use, in library order."""
     reached = set[str]()
     pending = list(names)
     while pending:
@@ -1974,7 +1974,7 @@ def _reachable(names: Iterable[str], follow_hooks: bool) -> list[str]:
 
 
 def _definitions(names: Sequence[str]) -> list[str]:
-    """Return the lines of Lua that define pieces, which may call each other in a circle."""
+    """Return the lines of Lua that define pieces, which may call each other."""
     if not names:
         return []
     texts = [LUA_LIBRARY[name].text for name in names]
@@ -1982,7 +1982,7 @@ def _definitions(names: Sequence[str]) -> list[str]:
 
 
 def _hook_definitions(hooks: Sequence[str], defined: Sequence[str]) -> list[str]:
-    """Return the lines of Lua that define hooks(), beside pieces that are defined already."""
+    """Return the lines of Lua that define hooks(), without pieces in `defined`."""
     inner = [name for name in _reachable(hooks, True) if name not in defined]
     entries = ", ".join(f"{name} = {name}" for name in hooks)
     return [
@@ -2108,8 +2108,8 @@ end
 _lua(
     "wake",
     """
--- Wake one blocked worker, unless there is a token which says that there may be work.  An error
--- must not end a script half-way; workers also look for work by themselves.
+-- Wake one blocked worker, unless there is a token which says that there may be work.
+-- An error must not end a script half-way; workers also look for work by themselves.
 function wake(q)
   if redis.pcall('EXISTS', q .. 'wake') == 0 then redis.pcall('RPUSH', q .. 'wake', 1) end
 end
@@ -2141,7 +2141,8 @@ end
 _lua(
     "parse_lease",
     """
--- '<heartbeat_at> <lease> <claim> <instance>', an entry of `workers`; nil if it is garbled.
+-- '<heartbeat_at> <lease> <claim> <instance>', an entry of `workers`; nil if it is
+-- garbled.
 function parse_lease(entry)
   local heartbeat_at, lease, claim, instance =
     string.match(entry or '', '^(%d+%.?%d*) (%d[%d.e+-]*) (%d+) ?(%S*)$')
@@ -2210,8 +2211,9 @@ end
 _lua(
     "expire_in",
     """
--- Let a key expire in `ttl` seconds; negative: never.  This is rounded so that a record never
--- outlives its entry in a container, since a record without an entry counts as queued.
+-- Let a key expire in `ttl` seconds; negative: never.  This is rounded so that a record
+-- never outlives its entry in a container, since a record without an entry counts as
+-- queued.
 function expire_in(key, ttl)
   if ttl < 0 then call('PERSIST', key)
   else call('PEXPIRE', key, math.floor(ttl * 1000) - 1) end
@@ -2240,8 +2242,8 @@ function delete_record(job) call('DEL', job, job .. ':results', job .. ':waits')
 _lua(
     "push_queued",
     """
--- ... -> queued, where its ttl begins.  The record of a job with dependents or a slot does not
--- expire by itself; claim sees when its ttl has passed.
+-- ... -> queued, where its ttl begins.  The record of a job with dependents or a slot
+-- does not expire by itself; claim sees when its ttl has passed.
 function push_queued(q, id, at_front, now)
   local job = q .. 'job:' .. id
   local ttl, has_dependents, slot = unpack(call('HMGET', job, 'ttl', 'has_dependents', 'slot'))
@@ -2258,7 +2260,8 @@ end
 _lua(
     "schedule",
     """
--- ... -> scheduled.  Workers are woken if the job is the next one, so that they wait for less time.
+-- ... -> scheduled.  Workers are woken if the job is the next one, so that they wait
+-- for less time.
 function schedule(q, id, due)
   call('ZADD', q .. 'scheduled', format_time(due), id)
   if call('ZRANGE', q .. 'scheduled', 0, 0)[1] == id then wake(q) end
@@ -2270,9 +2273,10 @@ end
 _lua(
     "status_of",
     """
--- The container that a job is in, and its score there; nil if there is no such job.  The list is
--- not searched, since that takes the longer the more jobs wait, and the status of a job is asked
--- for often: a record that is in no other container counts as queued.
+-- The container that a job is in, and its score there; nil if there is no such job.
+-- The list is not searched, since that takes the longer the more jobs wait, and the
+-- status of a job is asked for often: a record that is in no other container counts as
+-- queued.
 function status_of(q, id)
   if call('EXISTS', q .. 'job:' .. id) == 0 then return nil end
   if call('HEXISTS', q .. 'started', id) == 1 then return 'started' end
@@ -2296,8 +2300,9 @@ _lua(
     "forget_expired_in",
     """
 -- Forget up to `limit` jobs of a final container whose record has expired by `time`;
--- returns how many.  A record that is still there is that of a job with dependents: it is
--- deleted, and they are told.  A finished job has none, so its record is not looked for.
+-- returns how many.  A record that is still there is that of a job with dependents: it
+-- is deleted, and they are told.  A finished job has none, so its record is not looked
+-- for.
 function forget_expired_in(q, container, time, limit, now)
   local count = math.min(limit, call('ZCOUNT', q .. container, '-inf', format_time(time)))
   if count == 0 then return 0 end
@@ -2373,9 +2378,9 @@ end
 _lua(
     "store_job",
     """
--- Store the hash of a new job, and put it into `scheduled` or at the front of `queued`; or into the
--- list `at_back`, whose ids are pushed together.  The record of a job with dependents does not
--- expire by itself; claim sees when its ttl has passed.
+-- Store the hash of a new job, and put it into `scheduled` or at the front of `queued`;
+-- or into the list `at_back`, whose ids are pushed together.  The record of a job with
+-- dependents does not expire by itself; claim sees when its ttl has passed.
 function store_job(q, job, due, created_at, at_back)
   local flags = job.flags
   call('HSET', job.key, 'created_at', created_at, unpack(ARGV, job.first_field, job.last_field))
@@ -2397,7 +2402,8 @@ ENQUEUE = Script(
 -- new -> queued or scheduled, for jobs whose ids were made for this call.
 -- KEYS  prefix of the queue
 -- ARGV  when (see parse_due), then for each job those of parse_new_jobs
--- A job that is there already was stored by this call, which was sent again: it is left alone.
+-- A job that is there already was stored by this call, which was sent again: it is left
+-- alone.
 -- Returns created_at.
 local q, when = KEYS[1], ARGV[1]
 local now = server_time()
@@ -2421,9 +2427,9 @@ return created_at
 _lua(
     "find_taken",
     """
--- Mark the jobs that are to be stored by `is_new`.  Returns {'taken', id, status} for one
--- whose id belongs to a job that has not ended, or to any job if the flag 'unique' is
--- given.  A job that has the call_id of this call was stored by it, when it was sent
+-- Mark the jobs that are to be stored by `is_new`.  Returns {'taken', id, status} for
+-- one whose id belongs to a job that has not ended, or to any job if the flag 'unique'
+-- is given.  A job that has the call_id of this call was stored by it, when it was sent
 -- before: it is neither new nor taken.
 function find_taken(q, jobs)
   for _, job in ipairs(jobs) do
@@ -2442,8 +2448,8 @@ end
 _lua(
     "forget_last_life",
     """
--- Remove what is left of an earlier job with a chosen id, but for its dependents, which are now
--- those of the new job.
+-- Remove what is left of an earlier job with a chosen id, but for its dependents, which
+-- are now those of the new job.
 function forget_last_life(q, job)
   for container in pairs(FINAL) do call('ZREM', q .. container, job.id) end
   job.has_dependents = call('HGET', job.key, 'has_dependents')
@@ -2487,8 +2493,8 @@ ENQUEUE_CHECKED = Script(
 -- new -> queued, scheduled, deferred or rate_limited, for any jobs.
 -- KEYS  prefix of the queue
 -- ARGV  when (see parse_due), then for each job those of parse_new_jobs
--- Returns {created_at, outgoing}, or {'taken', id, status} if one of the jobs has not ended: then
--- none is stored.
+-- Returns {created_at, outgoing}, or {'taken', id, status} if one of the jobs has not
+-- ended: then none is stored.
 local q, when = KEYS[1], ARGV[1]
 local now = server_time()
 local jobs = parse_new_jobs(q, 2)
@@ -2619,9 +2625,9 @@ end
 _lua(
     "hold",
     """
--- Hold the jobs `ids`, which were popped from queue number `index`, up to a megabyte, so
--- that the reply does not take long.  A suspect goes back, with all behind it, if the
--- worker holds other jobs, and nothing is claimed after a suspect.
+-- Hold the jobs `ids`, which were popped from queue number `index`, up to a megabyte,
+-- so that the reply does not take long.  A suspect goes back, with all behind it, if
+-- the worker holds other jobs, and nothing is claimed after a suspect.
 function hold(claim, index, q, ids)
   local entries = {}
   for i, id in ipairs(ids) do
@@ -2650,8 +2656,8 @@ end
 _lua(
     "held_already",
     """
--- For a claim that is sent again, since its reply was lost: add the jobs of a queue that
--- it holds since it was sent first.
+-- For a claim that is sent again, since its reply was lost: add the jobs of a queue
+-- that it holds since it was sent first.
 function held_already(claim, index, q)
   local started = call('HGETALL', q .. 'started')
   for i = 1, #started, 2 do
@@ -2697,10 +2703,11 @@ end
 _lua(
     "wake_others",
     """
--- Leave a token in a queue that has more jobs now, or will have before the next heartbeat:
--- the worker may have taken the token that would wake another one.  A claim that was not
--- blocking and found the queue empty has taken none.  If only ids without a record were
--- popped and more are left, next_due tells the worker to claim again at once.
+-- Leave a token in a queue that has more jobs now, or will have before the next
+-- heartbeat: the worker may have taken the token that would wake another one.  A claim
+-- that was not blocking and found the queue empty has taken none.  If only ids without
+-- a record were popped and more are left, next_due tells the worker to claim again at
+-- once.
 function wake_others(claim, index, q)
   local due, popped = claim.dues[index], claim.has_popped[index]
   local claimed = #claim.jobs > 0
@@ -2723,11 +2730,12 @@ CLAIM = Script(
 -- mode  'pipelined'  the worker has other jobs to run before these
 --       'blocking'   sent along with BLPOP, maybe long ago: a worker whose lease has expired, which
 --                    may be gone, gets nothing
--- The last number, if it is sent again, returns what it holds; an older one nothing.  If
--- another instance has the worker's name now, since this one was frozen for longer than
--- its lease, this one gets nothing.
--- Returns {now, time of the next scheduled job (or now, if there may be more to claim; or ''),
--- token, jobs as {number of the queue, id, hash}, outgoing, number of ids without a record}.
+-- The last number, if it is sent again, returns what it holds; an older one nothing.
+-- If another instance has the worker's name now, since this one was frozen for longer
+-- than its lease, this one gets nothing.
+-- Returns {now, time of the next scheduled job (or now, if there may be more to claim;
+-- or ''), token, jobs as {number of the queue, id, hash}, outgoing, number of ids
+-- without a record}.
 local holder, number, lease, limit, mode = unpack(ARGV)
 local worker, instance = parse_holder(holder)
 local now = server_time()
@@ -2806,8 +2814,8 @@ end
 _lua(
     "take_owned",
     """
--- Take the jobs out of `started` whose run still holds them.  Returns these runs by the ids of
--- their jobs.
+-- Take the jobs out of `started` whose run still holds them.  Returns these runs by the
+-- ids of their jobs.
 function take_owned(q, runs)
   local ids, owned_ids, owned = {}, {}, {}
   for i, run in ipairs(runs) do ids[i] = run.id end
@@ -2828,9 +2836,10 @@ end
 _lua(
     "store_result",
     """
--- Store a result; the one before joins the list, which keeps nine.  Returns what the hash
--- held: ended, ttl (the field `option`), has_dependents, slot and limit.  PUBLISH is by
--- pcall: a user who may not publish still settles, and who waits asks again (RECHECK).
+-- Store a result; the one before joins the list, which keeps nine.  Returns what the
+-- hash held: ended, ttl (the field `option`), has_dependents, slot and limit.  PUBLISH
+-- is by pcall: a user who may not publish still settles, and who waits asks again
+-- (RECHECK).
 function store_result(job, ended, result, option)
   local old_ended, old_result, has_waiter, ttl, has_dependents, slot, limit = unpack(call('HMGET',
     job, 'ended', 'result', 'has_waiter', option, 'has_dependents', 'slot', 'rate_limit'))
@@ -2867,8 +2876,8 @@ _lua(
 --   'killed'                     the retry of a job that has not seen its own end
 --   'interrupt'                  it has no counter
 --   'stopped'                    there is none
--- Returns {delay, at_front, counter, count}; nil if there is no run left.  An error means
--- that the policy is missing or garbled.
+-- Returns {delay, at_front, counter, count}; nil if there is no run left.  An error
+-- means that the policy is missing or garbled.
 function next_run(run)
   local job, rerun = run.key, run.rerun
   if rerun == 'stopped' then return nil end
@@ -2892,7 +2901,8 @@ end
 _lua(
     "delay_of",
     """
--- The seconds before run number `count` of a policy: by its list of intervals, then by its backoff.
+-- The seconds before run number `count` of a policy: by its list of intervals, then by
+-- its backoff.
 function delay_of(policy, count, chance)
   local intervals = policy.interval
   local beyond = math.min(99, math.max(0, count - #intervals))
@@ -2906,8 +2916,8 @@ end
 _lua(
     "run_again",
     """
--- started -> queued or scheduled, as next_run returned.  After a success a job has all its
--- retries again, and its dependents need not wait for the repeats.
+-- started -> queued or scheduled, as next_run returned.  After a success a job has all
+-- its retries again, and its dependents need not wait for the repeats.
 function run_again(batch, run, again)
   local q, id, job, now = batch.q, run.id, run.key, batch.now
   local has_failed = run.result_type ~= ''
@@ -2937,10 +2947,10 @@ end
 _lua(
     "requeue_for_callbacks",
     """
--- started -> queued, once more, for a job that was ended from outside (killed, stopped or
--- crashed) and has callbacks or webhooks.  The field pending_end tells the next execution
--- to call only these.  Returns false if it has none, or has pending_end already: then that
--- execution was ended from outside, too, and there is no other one.
+-- started -> queued, once more, for a job that was ended from outside (killed, stopped
+-- or crashed) and has callbacks or webhooks.  The field pending_end tells the next
+-- execution to call only these.  Returns false if it has none, or has pending_end
+-- already: then that execution was ended from outside, too, and there is no other one.
 function requeue_for_callbacks(batch, run)
   local job = run.key
   local pending_end, on_failure, on_stopped, webhooks =
@@ -2995,7 +3005,8 @@ end
 _lua(
     "add_to_container",
     """
--- Note that a job goes into a final container; write_containers() stores it with the others.
+-- Note that a job goes into a final container; write_containers() stores it with the
+-- others.
 function add_to_container(batch, status, run, ttl)
   local expires_at = batch.expiries[ttl]
   if not expires_at then
@@ -3038,8 +3049,9 @@ end
 _lua(
     "attempt",
     """
--- Call a function.  Returns what it returns, or nil and the text of its error.  If the user may not
--- run a command (ACL), the error is noted: it is raised when the batch is done.
+-- Call a function.  Returns what it returns, or nil and the text of its error.  If the
+-- user may not run a command (ACL), the error is noted: it is raised when the batch is
+-- done.
 function attempt(batch, step, ...)
   local is_done, reply = pcall(step, ...)
   if is_done then return reply end
@@ -3101,11 +3113,11 @@ end
 _lua(
     "settle",
     """
--- Settle runs of a queue.  Returns for each of them where its job is now: its status, 'scheduled
--- <due>', 'callbacks_pending', 'gone', or 'lost' if the run does not hold the job any more, or
--- 'refused <error>' for an outcome that can't be stored: the job is failed by that error.  If the
--- user may not run a command, that error is raised, and the runs hold the jobs that are not settled
--- until the call comes again.
+-- Settle runs of a queue.  Returns for each of them where its job is now: its status,
+-- 'scheduled <due>', 'callbacks_pending', 'gone', or 'lost' if the run does not hold
+-- the job any more, or 'refused <error>' for an outcome that can't be stored: the job
+-- is failed by that error.  If the user may not run a command, that error is raised,
+-- and the runs hold the jobs that are not settled until the call comes again.
 function settle(q, runs, now)
   local batch = {
     q = q, now = now, owned = take_owned(q, runs), denial = nil,
@@ -3139,7 +3151,8 @@ SETTLE = Script(
 -- KEYS  prefix of the queue
 -- ARGV  for each run: id, token, ended, result, result_type, ttl, rerun, policy, chance; see
 --       _Settlement
--- Forgets one more expired job of each container than there are runs, so that they never pile up.
+-- Forgets one more expired job of each container than there are runs, so that they
+-- never pile up.
 -- Returns {statuses, outgoing}.
 local q, now = KEYS[1], server_time()
 local runs = parse_runs(q, ARGV)
@@ -3236,10 +3249,10 @@ end
 _lua(
     "reap",
     """
--- Settle, as crashed, the jobs of the workers in `expired`, 400 at a time, since unpack()
--- returns only some thousand values.  A job that this worker has held for longer than a
--- lease, by a claim before `oldest_held_claim`, reappeared because the server lost newer
--- data (a fail-over): it is released.
+-- Settle, as crashed, the jobs of the workers in `expired`, 400 at a time, since
+-- unpack() returns only some thousand values.  A job that this worker has held for
+-- longer than a lease, by a claim before `oldest_held_claim`, reappeared because the
+-- server lost newer data (a fail-over): it is released.
 function reap(heartbeat, q, expired)
   local started, crashed = call('HGETALL', q .. 'started'), {}
   for i = #started - 1, 1, -2 do  -- from the end, so that the first is at the front again
@@ -3269,9 +3282,10 @@ end
 _lua(
     "look_after",
     """
--- Do what any worker does for a queue: forget what expired, promote what is due, leave a
--- token if jobs wait (the last one may have been lost with the worker that took it), have
--- one job ask for its slot again, and return the messages that are still in the outbox.
+-- Do what any worker does for a queue: forget what expired, promote what is due, leave
+-- a token if jobs wait (the last one may have been lost with the worker that took it),
+-- have one job ask for its slot again, and return the messages that are still in the
+-- outbox.
 function look_after(heartbeat, q)
   local now = heartbeat.now
   forget_expired(q, 10000, now)
@@ -3298,8 +3312,9 @@ HEARTBEAT = Script(
 --       'reap'   on time for a whole lease: reap workers whose lease has expired
 --       ''       was late itself: reap nobody, since after an outage everybody is late
 -- For `oldest_held_claim` see reap.
--- Returns {names reaped, now, time of the next scheduled job or '', 1 if the lease was intact else
--- 0, outgoing and what is in the outboxes}, or 'taken' if another instance has the name now.
+-- Returns {names reaped, now, time of the next scheduled job or '', 1 if the lease was
+-- intact else 0, outgoing and what is in the outboxes}, or 'taken' if another instance
+-- has the name now.
 local holder, lease, mode, oldest_held_claim, policy, failure_ttl, displaced = unpack(ARGV)
 local worker, instance = parse_holder(holder)
 local heartbeat = {
@@ -3380,14 +3395,14 @@ end
 RELEASE = Script(
     "release",
     """
--- started -> queued, at the front, what `worker` holds by claims up to `number`.  No counter
--- changes.
+-- started -> queued, at the front, what `worker` holds by claims up to `number`.  No
+-- counter changes.
 -- KEYS  prefixes of its queues
 -- ARGV  holder ('<worker> <instance>'), lease, number of a claim, ids ..
--- With ids, only these jobs.  Without, `number` is the last claim that a dead child of the
--- worker can have sent.  It becomes the last number of the lease, so that such a claim, if
--- it arrives later, takes nothing.  '' signs the worker off.  If another instance has the
--- name now, nothing is released.  Returns how many jobs there were.
+-- With ids, only these jobs.  Without, `number` is the last claim that a dead child of
+-- the worker can have sent.  It becomes the last number of the lease, so that such a
+-- claim, if it arrives later, takes nothing.  '' signs the worker off.  If another
+-- instance has the name now, nothing is released.  Returns how many jobs there were.
 local holder, lease, number = unpack(ARGV)
 local worker, instance = parse_holder(holder)
 local named = #ARGV > 3 and {unpack(ARGV, 4)}
@@ -3414,7 +3429,7 @@ def _release_command(
     prefixes: str | Sequence[str], holder: str, lease: float, number: int | None,
     ids: Sequence[str] = (),
 ) -> Command:  # fmt: skip
-    """Put back what a worker holds by claims up to `number`; the reply is how many jobs.
+    """Put back what a worker holds by claims up to `number`; the reply is a count.
 
     With `ids`, only these jobs.  A number of None puts back all that the worker holds,
     and signs it off."""
@@ -3471,9 +3486,9 @@ TRANSITION = Script(
 -- A job in one of the containers `allowed` -> queued, canceled or gone.
 -- KEYS  prefix of the queue
 -- ARGV  id, allowed, to, at_front ('1' or '0'), failure_ttl, call_id, tell_dependents
--- `call_id` tells that a call was sent before: the field last_move has it.  Then the reply
--- is the same.  `tell_dependents` is the status that dependents of a canceled job are told.
--- A run in progress goes on, but its result is refused.
+-- `call_id` tells that a call was sent before: the field last_move has it.  Then the
+-- reply is the same.  `tell_dependents` is the status that dependents of a canceled job
+-- are told.  A run in progress goes on, but its result is refused.
 -- Returns {the container it was in or '' if there is no such job, outgoing}.
 local q, id, allowed, to, at_front, failure_ttl, call_id, tell_dependents = KEYS[1], unpack(ARGV)
 local job, now, was = q .. 'job:' .. id, server_time(), status_of(q, id)
@@ -3560,8 +3575,9 @@ REGISTER = Script(
     """
 -- Store the record of a worker, which holds its name.
 -- KEYS  key of the record        ARGV  instance, record, lease in ms (0 removes it), dead
--- Returns '' if that is done; else the record of another instance, which keeps the name.
--- A record equal to `dead` is replaced: the caller has found out that its process is gone.
+-- Returns '' if that is done; else the record of another instance, which keeps the
+-- name.  A record equal to `dead` is replaced: the caller has found out that its
+-- process is gone.
 local key, instance, record, lease, dead = KEYS[1], unpack(ARGV)
 local held = redis.pcall('GET', key)
 local is_json, details = pcall(cjson.decode, held)
@@ -3611,8 +3627,8 @@ FETCH = Script(
     """
 -- Read a job.
 -- KEYS  prefix of the queue        ARGV  id
--- Returns {status, token or '', heartbeat_at of its worker or '', hash}; the status is '' if there
--- is no such job.
+-- Returns {status, token or '', heartbeat_at of its worker or '', hash}; the status is
+-- '' if there is no such job.
 local q, id = KEYS[1], ARGV[1]
 local status = status_of(q, id)
 if not status then return {'', '', '', {}} end
@@ -3697,17 +3713,18 @@ return call('ZRANGEBYSCORE', key, low, '+inf', 'LIMIT', offset, count)
 def _list_command(
     key: str, offset: int = 0, count: int = -1, desc: bool = False
 ) -> Command:
-    """List `count` members, -1 for all, of a sorted set of times; without those that passed."""
+    """List `count` members (-1: all) of a sorted set of times that are to come."""
     return LIST.on_key(key, offset, count, int(desc))
 
 
 JOIN = Script(
     "join",
     """
--- Enter members into a sorted set of times, in their order, behind those that joined before.
+-- Enter members into a sorted set of times, in their order, behind those that joined
+-- before.
 -- KEYS  the set        ARGV  ahead (seconds from now), ttl (seconds), members ..
--- The set expires after the ttl, unless more join.  If it holds times to come, those that have
--- passed leave it.
+-- The set expires after the ttl, unless more join.  If it holds times to come, those
+-- that have passed leave it.
 local key, ahead, ttl = KEYS[1], unpack(ARGV)
 local now, entries = server_time(), {}
 if tonumber(ahead) > 0 then call('ZREMRANGEBYSCORE', key, '-inf', format_time(now)) end
@@ -8959,9 +8976,9 @@ end
 _lua(
     "send",
     """
--- Handle a message of queue `q` to itself at once, and store any other in the outbox.  Of
--- those to itself, too, all beyond a limit are stored, since a script that handles more of
--- them (a chain or a fan of dependents) would block the server for too long.
+-- Handle a message of queue `q` to itself at once, and store any other in the outbox.
+-- Of those to itself, too, all beyond a limit are stored, since a script that handles
+-- more of them (a chain or a fan of dependents) would block the server for too long.
 function send(q, to, text, now)
   sends.count = sends.count + 1
   if to == q and sends.count <= sends.limit then handle_message(q, text, now)
@@ -8974,7 +8991,8 @@ end
 _lua(
     "add_unsent",
     """
--- Add to a list up to `limit` messages that are in the outbox, of any time; returns the list.
+-- Add to a list up to `limit` messages that are in the outbox, of any time; returns the
+-- list.
 function add_unsent(q, limit, messages)
   for _, text in ipairs(call('SRANDMEMBER', q .. 'outbox', limit)) do
     messages[#messages + 1] = {q, text}
@@ -8999,8 +9017,8 @@ end
 _lua(
     "notify_some",
     """
--- Send a message to dependents in the set `list`, to as many as this call has room for.  Returns
--- whether there are more.
+-- Send a message to dependents in the set `list`, to as many as this call has room for.
+-- Returns whether there are more.
 function notify_some(q, id, kind, list, now)
   local room = math.max(0, sends.limit - sends.count)
   local entries = room > 0 and call('SPOP', list, room) or {}
@@ -9018,9 +9036,10 @@ _lua(
     "notify_dependents",
     """
 -- Tell the dependents that accept this end of the job: parent_finished.  If the job is
--- 'gone', the others are told, too: parent_gone.  Those for whom this call has no room are
--- set apart, since the job may begin a new life with other dependents; a message of the
--- queue to itself, `notify`, goes on with them, and stays in the outbox until all are told.
+-- 'gone', the others are told, too: parent_gone.  Those for whom this call has no room
+-- are set apart, since the job may begin a new life with other dependents; a message of
+-- the queue to itself, `notify`, goes on with them, and stays in the outbox until all
+-- are told.
 function notify_dependents(q, id, status, now)
   for _, allow in ipairs({'any', 'failed', 'none'}) do
     local list = q .. 'job:' .. id .. ':dependents:' .. allow
@@ -9087,8 +9106,8 @@ end
 _lua(
     "final_status",
     """
--- How a job has ended, as its dependents see it: 'finished', 'failed', 'stopped', 'canceled'; also
--- 'finished' if it does not exist; nil if it has not ended.
+-- How a job has ended, as its dependents see it: 'finished', 'failed', 'stopped',
+-- 'canceled'; also 'finished' if it does not exist; nil if it has not ended.
 function final_status(q, id, now)
   local status, expires_at = status_of(q, id)
   if not status then return 'finished' end
@@ -9108,8 +9127,8 @@ end
 _lua(
     "on_subscribe",
     """
--- Tell a dependent that its parent has ended, if it accepts this end; else note it, since
--- the parent has not ended, or may begin a new life.
+-- Tell a dependent that its parent has ended, if it accepts this end; else note it,
+-- since the parent has not ended, or may begin a new life.
 function on_subscribe(q, parent, rest, now)
   local job, status = q .. 'job:' .. parent, final_status(q, parent, now)
   local to, dependent, allow = string.match(rest, '^(%S+) (%S+ %S+) (%S+)$')
@@ -9173,7 +9192,8 @@ end
 _lua(
     "parse_limit",
     """
--- '<prefix of the limit> <concurrency> <rate> <period>', a field of a job; nil if it is garbled.
+-- '<prefix of the limit> <concurrency> <rate> <period>', a field of a job; nil if it is
+-- garbled.
 function parse_limit(text)
   local to, numbers = string.match(text or '', '^(%S+) (%d+ %d+ [%d.]+)$')
   if not to then return nil end
@@ -9203,7 +9223,8 @@ end
 _lua(
     "release_before_rerun",
     """
--- Give up the slot of a job that runs again, unless it does so at once, and has no rate.
+-- Give up the slot of a job that runs again, unless it does so at once, and has no
+-- rate.
 function release_before_rerun(q, id, slot, limit_text, delay, now)
   local limit = parse_limit(limit_text)
   if delay > 0 or not limit or limit.rate ~= 0 then release_slot(q, id, slot, limit_text, now) end
@@ -9231,9 +9252,9 @@ end
 _lua(
     "ask_again",
     """
--- Ask again for the slot of one of the `count` jobs that have waited longest.  Their limit
--- may have lost the request; or a job that holds a slot was evicted, which the limit finds
--- out only when it gets a message (see grant_next).
+-- Ask again for the slot of one of the `count` jobs that have waited longest.  Their
+-- limit may have lost the request; or a job that holds a slot was evicted, which the
+-- limit finds out only when it gets a message (see grant_next).
 function ask_again(q, count, now)
   local index = math.random(count) - 1
   request_slot(q, call('ZRANGE', q .. 'rate_limited', index, index)[1], now)
@@ -9245,9 +9266,9 @@ end
 _lua(
     "is_slot_stale",
     """
--- Whether a job missed the start that its rate gave it, by more than the time between two
--- starts.  No worker ran then, so many jobs may have missed theirs; if each kept its slot,
--- all of them would start at once.
+-- Whether a job missed the start that its rate gave it, by more than the time between
+-- two starts.  No worker ran then, so many jobs may have missed theirs; if each kept
+-- its slot, all of them would start at once.
 function is_slot_stale(not_before, limit_text, now)
   local limit = parse_limit(limit_text) or {rate = 1, period = 0}
   local gap = math.max(1, limit.period / math.max(1, limit.rate))
@@ -9290,8 +9311,9 @@ end
 _lua(
     "on_granted",
     """
--- rate_limited -> queued or scheduled.  If the job has ended, or wants another slot by now,
--- the slot is given back.  If it has left `rate_limited` already, this message came twice.
+-- rate_limited -> queued or scheduled.  If the job has ended, or wants another slot by
+-- now, the slot is given back.  If it has left `rate_limited` already, this message
+-- came twice.
 function on_granted(q, id, rest, now)
   local slot, starts_at, to, numbers = string.match(rest, '^(%S+) (%S+) (%S+) (.*)$')
   local job = q .. 'job:' .. id
@@ -9334,11 +9356,12 @@ end
 DELIVER = Script(
     "deliver",
     """
--- deferred, rate_limited -> queued, scheduled, rate_limited: handle messages from other queues.
+-- deferred, rate_limited -> queued, scheduled, rate_limited: handle messages from other
+-- queues.
 -- KEYS  prefix of the queue        ARGV  messages
 -- Returns {outgoing, what was in the outbox already}.  The second only if the first is
--- empty and the outbox is small: a large one is left to the queue's workers, which relay a
--- part of it at each heartbeat.
+-- empty and the outbox is small: a large one is left to the queue's workers, which
+-- relay a part of it at each heartbeat.
 local q, now, unsent = KEYS[1], server_time(), {}
 for _, text in ipairs(ARGV) do handle_message(q, text, now) end
 if #outgoing == 0 and call('SCARD', q .. 'outbox') <= 20 then add_unsent(q, 20, unsent) end
@@ -9385,8 +9408,8 @@ end
 _lua(
     "parse_numbers",
     """
--- The numbers of a member '<prefix> <id> <slot> <concurrency> <rate> <period>'.  Garbled ones are
--- no limit, so that they harm nobody else.
+-- The numbers of a member '<prefix> <id> <slot> <concurrency> <rate> <period>'.
+-- Garbled ones are no limit, so that they harm nobody else.
 function parse_numbers(member)
   local concurrency, rate, period = string.match(member, '(%S+) (%S+) (%S+)$')
   concurrency, rate, period = tonumber(concurrency), tonumber(rate), tonumber(period)
@@ -9401,7 +9424,8 @@ end
 _lua(
     "grant_next",
     """
--- Give a slot to the job that waits longest.  Returns false if there is none, or no slot.
+-- Give a slot to the job that waits longest.  Returns false if there is none, or no
+-- slot.
 function grant_next(limit, now)
   local holders, waiting, starts = limit .. 'holders', limit .. 'waiting', limit .. 'starts'
   local member = call('ZRANGE', waiting, 0, 0)[1]
@@ -9434,10 +9458,12 @@ end
 GRANT_SLOTS = Script(
     "grant_slots",
     """
--- Handle messages to a limit, and give slots to the jobs that wait, as far as there are any.
+-- Handle messages to a limit, and give slots to the jobs that wait, as far as there are
+-- any.
 -- KEYS  prefix of the limit        ARGV  messages
 -- The keys of a limit that is not used for a year are forgotten.
--- Returns {outgoing, what was in the outbox already}; the second only if the first is empty.
+-- Returns {outgoing, what was in the outbox already}; the second only if the first is
+-- empty.
 local limit, now, unsent = KEYS[1], server_time(), {}
 for _, text in ipairs(ARGV) do on_limit_message(limit, text, now) end
 while grant_next(limit, now) do end
