@@ -6882,7 +6882,7 @@ class _WorkLoop(_Loop):
             job._execution = Execution(job, reply.token, heartbeat_at)
             self.claimed.append(job._execution)
         if self.instance.limits.strategy == "round_robin" and reply.jobs:
-            behind = index + 1  # index: of the queue that was served, the only one
+            behind = index + 1  # the claim was for one job: `index` is its queue's
             self.queue_order = self.queue_order[behind:] + self.queue_order[:behind]
         self.last_claim_full = len(reply.jobs) == request.claim_limit
         if len(reply.jobs) > 1:
@@ -6987,9 +6987,7 @@ class _WorkLoop(_Loop):
         job = execution.job
         index = self.instance.prefixes.index(job.queue.prefix)
         self.shared.publish(index, execution, _kill_limit(job))
-        started_at = (
-            self.shared.job_started + self.clock_offset
-        )  # by the server's clock
+        started_at = self.shared.job_started + self.clock_offset  # the server's time
         execution.run_state = _RunState(started_at)
         if self.instance.forking and self.shared.batch_size == 1:
             # Only for jobs one by one: else the title would change all the time.
@@ -7036,8 +7034,7 @@ class _WorkLoop(_Loop):
                     return
                 if now < retry_at or not self._slow_job_holds_others(now):
                     continue
-                # Under the lock: if the job ends now, the loop waits for this round
-                # trip.
+                # This holds the lock: if the job ends now, the loop waits for the reply.
                 try:
                     self._settle_and_release()
                     backoff = _Backoff(self.instance.redis_timeout)
@@ -8400,8 +8397,9 @@ class _Supervisor:
     def _heartbeat_if_due(self) -> float:
         """Send a heartbeat if it is time; return when the next one is due."""
         if self._next_heartbeat() <= time.monotonic():
-            # A worker that was frozen, or cut off, would take others for silent that
-            # were so, too.  It reaps when its heartbeats were in time for a lease.
+            # If this worker was frozen or cut off, others may have been, too, and have
+            # not renewed their leases yet.  So it reaps none until its own heartbeats
+            # have been in time for a lease.
             on_time = time.monotonic() - self.on_time_since >= self.lease
             self.heartbeat("reap" if on_time else "")
         return self._next_heartbeat()
