@@ -6904,7 +6904,7 @@ def test_a_missing_dependency_counts_as_met(redis, queue_pair):
 @pytest.mark.parametrize("way", ["deleted", "expired"])
 def test_vanished_dependency_starts_nothing_and_blocks_no_other(redis, queue_pair, way):
     first, second = queue_pair
-    gone = first.enqueue(add, 1, ttl=0.05)
+    gone = first.enqueue(add, 1, ttl=60)
     other = first.enqueue(add, 2)
     alone = second.enqueue(add, depends_on=gone)
     child = second.enqueue(dependency_results, depends_on=[other, gone])
@@ -6914,7 +6914,7 @@ def test_vanished_dependency_starts_nothing_and_blocks_no_other(redis, queue_pai
     if way == "deleted":
         gone.delete()
     else:
-        time.sleep(0.1)
+        redis.hset(gone.key, "ttl", 0.001)  # it has waited longer
     work_all_queues(redis)
     assert statuses(alone, child, whole) == ["deferred", "finished", "finished"]
     assert child.return_value() == [2, None]
