@@ -8229,18 +8229,21 @@ class _Supervisor:
         _main_module_name()  # enters the main module under the name that jobs have
         self.sign_on()
         self._log_start()
-        try:
-            with _signals_restored():
+        with _signals_restored():
+            # The handlers stay until all is settled: a signal more must not end this
+            # process in the middle of that.
+            try:
                 self.install_signal_handlers()
                 if self.loop:
                     self._run_in_process(self.loop)
                 else:
                     _set_process_title(f"microq {self.name}")
                     self.supervise()
-        except _ColdShutdown:
-            pass  # between jobs, or in a handler of a job that failed
-        finally:
-            self.sign_off()
+            except _ColdShutdown:
+                pass  # between jobs, or in a handler of a job that failed
+            finally:
+                self.finished = True
+                self.sign_off()
         if self.lost_name:
             text = f"worker {self.lost_name!r} was silent for longer than its lease"
             raise MicroqError(f"{text}, and another worker has taken its name")
@@ -8648,7 +8651,7 @@ class _Supervisor:
             # Not within a second: one Ctrl-C may come twice, from the terminal and from
             # a parent that passes it on.
             self.cold_shutdown = True
-            if not self.forking:
+            if not self.forking and not self.finished:
                 raise _ColdShutdown
 
     def request_stop(self) -> None:

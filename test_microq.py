@@ -6598,6 +6598,24 @@ def test_second_sigterm_requeues_the_current_job(redis, queue, start_worker, pla
     assert redis.hget(f"{Q}job:{job.id}", "crashes") is None
 
 
+def test_a_third_signal_leaves_the_sign_off_alone(redis, queue, start_worker):
+    """What an impatient user sends must not break off the settling of the job."""
+    worker = start_worker("--in-process")
+    job = queue.enqueue(sleep, 30, max_crashes=0)
+    wait_until(lambda: job.is_started)
+    worker.terminate()
+    time.sleep(1.1)  # a second signal counts after a second
+    redis.client_pause(3000)
+    for _ in range(6):
+        worker.terminate()
+        time.sleep(0.3)
+    worker.communicate(timeout=30)
+    assert worker.returncode == 1
+    assert job.is_failed
+    assert "shut down" in job.latest_result().exc_string
+    assert redis.hkeys(Q + "workers") == []
+
+
 def test_sigkill_soon_after_sigterm_loses_no_job(queue, start_worker, tmp_path):
     """SIGTERM to all processes, as systemd sends it, and SIGKILL when the grace is over."""
     worker = start_worker("--lease", "1")
