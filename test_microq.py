@@ -6271,14 +6271,16 @@ def test_the_job_of_a_killed_child_runs_again_within_a_second(
 
 def test_a_flood_of_tiny_jobs_survives_kills(redis, queue, start_worker):
     """Batches are held, under way and ahead, when the child or the whole worker is killed."""
-    jobs = queue.enqueue_many([Queue.prepare_data(add, (1,))] * 4000)
+    jobs = queue.enqueue_many([Queue.prepare_data(add, (1,))] * 3000)
     dice = random.Random(4)
     for number in range(4):
+        # So that there is work, even if the workers before have done it all.
+        jobs += queue.enqueue_many([Queue.prepare_data(add, (1,))] * 1000)
+        finished = len(queue.finished_job_registry)
         worker = start_worker(
             "--lease", "1", "-q", *(["--in-process"] if number == 2 else [])
         )
-        finished = len(queue.finished_job_registry)
-        wait_until(lambda: len(queue.finished_job_registry) > finished or not queue)  # noqa: B023
+        wait_until(lambda: len(queue.finished_job_registry) > finished)  # noqa: B023
         time.sleep(dice.uniform(0, 0.1))
         for victim in (*children_of(worker.pid), worker.pid):
             os.kill(victim, signal.SIGKILL)
