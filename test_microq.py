@@ -6600,11 +6600,12 @@ def test_second_sigterm_requeues_the_current_job(redis, queue, start_worker, pla
     assert redis.hget(f"{Q}job:{job.id}", "crashes") is None
 
 
-def test_a_third_signal_leaves_the_sign_off_alone(redis, queue, start_worker):
+def test_a_third_signal_leaves_the_sign_off_alone(redis, queue, start_worker, tmp_path):
     """What an impatient user sends must not break off the settling of the job."""
     worker = start_worker("--in-process")
-    job = queue.enqueue(sleep, 30, max_crashes=0)
-    wait_until(lambda: job.is_started)
+    path = tmp_path / "log"
+    job = queue.enqueue(append_twice, str(path), 30, max_crashes=0)
+    wait_until(path.exists)  # a job that was only claimed would be released
     worker.terminate()
     time.sleep(1.1)  # a second signal counts after a second
     redis.client_pause(3000)
