@@ -3729,56 +3729,6 @@ def _list_command(
     return LIST.on_key(key, offset, count, int(desc))
 
 
-JOIN = Script(
-    "join",
-    """
--- Enter members into a sorted set of times, in their order, behind those that joined
--- before.
--- KEYS  the set        ARGV  ahead (seconds from now), ttl (seconds), members ..
--- The set expires after the ttl, unless more join.  If it holds times to come, those
--- that have passed leave it.
-local key, ahead, ttl = KEYS[1], unpack(ARGV)
-local now, entries = server_time(), {}
-if tonumber(ahead) > 0 then call('ZREMRANGEBYSCORE', key, '-inf', format_time(now)) end
-local last = tonumber(call('ZRANGE', key, -1, -1, 'WITHSCORES')[2]) or 0
-local first = math.max(now + ahead, last + 1e-6)
-for i, member in ipairs({unpack(ARGV, 3)}) do
-  entries[#entries + 1] = format_time(first + (i - 1) / 1e6)
-  entries[#entries + 1] = member
-end
-call('ZADD', key, unpack(entries))
-call('EXPIRE', key, ttl)
-""",
-    uses="server_time format_time",
-)
-
-
-def _join_command(key: str, ahead: float, ttl: float, *members: str) -> Command:
-    """Enter members into a sorted set of times, `ahead` seconds from now."""
-    return JOIN.on_key(key, ahead, ttl, *members)
-
-
-LEAVE = Script(
-    "leave",
-    """
--- Take members out of a sorted set of times.
--- KEYS  the set        ARGV  age (seconds since they joined, at least), members ..
-local key, age = KEYS[1], ARGV[1]
-local before = server_time() - age
-for _, member in ipairs({unpack(ARGV, 2)}) do
-  local since = call('ZSCORE', key, member)
-  if since and tonumber(since) <= before then call('ZREM', key, member) end
-end
-""",
-    uses="server_time",
-)
-
-
-def _leave_command(key: str, age: float, *members: str) -> Command:
-    """Take members that joined `age` seconds ago out of a sorted set of times."""
-    return LEAVE.on_key(key, age, *members)
-
-
 # ---- 6. Job, result, execution -------------------------------------------------------
 # What a user holds: the id of a job, and its hash as it was last read.  Attributes read
 # that copy, without a round trip; refresh(), get_status() and is_..() read the server.
@@ -9204,17 +9154,16 @@ end
 # Limits, as a queue sees them.  A job has the field `slot` while it wants a slot or has it.
 
 _lua(
-    "parse_limit",
+    "parse_numbers",
     """
--- '<prefix of the limit> <concurrency> <rate> <period>', a field of a job; nil if it is
--- garbled.
-function parse_limit(text)
-  local to, numbers = string.match(text or '', '^(%S+) (%d+ %d+ [%d.]+)$')
-  if not to then return nil end
-  local concurrency, rate, period = string.match(numbers, '^(%S+) (%S+) (%S+)$')
+-- '<concurrency> <rate> <period>', which say how much a limit allows; nil if garbled.
+function parse_numbers(text)
+  local concurrency, rate, period = string.match(text, '^(%d+) (%d+) ([%d.]+)$')
+  period = tonumber(period or '')
+  if not period then return nil end
   return {
-    to = to, numbers = numbers, concurrency = tonumber(concurrency), rate = tonumber(rate),
-    period = tonumber(period),
+    text = text, concurrency = tonumber(concurrency), rate = tonumber(rate),
+    period = period,
   }
 end
 """,
@@ -9240,8 +9189,10 @@ _lua(
 -- Give up the slot of a job that runs again, unless it does so at once, and has no
 -- rate.
 function release_before_rerun(q, id, slot, limit_text, delay, now)
-  local limit = parse_limit(limit_text)
-  if delay > 0 or not limit or limit.rate ~= 0 then release_slot(q, id, slot, limit_text, now) end
+  local to, numbers = parse_limit(limit_text)
+  if delay > 0 or not to or numbers.rate ~= 0 then
+    release_slot(q, id, slot, limit_text, now)
+  end
 end
 """,
     uses="parse_limit release_slot",
@@ -9252,11 +9203,24 @@ _lua(
     """
 -- Ask for the slot that a job has or wants.  Returns false if that makes no sense.
 function request_slot(q, id, now)
+_lua(
+    "parse_limit",
+    """
+-- '<prefix of the limit> <numbers>', a field of a job.  Returns both, or nil if they
+-- are garbled.
+function parse_limit(text)
+  local to, numbers = string.match(text or '', '^(%S+) (.*)$')
+  numbers = to and parse_numbers(numbers)
+  if numbers then return to, numbers end
+end
+""",
+    uses="parse_numbers",
+)
+
   local slot, limit_text = unpack(call('HMGET', q .. 'job:' .. id, 'slot', 'rate_limit'))
-  local limit = parse_limit(limit_text)
-  if not (slot and limit) then return false end
-  local member = q .. ' ' .. id .. ' ' .. slot .. ' ' .. limit.numbers
-  send(q, limit.to, 'acquire ' .. member, now)
+  local to, numbers = parse_limit(limit_text)
+  if not (slot and to) then return false end
+  send(q, to, 'acquire ' .. q .. ' ' .. id .. ' ' .. slot .. ' ' .. numbers.text, now)
   return true
 end
 """,
@@ -9284,9 +9248,9 @@ _lua(
 -- two starts.  No worker ran then, so many jobs may have missed theirs; if each kept
 -- its slot, all of them would start at once.
 function is_slot_stale(not_before, limit_text, now)
-  local limit = parse_limit(limit_text) or {rate = 1, period = 0}
-  local gap = math.max(1, limit.period / math.max(1, limit.rate))
-  return not_before + gap < now
+  local to, numbers = parse_limit(limit_text)
+  local gap = to and numbers.period / math.max(1, numbers.rate) or 0
+  return not_before + math.max(1, gap) < now
 end
 """,
     uses="parse_limit",
@@ -9420,22 +9384,6 @@ end
 )
 
 _lua(
-    "parse_numbers",
-    """
--- The numbers of a member '<prefix> <id> <slot> <concurrency> <rate> <period>'.
--- Garbled ones are no limit, so that they harm nobody else.
-function parse_numbers(member)
-  local concurrency, rate, period = string.match(member, '(%S+) (%S+) (%S+)$')
-  concurrency, rate, period = tonumber(concurrency), tonumber(rate), tonumber(period)
-  if concurrency and rate and period then
-    return {concurrency = concurrency, rate = rate, period = period}
-  end
-  return {concurrency = 0, rate = 0, period = 0}
-end
-""",
-)
-
-_lua(
     "grant_next",
     """
 -- Give a slot to the job that waits longest.  Returns false if there is none, or no
@@ -9444,7 +9392,8 @@ function grant_next(limit, now)
   local holders, waiting, starts = limit .. 'holders', limit .. 'waiting', limit .. 'starts'
   local member = call('ZRANGE', waiting, 0, 0)[1]
   if not member then return false end
-  local numbers = parse_numbers(member)
+  local numbers = parse_numbers(string.match(member, '%S+ %S+ %S+$') or '')
+    or {concurrency = 0, rate = 0}
   if numbers.concurrency > 0 and call('ZCARD', holders) >= numbers.concurrency then
     local oldest, since = unpack(call('ZRANGE', holders, 0, 0, 'WITHSCORES'))
     if since + 60 < now then  -- it may have vanished: if so, its queue gives the slot back
@@ -9640,6 +9589,56 @@ class RateLimitRegistry:
         key = f"microq:limit:{{{self.key}}}:{part}"
         ids = []
         for member in _execute_one(self.connection, "ZRANGE", key, 0, -1):
+JOIN = Script(
+    "join",
+    """
+-- Enter members into a sorted set of times, in their order, behind those that joined
+-- before.
+-- KEYS  the set        ARGV  ahead (seconds from now), ttl (seconds), members ..
+-- The set expires after the ttl, unless more join.  If it holds times to come, those
+-- that have passed leave it.
+local key, ahead, ttl = KEYS[1], unpack(ARGV)
+local now, entries = server_time(), {}
+if tonumber(ahead) > 0 then call('ZREMRANGEBYSCORE', key, '-inf', format_time(now)) end
+local last = tonumber(call('ZRANGE', key, -1, -1, 'WITHSCORES')[2]) or 0
+local first = math.max(now + ahead, last + 1e-6)
+for i, member in ipairs({unpack(ARGV, 3)}) do
+  entries[#entries + 1] = format_time(first + (i - 1) / 1e6)
+  entries[#entries + 1] = member
+end
+call('ZADD', key, unpack(entries))
+call('EXPIRE', key, ttl)
+""",
+    uses="server_time format_time",
+)
+
+
+def _join_command(key: str, ahead: float, ttl: float, *members: str) -> Command:
+    """Enter members into a sorted set of times, `ahead` seconds from now."""
+    return JOIN.on_key(key, ahead, ttl, *members)
+
+
+LEAVE = Script(
+    "leave",
+    """
+-- Take members out of a sorted set of times.
+-- KEYS  the set        ARGV  age (seconds since they joined, at least), members ..
+local key, age = KEYS[1], ARGV[1]
+local before = server_time() - age
+for _, member in ipairs({unpack(ARGV, 2)}) do
+  local since = call('ZSCORE', key, member)
+  if since and tonumber(since) <= before then call('ZREM', key, member) end
+end
+""",
+    uses="server_time",
+)
+
+
+def _leave_command(key: str, age: float, *members: str) -> Command:
+    """Take members that joined `age` seconds ago out of a sorted set of times."""
+    return LEAVE.on_key(key, age, *members)
+
+
             _, id, *_ = member.decode().split()  # "<prefix> <id> <slot> <numbers>"
             ids.append(id)
         return ids
