@@ -493,6 +493,10 @@ class Outcome(NamedTuple):
     rerun: str = ""
     policy: bytes = b""
 
+    def after(self, seconds: float) -> Outcome:
+        """Return the same outcome of a run that lasted so long."""
+        return self._replace(seconds=seconds)
+
 
 # Characters that change how a terminal or a log shows other text: control characters
 # (C0, C1), ends of lines and paragraphs, directions of writing (UAX #9); and halves of
@@ -3852,6 +3856,16 @@ class _EnqueueRequest(NamedTuple):
     at_front: bool = False
     dependency: Dependency | None = None
 
+    def with_options(self, at_front: bool, unique: bool) -> _EnqueueRequest:
+        """Return the request with options of enqueue_job() added."""
+        return self._replace(
+            at_front=self.at_front or at_front, unique=self.unique or unique
+        )
+
+    def with_call_id(self) -> _EnqueueRequest:
+        """Return the request with a new call_id."""
+        return self._replace(call_id=secrets.token_urlsafe(6))
+
     def renewed(self) -> _EnqueueRequest:
         """Return the request for the next life of the job, once this one is stored."""
         if not self.unique and self.dependency is None:
@@ -3966,6 +3980,68 @@ class Job:
             self._execution = Execution(self, token.decode(), last_heartbeat)
         return True
 
+    # Being stored, by a Queue.
+
+    def _prepare_for(self, queue: Queue, at_front: bool, unique: bool) -> None:
+        """Make this a job of `queue`, unless it is stored already, and add options.
+
+        Raises InvalidJobOperation if it is in another queue, TypeError if that has
+        another serializer."""
+        is_new = self.get_status(refresh=False) is JobStatus.CREATED
+        if self.queue is not queue and is_new:
+            if self.serializer != queue.serializer:
+                text = f"was made with another serializer than that of {queue!r}"
+                raise TypeError(f"{self!r} {text}")
+            self._bind(queue)
+            self._sign()
+            if queue.default_timeout != DEFAULT_TIMEOUT:
+                timeout = f"{queue.default_timeout:.15g}".encode()
+                self._fields.setdefault("timeout", timeout)
+        if self.queue != queue:
+            text = f"{self!r} is in a queue already, which is not {queue!r}"
+            raise InvalidJobOperation(text)
+        self._request = self._request.with_options(bool(at_front), bool(unique))
+
+    def _set_dependency_keys(self, keys: Iterable[str], allow: str) -> None:
+        """Note the jobs that it is to depend on, each as "<prefix of the queue><id>",
+        and which of their ends are good enough; see the field `depends_on`."""
+        self._fields["depends_on"] = " ".join([*keys, allow]).encode()
+
+    def _new_job(self, delay: float | str) -> _NewJob:
+        """Return what the script `enqueue` stores of the job; for the delay see
+        _EnqueueCall."""
+        request = self._request
+        if request.call_id is None:
+            # Kept in the job: if this call raises, since its reply was lost, and the
+            # user enqueues the job again, the server takes that for the same call.
+            request = self._request = request.with_call_id()
+        fields = {
+            name: value
+            for name, value in self._fields.items()
+            if name in _INITIAL_FIELDS
+        }
+        if self._meta is not None:  # the user has asked for it, and may have changed it
+            context = self._signed_context("meta")
+            fields["meta"] = _serialize(self.serializer, self._meta, "meta", *context)
+        at_front = request.at_front
+        if request.dependency is not None and request.dependency.enqueue_at_front:
+            at_front = True
+        is_blocked = "depends_on" in fields or "rate_limit" in fields
+        if is_blocked or delay != -1:
+            fields["enqueued_at"] = b""  # not yet
+            if at_front:  # for the script that queues it later
+                fields["at_front"] = b"1"
+        flags = []
+        if at_front:
+            flags.append("at_front")
+        if request.unique:
+            flags.append("unique")
+        if is_blocked:
+            flags.append("blocked")
+        ttl = fields.get("ttl", b"")
+        call_id = request.call_id or ""
+        return _NewJob(self.id, call_id, " ".join(flags), ttl, fields)
+
     def _on_stored(self, status: JobStatus, created_at: bytes | None) -> None:
         """Note that the job was stored; created_at is None if its time is not known."""
         if created_at is not None:
@@ -3974,6 +4050,8 @@ class Job:
         if "depends_on" in self._fields or "rate_limit" in self._fields:
             self._status = None  # only the server knows whether it has to wait
         self._request = self._request.renewed()
+
+    # Fields of the hash, as last read.
 
     def _text(self, name: str) -> str:
         """Return a field of the hash as text, "" without it."""
@@ -4109,6 +4187,11 @@ class Job:
                 data = self._fields[name][_SIGNATURE_SIZE:]
                 self._fields[name] = self.serializer.sign(data, *context)
 
+    def _signed_fields(self, entry: str) -> dict[str, bytes]:
+        """Return the fields of the hash, signed for an entry of cron."""
+        self._sign(entry)
+        return self._fields
+
     def _context_of(self, name: str) -> list[bytes]:
         """Return the context for which 'args' or 'meta' was signed.
 
@@ -4122,6 +4205,16 @@ class Job:
         """Deserialize 'args' or 'meta'."""
         context = self._context_of(name) if self._signs else []
         return _deserialize(self.serializer, self._fields[name], what, *context)
+
+    def _check_before_run(self) -> None:
+        """Raise DeserializationError if the job must not run.
+
+        It is not as it was signed, or its policies are garbled, so that nobody could
+        tell after the run whether it is to run again."""
+        self._check_signature()
+        for name in ("retry", "repeat"):
+            if name in self._fields:
+                self._option(name)
 
     def _check_signature(self) -> None:
         """Raise DeserializationError if the signature of the call does not match.
@@ -4843,7 +4936,7 @@ def requeue_job(
 # What a producer calls.  A queue and its registries are containers of jobs: each job is
 # in one of them, and they have the same parent class, which counts, reads and deletes.
 # Queue has the methods that store jobs.  All of them get the commands from
-# _prepare_call() and give the reply to _on_reply(); most do so by _store().  Everything
+# _prepare_call() and give the reply to _on_enqueued(); most do so by _store().  Everything
 # is checked and serialized before the first byte is sent: a call that raises has stored
 # nothing.  Uses sections 1 to 6, of section 12 _relay(), and of section 13 Group; for
 # is_async=False, of section 8 _nested_worker() and of section 10 SimpleWorker.
@@ -5186,6 +5279,14 @@ class Queue(_JobContainer):
             self.canceled_job_registry,
         ]
 
+    def _size_commands(self) -> list[Command]:
+        """Return the commands whose replies are the sizes of _containers()."""
+        return [container._size_command() for container in self._containers()]
+
+    def _read_all_ids(self) -> list[str]:
+        """Return the ids of the jobs in all containers.  One round trip for each."""
+        return [id for container in self._containers() for id in container._read_ids()]
+
     def enqueue(self, f: Func, *args: Any, **kwargs: Any) -> Job:
         """Store a call of `f` for a worker to run, and return the job.
 
@@ -5288,7 +5389,7 @@ class Queue(_JobContainer):
                 if group is not None:
                     group._add_jobs(jobs, pipeline)
                 if in_flight is not None:
-                    self._receive_reply(connection, in_flight)
+                    self._receive_enqueued(connection, in_flight)
                     in_flight = None
                 if len(jobs) < MAX_JOBS_PER_CALL or pipeline is not None:
                     self._store(jobs, pipeline)  # there is nothing to prepare meanwhile
@@ -5297,7 +5398,7 @@ class Queue(_JobContainer):
                     connection.send_ahead(in_flight.commands)
                 all_jobs += jobs
             if in_flight is not None:
-                self._receive_reply(connection, in_flight)
+                self._receive_enqueued(connection, in_flight)
         return all_jobs
 
     def _create_jobs(
@@ -5369,7 +5470,7 @@ class Queue(_JobContainer):
     ) -> Job:
         """Store a job made by create_job() or Job.create(); one that has ended begins a
         new life.  Raises InvalidJobOperation for a job that is in another queue."""
-        self._take_over(job, at_front, unique)
+        job._prepare_for(self, at_front, unique)
         self._store([job], pipeline)
         return job
 
@@ -5378,33 +5479,9 @@ class Queue(_JobContainer):
     ) -> Job:
         """Store a job made by create_job(), to be run at `datetime`; see
         enqueue_job()."""
-        self._take_over(job, False, unique)
+        job._prepare_for(self, False, unique)
         self._store([job], pipeline, _delay_until(datetime))
         return job
-
-    def _take_over(self, job: Job, at_front: bool, unique: bool) -> None:
-        """Bind a job that is not stored yet to this queue, and add options.
-
-        Raises InvalidJobOperation if it is in another queue, TypeError if that has
-        another serializer."""
-        is_new = job.get_status(refresh=False) is JobStatus.CREATED
-        if job.queue is not self and is_new:
-            if job.serializer != self.serializer:
-                text = f"was made with another serializer than that of {self!r}"
-                raise TypeError(f"{job!r} {text}")
-            job._bind(self)
-            job._sign()
-            if self.default_timeout != DEFAULT_TIMEOUT:
-                timeout = f"{self.default_timeout:.15g}".encode()
-                job._fields.setdefault("timeout", timeout)
-        if job.queue != self:
-            text = f"{job!r} is in a queue already, which is not {self!r}"
-            raise InvalidJobOperation(text)
-        request = job._request
-        job._request = request._replace(
-            at_front=request.at_front or bool(at_front),
-            unique=request.unique or bool(unique),
-        )
 
     def _store(
         self, jobs: Sequence[Job], pipeline: Any, delay: float | str = -1
@@ -5415,10 +5492,10 @@ class Queue(_JobContainer):
         call = self._prepare_call(jobs, delay)
         if pipeline is None:
             [reply, *_] = _execute(self.connection, *call.commands)
-            self._on_reply(call, reply)
+            self._on_enqueued(call, reply)
             return
         _add_to_pipeline(pipeline, call.commands)
-        self._on_stored(call, None)
+        self._note_stored(call, None)
 
     def _prepare_call(
         self, jobs: Sequence[Job], delay: float | str = -1
@@ -5430,14 +5507,14 @@ class Queue(_JobContainer):
             text = "the same job_id stands twice in one enqueue_many()"
             raise DuplicateJobError(text)
         self._resolve_dependencies(jobs)
-        new_jobs = [_new_job(job, delay) for job in jobs]
+        new_jobs = [job._new_job(delay) for job in jobs]
         command = _enqueue_command(self.prefix, new_jobs, delay)
         commands: tuple[Command, ...] = (command,)
         if not self._registered:  # by no script, since it is in another slot
             commands += (("SADD", _QUEUES_KEY, self.name),)
         return _EnqueueCall(jobs, delay, commands)
 
-    def _receive_reply(self, connection: _Connection, call: _EnqueueCall) -> None:
+    def _receive_enqueued(self, connection: _Connection, call: _EnqueueCall) -> None:
         """Read the reply to a call that was sent ahead.  If there is none, the call is
         sent again over the client's own connection, which tries as often as the client
         does."""
@@ -5447,9 +5524,9 @@ class Queue(_JobContainer):
                 replies = _receive(connection)
         if not replies:
             replies = _execute(self.connection, *call.commands)
-        self._on_reply(call, replies[0])
+        self._on_enqueued(call, replies[0])
 
-    def _on_reply(self, call: _EnqueueCall, reply: Any) -> None:
+    def _on_enqueued(self, call: _EnqueueCall, reply: Any) -> None:
         """Take the reply of the script `enqueue`."""
         self._registered = True
         enqueued = _EnqueueReply.parse(reply)
@@ -5458,12 +5535,12 @@ class Queue(_JobContainer):
             raise DuplicateJobError(text + "choose another id, or delete it")
         if enqueued.messages:
             _relay(self.connection, enqueued.messages)
-        self._on_stored(call, enqueued.created_at)
+        self._note_stored(call, enqueued.created_at)
         if not self.is_async and call.delay == -1:
             self._run_here(call.jobs)
 
     @staticmethod
-    def _on_stored(call: _EnqueueCall, created_at: bytes | None) -> None:
+    def _note_stored(call: _EnqueueCall, created_at: bytes | None) -> None:
         """Note in the jobs that they are stored; None: by a pipeline, at a time that is
         not known."""
         status = JobStatus.QUEUED if call.delay == -1 else JobStatus.SCHEDULED
@@ -5481,8 +5558,9 @@ class Queue(_JobContainer):
         """Write the keys of the jobs on which these jobs depend into their fields."""
         dependencies: dict[Job, Dependency] = {}
         for job in jobs:
-            if job._request.dependency is not None:
-                dependencies[job] = job._request.dependency
+            dependency = job._request.dependency
+            if dependency is not None:
+                dependencies[job] = dependency
         if not dependencies:
             return
         parent_ids: set[str] = set()
@@ -5495,13 +5573,13 @@ class Queue(_JobContainer):
                 if parent is not None:
                     parents[parent.id] = parent
         for job, dependency in dependencies.items():
-            field = self._encode_dependency(job.id, dependency, parents)
-            job._fields["depends_on"] = field
+            keys = self._dependency_keys(job.id, dependency, parents)
+            job._set_dependency_keys(keys, dependency.allowed_status)
 
-    def _encode_dependency(
+    def _dependency_keys(
         self, dependent_id: str, dependency: Dependency, parents: dict[str, Job]
-    ) -> bytes:
-        """Return the field `depends_on`.
+    ) -> list[str]:
+        """Return the jobs of a dependency, each once, as "<prefix of the queue><id>".
 
         `parents` are the jobs that exist, by id.  A parent that is given by its id and
         does not exist counts as a job of this queue: it may be stored by this call."""
@@ -5513,8 +5591,7 @@ class Queue(_JobContainer):
                 text = f"job {dependent_id!r} can't depend on itself"
                 raise InvalidJobDependency(text)
             keys.append(f"{parent.queue.prefix}{parent.id}")
-        unique_keys = dict.fromkeys(keys)
-        return " ".join([*unique_keys, dependency.allowed_status]).encode()
+        return list(dict.fromkeys(keys))
 
     def get_job_ids(self, offset: int = 0, length: int = -1) -> list[str]:
         """Return the ids of `length` jobs that wait, the next one first; -1 for all."""
@@ -5639,40 +5716,6 @@ def _new_request(options: dict[str, Any]) -> _EnqueueRequest:
     )
 
 
-def _new_job(job: Job, delay: float | str) -> _NewJob:
-    """Return what the script `enqueue` stores of the job."""
-    request = job._request
-    call_id = request.call_id
-    if call_id is None:
-        # Kept in the job: if this call raises, since its reply was lost, and the user
-        # enqueues the job again, the server takes that for the same call.
-        call_id = secrets.token_urlsafe(6)
-        job._request = request._replace(call_id=call_id)
-    fields = {
-        name: value for name, value in job._fields.items() if name in _INITIAL_FIELDS
-    }
-    if job._meta is not None:
-        context = job._signed_context("meta")
-        fields["meta"] = _serialize(job.serializer, job._meta, "meta", *context)
-    at_front = request.at_front
-    if request.dependency is not None and request.dependency.enqueue_at_front:
-        at_front = True
-    is_blocked = "depends_on" in fields or "rate_limit" in fields
-    if is_blocked or delay != -1:
-        fields["enqueued_at"] = b""  # not yet
-        if at_front:  # for the script that queues it later
-            fields["at_front"] = b"1"
-    flags = []
-    if at_front:
-        flags.append("at_front")
-    if request.unique:
-        flags.append("unique")
-    if is_blocked:
-        flags.append("blocked")
-    ttl = fields.get("ttl", b"")
-    return _NewJob(job.id, call_id, " ".join(flags), ttl, fields)
-
-
 def job(
     queue: Queue | str, connection: Redis | None = None, *, queue_class: Any = None,
     serializer: Any = None, **options: Any,
@@ -5734,7 +5777,7 @@ def perform(
         _run_callback(execution, outcome, value_or_error)
         return outcome
     except _ColdShutdown:
-        return _INTERRUPTED._replace(seconds=time.perf_counter() - started)
+        return _INTERRUPTED.after(time.perf_counter() - started)
     finally:
         _current_job.reset(reset_token)
 
@@ -5745,7 +5788,7 @@ def _run_function(
     """Run the job's function; return the outcome, and the value or error."""
     job = execution.job
     try:
-        _check_before_run(job)
+        job._check_before_run()
         _log_start(job, describe)
         if "pending_end" in job._fields:
             return _outcome_from_outside(job)
@@ -5761,17 +5804,6 @@ def _run_function(
         outcome = _outcome_of_error(job, error, time.perf_counter() - started)
         _call_exception_handlers(handlers, job, error)
         return outcome, error
-
-
-def _check_before_run(job: Job) -> None:
-    """Raise DeserializationError if the job must not run.
-
-    It is not as it was signed, or its policies are garbled, so that nobody could tell
-    after the run whether it is to run again."""
-    job._check_signature()
-    for name in ("retry", "repeat"):
-        if name in job._fields:
-            job._option(name)
 
 
 def _log_start(job: Job, describe: bool) -> None:
@@ -6842,8 +6874,8 @@ class _WorkLoop(_Loop):
             queue = self.queue_order[index]
             job = queue.job_class(job_id, queue, fields)
             job._status = JobStatus.STARTED
-            job._execution = Execution(job, reply.token, heartbeat_at)
-            self.claimed.append(job._execution)
+            execution = job._execution = Execution(job, reply.token, heartbeat_at)
+            self.claimed.append(execution)
         if self.instance.limits.strategy == "round_robin" and reply.jobs:
             behind = index + 1  # the claim was for one job: `index` is its queue's
             self.queue_order = self.queue_order[behind:] + self.queue_order[:behind]
@@ -7707,7 +7739,7 @@ class _Exit(NamedTuple):
     def outcome(self, worker_name: str) -> Outcome:
         """Return the outcome of the job that it ran."""
         if self.kill_outcome:
-            return self.kill_outcome._replace(seconds=self.seconds)
+            return self.kill_outcome.after(self.seconds)
         text = f"the process that ran this job for worker {worker_name} "
         text += self.describe()
         if self.usage:  # in KB, on macOS in bytes
@@ -7715,7 +7747,7 @@ class _Exit(NamedTuple):
             text += (
                 f"; its peak memory was {self.usage.ru_maxrss / units_per_mb:.0f} MB"
             )
-        return _crash_outcome(text)._replace(seconds=self.seconds)
+        return _crash_outcome(text).after(self.seconds)
 
 
 def _crash_outcome(text: str) -> Outcome:
@@ -9170,6 +9202,20 @@ end
 )
 
 _lua(
+    "parse_limit",
+    """
+-- '<prefix of the limit> <numbers>', a field of a job.  Returns both, or nil if they
+-- are garbled.
+function parse_limit(text)
+  local to, numbers = string.match(text or '', '^(%S+) (.*)$')
+  numbers = to and parse_numbers(numbers)
+  if numbers then return to, numbers end
+end
+""",
+    uses="parse_numbers",
+)
+
+_lua(
     "release_slot",
     """
 function release_slot(q, id, slot, limit_text, now)
@@ -9203,20 +9249,6 @@ _lua(
     """
 -- Ask for the slot that a job has or wants.  Returns false if that makes no sense.
 function request_slot(q, id, now)
-_lua(
-    "parse_limit",
-    """
--- '<prefix of the limit> <numbers>', a field of a job.  Returns both, or nil if they
--- are garbled.
-function parse_limit(text)
-  local to, numbers = string.match(text or '', '^(%S+) (.*)$')
-  numbers = to and parse_numbers(numbers)
-  if numbers then return to, numbers end
-end
-""",
-    uses="parse_numbers",
-)
-
   local slot, limit_text = unpack(call('HMGET', q .. 'job:' .. id, 'slot', 'rate_limit'))
   local to, numbers = parse_limit(limit_text)
   if not (slot and to) then return false end
@@ -9387,9 +9419,10 @@ _lua(
     "grant_next",
     """
 -- Give a slot to the job that waits longest.  Returns false if there is none, or no
--- slot.
+-- slot.  Garbled numbers are no limit, so that they harm nobody else.
 function grant_next(limit, now)
-  local holders, waiting, starts = limit .. 'holders', limit .. 'waiting', limit .. 'starts'
+  local holders, waiting = limit .. 'holders', limit .. 'waiting'
+  local starts = limit .. 'starts'
   local member = call('ZRANGE', waiting, 0, 0)[1]
   if not member then return false end
   local numbers = parse_numbers(string.match(member, '%S+ %S+ %S+$') or '')
@@ -9556,39 +9589,6 @@ def _acknowledge(connection: Any, messages: Iterable[Message]) -> None:
 # id may have begun a new life elsewhere.  Uses sections 4 to 7.
 
 
-class RateLimitRegistry:
-    """The jobs that share the RateLimit of this key, in whatever queues."""
-
-    def __init__(self, key: str, connection: Redis | None = None) -> None:
-        self.key = key
-        self.connection = _connect(connection)
-
-    @classmethod
-    def from_job(cls, job: Job) -> RateLimitRegistry:
-        """Return the registry of the limit that a job has; an empty one for no
-        limit."""
-        return cls(job.rate_limit_key or "", job.connection)
-
-    def get_allowed_job_ids(self) -> list[str]:
-        """Return the ids of the jobs that have a slot.  One round trip."""
-        return self._read_ids("holders")
-
-    def get_rate_limited_job_ids(self) -> list[str]:
-        """Return the ids of the jobs that wait for a slot.  One round trip."""
-        return self._read_ids("waiting")
-
-    def get_allowed_count(self) -> int:
-        """Return how many jobs have a slot.  One round trip."""
-        return len(self.get_allowed_job_ids())
-
-    def get_rate_limited_count(self) -> int:
-        """Return how many jobs wait for a slot.  One round trip."""
-        return len(self.get_rate_limited_job_ids())
-
-    def _read_ids(self, part: str) -> list[str]:
-        key = f"microq:limit:{{{self.key}}}:{part}"
-        ids = []
-        for member in _execute_one(self.connection, "ZRANGE", key, 0, -1):
 JOIN = Script(
     "join",
     """
@@ -9639,6 +9639,40 @@ def _leave_command(key: str, age: float, *members: str) -> Command:
     return LEAVE.on_key(key, age, *members)
 
 
+class RateLimitRegistry:
+    """The jobs that share the RateLimit of this key, in whatever queues."""
+
+    def __init__(self, key: str, connection: Redis | None = None) -> None:
+        self.key = key
+        self.connection = _connect(connection)
+
+    @classmethod
+    def from_job(cls, job: Job) -> RateLimitRegistry:
+        """Return the registry of the limit that a job has; an empty one for no
+        limit."""
+        return cls(job.rate_limit_key or "", job.connection)
+
+    def get_allowed_job_ids(self) -> list[str]:
+        """Return the ids of the jobs that have a slot.  One round trip."""
+        return self._ids_in("holders")
+
+    def get_rate_limited_job_ids(self) -> list[str]:
+        """Return the ids of the jobs that wait for a slot.  One round trip."""
+        return self._ids_in("waiting")
+
+    def get_allowed_count(self) -> int:
+        """Return how many jobs have a slot.  One round trip."""
+        return len(self.get_allowed_job_ids())
+
+    def get_rate_limited_count(self) -> int:
+        """Return how many jobs wait for a slot.  One round trip."""
+        return len(self.get_rate_limited_job_ids())
+
+    def _ids_in(self, part: str) -> list[str]:
+        """Return the ids in the set `holders` or `waiting` of the limit."""
+        key = f"microq:limit:{{{self.key}}}:{part}"
+        ids = []
+        for member in _execute_one(self.connection, "ZRANGE", key, 0, -1):
             _, id, *_ = member.decode().split()  # "<prefix> <id> <slot> <numbers>"
             ids.append(id)
         return ids
@@ -10229,8 +10263,7 @@ class CronJob:
 
     def _sign(self) -> None:
         """Take the fields of the call, signed for this entry."""
-        self._job._sign(entry=self.slug)
-        fields = self._job._fields
+        fields = self._job._signed_fields(self.slug)
         # JSON has no bytes, so they are stored as the characters of the same numbers.
         self.fields = {name: value.decode("latin-1") for name, value in fields.items()}
 
@@ -10280,11 +10313,10 @@ class CronJob:
         """Return the ids, <name>-<tick>, of its jobs that still exist, `start` to
         `end`, the latest first.  O(n) in the jobs of the queue."""
         ticks: list[tuple[int, str]] = []
-        for container in Queue(self.queue_name, connection)._containers():
-            for id in container._read_ids():
-                slug, _, tick = id.rpartition("-")
-                if slug == self.slug and tick.isdecimal():
-                    ticks.append((int(tick), id))
+        for id in Queue(self.queue_name, connection)._read_all_ids():
+            slug, _, tick = id.rpartition("-")
+            if slug == self.slug and tick.isdecimal():
+                ticks.append((int(tick), id))
         ticks.sort(reverse=True)
         return _slice([id for _, id in ticks], start, end)
 
@@ -10368,9 +10400,10 @@ class CronJob:
         commands = []
         ticks = self._ticks
         for tick in self._due_ticks(now, ahead):
-            job = _new_job(self._make_job(f"{self.slug}-{int(tick)}", queue), 0)
+            job = self._make_job(f"{self.slug}-{int(tick)}", queue)._new_job(0)
             commands.append(_tick_command(queue.prefix, self.slug, ticks, tick, job))
-            ticks = ticks._replace(last=tick)  # as the command before has stored it
+            # As this command leaves them, for the next one to compare.
+            ticks = _Ticks(tick, ticks.registered_at)
         return commands
 
     def store_command(self) -> Command:
@@ -11677,7 +11710,7 @@ def _take_snapshot(connection: Redis, names: Sequence[str]) -> _Snapshot:
     queues = [Queue(name, connection) for name in names] or Queue.all(connection)
     commands: list[Command] = []
     for queue in queues:
-        commands += [container._size_command() for container in queue._containers()]
+        commands += queue._size_commands()
         commands.append(("HKEYS", f"{queue.prefix}workers"))
         commands.append(("HGETALL", f"{queue.prefix}started"))
     *replies, suspended = _execute(connection, *commands, ("EXISTS", _SUSPENDED_KEY))

@@ -3011,7 +3011,7 @@ def test_enqueue_sent_twice_stores_one_job(redis, queue):
     """An enqueue whose reply was lost is sent again."""
     for number, id in enumerate((None, "mine"), 1):
         job = queue.create_job(add, (1,), job_id=id)
-        command = microq._enqueue_command(queue.prefix, [microq._new_job(job, -1)])
+        command = microq._enqueue_command(queue.prefix, [job._new_job(-1)])
         for reply in microq._execute(redis, command, command):
             assert microq._EnqueueReply.parse(reply).created_at
         assert redis.lrange(Q + "queued", 0, -1).count(job.id.encode()) == 1
@@ -4063,7 +4063,7 @@ def test_unique_refuses_an_id_of_which_there_is_any_record(redis, queue):
     with pytest.raises(ValueError):
         queue.enqueue(add, unique=True)
     job = queue.create_job(add, job_id="b", unique=True)
-    command = microq._enqueue_command(queue.prefix, [microq._new_job(job, -1)])
+    command = microq._enqueue_command(queue.prefix, [job._new_job(-1)])
     for _ in range(2):  # sent twice
         reply = microq._execute_one(redis, *command)
         assert not microq._EnqueueReply.parse(reply).taken_id
