@@ -68,6 +68,8 @@ time, and the container is its status.
     sweep       ended       (gone)                the record has expired; settle and
                                                   heartbeat do this too
     set_field   any         the same              the job exists, else 0
+    append_log  any         the same              the job exists, else 0; a line of this
+                                                  call is not there yet
     join        any         the same              (the job becomes one of a group)
     leave       any         the same              it joined the group long enough ago
     cron_store  scheduled   (gone)                the entry of cron changes, and these
@@ -112,6 +114,8 @@ Cluster.  Queues that one worker serves on a Cluster share a slot by naming the 
     microq:{q}:schedulers       zset    names of what runs cron, by their last heartbeat
     microq:{q}:job:<id>         hash    the call and its options, later its outcome
     microq:{q}:job:<id>:results list    older results, where there is more than one
+    microq:{q}:job:<id>:log     zset    "<call_id> <text>" of the last 100 lines of its
+                                        log, by the time
     microq:{q}:job:<id>:waits   set     keys of the jobs that a deferred one still waits
                                         for
     microq:{q}:job:<id>:dependents:<allow> set  "<prefix> <id> <created_at>" of the jobs
@@ -141,6 +145,7 @@ Fields of a job's hash; only what differs from the default is stored
     call_id, last_move                  tell a second enqueue or transition from one
                                         that is sent again
     has_waiter                          a client waits for the first result
+    has_log                             it has lines in its log
     depends_on                          "<prefix><id> .. <allow>", allow: none, failed,
                                         any
     has_dependents                      other jobs may depend on it: then the sweep
@@ -201,7 +206,8 @@ Part II, what else there is
     13. Groups and rate limits
     14. Cron
     15. Embedded server
-    16. Command line
+    16. Logs, metrics, health
+    17. Command line
 """
 
 from __future__ import annotations
@@ -287,7 +293,7 @@ __all__ = [
     "DequeueStrategy", "DeserializationError", "DuplicateJobError", "EnqueueData", "Execution",
     "FailedJobRegistry", "FinishedJobRegistry", "Group", "InvalidJobDependency",
     "InvalidJobOperation", "JSONSerializer", "Job", "JobStatus", "JobTimeoutException",
-    "MicroqError", "NoSuchGroupError", "NoSuchJobError", "PickleSerializer", "Queue",
+    "LogHandler", "MicroqError", "NoSuchGroupError", "NoSuchJobError", "PickleSerializer", "Queue",
     "RandomWorker", "RateLimit", "RateLimitRegistry", "RateLimitedJobRegistry", "Registry",
     "Repeat", "Result", "Retry", "RoundRobinWorker", "ScheduledJobRegistry", "SchedulerNotFound",
     "ServerUnavailable", "SignedSerializer", "SimpleWorker", "SpawnWorker", "StartedJobRegistry",
@@ -307,6 +313,7 @@ LEASE = 15.0  # seconds; three heartbeats
 KILL_GRACE = 5.0  # seconds between the exception in a job over its time and SIGKILL
 MAX_RESULT = 64 << 20  # bytes; Redis cuts the connection at 512 MB (proto-max-bulk-len)
 MAX_TRACEBACK = 100_000  # characters; the end tells most
+MAX_LOG_LINE = 4096  # characters of a line of a job's log
 # A job that killed its worker runs again so often; the next time it is failed.
 MAX_CRASHES = 2
 # Bytes.  A connection that breaks at a larger outcome is likely to break at it again;
@@ -2231,6 +2238,7 @@ _lua(
 function expire_job(job, ttl)
   expire_in(job, ttl)
   expire_in(job .. ':results', ttl)
+  expire_in(job .. ':log', ttl)
 end
 """,
     uses="expire_in",
@@ -2239,7 +2247,9 @@ end
 _lua(
     "delete_record",
     """
-function delete_record(job) call('DEL', job, job .. ':results', job .. ':waits') end
+function delete_record(job)
+  call('DEL', job, job .. ':results', job .. ':log', job .. ':waits')
+end
 """,
 )
 
@@ -2457,7 +2467,7 @@ _lua(
 function forget_last_life(q, job)
   for container in pairs(FINAL) do call('ZREM', q .. container, job.id) end
   job.has_dependents = call('HGET', job.key, 'has_dependents')
-  call('DEL', job.key, job.key .. ':results')
+  call('DEL', job.key, job.key .. ':results', job.key .. ':log')
   call('HSET', job.key, 'call_id', job.call_id)
   if job.has_dependents then call('HSET', job.key, 'has_dependents', 1) end
 end
@@ -2841,13 +2851,14 @@ _lua(
     "store_result",
     """
 -- Store a result; the one before joins the list, which keeps nine.  Returns what the
--- hash held: ttl (the field `option`), ended, has_dependents, slot, limit; no table, as
--- that would cost each job a tenth of its settling.  PUBLISH
--- is by pcall: a user who may not publish still settles, and who waits asks again
--- (RECHECK).
+-- hash held: ttl (the field `option`), ended or has_log (whether there may be keys beside
+-- the hash), has_dependents, slot, limit; no table, as that would cost each job a tenth
+-- of its settling.  PUBLISH is by pcall: a user who may not publish still settles, and
+-- who waits asks again (RECHECK).
 function store_result(job, ended, result, option)
-  local old_ended, old_result, has_waiter, ttl, has_dependents, slot, limit = unpack(call('HMGET',
-    job, 'ended', 'result', 'has_waiter', option, 'has_dependents', 'slot', 'rate_limit'))
+  local old_ended, old_result, has_waiter, ttl, has_log, has_dependents, slot, limit =
+    unpack(call('HMGET', job, 'ended', 'result', 'has_waiter', option, 'has_log',
+      'has_dependents', 'slot', 'rate_limit'))
   -- It is equal if a call of which a part was denied (see attempt) is sent again.
   if old_ended and old_ended ~= ended then
     call('RPUSH', job .. ':results', old_ended .. '\\n' .. (old_result or ''))
@@ -2859,7 +2870,7 @@ function store_result(job, ended, result, option)
     if old_result then call('HDEL', job, 'result') end
   end
   if has_waiter and call('HDEL', job, 'has_waiter') then redis.pcall('PUBLISH', job, 'ended') end
-  return ttl, old_ended, has_dependents, slot, limit
+  return ttl, old_ended or has_log, has_dependents, slot, limit
 end
 """,
 )
@@ -2980,7 +2991,7 @@ function finish(batch, run)
   if run.result_type ~= '' then
     status, option, ended = 'failed', 'failure_ttl', run.ended .. ' ' .. run.result_type
   end
-  local ttl_field, old_ended, has_flag, slot = store_result(job, ended, run.result, option)
+  local ttl_field, has_parts, has_flag, slot = store_result(job, ended, run.result, option)
   -- Dependents that are left do not accept this end: they wait for another life of the
   -- job, or for its record to be gone.
   local has_dependents = false
@@ -2996,7 +3007,7 @@ function finish(batch, run)
     return status
   end
   local record_ttl = has_dependents and -1 or ttl
-  if old_ended then expire_job(job, record_ttl) else expire_in(job, record_ttl) end
+  if has_parts then expire_job(job, record_ttl) else expire_in(job, record_ttl) end
   add_to_container(batch, status, run, ttl)
   return status
 end
@@ -3636,6 +3647,33 @@ return 1
 def _set_field_command(prefix: str, id: str, name: str, value: Any) -> Command:
     """Set a field of a job's hash; the reply is 1, or 0 if there is no such job."""
     return SET_FIELD(prefix, id, name, value)
+
+
+APPEND_LOG = Script(
+    "append_log",
+    """
+-- Add a line to the log of a job, which keeps the last 100, and expires with the job.
+-- KEYS  prefix of the queue        ARGV  id, call_id, text
+-- `call_id` is new for each line: a call that is sent again finds its line there.
+-- Returns 1, or 0 if there is no such job.
+local q, id, call_id, text = KEYS[1], unpack(ARGV)
+local job = q .. 'job:' .. id
+if call('EXISTS', job) == 0 then return 0 end
+local lines, ttl = job .. ':log', call('PTTL', job)
+call('HSET', job, 'has_log', 1)
+call('ZADD', lines, 'NX', format_time(server_time()), call_id .. ' ' .. text)
+call('ZREMRANGEBYRANK', lines, 0, -101)
+if ttl > 0 then call('PEXPIRE', lines, ttl) end
+return 1
+""",
+    uses="format_time server_time",
+)
+
+
+def _append_log_command(prefix: str, id: str, text: str) -> Command:
+    """Add a line to the log of a job; the reply is 1, or 0 if there is no such job."""
+    line = str(text)[:MAX_LOG_LINE].encode(errors="replace")
+    return APPEND_LOG(prefix, id, secrets.token_urlsafe(6), line)
 
 
 FETCH = Script(
@@ -4642,6 +4680,36 @@ class Job:
         data = _serialize(self.serializer, self.meta, "meta", *context)
         return _set_field_command(self.queue.prefix, self.id, "meta", data)
 
+    # Its log.
+
+    def log(self, text: str) -> None:
+        """Add a line to the job's log, which keeps the last 100 lines.
+
+        A line is cut to 4,096 characters.  One round trip; raises NoSuchJobError if the
+        job is gone."""
+        if not _execute_one(self.connection, *self._log_command(text)):
+            raise NoSuchJobError(f"job {self.id!r} is gone; nothing was logged")
+
+    def _log_command(self, text: str) -> Command:
+        """Return the command that adds a line; it answers 0 if the job is gone."""
+        return _append_log_command(self.queue.prefix, self.id, text)
+
+    def logs(self) -> list[tuple[datetime, str]]:
+        """Return the last 100 lines as (time, text), oldest first.  One round trip."""
+        return self._read_logs(_execute_one(self.connection, *self._logs_command()))
+
+    def _logs_command(self) -> Command:
+        """Return the command that reads the log, for _read_logs()."""
+        return ("ZRANGE", f"{self.key}:log", 0, -1, "WITHSCORES")
+
+    def _read_logs(self, reply: Any) -> list[tuple[datetime, str]]:
+        """Take the reply to _logs_command(): "<call_id> <text>" and time of each."""
+        lines = []
+        for entry, at in _scored_members(reply):
+            text = entry.partition(b" ")[2].decode(errors="replace")
+            lines.append((_from_timestamp(at), text))
+        return lines
+
     # Transitions.
 
     def cancel(
@@ -4774,10 +4842,12 @@ class _RunState:
 
     started_at - seconds since the epoch, by the server's clock
     interrupt  - raises an exception of the given class in the function of the job that
-                 runs, from another thread; None before the first function"""
+                 runs, from another thread; None before the first function
+    result_text - what the log will show of the return value, "" for nothing"""
 
     started_at: float
     interrupt: Callable[[type[BaseException]], None] | None = None
+    result_text: str = ""
 
 
 @dataclass
@@ -4896,6 +4966,14 @@ def _hash_to_dict(pairs: Sequence[bytes]) -> dict[str, bytes]:
     """Return the reply of HGETALL, name and value in turn, as a dict."""
     names = map(_field_name, pairs[::2])
     return dict(zip(names, pairs[1::2], strict=True))
+
+
+def _scored_members(reply: Any) -> Iterator[tuple[bytes, float]]:
+    """Return the (member, score) pairs in a reply with WITHSCORES."""
+    if reply and not isinstance(reply[0], list | tuple):  # before the protocol RESP3
+        reply = zip(reply[::2], reply[1::2], strict=True)
+    for member, score in reply:
+        yield member, float(score)
 
 
 def _truncated_repr(value: Any) -> str:
@@ -5762,18 +5840,28 @@ _INTERRUPTED = Outcome(
 )
 
 
+class _Shown(NamedTuple):
+    """What the log shows of the jobs that a worker runs."""
+
+    calls: bool = True
+    results: bool = True
+
+
+_SHOW_ALL = _Shown()
+
+
 def perform(
-    execution: Execution, handlers: Handlers = (), describe: bool = True
+    execution: Execution, handlers: Handlers = (), shown: _Shown = _SHOW_ALL
 ) -> Outcome:
     """Run a job and then its callback; return how the run ended.
 
     handlers - called in turn with (job, type, exception, traceback) if the job raised,
                until one returns False
-    describe - whether the log shows the call"""
+    shown    - what the log shows of the job"""
     started = time.perf_counter()
     reset_token = _current_job.set(execution.job)
     try:
-        outcome, value_or_error = _run_function(execution, handlers, started, describe)
+        outcome, value_or_error = _run_function(execution, handlers, started, shown)
         _run_callback(execution, outcome, value_or_error)
         return outcome
     except _ColdShutdown:
@@ -5783,18 +5871,23 @@ def perform(
 
 
 def _run_function(
-    execution: Execution, handlers: Handlers, started: float, describe: bool
+    execution: Execution, handlers: Handlers, started: float, shown: _Shown
 ) -> tuple[Outcome, Any]:
     """Run the job's function; return the outcome, and the value or error."""
     job = execution.job
     try:
         job._check_before_run()
-        _log_start(job, describe)
+        is_logged = log.isEnabledFor(logging.INFO)
+        if is_logged:
+            _log_start(execution, shown.calls)
         if "pending_end" in job._fields:
             return _outcome_from_outside(job)
         value = _call_with_timeout(execution, job.timeout, job.perform)
         seconds = time.perf_counter() - started
-        return _outcome_of_value(execution, value, seconds)
+        outcome, value = _outcome_of_value(execution, value, seconds)
+        if is_logged and shown.results:
+            _note_result(execution, outcome, value)
+        return outcome, value
     except _ColdShutdown:
         raise
     except StopRequested:
@@ -5806,10 +5899,38 @@ def _run_function(
         return outcome, error
 
 
-def _log_start(job: Job, describe: bool) -> None:
-    if log.isEnabledFor(logging.INFO):
-        what = " ".join(job.description.split()) if describe else "job"
-        log.info("%s: %s (%s)", job.origin, what, job.id)
+def _log_start(execution: Execution, show_call: bool) -> None:
+    job = execution.job
+    what = " ".join(job.description.split()) if show_call else "job"
+    fields = _log_fields(execution, "started")
+    log.info("%s: %s (%s)", job.origin, what, job.id, extra=fields)
+
+
+_LOG_FIELDS = ("event", "job_id", "queue", "func", "worker", "seconds")
+
+
+def _log_fields(
+    execution: Execution, event: str, seconds: float | None = None
+) -> dict[str, Any]:
+    """Return the fields of a log record about a job, for a formatter that shows them.
+
+    event - started, finished, failed, retried, stopped or lost"""
+    job = execution.job
+    fields = {
+        "event": event, "job_id": job.id, "queue": job.origin,
+        "func": job._text("func").removesuffix("()"), "worker": execution.worker_name,
+    }  # fmt: skip
+    return fields if seconds is None else {**fields, "seconds": round(seconds, 6)}
+
+
+def _note_result(execution: Execution, outcome: Outcome, value: Any) -> None:
+    """Keep what the log will show of a return value: its text, or how large it is."""
+    size = len(outcome.payload)
+    if outcome.type is ResultType.SUCCESSFUL and size and execution.run_state:
+        text = f"{size} bytes"
+        if size <= MAX_SAFE_PAYLOAD:
+            text = _truncated_repr(value)
+        execution.run_state.result_text = text
 
 
 def _outcome_from_outside(job: Job) -> tuple[Outcome, Any]:
@@ -6526,15 +6647,15 @@ class _InlineRunner:
     start() and collect() are two methods so that a runner of several jobs at a time can
     take its place: its start() would return while the job runs."""
 
-    def __init__(self, handlers: Handlers, log_description: bool) -> None:
+    def __init__(self, handlers: Handlers, shown: _Shown) -> None:
         self._handlers = handlers
-        self._log_description = log_description
+        self._shown = shown
         self._ended: list[_Run] = []
 
     def start(self, execution: Execution) -> None:
         """Run a job to its end."""
         pid = os.getpid()
-        outcome = perform(execution, self._handlers, self._log_description)
+        outcome = perform(execution, self._handlers, self._shown)
         if os.getpid() != pid:
             os._exit(0)  # the job has forked, and its child has returned from it, too
         self._ended.append(_Run(execution, outcome))
@@ -6587,7 +6708,8 @@ class _WorkLoop(_Loop):
         self.wakeup = instance.wakeup
         self.supervisor_wakeup = supervisor_wakeup
         self.before_wait = before_wait
-        self.runner = _InlineRunner(instance.handlers, worker.log_job_description)
+        shown = _Shown(worker.log_job_description, worker.log_results)
+        self.runner = _InlineRunner(instance.handlers, shown)
         self.result_ttl: float = worker.default_result_ttl
         self.command_connection = command_connection
         self.relay_connection = instance.new_connection()
@@ -6860,7 +6982,7 @@ class _WorkLoop(_Loop):
         outcome, status = _outcome_stored(outcome, status)
         if "webhooks" in job._fields and outcome.type is not ResultType.STOPPED:
             self.pending_webhooks.append((execution, outcome, status))
-        _count_and_log(self.shared, job, outcome, status)
+        _count_and_log(self.shared, execution, outcome, status)
 
     def _on_claimed(self, request: _Request, reply: _ClaimReply) -> float:
         """Take over the jobs of a claim; return when the next scheduled job is due."""
@@ -7205,24 +7327,37 @@ def _outcome_stored(outcome: Outcome, status: str) -> tuple[Outcome, str]:
 
 
 def _count_and_log(
-    shared: _SharedState, job: Job, outcome: Outcome, status: str
+    shared: _SharedState, execution: Execution, outcome: Outcome, status: str
 ) -> None:
     """Count and log a run that was settled; `status` is the reply of SETTLE."""
     shared.busy_seconds += outcome.seconds
+    job = execution.job
     if status == "lost":
         text = "%s: job %s is no longer ours (it was taken away); its result is dropped"
-        log.warning(text, job.origin, job.id)
+        fields = _log_fields(execution, "lost", outcome.seconds)
+        log.warning(text, job.origin, job.id, extra=fields)
         return
     shared.count_outcome(outcome)
     level = logging.ERROR if outcome.type is ResultType.FAILED else logging.INFO
     if log.isEnabledFor(level):
-        log.log(level, _describe_outcome(job, outcome, status))
+        text = _describe_outcome(execution, outcome, status)
+        event = _EVENTS[outcome.type]
+        if status == "failed" and event == "retried":
+            event = "failed"  # it has no retries left
+        fields = _log_fields(execution, event, outcome.seconds)
+        log.log(level, text, extra=fields)
 
 
 _OUTCOME_PHRASES = {
     ResultType.SUCCESSFUL: "OK",
     ResultType.FAILED: "FAILED",
     ResultType.RETRIED: "to be run again",
+}
+_EVENTS = {  # names of outcomes in log records
+    ResultType.SUCCESSFUL: "finished",
+    ResultType.FAILED: "failed",
+    ResultType.STOPPED: "stopped",
+    ResultType.RETRIED: "retried",
 }
 _STATUS_PHRASES = {
     "queued": "; runs again",
@@ -7231,14 +7366,17 @@ _STATUS_PHRASES = {
 }
 
 
-def _describe_outcome(job: Job, outcome: Outcome, status: str) -> str:
+def _describe_outcome(execution: Execution, outcome: Outcome, status: str) -> str:
     """Return what the log says of a run that was settled."""
+    job = execution.job
     phrase = _OUTCOME_PHRASES.get(outcome.type, "stopped")
     text = f"{job.origin}: job {phrase} ({job.id}), {outcome.seconds:.3f} s"
     if outcome.type is ResultType.FAILED:
         lines = outcome.payload.decode(errors="replace").splitlines()
         reason = lines[-1] if lines else ""
         text += f": {reason}"
+    elif execution.run_state and execution.run_state.result_text:
+        text += f"; result = {execution.run_state.result_text}"
     container, _, due = status.partition(" ")
     text += _STATUS_PHRASES.get(container, "")
     if due:
@@ -7350,6 +7488,8 @@ class Worker:
     job_class, queue_class    - classes derived from Job, Queue, or their dotted names;
                                 those of the queues, where Queue objects are given
     log_job_description       - whether the log shows the calls, yes
+    log_results               - whether the log shows the return values, cut to 75
+                                characters, yes
 
     The other parameters are taken for RQ's sake, and have no effect.
 
@@ -7369,6 +7509,7 @@ class Worker:
         jobs_per_fork: int | None = None, serializer: Any = None, lease: Any = LEASE,
         work_horse_killed_handler: Func | None = None, job_class: Any = None,
         queue_class: Any = None, log_job_description: bool = True,
+        log_results: bool = True,
         maintenance_interval: Any = None, job_monitoring_interval: Any = None,
         worker_ttl: Any = None, default_worker_ttl: Any = None,
         prepare_for_work: Any = None, disable_default_exception_handler: Any = None,
@@ -7387,6 +7528,7 @@ class Worker:
         self._set_jobs_per_fork(jobs_per_fork)
         self._set_handlers(exception_handlers, work_horse_killed_handler)
         self.log_job_description = log_job_description
+        self.log_results = log_results
         self._info = self._new_info()  # the record of a worker, see _RECORD_KEYS
         self._instance: _Instance | None = None  # of its latest work() here
         self._supervisor: _Supervisor | None = None  # these two as a context manager
@@ -7618,7 +7760,8 @@ class Worker:
         burst            - stop when the queues are empty
         logging_level    - of microq's log, set up on stderr unless you did that; None:
                            leave it
-        date_format, log_format - of that log, '%H:%M:%S' and '%(asctime)s %(message)s'
+        date_format, log_format - of that log, '%H:%M:%S' and '%(asctime)s %(message)s';
+                           the format 'json' shows each record as an object
         max_jobs         - stop after so many
         max_idle_time    - stop after so many seconds without a job
         with_scheduler   - run cron, and put jobs that are due into the queue even while
@@ -7940,7 +8083,7 @@ class _Child:
             [status], messages = _SettleReply.parse(replies[0])
             execution, outcome = self.lost_run
             outcome, status = _outcome_stored(outcome, status)
-            _count_and_log(self.shared, execution.job, outcome, status)
+            _count_and_log(self.shared, execution, outcome, status)
         self.unreported = self.lost_run = None
         return messages
 
@@ -8733,10 +8876,35 @@ def _set_up_log(
     level: str | int | None, date_format: str | None, log_format: str | None
 ) -> None:
     """Show microq's log on stderr, unless logging is set up already; None: leave it."""
-    if level is not None:
+    if level is None:
+        return
+    if log_format == "json":
+        handler = logging.StreamHandler()
+        handler.setFormatter(_JSONFormatter())
+        logging.basicConfig(handlers=[handler])
+    else:
         log_format = log_format or "%(asctime)s %(message)s"
         logging.basicConfig(format=log_format, datefmt=date_format or "%H:%M:%S")
-        log.setLevel(level)
+    log.setLevel(level)
+
+
+class _JSONFormatter(logging.Formatter):
+    """Formats a record as JSON in one line: time, level, message, the fields of
+    _log_fields(), and the traceback of an exception."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        parts: dict[str, Any] = {
+            "time": _from_timestamp(record.created).isoformat(),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        for name in _LOG_FIELDS:
+            if hasattr(record, name):
+                parts[name] = getattr(record, name)
+        if record.exc_info:
+            parts["exception"] = self.formatException(record.exc_info)
+        return json.dumps(parts)
 
 
 class WorkerPool:
@@ -10996,7 +11164,35 @@ def _start_server(home: Path, private: bool) -> subprocess.Popen[bytes] | None:
         os.close(monitor_lock)
 
 
-# ---- 16. Command line ----------------------------------------------------------------
+# ---- 16. Logs, metrics, health -------------------------------------------------------
+# What programs that watch microq read.  Uses sections 4 to 7.
+
+
+class LogHandler(logging.Handler):
+    """Sends records of the logging module to the log of the job that runs; see
+    Job.log().  Outside of a job it does nothing.
+
+    A record takes a round trip, so give the handler a level."""
+
+    def __init__(self, level: int | str = logging.INFO) -> None:
+        super().__init__(level)
+        self._is_busy = threading.local()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        job = get_current_job()
+        # What is logged while the line travels, by redis-py or by microq, stays out.
+        if job is None or getattr(self._is_busy, "value", False):
+            return
+        self._is_busy.value = True
+        try:
+            job.log(self.format(record))
+        except Exception:
+            self.handleError(record)
+        finally:
+            self._is_busy.value = False
+
+
+# ---- 17. Command line ----------------------------------------------------------------
 # The commands of `python -m microq`.  The one idea: a command does nothing that can't
 # be done from Python; it names the classes and calls of the sections before, and their
 # arguments.  A command has a function _add_.. that declares its arguments, and a
@@ -11005,7 +11201,7 @@ def _start_server(home: Path, private: bool) -> subprocess.Popen[bytes] | None:
 #
 # Invariants: flags beat the environment, which beats the config module.  An error is
 # one line on stderr.  Text that comes from Redis is printed through _printable(), since
-# it may hold codes that control the terminal.  Uses sections 1 to 15.
+# it may hold codes that control the terminal.  Uses sections 1 to 16.
 
 _PROGRAM = f"python -m {__name__}"
 # Options of redis.Redis, which the config module or the environment gives as REDIS_HOST
@@ -11129,6 +11325,8 @@ def _worker_options(options: argparse.Namespace) -> dict[str, Any]:
         options.fork = False
     if options.disable_job_desc_logging:
         options.log_job_description = False
+    if options.disable_result_logging:
+        options.log_results = False
     return _given(options, *inspect.signature(Worker).parameters)
 
 
@@ -11397,13 +11595,15 @@ def _add_log_options(parser: argparse.ArgumentParser) -> None:
     add(
         "-q", "--quiet", action="store_true", help="the same as --logging-level WARNING"
     )
-    add("--log-format", metavar="FORMAT", help="%%(asctime)s %%(message)s")
+    formats = "%%(asctime)s %%(message)s; json: an object for each record"
+    add("--log-format", metavar="FORMAT", help=formats)
     add("--date-format", metavar="FORMAT", help="%%H:%%M:%%S")
     add(
         "--disable-job-desc-logging",
         action="store_true",
         help="log no more than the id of a job",
     )
+    add("--disable-result-logging", action="store_true", help="log no return values")
 
 
 def _add_logging_level(parser: argparse.ArgumentParser) -> None:

@@ -18,6 +18,7 @@ import http.server
 import importlib.util
 import itertools
 import json
+import logging
 import math
 import os
 import pty
@@ -585,7 +586,7 @@ def check_expiry(redis, prefix, jobs):
             allows = (b"any", b"failed", b"none")
             if redis.exists(*[dependents + allow for allow in allows]):
                 score = math.inf
-            for key in (job, job + b":results"):
+            for key in (job, job + b":results", job + b":log"):
                 if redis.exists(key):
                     ttl = redis.pttl(key) / 1000
                     expiry = now + ttl if ttl > 0 else math.inf
@@ -2030,7 +2031,7 @@ def test_the_map_of_the_file_names_its_sections():
     sections = re.findall(r"^# ---- (\d+\. [\w, ]+?) -+$", text, re.M)
     shown = re.findall(r"^ +(\d+\. [\w, ]+?)(?:  .*)?$", microq.__doc__, re.M)
     assert sections == shown
-    assert len(sections) == 16
+    assert len(sections) == 17
 
 
 def test_part_one_names_of_part_two_only_its_hooks():
@@ -2069,7 +2070,7 @@ def test_every_field_of_a_job_is_in_the_table(redis, queue):
         repeat=Repeat(1),
         **options,
     )
-    queue.enqueue_in(0, add, 1, at_front=True, job_id="b")
+    queue.enqueue_in(0, add, 1, at_front=True, job_id="b").log("a line")
     work(queue)
     table = re.search(r"Fields of a job's hash.*?\n\n(.*?)\n\n", microq.__doc__, re.S)[
         1
@@ -3038,6 +3039,8 @@ def test_an_id_used_again_after_it_expired_in_the_queue_runs_once(redis, queue):
 def test_deleted_job_leaves_no_results(redis, queue):
     kept = queue.enqueue(fail, retry=Retry(2))
     gone = queue.enqueue(flaky, 2, retry=Retry(2), result_ttl=0)
+    for job in (kept, gone):
+        job.log("a line")
     work(queue)
     assert len(kept.results()) == 3
     kept.delete()
@@ -3461,6 +3464,13 @@ def test_release_of_named_jobs_leaves_later_claims_alone(redis, queue):
     claim(queue, number=2, n=3)
     release(queue, "w", 1, jobs[1].id, jobs[2].id)  # arrives late
     assert all(job.is_started for job in jobs)
+
+
+def test_log_line_sent_twice_is_one_line(redis, queue):
+    job = queue.enqueue(add)
+    first, second = job._log_command("same"), job._log_command("same")
+    assert microq._execute(redis, first, second, first, second) == [1, 1, 1, 1]
+    assert [text for _, text in job.logs()] == ["same", "same"]
 
 
 def test_transition_sent_twice_happens_once(redis, queue):
@@ -3904,6 +3914,82 @@ def test_jobs_are_moved_with_the_arguments_of_rq(redis, queue):
     queue.remove(jobs[0])
     assert queue.job_ids == ["c"]
     assert get_current_job(connection=redis, job_class=Job) is None
+
+
+def log_lines(lines):
+    for line in lines:
+        get_current_job().log(line)
+
+
+def test_log_of_a_job_keeps_the_last_lines(redis, queue):
+    job = queue.enqueue(log_lines, [f"line {i}" for i in range(120)])
+    work(queue)
+    lines = job.logs()
+    assert [text for _, text in lines] == [f"line {i}" for i in range(20, 120)]
+    times = [at for at, _ in lines]
+    assert times == sorted(times)
+    assert abs(times[-1].timestamp() - server_time(redis)) < 60
+    job.log("x" * 5000)
+    job.log("\ud800 <b>\n two")
+    assert [text for _, text in job.logs()[-2:]] == ["x" * 4096, "? <b>\n two"]
+
+
+def test_log_of_a_job_lives_as_long_as_the_job(redis, queue):
+    """It expires with the record, though the job has run once only; and is kept when
+    the job is requeued."""
+    job = queue.enqueue(log_lines, ["first"], result_ttl=100)
+    work(queue)
+    key = f"{job.key}:log"
+    assert 90_000 < redis.pttl(key) <= redis.pttl(job.key) + 1000
+    job.requeue()
+    assert redis.pttl(key) == -1
+    work(queue)
+    assert [text for _, text in job.logs()] == ["first", "first"]
+    job.delete()
+    assert not redis.exists(key)
+    with pytest.raises(NoSuchJobError, match="nothing was logged"):
+        job.log("late")
+    assert not redis.exists(key)
+
+
+def log_by_logging(word):
+    logging.getLogger("shop").info("sold %s", word)
+
+
+@pytest.fixture
+def shop_logger():
+    """A logger whose records go to the log of the job that runs."""
+    logger = logging.getLogger("shop")
+    handler = microq.LogHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel("DEBUG")
+    yield logger
+    logger.removeHandler(handler)
+
+
+def test_records_of_logging_go_to_the_job_that_runs(queue, shop_logger, capsys):
+    jobs = [queue.enqueue(log_by_logging, word) for word in ("apples", "pears")]
+    shop_logger.info("outside of a job")
+    work(queue)
+    lines = [[text for _, text in job.logs()] for job in jobs]
+    assert lines == [["INFO sold apples"], ["INFO sold pears"]]
+
+
+def delete_self_and_log():
+    get_current_job().delete()
+    logging.getLogger("shop").info("late")
+    return "done"
+
+
+def test_log_handler_that_fails_does_not_fail_the_job(
+    queue, shop_logger, caplog, capsys
+):
+    """The record can't be stored, since the job is gone."""
+    queue.enqueue(delete_self_and_log)
+    work(queue)
+    assert "nothing was logged" in capsys.readouterr().err
+    assert "is no longer ours" in caplog.text
 
 
 # ---- 7. Queue and registries ---------------------------------------------------------
@@ -5382,6 +5468,60 @@ def test_the_log_has_the_format_and_the_detail_that_were_asked_for(
     assert done.returncode == 0
     assert "now|default: job OK" in done.stderr
     assert "secret" not in done.stderr
+
+
+@in_both_places
+def test_the_log_shows_results_unless_told_not_to(redis, queue, cli, caplog, place):
+    def log_of_run(*arguments):
+        caplog.clear()
+        job = queue.enqueue(echo, "y" * 100)
+        queue.enqueue(nothing)
+        status, _, log = microq_command(
+            "worker", "--burst", "--url", redis_url(redis), *place, *arguments
+        )
+        assert status == 0
+        return job, log
+
+    job, log = log_of_run()
+    assert re.search(
+        rf"job OK \({job.id}\), [\d.]+ s; result = \[\['y+\.\.\.$", log, re.M
+    )
+    assert log.count("result = ") == 1
+    shown = re.search("result = (.*)", log)[1]
+    assert len(shown) == 75
+    _, log = log_of_run("--disable-result-logging")
+    assert "job OK" in log and "result = " not in log
+    assert log_of_run("--quiet")[1] == ""
+
+
+def test_the_log_shows_the_size_of_a_large_result(queue, caplog):
+    job = queue.enqueue(return_large)
+    with caplog.at_level("INFO", "microq"):
+        work(queue)
+    assert re.search(
+        rf"job OK \({job.id}\), [\d.]+ s; result = 2\d+ bytes", caplog.text
+    )
+
+
+def test_json_log_has_the_fields_of_a_jobs_life(redis, queue):
+    jobs = {
+        "finished": queue.enqueue(add, 1, 2),
+        "failed": queue.enqueue(fail),
+        "retried": queue.enqueue(return_retry),
+    }
+    arguments = ["--log-format", "json", "--name", "bee", "--burst"]
+    status, _, log = microq_command("worker", "--url", redis_url(redis), *arguments)
+    assert status == 0
+    records = [json.loads(line) for line in log.splitlines()]
+    assert all(record["level"] and record["message"] for record in records)
+    for event, job in jobs.items():
+        started, ended = [each for each in records if each.get("job_id") == job.id]
+        assert (started["event"], ended["event"]) == ("started", event)
+        for record in (started, ended):
+            assert record["func"] == job.func_name
+            assert (record["queue"], record["worker"]) == ("default", "bee")
+        assert 0 <= ended["seconds"] < 60 and "seconds" not in started
+        assert datetime.fromisoformat(ended["time"]).tzinfo
 
 
 def test_a_child_that_receives_a_large_claim_slowly_is_not_taken_for_hung(
