@@ -3773,13 +3773,16 @@ def _list_command(
 
 # ---- 6. Job, result, execution -------------------------------------------------------
 # What a user holds: the id of a job, and its hash as it was last read.  Attributes read
-# that copy, without a round trip; refresh(), get_status() and is_..() read the server.
+# that copy; what asks the server says so ("One round trip.").
 # A field is decoded when it is asked for, so that a garbled one harms nothing else.
 # What Job does with Redis is in pairs: a method returns the commands, another takes the
-# replies, so that whoever sends them may also be a pipeline or an async client.  Uses
-# sections 1 to 5, of section 7 Queue, of section 8 _run_coroutine(), of section 9
-# _Backoff, and of section 12 _relay().
+# replies, so that whoever sends them may also be a pipeline or an async client.
+# Invariants: the copy stays as it was read, whatever happens on the server, until it is
+# read again; it is never written back as a whole, so that no change of somebody else is
+# lost.  Uses sections 1 to 5, of section 7 Queue, of section 8 _run_coroutine(), of
+# section 9 _Backoff, and of section 12 _relay().
 
+# The job that runs in this thread or coroutine, for get_current_job().
 _current_job: contextvars.ContextVar[Job | None] = contextvars.ContextVar(
     "job", default=None
 )
@@ -3816,6 +3819,8 @@ class Result:
         except (ValueError, OverflowError):
             text = f"the result of job {self.job_id} is garbled: {self.ended!r}"
             raise DeserializationError(text) from None
+
+    # Read off the record, without a round trip.
 
     @property
     def job_id(self) -> str:
@@ -3886,8 +3891,11 @@ class Result:
 class _EnqueueRequest(NamedTuple):
     """How a job is to be enqueued, as far as its hash does not say it.
 
-    call_id tells a second life of an id from a call that is sent again; "": the id is
-    random, so nobody else has it; None: a call_id is made when the job is sent."""
+    call_id    - tells a second life of an id from a call that is sent again; "": the id
+                 is random, so nobody else has it; None: one is made when it is sent
+    unique     - whether to refuse an id of which there is any record
+    at_front   - whether to overtake the jobs that wait
+    dependency - the jobs that it depends on, as the user gave them; None for none"""
 
     call_id: str | None = None
     unique: bool = False
@@ -3911,12 +3919,25 @@ class _EnqueueRequest(NamedTuple):
         return self._replace(call_id=None, at_front=False)
 
 
+# Most jobs share one of these two: the first is that of a job which was read or has a
+# chosen id, the second that of one which gets a random id.
 _DEFAULT_REQUEST = _EnqueueRequest()
 _NEW_ID_REQUEST = _EnqueueRequest(call_id="")
 
 
 class Job:
-    """One call of a function, and its outcome; made by a Queue, or read by fetch()."""
+    """One call of a function, and its outcome; made by a Queue, or read by fetch().
+
+    Jobs of the same id in the same queue are equal.  A queue, a worker and fetch_many()
+    make instances of a derived class, if they are given it as job_class or are called
+    on it.
+
+    id         - up to 200 letters, digits, "_" and "-"
+    queue      - the Queue that it is in, or is to be stored in
+    origin     - the name of that queue
+    key        - the key of its hash in Redis
+    connection - the redis.Redis over which it is read
+    serializer - of its call, its meta and its results: that of the queue"""
 
     queue: Queue
 
@@ -3929,7 +3950,8 @@ class Job:
         self.id = id
         self._fields = {} if fields is None else fields  # its hash, as last read
         self._request = request
-        self._status: JobStatus | None = JobStatus.CREATED  # None: to be read
+        # CREATED: not stored, as far as this object knows.  None: has to be read.
+        self._status: JobStatus | None = JobStatus.CREATED
         self._execution: Execution | None = None  # the one in progress
         self._meta: dict[str, Any] | None = None  # decoded, once it was asked for
         self._call_cache: tuple[Any, ...] | None = None  # _decoded_call, once asked for
@@ -3977,7 +3999,10 @@ class Job:
         connection: Redis | None = None,
         serializer: Any = None,
     ) -> list[Job | None]:
-        """Return the jobs of these ids, None for a missing one.  Two round trips."""
+        """Return the jobs of these ids, None for a missing one.
+
+        Two round trips: for the names of the queues, and to look for each id in each
+        queue, since an id does not say which one it is in."""
         ids = [_job_id(id) for id in job_ids]
         queues = Queue.all(connection, cls, serializer)
         jobs = _fetch_jobs([cls(id, queue, {}) for id in ids for queue in queues])
@@ -4089,7 +4114,7 @@ class Job:
             self._status = None  # only the server knows whether it has to wait
         self._request = self._request.renewed()
 
-    # Fields of the hash, as last read.
+    # Fields of the hash, as last read.  A garbled one raises DeserializationError.
 
     def _text(self, name: str) -> str:
         """Return a field of the hash as text, "" without it."""
@@ -4175,7 +4200,10 @@ class Job:
         return self._call_cache
 
     def perform(self) -> Any:
-        """Call the function here and now, and return its value."""
+        """Call the function here and now, and return its value.
+
+        Without time limit, callbacks and any change of the job's record.  A coroutine
+        is run to its end."""
         args, kwargs, _ = self._decoded_call
         value = self.func(*args, **kwargs)
         return _run_coroutine(value) if inspect.iscoroutine(value) else value
@@ -4233,7 +4261,7 @@ class Job:
     def _context_of(self, name: str) -> list[bytes]:
         """Return the context for which 'args' or 'meta' was signed.
 
-        That is this job, or else the cron entry that its id names."""
+        That is this job, or else the cron entry that its id names: "<slug>-<tick>"."""
         context = self._signed_context(name)
         if self.serializer.is_signed(self._fields.get(name, b""), *context):
             return context
@@ -4331,10 +4359,12 @@ class Job:
         return self._callback_timeout("on_stopped")
 
     def _callback_function(self, name: str) -> Any:
+        """Return the function of a Callback, imported; None without one."""
         callback = self._option(name)
         return None if callback is None else _import_object(callback.func)
 
     def _callback_timeout(self, name: str) -> float | None:
+        """Return the seconds of a Callback; None without one."""
         callback = self._option(name)
         return None if callback is None else callback.timeout
 
@@ -4390,7 +4420,7 @@ class Job:
         repeat = self._option("repeat")
         return None if repeat is None else list(repeat.interval)
 
-    # Status and times.
+    # Status and times, by the server's clock.
 
     def get_status(self, refresh: bool = True) -> JobStatus:
         """Return where the job stands.  One round trip, none with refresh=False."""
@@ -4614,11 +4644,11 @@ class Job:
     def _wait_for(self, timeout: float, ask: Callable[[Job], Any]) -> Any:
         """Wait for ask(self) to be true, and return it.
 
-        Also returns it when the job was moved or is gone, and at the timeout.  A message
-        may be lost with its connection, and a record that expires publishes nothing.  So
-        the job is asked again after RECHECK seconds without a message, and after each
-        subscription, which redis-py repeats when it connects again.  An outage is waited
-        out, until the timeout."""
+        Also returns it when the job was moved or is gone, and at the timeout.  A
+        message may be lost with its connection, and a record that expires publishes
+        nothing.  So the job is asked again after RECHECK seconds without a message, and
+        after each subscription, which redis-py repeats when it connects again.  An
+        outage is waited out, until the timeout."""
         deadline = time.monotonic() + timeout
         backoff = _Backoff(1.0)
         while (left := deadline - time.monotonic()) > 0:
@@ -4840,6 +4870,9 @@ class Job:
 class _RunState:
     """What only the process that runs a job knows of the run.
 
+    The thread that runs the job writes it; another one calls `interrupt`, when a
+    command stops the job.
+
     started_at - seconds since the epoch, by the server's clock
     interrupt  - raises an exception of the given class in the function of the job that
                  runs, from another thread; None before the first function
@@ -4852,10 +4885,12 @@ class _RunState:
 
 @dataclass
 class Execution:
-    """One run of a job, in progress.
+    """One run of a job, in progress.  A run that has ended is a Result.
 
-    token     - "<execution> <started_at>", as in the container `started`
-    run_state - known only in the process that runs it"""
+    token          - "<execution> <started_at>", as in the container `started`; whoever
+                     settles the run must show it
+    last_heartbeat - of its worker, as last read; None if not known
+    run_state      - known only in the process that runs it"""
 
     job: Job
     token: str
@@ -4927,7 +4962,7 @@ def _fetch_jobs(jobs: Sequence[Job]) -> list[Job]:
 
 
 def _chunks(items: Sequence[Any]) -> Iterator[Any]:
-    """Yield the items by as many as one call of a script takes."""
+    """Yield slices of the items, each of as many as one call of a script takes."""
     for start in range(0, len(items), MAX_JOBS_PER_CALL):
         yield items[start : start + MAX_JOBS_PER_CALL]
 
@@ -5014,30 +5049,50 @@ def requeue_job(
 # What a producer calls.  A queue and its registries are containers of jobs: each job is
 # in one of them, and they have the same parent class, which counts, reads and deletes.
 # Queue has the methods that store jobs.  All of them get the commands from
-# _prepare_call() and give the reply to _on_enqueued(); most do so by _store().  Everything
-# is checked and serialized before the first byte is sent: a call that raises has stored
-# nothing.  Uses sections 1 to 6, of section 12 _relay(), and of section 13 Group; for
-# is_async=False, of section 8 _nested_worker() and of section 10 SimpleWorker.
+# _prepare_call() and give the reply to _on_enqueued(); most do so by _store().
+#
+# A call takes these forms on its way into Redis:
+#
+#     EnqueueData    a function, its arguments and options, as the user gave them; only
+#                    for enqueue_many(), which takes many
+#     Job            what is to be stored: its options are checked, and encoded as
+#                    fields of its hash; those that are no fields are in its
+#                    _EnqueueRequest
+#     _NewJob        the part of that which the script is given
+#     _EnqueueCall   the jobs, and the commands that store them, until the reply came
+#
+# Invariants: all jobs of a call are checked and serialized before its first byte is
+# sent, so if one is wrong, none is stored; a queue's name travels with the first call
+# that stores in it.  Uses sections 1 to 6, of section 12 _relay(), and of section 13
+# Group; for is_async=False, of section 8 _nested_worker() and of section 10
+# SimpleWorker.
 
 
 class EnqueueData(NamedTuple):
-    """A call and its options, for enqueue_many(); made by Queue.prepare_data()."""
+    """A call and its options, for enqueue_many(); made by Queue.prepare_data().
+
+    call    - the function or its name, arguments by position, arguments by keyword
+    options - those of create_job(), not checked yet"""
 
     call: tuple[Func, Any, Any]
     options: dict[str, Any]
 
 
 class _EnqueueCall(NamedTuple):
-    """A call of `enqueue` or `enqueue_checked`, between its sending and its reply."""
+    """A call of `enqueue` or `enqueue_checked`, from its making until its reply."""
 
     jobs: Sequence[Job]
     # -1: to be queued now.  Else scheduled: seconds from now, or "@" and a timestamp.
     delay: float | str
-    commands: tuple[Command, ...]  # the first one is the script
+    # The script; and, unless this Queue did so before, to enter the queue's name.
+    commands: tuple[Command, ...]
 
 
 class _JobContainer:
-    """The jobs in one container of a queue.  Only Queue and Registry derive from it."""
+    """The jobs in one container of a queue.  Only Queue and Registry derive from it.
+
+    Its len() and `in` ask the server: one round trip.  It is true even if empty, so
+    that `queue or default` means what it says."""
 
     container: str  # the last part of its key, and the status of its jobs
     name: str  # of the queue
@@ -5063,6 +5118,7 @@ class _JobContainer:
         raise NotImplementedError
 
     def _read_ids(self, start: int = 0, end: int = -1, desc: bool = False) -> list[str]:
+        """Return the ids from `start` to `end`, as _ids_command().  One round trip."""
         command = self._ids_command(start, end, desc)
         return [id.decode() for id in _execute_one(self.connection, *command)]
 
@@ -5070,7 +5126,7 @@ class _JobContainer:
         return int(_execute_one(self.connection, *self._size_command()))
 
     def __bool__(self) -> bool:
-        return True  # with no jobs, too
+        return True
 
     def __contains__(self, job: Job | str) -> bool:
         [(container, _)] = _where([self._job(job)])
@@ -5084,9 +5140,12 @@ class _JobContainer:
     def remove(
         self, job: Job | str, pipeline: Any = None, delete_job: bool = True
     ) -> None:
-        """Delete a job that is here, since it is nowhere else.  Raises
-        InvalidJobOperation if it is elsewhere, NoSuchJobError if there is no such job.
-        """
+        """Delete a job that is in this container.  One round trip, none with a
+        pipeline.
+
+        RQ would only take it out with delete_job=False; here it can't be in none.
+        Raises InvalidJobOperation if it is elsewhere, NoSuchJobError if there is no
+        such job."""
         self._job(job)._transition([self.container], "gone", pipeline=pipeline)
 
     def empty(self) -> int:
@@ -5112,17 +5171,24 @@ class _JobContainer:
         return count
 
     # RQ's other names.
+
     def get_job_count(self, cleanup: bool = True) -> int:
+        """Return len(self)."""
         return len(self)
 
 
 class Registry(_JobContainer):
     """The jobs of a queue in one container other than `queued`; to read it changes
-    nothing. This is the base of the registries below."""
+    nothing.  This is the base of the registries below.
+
+    queue - the Queue; else one is made of the other arguments, as Queue takes them
+
+    The argument `cleanup` of methods is RQ's and changes nothing: ended jobs whose
+    record has expired are never counted or listed."""
 
     def __init__(
-        self, name: str = "default", connection: Redis | None = None, job_class: Any = None,
-        queue: Queue | None = None, serializer: Any = None,
+        self, name: str = "default", connection: Redis | None = None,
+        job_class: Any = None, queue: Queue | None = None, serializer: Any = None,
     ) -> None:  # fmt: skip
         if queue is None:
             queue = Queue(name, connection, job_class=job_class, serializer=serializer)
@@ -5144,8 +5210,8 @@ class Registry(_JobContainer):
         self, start: int = 0, end: int = -1, desc: bool = False, cleanup: bool = True
     ) -> list[str]:
         """Return ids `start` to `end`, both included and from 0; an end of -1 is the
-        last. Scheduled jobs are in the order of their times, ended ones in that of
-        their expiry."""
+        last.  Scheduled jobs are in the order of their times, ended ones in that of
+        their expiry.  One round trip."""
         return self._read_ids(start, end, desc)
 
     def get_jobs(
@@ -5159,6 +5225,7 @@ class Registry(_JobContainer):
         InvalidJobOperation if it is elsewhere, NoSuchJobError if there is no such job.
         """
         requeued = self._job(job)
+        # Not by Job.requeue(), which takes a job that has ended in any way.
         requeued._transition([self.container], "queued", at_front)
         requeued.refresh()
         return requeued
@@ -5174,7 +5241,8 @@ class Registry(_JobContainer):
         return _from_timestamp(moment) if math.isfinite(moment) else None
 
     def get_job_and_execution_ids(self) -> list[tuple[str, str]]:
-        """Return (job id, execution id) pairs, of started jobs."""
+        """Return (job id, execution id) pairs of the jobs that run.  Two round
+        trips."""
         executions = [job._execution for job in self.get_jobs()]
         return [(run.job_id, run.id) for run in executions if run is not None]
 
@@ -5183,13 +5251,16 @@ class Registry(_JobContainer):
     ) -> None:
         """Forget ended jobs whose record has expired by the server's clock, or had
         expired at `timestamp` if that is earlier.  The heartbeat of a worker does this,
-        too."""
+        too.  Nothing is to be done in other containers."""
 
     # RQ's other names.
+
     def get_queue(self) -> Queue:
+        """Return `queue`."""
         return self.queue
 
     def get_scheduled_time(self, job: Job | str) -> datetime | None:
+        """Return get_expiration_time()."""
         return self.get_expiration_time(job)
 
 
@@ -5199,7 +5270,8 @@ def _slice(ids: list[str], start: int, end: int) -> list[str]:
 
 
 class StartedJobRegistry(Registry):
-    """The jobs that workers have claimed: they run, or are about to."""
+    """The jobs that workers have claimed: they run, or are about to; in the order of
+    their ids."""
 
     container = "started"
 
@@ -5210,6 +5282,7 @@ class StartedJobRegistry(Registry):
         return ("HKEYS", self.key)  # a hash has no order, so all ids are read
 
     def _read_ids(self, start: int = 0, end: int = -1, desc: bool = False) -> list[str]:
+        """Return the ids from `start` to `end` of all, sorted."""
         return _slice(sorted(super()._read_ids(), reverse=desc), start, end)
 
 
@@ -5233,8 +5306,11 @@ class RateLimitedJobRegistry(Registry):
 
 
 class _EndedJobRegistry(Registry):
-    """Jobs that have ended, by the time at which their record expires.  A record that
-    has expired may still be in the container, and counts as gone."""
+    """Jobs that have ended, by the time at which their record expires.
+
+    A record that has expired may still be in the container, until the next heartbeat or
+    cleanup(); it counts as gone.  So a script reads the container, by the server's
+    clock."""
 
     def _size_command(self) -> Command:
         return _count_command(self.prefix, self.container)
@@ -5246,6 +5322,7 @@ class _EndedJobRegistry(Registry):
     def cleanup(
         self, timestamp: float | None = None, exception_handlers: Any = None
     ) -> None:
+        """Forget the jobs whose record has expired, a thousand in a round trip."""
         command = _sweep_command(self.prefix, self.container, timestamp)
         while True:
             reply = _SweepReply.parse(_execute_one(self.connection, *command))
@@ -5273,7 +5350,7 @@ class CanceledJobRegistry(_EndedJobRegistry):
 
 
 def clean_registries(queue: Queue, exception_handlers: Any = None) -> None:
-    """Forget the jobs of a queue whose record has expired."""
+    """Forget the jobs of a queue whose record has expired; see Registry.cleanup()."""
     queue.finished_job_registry.cleanup()
     queue.failed_job_registry.cleanup()
     queue.canceled_job_registry.cleanup()
@@ -5288,15 +5365,17 @@ class Queue(_JobContainer):
     job_class       - Job, or a class derived from it, or its dotted name
     serializer      - 'pickle', 'json', 'signed', or an object with dumps and loads,
                       'pickle'
-    """
+
+    Making one sends nothing.  It may be used by several threads at once.  Queues of the
+    same name are equal, and sorted by their names."""
 
     container = "queued"
     job_class: type[Job] = Job
 
     def __init__(
-        self, name: str = "default", connection: Redis | None = None, default_timeout: Any = None,
-        is_async: bool = True, job_class: Any = None, serializer: Any = None,
-        death_penalty_class: Any = None,
+        self, name: str = "default", connection: Redis | None = None,
+        default_timeout: Any = None, is_async: bool = True, job_class: Any = None,
+        serializer: Any = None, death_penalty_class: Any = None,
     ) -> None:  # fmt: skip
         self.name = name
         self.prefix = _queue_prefix(name)
@@ -5306,7 +5385,8 @@ class Queue(_JobContainer):
         timeout = DEFAULT_TIMEOUT if default_timeout is None else default_timeout
         self.default_timeout = _parse_seconds(timeout, "default_timeout", (-1,))
         self.is_async = is_async
-        # Whether this object has entered the queue's name in microq:queues.
+        # Whether this object has entered the queue's name in microq:queues.  That takes
+        # a command of its own, as the set is in another slot of a Cluster.
         self._registered = False
 
     @classmethod
@@ -5316,7 +5396,8 @@ class Queue(_JobContainer):
         job_class: Any = None,
         serializer: Any = None,
     ) -> list[Queue]:
-        """Return every queue that was used and not deleted, by name."""
+        """Return every queue that was used and not deleted, by name.  One round
+        trip."""
         connection = _connect(connection)
         members = _execute_one(connection, "SMEMBERS", _QUEUES_KEY)
         return [
@@ -5326,8 +5407,9 @@ class Queue(_JobContainer):
 
     @classmethod
     def from_queue_key(cls, queue_key: str, *args: Any, **kwargs: Any) -> Queue:
-        """Return the queue whose `key` this is; more arguments are for its
-        constructor."""
+        """Return the queue whose `key` this is, as in "microq:{mail}:queued".
+
+        More arguments are for its constructor.  Raises ValueError for another key."""
         match = re.fullmatch(r"microq:(\{(.+)\}|\{.+\}.+):queued", queue_key)
         if match is None:
             example = "'microq:{mail}:queued'"
@@ -5445,7 +5527,8 @@ class Queue(_JobContainer):
     def prepare_data(
         func: Func, args: Any = None, kwargs: Any = None, **options: Any
     ) -> EnqueueData:
-        """Return a call with the options of create_job(), for enqueue_many()."""
+        """Return a call with the options of create_job(), for enqueue_many(), which
+        checks them."""
         return EnqueueData((func, args, kwargs), options)
 
     def enqueue_many(
@@ -5454,9 +5537,16 @@ class Queue(_JobContainer):
         pipeline: Any = None,
         group_id: str | None = None,
     ) -> list[Job]:
-        """Store many calls, and return their jobs in the same order.  One round trip
-        per 1,000 jobs, during which the next 1,000 are prepared; two for a group, which
-        is told first.  A call that raises may have stored earlier thousands."""
+        """Store many calls, and return their jobs in the same order.
+
+        job_datas - EnqueueData, made by prepare_data(); read a thousand at a time
+        pipeline  - a redis-py pipeline to carry the commands, which you execute, none
+        group_id  - the name of a group that the jobs join; see Group
+
+        One round trip per 1,000 jobs, during which the next 1,000 are prepared; two for
+        a group, which is told first: a member that was not stored does no harm, a job
+        that its group does not know would be missed.  A call that raises may have
+        stored earlier thousands."""
         group = Group(self.connection, group_id) if group_id else None
         remaining = iter(job_datas)
         all_jobs: list[Job] = []
@@ -5482,6 +5572,7 @@ class Queue(_JobContainer):
     def _create_jobs(
         self, data: Iterable[EnqueueData], group: Group | None
     ) -> list[Job]:
+        """Return the jobs of these calls, as jobs of the group; nothing is sent."""
         jobs = []
         for (func, args, kwargs), options in data:
             if group is not None:
@@ -5492,8 +5583,14 @@ class Queue(_JobContainer):
     def create_job(
         self, func: Func, args: Any = None, kwargs: Any = None, **options: Any
     ) -> Job:
-        """Return a job for enqueue_job(); options as of enqueue(), `timeout` for
-        job_timeout."""
+        """Return a job for enqueue_job(), which is not stored yet.
+
+        func    - a function, a method, a callable object or a dotted name
+        args    - a tuple or list of arguments, none
+        kwargs  - a dict of arguments by keyword, none
+        options - those of enqueue() but `pipeline`; `timeout` in place of job_timeout
+
+        Raises as enqueue(); an option of None counts as not given."""
         fields = self._encode_call(func, args, kwargs)
         if options.get("timeout") is None and self.default_timeout != DEFAULT_TIMEOUT:
             options["timeout"] = self.default_timeout
@@ -5518,7 +5615,10 @@ class Queue(_JobContainer):
         return job
 
     def _encode_call(self, func: Any, args: Any, kwargs: Any) -> dict[str, bytes]:
-        """Return the fields `func` and `args`, of a function that a worker can find."""
+        """Return the fields `func` and `args`, of a function that a worker can find.
+
+        A method of an instance, or an object that is callable, travels as its object
+        with the arguments; `func` is then ".<name of the method>"."""
         if isinstance(args, str | bytes):
             raise TypeError(f"args={args!r}: give a tuple or a list, as in ({args!r},)")
         call: tuple[Any, ...] = (tuple(args or ()), dict(kwargs or {}))
@@ -5546,8 +5646,11 @@ class Queue(_JobContainer):
         at_front: bool = False,
         unique: bool = False,
     ) -> Job:
-        """Store a job made by create_job() or Job.create(); one that has ended begins a
-        new life.  Raises InvalidJobOperation for a job that is in another queue."""
+        """Store a job made by create_job() or Job.create(), and return it.
+
+        One that has ended begins a new life.  The options are those of enqueue().
+        Raises InvalidJobOperation for a job that is in another queue, and as
+        enqueue()."""
         job._prepare_for(self, at_front, unique)
         self._store([job], pipeline)
         return job
@@ -5564,7 +5667,9 @@ class Queue(_JobContainer):
     def _store(
         self, jobs: Sequence[Job], pipeline: Any, delay: float | str = -1
     ) -> None:
-        """Store jobs; with a pipeline, they are stored when its owner executes it."""
+        """Store jobs; with a pipeline, they are stored when its owner executes it.
+
+        For the delay see _EnqueueCall."""
         if pipeline is not None and not self.is_async:
             raise TypeError("is_async=False runs jobs at once; it can't use a pipeline")
         call = self._prepare_call(jobs, delay)
@@ -5578,8 +5683,9 @@ class Queue(_JobContainer):
     def _prepare_call(
         self, jobs: Sequence[Job], delay: float | str = -1
     ) -> _EnqueueCall:
-        """Return the call that stores the jobs, which was not sent yet.
+        """Return the call that stores the jobs, to be sent by the caller.
 
+        It is complete, and may be sent any number of times: it stores the jobs once.
         Two round trips for dependencies that are given by ids, else none."""
         if len({job.id for job in jobs}) < len(jobs):
             text = "the same job_id stands twice in one enqueue_many()"
@@ -5593,9 +5699,10 @@ class Queue(_JobContainer):
         return _EnqueueCall(jobs, delay, commands)
 
     def _receive_enqueued(self, connection: _Connection, call: _EnqueueCall) -> None:
-        """Read the reply to a call that was sent ahead.  If there is none, the call is
-        sent again over the client's own connection, which tries as often as the client
-        does."""
+        """Read the reply to a call that was sent ahead.
+
+        If there is none, the call is sent again over the client's own connection, which
+        tries as often as the client does."""
         replies: list[Any] = []
         if connection.sent:
             with contextlib.suppress(ServerUnavailable):
@@ -5605,7 +5712,9 @@ class Queue(_JobContainer):
         self._on_enqueued(call, replies[0])
 
     def _on_enqueued(self, call: _EnqueueCall, reply: Any) -> None:
-        """Take the reply of the script `enqueue`."""
+        """Take the reply of the script, or raise DuplicateJobError.
+
+        With is_async=False, jobs that are to run now are run."""
         self._registered = True
         enqueued = _EnqueueReply.parse(reply)
         if enqueued.taken_id:
@@ -5619,21 +5728,28 @@ class Queue(_JobContainer):
 
     @staticmethod
     def _note_stored(call: _EnqueueCall, created_at: bytes | None) -> None:
-        """Note in the jobs that they are stored; None: by a pipeline, at a time that is
-        not known."""
+        """Note in the jobs that they are stored.
+
+        created_at is None if a pipeline stores them: the time is not known yet."""
         status = JobStatus.QUEUED if call.delay == -1 else JobStatus.SCHEDULED
         for job in call.jobs:
             job._on_stored(status, created_at)
 
     def _run_here(self, jobs: Sequence[Job]) -> None:
-        """Work the queue off in this thread, which is_async=False asks for, and read
-        the jobs again.  If this is done by a job, its time limit goes on afterwards."""
+        """Work the queue off in this thread, for is_async=False, and read the jobs
+        again.
+
+        If a job does this, its own timeout counts on meanwhile, but is raised only
+        afterwards."""
         with _nested_worker():
             SimpleWorker(self).work(burst=True, logging_level=None)
         _fetch_jobs(jobs)
 
     def _resolve_dependencies(self, jobs: Sequence[Job]) -> None:
-        """Write the keys of the jobs on which these jobs depend into their fields."""
+        """Write the keys of the jobs on which these jobs depend into their fields.
+
+        A job that is given by its id is looked for in all queues, two round trips for
+        all; one that is not found may be stored by this very call."""
         dependencies: dict[Job, Dependency] = {}
         for job in jobs:
             dependency = job._request.dependency
@@ -5672,7 +5788,8 @@ class Queue(_JobContainer):
         return list(dict.fromkeys(keys))
 
     def get_job_ids(self, offset: int = 0, length: int = -1) -> list[str]:
-        """Return the ids of `length` jobs that wait, the next one first; -1 for all."""
+        """Return the ids of `length` jobs that wait, from `offset` on, the next one
+        first; -1 for all.  One round trip."""
         if length == 0:
             return []
         last = offset + length - 1 if length > 0 else -1
@@ -5687,13 +5804,15 @@ class Queue(_JobContainer):
         return len(self) == 0
 
     def fetch_job(self, job_id: str) -> Job | None:
-        """Return the job of this id if it is of this queue, else None."""
+        """Return the job of this id if it is of this queue, else None.  One round
+        trip."""
         jobs = _fetch_jobs([self._job(job_id)])
         return jobs[0] if jobs else None
 
     def get_job_position(self, job: Job | str) -> int | None:
         """Return how many jobs are before this one; None if it does not wait here.
-        O(n)."""
+
+        One round trip, in which the server looks at all that are before it."""
         command = ("LPOS", self.key, _job_id(job))
         position: int | None = _execute_one(self.connection, *command)
         return position
@@ -5734,8 +5853,9 @@ class Queue(_JobContainer):
         return CanceledJobRegistry(queue=self)
 
     def delete(self, delete_jobs: bool = True) -> None:
-        """Delete the queue with its jobs in all states.  With delete_jobs=False it must
-        be empty: raises InvalidJobOperation if not."""
+        """Delete the queue with its jobs in all states, and its cron entries.
+
+        With delete_jobs=False it must be empty: raises InvalidJobOperation if not."""
         # A job that is deleted frees its dependents, and the slot of its limit.  Jobs
         # that would move on then are deleted first; so hardly any of them comes to run.
         waiting = (
@@ -5769,12 +5889,15 @@ class Queue(_JobContainer):
         return f"Queue({self.name!r})"
 
     # RQ's other names.
+
     @property
     def job_ids(self) -> list[str]:
+        """The ids of the jobs that wait, the next one first.  One round trip."""
         return self.get_job_ids()
 
     @property
     def jobs(self) -> list[Job]:
+        """The jobs that wait, the next one first.  Two round trips."""
         return self.get_jobs()
 
 
@@ -5798,9 +5921,14 @@ def job(
     queue: Queue | str, connection: Redis | None = None, *, queue_class: Any = None,
     serializer: Any = None, **options: Any,
 ) -> Callable[[Callable[..., Any]], Any]:  # fmt: skip
-    """Decorate a function with .delay() and .enqueue(), which store a call of it.  The
-    options are those of enqueue_call(); job_id, at_front and depends_on may stand in
-    each call, too."""
+    """Decorate a function with .delay() and .enqueue(), which store a call of it.
+
+    queue       - a Queue, or its name: then it is made at the first call, by
+                  queue_class, connection and serializer
+    options     - those of enqueue_call(), for all calls
+
+    Both methods take the arguments of the function and return the Job; job_id, at_front
+    and depends_on may stand in each call, too."""
     make_queue = _resolve_class(queue_class, Queue)
 
     @functools.cache
@@ -5811,6 +5939,8 @@ def job(
         return make_queue(queue, connection, serializer=serializer)
 
     def decorate(func: Any) -> Any:
+        """Return the function itself, which remains callable as it was."""
+
         def delay(*args: Any, **kwargs: Any) -> Any:
             call_options = dict(options)
             for name in ("job_id", "at_front", "depends_on"):
@@ -9751,10 +9881,12 @@ def _acknowledge(connection: Any, messages: Iterable[Message]) -> None:
 
 # ---- 13. Groups and rate limits ------------------------------------------------------
 # A group names jobs that belong together, and a limit counts jobs that may run at once,
-# in whatever queues.  Both are only read here: a queue's enqueue_many() enters jobs
-# into a group before it stores them, and section 12 hands out the slots of a limit.  A
-# job is of a group if both say so: the group lists it, and its hash names the group; an
-# id may have begun a new life elsewhere.  Uses sections 4 to 7.
+# in whatever queues.  The keys of both live in slots of their own, so no script changes
+# them along with a job.  A limit is only read here; section 12 hands out its slots.  A
+# group has a set of its members, which a queue's enqueue_many() enters before it stores
+# the jobs.  Invariants: a job is of a group if both say so (the group lists it, and its
+# hash names the group), since the id may have begun a new life elsewhere; a member that
+# does not exist counts as ended.  Uses sections 4 to 7.
 
 
 JOIN = Script(
@@ -9763,8 +9895,10 @@ JOIN = Script(
 -- Enter members into a sorted set of times, in their order, behind those that joined
 -- before.
 -- KEYS  the set        ARGV  ahead (seconds from now), ttl (seconds), members ..
--- The set expires after the ttl, unless more join.  If it holds times to come, those
--- that have passed leave it.
+-- Two sets are such: the members of a group, by when they joined (ahead is 0); and the
+-- names of all groups, by when they are forgotten (ahead is their ttl).  The set expires
+-- after the ttl, unless more join.  If it holds times to come, those that have passed
+-- leave it.
 local key, ahead, ttl = KEYS[1], unpack(ARGV)
 local now, entries = server_time(), {}
 if tonumber(ahead) > 0 then call('ZREMRANGEBYSCORE', key, '-inf', format_time(now)) end
@@ -9808,7 +9942,9 @@ def _leave_command(key: str, age: float, *members: str) -> Command:
 
 
 class RateLimitRegistry:
-    """The jobs that share the RateLimit of this key, in whatever queues."""
+    """The jobs that share the RateLimit of this key, in whatever queues.
+
+    A snapshot for people: jobs may get and give back slots meanwhile."""
 
     def __init__(self, key: str, connection: Redis | None = None) -> None:
         self.key = key
@@ -9847,16 +9983,19 @@ class RateLimitRegistry:
 
 
 class Group:
-    """Jobs under a common name, in whatever queues; enqueue_many() puts them there.  A
-    group is forgotten a week after the last jobs joined, and by cleanup() when none of
-    its jobs exists.  Without a name it gets a random one."""
+    """Jobs under a common name, in whatever queues; enqueue_many() puts them there.
+
+    connection - a redis.Redis, as of a Queue
+    name       - for fetch(), and the `group_id` of its jobs; random
+    serializer - for the jobs that the group returns, as of a Queue; 'pickle'
+
+    A group comes into being with its first job.  It is forgotten a week after the last
+    jobs joined, and by cleanup() when none of its jobs exists."""
 
     def __init__(
-        self,
-        connection: Redis | None = None,
-        name: str | None = None,
+        self, connection: Redis | None = None, name: str | None = None,
         serializer: Any = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.connection = _connect(connection)
         self.name = name or secrets.token_urlsafe(16)
         self.key = f"microq:group:{self.name}"
@@ -9866,8 +10005,9 @@ class Group:
     def fetch(
         cls, name: str, connection: Redis | None = None, serializer: Any = None
     ) -> Group:
-        """Return the group of this name.  Raises NoSuchGroupError if no job has joined
-        it, or it was forgotten."""
+        """Return the group of this name.  One round trip.
+
+        Raises NoSuchGroupError if no job has joined it, or it was forgotten."""
         group = cls(connection, name, serializer)
         if not _execute_one(group.connection, "EXISTS", group.key):
             text = f"no group {name!r}: no job joined it, or it was forgotten"
@@ -9876,8 +10016,9 @@ class Group:
 
     @classmethod
     def all(cls, connection: Redis | None = None) -> list[Group]:
-        """Return all groups, in the order in which the last jobs joined them.  Two
-        round trips."""
+        """Return all groups, in the order in which the last jobs joined them.
+
+        Two round trips: the set of names may hold groups that are empty by now."""
         connection = _connect(connection)
         names = _execute_one(connection, *_list_command(_GROUPS_KEY))
         if not names:
@@ -9901,8 +10042,11 @@ class Group:
 
     def enqueue_callback(self, queue: Queue, f: Func, *args: Any, **kwargs: Any) -> Job:
         """Store a call to be run when all that are jobs of the group now have ended, in
-        whatever way; see Queue.enqueue().  One round trip more, and one for each other
-        queue."""
+        whatever way; return its Job.
+
+        The arguments are those of Queue.enqueue(), but no pipeline: raises TypeError.
+        One round trip more than that, and one for each other queue.  The call itself is
+        no job of the group."""
         if kwargs.get("pipeline") is not None:
             text = "a callback can't be put into a pipeline; its jobs may be there, too"
             raise TypeError(text)
@@ -9915,17 +10059,24 @@ class Group:
         return [job for job in jobs if job.group_id == self.name]
 
     def counts(self) -> dict[str, int]:
-        """Return how many of the jobs that still exist have which status."""
+        """Return how many of the jobs that still exist have which status.
+
+        As in {"finished": 3, "queued": 1}.  Two round trips."""
         statuses = [job.get_status(refresh=False) for job in self.get_jobs()]
         return dict(Counter(str(status) for status in statuses))
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until all jobs have ended, up to `timeout` seconds if it is given; tell
-        whether they have.  See Job.latest_result()."""
+        """Wait until all jobs have ended, and tell whether they have.
+
+        timeout - seconds to wait at most; None: for as long as it takes
+
+        Jobs that join meanwhile are not waited for.  A job that is gone has ended, one
+        that is to be retried has not.  Waits without polling, as latest_result()."""
         deadline = time.monotonic() + (math.inf if timeout is None else timeout)
         pending = self._read_members()
         # The jobs that joined last are looked at first: when they have ended, few
-        # others have not.  A job that has ended is not looked at again.
+        # others have not.  A job that has ended is not looked at again.  So it takes
+        # few waits, and few jobs are looked at for each.
         size = 1  # of the portion to look at; it grows while all have ended
         while pending:
             unended = self._unended(pending[-size:])
@@ -10000,6 +10151,7 @@ class Group:
         return unended
 
     def _has_ended(self, job: Job) -> bool:
+        """Whether a job has ended, for Job._wait_for().  One round trip."""
         return not self._unended([job])
 
     def _remove(self, jobs: Sequence[Job], age: float) -> None:
@@ -10012,13 +10164,13 @@ class Group:
         return f"Group({self.name!r})"
 
     # RQ's other names.
+
     @classmethod
     def create(
-        cls,
-        connection: Redis | None = None,
-        name: str | None = None,
+        cls, connection: Redis | None = None, name: str | None = None,
         serializer: Any = None,
-    ) -> Group:
+    ) -> Group:  # fmt: skip
+        """Return Group(..)."""
         return cls(connection, name, serializer)
 
 
