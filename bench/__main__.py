@@ -37,7 +37,7 @@ COMPETITORS = [
 ]  # fmt: skip
 QUESTIONS = [
     "enqueue", "drain", "latency", "scale", "fork", "import", "network", "cpu",
-    "later", "idle", "bytes", "recovery", "growth", "workers",
+    "waiting", "later", "idle", "bytes", "recovery", "growth", "workers",
 ]  # fmt: skip
 BEGUN_AT = time.monotonic()
 

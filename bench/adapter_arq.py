@@ -17,6 +17,7 @@ PINS = ["arq==0.28.0", "redis==5.3.1", "hiredis==3.5.0"]
 ABOUT = "asyncio, 10 jobs at a time (its default); results are stored (its default)"
 SAFE = "yes, runs again after 310 s"
 WORKERS = {"asyncio": ("arq adapter_arq.WorkerSettings", 200)}
+CONCURRENT = {"asyncio": ("arq adapter_arq.WorkerSettings", ["coroutines"], 600)}
 ENQUEUES = 700
 IMPORT = "import arq"
 SHORT = "`job_timeout=2` (300)"
@@ -30,6 +31,7 @@ SETTINGS = RedisSettings(
 class WorkerSettings:
     functions = tuple(JOBS.values())
     redis_settings = SETTINGS
+    max_jobs = int(os.environ.get("BENCH_AT_ONCE", 10))
     job_timeout = int(os.environ.get("BENCH_LEASE", 300))
 
 

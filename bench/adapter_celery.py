@@ -19,6 +19,13 @@ WORKERS = {
     "prefork": ("celery -A adapter_celery worker -P prefork -c {n} -l ERROR", 250),
     "solo": ("celery -A adapter_celery worker -P solo -l ERROR", 250),
 }
+CONCURRENT = {
+    "threads": (
+        "celery -A adapter_celery worker -P threads -c {c} -l ERROR",
+        ["functions"],
+        300,
+    )
+}
 ENQUEUES = 400
 IMPORT = "import celery, celery.app.base, kombu.transport.redis"
 SHORT = "late acknowledgement, `visibility_timeout` 2 s (1 hour)"

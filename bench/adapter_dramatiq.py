@@ -17,6 +17,13 @@ PINS = ["dramatiq==2.2.1", "redis==8.1.0", "hiredis==3.5.0"]
 ABOUT = "one process of 8 threads (its default); results are stored (an option)"
 SAFE = "yes, runs again after 60 s"
 WORKERS = {"8 threads": ("dramatiq adapter_dramatiq -p {n} -t 8 --skip-logging", 600)}
+CONCURRENT = {
+    "threads": (
+        "dramatiq adapter_dramatiq -p 1 -t {c} --skip-logging",
+        ["functions"],
+        1500,
+    )
+}
 ENQUEUES = 1000
 IMPORT = "import dramatiq.brokers.redis"
 SHORT = "`heartbeat_timeout=2000, maintenance_chance=10**5` (1,000)"

@@ -21,6 +21,7 @@ PINS = [
 ABOUT = "asyncio, 10 jobs at a time (its default); results are stored (its default)"
 SAFE = "it is aborted after its timeout (10 s), or runs again if it has retries"
 WORKERS = {"asyncio": ("saq adapter_saq.settings --workers {n}", 250)}
+CONCURRENT = {"asyncio": ("saq adapter_saq.settings", ["coroutines"], 1500)}
 ENQUEUES = 700
 IMPORT = "import saq.queue.redis"
 SHORT = "`timeout=2` (10), `retries=3` (1), a sweep each 2 s (60)"
@@ -33,7 +34,7 @@ queue = RedisQueue(Redis.from_url(os.environ["BENCH_URL"]))
 settings = {
     "queue": queue,
     "functions": list(JOBS.values()),
-    "concurrency": 10,
+    "concurrency": int(os.environ.get("BENCH_AT_ONCE", 10)),
     "timers": timers,
 }
 

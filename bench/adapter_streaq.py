@@ -12,13 +12,18 @@ PINS = ["streaq==7.2.0", "coredis==6.9.0", "hiredis==3.5.0"]
 ABOUT = "asyncio, 16 jobs at a time (its default); results are stored (its default)"
 SAFE = "yes, runs again after 60 s"
 WORKERS = {"asyncio": ("streaq run adapter_streaq:worker --workers {n}", 300)}
+CONCURRENT = {"asyncio": ("streaq run adapter_streaq:worker", ["coroutines"], 1000)}
 ENQUEUES = 700
 IMPORT = "import streaq"
 SHORT = "`idle_timeout=2` (60)"
 LEASE = {"usual": "60", "short": "2"}
 
 idle_timeout = int(os.environ.get("BENCH_LEASE", 60))  # seconds
-worker = Worker(os.environ["BENCH_URL"], idle_timeout=idle_timeout)
+worker = Worker(
+    os.environ["BENCH_URL"],
+    idle_timeout=idle_timeout,
+    concurrency=int(os.environ.get("BENCH_AT_ONCE", 16)),
+)
 TASKS = {name: worker.task(name=name)(job) for name, job in JOBS.items()}
 
 

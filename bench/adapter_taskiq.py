@@ -23,6 +23,14 @@ WORKERS = {
         300,
     )
 }
+CONCURRENT = {
+    "asyncio": (
+        "taskiq worker adapter_taskiq:broker --workers 1 --log-level ERROR"
+        " --max-async-tasks {c}",
+        ["coroutines"],
+        1000,
+    )
+}
 LACKS = {"later": "needs a process of its own"}
 ENQUEUES = 700
 IMPORT = "import taskiq_redis"

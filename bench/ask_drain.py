@@ -2,13 +2,16 @@
 ms of work?
 
 Each competitor in every configuration of one process that its adapter names. A fork for
-every job is another question.
+every job is another question. Workers that can run many jobs at once in one process also
+run no-ops that way: 10 and 100 coroutines at once, 10 functions at once.
 """
 
 from __future__ import annotations
 
 WHEN = "rounds"
 BUSY = 200  # jobs of 1 ms
+AT_ONCE = {"coroutines": [10, 100], "functions": [10]}
+NOOPS = {"coroutines": "noop_coroutine", "functions": "noop"}
 
 
 def measure(deployment):
@@ -17,6 +20,9 @@ def measure(deployment):
     # The usual configuration comes last, since its worker serves the next question too.
     labels.append(competitor.usual)
     figures = {}
+    for label, kind in competitor.concurrent_kinds():
+        for at_once in AT_ONCE[kind]:
+            figures |= drain_at_once(deployment, label, kind, at_once)
     for label in labels:
         if label == competitor.settings.get("FORKS"):
             continue
@@ -44,3 +50,14 @@ def drain(deployment, label, count, processes, busy=0):
         deployment.wait_for_runs(first_busy, busy)
         figures[label, "1 ms, per second"] = deployment.rate(first_busy, busy)
     return figures
+
+
+def drain_at_once(deployment, label, kind, at_once):
+    """Queue no-ops, start a worker that runs many at once, return its rate."""
+    count = deployment.competitor.settings["CONCURRENT"][label][2]
+    deployment.clear()
+    first, _ = deployment.enqueue(count, "enqueue_many", NOOPS[kind])
+    deployment.work(label, at_once=at_once, warm_up=False)
+    deployment.wait_for_runs(first, count)
+    name = f"{kind}, {at_once} at once, per second"
+    return {(label, name): deployment.rate(first, count)}

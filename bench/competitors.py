@@ -37,6 +37,13 @@ class Competitor:
     """The constants of an adapter, read without importing it.
 
     The adapter can't be imported here, since its library is in another environment.
+
+    PINS       - packages of its environment; none: the one that runs the benchmark
+    WORKERS    - {label: (command of a worker, no-op jobs that it runs in a round)}
+    CONCURRENT - {label: (command of a worker that runs {c} jobs at once, kinds of
+                 jobs, no-op jobs in a round)}; a kind is "coroutines" or "functions"
+    LEASE      - what replaces {lease} in commands, and is BENCH_LEASE
+    LACKS      - {question that it can't be asked: why}
     """
 
     def __init__(self, name):
@@ -44,6 +51,7 @@ class Competitor:
         self.settings = {
             "PINS": [],
             "WORKERS": {},
+            "CONCURRENT": {},
             "LEASE": {"usual": "", "short": ""},
             "LACKS": {},
         }
@@ -82,12 +90,23 @@ class Competitor:
                 raise Failure(f"can't be installed: {last_line(ended.stderr)}")
         done.write_text(json.dumps(pins))
 
-    def command(self, label, **values):
-        """Return the command of a worker, as a list."""
-        text = self.settings["WORKERS"][label][0].format(**values)
-        program, *arguments = shlex.split(text)
+    def worker_template(self, label, at_once):
+        """Return the command of a worker, with {names} in place of values."""
+        setting = "CONCURRENT" if at_once else "WORKERS"
+        return self.settings[setting][label][0]
+
+    def command(self, template, **values):
+        """Return a command of the adapter as a list."""
+        program, *arguments = shlex.split(template.format(**values))
         path = self.python if program == "python" else self.python.parent / program
         return [str(path), *arguments]
+
+    def concurrent_kinds(self):
+        """Return (label, kind) of the workers that run many jobs at once."""
+        pairs = []
+        for label, (_, kinds, _) in self.settings["CONCURRENT"].items():
+            pairs += [(label, kind) for kind in kinds]
+        return pairs
 
 
 def last_line(text):
@@ -119,12 +138,12 @@ class Deployment:
         self.marks = home / f"marks-{competitor.name}"
         with open(self.marks, "wb") as file:
             file.truncate(jobs.SIZE)
-        self.runs, self.times, self.pids = jobs.marks(self.marks)
+        self.runs, self.times, self.pids, self.ends = jobs.marks(self.marks)
         self.log = open(home / f"log-{competitor.name}", "w+b")  # noqa: SIM115
         self.next_number = 0
         self.client = None
         self.workers = []
-        self.kind = None  # (label, processes, lease) of the workers
+        self.kind = None  # (label, processes, lease, at_once) of the workers
         self.clear()
 
     def close(self):
@@ -133,7 +152,7 @@ class Deployment:
         self.log.close()
         self.marks.unlink()
 
-    def environment(self, processes=1, lease="usual"):
+    def environment(self, processes=1, lease="usual", at_once=None):
         environment = dict(os.environ)
         environment["BENCH_URL"] = self.url
         environment["BENCH_MARKS"] = str(self.marks)
@@ -141,6 +160,8 @@ class Deployment:
         environment["PYTHONPATH"] = f"{HERE}{os.pathsep}{HERE.parent}"
         if lease != "usual":
             environment["BENCH_LEASE"] = self.competitor.settings["LEASE"][lease]
+        if at_once:
+            environment["BENCH_AT_ONCE"] = str(at_once)
         return environment
 
     def clear(self):
@@ -204,13 +225,17 @@ class Deployment:
 
     # ---- The workers
 
-    def work(self, label=None, processes=1, lease="usual", warm_up=True):
+    def work(
+        self, label=None, processes=1, lease="usual", at_once=None, *, warm_up=True
+    ):
         """Have these workers run, and run 20 jobs unless `warm_up` is false.
+
+        at_once - how many jobs each process runs at once; None: as WORKERS says
 
         Workers of this kind that are running stay; workers of another kind are killed.
         """
         label = label or self.competitor.usual
-        kind = (label, processes, lease)
+        kind = (label, processes, lease, at_once)
         alive = any(process.poll() is None for process in self.workers)
         reused = alive and self.kind == kind
         if not reused:
@@ -221,14 +246,15 @@ class Deployment:
             first, _ = self.enqueue(count)
             self.wait_for_runs(first, count)
 
-    def start_workers(self, label, processes, lease):
-        self.kind = (label, processes, lease)
+    def start_workers(self, label, processes, lease, at_once):
+        self.kind = (label, processes, lease, at_once)
         settings = self.competitor.settings
         lease_value = settings["LEASE"][lease]
+        template = self.competitor.worker_template(label, at_once)
         command = self.competitor.command(
-            label, n=processes, url=self.url, lease=lease_value
+            template, n=processes, url=self.url, lease=lease_value, c=at_once
         )
-        takes_number = "{n}" in settings["WORKERS"][label][0]
+        takes_number = "{n}" in template
         one_for_all = takes_number or "ONE_FOR_ALL" in settings
         for _ in range(1 if one_for_all else processes):
             process = subprocess.Popen(
@@ -237,7 +263,7 @@ class Deployment:
                 stdin=subprocess.DEVNULL,
                 stdout=self.log,
                 stderr=self.log,
-                env=self.environment(processes, lease),
+                env=self.environment(processes, lease, at_once),
                 start_new_session=True,
             )
             self.workers.append(process)

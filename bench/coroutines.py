@@ -25,21 +25,40 @@ def sync(call):
     return run
 
 
-def coroutine_of(function):
-    """Return a job as a coroutine function.
+def number_of(args, number):
+    """Return the number of a job.
 
     Some queues pass a context before the number, which is ignored; some pass the number
     by keyword.
     """
+    return args[-1] if number is None else number
+
+
+def coroutine_of(function):
+    """Return a job that is a function as a coroutine function."""
 
     async def run(*args, number=None):
-        if number is None:
-            number = args[-1]
-        function(number)
+        function(number_of(args, number))
 
+    return named(run, function)
+
+
+def coroutine_like(coroutine_function):
+    """Return a job that is a coroutine function as one that takes any arguments."""
+
+    async def run(*args, number=None):
+        await coroutine_function(number_of(args, number))
+
+    return named(run, coroutine_function)
+
+
+def named(run, function):
+    """Give `run` the name of a job, by which some queues find it."""
     run.__name__ = function.__name__
     run.__qualname__ = function.__name__
     return run
 
 
 JOBS = {name: coroutine_of(function) for name, function in jobs.ALL.items()}
+for name, coroutine_function in jobs.COROUTINES.items():
+    JOBS[name] = coroutine_like(coroutine_function)

@@ -133,6 +133,18 @@ RATIOS = [  # (name of the ratio, aim, the two places)
     ("latency p50, to pings after the same pauses", "<= 3", LATENCY, PAUSED_PING),
 ]
 BYTES = {"queued": 250, "finished": 350}
+ON_ASYNCIO = ["arq", "saq", "streaq", "taskiq"]
+ON_THREADS = ["dramatiq", "celery"]
+WAITING = [  # (jobs, aim of their time as a ratio to the ideal, competitors)
+    ("coroutines, 50 at once", "<= 1.05", ON_ASYNCIO),
+    ("coroutines, 200 at once", "<= 1.1", ON_ASYNCIO),
+    ("functions, 50 at once", "<= 1.1", ON_THREADS),
+    ("functions, 200 at once", "<= 1.25", ON_THREADS),
+]
+DRAIN_AT_ONCE = [  # (no-op jobs, aim of their rate, competitors)
+    ("coroutines, 100 at once", ">= 10", ON_ASYNCIO),
+    ("functions, 10 at once", ">= 4", ["dramatiq"]),
+]
 
 
 def aims(figures):
@@ -151,6 +163,35 @@ def aims(figures):
         values = [] if value is None else [value]
         name = f"bytes in Redis of a {state} job"
         rows.append((name, f"<= {bound}", values, ""))
+    return rows + waiting_aims(figures) + drain_at_once_aims(figures)
+
+
+def waiting_aims(figures):
+    """Return rows of jobs that wait: time, time beside others, memory beside saq."""
+    rows = []
+    for jobs, aim, competitors in WAITING:
+        place = ("waiting", "microq", "default", f"{jobs}, to the ideal")
+        values = [value for value in figures.rounds(place) if value is not None]
+        name = f"jobs that wait, {jobs}"
+        rows.append((f"{name}: time to the ideal", aim, values, ""))
+        name = f"{name}: time to the fastest of {' and '.join(competitors)}"
+        rows.append(against_all(figures, name, "<= 1", place, competitors))
+    for jobs, _, competitors in WAITING:
+        if "saq" in competitors:
+            figure = f"{jobs}, memory, MB"
+            place = ("waiting", "microq", "in-process", figure)
+            ratios = figures.ratios(place, ("waiting", "saq", "asyncio", figure))
+            name = f"jobs that wait, {jobs}: memory in-process to saq's"
+            rows.append((name, "<= 1.2", ratios, ""))
+    return rows
+
+
+def drain_at_once_aims(figures):
+    rows = []
+    for jobs, aim, competitors in DRAIN_AT_ONCE:
+        place = ("drain", "microq", "default", f"{jobs}, per second")
+        name = f"no-ops, {jobs}, to the fastest of {' and '.join(competitors)}"
+        rows.append(against_all(figures, name, aim, place, competitors))
     return rows
 
 
@@ -164,12 +205,17 @@ def latency_in_pings(figures):
     return ratios
 
 
-def against_all(figures, name, aim, place):
-    """Compare with every competitor in every configuration; return the worst row."""
+def against_all(figures, name, aim, place, competitors=None):
+    """Compare with every configuration of competitors; return the worst row.
+
+    competitors - their names; None: all
+    """
     question, _, _, figure = place
     rows = []
     for (asked, competitor), columns in figures.results.values.items():
         if asked != question or competitor in ("microq", "floor"):
+            continue
+        if competitors and competitor not in competitors:
             continue
         for label, column_figure in columns:
             if column_figure != figure:

@@ -230,6 +230,47 @@ def cpu_table(figures, competitors):
     return table(["CPU for each job, us", *columns], rows)
 
 
+DRAIN_COLUMNS = ["coroutines, 10", "coroutines, 100", "functions, 10"]
+WAITING_COLUMNS = [
+    "coroutines, 50",
+    "coroutines, 200",
+    "functions, 50",
+    "functions, 200",
+]
+
+
+def drain_at_once_table(figures, competitors):
+    """Return a table of no-ops per second, many at once in one process."""
+    rows = []
+    for competitor in competitors:
+        for label in competitor.settings["CONCURRENT"]:
+            place = "drain", competitor.name, label
+            cells = []
+            for column in DRAIN_COLUMNS:
+                cells.append(figures.cell(*place, f"{column} at once, per second"))
+            rows.append([f"{competitor.name}, {label}", *cells])
+    head = [f"{column} at once" for column in DRAIN_COLUMNS]
+    return table(["no-ops /s, in one process", *head], rows)
+
+
+def waiting_table(figures, competitors):
+    """Return a table of jobs that wait: time as a ratio to the ideal, and memory."""
+    rows = []
+    for competitor in competitors:
+        for label in competitor.settings["CONCURRENT"]:
+            place = "waiting", competitor.name, label
+            cells = []
+            for column in WAITING_COLUMNS:
+                cells.append(figures.cell(*place, f"{column} at once, to the ideal"))
+                memory = figures.median(*place, f"{column} at once, memory, MB")
+                cells.append(number(memory))
+            rows.append([f"{competitor.name}, {label}", *cells])
+    head = ["1,000 jobs that wait 200 ms"]
+    for column in WAITING_COLUMNS:
+        head += [f"{column} at once: time to the ideal", "MB"]
+    return table(head, rows)
+
+
 def competitors_table(competitors):
     rows = []
     for competitor in competitors:
@@ -250,10 +291,13 @@ def competitors_table(competitors):
 
 def commands_of(settings):
     """Return the commands of the workers, each with its number of jobs in a round."""
+    workers = [*settings["WORKERS"].values()]
+    for template, _, count in settings["CONCURRENT"].values():
+        workers.append((template, count))
     lease = settings["LEASE"]["usual"]
     commands = []
-    for template, count in settings["WORKERS"].values():
-        command = template.format(n=1, url="URL", lease=lease)
+    for template, count in workers:
+        command = template.format(n=1, url="URL", lease=lease, c="N")
         commands.append(f"`{' '.join(command.split())}` ({count:,})")
     return commands
 
@@ -330,7 +374,7 @@ def text(results):
     run_title = "one process runs /s, at a depth of"
     workers_title = "no-ops /s, so many processes"
     parts = [  # (text, questions of which one must have been asked, if any is named)
-        (aims_table(figures), "enqueue drain latency scale fork bytes"),
+        (aims_table(figures), "enqueue drain latency scale fork bytes waiting"),
         (machine_text(facts), ""),
         ("## Speed\n", ""),
         ("![](speed.svg)\n", ""),
@@ -338,6 +382,9 @@ def text(results):
         (floors_text(figures), "enqueue import"),
         (fork_table(figures), "fork"),
         (network_table(figures, competitors), "network"),
+        ("## Many jobs at once in one process\n", "drain waiting"),
+        (drain_at_once_table(figures, competitors), "drain"),
+        (waiting_table(figures, competitors), "waiting"),
         ("## Delays and recovery\n", ""),
         (time_table(figures, competitors), "later recovery"),
         ("## Costs\n", ""),
