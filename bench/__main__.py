@@ -34,6 +34,7 @@ from test_microq import Server, server_program  # noqa: E402
 
 COMPETITORS = [
     "rq", "huey", "dramatiq", "celery", "arq", "saq", "taskiq", "streaq", "wakaq",
+    "bullmq",
 ]  # fmt: skip
 QUESTIONS = [
     "enqueue", "drain", "latency", "scale", "fork", "import", "network", "cpu",

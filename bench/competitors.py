@@ -14,6 +14,7 @@ import json
 import os
 import select
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,6 +40,8 @@ class Competitor:
     The adapter can't be imported here, since its library is in another environment.
 
     PINS       - packages of its environment; none: the one that runs the benchmark
+    NODE_PINS  - packages of an environment of Node.js, in place of PINS
+    CLIENT     - the command of its client
     WORKERS    - {label: (command of a worker, no-op jobs that it runs in a round)}
     CONCURRENT - {label: (command of a worker that runs {c} jobs at once, kinds of
                  jobs, no-op jobs in a round)}; a kind is "coroutines" or "functions"
@@ -50,6 +53,8 @@ class Competitor:
         self.name = name
         self.settings = {
             "PINS": [],
+            "NODE_PINS": [],
+            "CLIENT": f"python client.py {name}",
             "WORKERS": {},
             "CONCURRENT": {},
             "LEASE": {"usual": "", "short": ""},
@@ -75,20 +80,41 @@ class Competitor:
         for target in node.targets:
             self.settings[target.id] = value
 
+    def pins(self):
+        """Return the packages of the environment, with their versions."""
+        return [*self.settings["PINS"], *self.settings["NODE_PINS"]]
+
     def install(self):
         """Make the environment, unless there is one with these pins."""
-        pins = self.settings["PINS"]
+        if self.settings["NODE_PINS"]:
+            find_program("node")
+        pins = self.pins()
         done = HOME / self.name / "pins.json"
         if not pins or (done.exists() and json.loads(done.read_text()) == pins):
             return
-        python = sys.executable
-        make = [python, "-m", "venv", "--clear", "--without-pip", HOME / self.name]
-        pip = [python, "-m", "pip", "--python", self.python, "install", "-q"]
-        for command in (make, [*pip, "--disable-pip-version-check", *pins]):
+        for command in self.install_commands():
             ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
             if ended.returncode:
-                raise Failure(f"can't be installed: {last_line(ended.stderr)}")
+                raise Failure(f"can't be installed: {self.install_error(ended.stderr)}")
         done.write_text(json.dumps(pins))
+
+    def install_error(self, text):
+        """Return the reason: the first line of npm's errors, the last one of pip's."""
+        if self.settings["NODE_PINS"]:
+            text = text.partition("\n")[0]
+        return last_line(text)
+
+    def install_commands(self):
+        """Return the commands that make the environment, of Python or of Node.js."""
+        home = HOME / self.name
+        if self.settings["NODE_PINS"]:
+            quiet = ["--loglevel", "error", "--no-audit", "--no-fund"]
+            npm = [find_program("npm"), "install", *quiet, "--prefix", home]
+            return [[*npm, *self.settings["NODE_PINS"]]]
+        python = sys.executable
+        make = [python, "-m", "venv", "--clear", "--without-pip", home]
+        pip = [python, "-m", "pip", "--python", self.python, "install", "-q"]
+        return [make, [*pip, "--disable-pip-version-check", *self.settings["PINS"]]]
 
     def worker_template(self, label, at_once):
         """Return the command of a worker, with {names} in place of values."""
@@ -98,7 +124,12 @@ class Competitor:
     def command(self, template, **values):
         """Return a command of the adapter as a list."""
         program, *arguments = shlex.split(template.format(**values))
-        path = self.python if program == "python" else self.python.parent / program
+        if program == "python":
+            path = self.python
+        elif program == "node":
+            path = find_program("node")
+        else:
+            path = self.python.parent / program
         return [str(path), *arguments]
 
     def concurrent_kinds(self):
@@ -107,6 +138,13 @@ class Competitor:
         for label, (_, kinds, _) in self.settings["CONCURRENT"].items():
             pairs += [(label, kind) for kind in kinds]
         return pairs
+
+
+def find_program(name):
+    path = shutil.which(name)
+    if path is None:
+        raise Failure(f"{name} is not installed")
+    return path
 
 
 def last_line(text):
@@ -158,6 +196,7 @@ class Deployment:
         environment["BENCH_MARKS"] = str(self.marks)
         environment["BENCH_PROCESSES"] = str(processes)
         environment["PYTHONPATH"] = f"{HERE}{os.pathsep}{HERE.parent}"
+        environment["NODE_PATH"] = str(HOME / self.competitor.name / "node_modules")
         if lease != "usual":
             environment["BENCH_LEASE"] = self.competitor.settings["LEASE"][lease]
         if at_once:
@@ -186,9 +225,8 @@ class Deployment:
         return json.loads(line)
 
     def start_client(self):
-        python = self.competitor.python
         self.client = subprocess.Popen(
-            [python, HERE / "client.py", self.competitor.name],
+            self.competitor.command(self.competitor.settings["CLIENT"]),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,

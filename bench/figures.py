@@ -143,6 +143,7 @@ WAITING = [  # (jobs, aim of their time as a ratio to the ideal, competitors)
 ]
 DRAIN_AT_ONCE = [  # (no-op jobs, aim of their rate, competitors)
     ("coroutines, 100 at once", ">= 10", ON_ASYNCIO),
+    ("coroutines, 100 at once", ">= 1", ["bullmq"]),
     ("functions, 10 at once", ">= 4", ["dramatiq"]),
 ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 from importlib import import_module
@@ -275,7 +276,7 @@ def competitors_table(competitors):
     rows = []
     for competitor in competitors:
         settings = competitor.settings
-        pins = ", ".join(pin.replace("==", " ") for pin in settings["PINS"])
+        pins = ", ".join(competitor.pins()).replace("==", " ").replace("@", " ")
         commands = "<br>".join(commands_of(settings))
         count = f"{settings['ENQUEUES']:,}"
         rows.append([competitor.name, pins, settings["ABOUT"], commands, count])
@@ -320,15 +321,25 @@ def facts(options, seconds):
         "server": " ".join(server[:3]),
         "redis-py": version("redis"),
         "hiredis": version("hiredis"),
+        "node": node_version(),
         "microq": microq.__version__,
     }
+
+
+def node_version():
+    """Return the version of Node.js, or "none"."""
+    node = shutil.which("node")
+    if node is None:
+        return "none"
+    return subprocess.check_output([node, "--version"], text=True).strip("v\n")
 
 
 def machine_text(facts):
     return (
         f"{facts['cores']} cores ({facts['system']}), shared with other processes; "
         f"Python {facts['python']}, redis-py {facts['redis-py']}, "
-        f"hiredis {facts['hiredis']}; {facts['server']} on a unix socket, without "
+        f"hiredis {facts['hiredis']}, Node.js {facts['node']}; "
+        f"{facts['server']} on a unix socket, without "
         f"persistence; microq {facts['microq']}. {facts['repeat']} rounds, "
         f"{facts['seconds'] // 60} minutes. Figures are medians, in parentheses the "
         "spread of the rounds; ratios are medians of the ratios within a round.\n"
