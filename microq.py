@@ -2220,16 +2220,36 @@ end
 )
 
 _lua(
-    "expire_in",
+    "to_milliseconds",
     """
--- Let a key expire in `ttl` seconds; negative: never.  This is rounded so that a record
--- never outlives its entry in a container, since a record without an entry counts as
--- queued.
-function expire_in(key, ttl)
-  if ttl < 0 then call('PERSIST', key)
-  else call('PEXPIRE', key, math.floor(ttl * 1000) - 1) end
+-- A ttl in seconds for expire_key(); negative: 'never'.  This is rounded so that a
+-- record never outlives its entry in a container, since a record without an entry
+-- counts as queued.
+function to_milliseconds(ttl)
+  if ttl < 0 then return 'never' end
+  return string.format('%d', math.floor(ttl * 1000) - 1)
 end
 """,
+)
+
+_lua(
+    "expire_key",
+    """
+function expire_key(key, milliseconds)  -- let a key expire; see to_milliseconds
+  if milliseconds == 'never' then call('PERSIST', key)
+  else call('PEXPIRE', key, milliseconds) end
+end
+""",
+)
+
+_lua(
+    "expire_in",
+    """
+function expire_in(key, ttl)  -- let a key expire in `ttl` seconds; negative: never
+  expire_key(key, to_milliseconds(ttl))
+end
+""",
+    uses="expire_key to_milliseconds",
 )
 
 _lua(
@@ -2805,18 +2825,20 @@ class _ClaimReply(NamedTuple):
 _lua(
     "parse_runs",
     """
-function parse_runs(q, args)
+-- Read the arguments from `first` on, for each run: id, token, ended, result,
+-- result_type, rerun; and, if there is a rerun, policy and chance.
+function parse_runs(q, first)
   local runs = {}
-  for i = 1, #args, 9 do
-    local id, token, ended, result, result_type, ttl, rerun, policy, chance =
-      unpack(args, i, i + 8)
-    local run = {  -- eight fields, since a table with more takes twice the memory
+  while ARGV[first] do
+    local id, token, ended, result, result_type, rerun = unpack(ARGV, first, first + 5)
+    local run = {
       id = id, key = q .. 'job:' .. id, token = token, ended = ended, result = result,
-      result_type = result_type, ttl = ttl, rerun = rerun,
+      result_type = result_type, rerun = rerun,
     }
+    first = first + 6
     if rerun ~= '' then
-      run.policy = policy
-      run.chance = chance
+      run.policy, run.chance = unpack(ARGV, first, first + 1)
+      first = first + 2
     end
     runs[#runs + 1] = run
   end
@@ -2848,31 +2870,39 @@ end
 )
 
 _lua(
+    "keep_old_result",
+    """
+function keep_old_result(job, old_ended)  -- in a list of nine
+  local result = call('HGET', job, 'result') or ''
+  call('RPUSH', job .. ':results', old_ended .. '\\n' .. result)
+  call('LTRIM', job .. ':results', -9, -1)
+end
+""",
+)
+
+_lua(
     "store_result",
     """
 -- Store a result; the one before joins the list, which keeps nine.  Returns what the
 -- hash held: ttl (the field `option`), ended or has_log (whether there may be keys beside
--- the hash), has_dependents, slot, limit; no table, as that would cost each job a tenth
--- of its settling.  PUBLISH is by pcall: a user who may not publish still settles, and
--- who waits asks again (RECHECK).
+-- the hash), has_dependents, slot; no table, as that would cost each job a tenth of its
+-- settling.  PUBLISH is by pcall: a user who may not publish still settles, and who
+-- waits asks again (RECHECK).
 function store_result(job, ended, result, option)
-  local old_ended, old_result, has_waiter, ttl, has_log, has_dependents, slot, limit =
-    unpack(call('HMGET', job, 'ended', 'result', 'has_waiter', option, 'has_log',
-      'has_dependents', 'slot', 'rate_limit'))
+  local old_ended, has_waiter, ttl, has_log, has_dependents, slot = unpack(call('HMGET', job,
+    'ended', 'has_waiter', option, 'has_log', 'has_dependents', 'slot'))
   -- It is equal if a call of which a part was denied (see attempt) is sent again.
-  if old_ended and old_ended ~= ended then
-    call('RPUSH', job .. ':results', old_ended .. '\\n' .. (old_result or ''))
-    call('LTRIM', job .. ':results', -9, -1)
-  end
+  if old_ended and old_ended ~= ended then keep_old_result(job, old_ended) end
   if result ~= '' then call('HSET', job, 'ended', ended, 'result', result)
   else
     call('HSET', job, 'ended', ended)
-    if old_result then call('HDEL', job, 'result') end
+    if old_ended then call('HDEL', job, 'result') end
   end
   if has_waiter and call('HDEL', job, 'has_waiter') then redis.pcall('PUBLISH', job, 'ended') end
-  return ttl, old_ended or has_log, has_dependents, slot, limit
+  return ttl, old_ended or has_log, has_dependents, slot
 end
 """,
+    uses="keep_old_result",
 )
 
 _lua(
@@ -2938,7 +2968,8 @@ function run_again(batch, run, again)
   if run.rerun == 'repeat' then call('HDEL', job, 'retries', 'crashes') end
   if again.at_front then call('HSET', job, 'at_front', 1) end
   local ended = run.ended .. (has_failed and ' retried' or '')
-  local _, _, has_flag, slot, limit = store_result(job, ended, run.result, 'ttl')
+  local _, _, has_flag, slot = store_result(job, ended, run.result, 'ttl')
+  local limit = call('HGET', job, 'rate_limit')
   if has_flag and not has_failed then
     hooks().notify_dependents(q, id, 'finished', now)
   end
@@ -2982,9 +3013,45 @@ end
 )
 
 _lua(
+    "retention_of",
+    """
+-- How long a job that ends now is kept in a container: {ttl, expires_at, milliseconds}.
+-- `field` is the job's own option, false without it.  Most runs of a batch have the
+-- same one, so what was computed for a run is kept for the others.
+function retention_of(container, field, now)
+  local retention = container.retentions[field]
+  if not retention then
+    local ttl = ttl_of(container.ttl, field)
+    local expires_at = ttl < 0 and '+inf' or format_time(now + ttl)
+    retention = {ttl = ttl, expires_at = expires_at, milliseconds = to_milliseconds(ttl)}
+    container.retentions[field] = retention
+  end
+  return retention
+end
+""",
+    uses="ttl_of format_time to_milliseconds",
+)
+
+_lua(
+    "tell_of_end",
+    """
+-- For a job that has had dependents or a slot: tell them of its end.  Returns whether
+-- dependents are left: these do not accept this end, and wait for another life of the
+-- job, or for its record to be gone.
+function tell_of_end(batch, run, status)
+  local told = run.result_type == 'stopped' and 'stopped' or status
+  hooks().on_final(batch.q, run.id, told, batch.now)
+  return hooks().is_parent(run.key)
+end
+""",
+    hooks="on_final is_parent",
+)
+
+_lua(
     "finish",
     """
--- started -> finished, or failed if there is a result_type.
+-- started -> finished, or failed if there is a result_type.  write_containers() enters
+-- the jobs of a batch into their containers.
 function finish(batch, run)
   local q, id, job, now = batch.q, run.id, run.key, batch.now
   local status, option, ended = 'finished', 'result_ttl', run.ended
@@ -2992,48 +3059,25 @@ function finish(batch, run)
     status, option, ended = 'failed', 'failure_ttl', run.ended .. ' ' .. run.result_type
   end
   local ttl_field, has_parts, has_flag, slot = store_result(job, ended, run.result, option)
-  -- Dependents that are left do not accept this end: they wait for another life of the
-  -- job, or for its record to be gone.
-  local has_dependents = false
-  if has_flag or slot then  -- the flag says that it has had dependents
-    local told = run.result_type == 'stopped' and 'stopped' or status
-    hooks().on_final(q, id, told, now)
-    has_dependents = hooks().is_parent(job)
-  end
-  local ttl = ttl_of(run.ttl, ttl_field)
-  if ttl == 0 then
+  local has_dependents = (has_flag or slot) and tell_of_end(batch, run, status)
+  local container = batch.containers[status]
+  local retention = retention_of(container, ttl_field, now)
+  if retention.ttl == 0 then
     if has_dependents then hooks().notify_dependents(q, id, 'gone', now) end
     delete_record(job)
     return status
   end
-  local record_ttl = has_dependents and -1 or ttl
-  if has_parts then expire_job(job, record_ttl) else expire_in(job, record_ttl) end
-  add_to_container(batch, status, run, ttl)
+  if has_dependents then expire_job(job, -1)
+  elseif has_parts then expire_job(job, retention.ttl)
+  else expire_key(job, retention.milliseconds) end
+  local entries = container.entries
+  entries[#entries + 1] = retention.expires_at
+  entries[#entries + 1] = id
   return status
 end
 """,
-    uses="store_result ttl_of delete_record expire_job expire_in add_to_container",
-    hooks="on_final is_parent notify_dependents",
-)
-
-_lua(
-    "add_to_container",
-    """
--- Note that a job goes into a final container; write_containers() stores it with the
--- others.
-function add_to_container(batch, status, run, ttl)
-  local expires_at = batch.expiries[ttl]
-  if not expires_at then
-    expires_at = ttl < 0 and '+inf' or format_time(batch.now + ttl)
-    batch.expiries[ttl] = expires_at
-  end
-  local entries = batch.entries[status]
-  local size = #entries
-  entries[size + 1] = expires_at
-  entries[size + 2] = run.id
-end
-""",
-    uses="format_time",
+    uses="store_result tell_of_end retention_of delete_record expire_job expire_key",
+    hooks="notify_dependents",
 )
 
 _lua(
@@ -3084,7 +3128,7 @@ _lua(
     """
 -- Fail a job whose outcome can't be stored, since a key of another type is in the way.
 function refuse(batch, run, text)
-  run.result, run.result_type, run.ttl, run.rerun = text, 'failed', 31536000, ''  -- a year
+  run.result, run.result_type, run.rerun = text, 'failed', ''
   call('DEL', run.key .. ':results')
   if pcall(settle_run, batch, run) then return 'refused ' .. text end
   return 'lost'  -- it is no job any more
@@ -3121,9 +3165,10 @@ _lua(
 -- Enter the jobs that have ended into their containers, by one call for each.  If a
 -- container can't be written, the runs hold its jobs again, so that none is lost.
 function write_containers(batch)
-  for container, entries in pairs(batch.entries) do
+  for name, container in pairs(batch.containers) do
+    local entries = container.entries
     local added = #entries == 0
-      or attempt(batch, call, 'ZADD', batch.q .. container, unpack(entries))
+      or attempt(batch, call, 'ZADD', batch.q .. name, unpack(entries))
     for i = 2, added and 0 or #entries, 2 do
       local id = entries[i]
       call('HSET', batch.q .. 'started', id, batch.owned[id].token)
@@ -3137,22 +3182,23 @@ end
 _lua(
     "settle",
     """
--- Settle runs of a queue.  Returns for each of them where its job is now: its status,
--- 'scheduled <due>', 'callbacks_pending', 'gone', or 'lost' if the run does not hold
--- the job any more, or 'refused <error>' for an outcome that can't be stored: the job
--- is failed by that error.  If the user may not run a command, that error is raised,
--- and the runs hold the jobs that are not settled until the call comes again.
-function settle(q, runs, now)
+-- Settle runs of a queue.  `ttls` has the seconds for which finished and failed jobs are
+-- kept, unless they have an option.  Returns for each run where its job is now: its
+-- status, 'scheduled <due>', 'callbacks_pending', 'gone', or 'lost' if the run does not
+-- hold the job any more, or 'refused <error>' for an outcome that can't be stored: the
+-- job is failed by that error.  If the user may not run a command, that error is
+-- raised, and the runs hold the jobs that are not settled until the call comes again.
+function settle(q, runs, ttls, now)
   local batch = {
     q = q, now = now, owned = take_owned(q, runs), denial = nil,
-    expiries = {}, entries = {finished = {}, failed = {}},
+    containers = {
+      finished = {ttl = ttls.finished, retentions = {}, entries = {}},
+      failed = {ttl = ttls.failed, retentions = {}, entries = {}},
+    },
   }
   local statuses = {}
-  local function settle_rest()  -- all in one pcall, which is dear
-    while #statuses < #runs do
-      local run = runs[#statuses + 1]
-      statuses[#statuses + 1] = settle_run(batch, run)
-    end
+  local function settle_rest()  -- all in one pcall, which is costly
+    for i = #statuses + 1, #runs do statuses[i] = settle_run(batch, runs[i]) end
   end
   while #statuses < #runs do
     local _, text = attempt(batch, settle_rest)
@@ -3176,15 +3222,16 @@ SETTLE = Script(
     """
 -- started -> finished, failed, queued or scheduled, as the runs say; see settle.
 -- KEYS  prefix of the queue
--- ARGV  for each run: id, token, ended, result, result_type, ttl, rerun, policy, chance; see
---       _Settlement
+-- ARGV  ttl of finished jobs, ttl of failed ones, then for each run those of parse_runs;
+--       see _Settlement
 -- Forgets one more expired job of each container than there are runs, so that they
 -- never pile up.
 -- Returns {statuses, outgoing}.
 local q, now = KEYS[1], server_time()
-local runs = parse_runs(q, ARGV)
+local ttls = {finished = ARGV[1], failed = ARGV[2]}
+local runs = parse_runs(q, 3)
 forget_expired(q, #runs + 1, now)
-return {settle(q, runs, now), outgoing}
+return {settle(q, runs, ttls, now), outgoing}
 """,
     uses="server_time parse_runs forget_expired settle outgoing",
 )
@@ -3198,17 +3245,22 @@ class _Settlement(NamedTuple):
     ended: str  # "<execution> <started_at> <seconds>"
     payload: bytes | str  # the serialized return value, or the traceback
     result_type: str  # '' for success, else a ResultType; if no other run follows
-    ttl: float  # seconds to keep the record, unless the job has an option
     rerun: str  # why it may run again, '' if it does not; see Outcome
+    # These two are sent only with a rerun.
     policy: bytes | str  # a Retry or Repeat as JSON; '' for that of the job
     chance: float  # from 0 to 1, for its jitter
 
 
-def _settle_command(prefix: str, runs: Sequence[_Settlement]) -> Command:
-    """Settle runs of one queue; the reply is for _SettleReply.parse()."""
-    args: list[Any] = []
+def _settle_command(
+    prefix: str, runs: Sequence[_Settlement], result_ttl: float = DEFAULT_RESULT_TTL
+) -> Command:
+    """Settle runs of one queue; the reply is for _SettleReply.parse().
+
+    `result_ttl` is how many seconds to keep a job that has finished, unless it has this
+    option."""
+    args: list[Any] = [result_ttl, DEFAULT_FAILURE_TTL]
     for run in runs:
-        args += run
+        args += run if run.rerun else run[:6]
     return SETTLE(prefix, *args)
 
 
@@ -3266,7 +3318,7 @@ function crashed_run(heartbeat, q, id, text, token)  -- the run of a worker that
   return {
     id = id, token = text, ended = string.format('%s %.6f', text, seconds),
     result = 'worker ' .. token.worker .. ' died while it ran this job', result_type = 'failed',
-    ttl = heartbeat.failure_ttl, rerun = 'crash', policy = heartbeat.policy, chance = 0,
+    rerun = 'crash', policy = heartbeat.policy, chance = 0,
     key = q .. 'job:' .. id,
   }
 end
@@ -3288,7 +3340,7 @@ function reap(heartbeat, q, expired)
     if token and expired[token.worker] then
       crashed[#crashed + 1] = crashed_run(heartbeat, q, id, text, token)
       if #crashed == 400 then
-        settle(q, crashed, heartbeat.now)
+        settle(q, crashed, heartbeat.ttls, heartbeat.now)
         crashed = {}
       end
     elseif token and token.worker == heartbeat.worker and token.claim < heartbeat.oldest_held_claim
@@ -3296,7 +3348,7 @@ function reap(heartbeat, q, expired)
       requeue_front(q, id)
     end
   end
-  if #crashed > 0 then settle(q, crashed, heartbeat.now) end
+  if #crashed > 0 then settle(q, crashed, heartbeat.ttls, heartbeat.now) end
   for worker in pairs(expired) do
     heartbeat.reaped[#heartbeat.reaped + 1] = worker
     if worker ~= heartbeat.worker then call('HDEL', q .. 'workers', worker) end
@@ -3346,7 +3398,7 @@ local holder, lease, mode, oldest_held_claim, policy, failure_ttl, displaced = u
 local worker, instance = parse_holder(holder)
 local heartbeat = {
   worker = worker, instance = instance, lease = lease, mode = mode, now = server_time(),
-  oldest_held_claim = tonumber(oldest_held_claim), policy = policy, failure_ttl = failure_ttl,
+  oldest_held_claim = tonumber(oldest_held_claim), policy = policy, ttls = {failed = failure_ttl},
   reaped = {}, next_due = math.huge, lease_intact = 1,
 }
 for _, q in ipairs(KEYS) do
@@ -6234,9 +6286,7 @@ def _replace_oversized(outcome: Outcome) -> Outcome:
     return Outcome(ResultType.FAILED, text.encode(), outcome.seconds)
 
 
-def _settlement(
-    execution: Execution, outcome: Outcome, result_ttl: float
-) -> _Settlement:
+def _settlement(execution: Execution, outcome: Outcome) -> _Settlement:
     """Return what the script `settle` is told of an outcome."""
     job = execution.job
     rerun = outcome.rerun
@@ -6244,10 +6294,8 @@ def _settlement(
     # fields.  Then the script finds out whether the job has a policy.
     if job._fields and not outcome.policy and rerun not in job._fields:
         rerun = ""  # the job has no such policy
-    ttl = DEFAULT_FAILURE_TTL
     result_type = outcome.type.value
     if outcome.type is ResultType.SUCCESSFUL:
-        ttl = result_ttl
         result_type = ""
     elif outcome.type is ResultType.RETRIED:
         result_type = "max_retries_exceeded"
@@ -6257,7 +6305,7 @@ def _settlement(
     ended = f"{claim_id} {started_at:.6f} {outcome.seconds:.6f}"
     chance = random.random() if rerun else 0  # for a delay with jitter
     return _Settlement(
-        job.id, execution.token, ended, outcome.payload, result_type, ttl, rerun,
+        job.id, execution.token, ended, outcome.payload, result_type, rerun,
         outcome.policy, chance,
     )  # fmt: skip
 
@@ -6746,7 +6794,7 @@ def _group_by_queue(runs: Sequence[_Run]) -> list[list[_Run]]:
 def _settle_runs_command(runs: Sequence[_Run], result_ttl: float) -> Command:
     """Return the command that settles runs of one queue."""
     prefix = runs[0].execution.job.queue.prefix
-    return _settle_command(prefix, [_settlement(*run, result_ttl) for run in runs])
+    return _settle_command(prefix, [_settlement(*run) for run in runs], result_ttl)
 
 
 @dataclass

@@ -1529,11 +1529,11 @@ def claim(queue, worker="w", number=1, lease=15, n=1):
     return [(id, reply.token) for _, id, _ in reply.jobs]
 
 
-def settlement(id, execution, *, result_type="", ttl=500, rule="", policy="", chance=0):
+def settlement(id, execution, *, result_type="", rule="", policy="", chance=0):
     """Return the arguments of SETTLE for a run; a `result_type` of "" is a success."""
     ended = f"{execution} 0.5"
     return microq._Settlement(
-        id, execution, ended, "", result_type, ttl, rule, policy, chance
+        id, execution, ended, "", result_type, rule, policy, chance
     )
 
 
@@ -7379,7 +7379,7 @@ def test_many_dependents_are_notified_in_portions(redis, queue_pair):
     children += second.enqueue_many([any_end] * 10)
     [(id, execution)] = claim(first)
     settle_command = microq._settle_command(
-        first.prefix, [settlement(id, execution, ttl=1)]
+        first.prefix, [settlement(id, execution)], 1
     )
     reply = microq._execute_one(redis, *settle_command)
     messages = microq._SettleReply.parse(reply).messages

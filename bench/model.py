@@ -552,12 +552,9 @@ class Model(stateful.RuleBasedStateMachine):
         if rule != "stopped" and rule not in expected.options:
             rule = ""
         result_type = {"success": "", "failure": "failed", "stop": "stopped"}[how]
-        ttl = microq.DEFAULT_FAILURE_TTL
-        if how == "success":
-            ttl = microq.DEFAULT_RESULT_TTL
         ended = f"{execution} 0.500000"
         run = microq._Settlement(
-            expected.id, execution, ended, "", result_type, ttl, rule, "", 0
+            expected.id, execution, ended, "", result_type, rule, "", 0
         )
         command = microq._settle_command(self.queues[expected.queue].prefix, [run])
         answer = self.send(execution.partition(".")[0], command)
