@@ -972,7 +972,9 @@ def leave_children():
 
 def leave_an_orphan():
     """Start a process that ends after this job's process."""
-    subprocess.Popen(["sh", "-c", "while kill -0 $PPID; do sleep 0.02; done 2>&-"])
+    # Its number, not $PPID: that process may have ended before the shell looks.
+    script = f"while kill -0 {os.getpid()}; do sleep 0.02; done 2>&-"
+    subprocess.Popen(["sh", "-c", script])
 
 
 def leave_a_thread():
