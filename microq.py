@@ -7511,7 +7511,7 @@ def _count_and_log(
     shared.busy_seconds += outcome.seconds
     job = execution.job
     if status == "lost":
-        text = "%s: job %s is no longer ours (it was taken away); its result is dropped"
+        text = "%s: job %s is not held by this worker any more; its result is dropped"
         fields = _log_fields(execution, "lost", outcome.seconds)
         log.warning(text, job.origin, job.id, extra=fields)
         return
@@ -9170,14 +9170,14 @@ def send_command(
 def _handle_command(supervisor: _Supervisor, text: bytes) -> None:
     """Do what a command from the inbox says."""
     shown = text.decode(errors="replace")
-    log.info("supervisor of %s is told: %s", supervisor.name, shown)
+    log.info("worker %s received the command %s", supervisor.name, shown)
     try:
         details = json.loads(text)
         handler = _COMMAND_HANDLERS[details["command"]]
         instances = {instance.name: instance for instance in supervisor.instances}
         instance = instances[details["worker"]]
     except (ValueError, KeyError, TypeError):
-        log.warning("that is no command")
+        log.warning("ignored: no such command, or not for a worker here")
         return
     handler(supervisor, instance, details)
 
