@@ -1894,6 +1894,19 @@ def _execute(connection: Any, *commands: Command) -> list[Any]:
         _raise_explained(error, connection)
 
 
+def _execute_groups(
+    connection: Any, groups: dict[str, list[Command]]
+) -> dict[str, list[Any]]:
+    """Execute groups of commands in one round trip; return the replies to each group by
+    its name."""
+    commands = itertools.chain.from_iterable(groups.values())
+    replies = iter(_execute(connection, *commands))
+    return {
+        name: list(itertools.islice(replies, len(group)))
+        for name, group in groups.items()
+    }
+
+
 def _execute_one(connection: Any, *command: Any) -> Any:
     """Run one command in one round trip, and return its reply as bytes."""
     return _execute(connection, command)[0]
@@ -8749,17 +8762,13 @@ class _Supervisor:
                workers, and count as crashed; 'reap': reap workers whose lease has
                ended; '': reap nobody, since this worker was late"""
         seconds = sum(instance.shared.busy_seconds for instance in self.instances)
-        cron_queues = self.queues if self.with_scheduler else []
-        replies = iter(
-            _execute(self.connection, *self._heartbeat_commands(mode, cron_queues))
-        )
+        replies = _execute_groups(self.connection, self._heartbeat_commands(mode))
         self.last_heartbeat = time.monotonic()
         self.reported_seconds = seconds
         self.backoff = _Backoff(self.lease / 3)
-        records = [next(replies) for _ in self.instances]
-        heartbeats = [_HeartbeatReply.parse(next(replies)) for _ in self.instances]
-        suspended_for = next(replies)
-        cron_replies = [next(replies) for _ in cron_queues]
+        records = replies["records"]
+        heartbeats = [_HeartbeatReply.parse(each) for each in replies["leases"]]
+        [suspended_for] = replies["suspension"]
         self.must_register_queues = False
         if mode == "start" and any(reply.name_taken for reply in heartbeats):
             raise _NameInUse(
@@ -8771,23 +8780,30 @@ class _Supervisor:
         for instance, reply in zip(self.instances, heartbeats, strict=True):
             self._on_heartbeat(instance, reply, mode)
         self._on_suspension(suspended_for)
-        self._run_cron(cron_queues, cron_replies)
+        self._run_cron(replies["cron"])
 
-    def _heartbeat_commands(
-        self, mode: str, cron_queues: Sequence[Queue]
-    ) -> list[Command]:
-        """Return the commands of which heartbeat() takes the replies; to the commands
-        after those of cron it takes none."""
-        commands = [each.register_command(self.lease) for each in self.instances]
-        commands += [each.heartbeat_command(mode) for each in self.instances]
-        commands.append(("PTTL", _SUSPENDED_KEY))
-        commands += [_cron_read_command(each.prefix, self.name) for each in cron_queues]
+    def _heartbeat_commands(self, mode: str) -> dict[str, list[Command]]:
+        """Return the commands of a heartbeat, by what they are about."""
+        others: list[Command] = []
         if mode == "start":
-            commands.append(("DEL", self.inbox))  # commands for a worker that has died
+            others.append(("DEL", self.inbox))  # commands for a worker that has died
         if self.must_register_queues:
             names = [queue.name for queue in self.queues]
-            commands.append(("SADD", _QUEUES_KEY, *names))
-        return commands
+            others.append(("SADD", _QUEUES_KEY, *names))
+        return {
+            "records": [each.register_command(self.lease) for each in self.instances],
+            "leases": [each.heartbeat_command(mode) for each in self.instances],
+            "suspension": [("PTTL", _SUSPENDED_KEY)],
+            "cron": [
+                _cron_read_command(queue.prefix, self.name)
+                for queue in self._cron_queues()
+            ],
+            "others": others,
+        }
+
+    def _cron_queues(self) -> Sequence[Queue]:
+        """Return the queues of which this worker runs the cron entries."""
+        return self.queues if self.with_scheduler else ()
 
     def _has_lost_name(
         self, records: list[bytes], heartbeats: list[_HeartbeatReply]
@@ -8839,12 +8855,12 @@ class _Supervisor:
                 self.last_heartbeat, next_heartbeat - self.lease / 3
             )
 
-    def _run_cron(self, queues: Sequence[Queue], replies: list[Any]) -> None:
+    def _run_cron(self, replies: list[Any]) -> None:
         """Run cron, by the replies of cron_read.  Ticks are enqueued a lease ahead:
         their jobs start on time even if this scheduler dies, and another takes over."""
         stored = [
             _StoredCron.parse(queue, reply)
-            for queue, reply in zip(queues, replies, strict=True)
+            for queue, reply in zip(self._cron_queues(), replies, strict=True)
         ]
         if any(each.new_scheduler for each in stored):
             self.must_save_cron = True
@@ -9030,7 +9046,7 @@ class _Supervisor:
         commands: list[Command] = []
         for unit in self._units():
             commands += unit.sign_off_commands()
-        for queue in self.queues if self.with_scheduler else ():
+        for queue in self._cron_queues():
             commands.append(("ZREM", f"{queue.prefix}schedulers", self.name))
         if not self.lost_name:  # else the commands there are for the other worker
             commands.append(("DEL", self.inbox))
