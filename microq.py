@@ -8486,8 +8486,8 @@ def _signals_restored() -> Iterator[None]:
 
 
 class _NameInUse(ValueError):
-    """A worker of this name has no record any more, but still a lease in the queues: it
-    may be alive, or the lease expires soon."""
+    """Another worker has this name.  It may be dead: then its record, or its lease in
+    the queues, expires within a lease."""
 
 
 class _Supervisor:
@@ -8514,6 +8514,8 @@ class _Supervisor:
         self.finished = False
         self.cold_shutdown = False
         self.stopping_since: float | None = None
+        # The records of other workers that had the names at the sign-on, by name.
+        self.first_records: dict[str, bytes] = {}
         self.lost_name = ""  # a name of ours that another worker has taken
         self.last_heartbeat = 0.0
         self.on_time_since = 0.0  # since when heartbeats have been in time
@@ -8662,27 +8664,37 @@ class _Supervisor:
     def sign_on(self) -> None:
         """Take the names of the workers, and send the first heartbeat.  Where the
         server does not answer, try again for a lease, then raise ServerUnavailable.
-        Raises ValueError if a worker of one of the names is alive."""
+        Where another worker has one of the names and may be dead, wait for a lease.
+        Raises ValueError if it is alive; then none of the names is held."""
+        try:
+            self._sign_on_when_possible()
+        except ValueError:
+            commands = [each.unregister_command() for each in self.instances]
+            _execute(self.connection, *commands)
+            raise
+
+    def _sign_on_when_possible(self) -> None:
         backoff = _Backoff(self.lease / 3)
-        until = time.monotonic() + self.lease
+        server_until = time.monotonic() + self.lease
+        name_until = math.inf  # a lease after it was first seen that a name is in use
         while True:
             try:
-                self._load_scripts()
                 for instance in self.instances:
                     self._take_name(instance)
+                self._load_scripts()
                 return self.heartbeat("start")
             except ServerUnavailable as error:
                 wrong = isinstance(error.__cause__, exceptions.AuthenticationError)
-                if wrong or self.stopping_since or time.monotonic() >= until:
+                late = time.monotonic() >= server_until
+                if wrong or late or self.stopping_since:
                     raise
                 time.sleep(backoff.next_pause(error, f"worker {self.name}"))
-            except ValueError as error:
-                if isinstance(error, _NameInUse) and time.monotonic() < until:
-                    time.sleep(min(0.1, self.lease / 10))
-                    continue
-                commands = [each.unregister_command() for each in self.instances]
-                _execute(self.connection, *commands)
-                raise
+            except _NameInUse:
+                now = time.monotonic()
+                name_until = min(name_until, now + self.lease)
+                if now >= name_until:
+                    raise
+                time.sleep(min(0.1, self.lease / 10))
 
     def _load_scripts(self) -> None:
         """Load all scripts into the server: a request with a script that the server
@@ -8695,34 +8707,36 @@ class _Supervisor:
     def _take_name(self, instance: _Instance) -> None:
         """Hold the name of a worker from now on.  A process of that name which has died
         gives way at once if it ran beside this one; elsewhere when its record expires.
-        Raises ValueError if a worker of the name is alive, or may be."""
-        dead = first_record = b""
-        until = time.monotonic() + self.lease
-        while True:
-            command = instance.register_command(self.lease, dead)
-            record = _execute(self.connection, command)[0]
-            if not record:
+        Raises ValueError if a worker of the name is alive, _NameInUse if it may be."""
+        record = self._register(instance)
+        if not record:
+            return
+        holder = _parse_record(record)
+        pid, host = holder.get("pid"), holder.get("hostname")
+        instance.displaced_id = holder.get("instance", "")
+        ran_here = _runs_beside(holder)
+        if not holder or (ran_here and not _process_exists(pid)):
+            if not self._register(instance, dead=record):
                 return
-            holder = _parse_record(record)
-            instance.displaced_id = holder.get("instance", "")
-            ran_here = _runs_beside(holder)
-            pid, host = holder.get("pid"), holder.get("hostname")
-            if not holder or (ran_here and not _process_exists(pid)):
-                dead = record
-                continue
-            # A heartbeat stores the record again, with another time.
-            was_renewed = first_record not in (b"", record)
-            if ran_here or was_renewed or time.monotonic() >= until:
-                text = (
-                    f"a worker {instance.name!r} is alive (process {pid} on {host}); "
-                )
-                text += "choose another name, or wait for the end of its lease"
-                raise ValueError(text)
-            if not first_record:
-                text = "a worker %r was there (process %s on %s): waiting for a sign "
-                log.info(text + "of life", instance.name, pid, host)
-            first_record = record
-            time.sleep(min(0.1, self.lease / 10))
+            ran_here = False  # another worker has taken the name meanwhile
+        text = f"a worker {instance.name!r} is alive (process {pid} on {host}); "
+        text += "choose another name, or wait for the end of its lease"
+        is_first_look = instance.name not in self.first_records
+        first_record = self.first_records.setdefault(instance.name, record)
+        # A heartbeat stores the record again, with another time.
+        if ran_here or record != first_record:
+            raise ValueError(text)
+        if is_first_look:
+            about = "process %s on %s has the name %r: waiting for its next heartbeat"
+            log.info(about, pid, host, instance.name)
+        raise _NameInUse(text)
+
+    def _register(self, instance: _Instance, dead: bytes = b"") -> bytes:
+        """Hold a name, if it is free, or held by the record `dead`.  Return the record
+        of another worker that has it, b"" if there is none."""
+        command = instance.register_command(self.lease, dead)
+        record: bytes = _execute(self.connection, command)[0]
+        return record
 
     # Heartbeats
 
