@@ -314,6 +314,9 @@ KILL_GRACE = 5.0  # seconds between the exception in a job over its time and SIG
 MAX_RESULT = 64 << 20  # bytes; Redis cuts the connection at 512 MB (proto-max-bulk-len)
 MAX_TRACEBACK = 100_000  # characters; the end tells most
 MAX_LOG_LINE = 4096  # characters of a line of a job's log
+# Seconds that the other jobs of a process have to end before it is killed because one
+# of them is over its time.
+DRAIN_TIME = 30.0
 # A job that killed its worker runs again so often; the next time it is failed.
 MAX_CRASHES = 2
 # Bytes.  A connection that breaks at a larger outcome is likely to break at it again;
@@ -6393,6 +6396,12 @@ class _AlarmInterrupter(_Interrupter):
         super().__init__()
         # The number of a call, and what is to be raised in this call.
         self.pending: tuple[int, type[BaseException]] | None = None
+        # Tells whether another process wants the call to be stopped.
+        self.take_stop_request: Callable[[], bool] | None = None
+
+    def install_handler(self) -> None:
+        """Handle SIGALRM from now on, even if it comes before the first call."""
+        signal.signal(signal.SIGALRM, self._on_alarm)
 
     def disarm(self) -> None:
         # The timer goes on, which saves a system call; _on_alarm() ignores its alarm.
@@ -6429,6 +6438,8 @@ class _AlarmInterrupter(_Interrupter):
             return
         if self.pending is not None and self._is_pending():
             raise self.pending[1]
+        if self.take_stop_request and self.take_stop_request():
+            raise StopRequested
         if time.monotonic() >= self.deadline:
             raise JobTimeoutException
 
@@ -6455,6 +6466,15 @@ class _ThreadState(threading.local):
 
 
 _thread_state = _ThreadState()
+
+
+def _accept_stop_requests(take_stop_request: Callable[[], bool]) -> None:
+    """In a child: have SIGALRM from the supervisor stop the call of this thread, if
+    `take_stop_request` says so."""
+    interrupter = _thread_state.interrupter
+    if isinstance(interrupter, _AlarmInterrupter):
+        interrupter.take_stop_request = take_stop_request
+        interrupter.install_handler()
 
 
 @contextlib.contextmanager
@@ -6547,25 +6567,80 @@ class _Phase(enum.IntEnum):
 
 
 class _CurrentJob(NamedTuple):
-    """Which job runs in a loop, for its supervisor."""
+    """Which job runs in a slot of a loop, or has ended there and is not settled yet;
+    for its supervisor."""
 
+    slot: _Slot
     queue_index: int  # among the queues of the worker
     job_id: str
     token: str  # "<execution> <started_at>"
+
+
+class _SlotState:
+    """What a slot holds: plain numbers, since an enum takes twice as long to store."""
+
+    EMPTY = 0
+    RUNNING = 1
+    ENDED = 2  # its job has ended, and is not settled yet
+
+
+class _Slot(ctypes.Structure):
+    """The place of one running job in memory that a loop and its supervisor share.
+
+    Times are those of time.monotonic().  A reader may still see fields of the job
+    before, so whoever acts on a job names it by its token."""
+
+    _fields_ = (
+        # Written by the loop.
+        ("state", ctypes.c_uint8),  # a number of _SlotState
+        ("started_at", ctypes.c_double),
+        ("kill_deadline", ctypes.c_double),  # its process is killed; infinity: never
+        ("_job", ctypes.c_char * 1000),  # see fill()
+        # Written by the supervisor: `started_at` of the run that is to be stopped.
+        ("stop_run", ctypes.c_double),
+    )
+
+    def fill(self, queue_index: int, execution: Execution, limit: float) -> None:
+        """Tell that a job begins now, which is killed after `limit` seconds."""
+        now = time.monotonic()
+        text = f"{queue_index} {execution.job.id} {execution.token}"
+        self._job = text.encode()
+        self.started_at = now
+        self.kill_deadline = now + limit
+        self.state = _SlotState.RUNNING
+
+    def current_job(self) -> _CurrentJob | None:
+        """Return the job that it holds; None if there is none."""
+        if self.state == _SlotState.EMPTY:
+            return None
+        try:
+            index, job_id, token = self._job.decode().split(" ", 2)
+        except ValueError:  # it is being written
+            return None
+        return _CurrentJob(self, int(index), job_id, token)
+
+    def request_stop(self) -> None:
+        """Have the loop end the job that runs here, by StopRequested."""
+        self.stop_run = self.started_at
+
+    def stop_requested(self) -> bool:
+        """Return whether the job that runs here is to be stopped."""
+        return bool(
+            self.state == _SlotState.RUNNING and self.stop_run == self.started_at
+        )
 
 
 class _SharedState(ctypes.Structure):
     """All that a loop and its supervisor share, in memory that both processes see.
 
     Times are those of time.monotonic(), which is the same in all processes.  Each field
-    has one writer at a time, so there is no lock.  A reader may still see the fields of
-    the job before, so whoever acts on a job names it by its token."""
+    has one writer at a time, so there is no lock.  `slots` is a list of _Slot, as many
+    as jobs may run at once."""
+
+    slots: list[_Slot]
 
     _fields_ = (
-        # Written by the loop.  The deadline at which its job is killed; infinity:
-        # never; 0: it holds no job; -1: its last job has ended, and is not settled yet.
-        ("kill_deadline", ctypes.c_double),
-        ("job_started", ctypes.c_double),  # when its job, or else its process, began
+        # Written by the loop.
         ("busy_seconds", ctypes.c_double),  # spent in jobs so far
         ("claim_number", ctypes.c_uint64),  # of its last claim
         ("oldest_held_claim", ctypes.c_uint64),  # no job of an earlier claim is held
@@ -6577,7 +6652,6 @@ class _SharedState(ctypes.Structure):
         ("failed", ctypes.c_uint64),
         ("connection_reusable", ctypes.c_bool),  # no reply is left in the connection
         ("phase", ctypes.c_uint8),  # a _Phase
-        ("_current_job", ctypes.c_char * 1000),  # see publish()
         # Written by both: when the next scheduled job is due, and how many runs its
         # process may reach.
         ("next_scheduled", ctypes.c_double),
@@ -6589,34 +6663,33 @@ class _SharedState(ctypes.Structure):
     )
 
     @classmethod
-    def create(cls) -> _SharedState:
+    def create(cls, concurrency: int = 1) -> _SharedState:
         """Return a new one, which the children of this process share with it."""
-        state = cls.from_buffer(mmap.mmap(-1, ctypes.sizeof(cls)))
+        size = ctypes.sizeof(cls)
+        memory = mmap.mmap(-1, size + concurrency * ctypes.sizeof(_Slot))
+        state = cls.from_buffer(memory)
+        state.slots = list((_Slot * concurrency).from_buffer(memory, size))
         state.next_scheduled = math.inf
         state.run_limit = math.inf
         state.batch_size = 1
         return state
 
-    def publish(self, queue_index: int, execution: Execution, limit: float) -> None:
-        """Tell that a job begins now, which is killed after `limit` seconds."""
-        text = f"{queue_index} {execution.job.id} {execution.token}"
-        self._current_job = text.encode()
-        self.job_started = time.monotonic()
-        self.kill_deadline = self.job_started + limit
-
     def make_progress(self) -> None:
         """Tell that the loop does not hang; see _Child._hangs()."""
         self.turns += 1
 
-    def current_job(self) -> _CurrentJob | None:
-        """Return the job that runs, or is not settled yet; None if there is none."""
-        if not self.kill_deadline:
-            return None
-        try:
-            index, job_id, token = self._current_job.decode().split(" ", 2)
-        except ValueError:  # it is being written
-            return None
-        return _CurrentJob(int(index), job_id, token)
+    def current_jobs(self) -> list[_CurrentJob]:
+        """Return the jobs that run, or are not settled yet."""
+        jobs = [slot.current_job() for slot in self.slots]
+        return [job for job in jobs if job]
+
+    def holds_jobs(self) -> bool:
+        """Return whether any job runs, or is not settled yet."""
+        return any(slot.state != _SlotState.EMPTY for slot in self.slots)
+
+    def runs_jobs(self) -> bool:
+        """Return whether any job runs."""
+        return any(slot.state == _SlotState.RUNNING for slot in self.slots)
 
     def count_outcome(self, outcome: Outcome) -> None:
         """Count a run whose outcome was stored."""
@@ -6870,8 +6943,11 @@ class _Loop:
     def leave_when_idle(self) -> None:
         """End once nothing is queued; for another thread."""
 
-    def end_job(self, current: _CurrentJob | None, outcome: Outcome) -> None:
-        """End a job that runs, if that can be done here; for another thread."""
+    def stop_job(self, job: _CurrentJob, grace: float) -> None:
+        """Stop a job that runs; for another thread."""
+
+    def kill_jobs(self, outcome: Outcome) -> None:
+        """Kill the process that runs jobs, if it has one of its own."""
 
     def sign_off_commands(self) -> list[Command]:
         """Return what settles and releases all that the loop holds."""
@@ -6896,6 +6972,7 @@ class _WorkLoop(_Loop):
         worker = instance.worker
         self.instance = instance
         self.shared = instance.shared
+        self.slot = instance.shared.slots[0]  # that of the job that runs
         self.wakeup = instance.wakeup
         self.supervisor_wakeup = supervisor_wakeup
         self.before_wait = before_wait
@@ -6917,6 +6994,7 @@ class _WorkLoop(_Loop):
         self.lock = threading.RLock()
         self.claimed: deque[Execution] = deque()  # to be run
         self.running: Execution | None = None
+        self.stopped_run = 0.0  # the last run for which take_stop_request() was true
         self.unsettled: list[_Run] = []  # has run, and is in no request yet
         self.to_release: list[Execution] = []  # is not to be run here
         self.request: _Request | None = None  # is not answered yet
@@ -7217,7 +7295,7 @@ class _WorkLoop(_Loop):
             self.shared.oldest_held_claim = oldest.claim
         else:
             self.shared.oldest_held_claim = self.shared.claim_number + 1
-            self.shared.kill_deadline = 0
+            self.slot.state = _SlotState.EMPTY
 
     def _oldest_held(self) -> Execution | None:
         """Return the execution that was claimed first, of those that are held; None if
@@ -7275,7 +7353,7 @@ class _WorkLoop(_Loop):
         with self.lock:
             self.unsettled.append(run)
             self.running = None
-            self.shared.kill_deadline = -1.0  # until it is settled
+            self.slot.state = _SlotState.ENDED  # until it is settled
         self.shared.runs += 1
 
     def _adapt_batch_size(self, size: int, longest: float, seconds: float) -> None:
@@ -7294,8 +7372,8 @@ class _WorkLoop(_Loop):
         """Tell the supervisor what runs from now on, and when to kill it."""
         job = execution.job
         index = self.instance.prefixes.index(job.queue.prefix)
-        self.shared.publish(index, execution, _kill_limit(job))
-        started_at = self.shared.job_started + self.clock_offset  # the server's time
+        self.slot.fill(index, execution, _kill_limit(job))
+        started_at = self.slot.started_at + self.clock_offset  # the server's time
         execution.run_state = _RunState(started_at)
         if self.instance.forking and self.shared.batch_size == 1:
             # Only for jobs one by one: else the title would change all the time.
@@ -7308,16 +7386,22 @@ class _WorkLoop(_Loop):
             self.to_release += self.claimed
             self.claimed.clear()
 
-    def end_job(self, current: _CurrentJob | None, outcome: Outcome) -> None:
-        """Stop a job that runs; for another thread.  Only a stop is done here: a job
-        can be killed only in a child process."""
+    def stop_job(self, job: _CurrentJob, grace: float) -> None:
+        """Stop a job that runs; for another thread."""
         running = self.running
-        if outcome.type is not ResultType.STOPPED or not (running and current):
+        if not running or (running.job.id, running.token) != (job.job_id, job.token):
             return
         state = running.run_state
-        is_meant = (running.job.id, running.token) == current[1:]
-        if is_meant and state and state.interrupt:
+        if state and state.interrupt:
             state.interrupt(StopRequested)
+
+    def take_stop_request(self) -> bool:
+        """Return whether the job that runs is to be stopped; True once for a run."""
+        run = self.slot.started_at
+        if not self.slot.stop_requested() or self.stopped_run == run:
+            return False
+        self.stopped_run = run
+        return True
 
     # The batch watchdog
 
@@ -7357,13 +7441,13 @@ class _WorkLoop(_Loop):
     def _batches_are_over(self, now: float) -> bool:
         """Return whether nothing is held, and the last job began a second ago or more:
         then the watchdog ends.  The next batch starts another one."""
-        seconds = now - self.shared.job_started
+        seconds = now - self.slot.started_at
         return not self._holds_others() and seconds > 20 * SLOW_JOB_AFTER
 
     def _slow_job_holds_others(self, now: float) -> bool:
         """Return whether a job runs for long, while jobs wait behind it or outcomes of
         runs before it are unsettled."""
-        is_slow = now - self.shared.job_started > SLOW_JOB_AFTER
+        is_slow = now - self.slot.started_at > SLOW_JOB_AFTER
         return self.running is not None and is_slow and self._holds_others()
 
     def _settle_and_release(self) -> None:
@@ -8053,15 +8137,35 @@ class RandomWorker(Worker):
 BaseDeathPenalty = UnixSignalDeathPenalty = TimerDeathPenalty = object
 
 
+class _Kill(NamedTuple):
+    """Why the supervisor kills a child, and which of its jobs end by that with this
+    outcome.  The others that it runs are merely interrupted, and run again."""
+
+    outcome: Outcome
+    tokens: frozenset[str]
+
+    @classmethod
+    def of(cls, outcome: Outcome, jobs: Iterable[_CurrentJob]) -> _Kill:
+        """Return one that is meant for these jobs."""
+        return cls(outcome, frozenset(job.token for job in jobs))
+
+
+class _LostJob(NamedTuple):
+    """A job that a child held when it died, and with which outcome it ends."""
+
+    queue_index: int
+    job_id: str
+    token: str
+    outcome: Outcome
+
+
 class _Exit(NamedTuple):
     """The death of a child: it ended before it had settled everything."""
 
     pid: int
     status: int  # as of os.wait()
     usage: Any  # as of os.wait4(); None if that is not known
-    current: _CurrentJob | None  # what it ran; None: it was idle
-    kill_outcome: Outcome | None  # of a job that was killed by the supervisor
-    seconds: float  # since the job, or else the child, began
+    kill: _Kill | None  # None: the supervisor has not killed it
 
     def describe(self) -> str:
         """Return how it ended, to stand behind the name of a process."""
@@ -8070,10 +8174,12 @@ class _Exit(NamedTuple):
             return f"exited with status {code}"
         return f"was killed by signal {-code} ({signal.strsignal(-code)})"
 
-    def outcome(self, worker_name: str) -> Outcome:
-        """Return the outcome of the job that it ran."""
-        if self.kill_outcome:
-            return self.kill_outcome.after(self.seconds)
+    def outcome(self, worker_name: str, token: str) -> Outcome:
+        """Return the outcome of a job that it held."""
+        if self.kill and token in self.kill.tokens:
+            return self.kill.outcome
+        if self.kill:
+            return _INTERRUPTED
         text = f"the process that ran this job for worker {worker_name} "
         text += self.describe()
         if self.usage:  # in KB, on macOS in bytes
@@ -8081,7 +8187,7 @@ class _Exit(NamedTuple):
             text += (
                 f"; its peak memory was {self.usage.ru_maxrss / units_per_mb:.0f} MB"
             )
-        return _crash_outcome(text).after(self.seconds)
+        return _crash_outcome(text)
 
 
 def _crash_outcome(text: str) -> Outcome:
@@ -8109,10 +8215,11 @@ class _Child:
         self.finished = False  # no further child is to follow
         self.restart_at = 0.0  # when the next one may be forked
         self.unreported: _Exit | None = None  # a death, to be reported to the server
-        self.lost_run: _Run | None = None  # the run that ended by this death
-        # The job for which the child was killed (None: it was idle), and its outcome.
-        self.kill_target: _CurrentJob | None = None
-        self.kill_outcome: Outcome | None = None
+        self.lost_jobs: list[_LostJob] = []  # the runs that ended by this death
+        self.ordered_kill: _Kill | None = None  # the child has been sent SIGKILL
+        # It is killed then, if a job that was told to stop has not ended by itself.
+        self.stop_deadline = math.inf
+        self.stop_kill: _Kill | None = None
         self.connection: _Connection | None = None  # for commands of the child
         self.idle_connections: list[_Connection] = []  # that earlier children have left
         self.standby_pid = 0
@@ -8132,10 +8239,9 @@ class _Child:
         # All this before the start signal, after which the child writes these fields.
         shared = self.shared
         shared.phase = _Phase.RUNNING
-        shared.job_started = time.monotonic()
         shared.has_standby = False
         shared.run_limit = shared.runs + self.instance.limits.jobs_per_fork
-        self.progress_at = shared.job_started
+        self.progress_at = time.monotonic()
         self.pid = self.standby_pid
         self.connection = self.standby_connection
         self.standby_pid = 0
@@ -8220,33 +8326,47 @@ class _Child:
         settled = self.shared.phase in (_Phase.ENDED, _Phase.REPLACE)
         death = None
         if code != 0 or not settled:
-            current = self.shared.current_job()
-            seconds = time.monotonic() - self.shared.job_started
-            kill_outcome = self._kill_outcome_for(current)
-            death = _Exit(pid, status, usage, current, kill_outcome, seconds)
-            self.shared.kill_deadline = 0
+            death = _Exit(pid, status, usage, self._kill())
+            self._note_lost_jobs(death)
         self._forget_child()
         self.unreported = death
         if self.connection:
             self.connection.close()  # it may hold unread replies
         self.restart_at = 0.0
-        if death and not death.current:
+        if death and not self.lost_jobs:
             # It was idle: perhaps no child can start here now, so don't fork at once.
             self.restart_at = time.monotonic() + 1
         return death
 
     def _forget_child(self) -> None:
         self.pid = 0
-        self.kill_target = self.kill_outcome = None
+        self.ordered_kill = self.stop_kill = None
+        self.stop_deadline = math.inf
 
-    def _kill_outcome_for(self, current: _CurrentJob | None) -> Outcome | None:
-        """Return the outcome of the job that ran in a child that was killed or gave up;
-        None if the child died by itself."""
-        if self.kill_outcome:
-            # A job that began between the decision to kill another one and SIGKILL was
-            # merely interrupted.
-            return self.kill_outcome if self.kill_target == current else _INTERRUPTED
-        return _INTERRUPTED if self.shared.phase == _Phase.GAVE_UP else None
+    def _kill(self) -> _Kill | None:
+        """Return by which kill the child has ended; None if it died by itself.  One
+        that gave up has only interrupted its jobs."""
+        if self.shared.phase == _Phase.GAVE_UP:
+            return _Kill.of(_INTERRUPTED, [])
+        return self.ordered_kill
+
+    def _note_lost_jobs(self, death: _Exit) -> None:
+        """Take the jobs that the child held out of the slots."""
+        now = time.monotonic()
+        for job in self.shared.current_jobs():
+            outcome = death.outcome(self.instance.name, job.token)
+            outcome = outcome.after(now - job.slot.started_at)
+            lost = _LostJob(job.queue_index, job.job_id, job.token, outcome)
+            self.lost_jobs.append(lost)
+            job.slot.state = _SlotState.EMPTY
+
+    def _lost_runs(self) -> list[list[_Run]]:
+        """Return the runs that ended by the death of the child, by their queues."""
+        runs = []
+        for lost in self.lost_jobs:
+            job = self.instance.queues[lost.queue_index]._job(lost.job_id)
+            runs.append(_Run(Execution(job, lost.token), lost.outcome))
+        return _group_by_queue(runs)
 
     def _keep_connection(self) -> None:
         """Keep the connection of a child, if it can be used by another child."""
@@ -8257,57 +8377,113 @@ class _Child:
         self.connection = None
 
     def report_commands(self) -> list[Command]:
-        """Return what settles the run that ended by the death of the child, and
+        """Return what settles the runs that ended by the death of the child, and
         releases what else it held."""
         return [*self._settle_commands(), self.instance.release_all_command()]
 
     def _settle_commands(self) -> list[Command]:
-        if not self.lost_run:
-            return []
         ttl = self.instance.worker.default_result_ttl
-        return [_settle_runs_command([self.lost_run], ttl)]
+        return [_settle_runs_command(runs, ttl) for runs in self._lost_runs()]
 
     def on_reported(self, replies: list[Any]) -> list[Message]:
         """Take the replies to report_commands(); return messages to be relayed."""
         messages: list[Message] = []
-        if self.lost_run:
-            [status], messages = _SettleReply.parse(replies[0])
-            execution, outcome = self.lost_run
-            outcome, status = _outcome_stored(outcome, status)
-            _count_and_log(self.shared, execution, outcome, status)
-        self.unreported = self.lost_run = None
+        # Not strict: the reply to the release is the last one.
+        for runs, reply in zip(self._lost_runs(), replies, strict=False):
+            statuses, outgoing = _SettleReply.parse(reply)
+            messages += outgoing
+            for (execution, outcome), status in zip(runs, statuses, strict=True):
+                outcome, status = _outcome_stored(outcome, status)
+                _count_and_log(self.shared, execution, outcome, status)
+        self.unreported = None
+        self.lost_jobs = []
         return messages
 
     # To end it
 
-    def kill(self, current: _CurrentJob | None, outcome: Outcome) -> None:
-        """Kill the process and its group, to which belongs what its jobs have started;
-        `outcome` is that of its job `current`."""
-        self.kill_target = current
-        self.kill_outcome = outcome
+    def kill(self, kill: _Kill) -> None:
+        """Kill the process and its group, to which belongs what its jobs have
+        started."""
+        self.ordered_kill = kill
         # Both: a child that has just been forked has no group of its own yet.
-        for kill in (os.killpg, os.kill):
+        for send in (os.killpg, os.kill):
             with contextlib.suppress(OSError):
-                kill(self.pid, signal.SIGKILL)
+                send(self.pid, signal.SIGKILL)
 
-    def end_job(self, current: _CurrentJob | None, outcome: Outcome) -> None:
-        """End the job that runs."""
+    def kill_jobs(self, outcome: Outcome) -> None:
+        """Kill the process; all that it runs ends with this outcome."""
         if self.pid:
-            self.kill(current, outcome)
+            self.kill(_Kill.of(outcome, self.shared.current_jobs()))
 
-    def why_to_kill(self, now: float, healthy_since: float) -> Outcome | None:
-        """Return with which outcome to kill the child, since its job is over its time,
-        or it hangs without one; None if all is well."""
-        if 0 < self.shared.kill_deadline <= now:
+    def stop_job(self, job: _CurrentJob, grace: float) -> None:
+        """Stop a job that runs.  One that shares its process with others gets
+        StopRequested.  One that has the process for itself is killed, after `grace`
+        seconds, at the beginning of which it gets StopRequested."""
+        if not self.pid:
+            return
+        outcome = Outcome(ResultType.STOPPED, _STOPPED_REASON, rerun="stopped")
+        kill = _Kill.of(outcome, [job])
+        shares_process = len(self.shared.slots) > 1
+        if not shares_process and grace <= 0:
+            self.kill(kill)
+            return
+        job.slot.request_stop()
+        if shares_process:
+            self.instance.wakeup.set()
+        else:
+            self.stop_kill = kill
+            self.stop_deadline = time.monotonic() + grace
+            os.kill(self.pid, signal.SIGALRM)
+
+    def _stop_has_failed(self, now: float) -> bool:
+        """Return whether a job that was told to stop still runs after its grace."""
+        if not self.stop_kill or now < self.stop_deadline:
+            return False
+        self.stop_deadline = math.inf
+        running = {job.token for job in self.shared.current_jobs()}
+        return bool(running & self.stop_kill.tokens)
+
+    def why_to_kill(self, now: float, healthy_since: float) -> _Kill | None:
+        """Return how to kill the child, since a job is over its time, or it hangs
+        without one; None if all is well."""
+        overdue = self._overdue_jobs(now)
+        if overdue and now >= self.kill_time():
             text = f"killed, {KILL_GRACE:g} s after its timeout had no effect"
-            return Outcome(ResultType.FAILED, text.encode(), rerun="killed")
+            outcome = Outcome(ResultType.FAILED, text.encode(), rerun="killed")
+            return _Kill.of(outcome, overdue)
+        if self._stop_has_failed(now):
+            return self.stop_kill
         if self._hangs(now, healthy_since):
             text = "process %d of worker %s hangs, and is killed"
             log.error(text, self.pid, self.instance.name)
-            return _crash_outcome(
-                "its process hung when it had ended, before that was settled"
-            )
+            text = "its process hung when it had ended, before that was settled"
+            return _Kill.of(_crash_outcome(text), self.shared.current_jobs())
         return None
+
+    def _overdue_jobs(self, now: float) -> list[_CurrentJob]:
+        """Return the jobs whose timeout had no effect."""
+        jobs = self.shared.current_jobs()
+        return [
+            job
+            for job in jobs
+            if job.slot.state == _SlotState.RUNNING and job.slot.kill_deadline <= now
+        ]
+
+    def kill_time(self) -> float:
+        """Return when to kill the child because a job is over its time, as far as can
+        be said now; infinity: never.  The other jobs have DRAIN_TIME to end."""
+        deadlines = [
+            slot.kill_deadline
+            for slot in self.shared.slots
+            if slot.state == _SlotState.RUNNING
+        ]
+        if not deadlines:
+            return math.inf
+        return min(max(deadlines), min(deadlines) + DRAIN_TIME)
+
+    def look_again_at(self) -> float:
+        """Return when to ask why_to_kill() again."""
+        return min(self.kill_time(), self.stop_deadline)
 
     def _hangs(self, now: float, healthy_since: float) -> bool:
         """Return whether the child makes no progress, though it runs no job.
@@ -8319,7 +8495,7 @@ class _Child:
         attempt that follows.  The timeout of a webhook comes on top."""
         shared = self.shared
         is_late = now - self.looked_at > 5  # each second, unless frozen or slow
-        if shared.kill_deadline > 0 or shared.turns != self.seen_turns or is_late:
+        if shared.runs_jobs() or shared.turns != self.seen_turns or is_late:
             self.seen_turns = shared.turns
             self.progress_at = now
         self.looked_at = now
@@ -8362,6 +8538,7 @@ def _child_main(
             pass  # a wait ends after an hour at the latest
         if start_signal.clear():  # else the parent died
             loop = _WorkLoop(instance, connection, supervisor_wakeup)
+            _accept_stop_requests(loop.take_stop_request)
             socket_before = connection.socket
             phase = loop.run()
             loop.blocking_connection.close()
@@ -8757,7 +8934,7 @@ class _Supervisor:
             return math.inf
         states = [instance.shared for instance in self.instances]
         busy_seconds = sum(state.busy_seconds for state in states)
-        is_busy = any(state.kill_deadline for state in states)
+        is_busy = any(state.holds_jobs() for state in states)
         interval = self.lease / 3
         if is_busy or busy_seconds != self.reported_seconds:
             interval = min(interval, 1.0)
@@ -8914,33 +9091,31 @@ class _Supervisor:
     def _watch_child(self, child: _Child, now: float, must_end: bool) -> float:
         """Kill a child or fork its standby child, if it is time for that; return when
         to look again."""
-        outcome: Outcome | None = _INTERRUPTED
+        kill: _Kill | None = _Kill.of(_INTERRUPTED, [])
         if not self.cold_shutdown:
-            outcome = child.why_to_kill(now, self.on_time_since)
-        if outcome:
-            child.kill(child.shared.current_job(), outcome)
+            kill = child.why_to_kill(now, self.on_time_since)
+        if kill:
+            child.kill(kill)
         if not must_end:
             child.fork_standby_if_due(now)
-        deadline = float(child.shared.kill_deadline)
-        return deadline if deadline > 0 else math.inf
+        return child.look_again_at()
 
     def _on_death(self, child: _Child, death: _Exit) -> None:
-        """Note which run ended by the death of a child, and call the user's
-        work_horse_killed_handler, if a crash ended the run."""
-        instance, current = child.instance, death.current
-        if not current:
+        """Call the user's work_horse_killed_handler for the runs that a crash ended."""
+        instance = child.instance
+        if not child.lost_jobs:
             text = "the idle process %d of worker %s %s"
             log.warning(text, death.pid, instance.name, death.describe())
+        if not instance.killed_handler:
             return
-        job = instance.queues[current.queue_index]._job(current.job_id)
-        outcome = death.outcome(instance.name)
-        child.lost_run = _Run(Execution(job, current.token), outcome)
-        if instance.killed_handler and outcome.rerun == "crash":
+        for lost in child.lost_jobs:
+            if lost.outcome.rerun != "crash":
+                continue
             try:
-                fetched = job.queue.fetch_job(job.id)
-                instance.killed_handler(fetched, death.pid, death.status, death.usage)
+                job = instance.queues[lost.queue_index].fetch_job(lost.job_id)
+                instance.killed_handler(job, death.pid, death.status, death.usage)
             except Exception:
-                log.exception("work_horse_killed_handler failed for job %s", job.id)
+                log.exception("work_horse_killed_handler failed for %s", lost.job_id)
 
     def _report_death(self, child: _Child) -> None:
         """Settle the run of a child that has died, and release the other jobs that it
@@ -9017,13 +9192,17 @@ class _Supervisor:
         """Send a heartbeat with the next step."""
         self.last_heartbeat = 0.0
 
-    def end_job(
-        self, instance: _Instance, current: _CurrentJob, outcome: Outcome
-    ) -> None:
-        """End the job that a worker runs, with this outcome."""
+    def stop_job(self, instance: _Instance, job: _CurrentJob, grace: float) -> None:
+        """Stop a job that a worker runs."""
         for unit in self._units():
             if unit.instance is instance:
-                unit.end_job(current, outcome)
+                unit.stop_job(job, grace)
+
+    def kill_jobs(self, instance: _Instance, outcome: Outcome) -> None:
+        """Kill the process in which a worker runs jobs, which end with this outcome."""
+        for unit in self._units():
+            if unit.instance is instance:
+                unit.kill_jobs(outcome)
 
     def _units(self) -> Sequence[_Child | _Loop]:
         """Return what runs the loops of the workers."""
@@ -9224,40 +9403,45 @@ def _handle_shutdown(
 
 
 def send_kill_horse_command(connection: Redis | None, worker_name: str) -> None:
-    """Kill the process that runs a worker's current job, which fails; a Retry runs it
-    again."""
+    """Kill the process that runs a worker's current jobs, all of which fail; a Retry
+    runs them again."""
     send_command(connection, worker_name, "kill-horse")
 
 
 def _handle_kill_horse(
     supervisor: _Supervisor, instance: _Instance, details: dict[str, Any]
 ) -> None:
-    current = instance.shared.current_job()
-    if current:
+    if instance.shared.holds_jobs():
         killed = Outcome(ResultType.FAILED, b"killed by a command", rerun="killed")
-        supervisor.end_job(instance, current, killed)
+        supervisor.kill_jobs(instance, killed)
 
 
 def send_stop_job_command(
-    connection: Redis | None, job_id: str, serializer: Any = None
+    connection: Redis | None, job_id: str, serializer: Any = None, grace: float = 0
 ) -> None:
     """Stop a job that runs: it ends as stopped, and is not run again.  Raises
-    NoSuchJobError, or InvalidJobOperation if it does not run."""
+    NoSuchJobError, or InvalidJobOperation if it does not run.
+
+    A job that has a process for itself is killed; with a `grace`, StopRequested is
+    raised in it first, and it is killed after so many seconds.  In a worker that runs
+    several jobs at once, or runs them in its own process, StopRequested is raised in a
+    function, and a coroutine is cancelled; nothing is killed."""
+    seconds = _parse_seconds(grace, "grace", (0,))
     job = Job.fetch(job_id, connection, serializer)
     status = job.get_status(refresh=False)
     if status is not JobStatus.STARTED:
         text = f"job {job_id!r} is {status}; only a started one is stopped"
         raise InvalidJobOperation(text)
-    send_command(connection, str(job.worker_name), "stop-job", job_id=job_id)
+    details = {"job_id": job_id, "grace": seconds}
+    send_command(connection, str(job.worker_name), "stop-job", **details)
 
 
 def _handle_stop_job(
     supervisor: _Supervisor, instance: _Instance, details: dict[str, Any]
 ) -> None:
-    current = instance.shared.current_job()
-    if current and current.job_id == details.get("job_id"):
-        stopped = Outcome(ResultType.STOPPED, _STOPPED_REASON, rerun="stopped")
-        supervisor.end_job(instance, current, stopped)
+    for job in instance.shared.current_jobs():
+        if job.job_id == details.get("job_id"):
+            supervisor.stop_job(instance, job, float(details.get("grace", 0)))
 
 
 def suspend(connection: Redis | None = None, ttl: int | None = None) -> None:

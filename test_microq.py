@@ -66,6 +66,7 @@ from microq import (
     SchedulerNotFound,
     ServerUnavailable,
     SimpleWorker,
+    StopRequested,
     Webhook,
     Worker,
     WorkerPool,
@@ -6765,12 +6766,12 @@ def test_sigkill_soon_after_sigterm_loses_no_job(queue, start_worker, tmp_path):
     """SIGTERM to all processes, as systemd sends it, and SIGKILL when the grace is over."""
     worker = start_worker("--lease", "1")
     log = tmp_path / "log"
-    jobs = [queue.enqueue(sleep_and_record_pid, str(log), 2), queue.enqueue(add)]
+    jobs = [queue.enqueue(sleep_and_record_pid, str(log), 5), queue.enqueue(add)]
     everybody = pids_of_run(log)
     for number in (signal.SIGTERM, signal.SIGKILL):
         for pid in everybody:
             os.kill(pid, number)
-        time.sleep(0.5)
+        time.sleep(0.1)
     assert worker.communicate(timeout=30)
     assert jobs[0].is_started
     start_worker("--lease", "1")
@@ -6858,6 +6859,33 @@ def test_a_job_is_stopped_by_command_and_not_retried(redis, queue, busy_worker):
         send_stop_job_command(redis, job.id)
     with pytest.raises(NoSuchJobError):
         send_stop_job_command(redis, "nobody")
+
+
+def clean_up_when_stopped(path, seconds, ignores=False):
+    append(path, "began")
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        try:
+            time.sleep(seconds)
+        except StopRequested:
+            append(path, "cleaned up")
+            if not ignores:
+                raise
+
+
+@pytest.mark.parametrize("ignores", [False, True])
+def test_a_job_is_stopped_with_a_grace(redis, queue, start_worker, tmp_path, ignores):
+    """The job may clean up; if it goes on all the same, it is killed after the grace."""
+    start_worker()
+    path = tmp_path / "log"
+    job = queue.enqueue(clean_up_when_stopped, str(path), 60, ignores)
+    wait_until(path.exists)
+    send_stop_job_command(redis, job.id, grace=1 if ignores else 60)
+    wait_until(lambda: job.is_stopped)
+    assert path.read_text().split("\n") == ["began", "cleaned up", ""]
+    with pytest.raises(ValueError, match="grace"):
+        send_stop_job_command(redis, job.id, grace=-1)
+    assert queue.enqueue(add, 1).latest_result(timeout=30).return_value == 1
 
 
 @in_both_places
