@@ -415,12 +415,15 @@ class _ColdShutdown(BaseException):
 
 # ---- 2. Values and options -----------------------------------------------------------
 # Plain values without Redis and without a clock: statuses, durations, the records that
-# a user passes as options (Retry, Callback, ..), and _OPTIONS, the table of all options,
-# which says for each how it is checked, stored, read back and shown.  Each
-# value is checked when it is made, so that a mistake raises before anything is stored.
-# To add an option: a row in _OPTIONS, an attribute of Job, a line in the docstring of
-# Queue.enqueue(), a row in the README; a test names what is missing.  Uses section 1,
-# _dotted_name() and _serialize() of section 3, and Job, to know one.
+# a user passes as options (Retry, Callback, ..), and _OPTIONS, the table of all
+# options, which says for each how it is checked, stored, read back and shown.
+#
+# Invariants: each value is checked when it is made, so that a mistake raises before
+# anything is stored; a record that a user passes is frozen, and from_field() of
+# to_field() is an equal one.  To add an option: a row in _OPTIONS, an attribute of Job,
+# a line in the docstring of Queue.enqueue(), a row in the README; a test names what is
+# missing.  Uses section 1, _dotted_name() and _serialize() of section 3, and Job, to
+# know one.
 
 # Where a job can be; the container is the status.  The last three are final.
 _CONTAINERS = [
@@ -508,6 +511,8 @@ class Outcome(NamedTuple):
         return self._replace(seconds=seconds)
 
 
+# Text that others have written, on its way to a terminal or a log.
+
 # Characters that change how a terminal or a log shows other text: control characters
 # (C0, C1), ends of lines and paragraphs, directions of writing (UAX #9); and halves of
 # surrogate pairs, which can't be encoded.
@@ -583,7 +588,9 @@ def _parse_duration(text: str, name: str) -> float:
 
 
 def parse_timeout(timeout: Any) -> float | None:
-    """Return a timeout of any form in seconds; -1 for no limit, None for None."""
+    """Return a timeout of any form in seconds; -1 for no limit, None for None.
+
+    Takes what _parse_seconds() takes, and 0, as RQ's function of this name does."""
     if timeout is None:
         return None
     return _parse_seconds(timeout, "timeout", (-1, 0))
@@ -604,7 +611,9 @@ def _delay_until(moment: datetime) -> str:
     return f"@{moment.timestamp():.6f}"
 
 
-# Records that a user passes as options.
+# Records that a user passes as options.  They are dataclasses that can't be changed; so
+# __post_init__() replaces a value that was given in another form by __setattr__() of
+# object.
 
 
 def _check_integer(name: str, value: Any, least: int, most: int) -> None:
@@ -624,7 +633,9 @@ def _check_number(name: str, value: Any, least: float, most: float) -> None:
 
 
 class _RerunPolicy:
-    """What Retry and Repeat have in common: `interval`, and how they are stored."""
+    """What Retry and Repeat have in common: `interval`, and how they are stored.
+
+    interval - given as one duration or several, it becomes a tuple of seconds"""
 
     interval: Any
 
@@ -644,6 +655,7 @@ class _RerunPolicy:
 
     @classmethod
     def from_field(cls, text: str) -> Any:
+        """Return the record that to_field() stored, or raise if it is garbled."""
         return cls(**json.loads(text))
 
 
@@ -694,10 +706,14 @@ class Repeat(_RerunPolicy):
 
 @dataclass(frozen=True)
 class Dependency:
-    """The jobs that a job waits for: Job objects or ids.  A missing job is finished.
+    """The jobs that a job waits for.
 
-    allow_failure    - whether it runs if they fail, no; "any": or are canceled, stopped
-    enqueue_at_front - whether it overtakes the jobs that wait when they are done, no"""
+    jobs             - a Job or an id, or a list of them; one that does not exist when
+                       the job is stored counts as finished
+    allow_failure    - False: they must have finished; True: or failed; "any": or been
+                       stopped or canceled; False
+    enqueue_at_front - whether the job, when it waits for them no longer, overtakes
+                       those in the queue, no"""
 
     jobs: Any
     allow_failure: bool | str = False
@@ -723,11 +739,17 @@ class Dependency:
 
 @dataclass(frozen=True)
 class Callback:
-    """A function to be called when a job has ended, and the seconds that it may take.
+    """A function to be called when a job has ended.
 
-    on_success(job, connection, result), on_failure(job, connection, type, exception,
-    traceback), on_stopped(job, connection).  What it raises is logged, and changes
-    nothing for the job."""
+    func    - a function or its dotted name; it is called, by the option it is given as,
+              on_success(job, connection, result)
+              on_failure(job, connection, type, exception, traceback)
+              on_stopped(job, connection)
+    timeout - seconds that it may take, 60
+
+    It is called in the job's process, before the outcome is stored: if the worker dies
+    in it, the job runs again.  What it raises is logged, and changes nothing for the
+    job."""
 
     func: Any
     timeout: Any = None
@@ -738,10 +760,12 @@ class Callback:
         object.__setattr__(self, "timeout", _parse_seconds(timeout, "timeout"))
 
     def to_field(self) -> bytes:
+        """Return "<dotted name> <timeout>"."""
         return f"{self.func} {self.timeout:.15g}".encode()
 
     @classmethod
     def from_field(cls, text: str) -> Callback:
+        """Return the record that to_field() stored, or raise if it is garbled."""
         name, seconds = text.split()
         return cls(name, float(seconds))
 
@@ -756,11 +780,16 @@ _CALLBACK_FIELDS = {
 
 @dataclass(frozen=True)
 class Webhook:
-    """An HTTP request to be made when a job has 'finished' or 'failed', once that is
-    stored, and before the worker's next job, or after the others of a batch.
+    """An HTTP request to be made when a job has ended in one way.
 
-    A POST carries JSON: job_id, func_name, status, enqueued_at, ended_at, exc_info if
-    it failed."""
+    job_status - which way: 'finished' or 'failed'
+    method     - 'GET'; or 'POST', which carries JSON: job_id, func_name, status,
+                 enqueued_at, ended_at, exc_info if it failed; 'GET'
+    headers    - a dict of strings, none
+    timeout    - seconds that it may take, 10
+
+    It is made once that is stored, and before the worker's next job, or after the
+    others of a batch.  It is not made again if it fails, or if the worker dies."""
 
     url: str
     job_status: str
@@ -789,10 +818,14 @@ class RateLimit:
     """A limit that all jobs with the same key share, whatever queue they are in; those
     beyond it wait as rate_limited, in order.
 
+    key         - up to 200 characters, no white space and braces
     concurrency - how many may be queued or running at a time; a run whose job was
                   canceled or deleted meanwhile does not count
     rate, per   - how many may enter their queues in so many seconds, 60; others are
-                  scheduled"""
+                  scheduled
+
+    One of concurrency and rate must be given, or both.  Jobs may give different
+    numbers for one key: for each job its own are looked at."""
 
     key: str
     concurrency: int | None = None
@@ -820,6 +853,7 @@ class RateLimit:
 
     @classmethod
     def from_field(cls, text: str) -> RateLimit:
+        """Return the record that to_field() stored, or raise if it is garbled."""
         prefix, concurrency, rate, per = text.split()
         key = prefix.removeprefix("microq:limit:{").removesuffix("}:")
         return cls(
@@ -827,7 +861,8 @@ class RateLimit:
         )
 
 
-# The options of a job.
+# The options of a job.  An option goes through check() and encode() when a job is made,
+# and through decode() when somebody asks the job for it.
 
 
 def _job_id(job: Any) -> str:
@@ -841,7 +876,10 @@ def _job_id(job: Any) -> str:
 
 
 def _parse_number(text: str) -> float:
-    """Return a number of a job's hash, or raise ValueError."""
+    """Return a number of a job's hash, or raise ValueError.
+
+    Stricter than float(): no blanks, no "nan" and "inf", nothing that is too large for
+    a time."""
     if not re.fullmatch(r"-?\d{1,10}(\.\d+)?(e-\d+)?", text):
         raise ValueError(f"{text!r} is no number")
     return float(text)
@@ -961,8 +999,10 @@ class _WebhooksOption(_Option):
 
 
 class _SerializedOption(_Option):
-    """An option that the queue's serializer stores.  Job reads it, as its signature may
-    cover the job."""
+    """An option that the queue's serializer stores: meta.
+
+    It has no decode(): Job reads it, as the signature of the bytes may cover the
+    job."""
 
     def encode(self, value: Any, serializer: Any) -> bytes:
         return _serialize(serializer, self.check(value), self.name)
@@ -981,11 +1021,14 @@ def _to_dependency(value: Any) -> Dependency | None:
 
 
 def _check_unique(value: Any) -> Any:
+    """Return the value of `unique`; RQ's "pending" is accepted, and changes nothing."""
     if value not in (True, False, "pending"):
         raise ValueError(f"unique={value!r}: give True or 'pending'")
     return value
 
 
+# All options of a job, in the order in which the documentation shows them.  The columns
+# are explained at _Option.
 _OPTIONS = {
     option.name: option
     for option in (
@@ -1090,7 +1133,9 @@ _OPTIONS = {
 }  # fmt: skip
 
 # The keywords of Queue.enqueue(), with the names of their options.
-_ENQUEUE_KEYWORDS = {o.keyword: name for name, o in _OPTIONS.items() if o.keyword}
+_ENQUEUE_KEYWORDS = {
+    option.keyword: name for name, option in _OPTIONS.items() if option.keyword
+}
 # The fields that a job begins its life with.
 _INITIAL_FIELDS = {"func", "args", "depends_on"}
 _INITIAL_FIELDS.update(name for name, option in _OPTIONS.items() if option.stored)
@@ -1103,7 +1148,9 @@ _SIGNED_FIELDS = ("func", "on_success", "on_failure", "on_stopped", "webhooks")
 # plain text, numbers and the serializer's bytes, but never an object of this module: a
 # copy of microq that a program brings along has another module name, and both read each
 # other's jobs.  A function is stored by its dotted name, which is tried out when the
-# job is made.  Uses section 1.
+# job is made.  Invariants: what a producer could store, a worker with the same code can
+# read; where that is not so, the producer gets the error, and not the worker.  Uses
+# section 1.
 
 
 class PickleSerializer:
@@ -1261,8 +1308,10 @@ def _main_module_name() -> str | None:
     main = sys.modules["__main__"]
     file = getattr(main, "__file__", None) or ""
     spec = getattr(main, "__spec__", None)
+    if not os.path.isfile(file):
+        return None
     # Paths are compared, not files, since this file may be in a zip archive.
-    if not os.path.isfile(file) or os.path.realpath(file) == os.path.realpath(__file__):
+    if os.path.realpath(file) == os.path.realpath(__file__):
         return None
     name: str = spec.name if spec else Path(file).stem
     sys.modules.setdefault(name, main)
@@ -1287,6 +1336,7 @@ def _dotted_name(func: Any) -> str:
             text = f"{qualname} was defined at a prompt; a worker can only import files"
             raise ValueError(text)
     name = f"{module}.{qualname}"
+    # A lambda, a local function, and one that a decorator has replaced fail here.
     with contextlib.suppress(ImportError, AttributeError):
         if _import_object(name) is func:
             return name
@@ -1336,9 +1386,12 @@ def _resolve_class(choice: Any, default: Any) -> Any:
 # ---- 4. Redis ------------------------------------------------------------------------
 # How commands get to Redis and replies come back.  All calls go through _execute(),
 # which makes one round trip.  Its one idea: commands may be sent twice, since a reply
-# may be lost or a script unknown.  So all commands are such that the second call does no
-# harm, as all scripts are (section 5).  Replies are bytes.  If the server can't be
-# reached or can't do its work, ServerUnavailable is raised, and says what to do.
+# may be lost or a script unknown.  So all commands are such that the second call does
+# no harm, as all scripts are (section 5).
+#
+# Invariants: replies are bytes, whatever the client is set to; if the server can't be
+# reached or can't do its work, ServerUnavailable is raised, and says what to do; a
+# connection with a reply that nobody has read is not used for another request.
 #
 # Most calls take a connection from a _ConnectionPool.  A worker has _Connections of its
 # own, on which it sends a request before it runs jobs and reads the replies afterwards,
@@ -1346,9 +1399,11 @@ def _resolve_class(choice: Any, default: Any) -> Any:
 # section 5 _scripts_by_sha(), and of section 9 _Wakeup.
 
 
-_QUEUES_KEY, _GROUPS_KEY = "microq:queues", "microq:groups"
+_QUEUES_KEY = "microq:queues"
+_GROUPS_KEY = "microq:groups"
 _NO_RETRIES = RedisRetry(NoBackoff(), 0)  # makes redis-py try once
 
+# All that redis-py raises: its error of a Cluster is no RedisError.
 _REDIS_ERRORS = (exceptions.RedisError, exceptions.RedisClusterException)
 _UNREACHABLE = (exceptions.ConnectionError, exceptions.TimeoutError)
 # Errors that pass by themselves: no server, a server that is loading its data, a
@@ -1357,13 +1412,17 @@ _TRANSIENT_ERRORS = (
     *_UNREACHABLE, exceptions.ReadOnlyError, exceptions.OutOfMemoryError,
     exceptions.ClusterError, exceptions.RedisClusterException,
 )  # fmt: skip
+# Codes of error replies of that kind, most of which have no class of their own.
 _TRANSIENT_REPLIES = (
     "NOREPLICAS|MISCONF|BUSY |MASTERDOWN|CLUSTERDOWN|TRYAGAIN|READONLY|OOM "
 )
 
 
 def _queue_prefix(queue: str) -> str:
-    """Return what all keys of a queue begin with; ValueError for a bad name."""
+    """Return what all keys of a queue begin with; ValueError for a bad name.
+
+    "mail" and "{mail}high" have the prefixes "microq:{mail}:" and "microq:{mail}high:".
+    On a Cluster the braces decide about the slot."""
     shape = r"(\{[^{}\s]+\})?[^{}\s]+"
     valid = isinstance(queue, str) and re.fullmatch(shape, queue)
     if not valid or _CONTROL_CHARACTER.search(queue):
@@ -1385,6 +1444,9 @@ def _add_to_pipeline(pipeline: Any, commands: Iterable[Command]) -> None:
     """Add commands to a pipeline of redis-py, which its owner executes."""
     for command in commands:
         pipeline.execute_command(*_as_eval(command))
+
+
+# Errors, and what to do about them.
 
 
 def _is_transient(error: Exception) -> bool:
@@ -1449,6 +1511,9 @@ def _raise_explained(error: Exception, connection: Any) -> NoReturn:
     raise _unavailable(error, _address(client)) from error
 
 
+# Clients of redis-py.
+
+
 def _make_client(kind: Any, **options: Any) -> Any:
     """Return a client of the class `kind`; with url=, by its from_url().
 
@@ -1499,13 +1564,17 @@ def _connect(connection: Redis | None = None) -> Redis:
     return connection
 
 
+# One connection.  `raw` is a connection of redis-py: a socket, and what packs commands
+# and parses replies.
+
+
 def _send_packed(raw: Any, commands: Sequence[Command]) -> None:
     """Send commands over redis-py's connection `raw`, which connects first if need be.
 
     hiredis packs them in a quarter of the time that redis-py takes."""
     if not raw._sock:
-        # redis-py asks a Sentinel for its master here, but not when it connects in order
-        # to send.
+        # redis-py asks a Sentinel for its master here, but not when it connects in
+        # order to send.
         raw.connect()
     packed = b"".join(map(pack_command, commands))
     raw.send_packed_command([packed], check_health=False)
@@ -1547,15 +1616,19 @@ def _send_and_receive(raw: Any, commands: Sequence[Command]) -> list[Any]:
     return _read_replies(raw, len(commands))
 
 
-class _TellingParser(_HiredisParser):
-    """Reads replies, and tells of each piece of data: a large reply may take long."""
+class _NotifyingParser(_HiredisParser):
+    """Reads replies, and calls `on_data` after each piece of data.
+
+    A large reply may take longer than a timeout; so its reader can see that the server
+    is still there."""
 
     def __init__(self, on_data: Callable[[], None], socket_read_size: int) -> None:
         super().__init__(socket_read_size)  # type: ignore[no-untyped-call]
         self.on_data = on_data
 
     def read_from_socket(self, *args: Any, **options: Any) -> Any:
-        has_come = super().read_from_socket(*args, **options)  # type: ignore[no-untyped-call]
+        read = super().read_from_socket  # has no hints, so it counts as untyped
+        has_come = read(*args, **options)  # type: ignore[no-untyped-call]
         if has_come:
             self.on_data()
         return has_come
@@ -1680,16 +1753,19 @@ class _Connection:
             options["socket_timeout"] = self.timeout
             options["socket_connect_timeout"] = self.timeout
         if self.on_data is not None:
-            options["parser_class"] = functools.partial(_TellingParser, self.on_data)
+            options["parser_class"] = functools.partial(_NotifyingParser, self.on_data)
         return pool.connection_class(**options)
 
 
 @dataclass
 class _Probe:
-    """What tells whether a node of a Cluster answers."""
+    """What tells whether a node of a Cluster answers.
+
+    pause    - seconds for which a node that was silent is not asked; doubles each time
+    retry_at - when to ask it again, by time.monotonic()"""
 
     connection: _Connection
-    pause: float = 0.0  # seconds
+    pause: float = 0.0
     retry_at: float = 0.0
 
 
@@ -1725,7 +1801,9 @@ class _BlockingConnection(_Connection):
     ) -> None:  # fmt: skip
         super().__init__(client, timeout, keys[0], on_data=on_data)
         self.keys = keys
-        self._reply_deadline: float | None = None  # of the call that is under way
+        # By when the call that is under way must have been answered, by
+        # time.monotonic(); None: there is none.
+        self._reply_deadline: float | None = None
 
     def pop(
         self, timeout: float, wakeup: _Wakeup, *piggyback: Command
@@ -1779,6 +1857,7 @@ class _BlockingConnection(_Connection):
             self.client.nodes_manager.initialize()
 
     def close(self) -> None:
+        """Close it, and so end a call that is under way."""
         super().close()
         self._reply_deadline = None
 
@@ -1787,7 +1866,8 @@ class _ConnectionPool:
     """Idle connections beside a client's own pool, for calls of any thread.
 
     What redis-py does around each command takes longer than the round trip. So these
-    connections are made as those of the client's pool are, but without its checks."""
+    connections are made as those of the client's pool are, but without its checks. Any
+    number of threads may use it; list.pop() and list.append() are atomic."""
 
     @staticmethod
     def of(client: Any) -> _ConnectionPool:
@@ -1833,10 +1913,14 @@ class _ConnectionPool:
                 return raw
 
     def _release(self, raw: Any) -> None:
+        """Keep a connection for the next call, or close it if there are enough."""
         if len(self._idle) < self._max_idle:
             self._idle.append(raw)
         else:
             raw.disconnect()
+
+
+# Calls.  _execute() is what the other sections use.
 
 
 def _pipeline(client: Any, commands: Sequence[Command]) -> list[Any]:
