@@ -6343,40 +6343,6 @@ def _store_callback_error(execution: Execution, error: BaseException) -> None:
         _execute_one(job.connection, *command)
 
 
-def _send_webhook(hook: Webhook, execution: Execution, payload: dict[str, str]) -> None:
-    """Send one request, in at most its timeout.
-
-    The answer does not matter; a request that fails is logged."""
-    body = json.dumps(payload).encode() if hook.method == "POST" else None
-    headers = {"Content-Type": "application/json"} | (hook.headers or {})
-    request = Request(hook.url, body, headers, method=hook.method)
-    # urlopen's timeout is that of each packet, _call_with_timeout()'s that of all.
-    send = functools.partial(urlopen, request, timeout=hook.timeout)
-    try:
-        _call_with_timeout(execution, hook.timeout, send).close()
-    except (Exception, JobTimeoutException) as error:
-        log.warning("webhook %s of job %s: %r", hook.url, execution.job_id, error)
-
-
-def _webhook_payload(
-    execution: Execution, outcome: Outcome, status: str
-) -> dict[str, str]:
-    """Return what the body of a webhook's request says."""
-    job = execution.job
-    state = execution.run_state
-    started_at = time.time() if state is None else state.started_at
-    payload = {
-        "job_id": job.id,
-        "func_name": job.func_name,
-        "status": status,
-        "enqueued_at": str(job.enqueued_at or ""),
-        "ended_at": str(_from_timestamp(started_at + outcome.seconds)),
-    }
-    if status == "failed":
-        payload["exc_info"] = outcome.payload.decode(errors="replace")
-    return payload
-
-
 def _replace_oversized(outcome: Outcome) -> Outcome:
     """Return the outcome, or a failure if it may be too large for a connection."""
     size = len(outcome.payload)
@@ -7646,6 +7612,40 @@ class _WorkLoop(_Loop):
         self.command_connection.close()
         self.blocking_connection.close()
         self.relay_connection.close()
+
+
+def _send_webhook(hook: Webhook, execution: Execution, payload: dict[str, str]) -> None:
+    """Send one request, in at most its timeout.
+
+    The answer does not matter; a request that fails is logged."""
+    body = json.dumps(payload).encode() if hook.method == "POST" else None
+    headers = {"Content-Type": "application/json"} | (hook.headers or {})
+    request = Request(hook.url, body, headers, method=hook.method)
+    # urlopen's timeout is that of each packet, _call_with_timeout()'s that of all.
+    send = functools.partial(urlopen, request, timeout=hook.timeout)
+    try:
+        _call_with_timeout(execution, hook.timeout, send).close()
+    except (Exception, JobTimeoutException) as error:
+        log.warning("webhook %s of job %s: %r", hook.url, execution.job_id, error)
+
+
+def _webhook_payload(
+    execution: Execution, outcome: Outcome, status: str
+) -> dict[str, str]:
+    """Return what the body of a webhook's request says."""
+    job = execution.job
+    state = execution.run_state
+    started_at = time.time() if state is None else state.started_at
+    payload = {
+        "job_id": job.id,
+        "func_name": job.func_name,
+        "status": status,
+        "enqueued_at": str(job.enqueued_at or ""),
+        "ended_at": str(_from_timestamp(started_at + outcome.seconds)),
+    }
+    if status == "failed":
+        payload["exc_info"] = outcome.payload.decode(errors="replace")
+    return payload
 
 
 def _kill_limit(job: Job) -> float:
