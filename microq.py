@@ -2033,8 +2033,9 @@ def _eviction_warning(connection: _Connection) -> str:
 # ---- 5. Transitions ------------------------------------------------------------------
 # Every change of a job's state is here.  A transition is one Lua script, so it happens
 # whole or not at all.  Its one idea: a transition is guarded by what it finds in Redis,
-# so that a copy of the call that arrives later changes nothing.  Invariants: a job is in
-# one container; what may fail comes before the first write.
+# so that a copy of the call that arrives later changes nothing.  Invariants: a job is
+# in one container; what may fail comes before the first write; whoever waits for what
+# changed is told in the same script, by the wake list, a channel or a message.
 #
 # A script is made of its own text and of pieces of a library: it names those that it
 # uses.  Part I calls what Part II adds (dependencies, limits) by hooks, as in
@@ -2060,9 +2061,9 @@ class _LuaPiece(NamedTuple):
     hooks: Sequence[str]  # names of pieces that it calls by hooks()
 
 
-LUA_LIBRARY: dict[
-    str, _LuaPiece
-] = {}  # by name; a table comes behind the functions in it
+# By name.  Functions may call each other in any order; a table comes behind the
+# functions that are in it.
+LUA_LIBRARY: dict[str, _LuaPiece] = {}
 
 
 def _lua(name: str, text: str, uses: str = "", hooks: str = "") -> None:
@@ -2093,7 +2094,9 @@ def _definitions(names: Sequence[str]) -> list[str]:
 
 
 def _hook_definitions(hooks: Sequence[str], defined: Sequence[str]) -> list[str]:
-    """Return the lines of Lua that define hooks(), without pieces in `defined`."""
+    """Return the lines of Lua that define hooks(), without pieces in `defined`.
+
+    hooks() makes the pieces when it is first called, and returns a table of them."""
     inner = [name for name in _reachable(hooks, True) if name not in defined]
     entries = ", ".join(f"{name} = {name}" for name in hooks)
     return [
@@ -2149,12 +2152,12 @@ class Script:
     def __call__(self, prefixes: str | Sequence[str], *args: Any) -> Command:
         """Return the command that runs the script.
 
-        In a Cluster, a slot may be on its way from one master to another.  The old master
-        does not find the prefixes, since they are no keys, and redirects the call (ASK);
-        the new one would run it, though keys of the slot are still to come.  But the new
-        one answers TRYAGAIN to a call with several keys, if one of them is missing.  So
-        one more key stands behind the prefixes, which never exists; the head of the
-        script removes it."""
+        In a Cluster, a slot may be on its way from one master to another.  The old
+        master does not find the prefixes, since they are no keys, and redirects the
+        call (ASK); the new one would run it, though keys of the slot are still to come.
+        But the new one answers TRYAGAIN to a call with several keys, if one of them is
+        missing.  So one more key stands behind the prefixes, which never exists; the
+        head of the script removes it."""
         keys = [prefixes] if isinstance(prefixes, str) else [*prefixes]
         if keys:  # who runs cron only names no queue
             keys.append(f"{keys[0]}-")
@@ -2170,6 +2173,7 @@ class Script:
 
 @functools.cache
 def _scripts_by_sha() -> dict[str, Script]:
+    """Return all scripts, for those who have to send the text in place of the hash."""
     return {script.sha: script for script in SCRIPTS}
 
 
@@ -2183,13 +2187,15 @@ def _as_messages(reply: Sequence[Sequence[bytes]]) -> list[Message]:
 _lua(
     "FINAL",
     """
-FINAL = {finished = true, failed = true, canceled = true}  -- the containers of ended jobs
+-- The containers of jobs that have ended.
+FINAL = {finished = true, failed = true, canceled = true}
 """,
 )
 
 _lua(
     "format_time",
     """
+-- A time as it is stored: tostring() would cut it to 14 digits.
 function format_time(time) return string.format('%.6f', time) end
 """,
 )
@@ -2222,7 +2228,8 @@ _lua(
 -- Wake one blocked worker, unless there is a token which says that there may be work.
 -- An error must not end a script half-way; workers also look for work by themselves.
 function wake(q)
-  if redis.pcall('EXISTS', q .. 'wake') == 0 then redis.pcall('RPUSH', q .. 'wake', 1) end
+  local key = q .. 'wake'
+  if redis.pcall('EXISTS', key) == 0 then redis.pcall('RPUSH', key, 1) end
 end
 """,
 )
@@ -2259,8 +2266,8 @@ function parse_lease(entry)
     string.match(entry or '', '^(%d+%.?%d*) (%d[%d.e+-]*) (%d+) ?(%S*)$')
   if not tonumber(lease) then return nil end
   return {
-    heartbeat_at = heartbeat_at, ends_at = heartbeat_at + lease, claim = tonumber(claim),
-    instance = instance,
+    heartbeat_at = heartbeat_at, ends_at = heartbeat_at + lease,
+    claim = tonumber(claim), instance = instance,
   }
 end
 """,
@@ -2269,7 +2276,9 @@ end
 _lua(
     "read_lease",
     """
-function read_lease(q, worker) return parse_lease(call('HGET', q .. 'workers', worker)) end
+function read_lease(q, worker)
+  return parse_lease(call('HGET', q .. 'workers', worker))
+end
 """,
     uses="parse_lease",
 )
@@ -2380,7 +2389,8 @@ _lua(
 -- does not expire by itself; claim sees when its ttl has passed.
 function push_queued(q, id, at_front, now)
   local job = q .. 'job:' .. id
-  local ttl, has_dependents, slot = unpack(call('HMGET', job, 'ttl', 'has_dependents', 'slot'))
+  local ttl, has_dependents, slot =
+    unpack(call('HMGET', job, 'ttl', 'has_dependents', 'slot'))
   if has_dependents or slot then ttl = nil end
   call('HSET', job, 'enqueued_at', format_time(now))
   expire_job(job, ttl_of(-1, ttl))
@@ -2414,7 +2424,8 @@ _lua(
 function status_of(q, id)
   if call('EXISTS', q .. 'job:' .. id) == 0 then return nil end
   if call('HEXISTS', q .. 'started', id) == 1 then return 'started' end
-  for name in string.gmatch('scheduled deferred rate_limited finished failed canceled', '%S+') do
+  local sorted_sets = 'scheduled deferred rate_limited finished failed canceled'
+  for name in string.gmatch(sorted_sets, '%S+') do
     local score = call('ZSCORE', q .. name, id)
     if score then return name, score end
   end
@@ -2426,7 +2437,8 @@ end
 _lua(
     "outgoing",
     """
-outgoing = {}  -- messages that this call has put into an outbox: {prefix of the outbox, text}
+-- The messages that this call has put into an outbox: {prefix of the outbox, text}.
+outgoing = {}
 """,
 )
 
@@ -2438,7 +2450,8 @@ _lua(
 -- is deleted, and they are told.  A finished job has none, so its record is not looked
 -- for.
 function forget_expired_in(q, container, time, limit, now)
-  local count = math.min(limit, call('ZCOUNT', q .. container, '-inf', format_time(time)))
+  local expired = call('ZCOUNT', q .. container, '-inf', format_time(time))
+  local count = math.min(limit, expired)
   if count == 0 then return 0 end
   if container ~= 'finished' then
     count = math.min(count, 1000)
@@ -2482,8 +2495,8 @@ end
     hooks="dispatch",
 )
 
-# Enqueue.  A job is stored by one of two scripts: the second one also knows chosen ids, which may
-# have had a life before, and jobs that have to wait for others or for a slot.
+# Enqueue.  A job is stored by one of two scripts: the second one also knows chosen ids,
+# which may have had a life before, and jobs that have to wait for others or for a slot.
 
 _lua(
     "parse_new_jobs",
@@ -2517,13 +2530,15 @@ _lua(
 -- dependents does not expire by itself; claim sees when its ttl has passed.
 function store_job(q, job, due, created_at, at_back)
   local flags = job.flags
-  call('HSET', job.key, 'created_at', created_at, unpack(ARGV, job.first_field, job.last_field))
+  call('HSET', job.key, 'created_at', created_at,
+    unpack(ARGV, job.first_field, job.last_field))
   if flags ~= '' and string.find(flags, 'blocked') then return end
   if due then return schedule(q, job.id, due) end
   if job.ttl ~= '' and not job.has_dependents then
     call('PEXPIRE', job.key, math.ceil(job.ttl * 1000))
   end
-  if flags ~= '' and string.find(flags, 'at_front') then call('LPUSH', q .. 'queued', job.id)
+  if flags ~= '' and string.find(flags, 'at_front') then
+    call('LPUSH', q .. 'queued', job.id)
   else at_back[#at_back + 1] = job.id end
 end
 """,
@@ -2569,7 +2584,8 @@ function find_taken(q, jobs)
   for _, job in ipairs(jobs) do
     local status = status_of(q, job.id)
     job.is_new = not status
-    if status and job.call_id ~= '' and call('HGET', job.key, 'call_id') ~= job.call_id then
+    local is_chosen = status and job.call_id ~= ''
+    if is_chosen and call('HGET', job.key, 'call_id') ~= job.call_id then
       job.is_new = FINAL[status] and not string.find(job.flags, 'unique')
       if not job.is_new then return {'taken', job.id, status} end
     end
@@ -2637,7 +2653,8 @@ if taken then return taken end
 store_new_jobs(q, jobs, parse_due(when, now), now)
 return {format_time(now), outgoing}
 """,
-    uses="server_time parse_due format_time parse_new_jobs find_taken store_new_jobs outgoing",
+    uses="server_time parse_due format_time parse_new_jobs find_taken store_new_jobs"
+    " outgoing",
 )
 
 
@@ -2656,6 +2673,7 @@ class _NewJob(NamedTuple):
         return not self.call_id and "blocked" not in self.flags
 
     def args(self) -> list[Any]:
+        """Return the arguments of the script for this job; see parse_new_jobs."""
         args = [self.id, self.call_id, self.flags, self.ttl, 2 * len(self.fields)]
         for name, value in self.fields.items():
             args += (name, value)
@@ -2667,7 +2685,8 @@ def _enqueue_command(
 ) -> Command:
     """Store jobs; the reply is for _EnqueueReply.parse().
 
-    They are to be run `delay` seconds from now, or at the time "@<time>"; -1: at once."""
+    They are to be run `delay` seconds from now, or at the time "@<time>"; -1: at
+    once."""
     script = ENQUEUE
     args: list[Any] = []
     for job in jobs:
@@ -2678,6 +2697,8 @@ def _enqueue_command(
 
 
 class _EnqueueReply(NamedTuple):
+    """What ENQUEUE or ENQUEUE_CHECKED returns."""
+
     created_at: bytes  # b"" if nothing was stored, since an id is taken
     messages: list[Message]
     taken_id: str = ""  # the id of a job that has not ended
@@ -2722,7 +2743,8 @@ function read_claimable(claim, q, id)
     elseif name == 'call_id' and status_of(q, id) ~= 'queued' then return nil end
   end
   claim.size = size
-  if #hash == 0 or ttl and has_waited_too_long(q, id, ttl, queued_at, claim.now) then return nil end
+  if #hash == 0 then return nil end
+  if ttl and has_waited_too_long(q, id, ttl, queued_at, claim.now) then return nil end
   return hash, is_suspect
 end
 """,
@@ -2814,7 +2836,8 @@ _lua(
 --   by one that was sent along with BLPOP, for a worker that may be gone (is_late).
 -- The 100 rounds are for ids without a record, which make room for others.
 function claim_from(claim, index, q)
-  local now, worker, instance, number = claim.now, claim.worker, claim.instance, claim.number
+  local now, worker, instance = claim.now, claim.worker, claim.instance
+  local number = claim.number
   claim.dues[index] = promote(q, now)
   local lease = read_lease(q, worker)
   local last = last_claim(lease, instance)
@@ -2846,7 +2869,9 @@ function wake_others(claim, index, q)
   local due, popped = claim.dues[index], claim.has_popped[index]
   local claimed = #claim.jobs > 0
   if due and due < claim.next_due then claim.next_due = due end
-  if popped and not claimed and call('LLEN', q .. 'queued') > 0 then claim.next_due = claim.now end
+  if popped and not claimed and call('LLEN', q .. 'queued') > 0 then
+    claim.next_due = claim.now
+  end
   if not (claimed or popped or claim.mode == 'blocking') then return end
   local is_due_soon = due and due < claim.now + claim.lease
   if is_due_soon or call('LLEN', q .. 'queued') > 0 then wake(q) end
@@ -2862,8 +2887,8 @@ CLAIM = Script(
 -- KEYS  prefixes of the worker's queues, in the order in which they are to be served
 -- ARGV  holder ('<worker> <instance>'), number of the claim, lease, limit, mode
 -- mode  'pipelined'  the worker has other jobs to run before these
---       'blocking'   sent along with BLPOP, maybe long ago: a worker whose lease has expired, which
---                    may be gone, gets nothing
+--       'blocking'   sent along with BLPOP, maybe long ago: a worker whose lease has
+--                    expired, which may be gone, gets nothing
 -- The last number, if it is sent again, returns what it holds; an older one nothing.
 -- If another instance has the worker's name now, since this one was frozen for longer
 -- than its lease, this one gets nothing.
@@ -2875,10 +2900,11 @@ local worker, instance = parse_holder(holder)
 local now = server_time()
 local execution = worker .. '.' .. tonumber(number)
 local claim = {
-  worker = worker, instance = instance, number = tonumber(number), lease = lease, mode = mode,
-  limit = tonumber(limit), now = now, execution = execution,
+  worker = worker, instance = instance, number = tonumber(number), lease = lease,
+  mode = mode, limit = tonumber(limit), now = now, execution = execution,
   token = execution .. ' ' .. format_time(now),
-  jobs = {}, seen = {}, size = 0, missing = 0, dues = {}, next_due = math.huge, has_popped = {},
+  jobs = {}, seen = {}, size = 0, missing = 0, dues = {}, next_due = math.huge,
+  has_popped = {},
 }
 for index, q in ipairs(KEYS) do claim_from(claim, index, q) end
 for index, q in ipairs(KEYS) do wake_others(claim, index, q) end
@@ -2895,12 +2921,14 @@ def _claim_command(
 ) -> Command:  # fmt: skip
     """Claim up to `limit` jobs; the reply is for _ClaimReply.parse().
 
-    `holder` is "<worker> <instance>".  `mode` is 'pipelined' if the worker still has others to run,
-    'blocking' if this is sent along with BLPOP."""
+    `holder` is "<worker> <instance>".  `mode` is 'pipelined' if the worker still has
+    others to run, 'blocking' if this is sent along with BLPOP."""
     return CLAIM(prefixes, holder, number, lease, limit, mode)
 
 
 class _ClaimReply(NamedTuple):
+    """What CLAIM returns."""
+
     now: float  # by the server's clock
     next_due: float | None  # when the next scheduled job is due, None: there is none
     token: str  # "<execution> <started_at>"
@@ -2984,13 +3012,14 @@ _lua(
     "store_result",
     """
 -- Store a result; the one before joins the list, which keeps nine.  Returns what the
--- hash held: ttl (the field `option`), ended or has_log (whether there may be keys beside
--- the hash), has_dependents, slot; no table, as that would cost each job a tenth of its
--- settling.  PUBLISH is by pcall: a user who may not publish still settles, and who
--- waits asks again (RECHECK).
+-- hash held: ttl (the field `option`), ended or has_log (whether there may be keys
+-- beside the hash), has_dependents, slot; no table, as that would cost each job a tenth
+-- of its settling.  PUBLISH is by pcall: a user who may not publish still settles, and
+-- who waits asks again (RECHECK).
 function store_result(job, ended, result, option)
-  local old_ended, has_waiter, ttl, has_log, has_dependents, slot = unpack(call('HMGET', job,
-    'ended', 'has_waiter', option, 'has_log', 'has_dependents', 'slot'))
+  local old_ended, has_waiter, ttl, has_log, has_dependents, slot =
+    unpack(call('HMGET', job, 'ended', 'has_waiter', option, 'has_log',
+      'has_dependents', 'slot'))
   -- It is equal if a call of which a part was denied (see attempt) is sent again.
   if old_ended and old_ended ~= ended then keep_old_result(job, old_ended) end
   if result ~= '' then call('HSET', job, 'ended', ended, 'result', result)
@@ -2998,7 +3027,9 @@ function store_result(job, ended, result, option)
     call('HSET', job, 'ended', ended)
     if old_ended then call('HDEL', job, 'result') end
   end
-  if has_waiter and call('HDEL', job, 'has_waiter') then redis.pcall('PUBLISH', job, 'ended') end
+  if has_waiter and call('HDEL', job, 'has_waiter') then
+    redis.pcall('PUBLISH', job, 'ended')
+  end
   return ttl, old_ended or has_log, has_dependents, slot
 end
 """,
@@ -3008,7 +3039,10 @@ end
 _lua(
     "COUNTERS",
     """
-COUNTERS = {retry = 'retries', killed = 'retries', ['repeat'] = 'repeats', crash = 'crashes'}
+-- The field that counts the runs of a job for one reason to run again.
+COUNTERS = {
+  retry = 'retries', killed = 'retries', ['repeat'] = 'repeats', crash = 'crashes',
+}
 """,
 )
 
@@ -3028,7 +3062,9 @@ function next_run(run)
   local counter = COUNTERS[rerun]
   local count = counter and tonumber(call('HGET', job, counter)) or 0
   local text = run.policy
-  if text == '' then text = call('HGET', job, rerun == 'killed' and 'retry' or rerun) end
+  if text == '' then
+    text = call('HGET', job, rerun == 'killed' and 'retry' or rerun)
+  end
   local policy = cjson.decode(text)
   local max = policy.max or policy.times
   if rerun == 'crash' or not counter then
@@ -3036,7 +3072,10 @@ function next_run(run)
   end
   if count >= max then return nil end
   local delay = delay_of(policy, count + 1, run.chance)
-  return {delay = delay, at_front = policy.enqueue_at_front, counter = counter, count = count + 1}
+  return {
+    delay = delay, at_front = policy.enqueue_at_front, counter = counter,
+    count = count + 1,
+  }
 end
 """,
     uses="COUNTERS delay_of",
@@ -3123,7 +3162,9 @@ function retention_of(container, field, now)
   if not retention then
     local ttl = ttl_of(container.ttl, field)
     local expires_at = ttl < 0 and '+inf' or format_time(now + ttl)
-    retention = {ttl = ttl, expires_at = expires_at, milliseconds = to_milliseconds(ttl)}
+    retention = {
+      ttl = ttl, expires_at = expires_at, milliseconds = to_milliseconds(ttl),
+    }
     container.retentions[field] = retention
   end
   return retention
@@ -3158,7 +3199,8 @@ function finish(batch, run)
   if run.result_type ~= '' then
     status, option, ended = 'failed', 'failure_ttl', run.ended .. ' ' .. run.result_type
   end
-  local ttl_field, has_parts, has_flag, slot = store_result(job, ended, run.result, option)
+  local ttl_field, has_parts, has_flag, slot =
+    store_result(job, ended, run.result, option)
   local has_dependents = (has_flag or slot) and tell_of_end(batch, run, status)
   local container = batch.containers[status]
   local retention = retention_of(container, ttl_field, now)
@@ -3186,7 +3228,8 @@ _lua(
 -- Settle one run, and return where its job is now.
 function settle_run(batch, run)
   local q = batch.q
-  if batch.owned[run.id] ~= run then  -- either the call was sent again, or the run lost its job
+  -- Either the call was sent again, or the run lost its job.
+  if batch.owned[run.id] ~= run then
     local ended = call('HGET', run.key, 'ended') or ''
     if string.sub(ended, 1, #run.ended) ~= run.ended then return 'lost' end
     return status_of(q, run.id) or 'gone'
@@ -3196,7 +3239,9 @@ function settle_run(batch, run)
     local is_valid, again = pcall(next_run, run)
     if is_valid and again then return run_again(batch, run, again) end
     local from_outside = rerun == 'crash' or rerun == 'killed' or rerun == 'stopped'
-    if from_outside and requeue_for_callbacks(batch, run) then return 'callbacks_pending' end
+    if from_outside and requeue_for_callbacks(batch, run) then
+      return 'callbacks_pending'
+    end
   end
   return finish(batch, run)  -- no policy, one that makes no sense, or it is used up
 end
@@ -3240,8 +3285,8 @@ end
 _lua(
     "hold_again",
     """
--- Have the runs from number `first` on hold their jobs again, since a command was denied:
--- undo the move of the first of them, of which a part may have been done.
+-- Have the runs from number `first` on hold their jobs again, since a command was
+-- denied: undo the move of the first of them, of which a part may have been done.
 function hold_again(batch, runs, first)
   local q = batch.q
   for i = first, #runs do
@@ -3282,8 +3327,8 @@ end
 _lua(
     "settle",
     """
--- Settle runs of a queue.  `ttls` has the seconds for which finished and failed jobs are
--- kept, unless they have an option.  Returns for each run where its job is now: its
+-- Settle runs of a queue.  `ttls` has the seconds for which finished and failed jobs
+-- are kept, unless they have an option.  Returns for each run where its job is now: its
 -- status, 'scheduled <due>', 'callbacks_pending', 'gone', or 'lost' if the run does not
 -- hold the job any more, or 'refused <error>' for an outcome that can't be stored: the
 -- job is failed by that error.  If the user may not run a command, that error is
@@ -3322,8 +3367,8 @@ SETTLE = Script(
     """
 -- started -> finished, failed, queued or scheduled, as the runs say; see settle.
 -- KEYS  prefix of the queue
--- ARGV  ttl of finished jobs, ttl of failed ones, then for each run those of parse_runs;
---       see _Settlement
+-- ARGV  ttl of finished jobs, ttl of failed ones, then for each run those of
+--       parse_runs; see _Settlement
 -- Forgets one more expired job of each container than there are runs, so that they
 -- never pile up.
 -- Returns {statuses, outgoing}.
@@ -3341,7 +3386,9 @@ class _Settlement(NamedTuple):
     """How one run ended, for `settle`."""
 
     id: str
-    token: str  # "<execution> <started_at>": the run holds the job as long as `started` says so
+    token: (
+        str  # "<execution> <started_at>", as in `started` while the run holds the job
+    )
     ended: str  # "<execution> <started_at> <seconds>"
     payload: bytes | str  # the serialized return value, or the traceback
     result_type: str  # '' for success, else a ResultType; if no other run follows
@@ -3365,6 +3412,8 @@ def _settle_command(
 
 
 class _SettleReply(NamedTuple):
+    """What SETTLE returns."""
+
     statuses: list[str]  # for each run: its job's status, 'lost', 'refused <error>', ..
     messages: list[Message]
 
@@ -3403,7 +3452,8 @@ function find_expired(heartbeat, q)
     expired = {[heartbeat.worker] = expired[heartbeat.worker]}
   end
   local claim = own and not expired[heartbeat.worker] and own.claim or 0
-  renew_lease(q, heartbeat.worker, heartbeat.instance, heartbeat.now, heartbeat.lease, claim)
+  local now, lease = heartbeat.now, heartbeat.lease
+  renew_lease(q, heartbeat.worker, heartbeat.instance, now, lease, claim)
   return expired
 end
 """,
@@ -3413,12 +3463,13 @@ end
 _lua(
     "crashed_run",
     """
-function crashed_run(heartbeat, q, id, text, token)  -- the run of a worker that was reaped
+-- The run of a job that a worker held which was reaped, for settle.
+function crashed_run(heartbeat, q, id, text, token)
   local seconds = heartbeat.now - (token.started_at or heartbeat.now)
   return {
     id = id, token = text, ended = string.format('%s %.6f', text, seconds),
-    result = 'worker ' .. token.worker .. ' died while it ran this job', result_type = 'failed',
-    rerun = 'crash', policy = heartbeat.policy, chance = 0,
+    result = 'worker ' .. token.worker .. ' died while it ran this job',
+    result_type = 'failed', rerun = 'crash', policy = heartbeat.policy, chance = 0,
     key = q .. 'job:' .. id,
   }
 end
@@ -3434,7 +3485,8 @@ _lua(
 -- server lost newer data (a fail-over): it is released.
 function reap(heartbeat, q, expired)
   local started, crashed = call('HGETALL', q .. 'started'), {}
-  for i = #started - 1, 1, -2 do  -- from the end, so that the first is at the front again
+  -- From the end, so that the first is at the front again.
+  for i = #started - 1, 1, -2 do
     local id, text = started[i], started[i + 1]
     local token = parse_token(text)
     if token and expired[token.worker] then
@@ -3443,7 +3495,8 @@ function reap(heartbeat, q, expired)
         settle(q, crashed, heartbeat.ttls, heartbeat.now)
         crashed = {}
       end
-    elseif token and token.worker == heartbeat.worker and token.claim < heartbeat.oldest_held_claim
+    elseif token and token.worker == heartbeat.worker
+      and token.claim < heartbeat.oldest_held_claim
       and (token.started_at or heartbeat.now) + heartbeat.lease < heartbeat.now then
       requeue_front(q, id)
     end
@@ -3472,7 +3525,8 @@ function look_after(heartbeat, q)
   if waiting > 0 then hooks().ask_again(q, waiting, now) end
   local due = promote(q, now)
   if due and due < heartbeat.next_due then heartbeat.next_due = due end
-  if due and due < now + heartbeat.lease or call('LLEN', q .. 'queued') > 0 then wake(q) end
+  local is_due_soon = due and due < now + heartbeat.lease
+  if is_due_soon or call('LLEN', q .. 'queued') > 0 then wake(q) end
   if call('EXISTS', q .. 'outbox') == 1 then hooks().add_unsent(q, 1000, outgoing) end
 end
 """,
@@ -3485,21 +3539,23 @@ HEARTBEAT = Script(
     """
 -- Renew the leases of `worker`, reap dead workers, do what any worker does for all.
 -- KEYS  prefixes of its queues
--- ARGV  holder ('<worker> <instance>'), lease, mode, oldest_held_claim, policy of crashes,
---       failure_ttl, instance that was displaced from the name, or ''
--- mode  'start'  first heartbeat: what is still held under this name was lost with a predecessor
+-- ARGV  holder ('<worker> <instance>'), lease, mode, oldest_held_claim, policy of
+--       crashes, failure_ttl, instance that was displaced from the name, or ''
+-- mode  'start'  first heartbeat: what is still held under this name was lost with a
+--                predecessor
 --       'reap'   on time for a whole lease: reap workers whose lease has expired
 --       ''       was late itself: reap nobody, since after an outage everybody is late
 -- For `oldest_held_claim` see reap.
 -- Returns {names reaped, now, time of the next scheduled job or '', 1 if the lease was
 -- intact else 0, outgoing and what is in the outboxes}, or 'taken' if another instance
 -- has the name now.
-local holder, lease, mode, oldest_held_claim, policy, failure_ttl, displaced = unpack(ARGV)
+local holder, lease, mode, oldest_held_claim = unpack(ARGV, 1, 4)
+local policy, failure_ttl, displaced = unpack(ARGV, 5)
 local worker, instance = parse_holder(holder)
 local heartbeat = {
   worker = worker, instance = instance, lease = lease, mode = mode, now = server_time(),
-  oldest_held_claim = tonumber(oldest_held_claim), policy = policy, ttls = {failed = failure_ttl},
-  reaped = {}, next_due = math.huge, lease_intact = 1,
+  oldest_held_claim = tonumber(oldest_held_claim), policy = policy,
+  ttls = {failed = failure_ttl}, reaped = {}, next_due = math.huge, lease_intact = 1,
 }
 for _, q in ipairs(KEYS) do
   local held = read_lease(q, worker)
@@ -3511,28 +3567,35 @@ for _, q in ipairs(KEYS) do
   reap(heartbeat, q, find_expired(heartbeat, q))
   look_after(heartbeat, q)
 end
-local next_due = heartbeat.next_due < math.huge and format_time(heartbeat.next_due) or ''
-return {heartbeat.reaped, format_time(heartbeat.now), next_due, heartbeat.lease_intact, outgoing}
+local next_due = ''
+if heartbeat.next_due < math.huge then next_due = format_time(heartbeat.next_due) end
+local now = format_time(heartbeat.now)
+return {heartbeat.reaped, now, next_due, heartbeat.lease_intact, outgoing}
 """,
-    uses="parse_holder server_time read_lease reap find_expired look_after format_time outgoing",
+    uses="parse_holder server_time read_lease reap find_expired look_after format_time"
+    " outgoing",
 )
 
 
 def _heartbeat_command(
     prefixes: Sequence[str], holder: str, lease: float, mode: str,
-    oldest_held_claim: int, displaced: str = "", failure_ttl: float = DEFAULT_FAILURE_TTL,
+    oldest_held_claim: int, displaced: str = "",
+    failure_ttl: float = DEFAULT_FAILURE_TTL,
 ) -> Command:  # fmt: skip
     """Renew the leases of a worker; the reply is for _HeartbeatReply.parse().
 
-    `mode` is 'start' for the first heartbeat; 'reap' if the worker was on time for a whole lease,
-    so that it reaps others whose lease has expired; else ''.  `displaced` is the instance that had
-    the name before, '' if there was none: only from that one the first heartbeat takes a lease that
-    has not expired, since it may arrive late, when a third instance has the name."""
+    `mode` is 'start' for the first heartbeat; 'reap' if the worker was on time for a
+    whole lease, so that it reaps others whose lease has expired; else ''.  `displaced`
+    is the instance that had the name before, '' if there was none: only from that one
+    the first heartbeat takes a lease that has not expired, since it may arrive late,
+    when a third instance has the name."""
     args = (lease, mode, oldest_held_claim, _CRASH_POLICY, failure_ttl, displaced)
     return HEARTBEAT(prefixes, holder, *args)
 
 
 class _HeartbeatReply(NamedTuple):
+    """What HEARTBEAT returns."""
+
     name_taken: bool  # another worker has this name now; then the rest is empty
     reaped: list[str]  # names of workers whose lease has expired
     now: float  # by the server's clock
@@ -3560,7 +3623,8 @@ function release_jobs(q, ids, worker, number)
   local count = 0
   for i = #ids, 1, -1 do  -- from the end, so that the first is at the front again
     local token = parse_token(call('HGET', q .. 'started', ids[i]))
-    if token and token.worker == worker and (number == '' or token.claim <= tonumber(number)) then
+    local is_own = token and token.worker == worker
+    if is_own and (number == '' or token.claim <= tonumber(number)) then
       requeue_front(q, ids[i])
       count = count + 1
     end
@@ -3589,7 +3653,8 @@ local count = 0
 for _, q in ipairs(KEYS) do
   local last = last_claim(read_lease(q, worker), instance)
   if last then
-    count = count + release_jobs(q, named or call('HKEYS', q .. 'started'), worker, number)
+    local ids = named or call('HKEYS', q .. 'started')
+    count = count + release_jobs(q, ids, worker, number)
     if number == '' then call('HDEL', q .. 'workers', worker)
     elseif not named and last < tonumber(number) then
       renew_lease(q, worker, instance, server_time(), lease, number)
@@ -3647,7 +3712,8 @@ end
 _lua(
     "cancel_job",
     """
-function cancel_job(q, id, failure_ttl, now)  -- ... -> canceled, or gone if it has no ttl
+-- ... -> canceled, or gone if it has no ttl.
+function cancel_job(q, id, failure_ttl, now)
   local job = q .. 'job:' .. id
   local ttl = ttl_of(failure_ttl, call('HGET', job, 'failure_ttl'))
   if ttl == 0 then return hooks().delete_job(q, id, now) end
@@ -3669,13 +3735,17 @@ TRANSITION = Script(
 -- reply is the same.  `tell_dependents` is the status that dependents of a canceled job
 -- are told.  A run in progress goes on, but its result is refused.
 -- Returns {the container it was in or '' if there is no such job, outgoing}.
-local q, id, allowed, to, at_front, failure_ttl, call_id, tell_dependents = KEYS[1], unpack(ARGV)
+local q, id, allowed, to = KEYS[1], unpack(ARGV, 1, 3)
+local at_front, failure_ttl, call_id, tell_dependents = unpack(ARGV, 4)
 local job, now, was = q .. 'job:' .. id, server_time(), status_of(q, id)
 local last_move = was and call('HGET', job, 'last_move') or ''
 local done = string.match(last_move, '^' .. call_id .. ' (.*)')
 if done then return {done, hooks().add_unsent(q, 100, outgoing)} end
-if not was and to == 'gone' then call('LREM', q .. 'queued', 1, id) end  -- its ttl has passed
-if not was or not string.find(allowed, was, 1, true) then return {was or '', outgoing} end
+if not was then
+  if to == 'gone' then call('LREM', q .. 'queued', 1, id) end  -- its ttl has passed
+  return {'', outgoing}
+end
+if not string.find(allowed, was, 1, true) then return {was, outgoing} end
 take_out(q, id, was)
 if to ~= 'gone' then call('HSET', job, 'last_move', call_id .. ' ' .. was) end
 call('DEL', job .. ':waits')
@@ -3698,16 +3768,19 @@ def _transition_command(
     at_front: bool = False, tell_dependents: str = "gone",
     failure_ttl: float = DEFAULT_FAILURE_TTL,
 ) -> Command:  # fmt: skip
-    """Move a job from one of the containers `allowed` (with blanks between) to 'queued',
-    'canceled' or 'gone'; the reply is for _TransitionReply.parse().
+    """Move a job from one of the containers `allowed` (with blanks between) to
+    'queued', 'canceled' or 'gone'; the reply is for _TransitionReply.parse().
 
-    `call_id` is new for each call, '' for a call that makes no difference if it comes again.
-    `tell_dependents` is the status that dependents of a canceled job are told."""
+    `call_id` is new for each call, '' for a call that makes no difference if it comes
+    again.  `tell_dependents` is the status that dependents of a canceled job are
+    told."""
     args = (int(at_front), failure_ttl, call_id, tell_dependents)
     return TRANSITION(prefix, id, allowed, to, *args)
 
 
 class _TransitionReply(NamedTuple):
+    """What TRANSITION returns."""
+
     was: str  # the container that it was in, '' if there is no such job
     messages: list[Message]
 
@@ -3740,6 +3813,8 @@ def _sweep_command(prefix: str, container: str, until: float | None = None) -> C
 
 
 class _SweepReply(NamedTuple):
+    """What SWEEP returns."""
+
     forgotten: int  # how many jobs
     messages: list[Message]
 
@@ -3753,7 +3828,8 @@ REGISTER = Script(
     "register",
     """
 -- Store the record of a worker, which holds its name.
--- KEYS  key of the record        ARGV  instance, record, lease in ms (0 removes it), dead
+-- KEYS  key of the record
+-- ARGV  instance, record, lease in ms (0 removes it), dead
 -- Returns '' if that is done; else the record of another instance, which keeps the
 -- name.  A record equal to `dead` is replaced: the caller has found out that its
 -- process is gone.
@@ -3771,8 +3847,10 @@ return ''
 def _register_command(
     key: str, instance: str, record: str, lease: float, dead: bytes = b""
 ) -> Command:
-    """Store the record of a worker for `lease` seconds.  The reply is b"", or the record of
-    another instance, which has the name, unless that is `dead`."""
+    """Store the record of a worker for `lease` seconds.
+
+    The reply is b"", or the record of another instance, which has the name, unless that
+    is `dead`."""
     return REGISTER.on_key(key, instance, record, max(1, int(lease * 1000)), dead)
 
 
@@ -3854,6 +3932,8 @@ def _fetch_command(prefix: str, id: str) -> Command:
 
 
 class _FetchReply(NamedTuple):
+    """What FETCH returns."""
+
     status: bytes  # the container; b"" if there is no such job
     token: bytes  # "<execution> <started_at>", b"" if it does not run
     heartbeat_at: bytes  # of the worker that runs it, or b""
