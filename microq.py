@@ -8058,7 +8058,7 @@ class Worker:
 
     @property
     def last_heartbeat(self) -> datetime:
-        """When it was heard of last, as of the record that was read."""
+        """Its last heartbeat, as of the record that was read."""
         return _from_timestamp(self._info["beat"])
 
     @property
@@ -9653,10 +9653,10 @@ _COMMAND_HANDLERS = {
 
 # ---- 12. Messages between queues -----------------------------------------------------
 # Dependencies and rate limits work across queues, which may live on other nodes of a
-# Cluster, where no script can write.  The one idea is the outbox: a script stores what it
-# has to tell another queue, or a limit, as a message in the outbox of its own queue, in
-# the same step as the change that causes it.  Whoever gets the message in a reply, or
-# finds it in the outbox, relays it: delivers it, then takes it out of the outbox.
+# Cluster, where no script can write.  The one idea is the outbox: a script stores what
+# it has to tell another queue, or a limit, as a message in the outbox of its own queue,
+# in the same step as the change that causes it.  Whoever gets the message in a reply,
+# or finds it in the outbox, relays it: delivers it, then takes it out of the outbox.
 # Invariants: no message is lost; it may be delivered several times, and late, so each
 # handler checks first whether it still applies.  A message for the queue itself is
 # handled at once.  Uses sections 1, 4 and 5, and of section 6 _chunks().
@@ -9665,25 +9665,40 @@ _COMMAND_HANDLERS = {
 # its parents.  A parent that is not finished notes it in `dependents`; settle sends
 # parent_finished to each of them; when none is left in `waits`, the job is dispatched.
 #
-#     to a queue  subscribe <parent> <prefix> <dependent> <created_at> <allow>
-#                 parent_finished <parent's key> <dependent> <created_at>, or parent_gone ..
-#                 notify <parent> <parent_finished or parent_gone> <set of dependents>, to itself
-#                 granted <id> <slot> <when it may start> <prefix of the limit> <numbers>
-#     to a limit  acquire <prefix> <id> <slot> <numbers>, or release_slot ..
+# A limit, for example: a job that may go into its queue asks for a slot (`acquire`),
+# and waits in `rate_limited`; the limit enters it among its `holders`, or lets it wait,
+# and says so at some time (`granted`); when the job has ended, it gives the slot back
+# (`release_slot`), and the limit grants it to the one that waits longest.
+#
+# Messages to a queue:
+#
+#     subscribe <parent> <prefix> <dependent> <created_at> <allow>
+#     parent_finished <parent's key> <dependent> <created_at>
+#     parent_gone <parent's key> <dependent> <created_at>
+#     notify <parent> <parent_finished or parent_gone> <set of dependents>   (to itself)
+#     granted <id> <slot> <when it may start> <prefix of the limit> <numbers>
+#
+# Messages to a limit:
+#
+#     acquire <prefix> <id> <slot> <numbers>
+#     release_slot <prefix> <id> <slot> <numbers>
 #
 # The `created_at` of the dependent tells the lives of its id apart: a message for an
-# earlier life is ignored.  <numbers> are concurrency, rate and period.
+# earlier life is ignored.  So does the name of the slot for a limit.  <numbers> are
+# concurrency, rate and period.
 
 _lua(
     "sends",
     """
-sends = {count = 0, limit = 1000}  -- messages of this call; the limit is for those handled at once
+-- How many messages this call has sent, and how many of them it may handle at once.
+sends = {count = 0, limit = 1000}
 """,
 )
 
 _lua(
     "store_message",
     """
+-- Put a message into the outbox of `q`.
 function store_message(q, to, text)
   text = to .. ' ' .. text
   call('SADD', q .. 'outbox', text)
@@ -9885,8 +9900,9 @@ _lua(
 -- another life.  The job stays deferred, even if it waits for nothing else.
 function on_parent_gone(q, parent_key, rest)
   local id, created_at = string.match(rest, '^(%S+) (%S+)$')
-  if not id or call('HGET', q .. 'job:' .. id, 'created_at') ~= created_at then return nil end
-  call('SREM', q .. 'job:' .. id .. ':waits', parent_key)
+  local job = id and q .. 'job:' .. id
+  if not job or call('HGET', job, 'created_at') ~= created_at then return nil end
+  call('SREM', job .. ':waits', parent_key)
   return id
 end
 """,
@@ -9907,7 +9923,8 @@ end
     uses="on_parent_gone dispatch",
 )
 
-# Limits, as a queue sees them.  A job has the field `slot` while it wants a slot or has it.
+# Limits, as a queue sees them.  A job has the field `slot` while it wants a slot or has
+# it.
 
 _lua(
     "parse_numbers",
@@ -9942,6 +9959,7 @@ end
 _lua(
     "release_slot",
     """
+-- Give up the slot that a job has or wants.
 function release_slot(q, id, slot, limit_text, now)
   local to, numbers = string.match(limit_text or '', '^(%S+) (.*)$')
   if to then
@@ -9973,7 +9991,8 @@ _lua(
     """
 -- Ask for the slot that a job has or wants.  Returns false if that makes no sense.
 function request_slot(q, id, now)
-  local slot, limit_text = unpack(call('HMGET', q .. 'job:' .. id, 'slot', 'rate_limit'))
+  local job = q .. 'job:' .. id
+  local slot, limit_text = unpack(call('HMGET', job, 'slot', 'rate_limit'))
   local to, numbers = parse_limit(limit_text)
   if not (slot and to) then return false end
   send(q, to, 'acquire ' .. q .. ' ' .. id .. ' ' .. slot .. ' ' .. numbers.text, now)
@@ -10039,7 +10058,8 @@ function dispatch(q, id, now)
   push_queued(q, id, at_front, now)
 end
 """,
-    uses="schedule is_slot_stale release_slot format_time sends request_slot push_queued",
+    uses="schedule is_slot_stale release_slot format_time sends request_slot"
+    " push_queued",
 )
 
 _lua(
@@ -10066,6 +10086,7 @@ end
 _lua(
     "HANDLERS",
     """
+-- What handles a message to a queue, by its first word.
 HANDLERS = {
   subscribe = on_subscribe, notify = on_notify, parent_finished = on_parent_finished,
   parent_gone = on_parent_gone, granted = on_granted,
@@ -10098,18 +10119,22 @@ DELIVER = Script(
 -- relay a part of it at each heartbeat.
 local q, now, unsent = KEYS[1], server_time(), {}
 for _, text in ipairs(ARGV) do handle_message(q, text, now) end
-if #outgoing == 0 and call('SCARD', q .. 'outbox') <= 20 then add_unsent(q, 20, unsent) end
+if #outgoing == 0 and call('SCARD', q .. 'outbox') <= 20 then
+  add_unsent(q, 20, unsent)
+end
 return {outgoing, unsent}
 """,
     uses="server_time handle_message outgoing add_unsent",
 )
 
-# A limit.  Its keys are the sets of `holders` and of `waiting` jobs, and the list `starts`.
+# A limit.  Its keys are the sets of `holders` and of `waiting` jobs, both by time, and
+# the list `starts` of the times at which the last jobs of a rate may start.
 
 _lua(
     "grant",
     """
-function grant(limit, member, starts_at)  -- tell a job that it has a slot
+-- Tell a job that it has a slot, and when it may start.
+function grant(limit, member, starts_at)
   local to, id, slot, numbers = string.match(member, '^(%S+) (%S+) (%S+) (.*)$')
   if not to then return end
   local granted = 'granted ' .. id .. ' ' .. slot .. ' ' .. format_time(starts_at)
@@ -10122,6 +10147,7 @@ end
 _lua(
     "on_limit_message",
     """
+-- Do what a message to a limit asks for, but grant no slot: see grant_next.
 function on_limit_message(limit, text, now)
   local kind, member = string.match(text, '^(%S+) (.*)$')
   local holders, waiting = limit .. 'holders', limit .. 'waiting'
@@ -10153,7 +10179,8 @@ function grant_next(limit, now)
     or {concurrency = 0, rate = 0}
   if numbers.concurrency > 0 and call('ZCARD', holders) >= numbers.concurrency then
     local oldest, since = unpack(call('ZRANGE', holders, 0, 0, 'WITHSCORES'))
-    if since + 60 < now then  -- it may have vanished: if so, its queue gives the slot back
+    if since + 60 < now then
+      -- It may have vanished: if so, its queue answers by giving the slot back.
       call('ZADD', holders, format_time(now), oldest)
       grant(limit, oldest, now)
     end
@@ -10205,6 +10232,8 @@ def _deliver_command(prefix: str, texts: Sequence[bytes]) -> Command:
 
 
 class _DeliverReply(NamedTuple):
+    """What DELIVER or GRANT_SLOTS returns."""
+
     caused: list[Message]  # by the messages that were delivered
     unsent: list[Message]  # that were in the outbox of the target already
 
@@ -10217,10 +10246,10 @@ class _DeliverReply(NamedTuple):
 def _relay(connection: Any, messages: Iterable[Message]) -> None:
     """Deliver messages and those that they cause, and take them out of their outboxes.
 
-    Done in rounds, one call per target and round.  Any process may relay any message, as
-    often as it likes.  A message that is caused a second time has to be delivered again;
-    one that is only found in an outbox is delivered once by this call.  Raises nothing if
-    a target can't be reached: its messages stay in their outboxes."""
+    Done in rounds, one call per target and round.  Any process may relay any message,
+    as often as it likes.  A message that is caused a second time has to be delivered
+    again; one that is only found in an outbox is delivered once by this call.  Raises
+    nothing if a target can't be reached: its messages stay in their outboxes."""
     pending = dict.fromkeys(messages)
     seen = set(pending)
     arrived: dict[Message, None] = {}
@@ -10239,8 +10268,9 @@ def _relay(connection: Any, messages: Iterable[Message]) -> None:
             arrived.pop(message, None)
         if pending and len(arrived) < MAX_JOBS_PER_CALL:
             continue
-        # A limit's outbox is found again by whoever sends the limit its next message.  So a
-        # message to a limit stays in its own outbox until all that it caused has arrived.
+        # A limit's outbox is found again by whoever sends the limit its next message.
+        # So a message to a limit stays in its own outbox until all that it caused has
+        # arrived.
         kept = dict[Message, None]()
         if pending or unreachable:
             kept = {each: None for each in arrived if _is_limit(_target(each))}
@@ -10254,6 +10284,7 @@ def _target(message: Message) -> bytes:
 
 
 def _is_limit(prefix: bytes) -> bool:
+    """Whether a target is a limit, and no queue."""
     return prefix.startswith(b"microq:limit:")
 
 
@@ -10322,9 +10353,9 @@ JOIN = Script(
 -- before.
 -- KEYS  the set        ARGV  ahead (seconds from now), ttl (seconds), members ..
 -- Two sets are such: the members of a group, by when they joined (ahead is 0); and the
--- names of all groups, by when they are forgotten (ahead is their ttl).  The set expires
--- after the ttl, unless more join.  If it holds times to come, those that have passed
--- leave it.
+-- names of all groups, by when they are forgotten (ahead is their ttl).  The set
+-- expires after the ttl, unless more join.  If it holds times to come, those that have
+-- passed leave it.
 local key, ahead, ttl = KEYS[1], unpack(ARGV)
 local now, entries = server_time(), {}
 if tonumber(ahead) > 0 then call('ZREMRANGEBYSCORE', key, '-inf', format_time(now)) end
@@ -10611,6 +10642,14 @@ class Group:
 # may die at any time.  Invariants: no tick is enqueued twice; an entry that is stored
 # again without a change goes on as it was.  All times are the server's.  Uses sections
 # 1 to 10.
+#
+#     entry      a call, and when to enqueue it: a CronJob; JSON in the hash `cron`
+#     slug       the name of an entry, in the characters of an id; its key in the hashes
+#     tick       a time at which a job of the entry is to run; its id is <slug>-<tick>
+#     owner      who stores entries together, a config file say, and so removes those
+#                that it names no longer
+#     scheduler  a process that enqueues ticks: a worker with a scheduler, or one of
+#                CronScheduler.start()
 
 
 TICK = Script(
@@ -10770,17 +10809,21 @@ _SCHEDULER_TTL = 60.0
 _registered_entries: list[CronJob] = []  # by register()
 
 
-# Each heartbeat meets the same broken entries again.
 @functools.lru_cache(1000)
 def _log_error_once(text: str, *args: str) -> None:
+    """Log an error, but not again: each heartbeat meets the same broken entries."""
     log.error(text, *args)
 
 
 class _CronExpression:
     """A cron expression in a time zone, as Vixie cron reads it.
 
+    It is matched against local times, minute by minute, but with strides over months,
+    days and hours that don't match.  Only then the time zone makes a timestamp of a
+    local time: none, one or two, since clocks are set forward and back.
+
     Local times are datetimes without a time zone; timestamps are seconds since the
-    epoch."""
+    epoch.  Raises ValueError for text that makes no sense, or never comes."""
 
     def __init__(self, text: str, zone: str) -> None:
         self.text = text
@@ -10928,7 +10971,9 @@ def _local_zone_name() -> str:
 
 
 def _slug(name: str) -> str:
-    """Return the name of an entry in the characters that an id may have."""
+    """Return the name of an entry in the characters that an id may have.
+
+    Names that differ only in other characters are one entry."""
     return re.sub(r"[^A-Za-z0-9_-]", "_", name)
 
 
@@ -10941,13 +10986,17 @@ class _Ticks(NamedTuple):
 
     @classmethod
     def parse(cls, text: bytes) -> _Ticks:
+        """Return the ticks of "<last tick> <registered_at>"."""
         last, registered_at = text.split()
         return cls(float(last), float(registered_at))
 
 
 class CronJob:
     """An entry of cron, made by register(): a call with its options, and when to
-    enqueue it."""
+    enqueue it.
+
+    The arguments are those of register().  Its attributes are a copy: of what was
+    registered, or of what all() has read.  Making one sends nothing."""
 
     name: str
     queue_name: str
@@ -10996,6 +11045,7 @@ class CronJob:
         _job_id(self._new_id())  # ValueError if the ids would be too long
 
     def _set_schedule(self, interval: Any, cron: str | None, timezone: Any) -> None:
+        """Check and keep when to enqueue; one of `interval` and `cron` is given."""
         self.interval = None
         self.cron = cron
         self.timezone = "UTC"
@@ -11103,6 +11153,7 @@ class CronJob:
             self._ticks = _Ticks(time.time() - (self.interval or 0), math.inf)
 
     def _next_tick(self) -> float:
+        """Return the first tick for which no job was enqueued yet."""
         return self._tick_after(self._ticks.last, self._ticks.last)
 
     def _tick_after(self, moment: float, base: float) -> float:
@@ -11133,6 +11184,7 @@ class CronJob:
             span *= 4
 
     def _ticks_between(self, start: float, end: float) -> list[float]:
+        """Return the ticks after `start`, up to `end`."""
         ticks = []
         tick = self._tick_after(start, self._ticks.last)
         while tick <= end:
@@ -11162,10 +11214,12 @@ class CronJob:
         return self._cron_store_command("")
 
     def _cron_store_command(self, text: str) -> Command:
+        """Return the command that stores `text` for this entry."""
         prefix = _queue_prefix(self.queue_name)
         return _cron_store_command(prefix, self.slug, text, self.interval or 0)
 
     def _make_job(self, id: str, queue: Queue) -> Job:
+        """Return a job of the entry, not stored yet; its signature is the entry's."""
         fields = {name: value.encode("latin-1") for name, value in self.fields.items()}
         return Job(id, queue, fields, _EnqueueRequest("", at_front=self.at_front))
 
@@ -11183,6 +11237,7 @@ class _StoredCron(NamedTuple):
 
     @classmethod
     def parse(cls, queue: Queue, reply: Any) -> _StoredCron:
+        """Return what CRON_READ has told of a queue."""
         now, new, (ticks, entries, schedulers) = reply
         heartbeats = {
             name: float(moment) for name, moment in _hash_to_dict(schedulers).items()
@@ -11220,8 +11275,10 @@ def _read_cron(
 def _enqueue_ticks(
     connection: Any, cron: Iterable[_StoredCron], ahead: float
 ) -> list[tuple[str, str]]:
-    """Enqueue the ticks that come up to `ahead` seconds from now.  Return (queue name,
-    slug) for each tick that no other scheduler has enqueued."""
+    """Enqueue the ticks that come up to `ahead` seconds from now.
+
+    Return (queue name, slug) for each tick that no other scheduler has enqueued.  An
+    entry that can't be read is logged, and holds up no other.  One round trip."""
     keys: list[tuple[str, str]] = []
     commands: list[Command] = []
     for stored in cron:
@@ -11263,7 +11320,8 @@ class CronScheduler:
                     path of the config file that was loaded.  An entry that the owner
                     has stored, and that is registered no longer, is removed.  Without
                     an owner nothing is removed
-    """
+
+    register() only notes entries; start(), save() and enqueue_jobs() store them."""
 
     def __init__(
         self,
@@ -11340,6 +11398,7 @@ class CronScheduler:
             _execute(self.connection, *commands)
 
     def _queues(self) -> list[Queue]:
+        """Return the queues of the entries that are registered here."""
         names = sorted({job.queue_name for job in self._jobs})
         return [Queue(name, self.connection) for name in names]
 
@@ -11418,7 +11477,7 @@ class CronScheduler:
             if scheduler.name == name:
                 return scheduler
         raise SchedulerNotFound(
-            f"no scheduler {name!r} was heard of in the last minute"
+            f"no scheduler {name!r} had a heartbeat in the last minute"
         )
 
 
@@ -11493,8 +11552,16 @@ cron = sys.modules[__name__]  # for `from microq import cron; cron.register(..)`
 # can't connect.  If the monitor was killed, the kernel kills the server, too; on macOS,
 # which can't do that, the server stays until it is shut down by hand.
 
+# The program of the monitor.  It is run by `python -I -S -c`, without this module, so
+# that it needs little memory and lives on when the code of its users changes.
+#
+#     home          the directory
+#     private       "private", if the directory goes with the server; else ""
+#     monitor_lock  a file descriptor that has the lock on monitor.lock
+#     command       the server's
 _SERVER_MONITOR = """
-import contextlib, ctypes, fcntl, os, shutil, signal, socket, subprocess, sys, threading, time
+import contextlib, ctypes, fcntl, os, shutil, signal, socket, subprocess, sys
+import threading, time
 home, private, monitor_lock, *command = sys.argv[1:]
 monitor = os.getpid()
 
@@ -11512,7 +11579,8 @@ def end_unused_server():
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(10)
             connection.connect(home + "/redis.sock")
-            connection.sendall(b"SHUTDOWN NOSAVE\\r\\n")  # the append-only file is written
+            # NOSAVE means no snapshot; the append-only file is written in any case.
+            connection.sendall(b"SHUTDOWN NOSAVE\\r\\n")
             connection.recv(1000)  # the end of the server, or an error
         time.sleep(0.1)
     server.kill()
@@ -11536,11 +11604,13 @@ server = subprocess.Popen(command, preexec_fn=end_with_monitor)
 ending = threading.Thread(target=end_unused_server, daemon=True)
 ending.start()
 server.wait()
-os.close(int(monitor_lock))  # if there are users left, one of them starts another server
+# If there are users left, one of them starts another server.
+os.close(int(monitor_lock))
 if private:
     ending.join()
     shutil.rmtree(home, ignore_errors=True)
 """
+# What a server or an older one of its kind leaves in the directory.
 _SERVER_FILES = (
     "lock", "monitor.lock", "redis.sock", "log", "appendonlydir", "appendonly.aof",
 )  # fmt: skip
@@ -11564,6 +11634,7 @@ class _EmbeddedConnection(UnixDomainSocketConnection):
     """A connection that starts the server of its directory again if there is none."""
 
     def _connect(self) -> Any:
+        """Return a connected socket, as redis-py's method, which this extends."""
         try:
             return super()._connect()  # type: ignore[no-untyped-call]
         except (FileNotFoundError, ConnectionRefusedError):
@@ -11574,12 +11645,15 @@ class _EmbeddedConnection(UnixDomainSocketConnection):
 
 
 def embedded(dir: str | os.PathLike[str] | None = None) -> Redis:
-    """Return a connection to a private server, started if need be.
+    """Return a client of a private server, started if need be.
 
-    With a directory, jobs survive in its append-only file; without one, all is gone
-    when this process, or the server, ends.  The directory must belong to this user, and
-    gets mode 0700.  Raises ServerUnavailable if it does not, if there is no server
-    program, or if the server does not start; and on Windows."""
+    dir - the directory that holds its socket and its data; a temporary one
+
+    All processes that name a directory share its server, which ends after the last of
+    them.  With a directory, jobs survive in its append-only file; without one, all is
+    gone when this process, or the server, ends.  The directory must belong to this
+    user, and gets mode 0700.  Raises ServerUnavailable if it does not, if there is no
+    server program, or if the server does not start; and on Windows."""
     if fcntl is None:
         raise ServerUnavailable(
             "the embedded server needs a Unix system, for its locks and its socket; "
@@ -11661,6 +11735,7 @@ def _open_lock(path: Path) -> int:
 
 
 def _is_listening(path: str) -> bool:
+    """Tell whether there is a server, though it may still be reading its data."""
     with socket.socket(socket.AF_UNIX) as probe:
         return probe.connect_ex(path) == 0
 
