@@ -9563,6 +9563,7 @@ def send_shutdown_command(connection: Redis | None, worker_name: str) -> None:
 def _handle_shutdown(
     supervisor: _Supervisor, instance: _Instance, details: dict[str, Any]
 ) -> None:
+    """End all workers of the supervisor, when their current jobs have ended."""
     supervisor.request_stop()
 
 
@@ -9575,6 +9576,7 @@ def send_kill_horse_command(connection: Redis | None, worker_name: str) -> None:
 def _handle_kill_horse(
     supervisor: _Supervisor, instance: _Instance, details: dict[str, Any]
 ) -> None:
+    """Kill the child of a worker, unless it runs no job."""
     if instance.shared.holds_jobs():
         killed = Outcome(ResultType.FAILED, b"killed by a command", rerun="killed")
         supervisor.kill_jobs(instance, killed)
@@ -9603,13 +9605,16 @@ def send_stop_job_command(
 def _handle_stop_job(
     supervisor: _Supervisor, instance: _Instance, details: dict[str, Any]
 ) -> None:
+    """Stop the job that the command names, if the worker still runs it."""
     for job in instance.shared.current_jobs():
         if job.job_id == details.get("job_id"):
             supervisor.stop_job(instance, job, float(details.get("grace", 0)))
 
 
 def suspend(connection: Redis | None = None, ttl: int | None = None) -> None:
-    """Have all workers start no more jobs, for `ttl` seconds or until resume()."""
+    """Have all workers start no more jobs, for `ttl` seconds or until resume().
+
+    What runs is finished.  It holds for workers that start later, too."""
     expiry: tuple[Any, ...] = ()
     if ttl is not None:
         expiry = ("PX", int(_parse_seconds(ttl, "ttl") * 1000))
@@ -9629,6 +9634,8 @@ def is_suspended(connection: Redis | None = None, worker: Any = None) -> bool:
 
 
 def _tell_workers_to_check_suspension(connection: Redis | None) -> None:
+    """Have all workers read now whether they are suspended.  A round trip and two for
+    each worker; one that gets no command reads it with its next heartbeat."""
     for key in Worker.all_keys(connection):
         with contextlib.suppress(ValueError):  # it died meanwhile
             send_command(connection, key.removeprefix("microq:worker:"), "suspension")
@@ -9637,6 +9644,7 @@ def _tell_workers_to_check_suspension(connection: Redis | None) -> None:
 def _handle_suspension(
     supervisor: _Supervisor, instance: _Instance, details: dict[str, Any]
 ) -> None:
+    """Send a heartbeat now, since it reads whether workers are suspended."""
     supervisor.heartbeat_now()
 
 
@@ -11861,11 +11869,11 @@ _PROGRAM = f"python -m {__name__}"
 # and so on; and keys that the dict SENTINEL of the config module may have.  Both as in
 # RQ.
 _ADDRESS_PARTS = (
-    "host", "port", "db", "username", "password", "ssl", "ssl_ca_certs", "ssl_cert_reqs",
-    "ssl_ca_data", "ssl_keyfile", "ssl_certfile",
+    "host", "port", "db", "username", "password", "ssl", "ssl_ca_certs",
+    "ssl_cert_reqs", "ssl_ca_data", "ssl_keyfile", "ssl_certfile",
 )  # fmt: skip
 _SENTINEL_PARTS = ("DB", "USERNAME", "PASSWORD", "SOCKET_TIMEOUT", "SSL")
-# Options that $MICROQ_URL, $MICROQ_CONFIG and so on give.
+# Options that $MICROQ_URL, $MICROQ_CONFIG and so on give, unless there is a flag.
 _ENVIRONMENT_OPTIONS = (
     "url", "config", "worker_class", "job_class", "queue_class", "connection_class",
 )  # fmt: skip
@@ -11899,7 +11907,11 @@ def _server_of(options: argparse.Namespace) -> Any:
 
 
 def _sentinel_master(settings: dict[str, Any], kind: Any) -> Any:
-    """Return a client of the master that Sentinels name."""
+    """Return a client of the master that Sentinels name.
+
+    `settings` is the dict SENTINEL of the config module: INSTANCES, a list of (host,
+    port); MASTER_NAME; CONNECTION_KWARGS for the master, SENTINEL_KWARGS for the
+    Sentinels; and _SENTINEL_PARTS for the master."""
     parts = {
         name.lower(): settings[name] for name in _SENTINEL_PARTS if name in settings
     }
@@ -11912,7 +11924,9 @@ def _sentinel_master(settings: dict[str, Any], kind: Any) -> Any:
 
 
 def _address_parts(settings: Any) -> dict[str, Any]:
-    """Return REDIS_HOST and the like as options of redis.Redis."""
+    """Return REDIS_HOST and the like as options of redis.Redis.
+
+    `settings` is the environment, or a config module, whose values need not be text."""
     parts: dict[str, Any] = {"host": "localhost"}
     for name in _ADDRESS_PARTS:
         value = settings.get(f"REDIS_{name.upper()}")
@@ -11940,10 +11954,11 @@ def _queue_of(options: argparse.Namespace, name: str) -> Queue:
     return queue_class(name, **_given(options, "connection", "serializer", "job_class"))
 
 
-# What the commands do.
+# What the commands do.  Each returns its exit status, or None for 0.
 
 
 def _cmd_worker(options: argparse.Namespace) -> None:
+    """Run a worker; with --num-workers, a pool of them."""
     if is_suspended(options.connection):
         raise MicroqError(f"workers are suspended; to go on: {_PROGRAM} resume")
     if (options.num_workers or 1) > 1 and not options.in_process:
@@ -11955,6 +11970,7 @@ def _cmd_worker(options: argparse.Namespace) -> None:
 
 
 def _cmd_worker_pool(options: argparse.Namespace) -> None:
+    """Run a pool of workers."""
     if options.in_process:
         raise ValueError(
             "a pool forks its workers; start several with worker --in-process"
@@ -11968,10 +11984,11 @@ def _cmd_worker_pool(options: argparse.Namespace) -> None:
 
 
 def _worker_options(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the options of Worker()."""
+    """Return the options of Worker() and WorkerPool(), as keywords."""
     if options.worker_ttl:
-        text = "--worker-ttl and RQ's intervals are ignored; a lease does all that, see --lease"
-        print(f"microq: {text}", file=sys.stderr)
+        text = "--worker-ttl and RQ's intervals are ignored"
+        remedy = "a lease does all that, see --lease"
+        print(f"microq: {text}; {remedy}", file=sys.stderr)
     options.queues = options.queues or options.settings.get("QUEUES") or "default"
     options.name = options.name or options.settings.get("NAME")
     if options.in_process:
@@ -11985,7 +12002,7 @@ def _worker_options(options: argparse.Namespace) -> dict[str, Any]:
 
 def _run_worker(options: argparse.Namespace, run: Callable[..., Any]) -> None:
     """Run workers by Worker.work() or WorkerPool.start(), which take the same
-    options."""
+    options, and set up the log."""
     if options.pid:
         Path(options.pid).write_text(f"{os.getpid()}\n")
     if options.verbose:
@@ -12025,6 +12042,7 @@ def _parse_argument(text: str) -> tuple[str, Any]:
 
 
 def _cmd_enqueue(options: argparse.Namespace) -> None:
+    """Enqueue a call, now or later, and print the id of its job."""
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
     for name, value in map(_parse_argument, options.arguments):
@@ -12055,12 +12073,14 @@ def _cmd_enqueue(options: argparse.Namespace) -> None:
 
 
 def _cmd_cron(options: argparse.Namespace) -> None:
+    """Run cron for the entries of a config file, until a signal."""
     scheduler = CronScheduler(**_given(options, "connection", "logging_level", "name"))
     scheduler.load_config_from_file(options.config_path)
     scheduler.start()
 
 
 def _cmd_empty(options: argparse.Namespace) -> None:
+    """Delete the jobs that wait in queues."""
     names = options.queues
     if options.all:
         names = [queue.name for queue in Queue.all(options.connection)]
@@ -12072,6 +12092,7 @@ def _cmd_empty(options: argparse.Namespace) -> None:
 
 
 def _cmd_requeue(options: argparse.Namespace) -> int:
+    """Requeue failed jobs of a queue; the status is 1 if one of them could not be."""
     registry = _queue_of(options, options.queue).failed_job_registry
     ids = registry.get_job_ids() if options.all else options.ids
     if not ids:
@@ -12089,16 +12110,19 @@ def _cmd_requeue(options: argparse.Namespace) -> int:
 
 
 def _cmd_suspend(options: argparse.Namespace) -> None:
+    """Have all workers pause."""
     suspend(options.connection, options.duration)
     print(f"workers start no more jobs; to go on: {_PROGRAM} resume")
 
 
 def _cmd_resume(options: argparse.Namespace) -> None:
+    """Have all workers go on."""
     resume(options.connection)
     print("workers go on")
 
 
 def _demo_flaky() -> str:
+    """Fail twice, then succeed."""
     job = get_current_job()
     if job and job.number_of_retries < 2:
         raise ConnectionError("not yet")
@@ -12106,6 +12130,7 @@ def _demo_flaky() -> str:
 
 
 def _cmd_demo(options: argparse.Namespace) -> None:
+    """Show jobs that succeed, fail, retry, repeat and wait, on a private server."""
     queue = Queue("demo", embedded())
     print("A private server is running; a queue 'demo' on it gets five jobs.")
     backoff = Retry(max=3, interval=0.5, backoff=2, jitter=0.1)
@@ -12128,7 +12153,7 @@ def _cmd_demo(options: argparse.Namespace) -> None:
         print(f"  {job.get_status():9} {len(results)} run(s)  {text:46} {description}")
 
 
-# What the commands take.
+# What the commands take.  Each _add_.. declares one command to argparse.
 
 
 def _add_command(
@@ -12138,7 +12163,9 @@ def _add_command(
     help: str,
     *examples: str,
 ) -> argparse.ArgumentParser:
-    """Add a command that is done by `run`; in an example % is written as %%."""
+    """Add a command that is done by `run`, and return its parser.
+
+    In an example, which is what follows the command, % is written as %%."""
     lines = [f"%(prog)s {example}".rstrip() for example in examples]
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
@@ -12189,6 +12216,7 @@ def _add_worker_pool(commands: Any) -> None:
 
 
 def _add_worker_options(parser: argparse.ArgumentParser) -> None:
+    """Add what worker and worker-pool have in common."""
     add = parser.add_argument
     add("queues", nargs="*", help="in order of priority; by default 'default'")
     add("-b", "--burst", action="store_true", help="stop when the queues are empty")
@@ -12199,24 +12227,7 @@ def _add_worker_options(parser: argparse.ArgumentParser) -> None:
         help="run cron; on time even while busy",
     )
     add("--in-process", action="store_true", help="don't fork: no protection")
-    add(
-        "--jobs-per-fork",
-        type=int,
-        metavar="N",
-        help="replace a process after so many jobs, 1000",
-    )
-    add(
-        "--lease",
-        metavar="S",
-        help="silence after which a worker's jobs are given to others, 15",
-    )
-    add("--max-jobs", type=int, metavar="N", help="stop after so many")
-    add(
-        "--max-idle-time",
-        type=float,
-        metavar="SEC",
-        help="stop after so long without any",
-    )
+    _add_limit_options(parser)
     add(
         "-ds",
         "--dequeue-strategy",
@@ -12239,7 +12250,31 @@ def _add_worker_options(parser: argparse.ArgumentParser) -> None:
     add(*ignored, metavar="S", help="RQ's, ignored")
 
 
+def _add_limit_options(parser: argparse.ArgumentParser) -> None:
+    """Add the numbers of jobs and seconds after which something ends."""
+    add = parser.add_argument
+    add(
+        "--jobs-per-fork",
+        type=int,
+        metavar="N",
+        help="replace a process after so many jobs, 1000",
+    )
+    add(
+        "--lease",
+        metavar="S",
+        help="silence after which a worker's jobs are given to others, 15",
+    )
+    add("--max-jobs", type=int, metavar="N", help="stop after so many")
+    add(
+        "--max-idle-time",
+        type=float,
+        metavar="SEC",
+        help="stop after so long without any",
+    )
+
+
 def _add_log_options(parser: argparse.ArgumentParser) -> None:
+    """Add what the log shows, and how."""
     add = parser.add_argument
     _add_logging_level(parser)
     add(
@@ -12260,6 +12295,7 @@ def _add_log_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_logging_level(parser: argparse.ArgumentParser) -> None:
+    """Add the level of the log, in RQ's spellings."""
     names = ("-l", "--logging-level", "--logging_level")
     parser.add_argument(*names, type=str.upper, metavar="LEVEL", help="INFO")
 
@@ -12268,13 +12304,16 @@ def _add_enqueue(commands: Any) -> None:
     parser = _add_command(
         commands, "enqueue", _cmd_enqueue, "store a job, and print its id",
         "tasks.send ann@example.com subject=hello --retry-max 3 --retry-interval 10",
-        """tasks.send ':["JSON"]' 'to:={"JSON": 1}' '%%("literal", None)' 'size%%=(1, 2)'""",
-        "tasks.send @file text=@file :@file.json data:=@file.json --queue low --schedule-in 1h",
+        """tasks.send ':["JSON"]' 'to:={"JSON": 1}'"""
+        """ '%%("literal", None)' 'size%%=(1, 2)'""",
+        "tasks.send @file text=@file :@file.json data:=@file.json"
+        " --queue low --schedule-in 1h",
     )  # fmt: skip
     add = parser.add_argument
     add("function", help="its dotted name")
-    forms = "value, :json, %%literal; name=value, name:=json, name%%=literal; @file as value"
-    add("arguments", nargs="*", help=forms)
+    by_position = "value, :json, %%literal"
+    by_name = "name=value, name:=json, name%%=literal"
+    add("arguments", nargs="*", help=f"{by_position}; {by_name}; @file as value")
     add("-q", "--queue", metavar="NAME", help="default")
     add("--schedule-in", metavar="S", help="run it after so long")
     add(
@@ -12440,7 +12479,9 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 
 
 def _configure(options: argparse.Namespace) -> None:
-    """Complete the options from the environment, and import what they name."""
+    """Complete the options from the environment, and import what they name.
+
+    Adds `settings`, the names of the config module, and `connection`."""
     sys.path[:0] = options.path or ["."]
     for option in _ENVIRONMENT_OPTIONS:
         value = getattr(options, option) or os.environ.get(f"MICROQ_{option.upper()}")
@@ -12509,7 +12550,8 @@ def _error_line(error: Exception) -> str:
     return _printable(" ".join(text.split()))
 
 
-# The command info.
+# The command info.  It reads a _Snapshot, makes a _Table of each part, and formats the
+# tables for the _Layout of the output.
 
 _CLEAR_SCREEN = "\x1b[H\x1b[2J"
 _UNLIMITED = 10**6  # columns or lines of an output that is no terminal
@@ -12537,8 +12579,8 @@ class _WorkerRow(NamedTuple):
 
     name: str
     state: str  # busy, suspended, idle
-    finished: int
-    failed: int
+    finished: int  # jobs since the worker began
+    failed: int  # likewise
     queues: list[str]
     job: str  # function and id, and how many more it holds; '' if it holds none
 
@@ -12637,10 +12679,10 @@ def _worker_row(record: dict[str, Any], state: str, job: str) -> _WorkerRow:
 class _Layout(NamedTuple):
     """How much fits on the output, and what it can show."""
 
-    width: int = _UNLIMITED
-    height: int = _UNLIMITED
+    width: int = _UNLIMITED  # columns
+    height: int = _UNLIMITED  # lines
     coloured: bool = False
-    bars: bool = False
+    bars: bool = False  # whether to draw how many jobs are queued
 
 
 class _Table(NamedTuple):
@@ -12665,9 +12707,11 @@ def _queue_table(snapshot: _Snapshot, layout: _Layout) -> _Table:
 
 
 def _worker_table(snapshot: _Snapshot) -> _Table:
+    """Return a table of the workers."""
     table = _Table(["worker", "state", "finished", "failed", "queues", "job"], [])
     for worker in snapshot.workers:
-        table.rows.append([*worker[:4], ",".join(worker.queues), worker.job])
+        name, state, finished, failed, queues, job = worker
+        table.rows.append([name, state, finished, failed, ",".join(queues), job])
     return table
 
 
@@ -12743,14 +12787,18 @@ def _format_row(
 
 
 def _styled(text: str, style: int | None, layout: _Layout) -> str:
-    return f"\x1b[{style}m{text}\x1b[0m" if style and layout.coloured else text
+    """Return text with the codes of a style, if the output can show it."""
+    if not style or not layout.coloured:
+        return text
+    return f"\x1b[{style}m{text}\x1b[0m"
 
 
 def _summary(old: _Snapshot, new: _Snapshot) -> str:
     """Return the first line of a page: how much there is of everything, and how many
     jobs ended per second between two snapshots; no rates if both are the same one."""
     busy = len([worker for worker in new.workers if worker.state == "busy"])
-    text = f"{len(new.queues)} queues, {new.count('queued')} queued, {new.count('started')} started"
+    text = f"{len(new.queues)} queues"
+    text += f", {new.count('queued')} queued, {new.count('started')} started"
     text += f"; {len(new.workers)} workers, {busy} busy"
     if new is not old:
         seconds = new.taken_at - old.taken_at
@@ -12802,8 +12850,8 @@ def _render(
     heading: Sequence[str],
     snapshot: _Snapshot,
 ) -> list[str]:
-    """Return the lines of a page: the heading, and the tables that the options ask
-    for."""
+    """Return the lines of a page: the heading, and the tables that the options ask for,
+    cut to the layout."""
     tables = []
     if not options.only_workers:
         tables.append(_queue_table(snapshot, layout))
@@ -12831,6 +12879,7 @@ def _eviction_line(options: argparse.Namespace, names: Sequence[str]) -> list[st
 
 
 def _is_terminal() -> bool:
+    """Tell whether somebody looks at stdout, on a terminal that knows ANSI's codes."""
     return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
 
 
@@ -12854,6 +12903,7 @@ def _print_page(
 
 
 def _cmd_info(options: argparse.Namespace) -> None:
+    """Show queues and workers, once or again and again."""
     known = [queue.name for queue in Queue.all(options.connection)]
     if unknown := sorted({*options.queues} - {*known}):
         existing = ", ".join(known) or "none"
