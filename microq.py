@@ -6823,12 +6823,12 @@ class _SharedState(ctypes.Structure):
         """Return whether any job runs."""
         return any(slot.state == _SlotState.RUNNING for slot in self.slots)
 
-    def count_outcome(self, outcome: Outcome) -> None:
-        """Count a run whose outcome was stored."""
-        if outcome.type is ResultType.SUCCESSFUL:
-            self.succeeded += 1
-        elif outcome.type is ResultType.FAILED:
-            self.failed += 1
+    def count(self, settled: Sequence[_SettledRun]) -> None:
+        """Count runs that were settled, unless they had lost their jobs."""
+        self.busy_seconds += sum(outcome.seconds for _, outcome, _ in settled)
+        types = [outcome.type for _, outcome, status in settled if status != "lost"]
+        self.succeeded += types.count(ResultType.SUCCESSFUL)
+        self.failed += types.count(ResultType.FAILED)
 
 
 class _Wakeup:
@@ -6994,24 +6994,24 @@ class _Instance:
         return _unregister_command(self.worker.key, self.id)
 
 
-class _Run(NamedTuple):
-    """A run that has ended, and is to be settled."""
-
-    execution: Execution
-    outcome: Outcome
+# Plain tuples, since a NamedTuple takes ten times as long to make.
+_Run = tuple[Execution, Outcome]  # a run that has ended, and is to be settled
+_SettledRun = tuple[Execution, Outcome, str]  # as it was stored; where its job is now
 
 
 def _group_by_queue(runs: Sequence[_Run]) -> list[list[_Run]]:
     """Return the runs, those of one queue together."""
     groups: dict[str, list[_Run]] = {}
     for run in runs:
-        groups.setdefault(run.execution.job.queue.prefix, []).append(run)
+        execution, _ = run
+        groups.setdefault(execution.job.queue.prefix, []).append(run)
     return list(groups.values())
 
 
 def _settle_runs_command(runs: Sequence[_Run], result_ttl: float) -> Command:
     """Return the command that settles runs of one queue."""
-    prefix = runs[0].execution.job.queue.prefix
+    execution, _ = runs[0]
+    prefix = execution.job.queue.prefix
     return _settle_command(prefix, [_settlement(*run) for run in runs], result_ttl)
 
 
@@ -7033,7 +7033,7 @@ class _Request:
 
     def has_large_result(self) -> bool:
         """Return whether a result is so large that a connection may not carry it."""
-        sizes = [len(run.outcome.payload) for runs in self.runs for run in runs]
+        sizes = [len(outcome.payload) for runs in self.runs for _, outcome in runs]
         return max(sizes, default=0) > MAX_SAFE_PAYLOAD
 
 
@@ -7054,7 +7054,7 @@ class _InlineRunner:
         outcome = perform(execution, self._handlers, self._shown)
         if os.getpid() != pid:
             os._exit(0)  # the job has forked, and its child has returned from it, too
-        self._ended.append(_Run(execution, outcome))
+        self._ended.append((execution, outcome))
 
     def collect(self) -> list[_Run]:
         """Return the runs that have ended since the last call."""
@@ -7131,7 +7131,7 @@ class _WorkLoop(_Loop):
         self.to_release: list[Execution] = []  # is not to be run here
         self.request: _Request | None = None  # is not answered yet
         self.messages: list[Message] = []  # for other queues, to be relayed
-        self.pending_webhooks: list[tuple[Execution, Outcome, str]] = []
+        self.pending_webhooks: list[_SettledRun] = []
         self.clock_offset = 0.0  # server's time minus that of time.monotonic()
         self.last_claim_full = False  # whether the last claim got all that it asked for
         self.batch_watchdog: threading.Thread | None = None
@@ -7319,10 +7319,13 @@ class _WorkLoop(_Loop):
         self.request = None
         # Not strict: the replies to a release and a claim follow those to settle.
         for runs, reply in zip(request.runs, replies, strict=False):
-            statuses, messages = _SettleReply.parse(reply)
+            settled, messages = _on_settled(self.shared, runs, reply)
             self.messages += messages
-            for run, status in zip(runs, statuses, strict=True):
-                self._on_settled(run, status)
+            for run in settled:
+                execution, outcome, _ = run
+                has_webhooks = "webhooks" in execution.job._fields
+                if has_webhooks and outcome.type is not ResultType.STOPPED:
+                    self.pending_webhooks.append(run)
         if request.claim_limit:
             return self._on_claimed(request, _ClaimReply.parse(replies[-1]))
         return math.inf
@@ -7332,7 +7335,7 @@ class _WorkLoop(_Loop):
         large.  Its claim was not answered, and is not sent again: jobs that it may hold
         are released by a heartbeat, a lease later; see oldest_held_claim."""
         runs = [run for group in request.runs for run in group]
-        replaced = [_Run(each, _replace_oversized(outcome)) for each, outcome in runs]
+        replaced = [(each, _replace_oversized(outcome)) for each, outcome in runs]
         self.unsettled = replaced + self.unsettled
         self.to_release = request.releases + self.to_release
         self.request = None
@@ -7374,16 +7377,6 @@ class _WorkLoop(_Loop):
                 f"the server does not take what worker {self.instance.name} has to say"
             )
             raise ServerUnavailable(f"{text}: {error}") from error
-
-    def _on_settled(self, run: _Run, status: str) -> None:
-        """Count and log a run that was settled, and note its webhooks; `status` is the
-        reply of SETTLE."""
-        execution, outcome = run
-        job = execution.job
-        outcome, status = _outcome_stored(outcome, status)
-        if "webhooks" in job._fields and outcome.type is not ResultType.STOPPED:
-            self.pending_webhooks.append((execution, outcome, status))
-        _count_and_log(self.shared, execution, outcome, status)
 
     def _on_claimed(self, request: _Request, reply: _ClaimReply) -> float:
         """Take over the jobs of a claim; return when the next scheduled job is due."""
@@ -7432,10 +7425,9 @@ class _WorkLoop(_Loop):
     def _oldest_held(self) -> Execution | None:
         """Return the execution that was claimed first, of those that are held; None if
         none is.  Jobs are run, and requests are made, in the order of the claims."""
-        if self.request and self.request.runs:
-            return self.request.runs[0][0].execution
-        if self.unsettled:
-            return self.unsettled[0].execution
+        requested = self.request.runs[0] if self.request and self.request.runs else []
+        for execution, _ in itertools.chain(requested, self.unsettled):
+            return execution
         return self.claimed[0] if self.claimed else None
 
     # Running jobs
@@ -7455,7 +7447,8 @@ class _WorkLoop(_Loop):
             self.runner.start(execution)
             for run in self.runner.collect():
                 self._on_ended(run)
-                longest = max(longest, run.outcome.seconds)
+                _, outcome = run
+                longest = max(longest, outcome.seconds)
             if time.monotonic() - began > SETTLE_AFTER:
                 break
         self._adapt_batch_size(size, longest, time.monotonic() - began)
@@ -7679,8 +7672,8 @@ class _WorkLoop(_Loop):
             runs = [run for group in self._requested_runs() for run in group]
             runs += self.unsettled
             running = self.running
-            if running and all(run.execution is not running for run in runs):
-                runs.append(_Run(running, _INTERRUPTED))
+            if running and all(execution is not running for execution, _ in runs):
+                runs.append((running, _INTERRUPTED))
             self.claimed.clear()
             self.unsettled, self.to_release, self.request = [], [], None
         groups = _group_by_queue(runs)
@@ -7759,27 +7752,35 @@ def _reopen_standard_files() -> bool:
     return was_closed
 
 
-def _outcome_stored(outcome: Outcome, status: str) -> tuple[Outcome, str]:
-    """Return what SETTLE has stored, and where the job is: an outcome that can't be
-    stored is replaced by the error that tells why."""
-    if status.startswith("refused "):
-        error = status.encode()
-        return Outcome(ResultType.FAILED, error, outcome.seconds), "failed"
-    return outcome, status
+def _on_settled(
+    shared: _SharedState, runs: Sequence[_Run], reply: Any
+) -> tuple[list[_SettledRun], list[Message]]:
+    """Take the reply to _settle_runs_command(): count and log the runs.
+
+    Return the runs as they were stored, and messages to be relayed."""
+    statuses, messages = _SettleReply.parse(reply)
+    settled = []
+    for (execution, outcome), status in zip(runs, statuses, strict=True):
+        if status.startswith("refused "):
+            # The outcome could not be stored.  The error that tells why replaced it.
+            outcome = Outcome(ResultType.FAILED, status.encode(), outcome.seconds)
+            status = "failed"
+        settled.append((execution, outcome, status))
+    shared.count(settled)
+    logs_all = log.isEnabledFor(logging.INFO)
+    for execution, outcome, status in settled:
+        if logs_all or status != "finished":
+            _log_settled(execution, outcome, status)
+    return settled, messages
 
 
-def _count_and_log(
-    shared: _SharedState, execution: Execution, outcome: Outcome, status: str
-) -> None:
-    """Count and log a run that was settled; `status` is the reply of SETTLE."""
-    shared.busy_seconds += outcome.seconds
+def _log_settled(execution: Execution, outcome: Outcome, status: str) -> None:
     job = execution.job
     if status == "lost":
         text = "%s: job %s is not held by this worker any more; its result is dropped"
         fields = _log_fields(execution, "lost", outcome.seconds)
         log.warning(text, job.origin, job.id, extra=fields)
         return
-    shared.count_outcome(outcome)
     level = logging.ERROR if outcome.type is ResultType.FAILED else logging.INFO
     if log.isEnabledFor(level):
         text = _describe_outcome(execution, outcome, status)
@@ -8557,11 +8558,8 @@ class _Child:
         messages: list[Message] = []
         # Not strict: the reply to the release is the last one.
         for runs, reply in zip(self._lost_runs(), replies, strict=False):
-            statuses, outgoing = _SettleReply.parse(reply)
+            _, outgoing = _on_settled(self.shared, runs, reply)
             messages += outgoing
-            for (execution, outcome), status in zip(runs, statuses, strict=True):
-                outcome, status = _outcome_stored(outcome, status)
-                _count_and_log(self.shared, execution, outcome, status)
         self.unreported = None
         self.lost_jobs = []
         return messages
