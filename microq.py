@@ -255,6 +255,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from types import CoroutineType
 from typing import Any, ClassVar, NamedTuple, NoReturn
 from urllib.request import Request, urlopen
 
@@ -2955,8 +2956,17 @@ class _ClaimReply(NamedTuple):
 _lua(
     "parse_runs",
     """
--- Read the arguments from `first` on, for each run: id, token, ended, result,
--- result_type, rerun; and, if there is a rerun, policy and chance.
+-- Read the arguments from `first` on, for each run
+--   id           of its job
+--   token        '<execution> <started_at>': the run holds the job as long as `started`
+--                says so
+--   ended        '<execution> <started_at> <seconds>'
+--   result       the serialized return value, or the traceback
+--   result_type  '' for success, else a ResultType; if no other run follows
+--   rerun        why it may run again, '' if it does not; see Outcome
+-- and, if there is a rerun
+--   policy       a Retry or Repeat as JSON; '' for that of the job
+--   chance       from 0 to 1, for its jitter
 function parse_runs(q, first)
   local runs = {}
   while ARGV[first] do
@@ -3370,7 +3380,7 @@ SETTLE = Script(
 -- started -> finished, failed, queued or scheduled, as the runs say; see settle.
 -- KEYS  prefix of the queue
 -- ARGV  ttl of finished jobs, ttl of failed ones, then for each run those of
---       parse_runs; see _Settlement
+--       parse_runs
 -- Forgets one more expired job of each container than there are runs, so that they
 -- never pile up.
 -- Returns {statuses, outgoing}.
@@ -3384,32 +3394,17 @@ return {settle(q, runs, ttls, now), outgoing}
 )
 
 
-class _Settlement(NamedTuple):
-    """How one run ended, for `settle`."""
-
-    id: str
-    token: (
-        str  # "<execution> <started_at>", as in `started` while the run holds the job
-    )
-    ended: str  # "<execution> <started_at> <seconds>"
-    payload: bytes | str  # the serialized return value, or the traceback
-    result_type: str  # '' for success, else a ResultType; if no other run follows
-    rerun: str  # why it may run again, '' if it does not; see Outcome
-    # These two are sent only with a rerun.
-    policy: bytes | str  # a Retry or Repeat as JSON; '' for that of the job
-    chance: float  # from 0 to 1, for its jitter
-
-
 def _settle_command(
-    prefix: str, runs: Sequence[_Settlement], result_ttl: float = DEFAULT_RESULT_TTL
+    prefix: str, runs: Iterable[list[Any]], result_ttl: float = DEFAULT_RESULT_TTL
 ) -> Command:
     """Settle runs of one queue; the reply is for _SettleReply.parse().
 
-    `result_ttl` is how many seconds to keep a job that has finished, unless it has this
-    option."""
+    runs       - arguments of each run; see parse_runs
+    result_ttl - how many seconds to keep a job that has finished, unless it has this
+                 option"""
     args: list[Any] = [result_ttl, DEFAULT_FAILURE_TTL]
     for run in runs:
-        args += run if run.rerun else run[:6]
+        args += run
     return SETTLE(prefix, *args)
 
 
@@ -4189,7 +4184,9 @@ class Job:
         self._execution: Execution | None = None  # the one in progress
         self._meta: dict[str, Any] | None = None  # decoded, once it was asked for
         self._call_cache: tuple[Any, ...] | None = None  # _decoded_call, once asked for
-        self._bind(queue or Queue("default", connection, serializer=serializer))
+        if queue is None:
+            queue = Queue("default", connection, serializer=serializer)
+        self._bind(queue)
 
     def _bind(self, queue: Any) -> None:
         """Make this a job of `queue`."""
@@ -4197,6 +4194,7 @@ class Job:
         self.origin = queue.name
         self.connection = queue.connection
         self.serializer = queue.serializer
+        self._signs = isinstance(queue.serializer, SignedSerializer)
         self.key = f"{queue.prefix}job:{self.id}"
 
     @classmethod
@@ -4440,7 +4438,7 @@ class Job:
         is run to its end."""
         args, kwargs, _ = self._decoded_call
         value = self.func(*args, **kwargs)
-        return _run_coroutine(value) if inspect.iscoroutine(value) else value
+        return _run_coroutine(value) if isinstance(value, CoroutineType) else value
 
     def get_call_string(self) -> str:
         """Return the call as source text, each argument cut to 75 characters."""
@@ -4450,11 +4448,6 @@ class Job:
         return f"{self.func_name}({', '.join(args)})"
 
     # Signatures of the call, of meta and of results, by a serializer that signs.
-
-    @property
-    def _signs(self) -> bool:
-        """Whether the serializer signs."""
-        return isinstance(self.serializer, SignedSerializer)
 
     def _signed_context(
         self, kind: str, execution_id: str = "", entry: str = ""
@@ -4511,7 +4504,8 @@ class Job:
 
         It is not as it was signed, or its policies are garbled, so that nobody could
         tell after the run whether it is to run again."""
-        self._check_signature()
+        if self._signs:
+            self._check_signature()
         for name in ("retry", "repeat"):
             if name in self._fields:
                 self._option(name)
@@ -4520,8 +4514,6 @@ class Job:
         """Raise DeserializationError if the signature of the call does not match.
 
         Its callbacks and webhooks are removed then, so that nobody calls them."""
-        if not self._signs:
-            return
         signed = self._fields.get("args", b"")
         if self.serializer.is_signed(signed, *self._context_of("args")):
             return
@@ -6194,7 +6186,7 @@ def job(
 # All that users wrote (functions, callbacks, exception handlers) is called from here.
 # Functions and callbacks have a time limit, which an _Interrupter keeps.  Nothing is
 # stored meanwhile, but for the error of a callback: if the process dies, the job runs
-# again. _settlement() turns the Outcome into the one transition that records it.  Uses
+# again. _settle_args() turns the Outcome into the one transition that records it.  Uses
 # sections 1 to 6.
 
 _STOPPED_REASON = b"stopped by a command"
@@ -6381,7 +6373,7 @@ def _call_with_timeout(
         execution.run_state.interrupt = interrupt
     try:
         value = call()
-        return _run_coroutine(value) if inspect.iscoroutine(value) else value
+        return _run_coroutine(value) if isinstance(value, CoroutineType) else value
     finally:
         interrupter.disarm()
 
@@ -6434,28 +6426,30 @@ def _replace_oversized(outcome: Outcome) -> Outcome:
     return Outcome(ResultType.FAILED, text.encode(), outcome.seconds)
 
 
-def _settlement(execution: Execution, outcome: Outcome) -> _Settlement:
-    """Return what the script `settle` is told of an outcome."""
+def _settle_args(execution: Execution, outcome: Outcome) -> list[Any]:
+    """Return what the script `settle` is told of an outcome; see parse_runs."""
     job = execution.job
     rerun = outcome.rerun
     # The supervisor, which settles for a child that died, has not read the job's
     # fields.  Then the script finds out whether the job has a policy.
     if job._fields and not outcome.policy and rerun not in job._fields:
         rerun = ""  # the job has no such policy
-    result_type = outcome.type.value
     if outcome.type is ResultType.SUCCESSFUL:
         result_type = ""
     elif outcome.type is ResultType.RETRIED:
         result_type = "max_retries_exceeded"
+    else:
+        result_type = outcome.type.value
     claim_id, _, claimed_at = execution.token.partition(" ")
     state = execution.run_state
     started_at = float(claimed_at) if state is None else state.started_at
     ended = f"{claim_id} {started_at:.6f} {outcome.seconds:.6f}"
-    chance = random.random() if rerun else 0  # for a delay with jitter
-    return _Settlement(
+    args: list[Any] = [
         job.id, execution.token, ended, outcome.payload, result_type, rerun,
-        outcome.policy, chance,
-    )  # fmt: skip
+    ]  # fmt: skip
+    if rerun:
+        args += [outcome.policy, random.random()]
+    return args
 
 
 class _Interrupter:
@@ -7012,7 +7006,7 @@ def _settle_runs_command(runs: Sequence[_Run], result_ttl: float) -> Command:
     """Return the command that settles runs of one queue."""
     execution, _ = runs[0]
     prefix = execution.job.queue.prefix
-    return _settle_command(prefix, [_settlement(*run) for run in runs], result_ttl)
+    return _settle_command(prefix, [_settle_args(*run) for run in runs], result_ttl)
 
 
 @dataclass
@@ -7047,12 +7041,12 @@ class _InlineRunner:
         self._handlers = handlers
         self._shown = shown
         self._ended: list[_Run] = []
+        self._pid = os.getpid()
 
     def start(self, execution: Execution) -> None:
         """Run a job to its end."""
-        pid = os.getpid()
         outcome = perform(execution, self._handlers, self._shown)
-        if os.getpid() != pid:
+        if os.getpid() != self._pid:
             os._exit(0)  # the job has forked, and its child has returned from it, too
         self._ended.append((execution, outcome))
 
@@ -7448,7 +7442,8 @@ class _WorkLoop(_Loop):
             for run in self.runner.collect():
                 self._on_ended(run)
                 _, outcome = run
-                longest = max(longest, outcome.seconds)
+                if outcome.seconds > longest:
+                    longest = outcome.seconds
             if time.monotonic() - began > SETTLE_AFTER:
                 break
         self._adapt_batch_size(size, longest, time.monotonic() - began)
@@ -8533,7 +8528,7 @@ class _Child:
         runs = []
         for lost in self.lost_jobs:
             job = self.instance.queues[lost.queue_index]._job(lost.job_id)
-            runs.append(_Run(Execution(job, lost.token), lost.outcome))
+            runs.append((Execution(job, lost.token), lost.outcome))
         return _group_by_queue(runs)
 
     def _keep_connection(self) -> None:

@@ -1567,9 +1567,8 @@ def claim(queue, worker="w", number=1, lease=15, n=1):
 def settlement(id, execution, *, result_type="", rule="", policy="", chance=0):
     """Return the arguments of SETTLE for a run; a `result_type` of "" is a success."""
     ended = f"{execution} 0.5"
-    return microq._Settlement(
-        id, execution, ended, "", result_type, rule, policy, chance
-    )
+    args = [id, execution, ended, "", result_type, rule]
+    return [*args, policy, chance] if rule else args
 
 
 def settle(queue, id, execution, *, twice=False, **options):

@@ -553,9 +553,9 @@ class Model(stateful.RuleBasedStateMachine):
             rule = ""
         result_type = {"success": "", "failure": "failed", "stop": "stopped"}[how]
         ended = f"{execution} 0.500000"
-        run = microq._Settlement(
-            expected.id, execution, ended, "", result_type, rule, "", 0
-        )
+        run = [expected.id, execution, ended, "", result_type, rule]
+        if rule:
+            run += ["", 0]  # the policy of the job, and no jitter
         command = microq._settle_command(self.queues[expected.queue].prefix, [run])
         answer = self.send(execution.partition(".")[0], command)
         reply = microq._SettleReply.parse(answer)
