@@ -8842,7 +8842,7 @@ class _Supervisor:
         self.with_scheduler = with_scheduler
         self.cron = cron  # whose entries are kept in the server
         self.forking = first.forking
-        self.lease = min(instance.lease for instance in instances)
+        self.lease = first.lease
         self.wakeup = _Wakeup()
         self._set_connections(first)
         self.children: list[_Child] = []
@@ -8910,7 +8910,6 @@ class _Supervisor:
             except _ColdShutdown:
                 pass  # between jobs, or in a handler of a job that failed
             finally:
-                self.finished = True
                 self.sign_off()
         if self.lost_name:
             text = f"worker {self.lost_name!r} was silent for longer than its lease"
