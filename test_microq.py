@@ -713,6 +713,22 @@ def return_large():
     return "x" * (2 << 20)
 
 
+GENERATORS = []
+
+
+async def leave_a_generator(path):
+    """Leave an asynchronous generator that notes its end in a file."""
+
+    async def numbers():
+        try:
+            yield asyncio.get_running_loop()
+        finally:
+            append(path, "ended")
+
+    GENERATORS.append(numbers())
+    await anext(GENERATORS[-1])
+
+
 def unserializable():
     return threading.Lock()
 
@@ -868,6 +884,15 @@ def wait_to_go_on():
     assert GO_ON.wait(30)
 
 
+BEFORE_END = []
+
+
+def wait_for_event():
+    """Wait for the event of the test, in the same process."""
+    [event] = BEFORE_END
+    assert event.wait(60)
+
+
 def wait_for_file(path):
     Path(path).write_text(str(os.getpid()))
     wait_until(Path(f"{path}.go").exists, 60)
@@ -971,6 +996,7 @@ def close_stdin():
 
 def leave_children():
     if os.fork() == 0:
+        os.closerange(0, 3)  # so that nobody waits for the end of what is printed
         time.sleep(20)
         os._exit(0)
     return "left"
@@ -1920,6 +1946,10 @@ def unprintable_characters(text, allowed="\n\t"):
 def wait_for_refusals(redis, number):
     """Wait until the server has refused so many commands since permissions changed."""
     wait_until(lambda: sum(int(row["count"]) for row in redis.acl_log()) >= number)
+
+
+def threads_named(name):
+    return [each for each in threading.enumerate() if each.name == name]
 
 
 def wait_for_heartbeats(redis, name, count):
@@ -5622,7 +5652,13 @@ def test_a_result_that_is_too_large_for_a_slow_line_fails_its_job(
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"queues": []}, {"queues": "q", "name": "a b"}, {"queues": [7]}]
+    "arguments",
+    [
+        {"queues": []},
+        {"queues": [7]},
+        {"queues": "q", "name": "a b"},
+        {"queues": "q", "name": "a" * 201},
+    ],
 )
 def test_bad_arguments_of_a_worker_are_refused(redis, arguments):
     with pytest.raises((ValueError, TypeError)):
@@ -5690,8 +5726,105 @@ def test_workers_are_found_and_show_what_they_do(redis, queue, busy_worker):
     assert bee.total_working_time > 0.3
     assert bee.state == "idle"
     assert bee.get_current_job() is None
+    assert bee.get_current_job_id() is None
     assert bee.birth_date < bee.last_heartbeat <= datetime.now(timezone.utc)
     assert Worker.find_by_key("nobody", redis) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: "[",
+        lambda record: "7",
+        lambda record: json.dumps(list(record)),
+        lambda record: json.dumps({"pid": 7}),
+        lambda record: json.dumps(record | {"pid": "7"}),
+    ],
+    ids=["no JSON", "number", "list", "keys", "pid"],
+)
+def test_a_garbled_record_is_that_of_no_worker(redis, queue, change):
+    worker = Worker(queue, "bee")
+    redis.set(worker.key, change(worker._new_info()))
+    redis.hset(f"{Q}workers", "bee", "1 15 1 a")
+    queue.enqueue(add)
+    assert Worker.find_by_key("bee", redis) is None
+    assert Worker.all(redis) == []
+    worker.refresh()
+    assert worker.pid == os.getpid()
+    with pytest.raises(ValueError, match="no worker 'bee'"):
+        send_shutdown_command(redis, "bee")
+    redis.delete(worker.key, f"{Q}workers")
+    queue.empty()
+
+
+def test_a_worker_holds_none_of_the_jobs_of_others(redis, queue):
+    queue.enqueue(add)
+    [(id, _)] = claim(queue, "other")
+    bee, other = Worker(queue, "bee"), Worker(queue, "other")
+    assert bee.get_current_executions() == []
+    assert bee.get_current_job_id() is None
+    assert other.get_current_job_id() == id
+    release(queue, "other")
+
+
+def test_names_of_workers_are_made_of_the_host_and_differ(queue, monkeypatch):
+    """The name of a host may have characters that no worker's name may have."""
+    monkeypatch.setattr(socket, "gethostname", lambda: "k\u00fcche 7.example.org")
+    names = {Worker(queue).name for _ in range(5)}
+    assert len(names) == 5
+    assert all(name.startswith("k-che-7-example.") for name in names)
+
+
+def test_a_process_of_another_user_is_alive():
+    """An unprivileged worker may not signal it, but must not take its name."""
+    code = "import os, microq; os.getuid() or os.setuid(65534); "
+    code += "print(microq._process_exists(1))"
+    assert run_script(code).stdout == "True\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs prctl(2) and /proc")
+def test_a_process_is_alive_whatever_its_name_is():
+    code = """
+import ctypes, sys
+ctypes.CDLL(None).prctl(15, b"a) Z (b")  # PR_SET_NAME
+print("named", flush=True)
+sys.stdin.read()
+"""
+    process = start_script(code, text=True)
+    try:
+        assert read_line(process) == "named"
+        assert microq._process_exists(process.pid)
+    finally:
+        process.communicate(timeout=30)
+    assert not microq._process_exists(process.pid)
+
+
+def test_processes_are_looked_up_where_there_is_no_proc():
+    """As on macOS; here /proc is hidden in a namespace of the process."""
+    code = """
+        import ctypes, os, socket, subprocess, sys
+        import microq
+        libc = ctypes.CDLL(None, use_errno=True)
+        private = 1 << 18 | 1 << 14  # MS_PRIVATE | MS_REC
+        hidden = (
+            libc.unshare(0x20000) == 0  # CLONE_NEWNS
+            and libc.mount(b"none", b"/", None, private, None) == 0
+            and libc.mount(b"none", b"/proc", b"tmpfs", 0, None) == 0
+        )
+        if not hidden:
+            sys.exit("hidden: not permitted")
+        assert not os.path.exists("/proc/self")
+        assert microq._pid_namespace() == socket.gethostname()
+        process = subprocess.Popen(["sleep", "60"])
+        assert microq._process_exists(process.pid)
+        process.kill()
+        process.wait()
+        assert not microq._process_exists(process.pid)
+    """
+    ran = run_script(code, check=False)
+    if "not permitted" in ran.stderr:
+        pytest.skip("needs the right to mount")
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_a_worker_that_was_found_is_refreshed(redis, queue, start_worker):
@@ -5705,6 +5838,7 @@ def test_a_worker_that_was_found_is_refreshed(redis, queue, start_worker):
     assert execution.job_id == found.get_current_job_id() == job.id
     assert type(found.get_current_job()) is MyJob
     wait_until(lambda: found.refresh() or found.successful_job_count == 1)
+    assert Worker.find_by_key("w", queue.connection, lease=7).lease == 7
 
 
 def test_a_worker_in_the_background_finishes_what_is_queued(redis, queue):
@@ -6058,6 +6192,116 @@ def test_worker_that_ends_by_an_error_sends_no_more_heartbeats(
     assert redis.hlen(Q + "workers") == 0
 
 
+def test_no_heartbeat_of_a_worker_in_process_follows_its_sign_off(
+    redis, queue, monkeypatch
+):
+    """It would sign the worker on again, and nobody would sign it off."""
+    heartbeat = microq._Supervisor.heartbeat
+    at_work = threading.Event()
+    ended = threading.Event()
+
+    def late_heartbeat(self, mode):
+        if mode != "start":
+            at_work.set()
+            ended.wait(0.5)
+        heartbeat(self, mode)
+
+    monkeypatch.setattr(microq._Supervisor, "heartbeat", late_heartbeat)
+    BEFORE_END[:] = [at_work]
+    queue.enqueue(wait_for_event)
+    work(SimpleWorker(queue, "bee", lease=0.6))
+    ended.set()
+    wait_until(lambda: not threads_named("supervisor bee"))
+    assert not redis.exists("microq:worker:bee")
+    assert redis.hlen(Q + "workers") == 0
+
+
+def test_the_supervisor_of_a_worker_in_process_ends_with_its_loop(queue, monkeypatch):
+    """Not when its wait for commands is over."""
+    waiting = threading.Event()
+
+    def wait_long(self, until):
+        waiting.set()
+        self.wakeup.wait(60)
+
+    monkeypatch.setattr(microq._Supervisor, "_wait_for_commands", wait_long)
+    BEFORE_END[:] = [waiting]
+    queue.enqueue(wait_for_event)
+    began = time.monotonic()
+    work(queue)
+    assert time.monotonic() - began < 40
+
+
+def test_the_supervisor_waits_for_nothing_when_all_children_have_ended(
+    queue, monkeypatch
+):
+    wait = microq._Supervisor._wait_for_commands
+    finished = []
+
+    def note_and_wait(self, until):
+        finished.append(self.finished)
+        wait(self, until)
+
+    monkeypatch.setattr(microq._Supervisor, "_wait_for_commands", note_and_wait)
+    queue.enqueue(add)
+    work(Worker(queue))
+    assert finished and not any(finished)
+
+
+def test_a_short_burst_in_process_does_not_wait_for_commands(
+    server, queue, monkeypatch
+):
+    """Its supervisor needs no connection to wait for commands, and so opens none."""
+    monkeypatch.setattr(microq, "SLOW_JOB_AFTER", 30)
+    queue.enqueue(sleep, 0.2)
+    with MonitoredCommands(server) as commands:
+        work(queue)
+    assert commands
+    assert not [each for each in commands if each.startswith("BLPOP microq:inbox")]
+
+
+def test_the_event_loop_of_a_worker_is_closed_at_its_end(queue, run, tmp_path):
+    """So that asynchronous generators end, as with asyncio.run()."""
+    job = queue.enqueue(leave_a_generator, str(tmp_path / "log"))
+    run()
+    assert job.is_finished
+    assert (tmp_path / "log").read_text().split() == ["ended"]
+    GENERATORS.clear()
+
+
+def test_a_job_finds_the_script_of_its_worker_as_it_runs(server, queue, tmp_path):
+    """A second copy of it would have classes and variables of its own."""
+    (tmp_path / "own_script.py").write_text(
+        textwrap.dedent(f"""
+            import redis, microq
+            def name_of_module():
+                return __name__
+            if __name__ == "__main__":
+                connection = redis.Redis.from_url({server.url!r})
+                microq.SimpleWorker("default", connection=connection).work(burst=True)
+        """)
+    )
+    job = queue.enqueue("own_script.name_of_module")
+    script = [sys.executable, str(tmp_path / "own_script.py")]
+    subprocess.run(script, env=child_env(), check=True, timeout=60, capture_output=True)
+    assert job.return_value() == "__main__"
+
+
+def test_a_second_signal_ends_a_worker_that_waits_for_the_server(redis, start_worker):
+    """No job runs, so it is in the middle of the loop; it signs off as always."""
+    worker = start_worker("--in-process", "--name", "bee")
+    wait_until(lambda: blocked_clients(redis) == 2)
+    redis.client_pause(4000)
+    worker.terminate()
+    time.sleep(1.1)  # a second signal counts after a second
+    worker.terminate()
+    log = worker.communicate(timeout=30)[1]
+    assert worker.returncode == 1
+    assert "cold shutdown" in log
+    assert "Traceback" not in log
+    assert not redis.exists("microq:worker:bee")
+
+
 def test_a_worker_warns_of_a_server_that_evicts_keys(redis, queue, caplog):
     """What a server deletes to make room is lost, against the promise."""
     work(queue)
@@ -6268,6 +6512,42 @@ def test_standby_child_is_forked_before_its_predecessor_ends(
     both = children_of(parent)
     worker.kill()
     wait_until(lambda: not any(map(is_alive, both)))
+
+
+def test_the_standby_child_runs_the_next_job_and_is_the_one_that_is_stopped(
+    redis, queue, start_worker, tmp_path
+):
+    """A replacement costs no time, and what ends a job knows the process that runs it."""
+    worker = start_worker("--jobs-per-fork", "1")
+    first, second = tmp_path / "first", tmp_path / "second"
+    queue.enqueue(wait_for_file, str(first))
+    wait_until(lambda: len(children_of(worker.pid)) == 2)
+    both = children_of(worker.pid)
+    job = queue.enqueue(sleep_and_record_pid, str(second), 100)
+    Path(f"{first}.go").touch()
+    pid, _ = pids_of_run(second)
+    assert [pid] == [each for each in both if str(each) != first.read_text()]
+    wait_until(lambda: len(children_of(worker.pid)) == 2)
+    send_stop_job_command(redis, job.id)
+    wait_until(lambda: job.is_stopped)
+    assert not is_alive(pid)
+
+
+@pytest.mark.parametrize("by_command", [True, False], ids=["command", "crash"])
+def test_a_run_that_is_ended_from_outside_has_its_seconds(
+    redis, queue, start_worker, tmp_path, by_command
+):
+    start_worker("--name", "bee")
+    job = queue.enqueue(sleep_and_record_pid, str(tmp_path / "log"), max_crashes=0)
+    pid, _ = pids_of_run(tmp_path / "log")
+    time.sleep(0.3)
+    if by_command:
+        send_kill_horse_command(redis, "bee")
+    else:
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: job.is_failed)
+    assert (job.ended_at - job.started_at).total_seconds() > 0.3
+    wait_until(lambda: Worker.find_by_key("bee", redis).total_working_time > 0.3)
 
 
 def test_standby_child_that_dies_is_replaced(queue, start_worker, tmp_path):
