@@ -252,6 +252,7 @@ import weakref
 import zoneinfo
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -5965,10 +5966,19 @@ class Queue(_JobContainer):
         """Work the queue off in this thread, for is_async=False, and read the jobs
         again.
 
+        In a coroutine another thread does it, since no second event loop can run in
+        this one.
+
         If a job does this, its own timeout counts on meanwhile, but is raised only
         afterwards."""
-        with _nested_worker():
-            SimpleWorker(self).work(burst=True, logging_level=None)
+        worker = SimpleWorker(self)
+        work = functools.partial(worker.work, burst=True, logging_level=None)
+        if _event_loop_runs():
+            with ThreadPoolExecutor(max_workers=1) as executor:
+                executor.submit(work).result()
+        else:
+            with _nested_worker():
+                work()
         _fetch_jobs(jobs)
 
     def _resolve_dependencies(self, jobs: Sequence[Job]) -> None:
@@ -6613,6 +6623,15 @@ def _nested_worker() -> Iterator[None]:
     finally:
         _thread_state.interrupter = outer
         outer.rearm()
+
+
+def _event_loop_runs() -> bool:
+    """Return whether an event loop runs in this thread: this is in a coroutine."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _run_coroutine(coroutine: Any) -> Any:

@@ -912,6 +912,13 @@ def enqueue_and_sleep(path):
     time.sleep(60)
 
 
+async def enqueue_in_coroutine(path, func):
+    connection = redis_py.Redis(unix_socket_path=path)
+    job = Queue("sync", connection, is_async=False).enqueue(func, 1, 2)
+    await asyncio.sleep(0)
+    return job.return_value()
+
+
 def clean_up(path):
     try:
         time.sleep(30)
@@ -4579,6 +4586,17 @@ def test_a_queue_that_is_not_async_runs_jobs_at_once(redis):
     assert queue.enqueue_in(60, add).is_scheduled
     with pytest.raises(TypeError, match="pipeline"):
         queue.enqueue(add, pipeline=redis.pipeline())
+
+
+@pytest.mark.parametrize("func", [add, add_later])
+def test_a_queue_that_is_not_async_runs_jobs_inside_a_coroutine(redis, queue, func):
+    """Of a program, and of a job, where the event loop is that of the worker."""
+    path = redis.connection_pool.connection_kwargs["path"]
+    assert asyncio.run(enqueue_in_coroutine(path, func)) == 3
+    job = queue.enqueue(enqueue_in_coroutine, path, func)
+    after = queue.enqueue(add_later, 1, 3)
+    work(queue)
+    assert (job.return_value(), after.return_value()) == (3, 4)
 
 
 def test_is_async_false_runs_dependents_and_callbacks_too(redis, callback_log):
