@@ -6512,7 +6512,6 @@ class _Interrupter:
         if seconds <= 0:
             return
         self.timer = threading.Timer(seconds, interrupt, [JobTimeoutException])
-        self.timer.daemon = True
         self.timer.start()
 
     def _raise(self, reason: type[BaseException]) -> None:
@@ -6549,7 +6548,6 @@ class _AlarmInterrupter(_Interrupter):
         seconds = self.deadline - time.monotonic()
         if self._is_pending():
             seconds = 0.0
-        signal.signal(signal.SIGALRM, self._on_alarm)
         # 0 would switch the timer off, and infinity is refused.
         signal.setitimer(signal.ITIMER_REAL, min(max(0.001, seconds), 1e6))
 
