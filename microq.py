@@ -1361,14 +1361,17 @@ def _import_object(name: str) -> Any:
     module = sys.modules.get(owner)
     if module is not None:
         value = getattr(module, attribute, None)
-        if value is not None:
+        # A module that another thread still imports has a part of its names only.
+        spec = getattr(module, "__spec__", None)
+        if value is not None and not getattr(spec, "_initializing", False):
             return value
-    # Else the longest part of the name that is a module is imported.
+    # Else the longest part of the name that is a module is imported.  import_module()
+    # waits if another thread imports it.
     parts = name.split(".")
     for size in range(len(parts) - 1, 0, -1):
         path = ".".join(parts[:size])
         try:
-            module = sys.modules.get(path) or importlib.import_module(path)
+            module = importlib.import_module(path)
         except ModuleNotFoundError as error:
             # A shorter part is tried only if `path` itself, or a package of it, is
             # missing.  An import that fails within the module is the error to show.

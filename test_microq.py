@@ -38,6 +38,7 @@ import threading
 import time
 import zipfile
 from collections import Counter
+from concurrent import futures
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -2519,6 +2520,38 @@ def test_function_defined_at_a_prompt_is_refused(server, redis):
     )
     assert "defined at a prompt" in shown.stderr
     assert redis.dbsize() == 0
+
+
+@pytest.mark.parametrize(
+    "lines",
+    ["{wait}; answer = lambda: 42", "answer = lambda: number; {wait}; number = 42"],
+)
+def test_a_module_that_another_thread_imports_is_waited_for(
+    tmp_path, monkeypatch, lines
+):
+    """Two threads that run a module's first jobs both find all of its names."""
+    begun, go_on = threading.Event(), threading.Event()
+    monkeypatch.setattr(threading, "events", (begun, go_on), raising=False)
+    wait = "begun, go_on = threading.events; begun.set(); go_on.wait(10)"
+    (tmp_path / "slow_import.py").write_text(
+        f"import threading; {lines.format(wait=wait)}"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def answer():
+        return microq._import_object("slow_import.answer")()
+
+    try:
+        with futures.ThreadPoolExecutor() as pool:
+            first = pool.submit(answer)
+            assert begun.wait(10)
+            second = pool.submit(answer)
+            futures.wait([second], timeout=0.3)  # too early: it has ended by now
+            go_on.set()
+            assert (first.result(10), second.result(10)) == (42, 42)
+    finally:
+        go_on.set()
+        sys.modules.pop("slow_import", None)
 
 
 @pytest.mark.parametrize(
