@@ -9072,9 +9072,9 @@ class _Supervisor:
         instance.displaced_id = holder.get("instance", "")
         ran_here = _runs_beside(holder)
         if not holder or (ran_here and not _process_exists(pid)):
-            if not self._register(instance, dead=record):
-                return
-            ran_here = False  # another worker has taken the name meanwhile
+            if self._register(instance, dead=record):
+                raise _NameInUse(f"another worker was first to take {instance.name!r}")
+            return
         text = f"a worker {instance.name!r} is alive (process {pid} on {host}); "
         text += "choose another name, or wait for the end of its lease"
         is_first_look = instance.name not in self.first_records
@@ -9188,6 +9188,8 @@ class _Supervisor:
             if other or reply.name_taken:
                 log.error("worker %s: another worker has this name now", instance.name)
                 self.lost_name = instance.name
+                # Its BLPOP would take a command for the other worker.
+                self.blocking_connection.close()
                 self.cold_shutdown = self.forking
                 self.request_stop()
         return self.lost_name != ""
