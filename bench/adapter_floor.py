@@ -14,6 +14,7 @@ import redis
 
 import microq
 
+ENVIRONMENT = "microq"
 URL = os.environ["BENCH_URL"]
 CLIENT = redis.Redis.from_url(URL)
 EMPTY_LPUSH = b"*3\r\n$5\r\nLPUSH\r\n$5\r\nfloor\r\n$100\r\n\r\n"

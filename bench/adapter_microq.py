@@ -88,6 +88,7 @@ def layout_errors(connection):
 
 # ---- For the benchmarks --------------------------------------------------------------
 
+PINS = ["redis==8.1.0", "hiredis==3.5.0"]
 ABOUT = "in-process; default: one forked child; results are stored (its default)"
 SAFE = "yes, runs again"
 WORKERS = {

@@ -15,7 +15,6 @@ def run_python(deployment, code):
     """Return the milliseconds of the second of two runs."""
     environment = deployment.environment()
     environment["PYTHONPYCACHEPREFIX"] = f"{deployment.marks}.bytecode"
-    environment["PYTHONDONTWRITEBYTECODE"] = ""
     command = [deployment.competitor.python, "-c", code]
     for _ in range(2):
         begun_at = time.perf_counter()

@@ -39,14 +39,15 @@ class Competitor:
 
     The adapter can't be imported here, since its library is in another environment.
 
-    PINS       - packages of its environment; none: the one that runs the benchmark
-    NODE_PINS  - packages of an environment of Node.js, in place of PINS
-    CLIENT     - the command of its client
-    WORKERS    - {label: (command of a worker, no-op jobs that it runs in a round)}
-    CONCURRENT - {label: (command of a worker that runs {c} jobs at once, kinds of
-                 jobs, no-op jobs in a round)}; a kind is "coroutines" or "functions"
-    LEASE      - what replaces {lease} in commands, and is BENCH_LEASE
-    LACKS      - {question that it can't be asked: why}
+    PINS        - packages of its environment
+    NODE_PINS   - packages of an environment of Node.js, in place of PINS
+    ENVIRONMENT - the competitor whose environment it has, if it has none of its own
+    CLIENT      - the command of its client
+    WORKERS     - {label: (command of a worker, no-op jobs that it runs in a round)}
+    CONCURRENT  - {label: (command of a worker that runs {c} jobs at once, kinds of
+                  jobs, no-op jobs in a round)}; a kind: "coroutines" or "functions"
+    LEASE       - what replaces {lease} in commands, and is BENCH_LEASE
+    LACKS       - {question that it can't be asked: why}
     """
 
     def __init__(self, name):
@@ -54,6 +55,7 @@ class Competitor:
         self.settings = {
             "PINS": [],
             "NODE_PINS": [],
+            "ENVIRONMENT": name,
             "CLIENT": f"python client.py {name}",
             "WORKERS": {},
             "CONCURRENT": {},
@@ -67,9 +69,8 @@ class Competitor:
         self.labels = [*self.settings["WORKERS"]]
         first_label = self.labels[0] if self.labels else None
         self.usual = self.settings.get("USUAL", first_label)
-        self.python = Path(sys.executable)
-        if self.settings["PINS"]:
-            self.python = HOME / name / "bin" / "python"
+        self.home = HOME / self.settings["ENVIRONMENT"]
+        self.python = self.home / "bin" / "python"
 
     def read_assignment(self, node):
         """Keep the value of an assignment if it is a literal."""
@@ -89,8 +90,8 @@ class Competitor:
         if self.settings["NODE_PINS"]:
             find_program("node")
         pins = self.pins()
-        done = HOME / self.name / "pins.json"
-        if not pins or (done.exists() and json.loads(done.read_text()) == pins):
+        done = self.home / "pins.json"
+        if done.exists() and json.loads(done.read_text()) == pins:
             return
         for command in self.install_commands():
             ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -106,13 +107,12 @@ class Competitor:
 
     def install_commands(self):
         """Return the commands that make the environment, of Python or of Node.js."""
-        home = HOME / self.name
         if self.settings["NODE_PINS"]:
             quiet = ["--loglevel", "error", "--no-audit", "--no-fund"]
-            npm = [find_program("npm"), "install", *quiet, "--prefix", home]
+            npm = [find_program("npm"), "install", *quiet, "--prefix", self.home]
             return [[*npm, *self.settings["NODE_PINS"]]]
         python = sys.executable
-        make = [python, "-m", "venv", "--clear", "--without-pip", home]
+        make = [python, "-m", "venv", "--clear", "--without-pip", self.home]
         pip = [python, "-m", "pip", "--python", self.python, "install", "-q"]
         return [make, [*pip, "--disable-pip-version-check", *self.settings["PINS"]]]
 
@@ -196,7 +196,9 @@ class Deployment:
         environment["BENCH_MARKS"] = str(self.marks)
         environment["BENCH_PROCESSES"] = str(processes)
         environment["PYTHONPATH"] = f"{HERE}{os.pathsep}{HERE.parent}"
-        environment["NODE_PATH"] = str(HOME / self.competitor.name / "node_modules")
+        environment["NODE_PATH"] = str(self.competitor.home / "node_modules")
+        # All libraries have their bytecode in a cache; microq too, as if installed.
+        environment["PYTHONDONTWRITEBYTECODE"] = ""
         if lease != "usual":
             environment["BENCH_LEASE"] = self.competitor.settings["LEASE"][lease]
         if at_once:

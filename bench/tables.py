@@ -8,7 +8,6 @@ import shutil
 import statistics
 import subprocess
 from importlib import import_module
-from importlib.metadata import version
 
 from competitors import Competitor
 from figures import (
@@ -319,8 +318,6 @@ def facts(options, seconds):
         "cores": os.cpu_count(),
         "system": f"{platform.system()}, {platform.machine()}",
         "server": " ".join(server[:3]),
-        "redis-py": version("redis"),
-        "hiredis": version("hiredis"),
         "node": node_version(),
         "microq": microq.__version__,
     }
@@ -337,10 +334,9 @@ def node_version():
 def machine_text(facts):
     return (
         f"{facts['cores']} cores ({facts['system']}), shared with other processes; "
-        f"Python {facts['python']}, redis-py {facts['redis-py']}, "
-        f"hiredis {facts['hiredis']}, Node.js {facts['node']}; "
-        f"{facts['server']} on a unix socket, without "
-        f"persistence; microq {facts['microq']}. {facts['repeat']} rounds, "
+        f"Python {facts['python']}, Node.js {facts['node']}; {facts['server']} on a "
+        f"unix socket, without persistence; microq {facts['microq']}. Versions of "
+        f"libraries are below. {facts['repeat']} rounds, "
         f"{facts['seconds'] // 60} minutes. Figures are medians, in parentheses the "
         "spread of the rounds; ratios are medians of the ratios within a round.\n"
     )
