@@ -853,6 +853,10 @@ def jobs_held():
     return len(queue.started_job_registry), queue.job_ids
 
 
+def status_of(id):
+    return str(get_current_job().queue.fetch_job(id).get_status())
+
+
 def jobs_held_after(seconds):
     time.sleep(seconds)
     return jobs_held()
@@ -5508,6 +5512,107 @@ def test_a_worker_stops_after_its_limits(redis, queue):
     assert redis.hkeys(Q + "workers") == []
 
 
+def test_a_worker_is_idle_only_since_its_last_job(queue):
+    queue.enqueue(sleep, 0.6)
+    began = time.monotonic()
+    assert SimpleWorker(queue).work(max_idle_time=0.5, logging_level=None)
+    assert time.monotonic() - began > 1.1
+
+
+def test_a_worker_claims_no_more_than_it_may_run(queue, monkeypatch):
+    monkeypatch.setattr(microq, "SETTLE_AFTER", 5)  # so that it claims ahead
+    monkeypatch.setattr(microq, "SLOW_JOB_AFTER", 5)
+    jobs = queue.enqueue_many([Queue.prepare_data(jobs_held)] * 100)
+    SimpleWorker(queue).work(max_jobs=40, logging_level=None)
+    waiting = [len(job.return_value()[1]) for job in jobs[:40]]
+    assert min(waiting) == len(queue) == 60
+
+
+def test_a_job_with_crashes_is_not_claimed_ahead(redis, queue, monkeypatch):
+    """Else a crash of a job before it would count for it, too."""
+    monkeypatch.setattr(microq, "SETTLE_AFTER", 5)
+    monkeypatch.setattr(microq, "SLOW_JOB_AFTER", 5)
+    # It is the first one behind batches of 1, 2, 4 and 8 jobs.
+    jobs = [queue.enqueue(status_of, "suspect") for _ in range(15)]
+    suspect = queue.enqueue(add, job_id="suspect")
+    redis.hset(suspect.key, "crashes", 1)
+    work(queue)
+    assert [job.return_value() for job in jobs] == ["queued"] * 15
+    assert suspect.is_finished
+
+
+def test_ids_without_a_record_do_not_hide_a_job_that_is_due(redis, queue):
+    """A claim promotes a limited number of jobs, and may get none of them."""
+    ids = {f"gone{i}": i + 1 for i in range(2 * microq.MAX_JOBS_PER_CALL)}
+    redis.zadd(Q + "scheduled", ids)
+    job = queue.enqueue_in(60, add)
+    redis.zadd(Q + "scheduled", {job.id: len(ids) + 1})
+    work(queue)
+    assert job.is_finished
+
+
+def test_a_job_enqueued_in_the_last_moment_is_run(queue, monkeypatch):
+    """After the claim, and before the block of the worker is left."""
+    jobs = []
+    settle_and_claim = microq._WorkLoop._settle_and_claim
+
+    def enqueue_and_leave(loop, *args, **options):
+        next_due = settle_and_claim(loop, *args, **options)
+        if not jobs:
+            jobs.append(queue.enqueue(add))
+            loop.leave_when_idle()
+        return next_due
+
+    monkeypatch.setattr(microq._WorkLoop, "_settle_and_claim", enqueue_and_leave)
+    with Worker(queue):
+        wait_until(lambda: jobs)
+    assert jobs[0].is_finished
+
+
+def test_an_idle_worker_leaves_its_block_at_once(redis, queue, monkeypatch):
+    monkeypatch.setattr(microq._BlockingConnection, "BLPOP_TIMEOUT", 30)
+    with Worker(queue):
+        wait_until(lambda: blocked_clients(redis) == 2)
+        began = time.monotonic()
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_the_block_of_a_worker_is_left_a_lease_after_the_server_has_gone(tmp_path):
+    server = Server(tmp_path)
+    queue = Queue(connection=redis_py.Redis.from_url(server.url))
+
+    def use():
+        with Worker(queue, lease=0.5):
+            wait_until(lambda: blocked_clients(queue.connection) == 2)
+            server.stop()
+
+    thread = threading.Thread(target=use, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+
+
+def test_a_worker_that_ends_tells_of_jobs_that_it_settles_last(
+    redis, queue, start_worker, webhook_server
+):
+    """SIGTERM comes in the middle of a batch: webhooks and dependents are not lost."""
+    url, requests = webhook_server
+    other = Queue("other", redis)
+    for _ in range(40):
+        queue.enqueue(add)
+    hook = Webhook(url, "finished")
+    job = queue.enqueue(kill_self, signal.SIGTERM, webhooks=[hook])
+    dependent = other.enqueue(add, depends_on=job)
+    behind = [queue.enqueue(add) for _ in range(100)]
+    worker = start_worker("--in-process")
+    worker.communicate(timeout=60)
+    assert job.is_finished
+    assert len(requests) == 1
+    assert dependent.is_queued
+    assert {str(each.get_status()) for each in behind} == {"queued"}
+
+
 def test_a_worker_works_more_than_once(queue):
     worker = Worker(queue)
     for _ in range(2):
@@ -5786,6 +5891,58 @@ def test_a_silent_network_is_left_for_a_new_connection(
     finally:
         worker.terminate()
         assert worker.wait(30) == 0
+
+
+def test_a_worker_that_is_to_end_waits_for_the_server_for_a_lease(
+    server, redis, queue, start_worker, permit, tmp_path
+):
+    path = tmp_path / "log"
+    worker = start_worker("--url", jobs_url(server), "--in-process")
+    job = queue.enqueue(append_twice, str(path), 0.5)
+    wait_until(path.exists)
+    permit("-eval", "-evalsha")
+    worker.terminate()
+    wait_for_refusals(redis, 4)
+    permit("+@all")
+    worker.communicate(timeout=30)
+    assert job.is_finished
+    assert len(job.results()) == 1
+
+
+def test_a_wakeup_that_is_set_very_often_is_set_once():
+    wakeup = microq._Wakeup()
+    for _ in range(10_000):  # more than the socket takes
+        wakeup.set()
+    assert wakeup.wait(0)
+    while wakeup.wait(0):
+        assert wakeup.clear()
+    wakeup._writer.close()
+    assert not wakeup.clear()  # nobody is left that could set it
+    wakeup.close()
+
+
+def test_a_wait_until_a_time_that_has_passed_ends_at_once():
+    wakeup = microq._Wakeup()
+    timer = threading.Timer(30, wakeup.set)
+    timer.start()
+    assert not wakeup.wait(-1)
+    timer.cancel()
+    wakeup.close()
+
+
+def test_a_worker_waits_for_sockets_of_any_number():
+    """Beyond the 1024 that select(2) takes."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1], limits[1]))
+    near, far = socket.socketpair()
+    try:
+        number = fcntl.fcntl(near, fcntl.F_DUPFD, 1500)
+        with near, far, socket.socket(fileno=number) as high:
+            assert microq._wait_readable([high], 0) == []
+            far.send(b"!")
+            assert microq._wait_readable([high], 30) == [high]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_workers_do_not_all_come_back_at_the_same_time():
