@@ -2045,11 +2045,11 @@ def _eviction_warning(connection: _Connection) -> str:
 # changed is told in the same script, by the wake list, a channel or a message.
 #
 # A script is made of its own text and of pieces of a library: it names those that it
-# uses.  Part I calls what Part II adds (dependencies, limits) by hooks, as in
-# hooks().dispatch(q, id, now): the server makes these functions when a script calls the
-# first hook, so a plain job pays nothing.  Each script has a Python function that
-# returns the command which runs it, and, if its reply has parts, a NamedTuple with a
-# method that reads the reply.
+# uses.  What few jobs need (reruns; dependencies and limits, of Part II) is called by
+# hooks, as in hooks().dispatch(q, id, now): the server makes these functions when a
+# script calls the first hook, so a plain job pays nothing.  Each script has a Python
+# function that returns the command which runs it, and, if its reply has parts, a
+# NamedTuple with a method that reads the reply.
 #
 # In Lua, `q` is the prefix of a queue's keys, `job` the key of a job's hash, `now` the
 # time of the server.  To add a transition: draw it in the picture at the top and enter
@@ -3239,6 +3239,23 @@ end
 )
 
 _lua(
+    "try_again",
+    """
+-- started -> queued or scheduled, if the run is to be followed by another one; returns
+-- the job's status.  Returns false if it is not: its policy is used up, makes no sense,
+-- or there is none.
+function try_again(batch, run)
+  local is_valid, again = pcall(next_run, run)
+  if is_valid and again then return run_again(batch, run, again) end
+  local reason = run.rerun
+  local from_outside = reason == 'crash' or reason == 'killed' or reason == 'stopped'
+  return from_outside and requeue_for_callbacks(batch, run) and 'callbacks_pending'
+end
+""",
+    uses="next_run run_again requeue_for_callbacks",
+)
+
+_lua(
     "settle_run",
     """
 -- Settle one run, and return where its job is now.
@@ -3250,19 +3267,12 @@ function settle_run(batch, run)
     if string.sub(ended, 1, #run.ended) ~= run.ended then return 'lost' end
     return status_of(q, run.id) or 'gone'
   end
-  local rerun = run.rerun
-  if rerun ~= '' then
-    local is_valid, again = pcall(next_run, run)
-    if is_valid and again then return run_again(batch, run, again) end
-    local from_outside = rerun == 'crash' or rerun == 'killed' or rerun == 'stopped'
-    if from_outside and requeue_for_callbacks(batch, run) then
-      return 'callbacks_pending'
-    end
-  end
-  return finish(batch, run)  -- no policy, one that makes no sense, or it is used up
+  local status = run.rerun ~= '' and hooks().try_again(batch, run)
+  return status or finish(batch, run)
 end
 """,
-    uses="status_of next_run run_again requeue_for_callbacks finish",
+    uses="status_of finish",
+    hooks="try_again",
 )
 
 _lua(
@@ -4426,7 +4436,7 @@ class Job:
             call: Any = ((), {})
             if "args" in self._fields:
                 call = self._load_field("args", f"the call of job {self.id}")
-            elif self._signs or not self._text("func").endswith("()"):
+            elif self._signs or not self._fields.get("func", b"").endswith(b"()"):
                 raise DeserializationError(f"job {self.id} has lost its field 'args'")
             if not isinstance(call, list | tuple) or len(call) not in (2, 3):
                 raise DeserializationError(
@@ -6557,7 +6567,9 @@ class _AlarmInterrupter(_Interrupter):
     def _start_timer(self, seconds: float, interrupt: Callable[..., None]) -> None:
         if _signal.getsignal(signal.SIGALRM) != self._on_alarm:  # a job replaced it
             signal.signal(signal.SIGALRM, self._on_alarm)
-        signal.setitimer(signal.ITIMER_REAL, max(0.0, seconds))  # 0: no limit
+        if seconds < 0:
+            seconds = 0.0  # switches the timer off
+        signal.setitimer(signal.ITIMER_REAL, seconds)
 
     def _raise(self, reason: type[BaseException]) -> None:
         self.pending = (self.run_number, reason)
