@@ -182,9 +182,13 @@ Processes and connections of a worker
 
     in-process: the loop runs in the main thread, and the supervisor in another thread
 
+    with concurrency, in the process that runs the jobs: the loop's thread, one with an
+    event loop for coroutines, one for each other job, and one that watches the
+    deadlines; a wake-up is set when a job has ended
+
 Map of the file.  Who has read Part I knows everything that runs a job.  Part I names of
 Part II only these hooks of Python: _relay, Group, CronScheduler, _StoredCron,
-_cron_read_command, _enqueue_ticks.
+_cron_read_command, _enqueue_ticks, _ConcurrentLoop.
 
 Part I, the queue
 
@@ -207,7 +211,8 @@ Part II, what else there is
     14. Cron
     15. Embedded server
     16. Logs, metrics, health
-    17. Command line
+    17. Many jobs at once
+    18. Command line
 """
 
 from __future__ import annotations
@@ -251,11 +256,12 @@ import traceback
 import weakref
 import zoneinfo
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from queue import SimpleQueue
 from types import CoroutineType
 from typing import Any, ClassVar, NamedTuple, NoReturn
 from urllib.request import Request, urlopen
@@ -321,6 +327,8 @@ MAX_LOG_LINE = 4096  # characters of a line of a job's log
 # Seconds that the other jobs of a process have to end before it is killed because one
 # of them is over its time.
 DRAIN_TIME = 30.0
+# Seconds that jobs have to clean up when a worker with `concurrency` gives them up.
+GIVE_UP_TIME = 1.0
 # A job that killed its worker runs again so often; the next time it is failed.
 MAX_CRASHES = 2
 # Bytes.  A connection that breaks at a larger outcome is likely to break at it again;
@@ -1812,10 +1820,16 @@ class _BlockingConnection(_Connection):
         # time.monotonic(); None: there is none.
         self._reply_deadline: float | None = None
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether a call of BLPOP is under way."""
+        return self._reply_deadline is not None
+
     def pop(
-        self, timeout: float, wakeup: _Wakeup, *piggyback: Command
+        self, timeout: float, wakeups: Sequence[_Wakeup], *piggyback: Command
     ) -> list[Any] | None:
-        """Wait up to `timeout` seconds for an element; None if `wakeup` was set before.
+        """Wait up to `timeout` seconds for an element; None if one of the wake-ups was
+        set before.
 
         Returns the reply to BLPOP, which is (key, element), and those to the commands
         `piggyback`, which the server runs as soon as there is an element. That saves
@@ -1823,14 +1837,14 @@ class _BlockingConnection(_Connection):
         the server runs them, too; then the first reply is None."""
         commands = [("BLPOP", *self.keys, self.BLPOP_TIMEOUT), *piggyback]
         try:
-            return self._wait_for_reply(time.monotonic() + timeout, wakeup, commands)
+            return self._wait_for_reply(time.monotonic() + timeout, wakeups, commands)
         except BaseException as error:
             self.close()
             self._learn_new_slots(error)
             raise
 
     def _wait_for_reply(
-        self, until: float, wakeup: _Wakeup, commands: Sequence[Command]
+        self, until: float, wakeups: Sequence[_Wakeup], commands: Sequence[Command]
     ) -> list[Any] | None:
         """Send the commands, unless a call is under way, and return their replies."""
         while True:
@@ -1850,7 +1864,7 @@ class _BlockingConnection(_Connection):
                 return None
             else:
                 seconds = min(until, self._reply_deadline) - now
-                if wakeup.wait(seconds, self.socket):
+                if _Wakeup.wait_for_any(wakeups, seconds, self.socket):
                     return None
 
     def _learn_new_slots(self, error: BaseException) -> None:
@@ -2727,8 +2741,9 @@ _lua(
     "read_claimable",
     """
 -- Read a job that was popped from the queue.  Returns its hash, and whether it is a
--- suspect, which is claimed alone: it has crashed or has max_crashes, and if a worker
--- dies, each job that it holds counts a crash.
+-- suspect, which is claimed alone, since if a worker dies, each job that it holds
+-- counts a crash: it has crashed; or it has max_crashes, and might be counted one
+-- before it has even begun (with concurrency, jobs begin at once).
 -- Returns nil if the id is not that of a job which is to be run:
 --   its record has expired or was evicted, or its key holds another type (hash.err);
 --   the id stands here twice (seen);
@@ -2746,7 +2761,8 @@ function read_claimable(claim, q, id)
     size = size + #value
     if name == 'ttl' then ttl = tonumber(value)
     elseif name == 'enqueued_at' then queued_at = value
-    elseif name == 'crashes' or name == 'max_crashes' then is_suspect = true
+    elseif name == 'crashes' then is_suspect = true
+    elseif name == 'max_crashes' then is_suspect = is_suspect or not claim.is_concurrent
     elseif name == 'call_id' and status_of(q, id) ~= 'queued' then return nil end
   end
   claim.size = size
@@ -2797,7 +2813,8 @@ function hold(claim, index, q, ids)
     local hash, is_suspect = read_claimable(claim, q, id)
     if hash then
       claim.is_full = is_suspect or claim.size > 1048576
-      if is_suspect and (claim.mode == 'pipelined' or #claim.jobs > 0) then
+      if is_suspect and (claim.is_busy or #claim.jobs > 0) then
+        claim.suspect_waits = 1
         push_back(q, ids, i)
         break
       end
@@ -2849,7 +2866,7 @@ function claim_from(claim, index, q)
   local lease = read_lease(q, worker)
   local last = last_claim(lease, instance)
   if number == last then held_already(claim, index, q) end
-  local is_late = claim.mode == 'blocking' and not (lease and lease.ends_at >= now)
+  local is_late = claim.is_blocking and not (lease and lease.ends_at >= now)
   if not last or number <= last or is_late then return end
   renew_lease(q, worker, instance, now, claim.lease, number)
   for _ = 1, 100 do
@@ -2879,7 +2896,7 @@ function wake_others(claim, index, q)
   if popped and not claimed and call('LLEN', q .. 'queued') > 0 then
     claim.next_due = claim.now
   end
-  if not (claimed or popped or claim.mode == 'blocking') then return end
+  if not (claimed or popped or claim.is_blocking) then return end
   local is_due_soon = due and due < claim.now + claim.lease
   if is_due_soon or call('LLEN', q .. 'queued') > 0 then wake(q) end
 end
@@ -2893,30 +2910,38 @@ CLAIM = Script(
 -- queued -> started, up to `limit` jobs; before that scheduled -> queued.
 -- KEYS  prefixes of the worker's queues, in the order in which they are to be served
 -- ARGV  holder ('<worker> <instance>'), number of the claim, lease, limit, mode
--- mode  'pipelined'  the worker has other jobs to run before these
---       'blocking'   sent along with BLPOP, maybe long ago: a worker whose lease has
---                    expired, which may be gone, gets nothing
+-- mode  words, each of which may be there:
+--       busy        the worker runs or holds other jobs
+--       blocking    sent along with BLPOP, maybe long ago: a worker whose lease has
+--                   expired, which may be gone, gets nothing
+--       concurrent  all that is claimed begins at once
 -- The last number, if it is sent again, returns what it holds; an older one nothing.
 -- If another instance has the worker's name now, since this one was frozen for longer
 -- than its lease, this one gets nothing.
 -- Returns {now, time of the next scheduled job (or now, if there may be more to claim;
 -- or ''), token, jobs as {number of the queue, id, hash}, outgoing, number of ids
--- without a record}.
+-- without a record, 1 if a suspect waits until the worker holds no other jobs, else 0}.
 local holder, number, lease, limit, mode = unpack(ARGV)
 local worker, instance = parse_holder(holder)
 local now = server_time()
 local execution = worker .. '.' .. tonumber(number)
 local claim = {
   worker = worker, instance = instance, number = tonumber(number), lease = lease,
-  mode = mode, limit = tonumber(limit), now = now, execution = execution,
+  limit = tonumber(limit), now = now, execution = execution,
   token = execution .. ' ' .. format_time(now),
+  is_busy = string.find(mode, 'busy', 1, true),
+  is_blocking = string.find(mode, 'blocking', 1, true),
+  is_concurrent = string.find(mode, 'concurrent', 1, true),
   jobs = {}, seen = {}, size = 0, missing = 0, dues = {}, next_due = math.huge,
-  has_popped = {},
+  has_popped = {}, suspect_waits = 0,
 }
 for index, q in ipairs(KEYS) do claim_from(claim, index, q) end
 for index, q in ipairs(KEYS) do wake_others(claim, index, q) end
 local next_due = claim.next_due < math.huge and format_time(claim.next_due) or ''
-return {format_time(now), next_due, claim.token, claim.jobs, outgoing, claim.missing}
+return {
+  format_time(now), next_due, claim.token, claim.jobs, outgoing, claim.missing,
+  claim.suspect_waits,
+}
 """,
     uses="parse_holder server_time format_time claim_from wake_others outgoing",
 )
@@ -2928,8 +2953,7 @@ def _claim_command(
 ) -> Command:  # fmt: skip
     """Claim up to `limit` jobs; the reply is for _ClaimReply.parse().
 
-    `holder` is "<worker> <instance>".  `mode` is 'pipelined' if the worker still has
-    others to run, 'blocking' if this is sent along with BLPOP."""
+    `holder` is "<worker> <instance>"; for `mode` see the script."""
     return CLAIM(prefixes, holder, number, lease, limit, mode)
 
 
@@ -2942,17 +2966,20 @@ class _ClaimReply(NamedTuple):
     jobs: list[tuple[int, str, dict[str, bytes]]]  # (index of the queue, id, hash)
     messages: list[Message]
     missing: int  # how many ids in the queues had no record
+    suspect_waits: bool  # a job that is to run alone waits until no other one is held
 
     @classmethod
     def parse(cls, reply: Any) -> _ClaimReply:
-        now, next_due, token, claimed, outgoing, missing = reply
+        now, next_due, token, claimed, outgoing, missing, suspect_waits = reply
         jobs = [
             (index - 1, id.decode(), _hash_to_dict(fields))
             for index, id, fields in claimed
         ]
         due = float(next_due) if next_due else None
         messages = _as_messages(outgoing)
-        return cls(float(now), due, token.decode(), jobs, messages, missing)
+        return cls(
+            float(now), due, token.decode(), jobs, messages, missing, suspect_waits == 1
+        )
 
 
 # Settle.  The table `run` has how one run ended, `batch` what the runs of a call share.
@@ -4454,6 +4481,14 @@ class Job:
         value = self.func(*args, **kwargs)
         return _run_coroutine(value) if isinstance(value, CoroutineType) else value
 
+    def _call_function(self) -> Any:
+        """Call the function, as a worker does: a coroutine is returned, not run.  If a
+        subclass has a perform() of its own, that is called."""
+        if type(self).perform is not Job.perform:
+            return self.perform()
+        args, kwargs, _ = self._decoded_call
+        return self.func(*args, **kwargs)
+
     def get_call_string(self) -> str:
         """Return the call as source text, each argument cut to 75 characters."""
         args = [_truncated_repr(value) for value in self.args]
@@ -5110,16 +5145,16 @@ class Job:
 class _RunState:
     """What only the process that runs a job knows of the run.
 
-    The thread that runs the job writes it; another one calls `interrupt`, when a
-    command stops the job.
+    The thread that runs the job writes it, and other threads read it.
 
-    started_at - seconds since the epoch, by the server's clock
-    interrupt  - raises an exception of the given class in the function of the job that
-                 runs, from another thread; None before the first function
+    started_at  - seconds since the epoch, by the server's clock
+    call        - of the call that is under way, or the last one: its deadline by
+                  time.monotonic(), and what raises an exception of the given class in
+                  it, from any thread; None before the first call
     result_text - what the log will show of the return value, "" for nothing"""
 
     started_at: float
-    interrupt: Callable[[type[BaseException]], None] | None = None
+    call: tuple[float, Callable[[type[BaseException]], None]] | None = None
     result_text: str = ""
 
 
@@ -6226,45 +6261,82 @@ class _Shown(NamedTuple):
     results: bool = True
 
 
-_SHOW_ALL = _Shown()
+class _RunOptions(NamedTuple):
+    """What a worker calls beside the jobs, and what it shows of them.
 
-
-def perform(
-    execution: Execution, handlers: Handlers = (), shown: _Shown = _SHOW_ALL
-) -> Outcome:
-    """Run a job and then its callback; return how the run ended.
-
-    handlers - called in turn with (job, type, exception, traceback) if the job raised,
+    handlers - called in turn with (job, type, exception, traceback) if a job raised,
                until one returns False
-    shown    - what the log shows of the job"""
-    started = time.perf_counter()
+    around   - called in turn with the job; each returns a context manager that is
+               open while the function runs
+    lifespan - called in turn with the worker; each returns a context manager that is
+               open while a process runs jobs
+    killed_handler - called by the parent if a child died, see Worker; None: none
+    shown    - what the log shows of a job"""
+
+    handlers: Handlers = ()
+    around: Sequence[Callable[[Job], Any]] = ()
+    lifespan: Sequence[Callable[[Worker], Any]] = ()
+    killed_handler: Any = None
+    shown: _Shown = _Shown()
+
+
+_DEFAULT_OPTIONS = _RunOptions()
+_Call = tuple[float, Callable[[], Any]]  # a time limit in seconds, -1: none; a function
+_Steps = Generator["_Call | Outcome", Any, None]
+
+
+def perform(execution: Execution, options: _RunOptions = _DEFAULT_OPTIONS) -> Outcome:
+    """Run a job and then its callback, in this thread; return how the run ended."""
     reset_token = _current_job.set(execution.job)
     try:
-        outcome, value_or_error = _run_function(execution, handlers, started, shown)
-        _run_callback(execution, outcome, value_or_error)
-        return outcome
-    except _ColdShutdown:
-        return _INTERRUPTED.after(time.perf_counter() - started)
+        steps = _run_steps(execution, options)
+        step = next(steps)
+        while not isinstance(step, Outcome):
+            try:
+                value = _call_with_timeout(execution, *step)
+            except BaseException as error:
+                step = steps.throw(error)
+            else:
+                step = steps.send(value)
+        return step
     finally:
         _current_job.reset(reset_token)
 
 
+def _run_steps(execution: Execution, options: _RunOptions) -> _Steps:
+    """Yield each call that is to be made for a job, and at last the outcome.
+
+    Who takes the steps makes the calls, in a thread or on an event loop, and sends
+    what they return, or throws what they raise."""
+    started = time.perf_counter()
+    try:
+        outcome, value_or_error = yield from _run_function(execution, options, started)
+        if _CALLBACK_FIELDS.get(outcome.type) in execution.job._fields:
+            yield from _run_callback(execution, outcome, value_or_error)
+    except _ColdShutdown:
+        outcome = _INTERRUPTED.after(time.perf_counter() - started)
+    yield outcome
+
+
 def _run_function(
-    execution: Execution, handlers: Handlers, started: float, shown: _Shown
-) -> tuple[Outcome, Any]:
-    """Run the job's function; return the outcome, and the value or error."""
+    execution: Execution, options: _RunOptions, started: float
+) -> Generator[_Call, Any, tuple[Outcome, Any]]:
+    """Have the job's function called; return the outcome, and the value or error."""
     job = execution.job
     try:
         job._check_before_run()
         is_logged = log.isEnabledFor(logging.INFO)
         if is_logged:
-            _log_start(execution, shown.calls)
+            _log_start(execution, options.shown.calls)
         if "pending_end" in job._fields:
             return _outcome_from_outside(job)
-        value = _call_with_timeout(execution, job.timeout, job.perform)
+        if options.around:
+            value = yield from _run_surrounded(job, options.around)
+        else:
+            value = yield job.timeout, job._call_function
         seconds = time.perf_counter() - started
         outcome, value = _outcome_of_value(execution, value, seconds)
-        if is_logged and shown.results:
+        if is_logged and options.shown.results:
             _note_result(execution, outcome, value)
         return outcome, value
     except _ColdShutdown:
@@ -6274,8 +6346,22 @@ def _run_function(
         return Outcome(ResultType.STOPPED, _STOPPED_REASON, seconds), None
     except BaseException as error:  # SystemExit too: a job must not end its worker
         outcome = _outcome_of_error(job, error, time.perf_counter() - started)
-        _call_exception_handlers(handlers, job, error)
+        if options.handlers:
+            call = functools.partial(
+                _call_exception_handlers, options.handlers, job, error
+            )
+            yield -1, call
         return outcome, error
+
+
+def _run_surrounded(
+    job: Job, around: Sequence[Callable[[Job], Any]]
+) -> Generator[_Call, Any, Any]:
+    """Have the job's function called within the context managers."""
+    with contextlib.ExitStack() as stack:
+        for hook in around:
+            stack.enter_context(hook(job))
+        return (yield job.timeout, job._call_function)
 
 
 def _log_start(execution: Execution, show_call: bool) -> None:
@@ -6393,23 +6479,25 @@ def _call_with_timeout(
     interrupter = _thread_state.interrupter
     interrupt = interrupter.arm(seconds)
     if execution.run_state is not None:
-        execution.run_state.interrupt = interrupt
+        execution.run_state.call = (interrupter.deadline, interrupt)
     try:
         value = call()
-        return _run_coroutine(value) if isinstance(value, CoroutineType) else value
+        if isinstance(value, CoroutineType):
+            return _thread_state.run_coroutine(value)
+        return value
     finally:
         interrupter.disarm()
 
 
-def _run_callback(execution: Execution, outcome: Outcome, value_or_error: Any) -> None:
-    """Run the callback for an outcome, which is not stored yet.
+def _run_callback(
+    execution: Execution, outcome: Outcome, value_or_error: Any
+) -> Generator[_Call, Any, None]:
+    """Have the callback for an outcome called, which is not stored yet.
 
     If the worker dies meanwhile, the job runs again. Nothing that the callback does
     changes the outcome; if it raises, the traceback is stored with the job."""
     job = execution.job
-    name = _CALLBACK_FIELDS.get(outcome.type, "")
-    if name not in job._fields:
-        return
+    name = _CALLBACK_FIELDS[outcome.type]
     arguments: tuple[Any, ...] = ()
     if name == "on_success":
         arguments = (value_or_error,)
@@ -6422,12 +6510,12 @@ def _run_callback(execution: Execution, outcome: Outcome, value_or_error: Any) -
 
     try:
         func_name, _, seconds = job._text(name).partition(" ")
-        _call_with_timeout(execution, float(seconds), call_back)
+        yield float(seconds), call_back
     except _ColdShutdown:
         raise
     except BaseException as error:
         log.exception("%s of job %s failed", name, job.id)
-        _store_callback_error(execution, error)
+        yield -1, functools.partial(_store_callback_error, execution, error)
 
 
 def _store_callback_error(execution: Execution, error: BaseException) -> None:
@@ -6601,22 +6689,6 @@ def _make_interrupter() -> _Interrupter:
     return _Interrupter()
 
 
-class _ThreadState(threading.local):
-    """What each thread that runs jobs has for itself.
-
-    interrupter - ends its calls
-    event_loop  - runs coroutines; made when it is first needed
-    loop_pid    - the process that made the event loop; no other one can use it"""
-
-    def __init__(self) -> None:
-        self.interrupter = _make_interrupter()
-        self.event_loop: asyncio.AbstractEventLoop | None = None
-        self.loop_pid = 0
-
-
-_thread_state = _ThreadState()
-
-
 def _accept_stop_requests(take_stop_request: Callable[[], bool]) -> None:
     """In a child: have SIGALRM from the supervisor stop the call of this thread, if
     `take_stop_request` says so."""
@@ -6650,15 +6722,16 @@ def _event_loop_runs() -> bool:
 def _run_coroutine(coroutine: Any) -> Any:
     """Run a coroutine on the event loop of this thread, and return what it returns.
 
-    Tasks that it leaves behind are cancelled."""
+    Tasks that it leaves behind are cancelled, but not those that were there before."""
     if _thread_state.loop_pid != os.getpid():
         _thread_state.event_loop = asyncio.new_event_loop()
         _thread_state.loop_pid = os.getpid()
     loop: Any = _thread_state.event_loop
+    tasks_before = asyncio.all_tasks(loop)
     try:
         return loop.run_until_complete(coroutine)
     finally:
-        tasks = asyncio.all_tasks(loop)
+        tasks = asyncio.all_tasks(loop) - tasks_before
         for task in tasks:
             task.cancel()
         if tasks:
@@ -6675,6 +6748,24 @@ def _close_event_loop() -> None:
     loop.run_until_complete(loop.shutdown_asyncgens())
     loop.run_until_complete(loop.shutdown_default_executor())
     loop.close()
+
+
+class _ThreadState(threading.local):
+    """What each thread that runs jobs has for itself.
+
+    interrupter   - ends its calls
+    run_coroutine - called with a coroutine that a job or a callback has returned
+    event_loop    - runs coroutines; made when it is first needed
+    loop_pid      - the process that made the event loop; no other one can use it"""
+
+    def __init__(self) -> None:
+        self.interrupter = _make_interrupter()
+        self.run_coroutine: Callable[[Any], Any] = _run_coroutine
+        self.event_loop: asyncio.AbstractEventLoop | None = None
+        self.loop_pid = 0
+
+
+_thread_state = _ThreadState()
 
 
 # ---- 9. Work loop --------------------------------------------------------------------
@@ -6818,6 +6909,8 @@ class _SharedState(ctypes.Structure):
         ("stop_requested", ctypes.c_bool),  # finish the current job, and end
         ("suspended", ctypes.c_bool),  # claim nothing
         ("has_standby", ctypes.c_bool),  # the next child waits for its start
+        ("give_up", ctypes.c_bool),  # interrupt all jobs, and end
+        ("stop_requests", ctypes.c_uint64),  # how often _Slot.request_stop() was called
     )
 
     @classmethod
@@ -6900,9 +6993,16 @@ class _Wakeup:
     def wait(self, timeout: float, *sockets: Any) -> bool:
         """Wait until it is set, one of the sockets can be read, or `timeout` seconds
         have passed.  Return whether it is set."""
+        return self.wait_for_any([self], timeout, *sockets)
+
+    @staticmethod
+    def wait_for_any(wakeups: Sequence[_Wakeup], timeout: float, *sockets: Any) -> bool:
+        """Wait until one of the wake-ups is set, one of the sockets can be read, or
+        `timeout` seconds have passed.  Return whether one of the wake-ups is set."""
+        readers = [wakeup._reader for wakeup in wakeups]
         # Callers may wait for infinity, which poll() does not take; they loop.
-        ready = _wait_readable([self._reader, *sockets], max(0.0, min(timeout, 3600)))
-        return self._reader in ready
+        ready = _wait_readable([*readers, *sockets], max(0.0, min(timeout, 3600)))
+        return any(reader in ready for reader in readers)
 
     def close(self) -> None:
         self._writer.close()
@@ -6928,7 +7028,7 @@ class _Limits(NamedTuple):
     max_jobs: float = math.inf
     max_idle_time: float = math.inf
     strategy: str = "default"
-    jobs_per_fork: int = JOBS_PER_FORK
+    jobs_per_fork: float = JOBS_PER_FORK
     replaces_exactly: bool = False  # else a child may run more in its first second
 
 
@@ -6938,7 +7038,8 @@ class _Instance:
 
     def __init__(
         self, worker: Worker, limits: _Limits, inbox: str, info: dict[str, Any],
-        prefixes: list[str], handlers: Handlers, killed_handler: Func | None,
+        prefixes: list[str], run_options: _RunOptions,
+        event_loop: asyncio.AbstractEventLoop | None,
     ) -> None:  # fmt: skip
         self.worker = worker
         self.name = worker.name
@@ -6948,16 +7049,17 @@ class _Instance:
         self.info = info  # the record that others can read, as it was at the beginning
         self.queues = worker.queues
         self.prefixes = prefixes
-        self.handlers = handlers
-        self.killed_handler: Any = killed_handler
+        self.run_options = run_options
         self.forking = worker.fork
+        self.event_loop = event_loop  # of an application, for coroutines; None: our own
+        self.is_concurrent = worker.concurrency > 1 or event_loop is not None
         self.client = worker.connection
         self.lease: float = worker.lease
         # Timeout of a Redis call, and cap of the backoff.  A third of the lease, so
         # that after an outage every worker has renewed its lease before any may reap.
         self.redis_timeout = self.lease / 3
         self.wakeup = _Wakeup()  # of the loop
-        self.shared = _SharedState.create()
+        self.shared = _SharedState.create(worker.concurrency)
         self.shared.succeeded = info["good"]
         self.shared.failed = info["bad"]
         self.shared.busy_seconds = info["seconds"]
@@ -6985,6 +7087,12 @@ class _Instance:
         prefixes = [queue.prefix for queue in queues]
         number = self.shared.claim_number
         return _claim_command(prefixes, self.holder, number, self.lease, limit, mode)
+
+    def repeat_claim_command(self, queues: Sequence[Queue]) -> Command:
+        """Return the last claim once more, for what it holds already."""
+        prefixes = [queue.prefix for queue in queues]
+        number = self.shared.claim_number
+        return _claim_command(prefixes, self.holder, number, self.lease, 0)
 
     def release_command(self, prefix: str, job_ids: Sequence[str]) -> Command:
         """Return the command that puts jobs of a queue back to its front."""
@@ -7069,15 +7177,14 @@ class _InlineRunner:
     start() and collect() are two methods so that a runner of several jobs at a time can
     take its place: its start() would return while the job runs."""
 
-    def __init__(self, handlers: Handlers, shown: _Shown) -> None:
-        self._handlers = handlers
-        self._shown = shown
+    def __init__(self, options: _RunOptions) -> None:
+        self._options = options
         self._ended: list[_Run] = []
         self._pid = os.getpid()
 
     def start(self, execution: Execution) -> None:
         """Run a job to its end."""
-        outcome = perform(execution, self._handlers, self._shown)
+        outcome = perform(execution, self._options)
         if os.getpid() != self._pid:
             os._exit(0)  # the job has forked, and its child has returned from it, too
         self._ended.append((execution, outcome))
@@ -7107,6 +7214,9 @@ class _Loop:
     def kill_jobs(self, outcome: Outcome) -> None:
         """Kill the process that runs jobs, if it has one of its own."""
 
+    def give_up(self) -> None:
+        """Interrupt what runs, which will run again, and end; for another thread."""
+
     def sign_off_commands(self) -> list[Command]:
         """Return what settles and releases all that the loop holds."""
         return []
@@ -7134,8 +7244,7 @@ class _WorkLoop(_Loop):
         self.wakeup = instance.wakeup
         self.supervisor_wakeup = supervisor_wakeup
         self.before_wait = before_wait
-        shown = _Shown(worker.log_job_description, worker.log_results)
-        self.runner = _InlineRunner(instance.handlers, shown)
+        self.runner = _InlineRunner(instance.run_options)
         self.result_ttl: float = worker.default_result_ttl
         self.command_connection = command_connection
         self.relay_connection = instance.new_connection()
@@ -7168,6 +7277,18 @@ class _WorkLoop(_Loop):
 
     def run(self) -> _Phase:
         """Run jobs until there is a reason to stop; return what is to follow."""
+        lifespan = self.instance.run_options.lifespan
+        with contextlib.ExitStack() as stack:
+            for make_manager in lifespan:
+                manager = make_manager(self.instance.worker)
+                _enter_manager(stack, manager, self._run_on_event_loop)
+            return self._work()
+
+    def _run_on_event_loop(self, coroutine: Any) -> Any:
+        """Run a coroutine where those of the jobs run, and return what it returns."""
+        return _run_coroutine(coroutine)
+
+    def _work(self) -> _Phase:
         self.started_at = self.idle_since = time.monotonic()
         while True:
             self.shared.make_progress()
@@ -7183,10 +7304,13 @@ class _WorkLoop(_Loop):
                 self._relay_messages()
                 next_due = 0.0  # a message may have queued a job here: claim again
             if self.claimed and not self.shared.stop_requested:
-                self._run_batch()
+                self._run_claimed()
                 self.idle_since = time.monotonic()
             elif next_due <= time.monotonic():
                 continue  # more jobs are due: a claim promotes a limited number
+            elif self._is_busy():
+                self._wait_for_work(next_due)
+                self.idle_since = time.monotonic()
             elif may_end or self.shared.stop_requested or self._idle_too_long():
                 self._release_rest()
                 return self._phase_after()
@@ -7214,6 +7338,10 @@ class _WorkLoop(_Loop):
 
     def _idle_too_long(self) -> bool:
         return time.monotonic() >= self._idle_deadline()
+
+    def _is_busy(self) -> bool:
+        """Return whether jobs run beside the loop."""
+        return False
 
     def _release_rest(self) -> None:
         """Release what was claimed, and is not run since the loop ends."""
@@ -7272,13 +7400,17 @@ class _WorkLoop(_Loop):
         if limit:
             if self.instance.limits.strategy == "random":
                 random.shuffle(self.queue_order)
-            mode = "pipelined" if self.claimed else mode
+            mode = self._claim_mode(mode)
             commands.append(self.instance.claim_command(self.queue_order, limit, mode))
         if not commands:
             return None
         releases = self.to_release
         self.unsettled, self.to_release = [], []
         return _Request(tuple(commands), runs, releases, limit, time.monotonic())
+
+    def _claim_mode(self, mode: str) -> str:
+        """Return the mode of the next claim, for the script."""
+        return "busy" if self.claimed else mode
 
     def _release_commands(self) -> list[Command]:
         job_ids: dict[str, list[str]] = {}
@@ -7347,14 +7479,18 @@ class _WorkLoop(_Loop):
         for runs, reply in zip(request.runs, replies, strict=False):
             settled, messages = _on_settled(self.shared, runs, reply)
             self.messages += messages
-            for run in settled:
-                execution, outcome, _ = run
-                has_webhooks = "webhooks" in execution.job._fields
-                if has_webhooks and outcome.type is not ResultType.STOPPED:
-                    self.pending_webhooks.append(run)
+            self._on_stored(settled)
         if request.claim_limit:
             return self._on_claimed(request, _ClaimReply.parse(replies[-1]))
         return math.inf
+
+    def _on_stored(self, settled: Sequence[_SettledRun]) -> None:
+        """Note the webhooks of runs that are settled."""
+        for run in settled:
+            execution, outcome, _ = run
+            has_webhooks = "webhooks" in execution.job._fields
+            if has_webhooks and outcome.type is not ResultType.STOPPED:
+                self.pending_webhooks.append(run)
 
     def _drop_large_results(self, request: _Request) -> None:
         """Settle by another request, in which errors replace the results that are too
@@ -7458,7 +7594,7 @@ class _WorkLoop(_Loop):
 
     # Running jobs
 
-    def _run_batch(self) -> None:
+    def _run_claimed(self) -> None:
         """Run what is claimed until it is time to settle; then adapt batch_size."""
         shared = self.shared
         size = len(self.claimed)
@@ -7492,7 +7628,12 @@ class _WorkLoop(_Loop):
             if not self.claimed:
                 return None
             self.running = self.claimed.popleft()
-            self._publish_current_job(self.running)
+            self._publish(self.running, self.slot)
+            if self.instance.forking and self.shared.batch_size == 1:
+                # Only for jobs one by one: else the title would change all the time.
+                job = self.running.job
+                title = f"{self.instance.name}: {job.origin} {job.id}"
+                _set_process_title(f"microq {title}")
             return self.running
 
     def _on_ended(self, run: _Run) -> None:
@@ -7520,17 +7661,13 @@ class _WorkLoop(_Loop):
         elif size >= shared.batch_size and seconds < SETTLE_AFTER / 2:
             shared.batch_size = min(2 * size, MAX_BATCH)
 
-    def _publish_current_job(self, execution: Execution) -> None:
-        """Tell the supervisor what runs from now on, and when to kill it."""
+    def _publish(self, execution: Execution, slot: _Slot) -> None:
+        """Tell the supervisor that a job runs from now on, and when to kill it."""
         job = execution.job
         index = self.instance.prefixes.index(job.queue.prefix)
-        self.slot.fill(index, execution, _kill_limit(job))
-        started_at = self.slot.started_at + self.clock_offset  # the server's time
+        slot.fill(index, execution, _kill_limit(job))
+        started_at = slot.started_at + self.clock_offset  # the server's time
         execution.run_state = _RunState(started_at)
-        if self.instance.forking and self.shared.batch_size == 1:
-            # Only for jobs one by one: else the title would change all the time.
-            title = f"{self.instance.name}: {job.origin} {job.id}"
-            _set_process_title(f"microq {title}")
 
     def _release_claimed(self) -> None:
         """Run nothing more of what is claimed; the next request releases it."""
@@ -7544,8 +7681,17 @@ class _WorkLoop(_Loop):
         if not running or (running.job.id, running.token) != (job.job_id, job.token):
             return
         state = running.run_state
-        if state and state.interrupt:
-            state.interrupt(StopRequested)
+        if state and state.call:
+            _, interrupt = state.call
+            interrupt(StopRequested)
+
+    def give_up(self) -> None:
+        """Interrupt the job that runs; for another thread."""
+        running = self.running
+        state = running.run_state if running else None
+        if state and state.call:
+            _, interrupt = state.call
+            interrupt(_ColdShutdown)
 
     def take_stop_request(self) -> bool:
         """Return whether the job that runs is to be stopped; True once for a run."""
@@ -7618,16 +7764,7 @@ class _WorkLoop(_Loop):
             _set_process_title(f"microq {self.instance.name}: idle")
         if self.before_wait:
             self.before_wait()
-        replies = None
-        try:
-            replies = self._block(until - time.monotonic())
-        except exceptions.NoScriptError:
-            pass  # the request is still there, and _exchange() sends the script's text
-        except (
-            exceptions.RedisError, exceptions.RedisClusterException, OSError,
-        ) as error:  # fmt: skip
-            log.warning("waiting for work: %s", error)
-            self.wakeup.wait(random.uniform(0.5, 1))
+        replies = self._block_or_log(until)
         if replies and self.request:
             self._on_reply(self.request, replies[1:])
         elif not replies:
@@ -7638,6 +7775,19 @@ class _WorkLoop(_Loop):
             self.shared.stop_requested = True
         self._take_back_claim()
 
+    def _block_or_log(self, until: float) -> list[Any] | None:
+        """Wait until that time as _block() does; log what goes wrong, return None."""
+        try:
+            return self._block(until - time.monotonic())
+        except exceptions.NoScriptError:
+            pass  # the request is still there, and _exchange() sends the script's text
+        except (
+            exceptions.RedisError, exceptions.RedisClusterException, OSError,
+        ) as error:  # fmt: skip
+            log.warning("waiting for work: %s", error)
+            self.wakeup.wait(random.uniform(0.5, 1))
+        return None
+
     def _block(self, seconds: float) -> list[Any] | None:
         """Wait for a token; return it with the replies to a claim, which travels along
         with BLPOP and saves a round trip when a job comes.  None if there is none."""
@@ -7646,7 +7796,7 @@ class _WorkLoop(_Loop):
             return None
         self.request = self._prepare_request(claim=True, mode="blocking")
         commands = self.request.commands if self.request else ()
-        return self.blocking_connection.pop(seconds, self.wakeup, *commands)
+        return self.blocking_connection.pop(seconds, [self.wakeup], *commands)
 
     def _take_back_claim(self) -> None:
         """If the loop is to pause or stop, release what a claim that was sent along
@@ -7671,11 +7821,16 @@ class _WorkLoop(_Loop):
             self._settle_and_claim(claim=False)
         webhooks = self.pending_webhooks
         self.pending_webhooks = []
-        for execution, outcome, status in webhooks:
-            try:
-                self._send_webhooks(execution, outcome, status)
-            except Exception as error:
-                log.warning("webhooks of job %s: %s", execution.job_id, error)
+        for run in webhooks:
+            self._try_webhooks(run)
+
+    def _try_webhooks(self, run: _SettledRun) -> None:
+        """Send the webhooks of a run; log what goes wrong."""
+        execution = run[0]
+        try:
+            self._send_webhooks(*run)
+        except Exception as error:
+            log.warning("webhooks of job %s: %s", execution.job_id, error)
 
     def _send_webhooks(
         self, execution: Execution, outcome: Outcome, status: str
@@ -7749,6 +7904,24 @@ def _webhook_payload(
     if status == "failed":
         payload["exc_info"] = outcome.payload.decode(errors="replace")
     return payload
+
+
+def _enter_manager(
+    stack: contextlib.ExitStack, manager: Any, run_coroutine: Callable[[Any], Any]
+) -> None:
+    """Enter a context manager, sync or async, for as long as the stack is open."""
+    if not hasattr(manager, "__aenter__"):
+        stack.enter_context(manager)
+        return
+
+    async def enter() -> None:
+        await manager.__aenter__()
+
+    async def leave(details: Any) -> Any:
+        return await manager.__aexit__(*details)
+
+    run_coroutine(enter())
+    stack.push(lambda *details: run_coroutine(leave(details)))
 
 
 def _kill_limit(job: Job) -> float:
@@ -7875,8 +8048,8 @@ def _describe_outcome(execution: Execution, outcome: Outcome, status: str) -> st
 # heartbeat, "seconds" those spent in jobs, "good" and "bad" count jobs.
 _RECORD_KEYS = {
     "name", "instance", "inbox", "queues", "hostname", "pid", "pid_namespace",
-    "version", "python_version", "birth", "beat", "lease", "fork", "good", "bad",
-    "seconds",
+    "version", "python_version", "birth", "beat", "lease", "fork", "concurrency",
+    "good", "bad", "seconds",
 }  # fmt: skip
 
 
@@ -7937,6 +8110,13 @@ def _resolve_function(func: Any) -> Any:
     return function
 
 
+def _resolve_functions(functions: Any) -> list[Any]:
+    """Return functions, given as a list, or as a single one, or by dotted names."""
+    if callable(functions) or isinstance(functions, str):
+        functions = [functions]
+    return [_resolve_function(each) for each in functions or ()]
+
+
 class Worker:
     """Runs the jobs of queues, those of the first queue before those of the second.
 
@@ -7946,6 +8126,18 @@ class Worker:
     fork                      - whether jobs run in a child process, yes; Windows can't
     jobs_per_fork             - jobs after which the child is replaced, 1: one child per
                                 job; 1000, or as many as it runs in its first second
+    concurrency               - how many jobs run at once in a process: coroutines on
+                                one event loop, others in threads; 1
+    grace                     - seconds after which a worker that was told to stop gives
+                                up what still runs, as by a second signal; no limit
+    max_memory                - megabytes (2**20 bytes) beyond which a child is replaced
+                                after its current jobs; at twice that it is killed,
+                                which counts as a crash; no limit
+    around                    - functions (job) that return context managers; each run
+                                of a job is inside of these; added to Worker.around
+    lifespan                  - functions (worker) that return context managers, sync or
+                                async; each process that runs jobs is inside of these;
+                                added to Worker.lifespan
     serializer                - for queues given by name, 'pickle'
     default_result_ttl        - seconds, for jobs that have no result_ttl, 500
     lease                     - seconds of silence after which its jobs are given to
@@ -7964,8 +8156,12 @@ class Worker:
     The other parameters are taken for RQ's sake, and have no effect.
 
     As a context manager it works in a thread for the life of the block, in-process;
-    leaving the block waits until nothing is queued."""
+    leaving the block waits until nothing is queued.  With `async with`, coroutines run
+    on the event loop of the block; leaving it waits for what runs, and leaves what is
+    queued to other workers."""
 
+    around: ClassVar[list[Any]] = []
+    lifespan: ClassVar[list[Any]] = []
     fork = True
     dequeue_strategy = "default"
     job_class: Any = None
@@ -7976,7 +8172,9 @@ class Worker:
         self, queues: Queue | str | Sequence[Queue | str], name: str | None = None,
         default_result_ttl: Any = DEFAULT_RESULT_TTL, connection: Redis | None = None,
         exception_handlers: Any = (), *, fork: bool | None = None,
-        jobs_per_fork: int | None = None, serializer: Any = None, lease: Any = LEASE,
+        jobs_per_fork: int | None = None, concurrency: int = 1, grace: Any = None,
+        max_memory: float | None = None, around: Any = (), lifespan: Any = (),
+        serializer: Any = None, lease: Any = LEASE,
         work_horse_killed_handler: Func | None = None, job_class: Any = None,
         queue_class: Any = None, log_job_description: bool = True,
         log_results: bool = True,
@@ -7995,14 +8193,23 @@ class Worker:
         self.lease = _parse_seconds(lease, "lease")
         if fork is not None:
             self.fork = fork
+        self._set_concurrency(concurrency)
         self._set_jobs_per_fork(jobs_per_fork)
-        self._set_handlers(exception_handlers, work_horse_killed_handler)
+        self._set_max_memory(max_memory)
+        self.grace = math.inf if grace is None else _parse_seconds(grace, "grace", (0,))
+        self._handlers = _resolve_functions(exception_handlers)
+        self._killed_handler = work_horse_killed_handler and _resolve_function(
+            work_horse_killed_handler
+        )
+        self._around = _resolve_functions(around)
+        self._lifespan = _resolve_functions(lifespan)
         self.log_job_description = log_job_description
         self.log_results = log_results
         self._info = self._new_info()  # the record of a worker, see _RECORD_KEYS
         self._instance: _Instance | None = None  # of its latest work() here
         self._supervisor: _Supervisor | None = None  # these two as a context manager
         self._thread: threading.Thread | None = None
+        self._event_loop: asyncio.AbstractEventLoop | None = None  # in `async with`
 
     def _set_queues(
         self, queues: Any, connection: Redis | None, queue_class: Any, job_class: Any,
@@ -8025,19 +8232,43 @@ class Worker:
                 queue.job_class = self.job_class
             self.queues.append(queue)
 
+    def _set_concurrency(self, concurrency: int) -> None:
+        is_integer = isinstance(concurrency, int) and not isinstance(concurrency, bool)
+        if not is_integer or concurrency < 1:
+            raise ValueError(f"concurrency={concurrency!r}: give a positive number")
+        self.concurrency = concurrency
+
     def _set_jobs_per_fork(self, jobs_per_fork: int | None) -> None:
         if jobs_per_fork is None:
             jobs_per_fork = self._default_jobs_per_fork
         self._replaces_exactly = jobs_per_fork is not None
-        self.jobs_per_fork = JOBS_PER_FORK if jobs_per_fork is None else jobs_per_fork
-        if not isinstance(self.jobs_per_fork, int) or self.jobs_per_fork < 1:
-            raise ValueError(f"jobs_per_fork={jobs_per_fork!r}: give a positive number")
+        self.jobs_per_fork: float = JOBS_PER_FORK
+        if jobs_per_fork is not None:
+            self.jobs_per_fork = jobs_per_fork
+            if not isinstance(jobs_per_fork, int) or jobs_per_fork < 1:
+                text = f"jobs_per_fork={jobs_per_fork!r}: give a positive number"
+                raise ValueError(text)
+        elif self.concurrency > 1:
+            # While the last long job ends, the other slots would be of no use.
+            self.jobs_per_fork = math.inf
+        if self.concurrency > 1 and jobs_per_fork == 1:
+            raise ValueError(
+                f"concurrency={self.concurrency} needs jobs_per_fork > 1: in a process "
+                "for each job nothing can run beside it; start several workers instead"
+            )
 
-    def _set_handlers(self, handlers: Any, killed_handler: Func | None) -> None:
-        if callable(handlers) or isinstance(handlers, str):
-            handlers = [handlers]
-        self._handlers = [_resolve_function(each) for each in handlers or ()]
-        self._killed_handler = killed_handler and _resolve_function(killed_handler)
+    def _set_max_memory(self, max_memory: float | None) -> None:
+        self.max_memory = max_memory
+        if max_memory is None:
+            return
+        _check_number("max_memory", max_memory, 1, 1e9)
+        if not self.fork:
+            raise ValueError(
+                "max_memory needs fork=True: nobody could replace the worker's own "
+                "process"
+            )
+        if not os.path.exists("/proc/self/statm"):
+            raise ValueError("max_memory needs /proc, which this system does not have")
 
     # Its record, and what it says
 
@@ -8050,6 +8281,7 @@ class Worker:
             "pid": os.getpid(), "pid_namespace": _pid_namespace(),
             "version": __version__, "python_version": platform.python_version(),
             "birth": now, "beat": now, "lease": self.lease, "fork": self.fork,
+            "concurrency": self.concurrency,
             "good": 0, "bad": 0, "seconds": 0.0,
         }  # fmt: skip
 
@@ -8154,7 +8386,8 @@ class Worker:
         for record in _execute(connection, *[("GET", key) for key in keys]):
             info = _parse_record(record)
             if info:
-                stored = {key: info[key] for key in ("name", "lease", "fork")}
+                names = ("name", "lease", "fork", "concurrency")
+                stored = {key: info[key] for key in names}
                 worker = cls(
                     info["queues"], connection=connection, **(stored | options)
                 )
@@ -8272,9 +8505,15 @@ class Worker:
         before = self._current_info()
         kept = {key: before[key] for key in ("birth", "good", "bad", "seconds")}
         self._info = self._new_info() | kept
-        handlers, killed_handler = self._handlers, self._killed_handler
+        run_options = _RunOptions(
+            self._handlers,
+            [*type(self).around, *self._around],
+            [*type(self).lifespan, *self._lifespan],
+            self._killed_handler,
+            _Shown(self.log_job_description, self.log_results),
+        )
         self._instance = _Instance(
-            self, limits, inbox, self._info, prefixes, handlers, killed_handler
+            self, limits, inbox, self._info, prefixes, run_options, self._event_loop
         )
         return self._instance
 
@@ -8294,6 +8533,16 @@ class Worker:
         if kind is not None:  # after an error, other workers run what is queued
             self._supervisor.request_stop()
         self._thread.join()
+
+    async def __aenter__(self) -> Worker:
+        self._event_loop = asyncio.get_running_loop()
+        return await asyncio.to_thread(self.__enter__)
+
+    async def __aexit__(self, *details: Any) -> None:
+        assert self._supervisor and self._thread
+        self._supervisor.request_stop()
+        await asyncio.to_thread(self._thread.join)
+        self._event_loop = None
 
     # RQ's other names.
 
@@ -8415,6 +8664,7 @@ class _Child:
         # It is killed then, if a job that was told to stop has not ended by itself.
         self.stop_deadline = math.inf
         self.stop_kill: _Kill | None = None
+        self.memory_logged = False
         self.connection: _Connection | None = None  # for commands of the child
         self.idle_connections: list[_Connection] = []  # that earlier children have left
         self.standby_pid = 0
@@ -8537,6 +8787,7 @@ class _Child:
         self.pid = 0
         self.ordered_kill = self.stop_kill = None
         self.stop_deadline = math.inf
+        self.memory_logged = False
 
     def _kill(self) -> _Kill | None:
         """Return by which kill the child has ended; None if it died by itself.  One
@@ -8621,11 +8872,22 @@ class _Child:
             return
         job.slot.request_stop()
         if shares_process:
+            self.shared.stop_requests += 1
             self.instance.wakeup.set()
         else:
             self.stop_kill = kill
             self.stop_deadline = time.monotonic() + grace
             os.kill(self.pid, signal.SIGALRM)
+
+    def give_up(self) -> None:
+        """Have jobs that run beside each other clean up, and the child end."""
+        if self.instance.is_concurrent:
+            self.shared.give_up = True
+            self.instance.wakeup.set()
+
+    def cleans_up(self, seconds: float) -> bool:
+        """Return whether the child may go on, so many seconds after give_up()."""
+        return self.instance.is_concurrent and 0 <= seconds < 2 * GIVE_UP_TIME
 
     def _stop_has_failed(self, now: float) -> bool:
         """Return whether a job that was told to stop still runs after its grace."""
@@ -8645,12 +8907,32 @@ class _Child:
             return _Kill.of(outcome, overdue)
         if self._stop_has_failed(now):
             return self.stop_kill
+        if self._outgrew_memory():
+            limit = self.instance.worker.max_memory
+            text = f"killed: its process used more than twice its {limit:g} MB"
+            return _Kill.of(_crash_outcome(text), self.shared.current_jobs())
         if self._hangs(now, healthy_since):
             text = "process %d of worker %s hangs, and is killed"
             log.error(text, self.pid, self.instance.name)
             text = "its process hung when it had ended, before that was settled"
             return _Kill.of(_crash_outcome(text), self.shared.current_jobs())
         return None
+
+    def _outgrew_memory(self) -> bool:
+        """Return whether the child is to be killed because of its memory.  One that is
+        merely over its limit is replaced after its current jobs."""
+        limit = self.instance.worker.max_memory
+        if limit is None or self.shared.phase != _Phase.RUNNING:
+            return False
+        used = _resident_memory(self.pid) / (1 << 20)
+        if used > limit and not self.memory_logged:
+            self.memory_logged = True
+            text = "process %d of worker %s uses %.0f MB, and is replaced"
+            log.warning(text, self.pid, self.instance.name, used)
+        if used > limit:
+            self.shared.run_limit = 0
+            self.instance.wakeup.set()
+        return used > 2 * limit
 
     def _overdue_jobs(self, now: float) -> list[_CurrentJob]:
         """Return the jobs whose timeout had no effect."""
@@ -8729,7 +9011,7 @@ def _child_main(
         while not start_signal.wait(math.inf):
             pass  # a wait ends after an hour at the latest
         if start_signal.clear():  # else the parent died
-            loop = _WorkLoop(instance, connection, supervisor_wakeup)
+            loop = _make_loop(instance, connection, supervisor_wakeup)
             _accept_stop_requests(loop.take_stop_request)
             socket_before = connection.socket
             phase = loop.run()
@@ -8806,6 +9088,16 @@ def _child_pids() -> list[int]:
     return pids
 
 
+def _resident_memory(pid: int) -> int:
+    """Return how many bytes of memory a process uses (VmRSS of proc(5)); 0 if it has
+    just ended."""
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    except (OSError, IndexError):
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
 def _wait_for(pid: int, block: bool = False) -> tuple[int, int, Any] | None:
     """Reap a child; return what os.wait4() does: its number, its status, and its usage
     of resources, which is None if it is not known.  None if it has not ended yet,
@@ -8859,6 +9151,15 @@ class _NameInUse(ValueError):
     the queues, expires within a lease."""
 
 
+def _make_loop(
+    instance: _Instance, connection: _Connection, supervisor_wakeup: _Wakeup,
+    before_wait: Callable[[], None] | None = None,
+) -> _WorkLoop:  # fmt: skip
+    """Return the loop of a worker, for the process that runs its jobs."""
+    loop_class = _ConcurrentLoop if instance.is_concurrent else _WorkLoop
+    return loop_class(instance, connection, supervisor_wakeup, before_wait)
+
+
 class _Supervisor:
     """Keeps workers alive and under control: one whose loop runs in this process, or
     those whose loops run in children."""
@@ -8885,6 +9186,8 @@ class _Supervisor:
         self.stopping_since: float | None = None
         # The records of other workers that had the names at the sign-on, by name.
         self.first_records: dict[str, bytes] = {}
+        self.grace = first.worker.grace
+        self.gave_up_at = math.inf  # when cold_shutdown was set by give_up()
         self.lost_name = ""  # a name of ours that another worker has taken
         self.last_heartbeat = 0.0
         self.on_time_since = 0.0  # since when heartbeats have been in time
@@ -8910,7 +9213,7 @@ class _Supervisor:
             ]
         elif self.loop is None:
             [instance] = self.instances
-            self.loop = _WorkLoop(
+            self.loop = _make_loop(
                 instance,
                 instance.new_connection(),
                 self.wakeup,
@@ -8997,6 +9300,7 @@ class _Supervisor:
             self._try(self._reap_orphans)
             if self.children and all(child.finished for child in self.children):
                 self.finished = True
+            wake_at = min(wake_at, self._try(self._give_up_if_due))
             wake_at = min(wake_at, self._try(self._heartbeat_if_due))
             if not self.finished:
                 self._try(self._wait_for_commands, wake_at)
@@ -9021,7 +9325,7 @@ class _Supervisor:
         if time.monotonic() < self.retry_at or self.lost_name:
             self.wakeup.wait(seconds)
         else:
-            replies = self.blocking_connection.pop(seconds, self.wakeup)
+            replies = self.blocking_connection.pop(seconds, [self.wakeup])
             if replies:
                 [_, command] = replies[0]
                 _handle_command(self, command)
@@ -9284,9 +9588,9 @@ class _Supervisor:
     def _watch_child(self, child: _Child, now: float, must_end: bool) -> float:
         """Kill a child or fork its standby child, if it is time for that; return when
         to look again."""
-        kill: _Kill | None = _Kill.of(_INTERRUPTED, [])
-        if not self.cold_shutdown:
-            kill = child.why_to_kill(now, self.on_time_since)
+        kill = child.why_to_kill(now, self.on_time_since)
+        if self.cold_shutdown and not child.cleans_up(now - self.gave_up_at):
+            kill = _Kill.of(_INTERRUPTED, [])
         if kill:
             child.kill(kill)
         if not must_end:
@@ -9299,14 +9603,15 @@ class _Supervisor:
         if not child.lost_jobs:
             text = "the idle process %d of worker %s %s"
             log.warning(text, death.pid, instance.name, death.describe())
-        if not instance.killed_handler:
+        killed_handler = instance.run_options.killed_handler
+        if not killed_handler:
             return
         for lost in child.lost_jobs:
             if lost.outcome.rerun != "crash":
                 continue
             try:
                 job = instance.queues[lost.queue_index].fetch_job(lost.job_id)
-                instance.killed_handler(job, death.pid, death.status, death.usage)
+                killed_handler(job, death.pid, death.status, death.usage)
             except Exception:
                 log.exception("work_horse_killed_handler failed for %s", lost.job_id)
 
@@ -9364,9 +9669,30 @@ class _Supervisor:
         elif now - self.stopping_since >= 1:
             # Not within a second: one Ctrl-C may come twice, from the terminal and from
             # a parent that passes it on.
-            self.cold_shutdown = True
-            if not self.forking and not self.finished:
+            is_repeated = self.cold_shutdown
+            self.give_up()
+            interrupts_here = is_repeated or not self.instances[0].is_concurrent
+            if not self.forking and not self.finished and interrupts_here:
                 raise _ColdShutdown
+
+    def _give_up_if_due(self) -> float:
+        """Give up what runs when the grace is over; return when to look again."""
+        if self.stopping_since is None or self.cold_shutdown:
+            return math.inf
+        due = self.stopping_since + self.grace
+        if time.monotonic() < due:
+            return due
+        log.info("the grace of %g s is over: giving up what runs", self.grace)
+        self.give_up()
+        return math.inf
+
+    def give_up(self) -> None:
+        """Give up the jobs that run: they will run again."""
+        self.cold_shutdown = True
+        self.gave_up_at = min(self.gave_up_at, time.monotonic())
+        for unit in self._units():
+            unit.give_up()
+        self.wakeup.set()
 
     def request_stop(self) -> None:
         """Have the workers finish their current jobs, and end; for any thread."""
@@ -11882,7 +12208,644 @@ class LogHandler(logging.Handler):
             self._is_busy.value = False
 
 
-# ---- 17. Command line ----------------------------------------------------------------
+# ---- 17. Many jobs at once -----------------------------------------------------------
+# The loop of a worker with `concurrency`: so many jobs run at once in each process.
+# Its one idea: the thread of the work loop only claims and settles.  Coroutines run as
+# tasks of one event loop, in a thread of its own, to which a whole claim is handed by
+# one call; all other functions run in threads.  What has ended meanwhile is settled
+# together with the next claim.
+#
+# Invariants: a claim takes no more jobs than there are free slots, so nothing waits in
+# this process that another worker could run.  A slot is occupied until its job is
+# settled and its webhooks are sent.  A job that has crashed before runs alone: if it
+# crashes again, no other job is blamed for it.  Uses sections 4, 5 and 8 to 10.
+
+_WATCH_INTERVAL = 0.05  # seconds between two looks at the deadlines of calls
+_BLOCKED_AFTER = 5.0  # seconds after which a blocked event loop is reported
+# Seconds after which a thread that computes lets others run.  With Python's 5 ms, one
+# job that computes would hold up the loop for so long at each step.
+_SWITCH_INTERVAL = 0.001
+
+
+class _Threads:
+    """Threads that call what is submitted, each one call at a time.
+
+    A thread is started if no idle one is left.  A call never waits for another one, so
+    who submits bounds their number.  They are daemons: one that is stuck does not hold
+    up the end of the process."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._idle = 0  # threads that wait, and that no call is meant for yet
+
+    def submit(self, call: Callable[[], None]) -> None:
+        """Have a thread make a call, which must not raise."""
+        with self._lock:
+            has_idle = self._idle > 0
+            if has_idle:
+                self._idle -= 1
+        if not has_idle:
+            threading.Thread(target=self._work, name=self._name, daemon=True).start()
+        self._calls.put(call)
+
+    def _work(self) -> None:
+        _thread_state.interrupter = _WatchedInterrupter()
+        _thread_state.run_coroutine = _leave_to_event_loop
+        while True:
+            call = self._calls.get()
+            call()
+            del call  # it holds the job, and the next call may be long in coming
+            with self._lock:
+                self._idle += 1
+
+
+class _WatchedInterrupter(_Interrupter):
+    """An interrupter without a timer: _ConcurrentRunner watches the deadlines of all
+    its calls."""
+
+    def _start_timer(self, seconds: float, interrupt: Callable[..., None]) -> None:
+        pass
+
+
+def _leave_to_event_loop(coroutine: Any) -> Any:
+    """What a thread does with a coroutine that a call has returned: the runner starts
+    it on the event loop."""
+    return coroutine
+
+
+class _ConcurrentRun:
+    """A job that runs beside others.
+
+    Its steps are taken by one thread at a time, each of them in `context`, so that what
+    one step sets in a context variable is seen by the next."""
+
+    def __init__(self, execution: Execution, options: _RunOptions, slot: _Slot) -> None:
+        self.execution = execution
+        self.slot = slot
+        self.context = contextvars.copy_context()
+        self.context.run(_current_job.set, execution.job)
+        self._steps = _run_steps(execution, options)
+        self.task: asyncio.Task[Any] | None = None  # of its coroutine
+        self.cancelled_for: type[BaseException] | None = None  # why the task was
+        self.interrupted: Any = None  # the call that was over its time
+        self.told_to_stop = False
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What tells it from all other runs of this worker."""
+        return self.execution.token, self.execution.job.id
+
+    def begin(self) -> _Call | Outcome:
+        """Return the first step."""
+        return self.send(None)
+
+    def send(self, value: Any) -> _Call | Outcome:
+        """Return the step that follows a call which returned `value`."""
+        return self.context.run(self._steps.send, value)
+
+    def throw(self, error: BaseException) -> _Call | Outcome:
+        """Return the step that follows a call which raised `error`."""
+        return self.context.run(self._steps.throw, error)
+
+    def call(self, step: _Call) -> Any:
+        """Make a call in this thread; return its value, or a coroutine to be run."""
+        return self.context.run(_call_with_timeout, self.execution, *step)
+
+    def interrupt(self, reason: type[BaseException]) -> None:
+        """Raise `reason` in the call that is under way, from any thread."""
+        state = self.execution.run_state
+        if state and state.call:
+            _, interrupt = state.call
+            interrupt(reason)
+
+    def interrupt_if_late(self, now: float) -> None:
+        """Interrupt the call that is under way, once, if it is over its time."""
+        state = self.execution.run_state
+        call = state.call if state else None
+        if call and call is not self.interrupted and call[0] <= now:
+            self.interrupted = call
+            _, interrupt = call
+            interrupt(JobTimeoutException)
+
+
+class _ConcurrentRunner:
+    """Runs jobs beside each other: start() returns at once, and collect() returns what
+    has ended.
+
+    `wakeup` is set when something has ended.  A coroutine function is known as such
+    once it was called: from then on its jobs go straight to the event loop."""
+
+    def __init__(
+        self, name: str, options: _RunOptions,
+        event_loop: asyncio.AbstractEventLoop | None,
+    ) -> None:  # fmt: skip
+        self.wakeup = _Wakeup()
+        self.runs: dict[tuple[str, str], _ConcurrentRun] = {}  # in the order of claims
+        self._options = options
+        self._threads = _Threads(f"job of {name}")
+        self._ended: deque[tuple[_ConcurrentRun, Outcome | None]] = deque()
+        self._is_awake = False  # the wake-up is set, or about to be
+        self._pid = os.getpid()
+        self._coroutine_functions: set[tuple[type[Job], str]] = set()
+        self._given_loop = event_loop  # that of an application, which runs it
+        self.event_loop = event_loop or asyncio.new_event_loop()
+        self._loop_thread: threading.Thread | None = None
+        self._watch_thread: threading.Thread | None = None
+        self._has_runs = threading.Event()
+        self._closed = False
+        self._tick_sent_at = 0.0  # when the event loop was asked for a sign of life
+        self._tick_answered = True
+        self._name = name
+
+    def open(self) -> None:
+        """Start the threads, in the process that runs the jobs."""
+        if not self._given_loop:
+            self._loop_thread = threading.Thread(
+                target=self._run_event_loop, name=f"event loop of {self._name}",
+                daemon=True,
+            )  # fmt: skip
+            self._loop_thread.start()
+        self._watch_thread = threading.Thread(
+            target=self._watch, name=f"deadlines of {self._name}", daemon=True
+        )
+        self._watch_thread.start()
+
+    def close(self) -> None:
+        """End the threads of the event loop and of the watch."""
+        self._closed = True
+        self._has_runs.set()
+        if self._loop_thread:
+            self.event_loop.call_soon_threadsafe(self.event_loop.stop)
+            self._loop_thread.join(1)  # a coroutine may block it
+        self.wakeup.close()
+
+    # For the work loop
+
+    def start(self, runs: Sequence[_ConcurrentRun]) -> None:
+        """Have these jobs run from now on."""
+        for_event_loop = []
+        for run in runs:
+            self.runs[run.key] = run
+            if self._is_coroutine_function(run.execution.job):
+                for_event_loop.append(run)
+            else:
+                self._threads.submit(functools.partial(self._begin_in_thread, run))
+        if for_event_loop:
+            self.event_loop.call_soon_threadsafe(self._begin_tasks, for_event_loop)
+        self._has_runs.set()
+
+    def submit(self, run: _ConcurrentRun, call: Callable[[], None]) -> None:
+        """Make a call in a thread; collect() returns the run when it has ended."""
+
+        def call_and_end() -> None:
+            call()
+            self._end(run, None)
+
+        self._threads.submit(call_and_end)
+
+    def collect(self) -> list[tuple[_ConcurrentRun, Outcome | None]]:
+        """Return the runs that have ended since the last call, with their outcomes;
+        None: the call of submit() has ended."""
+        if not self._ended:
+            return []
+        self.wakeup.clear()
+        self._is_awake = False
+        # What ends from here on sets the wake-up again.
+        return [self._ended.popleft() for _ in range(len(self._ended))]
+
+    def forget(self, run: _ConcurrentRun) -> None:
+        """Forget a run, which has ended and is settled."""
+        del self.runs[run.key]
+        if not self.runs:
+            self._has_runs.clear()
+
+    def has_overdue(self, now: float) -> bool:
+        """Return whether a job goes on though its timeout had no effect."""
+        slots = [run.slot for run in self.runs.values()]
+        return any(
+            slot.state == _SlotState.RUNNING and slot.kill_deadline <= now
+            for slot in slots
+        )
+
+    # In a thread of a job
+
+    def _begin_in_thread(self, run: _ConcurrentRun) -> None:
+        self._go_on_in_thread(run, run.begin())
+
+    def _go_on_in_thread(self, run: _ConcurrentRun, step: _Call | Outcome) -> None:
+        """Take the steps of a run, until it has ended, or a coroutine is to be run."""
+        while not isinstance(step, Outcome):
+            try:
+                value = run.call(step)
+                if isinstance(value, CoroutineType):
+                    self._learn(run.execution.job, step)
+                    start = self._start_task
+                    self.event_loop.call_soon_threadsafe(start, run, value)
+                    return
+            except BaseException as error:
+                step = run.throw(error)
+            else:
+                step = run.send(value)
+        self._end(run, step)
+
+    def _learn(self, job: Job, step: _Call) -> None:
+        """Note that the job's function is a coroutine function, if it is one, and not a
+        callback of the job was called."""
+        _, call = step
+        if call == job._call_function and type(job).perform is Job.perform:
+            name = job._text("func").removesuffix("()")
+            if "." in name and inspect.iscoroutinefunction(job.func):
+                self._coroutine_functions.add((type(job), name))
+
+    def _is_coroutine_function(self, job: Job) -> bool:
+        name = job._text("func").removesuffix("()")
+        return (type(job), name) in self._coroutine_functions
+
+    def _end(self, run: _ConcurrentRun, outcome: Outcome | None) -> None:
+        """Have collect() return a run; in any thread."""
+        if os.getpid() != self._pid:
+            os._exit(0)  # the job has forked, and its child has returned from it, too
+        self._ended.append((run, outcome))
+        if not self._is_awake:
+            self._is_awake = True
+            self.wakeup.set()
+
+    # On the event loop
+
+    def _run_event_loop(self) -> None:
+        asyncio.set_event_loop(self.event_loop)
+        while not self._closed:
+            # A SystemExit of a task ends run_forever(), too.
+            with contextlib.suppress(SystemExit, KeyboardInterrupt):
+                self.event_loop.run_forever()
+
+    def _begin_tasks(self, runs: Sequence[_ConcurrentRun]) -> None:
+        """Start the coroutines of runs whose functions are known to be such."""
+        for run in runs:
+            step = run.begin()
+            job = run.execution.job
+            if isinstance(step, Outcome) or step[1] != job._call_function:
+                self._go_on(run, step)
+                continue
+            seconds, call = step
+            try:
+                coroutine = run.context.run(call)
+            except BaseException as error:  # its arguments can't be read, or don't fit
+                self._go_on(run, run.throw(error))
+                continue
+            self._start_task(run, coroutine, seconds)
+
+    def _start_task(
+        self, run: _ConcurrentRun, coroutine: Any, seconds: float | None = None
+    ) -> None:
+        """Run a coroutine as a task, which is cancelled after so many seconds; None: at
+        the deadline of the call that has returned it."""
+        if self._given_loop:
+            coroutine = _contain_exits(coroutine)
+        task = run.context.run(self.event_loop.create_task, coroutine)
+        run.task = task
+        run.cancelled_for = None
+        state = run.execution.run_state
+        assert state
+        if seconds is None:
+            assert state.call
+            deadline = state.call[0]
+        else:
+            deadline = time.monotonic() + seconds if seconds > 0 else math.inf
+        state.call = (deadline, functools.partial(self._cancel_soon, run, task))
+        task.add_done_callback(functools.partial(self._on_task_done, run))
+
+    def _cancel_soon(
+        self, run: _ConcurrentRun, task: Any, reason: type[BaseException]
+    ) -> None:
+        """Cancel a task; for any thread."""
+        self.event_loop.call_soon_threadsafe(self._cancel, run, task, reason)
+
+    def _cancel(
+        self, run: _ConcurrentRun, task: asyncio.Task[Any], reason: type[BaseException]
+    ) -> None:
+        if run.task is task and not task.done() and not run.cancelled_for:
+            run.cancelled_for = reason
+            task.cancel()
+
+    def _on_task_done(self, run: _ConcurrentRun, task: asyncio.Task[Any]) -> None:
+        """Go on with a run, whose coroutine has ended."""
+        run.task = None
+        try:
+            value = task.result()
+        except asyncio.CancelledError as error:
+            cause: BaseException = error
+            if run.cancelled_for:
+                cause = run.cancelled_for().with_traceback(error.__traceback__)
+            step = run.throw(cause)
+        except BaseException as error:
+            step = run.throw(error)
+        else:
+            step = run.send(value)
+        self._go_on(run, step)
+
+    def _go_on(self, run: _ConcurrentRun, step: _Call | Outcome) -> None:
+        """End a run, or leave its next call, as of a callback, to a thread."""
+        if isinstance(step, Outcome):
+            self._end(run, step)
+        else:
+            self._threads.submit(functools.partial(self._go_on_in_thread, run, step))
+
+    # The watch
+
+    def _watch(self) -> None:
+        """Interrupt calls that are over their time, and report what blocks the event
+        loop, while anything runs."""
+        while not self._closed:
+            self._has_runs.wait()
+            time.sleep(_WATCH_INTERVAL)
+            now = time.monotonic()
+            for run in list(self.runs.values()):
+                run.interrupt_if_late(now)
+            self._check_event_loop(now)
+
+    def _check_event_loop(self, now: float) -> None:
+        """Ask the event loop for a sign of life each second, and report one that is
+        blocked for long, once."""
+        tasks = {run.task: run for run in list(self.runs.values()) if run.task}
+        if self._tick_answered and tasks and now - self._tick_sent_at > 1:
+            self._tick_answered = False
+            self._tick_sent_at = now
+            self.event_loop.call_soon_threadsafe(self._answer_tick)
+        if self._tick_answered or now - self._tick_sent_at < _BLOCKED_AFTER:
+            return
+        self._tick_sent_at = math.inf  # reported; the answer is still to come
+        current = asyncio.current_task(self.event_loop)
+        run = tasks.get(current) if current else None
+        name = run.execution.job.id if run else "a task that a job has started"
+        log.warning(
+            "the event loop is blocked for %.0f s by %s: a coroutine must not compute, "
+            "or call what waits, for so long", _BLOCKED_AFTER, name,
+        )  # fmt: skip
+
+    def _answer_tick(self) -> None:
+        self._tick_answered = True
+        self._tick_sent_at = time.monotonic()
+
+
+async def _contain_exits(coroutine: Any) -> Any:
+    """Run a coroutine on the event loop of an application, which a SystemExit of a job
+    must not end."""
+    try:
+        return await coroutine
+    except (SystemExit, KeyboardInterrupt) as error:
+        raise RuntimeError(f"the job raised {error!r}") from error
+
+
+class _ConcurrentLoop(_WorkLoop):
+    """Claims jobs for the free slots, hands them to a runner, and settles what has
+    ended."""
+
+    def __init__(
+        self, instance: _Instance, command_connection: _Connection,
+        supervisor_wakeup: _Wakeup, before_wait: Callable[[], None] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(instance, command_connection, supervisor_wakeup, before_wait)
+        self.concurrent = _ConcurrentRunner(
+            instance.name, instance.run_options, instance.event_loop
+        )
+        self.free_slots = list(self.shared.slots)
+        # A claim that was sent along with BLPOP and is not answered yet.  Until it is,
+        # there is no other claim; but runs are settled meanwhile.
+        self.waiting_claim: _Request | None = None
+        self.suspect_waits = False  # a job that is to run alone, until nothing runs
+        self.seen_stop_requests = int(self.shared.stop_requests)
+
+    def run(self) -> _Phase:
+        self.concurrent.open()
+        return super().run()
+
+    def _run_on_event_loop(self, coroutine: Any) -> Any:
+        loop = self.concurrent.event_loop
+        return asyncio.run_coroutine_threadsafe(coroutine, loop).result()
+
+    def close(self) -> None:
+        self.concurrent.close()
+        super().close()
+
+    # Claims
+
+    def _settle_and_claim(self, claim: bool) -> float:
+        self._collect()
+        if self.waiting_claim and (not claim or self._must_end_waiting()):
+            self._end_waiting_claim()
+        next_due = self._read_reply()  # of a claim whose BLPOP has failed
+        self._send_request(claim and not self.waiting_claim)
+        next_due = min(next_due, self._read_reply())
+        self._publish_what_is_held()
+        return next_due
+
+    def _collect(self) -> None:
+        """Take over what has ended."""
+        for run, outcome in self.concurrent.collect():
+            if outcome is None:
+                self._free(run)
+                continue
+            run.slot.state = _SlotState.ENDED
+            self.unsettled.append((run.execution, outcome))
+            self.shared.runs += 1
+
+    def _claim_limit(self) -> int:
+        shared, limits = self.shared, self.instance.limits
+        running = len(self.concurrent.runs) - len(self.unsettled)
+        if shared.stop_requested or shared.suspended or self._must_drain():
+            return 0
+        if running and (self.suspect_waits or self._runs_suspect()):
+            return 0
+        with_webhooks = [
+            execution
+            for execution, _ in self.unsettled
+            if "webhooks" in execution.job._fields
+        ]
+        free = len(shared.slots) - running - len(with_webhooks)
+        left = min(limits.max_jobs, shared.run_limit) - shared.runs - running
+        batch_size = shared.batch_size if limits.strategy == "default" else 1
+        return max(0, int(min(free, left, batch_size)))
+
+    def _runs_suspect(self) -> bool:
+        """Return whether the job that runs has crashed before."""
+        runs = self.concurrent.runs.values()
+        return len(runs) == 1 and any(
+            "crashes" in run.execution.job._fields for run in runs
+        )
+
+    def _must_drain(self) -> bool:
+        """Return whether this process is to be killed, since a job goes on though its
+        timeout had no effect.  Where there is no parent to do that, the job only costs
+        its slot."""
+        forking = self.instance.forking
+        return forking and self.concurrent.has_overdue(time.monotonic())
+
+    def _claim_mode(self, mode: str) -> str:
+        is_busy = len(self.concurrent.runs) > len(self.unsettled)
+        return f"{mode} concurrent {'busy' if is_busy else ''}".strip()
+
+    def _on_claimed(self, request: _Request, reply: _ClaimReply) -> float:
+        next_due = super()._on_claimed(request, reply)
+        self.suspect_waits = reply.suspect_waits
+        if self.last_claim_full:
+            self.shared.batch_size = min(2 * self.shared.batch_size, MAX_BATCH)
+        elif not reply.jobs:
+            self.shared.batch_size = 1
+        return next_due
+
+    def _must_end_waiting(self) -> bool:
+        """Return whether to give up the claim that waits for work."""
+        leaves = self.ends_when_idle and not self.concurrent.runs
+        return leaves or self._claim_limit() == 0
+
+    def _end_waiting_claim(self) -> None:
+        """Take back the claim that waits for work, and read what it may have brought:
+        the same claim, sent again, claims nothing that it does not hold already."""
+        self.blocking_connection.close()
+        self.waiting_claim = None
+        command = self.instance.repeat_claim_command(self.queue_order)
+        self.request = _Request((command,), [], [], 1, time.monotonic())
+        self._read_reply()
+
+    def _oldest_held(self) -> Execution | None:
+        for run in self.concurrent.runs.values():
+            return run.execution
+        return self.claimed[0] if self.claimed else None
+
+    # Runs
+
+    def _run_claimed(self) -> None:
+        """Start what is claimed."""
+        runs = []
+        while self.claimed:
+            execution = self.claimed.popleft()
+            slot = self.free_slots.pop()
+            run = _ConcurrentRun(execution, self.instance.run_options, slot)
+            self._publish(execution, slot)
+            runs.append(run)
+        self.concurrent.start(runs)
+
+    def _is_busy(self) -> bool:
+        return bool(self.concurrent.runs)
+
+    def _on_stored(self, settled: Sequence[_SettledRun]) -> None:
+        """Free the slots of runs that are settled, but first send their webhooks."""
+        super()._on_stored(settled)
+        with_webhooks = self.pending_webhooks
+        self.pending_webhooks = []
+        for settled_run in settled:
+            execution = settled_run[0]
+            run = self.concurrent.runs[execution.token, execution.job.id]
+            if settled_run not in with_webhooks:
+                self._free(run)
+                continue
+            run.slot.state = _SlotState.EMPTY  # the job needs its process no more
+            send = functools.partial(self._try_webhooks, settled_run)
+            self.concurrent.submit(run, send)
+
+    def _free(self, run: _ConcurrentRun) -> None:
+        """Give up the slot of a run."""
+        run.slot.state = _SlotState.EMPTY
+        self.free_slots.append(run.slot)
+        self.concurrent.forget(run)
+
+    def _obey_stop_requests(self) -> None:
+        """Interrupt the jobs that a command stops."""
+        if self.seen_stop_requests == self.shared.stop_requests:
+            return
+        self.seen_stop_requests = self.shared.stop_requests
+        for run in self.concurrent.runs.values():
+            if run.slot.stop_requested() and not run.told_to_stop:
+                run.told_to_stop = True
+                run.interrupt(StopRequested)
+
+    def stop_job(self, job: _CurrentJob, grace: float) -> None:
+        job.slot.request_stop()
+        self.shared.stop_requests += 1
+        self.wakeup.set()
+
+    # Waits
+
+    def _wait_for_work(self, until: float) -> None:
+        """Block until there may be work, a job has ended, or that time."""
+        self._show_state()
+        if self.before_wait:
+            self.before_wait()
+        replies = self._block_or_log(until)
+        if replies and self.waiting_claim:
+            request = self.waiting_claim
+            self.waiting_claim = None
+            self._on_reply(request, replies[1:])
+        elif self.waiting_claim and not self._goes_on_waiting(until):
+            # The next turn sends it over the other connection.
+            self.blocking_connection.close()
+            self.request = self.waiting_claim
+            self.waiting_claim = None
+        if not self.wakeup.clear():  # the parent died
+            self.shared.stop_requested = True
+        self._obey_stop_requests()
+        if self.shared.give_up:
+            self._give_up()
+
+    def _show_state(self) -> None:
+        if self.instance.forking:
+            state = "busy" if self.concurrent.runs else "idle"
+            _set_process_title(f"microq {self.instance.name}: {state}")
+
+    def _block(self, seconds: float) -> list[Any] | None:
+        """Wait for a token, and return it with the reply to a claim; None if something
+        else has ended the wait, while the claim may go on waiting."""
+        wakeups = (self.wakeup, self.concurrent.wakeup)
+        if not self.waiting_claim:
+            self.waiting_claim = self._prepare_request(claim=True, mode="blocking")
+        if not self.waiting_claim:  # no slot is free, or nothing is to be claimed
+            seconds = min(seconds, _BlockingConnection.BLPOP_TIMEOUT)
+            _Wakeup.wait_for_any(wakeups, seconds)
+            return None
+        commands = self.waiting_claim.commands
+        return self.blocking_connection.pop(seconds, wakeups, *commands)
+
+    def _goes_on_waiting(self, until: float) -> bool:
+        """Return whether BLPOP is under way, and the claim has nothing else to do: a
+        scheduled job is due at that time, and a claim promotes it."""
+        return self.blocking_connection.is_waiting and time.monotonic() < until
+
+    # The end
+
+    def _give_up(self) -> None:
+        """Interrupt all jobs, and let them clean up for a while; they will run again.
+        Then the loop ends."""
+        until = time.monotonic() + GIVE_UP_TIME
+        for run in list(self.concurrent.runs.values()):
+            run.interrupt(_ColdShutdown)
+        while self._runs_anything() and time.monotonic() < until:
+            self.concurrent.wakeup.wait(until - time.monotonic())
+            self._collect()
+        for run in list(self.concurrent.runs.values()):
+            if run.slot.state == _SlotState.RUNNING:
+                self.unsettled.append((run.execution, _INTERRUPTED))
+                run.slot.state = _SlotState.ENDED
+        self._settle_and_claim(claim=False)
+
+    def _runs_anything(self) -> bool:
+        runs = self.concurrent.runs.values()
+        return any(run.slot.state == _SlotState.RUNNING for run in runs)
+
+    def give_up(self) -> None:
+        self.shared.give_up = True
+        self.wakeup.set()
+
+    def sign_off_commands(self) -> list[Command]:
+        for run in self.concurrent.runs.values():
+            if run.slot.state == _SlotState.RUNNING:
+                self.unsettled.append((run.execution, _INTERRUPTED))
+        return super().sign_off_commands()
+
+
+# ---- 18. Command line ----------------------------------------------------------------
 # The commands of `python -m microq`.  The one idea: a command does nothing that can't
 # be done from Python; it names the classes and calls of the sections before, and their
 # arguments.  A command has a function _add_.. that declares its arguments, and a
@@ -12020,6 +12983,8 @@ def _worker_options(options: argparse.Namespace) -> dict[str, Any]:
         print(f"microq: {text}; {remedy}", file=sys.stderr)
     options.queues = options.queues or options.settings.get("QUEUES") or "default"
     options.name = options.name or options.settings.get("NAME")
+    options.around = options.around or options.settings.get("AROUND")
+    options.lifespan = options.lifespan or options.settings.get("LIFESPAN")
     if options.in_process:
         options.fork = False
     if options.disable_job_desc_logging:
@@ -12257,6 +13222,7 @@ def _add_worker_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--in-process", action="store_true", help="don't fork: no protection")
     _add_limit_options(parser)
+    _add_hook_options(parser)
     add(
         "-ds",
         "--dequeue-strategy",
@@ -12265,14 +13231,6 @@ def _add_worker_options(parser: argparse.ArgumentParser) -> None:
     )
     result_ttl = ("--default-result-ttl", "--results-ttl")
     add(*result_ttl, metavar="S", help="how long to keep results, 500")
-    add(
-        "--exception-handlers", "--exception-handler", action="append", metavar="NAME",
-        help="of a function, dotted; may be given again",
-    )  # fmt: skip
-    add(
-        "-d", "--disable-default-exception-handler", action="store_true",
-        help="leave a failure to your handlers",
-    )  # fmt: skip
     add("--pid", metavar="FILE", help="write the process id there")
     _add_log_options(parser)
     ignored = ("--worker-ttl", "--maintenance-interval", "--job-monitoring-interval")
@@ -12280,8 +13238,14 @@ def _add_worker_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_limit_options(parser: argparse.ArgumentParser) -> None:
-    """Add the numbers of jobs and seconds after which something ends."""
+    """Add the numbers of jobs, seconds and megabytes at which something ends."""
     add = parser.add_argument
+    add(
+        "--concurrency",
+        type=int,
+        metavar="N",
+        help="jobs that run at once in each process, 1",
+    )
     add(
         "--jobs-per-fork",
         type=int,
@@ -12299,6 +13263,34 @@ def _add_limit_options(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="SEC",
         help="stop after so long without any",
+    )
+    add(
+        "--grace",
+        metavar="S",
+        help="give up what still runs so long after SIGTERM; no limit",
+    )
+    add(
+        "--max-memory",
+        type=float,
+        metavar="MB",
+        help="replace a process that has grown beyond it",
+    )
+
+
+def _add_hook_options(parser: argparse.ArgumentParser) -> None:
+    """Add the functions that a worker calls beside the jobs."""
+    for names, what in (
+        (("--exception-handlers", "--exception-handler"), "called if a job raised"),
+        (("--around",), "gives a context manager for each run"),
+        (("--lifespan",), "gives a context manager for each process"),
+    ):
+        help = f"of a function, dotted: {what}; may be given again"
+        parser.add_argument(*names, action="append", metavar="NAME", help=help)
+    parser.add_argument(
+        "-d",
+        "--disable-default-exception-handler",
+        action="store_true",
+        help="leave a failure to your handlers",
     )
 
 
