@@ -1398,6 +1398,21 @@ def _resolve_class(choice: Any, default: Any) -> Any:
     return choice or default
 
 
+def _resolve_function(func: Any) -> Any:
+    """Return a function that was given as such, or by its dotted name."""
+    function = _import_object(func) if isinstance(func, str) else func
+    if not callable(function):
+        raise TypeError(f"give a function or its dotted name, not {func!r}")
+    return function
+
+
+def _resolve_functions(functions: Any) -> list[Any]:
+    """Return functions, given as a list, or as a single one, or by dotted names."""
+    if callable(functions) or isinstance(functions, str):
+        functions = [functions]
+    return [_resolve_function(each) for each in functions or ()]
+
+
 # ---- 4. Redis ------------------------------------------------------------------------
 # How commands get to Redis and replies come back.  All calls go through _execute(),
 # which makes one round trip.  Its one idea: commands may be sent twice, since a reply
@@ -5640,17 +5655,24 @@ class Queue(_JobContainer):
     job_class       - Job, or a class derived from it, or its dotted name
     serializer      - 'pickle', 'json', 'signed', or an object with dumps and loads,
                       'pickle'
+    before_enqueue  - functions (job), called with each job before it is stored, in the
+                      caller's thread; they may change job.meta.  Added to those in
+                      Queue.before_enqueue.  What one raises, enqueue() raises, and
+                      nothing is stored.  Ticks of cron are not enqueued by a caller, so
+                      none is called for them
 
     Making one sends nothing.  It may be used by several threads at once.  Queues of the
     same name are equal, and sorted by their names."""
 
     container = "queued"
     job_class: type[Job] = Job
+    before_enqueue: ClassVar[list[Callable[[Job], Any]]] = []
 
     def __init__(
         self, name: str = "default", connection: Redis | None = None,
         default_timeout: Any = None, is_async: bool = True, job_class: Any = None,
         serializer: Any = None, death_penalty_class: Any = None,
+        before_enqueue: Any = (),
     ) -> None:  # fmt: skip
         self.name = name
         self.prefix = _queue_prefix(name)
@@ -5660,6 +5682,7 @@ class Queue(_JobContainer):
         timeout = DEFAULT_TIMEOUT if default_timeout is None else default_timeout
         self.default_timeout = _parse_seconds(timeout, "default_timeout", (-1,))
         self.is_async = is_async
+        self._before_enqueue = _resolve_functions(before_enqueue)
         # Whether this object has entered the queue's name in microq:queues.  That takes
         # a command of its own, as the set is in another slot of a Cluster.
         self._registered = False
@@ -5965,6 +5988,9 @@ class Queue(_JobContainer):
         if len({job.id for job in jobs}) < len(jobs):
             text = "the same job_id stands twice in one enqueue_many()"
             raise DuplicateJobError(text)
+        for call_hook in (*self.before_enqueue, *self._before_enqueue):
+            for job in jobs:
+                call_hook(job)
         self._resolve_dependencies(jobs)
         new_jobs = [job._new_job(delay) for job in jobs]
         command = _enqueue_command(self.prefix, new_jobs, delay)
@@ -8100,21 +8126,6 @@ def _process_exists(pid: Any) -> bool:
         return True
     # "<pid> (<name>) <state> ..", and the name may hold parentheses.
     return not status.rpartition(b")")[2].startswith(b" Z")
-
-
-def _resolve_function(func: Any) -> Any:
-    """Return a function that was given as such, or by its dotted name."""
-    function = _import_object(func) if isinstance(func, str) else func
-    if not callable(function):
-        raise TypeError(f"give a function or its dotted name, not {func!r}")
-    return function
-
-
-def _resolve_functions(functions: Any) -> list[Any]:
-    """Return functions, given as a list, or as a single one, or by dotted names."""
-    if callable(functions) or isinstance(functions, str):
-        functions = [functions]
-    return [_resolve_function(each) for each in functions or ()]
 
 
 class Worker:
