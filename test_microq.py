@@ -9766,6 +9766,133 @@ def test_a_server_that_is_started_by_a_job_is_no_victim_when_memory_runs_out(tmp
     user.communicate(timeout=30)
 
 
+# ---- Hooks: the recipes of the README ------------------------------------------------
+
+
+@pytest.fixture
+def recipe(monkeypatch):
+    """Run a block of the README's code that begins with this comment; its hooks are
+    taken away after the test."""
+    monkeypatch.setattr(Worker, "around", [])
+    monkeypatch.setattr(Worker, "lifespan", [])
+    monkeypatch.setattr(Queue, "before_enqueue", [])
+
+    def run(comment, **names):
+        [code] = re.findall(rf"```python\n(# {comment}.*?)```", README, re.S)
+        namespace = {
+            "contextmanager": contextlib.contextmanager,
+            **vars(microq),
+            **names,
+        }
+        exec(code, namespace)
+
+    return run
+
+
+def work_both_kinds(queue):
+    """Run what is queued by a worker that runs one job at a time, or many."""
+    concurrency = 4 if len(queue) > 1 else 1
+    work(SimpleWorker(queue, concurrency=concurrency))
+
+
+def span_name():
+    from opentelemetry import trace
+
+    return trace.get_current_span().name
+
+
+async def span_name_of_coroutine():
+    return span_name()
+
+
+def test_docs_opentelemetry(queue, recipe):
+    from opentelemetry import propagate
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import (
+        InMemorySpanExporter,
+    )
+    from opentelemetry.trace import SpanKind
+
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    tracer = provider.get_tracer("test")
+    recipe(
+        "OpenTelemetry", tracer=tracer, extract=propagate.extract,
+        inject=propagate.inject, SpanKind=SpanKind,
+    )  # fmt: skip
+    with tracer.start_as_current_span("request") as request:
+        jobs = [queue.enqueue(span_name), queue.enqueue(span_name_of_coroutine)]
+        failing = queue.enqueue(fail)
+    work_both_kinds(queue)
+    assert [job.return_value() for job in jobs] == [job.func_name for job in jobs]
+    spans = {span.attributes.get("messaging.message.id"): span for span in
+             exporter.get_finished_spans()}  # fmt: skip
+    for job in (*jobs, failing):
+        assert spans[job.id].parent.span_id == request.get_span_context().span_id
+        assert spans[job.id].kind == SpanKind.CONSUMER
+    assert [event.name for event in spans[failing.id].events] == ["exception"]
+
+
+def test_docs_sentry(queue, recipe):
+    import sentry_sdk
+    from sentry_sdk.transport import Transport
+
+    events = []
+
+    class FakeTransport(Transport):
+        def capture_envelope(self, envelope):
+            events.append(envelope.get_event())
+
+        def flush(self, timeout, callback=None):
+            events.append("flushed")
+
+    options = {"default_integrations": False, "auto_enabling_integrations": False}
+    sentry_sdk.init("http://a@127.0.0.1/1", transport=FakeTransport, **options)
+    try:
+        recipe("Sentry", sentry_sdk=sentry_sdk)
+        job = queue.enqueue(fail, "no paper")
+        queue.enqueue(add)
+        work_both_kinds(queue)
+    finally:
+        sentry_sdk.init()
+    event, end = events[:2]
+    assert event["tags"] == {"job_id": job.id}
+    assert event["transaction"] == "test_microq.fail"
+    assert event["exception"]["values"][0]["value"] == "no paper"
+    assert end == "flushed"
+
+
+def log_with_structlog():
+    import structlog
+
+    return structlog.contextvars.get_contextvars()
+
+
+async def log_with_structlog_in_coroutine():
+    await asyncio.sleep(0.01)
+    return log_with_structlog()
+
+
+def test_docs_structlog(queue, recipe):
+    import structlog
+
+    recipe("structlog", structlog=structlog)
+    functions = [log_with_structlog, log_with_structlog_in_coroutine] * 2
+    jobs = [queue.enqueue(function) for function in functions]
+    work_both_kinds(queue)
+    assert [job.return_value() for job in jobs] == [{"job_id": job.id} for job in jobs]
+
+
+def test_docs_django(queue, recipe):
+    calls = []
+    recipe("Django", close_old_connections=lambda: calls.append("closed"))
+    queue.enqueue(fail)
+    work_both_kinds(queue)
+    assert calls == ["closed", "closed"]
+
+
 # ---- 16. Command line ----------------------------------------------------------------
 
 
