@@ -8777,11 +8777,10 @@ class _Child:
         if not end:
             return None
         pid, status, usage = end
-        code = os.waitstatus_to_exitcode(status)
         # REPLACE, too: the child may have written it since the test above.
         settled = self.shared.phase in (_Phase.ENDED, _Phase.REPLACE)
         death = None
-        if code != 0 or not settled:
+        if not settled:
             death = _Exit(pid, status, usage, self._kill())
             self._note_lost_jobs(death)
         self._forget_child()
