@@ -1028,6 +1028,16 @@ def os_exit():
     os._exit(3)
 
 
+def os_exit_as_if_well():
+    os._exit(0)
+
+
+def start_process_and_sleep(path):
+    """Note the pid of a process that is started, and sleep."""
+    append(path, str(subprocess.Popen(["sleep", "100"]).pid))
+    time.sleep(100)
+
+
 def sys_exit():
     sys.exit(4)
 
@@ -7336,16 +7346,43 @@ def test_standby_child_that_cannot_be_forked_is_not_tried_for_each_job(
     assert 1 <= len(refusals) <= 3
 
 
-def test_child_may_exit_while_the_supervisor_looks_at_it(queue, monkeypatch, caplog):
+def test_child_may_exit_while_the_supervisor_looks_at_it(
+    queue, monkeypatch, caplog, tmp_path
+):
+    """It has settled its job after the first look at its phase."""
+    path, go = tmp_path / "log", tmp_path / "log.go"
+
     def late(pid, options, wait=os.wait4):
-        time.sleep(0.03)
+        if path.exists() and path.read_text() == str(pid) and not go.exists():
+            go.touch()
+            wait_until(lambda: state_of_process(pid) == "Z")
         return wait(pid, options)
 
     monkeypatch.setattr(os, "wait4", late)
-    jobs = [queue.enqueue(os.getpid) for _ in range(10)]
+    jobs = [queue.enqueue(wait_for_file, str(path)), queue.enqueue(add)]
     work(Worker(queue, jobs_per_fork=1))
-    assert len({job.return_value() for job in jobs}) == 10
-    assert "idle process" not in caplog.text
+    assert all(job.is_finished for job in jobs)
+    assert "process" not in caplog.text
+
+
+def test_children_that_die_idle_are_not_forked_in_a_loop(queue, monkeypatch):
+    """Perhaps no child can live here now."""
+    forks = []
+    fork = os.fork
+
+    def dies_three_times():
+        forks.append(1)
+        pid = fork()
+        if not pid and len(forks) <= 3:
+            os._exit(1)
+        return pid
+
+    monkeypatch.setattr(os, "fork", dies_three_times)
+    job = queue.enqueue(add)
+    began = time.monotonic()
+    work(Worker(queue))
+    assert job.is_finished
+    assert time.monotonic() - began > 2.5  # a second before each of three
 
 
 def test_a_fork_that_fails_is_tried_again_while_the_others_are_kept(
@@ -7543,8 +7580,12 @@ def test_a_flood_of_tiny_jobs_survives_kills(redis, queue, start_worker):
 
 @pytest.mark.parametrize(
     ("func", "reason"),
-    [(kill_self, "SIGKILL|Killed"), (os_exit, "status 3")],
-    ids=["kill", "exit"],
+    [
+        (kill_self, "SIGKILL|Killed"),
+        (os_exit, "status 3"),
+        (os_exit_as_if_well, "status 0"),
+    ],
+    ids=["kill", "exit", "exit with 0"],
 )
 def test_a_job_that_kills_its_process_is_failed_at_the_third_time(queue, func, reason):
     job = queue.enqueue(func, retry=Retry(5))
@@ -8001,6 +8042,34 @@ def test_child_is_killed_by_command(redis, queue, start_worker, tmp_path):
         send_kill_horse_command(redis, "bee")
     wait_until(lambda: job.is_failed)
     assert "killed by a command" in job.latest_result().exc_string
+
+
+def test_what_a_job_has_started_is_stopped_with_it(
+    redis, queue, start_worker, tmp_path
+):
+    start_worker()
+    path = tmp_path / "log"
+    job = queue.enqueue(start_process_and_sleep, str(path))
+    pid = int(
+        wait_until(
+            lambda: (
+                path.exists() and path.read_text().endswith("\n") and path.read_text()
+            )
+        )
+    )
+    send_stop_job_command(redis, job.id)
+    wait_until(lambda: job.is_stopped)
+    wait_until(lambda: not is_alive(pid))
+
+
+def test_a_heartbeat_between_two_commands_drops_neither(redis, queue, start_worker):
+    worker = start_worker("--name", "bee")
+    commands = [
+        json.dumps({"command": command, "worker": "bee"})
+        for command in ("suspension", "shutdown")
+    ]
+    redis.rpush("microq:inbox:bee", *commands)
+    assert worker.wait(30) == 0
 
 
 def test_unknown_commands_are_logged(redis, queue, start_worker):
