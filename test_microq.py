@@ -8148,7 +8148,7 @@ def test_worker_whose_commands_are_refused_ends_a_lease_after_sigterm(
     permit("-eval", "-evalsha")
     wait_for_refusals(redis, 3)
     worker.terminate()
-    assert "no permissions" in worker.communicate(timeout=20)[1]
+    assert "no permissions" in worker.communicate(timeout=60)[1]
     permit("+@all")
 
 
