@@ -8209,6 +8209,26 @@ def test_suspended_workers_start_no_jobs(redis, queue, start_worker, place):
     assert "trying again" not in stop_and_read_log(worker)
 
 
+@in_both_places
+def test_a_busy_worker_claims_nothing_while_work_is_suspended(
+    redis, queue, start_worker, place
+):
+    start_worker("--quiet", *place)
+    jobs = queue.enqueue_many([Queue.prepare_data(sleep, (0.01,))] * 2000)
+    wait_until(lambda: jobs[0].is_finished)
+    suspend(redis)
+
+    def is_idle():
+        before = len(queue)
+        time.sleep(0.5)
+        return len(queue) == before
+
+    wait_until(is_idle, 60)
+    assert len(queue) > 0
+    queue.empty()
+    resume(redis)
+
+
 def test_a_worker_does_not_start_while_work_is_suspended(redis, queue):
     suspend(redis)
     job = queue.enqueue(add)
