@@ -187,8 +187,8 @@ Processes and connections of a worker
     deadlines; a wake-up is set when a job has ended
 
 Map of the file.  Who has read Part I knows everything that runs a job.  Part I names of
-Part II only these hooks of Python: _relay, Group, CronScheduler, _StoredCron,
-_cron_read_command, _enqueue_ticks, _ConcurrentLoop.
+Part II only these hooks of Python: _relay, _relay_steps, _join_group_commands,
+CronScheduler, _StoredCron, _cron_read_command, _enqueue_ticks, _ConcurrentLoop.
 
 Part I, the queue
 
@@ -212,7 +212,8 @@ Part II, what else there is
     15. Embedded server
     16. Logs, metrics, health
     17. Many jobs at once
-    18. Command line
+    18. Async client
+    19. Command line
 """
 
 from __future__ import annotations
@@ -256,19 +257,32 @@ import traceback
 import weakref
 import zoneinfo
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from queue import SimpleQueue
 from types import CoroutineType
-from typing import Any, ClassVar, NamedTuple, NoReturn
+from typing import (
+    Any,
+    ClassVar,
+    Generic,
+    NamedTuple,
+    NoReturn,
+    ParamSpec,
+    TypeVar,
+    cast,
+)
 from urllib.request import Request, urlopen
 
+import hiredis
 from hiredis import pack_command
 from redis import Redis, RedisCluster, exceptions
 from redis._parsers import _HiredisParser
+from redis.asyncio import Redis as AsyncRedis
+from redis.asyncio import RedisCluster as AsyncRedisCluster
+from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
 from redis.connection import SSLConnection, UnixDomainSocketConnection
 from redis.retry import Retry as RedisRetry
@@ -295,7 +309,8 @@ if __name__ == "__main__":
 
 __version__ = VERSION = "0.1.0"
 __all__ = [
-    "VERSION", "AbandonedJobError", "BaseDeathPenalty", "Callback",
+    "VERSION", "AbandonedJobError", "AsyncGroup", "AsyncJob", "AsyncQueue",
+    "AsyncRegistry", "BaseDeathPenalty", "Callback",
     "CanceledJobRegistry", "ClusterUsageError", "CronJob", "CronScheduler",
     "DefaultSerializer", "DeferredJobRegistry", "Dependency", "DequeueStrategy",
     "DeserializationError", "DuplicateJobError", "EnqueueData", "Execution",
@@ -355,6 +370,9 @@ log = logging.getLogger("microq")
 Func = Callable[..., Any] | str  # a function, or its dotted name
 Command = tuple[Any, ...]  # a Redis command: its name and arguments
 Handlers = Iterable[Callable[..., Any]]  # called with (job, type, exception, traceback)
+P = ParamSpec("P")
+R = TypeVar("R")
+J = TypeVar("J", bound="_BaseJob")
 
 # ======== Part I: the queue ===========================================================
 
@@ -732,7 +750,8 @@ class Dependency:
     enqueue_at_front: bool = False
 
     def __post_init__(self) -> None:
-        jobs = [self.jobs] if isinstance(self.jobs, Job | str) else list(self.jobs)
+        jobs = self.jobs
+        jobs = [jobs] if isinstance(jobs, _BaseJob | str) else list(jobs)
         for job in jobs:
             _job_id(job)  # raises for anything else
         object.__setattr__(self, "jobs", jobs)
@@ -879,7 +898,7 @@ class RateLimit:
 
 def _job_id(job: Any) -> str:
     """Return the id of a job, or the id itself once it was checked."""
-    id = job.id if isinstance(job, Job) else job
+    id = job.id if isinstance(job, _BaseJob) else job
     if not isinstance(id, str):
         raise TypeError(f"a job's id is a string, not {type(id).__name__} {id!r}")
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,200}", id):
@@ -1470,10 +1489,18 @@ def _as_eval(command: Command) -> Command:
     return ("EVAL", script.lua, *command[2:]) if script else command
 
 
-def _add_to_pipeline(pipeline: Any, commands: Iterable[Command]) -> None:
-    """Add commands to a pipeline of redis-py, which its owner executes."""
+def _add_to_pipeline(pipeline: Any, commands: Iterable[Command], awaits: bool) -> None:
+    """Add commands to a pipeline of redis-py, which its owner executes.
+
+    awaits - whether it must be one of redis.asyncio; raises TypeError otherwise"""
+    if inspect.iscoroutinefunction(pipeline.execute) is not awaits:
+        kind = "redis.asyncio.Redis" if awaits else "redis.Redis"
+        raise TypeError(f"give a pipeline of a {kind}, not {pipeline!r}")
     for command in commands:
-        pipeline.execute_command(*_as_eval(command))
+        added = pipeline.execute_command(*_as_eval(command))
+        if inspect.iscoroutine(added):
+            added.close()
+            raise TypeError("this pipeline watches keys; call its multi() first")
 
 
 # Errors, and what to do about them.
@@ -1486,9 +1513,14 @@ def _is_transient(error: Exception) -> bool:
     return re.search(_TRANSIENT_REPLIES, str(error)) is not None
 
 
+def _is_cluster(client: Any) -> bool:
+    """Return whether a client of either kind is that of a Cluster."""
+    return isinstance(client, (RedisCluster, AsyncRedisCluster))
+
+
 def _address(client: Any) -> str:
     """Return where the server of a client is, for messages."""
-    if isinstance(client, RedisCluster):
+    if _is_cluster(client):
         return ", ".join(client.nodes_manager.startup_nodes)
     pool = getattr(client, "connection_pool", None)
     options = getattr(pool, "connection_kwargs", {})
@@ -1517,7 +1549,7 @@ def _cluster_advice(error: Exception, client: Any) -> str:
             "the queues of a worker are in different slots of this Redis Cluster; "
             "name a tag that they share, as in '{mail}high', '{mail}low'"
         )
-    if isinstance(error, exceptions.AskError) and not isinstance(client, RedisCluster):
+    if isinstance(error, exceptions.AskError) and not _is_cluster(client):
         return (
             f"this is a Redis Cluster: {_address(client)} holds only a part of the "
             "keys; connect by redis.RedisCluster, a URL redis+cluster://.., or "
@@ -1586,12 +1618,19 @@ def _connect(connection: Redis | None = None) -> Redis:
 
     Does not talk to the server, unless it is a Cluster."""
     if connection is None:
-        url = os.environ.get("MICROQ_URL") or os.environ.get("REDIS_URL")
-        client: Redis = _from_url(url or "redis://localhost:6379")
+        client: Redis = _from_url(_default_url())
         return client
     if not isinstance(connection, Redis | RedisCluster):
-        raise TypeError(f"connection takes a redis.Redis, not {connection!r}")
+        text = f"connection takes a redis.Redis, not {connection!r}"
+        if isinstance(connection, AsyncRedis | AsyncRedisCluster):
+            text += "; that is for AsyncQueue, AsyncJob and AsyncGroup"
+        raise TypeError(text)
     return connection
+
+
+def _default_url() -> str:
+    url = os.environ.get("MICROQ_URL") or os.environ.get("REDIS_URL")
+    return url or "redis://localhost:6379"
 
 
 # One connection.  `raw` is a connection of redis-py: a socket, and what packs commands
@@ -2033,6 +2072,165 @@ def _execute_groups(
 def _execute_one(connection: Any, *command: Any) -> Any:
     """Run one command in one round trip, and return its reply as bytes."""
     return _execute(connection, command)[0]
+
+
+# Operations.
+#
+# What Queue, Job and Group do with Redis, AsyncQueue, AsyncJob and AsyncGroup do, too.
+# So an operation is written once, as steps: a generator that yields commands, and is
+# sent their replies.  _follow() executes them, and blocks meanwhile; _follow_async(),
+# in section 18, lets the event loop go on.
+
+Steps = Generator[Any, Any, R]  # they end with a value of the type R
+
+
+class _Step:
+    """What steps may yield, beside commands: something else that takes time."""
+
+    def run(self, connection: Any) -> Any:
+        """Do it, and return what is sent to the steps."""
+        raise NotImplementedError
+
+    async def run_async(self, client: Any) -> Any:
+        """Do the same for an _AsyncClient."""
+        raise NotImplementedError
+
+
+def _follow(connection: Any, steps: Steps[R]) -> R:
+    """Execute steps over a client or a _Connection; return the value they end with.
+
+    An error is raised in the steps, which may handle it."""
+    try:
+        step = next(steps)
+        while True:
+            try:
+                if isinstance(step, _Step):
+                    reply = step.run(connection)
+                else:
+                    reply = _execute(connection, *step)
+            except BaseException as error:
+                step = steps.throw(error)
+            else:
+                step = steps.send(reply)
+    except StopIteration as end:
+        value: R = end.value
+        return value
+
+
+def _blocking(operation: Callable[P, Steps[R]]) -> Callable[P, R]:
+    """Return the method of Queue, Job and the like that executes an operation."""
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _follow(self.connection, operation(self, *args, **kwargs))
+
+    _name_after(operation, method)
+    return cast("Callable[P, R]", method)
+
+
+def _name_after(operation: Callable[..., Any], method: Any) -> None:
+    """Give a method the docstring of its operation, and the name without "_"."""
+    functools.update_wrapper(method, operation)
+    method.__name__ = operation.__name__.removeprefix("_")
+
+
+class _Sleep(_Step):
+    """Wait for some seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def run(self, connection: Any) -> None:
+        time.sleep(self.seconds)
+
+    async def run_async(self, client: Any) -> None:
+        await asyncio.sleep(self.seconds)
+
+
+class _Listen(_Step):
+    """Return what hears the messages that are published on a channel."""
+
+    def __init__(self, channel: str) -> None:
+        self.channel = channel
+
+    def run(self, connection: Any) -> _Listener:
+        return _Listener(connection, self.channel)
+
+    async def run_async(self, client: Any) -> Any:
+        return client.listener(self.channel)
+
+
+class _Hear(_Step):
+    """Wait for a message up to some seconds, and return whether one has come.
+
+    Returns False at once when the subscription has just begun, since what was
+    published before is lost."""
+
+    def __init__(self, listener: Any, seconds: float) -> None:
+        self.listener = listener
+        self.seconds = seconds
+
+    def run(self, connection: Any) -> Any:
+        return self.listener.hear(self.seconds)
+
+    async def run_async(self, client: Any) -> Any:
+        return await self.listener.hear(self.seconds)
+
+
+class _Listener:
+    """Hears the messages on one channel, over a connection of its own.
+
+    redis-py repeats the subscription when it connects again."""
+
+    def __init__(self, client: Any, channel: str) -> None:
+        self._subscription = client.pubsub()
+        try:
+            self._subscription.subscribe(channel)
+        except BaseException:
+            self.close()
+            raise
+
+    def hear(self, seconds: float) -> bool:
+        message = self._subscription.get_message(timeout=seconds)
+        return bool(message) and message["type"] == "message"
+
+    def close(self) -> None:
+        self._subscription.close()
+
+
+class _OpenAhead(_Step):
+    """Return a connection on which commands can be sent ahead."""
+
+    def run(self, connection: Any) -> _Connection:
+        return _Connection(connection, None)
+
+    async def run_async(self, client: Any) -> Any:
+        return client.open_ahead()
+
+
+class _Receive(_Step):
+    """Return the replies to the commands that were sent ahead on such a connection."""
+
+    def __init__(self, ahead: Any) -> None:
+        self.ahead = ahead
+
+    def run(self, connection: Any) -> list[Any]:
+        return _receive(self.ahead)
+
+    async def run_async(self, client: Any) -> Any:
+        return await self.ahead.receive()
+
+
+class _CanReach(_Step):
+    """Return whether the server of a key may be asked; see _Connection.answers()."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+
+    def run(self, connection: Any) -> bool:
+        return not isinstance(connection, _Connection) or connection.answers(self.key)
+
+    async def run_async(self, client: Any) -> bool:
+        return True
 
 
 def _receive(connection: _Connection) -> list[Any]:
@@ -4060,12 +4258,12 @@ def _list_command(
 # What a user holds: the id of a job, and its hash as it was last read.  Attributes read
 # that copy; what asks the server says so ("One round trip.").
 # A field is decoded when it is asked for, so that a garbled one harms nothing else.
-# What Job does with Redis is in pairs: a method returns the commands, another takes the
-# replies, so that whoever sends them may also be a pipeline or an async client.
+# What a job does with Redis is written in _BaseJob, as steps (section 4): Job has a
+# method that executes each of these operations, and AsyncJob one to be awaited.
 # Invariants: the copy stays as it was read, whatever happens on the server, until it is
 # read again; it is never written back as a whole, so that no change of somebody else is
 # lost.  Uses sections 1 to 5, of section 7 Queue, of section 8 _run_coroutine(), of
-# section 9 _Backoff, and of section 12 _relay().
+# section 9 _Backoff, and of section 12 _relay_steps().
 
 # The job that runs in this thread or coroutine, for get_current_job().
 _current_job: contextvars.ContextVar[Job | None] = contextvars.ContextVar(
@@ -4077,6 +4275,7 @@ _current_job: contextvars.ContextVar[Job | None] = contextvars.ContextVar(
 class Result:
     """How one execution of a job ended.
 
+    job     - the Job, or the AsyncJob, that has told it
     ended   - "<execution> <started_at> <seconds> [<type>]"; without a type: successful
     payload - the serialized return value, or the traceback"""
 
@@ -4210,27 +4409,16 @@ _DEFAULT_REQUEST = _EnqueueRequest()
 _NEW_ID_REQUEST = _EnqueueRequest(call_id="")
 
 
-class Job:
-    """One call of a function, and its outcome; made by a Queue, or read by fetch().
+class _BaseJob:
+    """A job as it was last read, and what can be done with it, as steps: all that Job
+    and AsyncJob have in common."""
 
-    Jobs of the same id in the same queue are equal.  A queue, a worker and fetch_many()
-    make instances of a derived class, if they are given it as job_class or are called
-    on it.
-
-    id         - up to 200 letters, digits, "_" and "-"
-    queue      - the Queue that it is in, or is to be stored in
-    origin     - the name of that queue
-    key        - the key of its hash in Redis
-    connection - the redis.Redis over which it is read
-    serializer - of its call, its meta and its results: that of the queue"""
-
-    queue: Queue
+    queue: Any
 
     def __init__(
-        self, id: str, queue: Queue | None = None,
-        fields: dict[str, bytes] | None = None,
+        self, id: str, queue: Any = None, fields: dict[str, bytes] | None = None,
         request: _EnqueueRequest = _DEFAULT_REQUEST,
-        connection: Redis | None = None, serializer: Any = None,
+        connection: Any = None, serializer: Any = None,
     ) -> None:  # fmt: skip
         self.id = id
         self._fields = {} if fields is None else fields  # its hash, as last read
@@ -4241,8 +4429,14 @@ class Job:
         self._meta: dict[str, Any] | None = None  # decoded, once it was asked for
         self._call_cache: tuple[Any, ...] | None = None  # _decoded_call, once asked for
         if queue is None:
-            queue = Queue("default", connection, serializer=serializer)
+            make_queue = self._queue_class()
+            queue = make_queue("default", connection, serializer=serializer)
         self._bind(queue)
+
+    @staticmethod
+    def _queue_class() -> Any:
+        """Return the class of the queues that such jobs are in."""
+        raise NotImplementedError
 
     def _bind(self, queue: Any) -> None:
         """Make this a job of `queue`."""
@@ -4255,13 +4449,13 @@ class Job:
 
     @classmethod
     def create(
-        cls, func: Func, args: Any = None, kwargs: Any = None,
-        connection: Redis | None = None, *,
+        cls: type[J], func: Func, args: Any = None, kwargs: Any = None,
+        connection: Any = None, *,
         id: str | None = None, origin: str = "default", serializer: Any = None,
         status: JobStatus | None = None, **options: Any,
-    ) -> Job:  # fmt: skip
+    ) -> J:  # fmt: skip
         """Return a job for Queue.enqueue_job(); options as of Queue.create_job()."""
-        queue = Queue(
+        queue: _BaseQueue[J] = cls._queue_class()(
             origin or "default", connection, job_class=cls, serializer=serializer
         )
         return queue.create_job(func, args, kwargs, job_id=id, **options)
@@ -4269,11 +4463,9 @@ class Job:
     # Reading jobs.
 
     @classmethod
-    def fetch(
-        cls, id: str, connection: Redis | None = None, serializer: Any = None
-    ) -> Job:
+    def _fetch(cls: type[J], id: str, connection: Any, serializer: Any) -> Steps[J]:
         """Return the job of this id, in any queue, or raise NoSuchJobError."""
-        job = cls.fetch_many([id], connection, serializer)[0]
+        [job] = yield from cls._fetch_many([id], connection, serializer)
         if job is None:
             raise NoSuchJobError(
                 f"no job {id!r} in any queue: never stored, deleted, or expired"
@@ -4281,38 +4473,26 @@ class Job:
         return job
 
     @classmethod
-    def fetch_many(
-        cls,
-        job_ids: Iterable[str],
-        connection: Redis | None = None,
-        serializer: Any = None,
-    ) -> list[Job | None]:
-        """Return the jobs of these ids, None for a missing one.
-
-        Two round trips: for the names of the queues, and to look for each id in each
-        queue, since an id does not say which one it is in."""
+    def _fetch_many(
+        cls: type[J], job_ids: Iterable[str], connection: Any, serializer: Any = None
+    ) -> Steps[list[J | None]]:
+        """Return the jobs of these ids, None for a missing one.  Two round trips."""
         ids = [_job_id(id) for id in job_ids]
-        queues = Queue.all(connection, cls, serializer)
-        jobs = _fetch_jobs([cls(id, queue, {}) for id in ids for queue in queues])
+        queues = yield from cls._queue_class()._all(connection, cls, serializer)
+        jobs = yield from _fetch_jobs(
+            [cls(id, queue, {}) for id in ids for queue in queues]
+        )
         by_id = {job.id: job for job in jobs}
         return [by_id.get(id) for id in ids]
 
-    @classmethod
-    def exists(cls, job_id: str, connection: Redis | None = None) -> bool:
-        """Tell whether any queue has a job of this id.  Two round trips."""
-        return cls.fetch_many([job_id], connection) != [None]
-
-    def refresh(self) -> None:
+    def _refresh(self) -> Steps[None]:
         """Read the job again.  One round trip; raises NoSuchJobError if it is gone."""
-        if not _fetch_jobs([self]):
+        jobs = yield from _fetch_jobs([self])
+        if not jobs:
             raise NoSuchJobError(f"job {self.id!r} is no longer in {self.origin!r}")
 
-    def _fetch_command(self) -> Command:
-        """Return the command that reads the job, for _load()."""
-        return _fetch_command(self.queue.prefix, self.id)
-
     def _load(self, reply: list[Any]) -> bool:
-        """Take the reply to _fetch_command(); False if there is no such job."""
+        """Take the reply of the script `fetch`; False if there is no such job."""
         status, token, heartbeat_at, pairs = reply
         if not status:
             return False
@@ -4328,17 +4508,21 @@ class Job:
             last_heartbeat = None
             if heartbeat_at:
                 last_heartbeat = _from_timestamp(float(heartbeat_at))
-            self._execution = Execution(self, token.decode(), last_heartbeat)
+            self._execution = Execution(
+                cast("Job", self), token.decode(), last_heartbeat
+            )
         return True
 
     # Being stored, by a Queue.
 
-    def _prepare_for(self, queue: Queue, at_front: bool, unique: bool) -> None:
+    def _prepare_for(self, queue: Any, at_front: bool, unique: bool) -> None:
         """Make this a job of `queue`, unless it is stored already, and add options.
 
         Raises InvalidJobOperation if it is in another queue, TypeError if that has
         another serializer."""
-        is_new = self.get_status(refresh=False) is JobStatus.CREATED
+        if self.queue.awaits is not queue.awaits:
+            raise TypeError(f"{self!r} is not of a class that {queue!r} can store")
+        is_new = self._status is JobStatus.CREATED
         if self.queue is not queue and is_new:
             if self.serializer != queue.serializer:
                 text = f"was made with another serializer than that of {queue!r}"
@@ -4712,56 +4896,62 @@ class Job:
 
     # Status and times, by the server's clock.
 
-    def get_status(self, refresh: bool = True) -> JobStatus:
+    def _get_status(self, refresh: bool = True) -> Steps[JobStatus]:
         """Return where the job stands.  One round trip, none with refresh=False."""
         if self._status is None or (refresh and self._status is not JobStatus.CREATED):
-            self.refresh()
-        return self._status  # type: ignore[return-value]  # refresh() has set it
+            yield from self._refresh()
+        return self._status  # type: ignore[return-value]  # _refresh() has set it
+
+    def _is(self, status: JobStatus) -> bool:
+        """Return whether the job has this status.
+
+        A Job asks, in one round trip; an AsyncJob says what was read last."""
+        raise NotImplementedError
 
     @property
     def is_queued(self) -> bool:
-        """Whether the job waits in its queue.  One round trip."""
-        return self.get_status() == JobStatus.QUEUED
+        """Whether the job waits in its queue."""
+        return self._is(JobStatus.QUEUED)
 
     @property
     def is_started(self) -> bool:
-        """Whether a worker has claimed the job.  One round trip."""
-        return self.get_status() == JobStatus.STARTED
+        """Whether a worker has claimed the job."""
+        return self._is(JobStatus.STARTED)
 
     @property
     def is_scheduled(self) -> bool:
-        """Whether the job is to be queued later.  One round trip."""
-        return self.get_status() == JobStatus.SCHEDULED
+        """Whether the job is to be queued later."""
+        return self._is(JobStatus.SCHEDULED)
 
     @property
     def is_deferred(self) -> bool:
-        """Whether the job waits for other jobs.  One round trip."""
-        return self.get_status() == JobStatus.DEFERRED
+        """Whether the job waits for other jobs."""
+        return self._is(JobStatus.DEFERRED)
 
     @property
     def is_rate_limited(self) -> bool:
-        """Whether the job waits for its RateLimit.  One round trip."""
-        return self.get_status() == JobStatus.RATE_LIMITED
+        """Whether the job waits for its RateLimit."""
+        return self._is(JobStatus.RATE_LIMITED)
 
     @property
     def is_finished(self) -> bool:
-        """Whether the job has succeeded.  One round trip."""
-        return self.get_status() == JobStatus.FINISHED
+        """Whether the job has succeeded."""
+        return self._is(JobStatus.FINISHED)
 
     @property
     def is_failed(self) -> bool:
-        """Whether the job has failed.  One round trip."""
-        return self.get_status() == JobStatus.FAILED
+        """Whether the job has failed."""
+        return self._is(JobStatus.FAILED)
 
     @property
     def is_stopped(self) -> bool:
-        """Whether the job was stopped by a command.  One round trip."""
-        return self.get_status() == JobStatus.STOPPED
+        """Whether the job was stopped by a command."""
+        return self._is(JobStatus.STOPPED)
 
     @property
     def is_canceled(self) -> bool:
-        """Whether the job was canceled.  One round trip."""
-        return self.get_status() == JobStatus.CANCELED
+        """Whether the job was canceled."""
+        return self._is(JobStatus.CANCELED)
 
     @property
     def created_at(self) -> datetime | None:
@@ -4804,16 +4994,16 @@ class Job:
         ended = self._text("ended")
         if not ended:
             return None
-        return Result(self, ended, self._fields.get("result", b""))
+        return Result(cast("Job", self), ended, self._fields.get("result", b""))
 
     @property
     def _latest_run(self) -> Execution | Result | None:
         """The current run, or else the last one, or None."""
         return self._execution or self._last_result
 
-    def get_executions(self) -> list[Execution]:
+    def _get_executions(self) -> Steps[list[Execution]]:
         """Return a list of the run in progress; empty if there is none."""
-        self.refresh()
+        yield from self._refresh()
         return [self._execution] if self._execution else []
 
     # Jobs that this one depends on, and that depend on it.
@@ -4833,20 +5023,20 @@ class Job:
         """Whether it runs even if a job that it depends on fails."""
         return not self._text("depends_on").endswith("none")
 
-    def fetch_dependencies(self) -> list[Job]:
+    def _fetch_dependencies(self: J) -> Steps[list[J]]:
         """Return the jobs that it depends on and that exist.  One round trip."""
         jobs = []
         for key in self._dependency_keys:
             prefix, colon, id = key.rpartition(":")
             jobs.append(self._job_in(prefix + colon, id))
-        return _fetch_jobs(jobs)
+        return (yield from _fetch_jobs(jobs))
 
-    def dependency_results(self) -> list[Any]:
+    def _dependency_results(self) -> Steps[list[Any]]:
         """Return the values of the jobs that it depends on, in their order.
 
         None for a job that failed or is gone.  One round trip."""
         results = {}
-        for job in self.fetch_dependencies():
+        for job in (yield from self._fetch_dependencies()):
             results[f"{job.queue.prefix}{job.id}"] = job._last_result
         values = []
         for key in self._dependency_keys:
@@ -4854,118 +5044,89 @@ class Job:
             values.append(None if result is None else result.return_value)
         return values
 
-    @property
-    def dependent_ids(self) -> list[str]:
-        """The ids of the jobs that depend on it.  One round trip."""
-        return [job.id for job in self._dependents()]
-
-    def _dependents(self) -> list[Job]:
+    def _read_dependents(self: J) -> Steps[list[J]]:
         """Return the jobs that depend on it, unread.  One round trip."""
-        reply = _execute_one(self.connection, *self._dependents_command())
-        return self._read_dependents(reply)
-
-    def _dependents_command(self) -> Command:
-        """Return the command that reads the dependents, for _read_dependents()."""
         base = f"{self.key}:dependents"
-        return ("SUNION", f"{base}:any", f"{base}:failed", f"{base}:none")
-
-    def _read_dependents(self, entries: list[bytes]) -> list[Job]:
-        """Take the reply to _dependents_command(): "<prefix> <id> .." of each."""
+        [entries] = yield [("SUNION", f"{base}:any", f"{base}:failed", f"{base}:none")]
         jobs = []
         for entry in entries:
             prefix, id, *_ = entry.decode().split()
             jobs.append(self._job_in(prefix, id))
         return jobs
 
-    def _job_in(self, prefix: str, id: str) -> Job:
+    def _job_in(self: J, prefix: str, id: str) -> J:
         """Return the job of this id in the queue with this prefix, unread."""
-        queue = Queue.from_queue_key(
+        queue = self._queue_class().from_queue_key(
             f"{prefix}queued", self.connection, serializer=self.serializer
         )
         return type(self)(id, queue, {})
 
     # Results.
 
-    def results(self) -> list[Result]:
+    def _results(self) -> Steps[list[Result]]:
         """Return how the last ten runs ended, latest first.  One round trip."""
-        replies = _execute(self.connection, *self._results_commands())
-        return self._read_results(replies)
-
-    def _results_commands(self) -> list[Command]:
-        """Return the commands that read the results, for _read_results()."""
-        older = ("LRANGE", f"{self.key}:results", 0, -1)
-        last = ("HMGET", self.key, "ended", "result", "callback_error")
-        return [older, last]
-
-    def _read_results(self, replies: list[Any]) -> list[Result]:
-        """Take the replies to _results_commands(); the latest result comes first."""
-        older, (ended, payload, callback_error) = replies
+        older, (ended, payload, callback_error) = yield [
+            ("LRANGE", f"{self.key}:results", 0, -1),
+            ("HMGET", self.key, "ended", "result", "callback_error"),
+        ]
         if callback_error:
             self._fields["callback_error"] = callback_error
         results = []
         if ended:
-            results.append(Result(self, ended.decode(), payload or b""))
+            results.append(Result(cast("Job", self), ended.decode(), payload or b""))
         for record in reversed(older):
             ended, _, payload = record.partition(b"\n")
-            results.append(Result(self, ended.decode(), payload))
+            results.append(Result(cast("Job", self), ended.decode(), payload))
         return results
 
-    def latest_result(self, timeout: float = 0) -> Result | None:
+    def _latest_result(self, timeout: float = 0) -> Steps[Result | None]:
         """Return how the last run ended; None if none has.
 
         With a `timeout`, wait so many seconds for the first result: without polling,
-        but over a connection of its own."""
-        results = self.results()
+        but over another connection, which the waits of an AsyncJob share."""
+        results = yield from self._results()
         if not results and timeout > 0:
-            results = self._wait_for(timeout, Job.results)
+            results = yield from self._wait_for(timeout, self._results)
         return results[0] if results else None
 
-    def return_value(self, refresh: bool = True) -> Any:
+    def _return_value(self, refresh: bool = True) -> Steps[Any]:
         """Return the value of the last run; None if it failed or none has ended."""
-        result = self.latest_result()
+        result = yield from self._latest_result()
         return None if result is None else result.return_value
 
-    @property
-    def exc_info(self) -> str | None:
-        """The traceback of the last run; None if it succeeded or none has ended."""
-        result = self.latest_result()
-        return None if result is None else result.exc_string
-
-    def _wait_for(self, timeout: float, ask: Callable[[Job], Any]) -> Any:
-        """Wait for ask(self) to be true, and return it.
+    def _wait_for(self, timeout: float, ask: Callable[[], Steps[R]]) -> Steps[R]:
+        """Wait for the answer of the steps ask() to be true, and return it.
 
         Also returns it when the job was moved or is gone, and at the timeout.  A
         message may be lost with its connection, and a record that expires publishes
         nothing.  So the job is asked again after RECHECK seconds without a message, and
-        after each subscription, which redis-py repeats when it connects again.  An
-        outage is waited out, until the timeout."""
+        after each subscription.  An outage is waited out, until the timeout."""
         deadline = time.monotonic() + timeout
         backoff = _Backoff(1.0)
-        while (left := deadline - time.monotonic()) > 0:
+        while deadline > time.monotonic():
             try:
-                with self.connection.pubsub() as channel:
-                    channel.subscribe(self.key)
+                with contextlib.closing((yield _Listen(self.key))) as listener:
                     while (left := deadline - time.monotonic()) > 0:
-                        message = channel.get_message(timeout=min(left, RECHECK))
-                        if message and message["type"] == "message":
-                            return ask(self)
-                        may_come = self._announce_waiter()
-                        answer = ask(self)
+                        if (yield _Hear(listener, min(left, RECHECK))):
+                            return (yield from ask())
+                        may_come = yield from self._announce_waiter()
+                        answer = yield from ask()
                         if answer or not may_come:
                             return answer
                         backoff = _Backoff(1.0)
             except _TRANSIENT_ERRORS as error:
                 pause = backoff.next_pause(error, f"waiting for job {self.id}")
-                time.sleep(max(0.0, min(pause, deadline - time.monotonic())))
-        return ask(self)
+                yield _Sleep(max(0.0, min(pause, deadline - time.monotonic())))
+        return (yield from ask())
 
-    def _announce_waiter(self) -> bool:
+    def _announce_waiter(self) -> Steps[bool]:
         """Have the end of the next run published, and return whether a run may come.
 
         None comes for a job that is gone or canceled.  One round trip."""
-        waiter = _set_field_command(self.queue.prefix, self.id, "has_waiter", 1)
-        canceled = ("ZSCORE", f"{self.queue.prefix}canceled", self.id)
-        exists, canceled_until = _execute(self.connection, waiter, canceled)
+        exists, canceled_until = yield [
+            _set_field_command(self.queue.prefix, self.id, "has_waiter", 1),
+            ("ZSCORE", f"{self.queue.prefix}canceled", self.id),
+        ]
         return bool(exists) and canceled_until is None
 
     # Meta.
@@ -4983,47 +5144,34 @@ class Job:
     def meta(self, value: dict[str, Any]) -> None:
         self._meta = value
 
-    def get_meta(self, refresh: bool = True) -> dict[str, Any]:
+    def _get_meta(self, refresh: bool = True) -> Steps[dict[str, Any]]:
         """Return `meta`, by default as it is stored now."""
         if refresh:
-            self.refresh()
+            yield from self._refresh()
         return self.meta
 
-    def save_meta(self) -> None:
+    def _save_meta(self) -> Steps[None]:
         """Store `meta`.  One round trip; raises NoSuchJobError if the job is gone."""
-        if not _execute_one(self.connection, *self._save_meta_command()):
-            raise NoSuchJobError(f"job {self.id!r} is gone; its meta was not saved")
-
-    def _save_meta_command(self) -> Command:
-        """Return the command that stores `meta`; it answers 0 if the job is gone."""
         context = self._signed_context("meta")
         data = _serialize(self.serializer, self.meta, "meta", *context)
-        return _set_field_command(self.queue.prefix, self.id, "meta", data)
+        [exists] = yield [_set_field_command(self.queue.prefix, self.id, "meta", data)]
+        if not exists:
+            raise NoSuchJobError(f"job {self.id!r} is gone; its meta was not saved")
 
     # Its log.
 
-    def log(self, text: str) -> None:
+    def _log(self, text: str) -> Steps[None]:
         """Add a line to the job's log, which keeps the last 100 lines.
 
         A line is cut to 4,096 characters.  One round trip; raises NoSuchJobError if the
         job is gone."""
-        if not _execute_one(self.connection, *self._log_command(text)):
+        [exists] = yield [_append_log_command(self.queue.prefix, self.id, text)]
+        if not exists:
             raise NoSuchJobError(f"job {self.id!r} is gone; nothing was logged")
 
-    def _log_command(self, text: str) -> Command:
-        """Return the command that adds a line; it answers 0 if the job is gone."""
-        return _append_log_command(self.queue.prefix, self.id, text)
-
-    def logs(self) -> list[tuple[datetime, str]]:
+    def _logs(self) -> Steps[list[tuple[datetime, str]]]:
         """Return the last 100 lines as (time, text), oldest first.  One round trip."""
-        return self._read_logs(_execute_one(self.connection, *self._logs_command()))
-
-    def _logs_command(self) -> Command:
-        """Return the command that reads the log, for _read_logs()."""
-        return ("ZRANGE", f"{self.key}:log", 0, -1, "WITHSCORES")
-
-    def _read_logs(self, reply: Any) -> list[tuple[datetime, str]]:
-        """Take the reply to _logs_command(): "<call_id> <text>" and time of each."""
+        [reply] = yield [("ZRANGE", f"{self.key}:log", 0, -1, "WITHSCORES")]
         lines = []
         for entry, at in _scored_members(reply):
             text = entry.partition(b" ")[2].decode(errors="replace")
@@ -5032,10 +5180,10 @@ class Job:
 
     # Transitions.
 
-    def cancel(
+    def _cancel(
         self, pipeline: Any = None, enqueue_dependents: bool = False,
         remove_from_dependencies: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> Steps[None]:  # fmt: skip
         """Have the job not run; the result of a run in progress is not recorded.
 
         Its dependents stay deferred, unless they are to be enqueued; it no longer
@@ -5043,55 +5191,53 @@ class Job:
         ended already, but not with a pipeline."""
         allowed = [each for each in _CONTAINERS if each not in _FINAL_CONTAINERS]
         status = "finished" if enqueue_dependents else "canceled"
-        self._transition(allowed, "canceled", tell_dependents=status, pipeline=pipeline)
+        yield from self._transition(
+            allowed, "canceled", tell_dependents=status, pipeline=pipeline
+        )
 
-    def requeue(self, at_front: bool = False) -> Job:
+    def _requeue(self: J, at_front: bool = False) -> Steps[J]:
         """Put a job that has ended into its queue again, with all its retries left.
 
         Its results are kept.  One round trip.  Raises InvalidJobOperation if it has not
         ended."""
-        self._transition(_FINAL_CONTAINERS, "queued", at_front)
+        yield from self._transition(_FINAL_CONTAINERS, "queued", at_front)
         return self
 
-    def delete(
+    def _delete(
         self,
         pipeline: Any = None,
         remove_from_queue: bool = True,
         delete_dependents: bool = False,
-    ) -> None:
+    ) -> Steps[None]:
         """Remove the job and its results, in whatever state it is.
 
         The result of a run in progress is not recorded.  Dependents that wait for
         nothing else stay deferred, or are deleted, too."""
         if delete_dependents:
-            for job in self._dependents():
-                job.delete()
+            for job in (yield from self._read_dependents()):
+                yield from job._delete()
         with contextlib.suppress(NoSuchJobError):
-            self._transition(_CONTAINERS, "gone", pipeline=pipeline)
+            yield from self._transition(_CONTAINERS, "gone", pipeline=pipeline)
 
     def _transition(
         self, allowed: Sequence[str], to: str, at_front: bool = False,
         tell_dependents: str = "gone", pipeline: Any = None,
-    ) -> None:  # fmt: skip
+    ) -> Steps[None]:  # fmt: skip
         """Move the job from one of the containers `allowed` to 'queued', 'canceled' or
-        'gone'.  One round trip, none with a pipeline."""
+        'gone'.  One round trip, none with a pipeline.
+
+        Raises NoSuchJobError, or InvalidJobOperation if the job was elsewhere, but not
+        with a pipeline."""
         command = _transition_command(
             self.queue.prefix, self.id, " ".join(allowed), to, secrets.token_hex(4),
             at_front=at_front, tell_dependents=tell_dependents,
         )  # fmt: skip
-        if pipeline is None:
-            reply = _TransitionReply.parse(_execute_one(self.connection, *command))
-            self._on_transition(reply, allowed, to)
-        else:
-            _add_to_pipeline(pipeline, [command])
-
-    def _on_transition(
-        self, reply: _TransitionReply, allowed: Sequence[str], to: str
-    ) -> None:
-        """Relay the messages of a transition, or raise if it did not happen.
-
-        Raises NoSuchJobError, or InvalidJobOperation if the job was elsewhere."""
-        _relay(self.connection, reply.messages)
+        if pipeline is not None:
+            _add_to_pipeline(pipeline, [command], self.queue.awaits)
+            return
+        replies = yield [command]
+        reply = _TransitionReply.parse(replies[0])
+        yield from _relay_steps(reply.messages)
         if not reply.was:
             text = f"there is no job {self.id!r} in queue {self.origin!r}"
             raise NoSuchJobError(text)
@@ -5100,33 +5246,21 @@ class Job:
             raise InvalidJobOperation(f"{text}: {' '.join(allowed)}")
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Job) and self.key == other.key
+        return isinstance(other, _BaseJob) and self.key == other.key
 
     def __hash__(self) -> int:
         return hash(self.key)
 
     def __repr__(self) -> str:
-        return f"<Job {self.id} {self._text('func')} in {self.origin!r}>"
+        kind = type(self).__name__
+        return f"<{kind} {self.id} {self._text('func')} in {self.origin!r}>"
 
     # RQ's other names.
-
-    save = save_meta  # all but meta stays as it was enqueued
-
-    @property
-    def result(self) -> Any:
-        """The value of the last run; None if it failed or none has ended."""
-        return self.return_value()
 
     @property
     def data(self) -> bytes:
         """The call, serialized."""
         return self._fields.get("args", b"")
-
-    @property
-    def dependency(self) -> Job | None:
-        """The first job that it depends on, if it still exists.  One round trip."""
-        jobs = self.fetch_dependencies()
-        return jobs[0] if jobs else None
 
     def get_ttl(self, default: Any = None) -> Any:
         """Return `ttl`, or a default."""
@@ -5136,9 +5270,10 @@ class Job:
         """Return `result_ttl`, or a default."""
         return default if self.result_ttl is None else self.result_ttl
 
-    def get_position(self) -> int | None:
+    def _get_position(self) -> Steps[int | None]:
         """Return Queue.get_job_position() of this job."""
-        return self.queue.get_job_position(self)
+        position: int | None = yield from self.queue._get_job_position(self)
+        return position
 
     @property
     def started_job_registry(self) -> Any:
@@ -5154,6 +5289,102 @@ class Job:
     def failed_job_registry(self) -> Any:
         """The registry of its queue's failed jobs."""
         return self.queue.failed_job_registry
+
+
+class Job(_BaseJob):
+    """One call of a function, and its outcome; made by a Queue, or read by fetch().
+
+    Jobs of the same id in the same queue are equal.  A queue, a worker and fetch_many()
+    make instances of a derived class, if they are given it as job_class or are called
+    on it.
+
+    id         - up to 200 letters, digits, "_" and "-"
+    queue      - the Queue that it is in, or is to be stored in
+    origin     - the name of that queue
+    key        - the key of its hash in Redis
+    connection - the redis.Redis over which it is read
+    serializer - of its call, its meta and its results: that of the queue"""
+
+    queue: Queue
+
+    @staticmethod
+    def _queue_class() -> type[Queue]:
+        return Queue
+
+    @classmethod
+    def fetch(
+        cls, id: str, connection: Redis | None = None, serializer: Any = None
+    ) -> Job:
+        """Return the job of this id, in any queue, or raise NoSuchJobError."""
+        client = _connect(connection)
+        return _follow(client, cls._fetch(id, client, serializer))
+
+    @classmethod
+    def fetch_many(
+        cls,
+        job_ids: Iterable[str],
+        connection: Redis | None = None,
+        serializer: Any = None,
+    ) -> list[Job | None]:
+        """Return the jobs of these ids, None for a missing one.
+
+        Two round trips: for the names of the queues, and to look for each id in each
+        queue, since an id does not say which one it is in."""
+        client = _connect(connection)
+        jobs: list[Any] = _follow(client, cls._fetch_many(job_ids, client, serializer))
+        return jobs
+
+    @classmethod
+    def exists(cls, job_id: str, connection: Redis | None = None) -> bool:
+        """Tell whether any queue has a job of this id.  Two round trips."""
+        return cls.fetch_many([job_id], connection) != [None]
+
+    refresh = _blocking(_BaseJob._refresh)
+    get_status = _blocking(_BaseJob._get_status)
+    get_executions = _blocking(_BaseJob._get_executions)
+    get_position = _blocking(_BaseJob._get_position)
+    fetch_dependencies = _blocking(_BaseJob._fetch_dependencies)
+    dependency_results = _blocking(_BaseJob._dependency_results)
+    results = _blocking(_BaseJob._results)
+    latest_result = _blocking(_BaseJob._latest_result)
+    return_value = _blocking(_BaseJob._return_value)
+    get_meta = _blocking(_BaseJob._get_meta)
+    save_meta = _blocking(_BaseJob._save_meta)
+    log = _blocking(_BaseJob._log)
+    logs = _blocking(_BaseJob._logs)
+    cancel = _blocking(_BaseJob._cancel)
+    requeue = _blocking(_BaseJob._requeue)
+    delete = _blocking(_BaseJob._delete)
+
+    def _is(self, status: JobStatus) -> bool:
+        return self.get_status() == status
+
+    @property
+    def dependent_ids(self) -> list[str]:
+        """The ids of the jobs that depend on it.  One round trip."""
+        jobs = _follow(self.connection, self._read_dependents())
+        return [job.id for job in jobs]
+
+    @property
+    def exc_info(self) -> str | None:
+        """The traceback of the last run; None if it succeeded or none has ended."""
+        result = self.latest_result()
+        return None if result is None else result.exc_string
+
+    # RQ's other names.
+
+    save = save_meta  # all but meta stays as it was enqueued
+
+    @property
+    def result(self) -> Any:
+        """The value of the last run; None if it failed or none has ended."""
+        return self.return_value()
+
+    @property
+    def dependency(self) -> Job | None:
+        """The first job that it depends on, if it still exists.  One round trip."""
+        jobs = self.fetch_dependencies()
+        return jobs[0] if jobs else None
 
 
 @dataclass(slots=True)
@@ -5238,12 +5469,11 @@ class Execution:
         return f"{self.job_id}:{self.id}"
 
 
-def _fetch_jobs(jobs: Sequence[Job]) -> list[Job]:
+def _fetch_jobs(jobs: Sequence[J]) -> Steps[list[J]]:
     """Read jobs of one connection in one round trip; return those that exist."""
     if not jobs:
         return []
-    commands = [job._fetch_command() for job in jobs]
-    replies = _execute(jobs[0].connection, *commands)
+    replies = yield [_fetch_command(job.queue.prefix, job.id) for job in jobs]
     existing = []
     for job, reply in zip(jobs, replies, strict=True):
         if job._load(reply):
@@ -5257,11 +5487,11 @@ def _chunks(items: Sequence[Any]) -> Iterator[Any]:
         yield items[start : start + MAX_JOBS_PER_CALL]
 
 
-def _where(jobs: Sequence[Job]) -> list[tuple[bytes, bytes]]:
+def _where(jobs: Sequence[_BaseJob]) -> Steps[list[tuple[bytes, bytes]]]:
     """Return the container and the group of each job of one connection, b"" for none.
 
     One round trip, in which no arguments and results travel."""
-    by_queue: dict[str, list[Job]] = {}
+    by_queue: dict[str, list[_BaseJob]] = {}
     for job in jobs:
         by_queue.setdefault(job.queue.prefix, []).append(job)
     chunks = [
@@ -5269,12 +5499,11 @@ def _where(jobs: Sequence[Job]) -> list[tuple[bytes, bytes]]:
     ]
     if not chunks:
         return []
-    commands = [
+    places = {}
+    replies = yield [
         _where_command(chunk[0].queue.prefix, [job.id for job in chunk])
         for chunk in chunks
     ]
-    places = {}
-    replies = _execute(jobs[0].connection, *commands)
     for chunk, (containers, groups) in zip(chunks, replies, strict=True):
         for job, container, group in zip(chunk, containers, groups, strict=True):
             places[job] = (container, group)
@@ -5339,7 +5568,8 @@ def requeue_job(
 # What a producer calls.  A queue and its registries are containers of jobs: each job is
 # in one of them, and they have the same parent class, which counts, reads and deletes.
 # Queue has the methods that store jobs.  All of them get the commands from
-# _prepare_call() and give the reply to _on_enqueued(); most do so by _store().
+# _prepare_call() and give the reply to _on_enqueued(); most do so by _store().  What is
+# done with Redis is written in the base classes, as steps (section 4).
 #
 # A call takes these forms on its way into Redis:
 #
@@ -5353,9 +5583,9 @@ def requeue_job(
 #
 # Invariants: all jobs of a call are checked and serialized before its first byte is
 # sent, so if one is wrong, none is stored; a queue's name travels with the first call
-# that stores in it.  Uses sections 1 to 6, of section 12 _relay(), and of section 13
-# Group; for is_async=False, of section 8 _nested_worker() and of section 10
-# SimpleWorker.
+# that stores in it.  Uses sections 1 to 6, of section 12 _relay_steps(), and of section
+# 13 _join_group_commands(); for is_async=False, of section 8 _nested_worker() and of
+# section 10 SimpleWorker.
 
 
 class EnqueueData(NamedTuple):
@@ -5371,20 +5601,21 @@ class EnqueueData(NamedTuple):
 class _EnqueueCall(NamedTuple):
     """A call of `enqueue` or `enqueue_checked`, from its making until its reply."""
 
-    jobs: Sequence[Job]
+    jobs: Sequence[Any]
     # -1: to be queued now.  Else scheduled: seconds from now, or "@" and a timestamp.
     delay: float | str
     # The script; and, unless this Queue did so before, to enter the queue's name.
     commands: tuple[Command, ...]
 
 
-class _JobContainer:
-    """The jobs in one container of a queue.  Only Queue and Registry derive from it.
+class _JobContainer(Generic[J]):
+    """The jobs in one container of a queue: what queues and registries have in common,
+    with operations as steps.
 
-    Its len() and `in` ask the server: one round trip.  It is true even if empty, so
-    that `queue or default` means what it says."""
+    It is true even if empty, so that `queue or default` means what it says."""
 
     container: str  # the last part of its key, and the status of its jobs
+    awaits: ClassVar[bool] = False  # whether its methods are to be awaited
     name: str  # of the queue
     prefix: str  # what all keys of the queue begin with
     connection: Any
@@ -5394,71 +5625,118 @@ class _JobContainer:
         """The key of the container in Redis."""
         return f"{self.prefix}{self.container}"
 
-    def _job(self, job: Job | str) -> Job:
+    def _job(self, job: _BaseJob | str) -> J:
         """Return a job of the queue by its id, not read yet."""
         raise NotImplementedError
 
     def _size_command(self) -> Command:
         """Return the command whose reply is the number of jobs."""
-        raise NotImplementedError
+        if self.container == "queued":
+            return ("LLEN", self.key)
+        if self.container == "started":
+            return ("HLEN", self.key)
+        if self.container in _FINAL_CONTAINERS:
+            return _count_command(self.prefix, self.container)
+        return ("ZCARD", self.key)
 
     def _ids_command(self, start: int, end: int, desc: bool) -> Command:
         """Return the command whose reply is the ids from `start` to `end`, both
         included; from the last id on if `desc`."""
-        raise NotImplementedError
+        if self.container == "queued":
+            return ("LRANGE", self.key, start, end)
+        if self.container == "started":
+            return ("HKEYS", self.key)  # a hash has no order, so all ids are read
+        if self.container in _FINAL_CONTAINERS:
+            count = -1 if end < 0 else end - start + 1
+            return _list_command(self.key, start, count, desc)
+        return ("ZREVRANGE" if desc else "ZRANGE", self.key, start, end)
 
-    def _read_ids(self, start: int = 0, end: int = -1, desc: bool = False) -> list[str]:
+    def _read_ids(
+        self, start: int = 0, end: int = -1, desc: bool = False
+    ) -> Steps[list[str]]:
         """Return the ids from `start` to `end`, as _ids_command().  One round trip."""
-        command = self._ids_command(start, end, desc)
-        return [id.decode() for id in _execute_one(self.connection, *command)]
+        [reply] = yield [self._ids_command(start, end, desc)]
+        ids = [id.decode() for id in reply]
+        if self.container != "started":
+            return ids
+        ids.sort(reverse=desc)
+        return _slice(ids, start, end)
 
-    def __len__(self) -> int:
-        return int(_execute_one(self.connection, *self._size_command()))
+    def _read_jobs(
+        self, start: int = 0, end: int = -1, desc: bool = False
+    ) -> Steps[list[J]]:
+        """Return the jobs of _read_ids().  Two round trips."""
+        ids = yield from self._read_ids(start, end, desc)
+        return (yield from _fetch_jobs([self._job(id) for id in ids]))
 
     def __bool__(self) -> bool:
         return True
 
-    def __contains__(self, job: Job | str) -> bool:
-        [(container, _)] = _where([self._job(job)])
-        return container.decode() == self.container
+    def _count(self) -> Steps[int]:
+        """Return how many jobs there are.  One round trip."""
+        [size] = yield [self._size_command()]
+        return int(size)
 
-    @property
-    def count(self) -> int:
-        """How many jobs there are.  One round trip."""
-        return len(self)
+    def _has(self, job: _BaseJob | str) -> Steps[bool]:
+        """Return whether a job is here.  One round trip."""
+        [(container, _)] = yield from _where([self._job(job)])
+        found: bytes = container
+        return found.decode() == self.container
 
-    def remove(
-        self, job: Job | str, pipeline: Any = None, delete_job: bool = True
-    ) -> None:
+    def _remove(
+        self, job: _BaseJob | str, pipeline: Any = None, delete_job: bool = True
+    ) -> Steps[None]:
         """Delete a job that is in this container.  One round trip, none with a
         pipeline.
 
         RQ would only take it out with delete_job=False; here it can't be in none.
         Raises InvalidJobOperation if it is elsewhere, NoSuchJobError if there is no
         such job."""
-        self._job(job)._transition([self.container], "gone", pipeline=pipeline)
+        return self._job(job)._transition([self.container], "gone", pipeline=pipeline)
 
-    def empty(self) -> int:
+    def _empty(self) -> Steps[int]:
         """Delete the jobs that are here, a thousand in a round trip, and return how
         many they were."""
-        return sum(self._delete_jobs(ids) for ids in _chunks(self._read_ids()))
+        count = 0
+        for ids in _chunks((yield from self._read_ids())):
+            count += yield from self._delete_jobs(ids)
+        return count
 
-    def _delete_jobs(self, ids: Sequence[str]) -> int:
+    def _delete_jobs(self, ids: Sequence[str]) -> Steps[int]:
         """Delete those of the jobs that are still here, and return how many they
         were."""
-        commands = [
+        count = 0
+        messages: list[Message] = []
+        replies = yield [
             _transition_command(self.prefix, id, self.container, "gone", "")
             for id in ids
         ]
-        count = 0
-        messages: list[Message] = []
-        for each in _execute(self.connection, *commands):
-            reply = _TransitionReply.parse(each)
+        for reply in map(_TransitionReply.parse, replies):
             messages += reply.messages
             if reply.was == self.container:
                 count += 1
-        _relay(self.connection, messages)
+        yield from _relay_steps(messages)
         return count
+
+
+class _BlockingContainer(_JobContainer[Job]):
+    """What Queue and Registry have in common.
+
+    Its len() and `in` ask the server: one round trip."""
+
+    def __len__(self) -> int:
+        return _follow(self.connection, self._count())
+
+    def __contains__(self, job: Job | str) -> bool:
+        return _follow(self.connection, self._has(job))
+
+    @property
+    def count(self) -> int:
+        """How many jobs there are.  One round trip."""
+        return len(self)
+
+    remove = _blocking(_JobContainer[Job]._remove)
+    empty = _blocking(_JobContainer[Job]._empty)
 
     # RQ's other names.
 
@@ -5467,7 +5745,81 @@ class _JobContainer:
         return len(self)
 
 
-class Registry(_JobContainer):
+class _BaseRegistry(_JobContainer[J]):
+    """The jobs of a queue in one container other than `queued`; to read it changes
+    nothing.  This is what Registry and AsyncRegistry have in common."""
+
+    queue: _BaseQueue[J]
+
+    def _set_queue(self, queue: _BaseQueue[J]) -> None:
+        self.queue = queue
+        self.name = queue.name
+        self.prefix = queue.prefix
+        self.connection = queue.connection
+
+    def _job(self, job: _BaseJob | str) -> J:
+        return self.queue._job(job)
+
+    def _get_job_ids(
+        self, start: int = 0, end: int = -1, desc: bool = False, cleanup: bool = True
+    ) -> Steps[list[str]]:
+        """Return ids `start` to `end`, both included and from 0; an end of -1 is the
+        last.  Scheduled jobs are in the order of their times, ended ones in that of
+        their expiry.  One round trip."""
+        return self._read_ids(start, end, desc)
+
+    def _get_jobs(
+        self, start: int = 0, end: int = -1, desc: bool = False, cleanup: bool = True
+    ) -> Steps[list[J]]:
+        """Return the jobs of get_job_ids().  Two round trips, however many they are."""
+        return self._read_jobs(start, end, desc)
+
+    def _requeue(self, job: _BaseJob | str, at_front: bool = False) -> Steps[J]:
+        """Put a job of this registry into the queue again, and return it.  Raises
+        InvalidJobOperation if it is elsewhere, NoSuchJobError if there is no such job.
+        """
+        requeued = self._job(job)
+        # Not by Job.requeue(), which takes a job that has ended in any way.
+        yield from requeued._transition([self.container], "queued", at_front)
+        yield from requeued._refresh()
+        return requeued
+
+    def _get_expiration_time(self, job: _BaseJob | str) -> Steps[datetime | None]:
+        """Return when the record of a job expires, or a scheduled job is due; None for
+        never.  Raises NoSuchJobError if the job is not here."""
+        id = _job_id(job)
+        [score] = yield [("ZSCORE", self.key, id)]
+        if score is None:
+            raise NoSuchJobError(f"job {id!r} is not {self.container}")
+        moment = float(score)
+        return _from_timestamp(moment) if math.isfinite(moment) else None
+
+    def _get_job_and_execution_ids(self) -> Steps[list[tuple[str, str]]]:
+        """Return (job id, execution id) pairs of the jobs that run.  Two round
+        trips."""
+        jobs = yield from self._read_jobs()
+        executions = [job._execution for job in jobs]
+        return [(run.job_id, run.id) for run in executions if run is not None]
+
+    def _cleanup(
+        self, timestamp: float | None = None, exception_handlers: Any = None
+    ) -> Steps[None]:
+        """Forget ended jobs whose record has expired by the server's clock, or had
+        expired at `timestamp` if that is earlier, a thousand in a round trip.  The
+        heartbeat of a worker does this, too.  Nothing is to be done in other
+        containers."""
+        if self.container not in _FINAL_CONTAINERS:
+            return
+        command = _sweep_command(self.prefix, self.container, timestamp)
+        forgotten: Any = True
+        while forgotten:
+            replies = yield [command]
+            reply = _SweepReply.parse(replies[0])
+            yield from _relay_steps(reply.messages)
+            forgotten = reply.forgotten
+
+
+class Registry(_BaseRegistry[Job], _BlockingContainer):
     """The jobs of a queue in one container other than `queued`; to read it changes
     nothing.  This is the base of the registries below.
 
@@ -5476,72 +5828,22 @@ class Registry(_JobContainer):
     The argument `cleanup` of methods is RQ's and changes nothing: ended jobs whose
     record has expired are never counted or listed."""
 
+    queue: Queue
+
     def __init__(
         self, name: str = "default", connection: Redis | None = None,
         job_class: Any = None, queue: Queue | None = None, serializer: Any = None,
     ) -> None:  # fmt: skip
         if queue is None:
             queue = Queue(name, connection, job_class=job_class, serializer=serializer)
-        self.queue = queue
-        self.name = queue.name
-        self.prefix = queue.prefix
-        self.connection = queue.connection
+        self._set_queue(queue)
 
-    def _job(self, job: Job | str) -> Job:
-        return self.queue._job(job)
-
-    def _size_command(self) -> Command:
-        return ("ZCARD", self.key)
-
-    def _ids_command(self, start: int, end: int, desc: bool) -> Command:
-        return ("ZREVRANGE" if desc else "ZRANGE", self.key, start, end)
-
-    def get_job_ids(
-        self, start: int = 0, end: int = -1, desc: bool = False, cleanup: bool = True
-    ) -> list[str]:
-        """Return ids `start` to `end`, both included and from 0; an end of -1 is the
-        last.  Scheduled jobs are in the order of their times, ended ones in that of
-        their expiry.  One round trip."""
-        return self._read_ids(start, end, desc)
-
-    def get_jobs(
-        self, start: int = 0, end: int = -1, desc: bool = False, cleanup: bool = True
-    ) -> list[Job]:
-        """Return the jobs of get_job_ids().  Two round trips, however many they are."""
-        return _fetch_jobs([self._job(id) for id in self._read_ids(start, end, desc)])
-
-    def requeue(self, job: Job | str, at_front: bool = False) -> Job:
-        """Put a job of this registry into the queue again, and return it.  Raises
-        InvalidJobOperation if it is elsewhere, NoSuchJobError if there is no such job.
-        """
-        requeued = self._job(job)
-        # Not by Job.requeue(), which takes a job that has ended in any way.
-        requeued._transition([self.container], "queued", at_front)
-        requeued.refresh()
-        return requeued
-
-    def get_expiration_time(self, job: Job | str) -> datetime | None:
-        """Return when the record of a job expires, or a scheduled job is due; None for
-        never.  Raises NoSuchJobError if the job is not here."""
-        id = _job_id(job)
-        score = _execute_one(self.connection, "ZSCORE", self.key, id)
-        if score is None:
-            raise NoSuchJobError(f"job {id!r} is not {self.container}")
-        moment = float(score)
-        return _from_timestamp(moment) if math.isfinite(moment) else None
-
-    def get_job_and_execution_ids(self) -> list[tuple[str, str]]:
-        """Return (job id, execution id) pairs of the jobs that run.  Two round
-        trips."""
-        executions = [job._execution for job in self.get_jobs()]
-        return [(run.job_id, run.id) for run in executions if run is not None]
-
-    def cleanup(
-        self, timestamp: float | None = None, exception_handlers: Any = None
-    ) -> None:
-        """Forget ended jobs whose record has expired by the server's clock, or had
-        expired at `timestamp` if that is earlier.  The heartbeat of a worker does this,
-        too.  Nothing is to be done in other containers."""
+    get_job_ids = _blocking(_BaseRegistry[Job]._get_job_ids)
+    get_jobs = _blocking(_BaseRegistry[Job]._get_jobs)
+    requeue = _blocking(_BaseRegistry[Job]._requeue)
+    get_expiration_time = _blocking(_BaseRegistry[Job]._get_expiration_time)
+    get_job_and_execution_ids = _blocking(_BaseRegistry[Job]._get_job_and_execution_ids)
+    cleanup = _blocking(_BaseRegistry[Job]._cleanup)
 
     # RQ's other names.
 
@@ -5565,16 +5867,6 @@ class StartedJobRegistry(Registry):
 
     container = "started"
 
-    def _size_command(self) -> Command:
-        return ("HLEN", self.key)
-
-    def _ids_command(self, start: int, end: int, desc: bool) -> Command:
-        return ("HKEYS", self.key)  # a hash has no order, so all ids are read
-
-    def _read_ids(self, start: int = 0, end: int = -1, desc: bool = False) -> list[str]:
-        """Return the ids from `start` to `end` of all, sorted."""
-        return _slice(sorted(super()._read_ids(), reverse=desc), start, end)
-
 
 class ScheduledJobRegistry(Registry):
     """The jobs that wait for their time, the next one first."""
@@ -5595,45 +5887,24 @@ class RateLimitedJobRegistry(Registry):
     container = "rate_limited"
 
 
-class _EndedJobRegistry(Registry):
-    """Jobs that have ended, by the time at which their record expires.
-
-    A record that has expired may still be in the container, until the next heartbeat or
-    cleanup(); it counts as gone.  So a script reads the container, by the server's
-    clock."""
-
-    def _size_command(self) -> Command:
-        return _count_command(self.prefix, self.container)
-
-    def _ids_command(self, start: int, end: int, desc: bool) -> Command:
-        count = -1 if end < 0 else end - start + 1
-        return _list_command(self.key, start, count, desc)
-
-    def cleanup(
-        self, timestamp: float | None = None, exception_handlers: Any = None
-    ) -> None:
-        """Forget the jobs whose record has expired, a thousand in a round trip."""
-        command = _sweep_command(self.prefix, self.container, timestamp)
-        while True:
-            reply = _SweepReply.parse(_execute_one(self.connection, *command))
-            _relay(self.connection, reply.messages)
-            if not reply.forgotten:
-                return
+# Jobs that have ended, by the time at which their record expires.  A record that has
+# expired may still be in the container, until the next heartbeat or cleanup(); it
+# counts as gone.  So a script reads the container, by the server's clock.
 
 
-class FinishedJobRegistry(_EndedJobRegistry):
+class FinishedJobRegistry(Registry):
     """The jobs that returned."""
 
     container = "finished"
 
 
-class FailedJobRegistry(_EndedJobRegistry):
+class FailedJobRegistry(Registry):
     """The jobs that failed, or were stopped."""
 
     container = "failed"
 
 
-class CanceledJobRegistry(_EndedJobRegistry):
+class CanceledJobRegistry(Registry):
     """The jobs that were canceled."""
 
     container = "canceled"
@@ -5646,37 +5917,22 @@ def clean_registries(queue: Queue, exception_handlers: Any = None) -> None:
     queue.canceled_job_registry.cleanup()
 
 
-class Queue(_JobContainer):
-    """A named queue of jobs: those that wait in it, and by its registries all others.
-
-    connection      - a redis.Redis; $MICROQ_URL, else $REDIS_URL, else localhost:6379
-    default_timeout - seconds a job may run, 180; -1 for no limit
-    is_async        - False: enqueue() works the queue off, instead of a worker; True
-    job_class       - Job, or a class derived from it, or its dotted name
-    serializer      - 'pickle', 'json', 'signed', or an object with dumps and loads,
-                      'pickle'
-    before_enqueue  - functions (job), called with each job before it is stored, in the
-                      caller's thread; they may change job.meta.  Added to those in
-                      Queue.before_enqueue.  What one raises, enqueue() raises, and
-                      nothing is stored.  Ticks of cron are not enqueued by a caller, so
-                      none is called for them
-
-    Making one sends nothing.  It may be used by several threads at once.  Queues of the
-    same name are equal, and sorted by their names."""
+class _BaseQueue(_JobContainer[J]):
+    """What Queue and AsyncQueue have in common."""
 
     container = "queued"
-    job_class: type[Job] = Job
-    before_enqueue: ClassVar[list[Callable[[Job], Any]]] = []
+    job_class: type[J]
+    before_enqueue: ClassVar[list[Callable[[Any], Any]]] = []
 
     def __init__(
-        self, name: str = "default", connection: Redis | None = None,
+        self, name: str = "default", connection: Any = None,
         default_timeout: Any = None, is_async: bool = True, job_class: Any = None,
         serializer: Any = None, death_penalty_class: Any = None,
         before_enqueue: Any = (),
     ) -> None:  # fmt: skip
         self.name = name
         self.prefix = _queue_prefix(name)
-        self.connection = _connect(connection)
+        self.connection = self._connect(connection)
         self.serializer = resolve_serializer(serializer)
         self.job_class = _resolve_class(job_class, self.job_class)
         timeout = DEFAULT_TIMEOUT if default_timeout is None else default_timeout
@@ -5687,24 +5943,24 @@ class Queue(_JobContainer):
         # a command of its own, as the set is in another slot of a Cluster.
         self._registered = False
 
+    @staticmethod
+    def _connect(connection: Any) -> Any:
+        """Return a client of the right class: this one, or that of the default URL."""
+        raise NotImplementedError
+
     @classmethod
-    def all(
-        cls,
-        connection: Redis | None = None,
-        job_class: Any = None,
-        serializer: Any = None,
-    ) -> list[Queue]:
-        """Return every queue that was used and not deleted, by name.  One round
-        trip."""
-        connection = _connect(connection)
-        members = _execute_one(connection, "SMEMBERS", _QUEUES_KEY)
+    def _all(
+        cls: type[Q], connection: Any, job_class: Any = None, serializer: Any = None
+    ) -> Steps[list[Q]]:
+        """Return every queue that was used and not deleted, by name."""
+        [members] = yield [("SMEMBERS", _QUEUES_KEY)]
         return [
             cls(name, connection, job_class=job_class, serializer=serializer)
             for name in sorted(member.decode() for member in members)
         ]
 
     @classmethod
-    def from_queue_key(cls, queue_key: str, *args: Any, **kwargs: Any) -> Queue:
+    def from_queue_key(cls: type[Q], queue_key: str, *args: Any, **kwargs: Any) -> Q:
         """Return the queue whose `key` this is, as in "microq:{mail}:queued".
 
         More arguments are for its constructor.  Raises ValueError for another key."""
@@ -5715,37 +5971,18 @@ class Queue(_JobContainer):
         tag_with_name, name = match.groups()
         return cls(name or tag_with_name, *args, **kwargs)
 
-    def _job(self, job: Job | str) -> Job:
+    def _job(self, job: _BaseJob | str) -> J:
         return self.job_class(_job_id(job), self, {})
 
-    def _size_command(self) -> Command:
-        return ("LLEN", self.key)
+    def _registries(self) -> list[_BaseRegistry[J]]:
+        """Return the registries of the queue, in the order of _CONTAINERS."""
+        raise NotImplementedError
 
-    def _ids_command(self, start: int, end: int, desc: bool) -> Command:
-        return ("LRANGE", self.key, start, end)
-
-    def _containers(self) -> list[_JobContainer]:
+    def _containers(self) -> list[_JobContainer[J]]:
         """Return all containers of the queue, in the order of _CONTAINERS."""
-        return [
-            self,
-            self.started_job_registry,
-            self.scheduled_job_registry,
-            self.deferred_job_registry,
-            self.rate_limited_job_registry,
-            self.finished_job_registry,
-            self.failed_job_registry,
-            self.canceled_job_registry,
-        ]
+        return [self, *self._registries()]
 
-    def _size_commands(self) -> list[Command]:
-        """Return the commands whose replies are the sizes of _containers()."""
-        return [container._size_command() for container in self._containers()]
-
-    def _read_all_ids(self) -> list[str]:
-        """Return the ids of the jobs in all containers.  One round trip for each."""
-        return [id for container in self._containers() for id in container._read_ids()]
-
-    def enqueue(self, f: Func, *args: Any, **kwargs: Any) -> Job:
+    def _enqueue(self, f: Func, *args: Any, **kwargs: Any) -> Steps[J]:
         """Store a call of `f` for a worker to run, and return the job.
 
         `f` is a function, a method, a callable object or a dotted name.  What is no
@@ -5778,21 +6015,25 @@ class Queue(_JobContainer):
         One round trip.  Raises ValueError or TypeError for a bad option or an argument
         that can't be serialized, DuplicateJobError if `job_id` is that of a job that
         has not ended; then nothing was stored."""
-        return self._enqueue(-1, f, args, kwargs)
+        return self._store_call(-1, f, args, kwargs)
 
-    def enqueue_at(self, datetime: datetime, f: Func, *args: Any, **kwargs: Any) -> Job:
+    def _enqueue_at(
+        self, datetime: datetime, f: Func, *args: Any, **kwargs: Any
+    ) -> Steps[J]:
         """Store a call to be run at `datetime`, which is local if naive; see
         enqueue()."""
-        return self._enqueue(_delay_until(datetime), f, args, kwargs)
+        return self._store_call(_delay_until(datetime), f, args, kwargs)
 
-    def enqueue_in(self, time_delta: Any, f: Func, *args: Any, **kwargs: Any) -> Job:
+    def _enqueue_in(
+        self, time_delta: Any, f: Func, *args: Any, **kwargs: Any
+    ) -> Steps[J]:
         """Store a call to be run after a timedelta, or seconds; see enqueue()."""
         delay = _parse_seconds(time_delta, "time_delta", (0,))
-        return self._enqueue(delay, f, args, kwargs)
+        return self._store_call(delay, f, args, kwargs)
 
-    def _enqueue(
+    def _store_call(
         self, delay: float | str, f: Func, args: Any, kwargs: dict[str, Any]
-    ) -> Job:
+    ) -> Steps[J]:
         """Take the options out of the keywords, and enqueue with what is left.
 
         For the delay see _EnqueueCall."""
@@ -5810,16 +6051,16 @@ class Queue(_JobContainer):
             call_args = args
             call_kwargs = kwargs
         job = self.create_job(f, call_args, call_kwargs, **options)
-        self._store([job], pipeline, delay)
+        yield from self._store([job], pipeline, delay)
         return job
 
-    def enqueue_call(
+    def _enqueue_call(
         self, func: Func, args: Any = None, kwargs: Any = None, **options: Any
-    ) -> Job:
+    ) -> Steps[J]:
         """Store a call; the options are `pipeline` and those of create_job()."""
         pipeline = options.pop("pipeline", None)
         job = self.create_job(func, args, kwargs, **options)
-        return self.enqueue_job(job, pipeline)
+        return self._enqueue_job(job, pipeline)
 
     @staticmethod
     def prepare_data(
@@ -5829,12 +6070,12 @@ class Queue(_JobContainer):
         checks them."""
         return EnqueueData((func, args, kwargs), options)
 
-    def enqueue_many(
+    def _enqueue_many(
         self,
         job_datas: Iterable[EnqueueData],
         pipeline: Any = None,
         group_id: str | None = None,
-    ) -> list[Job]:
+    ) -> Steps[list[J]]:
         """Store many calls, and return their jobs in the same order.
 
         job_datas - EnqueueData, made by prepare_data(); read a thousand at a time
@@ -5845,42 +6086,53 @@ class Queue(_JobContainer):
         a group, which is told first: a member that was not stored does no harm, a job
         that its group does not know would be missed.  A call that raises may have
         stored earlier thousands."""
-        group = Group(self.connection, group_id) if group_id else None
         remaining = iter(job_datas)
-        all_jobs: list[Job] = []
+        all_jobs: list[J] = []
         in_flight: _EnqueueCall | None = None  # sent, but the reply is still to be read
-        with contextlib.closing(_Connection(self.connection, None)) as connection:
+        with contextlib.closing((yield _OpenAhead())) as ahead:
             while data := list(itertools.islice(remaining, MAX_JOBS_PER_CALL)):
-                jobs = self._create_jobs(data, group)
-                if group is not None:
-                    group._add_jobs(jobs, pipeline)
+                jobs = self._create_jobs(data, group_id)
+                if group_id:
+                    yield from self._join_group(group_id, jobs, pipeline)
                 if in_flight is not None:
-                    self._receive_enqueued(connection, in_flight)
+                    yield from self._receive_enqueued(ahead, in_flight)
                     in_flight = None
                 if len(jobs) < MAX_JOBS_PER_CALL or pipeline is not None:
-                    self._store(jobs, pipeline)  # there is nothing to prepare meanwhile
+                    # There is nothing to prepare meanwhile.
+                    yield from self._store(jobs, pipeline)
                 else:
+                    yield from self._resolve_dependencies(jobs)
                     in_flight = self._prepare_call(jobs)
-                    connection.send_ahead(in_flight.commands)
+                    ahead.send_ahead(in_flight.commands)
                 all_jobs += jobs
             if in_flight is not None:
-                self._receive_enqueued(connection, in_flight)
+                yield from self._receive_enqueued(ahead, in_flight)
         return all_jobs
 
+    def _join_group(
+        self, group_id: str, jobs: Sequence[J], pipeline: Any
+    ) -> Steps[None]:
+        """Enter jobs into a group; with a pipeline, when its owner executes it."""
+        commands = _join_group_commands(group_id, jobs)
+        if pipeline is None:
+            yield commands
+        else:
+            _add_to_pipeline(pipeline, commands, self.awaits)
+
     def _create_jobs(
-        self, data: Iterable[EnqueueData], group: Group | None
-    ) -> list[Job]:
+        self, data: Iterable[EnqueueData], group_id: str | None
+    ) -> list[J]:
         """Return the jobs of these calls, as jobs of the group; nothing is sent."""
         jobs = []
         for (func, args, kwargs), options in data:
-            if group is not None:
-                options = options | {"group_id": group.name}
+            if group_id:
+                options = options | {"group_id": group_id}
             jobs.append(self.create_job(func, args, kwargs, **options))
         return jobs
 
     def create_job(
         self, func: Func, args: Any = None, kwargs: Any = None, **options: Any
-    ) -> Job:
+    ) -> J:
         """Return a job for enqueue_job(), which is not stored yet.
 
         func    - a function, a method, a callable object or a dotted name
@@ -5937,61 +6189,62 @@ class Queue(_JobContainer):
         data = _serialize(self.serializer, call, f"the arguments of {name}")
         return {"func": name.encode(), "args": data}
 
-    def enqueue_job(
+    def _enqueue_job(
         self,
-        job: Job,
+        job: J,
         pipeline: Any = None,
         at_front: bool = False,
         unique: bool = False,
-    ) -> Job:
+    ) -> Steps[J]:
         """Store a job made by create_job() or Job.create(), and return it.
 
         One that has ended begins a new life.  The options are those of enqueue().
         Raises InvalidJobOperation for a job that is in another queue, and as
         enqueue()."""
         job._prepare_for(self, at_front, unique)
-        self._store([job], pipeline)
+        yield from self._store([job], pipeline)
         return job
 
-    def schedule_job(
-        self, job: Job, datetime: datetime, pipeline: Any = None, unique: bool = False
-    ) -> Job:
+    def _schedule_job(
+        self, job: J, datetime: datetime, pipeline: Any = None, unique: bool = False
+    ) -> Steps[J]:
         """Store a job made by create_job(), to be run at `datetime`; see
         enqueue_job()."""
         job._prepare_for(self, False, unique)
-        self._store([job], pipeline, _delay_until(datetime))
+        yield from self._store([job], pipeline, _delay_until(datetime))
         return job
 
     def _store(
-        self, jobs: Sequence[Job], pipeline: Any, delay: float | str = -1
-    ) -> None:
+        self, jobs: Sequence[J], pipeline: Any, delay: float | str = -1
+    ) -> Steps[None]:
         """Store jobs; with a pipeline, they are stored when its owner executes it.
 
-        For the delay see _EnqueueCall."""
+        For the delay see _EnqueueCall.  One round trip, and two before it for
+        dependencies that are given by ids."""
         if pipeline is not None and not self.is_async:
             raise TypeError("is_async=False runs jobs at once; it can't use a pipeline")
+        if any([job._request.dependency for job in jobs]):
+            yield from self._resolve_dependencies(jobs)
         call = self._prepare_call(jobs, delay)
-        if pipeline is None:
-            [reply, *_] = _execute(self.connection, *call.commands)
-            self._on_enqueued(call, reply)
+        if pipeline is not None:
+            _add_to_pipeline(pipeline, call.commands, self.awaits)
+            self._note_stored(call, None)
             return
-        _add_to_pipeline(pipeline, call.commands)
-        self._note_stored(call, None)
+        replies = yield call.commands
+        messages = self._on_enqueued(call, replies[0])
+        if messages or not self.is_async:
+            yield from self._after_enqueued(call, messages)
 
-    def _prepare_call(
-        self, jobs: Sequence[Job], delay: float | str = -1
-    ) -> _EnqueueCall:
+    def _prepare_call(self, jobs: Sequence[J], delay: float | str = -1) -> _EnqueueCall:
         """Return the call that stores the jobs, to be sent by the caller.
 
-        It is complete, and may be sent any number of times: it stores the jobs once.
-        Two round trips for dependencies that are given by ids, else none."""
+        It is complete, and may be sent any number of times: it stores the jobs once."""
         if len({job.id for job in jobs}) < len(jobs):
             text = "the same job_id stands twice in one enqueue_many()"
             raise DuplicateJobError(text)
         for call_hook in (*self.before_enqueue, *self._before_enqueue):
             for job in jobs:
                 call_hook(job)
-        self._resolve_dependencies(jobs)
         new_jobs = [job._new_job(delay) for job in jobs]
         command = _enqueue_command(self.prefix, new_jobs, delay)
         commands: tuple[Command, ...] = (command,)
@@ -5999,33 +6252,43 @@ class Queue(_JobContainer):
             commands += (("SADD", _QUEUES_KEY, self.name),)
         return _EnqueueCall(jobs, delay, commands)
 
-    def _receive_enqueued(self, connection: _Connection, call: _EnqueueCall) -> None:
-        """Read the reply to a call that was sent ahead.
-
-        If there is none, the call is sent again over the client's own connection, which
-        tries as often as the client does."""
-        replies: list[Any] = []
-        if connection.sent:
-            with contextlib.suppress(ServerUnavailable):
-                replies = _receive(connection)
-        if not replies:
-            replies = _execute(self.connection, *call.commands)
-        self._on_enqueued(call, replies[0])
-
-    def _on_enqueued(self, call: _EnqueueCall, reply: Any) -> None:
-        """Take the reply of the script, or raise DuplicateJobError.
-
-        With is_async=False, jobs that are to run now are run."""
+    def _on_enqueued(self, call: _EnqueueCall, reply: Any) -> list[Message]:
+        """Take the reply of the script, or raise DuplicateJobError; return the messages
+        to be relayed."""
         self._registered = True
         enqueued = _EnqueueReply.parse(reply)
         if enqueued.taken_id:
             text = f"job {enqueued.taken_id!r} is {enqueued.taken_status}; "
             raise DuplicateJobError(text + "choose another id, or delete it")
-        if enqueued.messages:
-            _relay(self.connection, enqueued.messages)
         self._note_stored(call, enqueued.created_at)
+        return enqueued.messages
+
+    def _after_enqueued(
+        self, call: _EnqueueCall, messages: Iterable[Message]
+    ) -> Steps[None]:
+        """Relay the messages of a call, and work the queue off for is_async=False."""
+        yield from _relay_steps(messages)
         if not self.is_async and call.delay == -1:
-            self._run_here(call.jobs)
+            self._work_off()
+            yield from _fetch_jobs(call.jobs)
+
+    def _receive_enqueued(self, ahead: Any, call: _EnqueueCall) -> Steps[None]:
+        """Read the reply to a call that was sent ahead.
+
+        If there is none, the call is sent again over the client's own connection, which
+        tries as often as the client does."""
+        replies: Any = []
+        if ahead.sent:
+            with contextlib.suppress(ServerUnavailable):
+                replies = yield _Receive(ahead)
+        if not replies:
+            replies = yield call.commands
+        messages = self._on_enqueued(call, replies[0])
+        yield from self._after_enqueued(call, messages)
+
+    def _work_off(self) -> None:
+        """Run the jobs of the queue here, which is_async=False asks for."""
+        raise NotImplementedError
 
     @staticmethod
     def _note_stored(call: _EnqueueCall, created_at: bytes | None) -> None:
@@ -6036,44 +6299,24 @@ class Queue(_JobContainer):
         for job in call.jobs:
             job._on_stored(status, created_at)
 
-    def _run_here(self, jobs: Sequence[Job]) -> None:
-        """Work the queue off in this thread, for is_async=False, and read the jobs
-        again.
-
-        In a coroutine another thread does it, since no second event loop can run in
-        this one.
-
-        If a job does this, its own timeout counts on meanwhile, but is raised only
-        afterwards."""
-        worker = SimpleWorker(self)
-        work = functools.partial(worker.work, burst=True, logging_level=None)
-        if _event_loop_runs():
-            with ThreadPoolExecutor(max_workers=1) as executor:
-                executor.submit(work).result()
-        else:
-            with _nested_worker():
-                work()
-        _fetch_jobs(jobs)
-
-    def _resolve_dependencies(self, jobs: Sequence[Job]) -> None:
+    def _resolve_dependencies(self, jobs: Sequence[J]) -> Steps[None]:
         """Write the keys of the jobs on which these jobs depend into their fields.
 
         A job that is given by its id is looked for in all queues, two round trips for
         all; one that is not found may be stored by this very call."""
-        dependencies: dict[Job, Dependency] = {}
+        dependencies: dict[J, Dependency] = {}
         for job in jobs:
             dependency = job._request.dependency
             if dependency is not None:
                 dependencies[job] = dependency
-        if not dependencies:
-            return
         parent_ids: set[str] = set()
         for dependency in dependencies.values():
             parent_ids.update(id for id in dependency.jobs if isinstance(id, str))
         parent_ids -= {job.id for job in jobs}  # these are not stored yet
-        parents: dict[str, Job] = {}
+        parents: dict[str, _BaseJob] = {}
         if parent_ids:
-            for parent in Job.fetch_many(parent_ids, self.connection):
+            found = self.job_class._fetch_many(parent_ids, self.connection)
+            for parent in (yield from found):
                 if parent is not None:
                     parents[parent.id] = parent
         for job, dependency in dependencies.items():
@@ -6081,7 +6324,7 @@ class Queue(_JobContainer):
             job._set_dependency_keys(keys, dependency.allowed_status)
 
     def _dependency_keys(
-        self, dependent_id: str, dependency: Dependency, parents: dict[str, Job]
+        self, dependent_id: str, dependency: Dependency, parents: dict[str, _BaseJob]
     ) -> list[str]:
         """Return the jobs of a dependency, each once, as "<prefix of the queue><id>".
 
@@ -6097,35 +6340,160 @@ class Queue(_JobContainer):
             keys.append(f"{parent.queue.prefix}{parent.id}")
         return list(dict.fromkeys(keys))
 
-    def get_job_ids(self, offset: int = 0, length: int = -1) -> list[str]:
+    def _get_job_ids(self, offset: int = 0, length: int = -1) -> Steps[list[str]]:
         """Return the ids of `length` jobs that wait, from `offset` on, the next one
         first; -1 for all.  One round trip."""
         if length == 0:
             return []
         last = offset + length - 1 if length > 0 else -1
-        return self._read_ids(offset, last)
+        return (yield from self._read_ids(offset, last))
 
-    def get_jobs(self, offset: int = 0, length: int = -1) -> list[Job]:
+    def _get_jobs(self, offset: int = 0, length: int = -1) -> Steps[list[J]]:
         """Return the jobs of get_job_ids().  Two round trips, however many they are."""
-        return _fetch_jobs([self._job(id) for id in self.get_job_ids(offset, length)])
+        ids = yield from self._get_job_ids(offset, length)
+        return (yield from _fetch_jobs([self._job(id) for id in ids]))
 
-    def is_empty(self) -> bool:
+    def _is_empty(self) -> Steps[bool]:
         """Tell whether no job waits.  One round trip."""
-        return len(self) == 0
+        return (yield from self._count()) == 0
 
-    def fetch_job(self, job_id: str) -> Job | None:
+    def _fetch_job(self, job_id: str) -> Steps[J | None]:
         """Return the job of this id if it is of this queue, else None.  One round
         trip."""
-        jobs = _fetch_jobs([self._job(job_id)])
+        jobs = yield from _fetch_jobs([self._job(job_id)])
         return jobs[0] if jobs else None
 
-    def get_job_position(self, job: Job | str) -> int | None:
+    def _get_job_position(self, job: _BaseJob | str) -> Steps[int | None]:
         """Return how many jobs are before this one; None if it does not wait here.
 
         One round trip, in which the server looks at all that are before it."""
-        command = ("LPOS", self.key, _job_id(job))
-        position: int | None = _execute_one(self.connection, *command)
-        return position
+        [position] = yield [("LPOS", self.key, _job_id(job))]
+        return cast("int | None", position)
+
+    def _delete(self, delete_jobs: bool = True) -> Steps[None]:
+        """Delete the queue with its jobs in all states, and its cron entries.
+
+        With delete_jobs=False it must be empty: raises InvalidJobOperation if not."""
+        # A job that is deleted frees its dependents, and the slot of its limit.  Jobs
+        # that would move on then are deleted first; so hardly any of them comes to run.
+        by_name = {each.container: each for each in self._containers()}
+        waiting = [by_name[name] for name in ("deferred", "rate_limited", "scheduled")]
+        containers = [*waiting, *by_name.values()]
+        if not delete_jobs:
+            sizes = yield self._size_commands()
+            if any(sizes):
+                text = f"queue {self.name!r} still has jobs; empty it first"
+                raise InvalidJobOperation(text)
+        deleted = 1
+        while deleted:  # once more, since a worker may have given a job back meanwhile
+            deleted = 0
+            for container in containers:
+                deleted += yield from container._empty()
+        for registry in self._registries():
+            yield from registry._cleanup()
+        names = ("wake", "cron", "ticks", "schedulers")
+        keys = [f"{self.prefix}{name}" for name in names]
+        yield [("SREM", _QUEUES_KEY, self.name), ("DEL", *keys)]
+        self._registered = False
+
+    def _size_commands(self) -> list[Command]:
+        """Return the commands whose replies are the sizes of _containers()."""
+        return [container._size_command() for container in self._containers()]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BaseQueue) and self.name == other.name
+
+    def __lt__(self, other: _BaseQueue[Any]) -> bool:
+        return self.name < other.name
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r})"
+
+
+Q = TypeVar("Q", bound=_BaseQueue[Any])
+
+
+class Queue(_BaseQueue[Job], _BlockingContainer):
+    """A named queue of jobs: those that wait in it, and by its registries all others.
+
+    connection      - a redis.Redis; $MICROQ_URL, else $REDIS_URL, else localhost:6379
+    default_timeout - seconds a job may run, 180; -1 for no limit
+    is_async        - False: enqueue() works the queue off, instead of a worker; True
+    job_class       - Job, or a class derived from it, or its dotted name
+    serializer      - 'pickle', 'json', 'signed', or an object with dumps and loads,
+                      'pickle'
+    before_enqueue  - functions (job), called with each job before it is stored, in the
+                      caller's thread; they may change job.meta.  Added to those in
+                      Queue.before_enqueue.  What one raises, enqueue() raises, and
+                      nothing is stored.  Ticks of cron are not enqueued by a caller, so
+                      none is called for them
+
+    Making one sends nothing.  It may be used by several threads at once.  Queues of the
+    same name are equal, and sorted by their names."""
+
+    job_class = Job
+
+    @staticmethod
+    def _connect(connection: Redis | None) -> Redis:
+        return _connect(connection)
+
+    @classmethod
+    def all(
+        cls,
+        connection: Redis | None = None,
+        job_class: Any = None,
+        serializer: Any = None,
+    ) -> list[Queue]:
+        """Return every queue that was used and not deleted, by name.  One round
+        trip."""
+        client = _connect(connection)
+        queues: list[Any] = _follow(client, cls._all(client, job_class, serializer))
+        return queues
+
+    enqueue = _blocking(_BaseQueue[Job]._enqueue)
+    enqueue_at = _blocking(_BaseQueue[Job]._enqueue_at)
+    enqueue_in = _blocking(_BaseQueue[Job]._enqueue_in)
+    enqueue_call = _blocking(_BaseQueue[Job]._enqueue_call)
+    enqueue_many = _blocking(_BaseQueue[Job]._enqueue_many)
+    enqueue_job = _blocking(_BaseQueue[Job]._enqueue_job)
+    schedule_job = _blocking(_BaseQueue[Job]._schedule_job)
+    fetch_job = _blocking(_BaseQueue[Job]._fetch_job)
+    get_job_ids = _blocking(_BaseQueue[Job]._get_job_ids)
+    get_jobs = _blocking(_BaseQueue[Job]._get_jobs)
+    get_job_position = _blocking(_BaseQueue[Job]._get_job_position)
+    is_empty = _blocking(_BaseQueue[Job]._is_empty)
+    delete = _blocking(_BaseQueue[Job]._delete)
+
+    def _work_off(self) -> None:
+        """Run the jobs of the queue in this thread.
+
+        In a coroutine another thread does it, since no second event loop can run in
+        this one.
+
+        If a job does this, its own timeout counts on meanwhile, but is raised only
+        afterwards."""
+        worker = SimpleWorker(self)
+        work = functools.partial(worker.work, burst=True, logging_level=None)
+        if _event_loop_runs():
+            with ThreadPoolExecutor(max_workers=1) as executor:
+                executor.submit(work).result()
+        else:
+            with _nested_worker():
+                work()
+
+    def _registries(self) -> list[_BaseRegistry[Job]]:
+        return [
+            self.started_job_registry,
+            self.scheduled_job_registry,
+            self.deferred_job_registry,
+            self.rate_limited_job_registry,
+            self.finished_job_registry,
+            self.failed_job_registry,
+            self.canceled_job_registry,
+        ]
 
     @property
     def started_job_registry(self) -> StartedJobRegistry:
@@ -6162,41 +6530,12 @@ class Queue(_JobContainer):
         """The jobs that were canceled."""
         return CanceledJobRegistry(queue=self)
 
-    def delete(self, delete_jobs: bool = True) -> None:
-        """Delete the queue with its jobs in all states, and its cron entries.
-
-        With delete_jobs=False it must be empty: raises InvalidJobOperation if not."""
-        # A job that is deleted frees its dependents, and the slot of its limit.  Jobs
-        # that would move on then are deleted first; so hardly any of them comes to run.
-        waiting = (
-            self.deferred_job_registry,
-            self.rate_limited_job_registry,
-            self.scheduled_job_registry,
-        )
-        containers = [*waiting, *self._containers()]
-        if not delete_jobs and any(len(container) for container in containers):
-            text = f"queue {self.name!r} still has jobs; empty it first"
-            raise InvalidJobOperation(text)
-        deleted = 1
-        while deleted:  # once more, since a worker may have given a job back meanwhile
-            deleted = sum(container.empty() for container in containers)
-        clean_registries(self)
-        names = ("wake", "cron", "ticks", "schedulers")
-        keys = [f"{self.prefix}{name}" for name in names]
-        _execute(self.connection, ("SREM", _QUEUES_KEY, self.name), ("DEL", *keys))
-        self._registered = False
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Queue) and self.name == other.name
-
-    def __lt__(self, other: Queue) -> bool:
-        return self.name < other.name
-
-    def __hash__(self) -> int:
-        return hash(self.name)
-
-    def __repr__(self) -> str:
-        return f"Queue({self.name!r})"
+    def _read_all_ids(self) -> list[str]:
+        """Return the ids of the jobs in all containers.  One round trip for each."""
+        ids = []
+        for container in self._containers():
+            ids += _follow(self.connection, container._read_ids())
+        return ids
 
     # RQ's other names.
 
@@ -6228,23 +6567,24 @@ def _new_request(options: dict[str, Any]) -> _EnqueueRequest:
 
 
 def job(
-    queue: Queue | str, connection: Redis | None = None, *, queue_class: Any = None,
+    queue: _BaseQueue[Any] | str, connection: Any = None, *, queue_class: Any = None,
     serializer: Any = None, **options: Any,
 ) -> Callable[[Callable[..., Any]], Any]:  # fmt: skip
-    """Decorate a function with .delay() and .enqueue(), which store a call of it.
+    """Decorate a function with .delay() and .enqueue(), which store a call of it.  For
+    an AsyncQueue, decorate it with .adelay(), which is to be awaited.
 
-    queue       - a Queue, or its name: then it is made at the first call, by
-                  queue_class, connection and serializer
+    queue       - a Queue or an AsyncQueue, or its name: then it is made at the first
+                  call, by queue_class, connection and serializer
     options     - those of enqueue_call(), for all calls
 
-    Both methods take the arguments of the function and return the Job; job_id, at_front
-    and depends_on may stand in each call, too."""
+    These methods take the arguments of the function and return the job; job_id,
+    at_front and depends_on may stand in each call, too."""
     make_queue = _resolve_class(queue_class, Queue)
 
     @functools.cache
     def target_queue() -> Any:
         """Return the queue; one given by its name is made when it is first needed."""
-        if isinstance(queue, Queue):
+        if isinstance(queue, _BaseQueue):
             return queue
         return make_queue(queue, connection, serializer=serializer)
 
@@ -6258,8 +6598,11 @@ def job(
                     call_options[name] = kwargs.pop(name)
             return target_queue().enqueue_call(func, args, kwargs, **call_options)
 
-        func.delay = delay
-        func.enqueue = delay
+        if (queue if isinstance(queue, _BaseQueue) else make_queue).awaits:
+            func.adelay = delay
+        else:
+            func.delay = delay
+            func.enqueue = delay
         return func
 
     return decorate
@@ -10617,6 +10960,11 @@ class _DeliverReply(NamedTuple):
 
 
 def _relay(connection: Any, messages: Iterable[Message]) -> None:
+    """Execute _relay_steps()."""
+    _follow(connection, _relay_steps(messages))
+
+
+def _relay_steps(messages: Iterable[Message]) -> Steps[None]:
     """Deliver messages and those that they cause, and take them out of their outboxes.
 
     Done in rounds, one call per target and round.  Any process may relay any message,
@@ -10628,7 +10976,7 @@ def _relay(connection: Any, messages: Iterable[Message]) -> None:
     arrived: dict[Message, None] = {}
     unreachable = set[bytes]()  # prefixes of targets
     while pending:
-        caused, unsent = _deliver_round(connection, pending, unreachable)
+        caused, unsent = yield from _deliver_round(pending, unreachable)
         for message in pending:
             if _target(message) not in unreachable:
                 arrived[message] = None
@@ -10647,7 +10995,7 @@ def _relay(connection: Any, messages: Iterable[Message]) -> None:
         kept = dict[Message, None]()
         if pending or unreachable:
             kept = {each: None for each in arrived if _is_limit(_target(each))}
-        _acknowledge(connection, arrived.keys() - kept.keys())
+        yield from _acknowledge(arrived.keys() - kept.keys())
         arrived = kept
 
 
@@ -10662,8 +11010,8 @@ def _is_limit(prefix: bytes) -> bool:
 
 
 def _deliver_round(
-    connection: Any, messages: Iterable[Message], unreachable: set[bytes]
-) -> tuple[list[Message], list[Message]]:
+    messages: Iterable[Message], unreachable: set[bytes]
+) -> Steps[tuple[list[Message], list[Message]]]:
     """Deliver messages, and add targets that don't answer to `unreachable`.
 
     Returns the messages that these have caused, and those that were in the outboxes of
@@ -10676,13 +11024,13 @@ def _deliver_round(
     unsent: list[Message] = []
     for target, bodies in texts.items():
         name = target.decode(errors="replace")
-        if isinstance(connection, _Connection) and not connection.answers(name):
+        if not (yield _CanReach(name)):
             unreachable.add(target)
         if target in unreachable:
             continue
-        commands = [_deliver_command(name, chunk) for chunk in _chunks(list(bodies))]
+        chunks = _chunks(list(bodies))
         try:
-            replies = _execute(connection, *commands)
+            replies = yield [_deliver_command(name, chunk) for chunk in chunks]
         except (exceptions.RedisError, exceptions.RedisClusterException) as error:
             log.warning("messages for %s have to wait: %s", name, error)
             unreachable.add(target)
@@ -10693,7 +11041,7 @@ def _deliver_round(
     return caused, unsent
 
 
-def _acknowledge(connection: Any, messages: Iterable[Message]) -> None:
+def _acknowledge(messages: Iterable[Message]) -> Steps[None]:
     """Take messages that have arrived out of their outboxes.
 
     One that stays, since the server does not answer, is delivered again."""
@@ -10706,7 +11054,7 @@ def _acknowledge(connection: Any, messages: Iterable[Message]) -> None:
             commands.append(("SREM", prefix + b"outbox", *chunk))
     if commands:
         with contextlib.suppress(ServerUnavailable):
-            _execute(connection, *commands)
+            yield commands
 
 
 # ---- 13. Groups and rate limits ------------------------------------------------------
@@ -10812,65 +11160,63 @@ class RateLimitRegistry:
         return ids
 
 
-class Group:
-    """Jobs under a common name, in whatever queues; enqueue_many() puts them there.
+class _BaseGroup(Generic[J]):
+    """A group's name and operations as steps: what Group and AsyncGroup have in
+    common."""
 
-    connection - a redis.Redis, as of a Queue
-    name       - for fetch(), and the `group_id` of its jobs; random
-    serializer - for the jobs that the group returns, as of a Queue; 'pickle'
-
-    A group comes into being with its first job.  It is forgotten a week after the last
-    jobs joined, and by cleanup() when none of its jobs exists."""
+    connection: Any
 
     def __init__(
-        self, connection: Redis | None = None, name: str | None = None,
-        serializer: Any = None,
-    ) -> None:  # fmt: skip
-        self.connection = _connect(connection)
+        self, connection: Any = None, name: str | None = None, serializer: Any = None
+    ) -> None:
+        self.connection = self._queue_class()._connect(connection)
         self.name = name or secrets.token_urlsafe(16)
-        self.key = f"microq:group:{self.name}"
+        self.key = _group_key(self.name)
         self._serializer = serializer
 
-    @classmethod
-    def fetch(
-        cls, name: str, connection: Redis | None = None, serializer: Any = None
-    ) -> Group:
-        """Return the group of this name.  One round trip.
+    @staticmethod
+    def _queue_class() -> Any:
+        """Return the class of the queues that jobs of the group are in."""
+        raise NotImplementedError
 
-        Raises NoSuchGroupError if no job has joined it, or it was forgotten."""
-        group = cls(connection, name, serializer)
-        if not _execute_one(group.connection, "EXISTS", group.key):
-            text = f"no group {name!r}: no job joined it, or it was forgotten"
+    def _check_exists(self) -> Steps[None]:
+        """Raise NoSuchGroupError if no job has joined it, or it was forgotten."""
+        [exists] = yield [("EXISTS", self.key)]
+        if not exists:
+            text = f"no group {self.name!r}: no job joined it, or it was forgotten"
             raise NoSuchGroupError(text)
-        return group
 
     @classmethod
-    def all(cls, connection: Redis | None = None) -> list[Group]:
+    def _all(cls: type[G], connection: Any) -> Steps[list[G]]:
         """Return all groups, in the order in which the last jobs joined them.
 
         Two round trips: the set of names may hold groups that are empty by now."""
-        connection = _connect(connection)
-        names = _execute_one(connection, *_list_command(_GROUPS_KEY))
+        [names] = yield [_list_command(_GROUPS_KEY)]
         if not names:
             return []
         groups = [cls(connection, name.decode()) for name in names]
-        lookups = [("EXISTS", group.key) for group in groups]
-        replies = _execute(connection, *lookups)
+        replies = yield [("EXISTS", group.key) for group in groups]
         return [group for group, exists in zip(groups, replies, strict=True) if exists]
 
-    @classmethod
-    def clean_registries(cls, connection: Redis | None = None) -> None:
-        """Clean up all groups; see cleanup()."""
-        for group in cls.all(connection):
-            group.cleanup()
-
-    def enqueue_many(
-        self, queue: Queue, job_datas: Iterable[EnqueueData], pipeline: Any = None
-    ) -> list[Job]:
+    def _enqueue_many(
+        self,
+        queue: _BaseQueue[J],
+        job_datas: Iterable[EnqueueData],
+        pipeline: Any = None,
+    ) -> Steps[list[J]]:
         """Store many calls as jobs of this group; see Queue.enqueue_many()."""
-        return queue.enqueue_many(job_datas, pipeline, group_id=self.name)
+        self._check_queue(queue)
+        return queue._enqueue_many(job_datas, pipeline, group_id=self.name)
 
-    def enqueue_callback(self, queue: Queue, f: Func, *args: Any, **kwargs: Any) -> Job:
+    def _check_queue(self, queue: Any) -> None:
+        """Raise TypeError for a queue of the other client."""
+        wanted = self._queue_class()
+        if not isinstance(queue, wanted):
+            raise TypeError(f"queue takes {wanted.__name__} objects, not {queue!r}")
+
+    def _enqueue_callback(
+        self, queue: _BaseQueue[J], f: Func, *args: Any, **kwargs: Any
+    ) -> Steps[J]:
         """Store a call to be run when all that are jobs of the group now have ended, in
         whatever way; return its Job.
 
@@ -10880,22 +11226,28 @@ class Group:
         if kwargs.get("pipeline") is not None:
             text = "a callback can't be put into a pipeline; its jobs may be there, too"
             raise TypeError(text)
-        dependency = Dependency(self._read_members(), "any")
-        return queue.enqueue(f, *args, depends_on=dependency, **kwargs)
+        self._check_queue(queue)
+        members = yield from self._read_members()
+        dependency = Dependency(members, "any")
+        return (yield from queue._enqueue(f, *args, depends_on=dependency, **kwargs))
 
-    def get_jobs(self) -> list[Job]:
+    def _get_jobs(self) -> Steps[list[J]]:
         """Return the jobs that still exist.  Two round trips, however many they are."""
-        jobs = _fetch_jobs(self._read_members())
+        members = yield from self._read_members()
+        jobs = yield from _fetch_jobs(members)
         return [job for job in jobs if job.group_id == self.name]
 
-    def counts(self) -> dict[str, int]:
+    def _counts(self) -> Steps[dict[str, int]]:
         """Return how many of the jobs that still exist have which status.
 
         As in {"finished": 3, "queued": 1}.  Two round trips."""
-        statuses = [job.get_status(refresh=False) for job in self.get_jobs()]
-        return dict(Counter(str(status) for status in statuses))
+        statuses = []
+        for job in (yield from self._get_jobs()):
+            status = yield from job._get_status(refresh=False)
+            statuses.append(str(status))
+        return dict(Counter(statuses))
 
-    def wait(self, timeout: float | None = None) -> bool:
+    def _wait(self, timeout: float | None = None) -> Steps[bool]:
         """Wait until all jobs have ended, and tell whether they have.
 
         timeout - seconds to wait at most; None: for as long as it takes
@@ -10903,13 +11255,13 @@ class Group:
         Jobs that join meanwhile are not waited for.  A job that is gone has ended, one
         that is to be retried has not.  Waits without polling, as latest_result()."""
         deadline = time.monotonic() + (math.inf if timeout is None else timeout)
-        pending = self._read_members()
+        pending = yield from self._read_members()
         # The jobs that joined last are looked at first: when they have ended, few
         # others have not.  A job that has ended is not looked at again.  So it takes
         # few waits, and few jobs are looked at for each.
         size = 1  # of the portion to look at; it grows while all have ended
         while pending:
-            unended = self._unended(pending[-size:])
+            unended = yield from self._unended(pending[-size:])
             pending[-size:] = unended
             if not unended:
                 size = min(2 * size, MAX_JOBS_PER_CALL)
@@ -10918,80 +11270,141 @@ class Group:
             seconds = deadline - time.monotonic()
             if seconds <= 0:
                 return False
-            unended[-1]._wait_for(seconds, self._has_ended)
+            last = unended[-1]
+            yield from last._wait_for(seconds, functools.partial(self._has_ended, last))
         return True
 
-    def delete_job(self, job_id: str) -> None:
+    def _delete_job(self, job_id: str) -> Steps[None]:
         """Take a job out of the group; it lives on."""
-        jobs = [job for job in self._read_members() if job.id == job_id]
-        self._remove(jobs, age=0)
+        members = yield from self._read_members()
+        jobs = [job for job in members if job.id == job_id]
+        yield from self._remove(jobs, age=0)
 
-    def cleanup(self) -> None:
+    def _cleanup(self) -> Steps[None]:
         """Take out of the group the jobs that do not exist, a minute after they joined:
         till then they may be about to be stored."""
-        for jobs in _chunks(self._read_members()):
-            containers = self._containers_of(jobs)
+        for jobs in _chunks((yield from self._read_members())):
+            containers = yield from self._containers_of(jobs)
             pairs = zip(jobs, containers, strict=True)
-            self._remove([job for job, container in pairs if not container], age=60)
+            gone = [job for job, container in pairs if not container]
+            yield from self._remove(gone, age=60)
 
-    def _add_jobs(self, jobs: Iterable[Job], pipeline: Any) -> None:
-        """Enter jobs into the group, and the group among all groups."""
-        members = [self._member(job) for job in jobs]
-        commands = [
-            _join_command(self.key, 0, GROUP_TTL, *members),
-            _join_command(_GROUPS_KEY, GROUP_TTL, GROUP_TTL, self.name),
-        ]
-        if pipeline is None:
-            _execute(self.connection, *commands)
-        else:
-            _add_to_pipeline(pipeline, commands)
-
-    @staticmethod
-    def _member(job: Job) -> str:
-        """Return what stands for a job in the key of a group."""
-        return f"{job.id} {job.origin}"
-
-    def _read_members(self) -> list[Job]:
+    def _read_members(self) -> Steps[list[J]]:
         """Return the jobs that joined, in their order, not read yet.  One round
         trip."""
-        queues: dict[str, Queue] = {}
+        queues: dict[str, _BaseQueue[J]] = {}
         jobs = []
-        for member in _execute_one(self.connection, "ZRANGE", self.key, 0, -1):
+        [members] = yield [("ZRANGE", self.key, 0, -1)]
+        for member in members:
             id, name = member.decode().split()
             if name not in queues:
-                queues[name] = Queue(name, self.connection, serializer=self._serializer)
-            jobs.append(Job(id, queues[name], {}))
+                queues[name] = self._queue_class()(
+                    name, self.connection, serializer=self._serializer
+                )
+            jobs.append(queues[name]._job(id))
         return jobs
 
-    def _containers_of(self, jobs: Sequence[Job]) -> list[str]:
+    def _containers_of(self, jobs: Sequence[J]) -> Steps[list[str]]:
         """Return the container of each job; "" for a job that does not exist, or has
         begun a new life outside of the group.  One round trip."""
         containers = []
-        for container, group in _where(jobs):
+        for container, group in (yield from _where(jobs)):
             is_member = group.decode() == self.name
             containers.append(container.decode() if is_member else "")
         return containers
 
-    def _unended(self, jobs: Sequence[Job]) -> list[Job]:
+    def _unended(self, jobs: Sequence[J]) -> Steps[list[J]]:
         """Return those of the jobs that exist and have not ended.  One round trip."""
         unended = []
-        for job, container in zip(jobs, self._containers_of(jobs), strict=True):
+        containers = yield from self._containers_of(jobs)
+        for job, container in zip(jobs, containers, strict=True):
             if container and container not in _FINAL_CONTAINERS:
                 unended.append(job)
         return unended
 
-    def _has_ended(self, job: Job) -> bool:
-        """Whether a job has ended, for Job._wait_for().  One round trip."""
-        return not self._unended([job])
+    def _has_ended(self, job: J) -> Steps[bool]:
+        """Return whether a job has ended, for _wait_for().  One round trip."""
+        unended = yield from self._unended([job])
+        return not unended
 
-    def _remove(self, jobs: Sequence[Job], age: float) -> None:
+    def _remove(self, jobs: Sequence[J], age: float) -> Steps[None]:
         """Take out of the group those of the jobs that joined `age` seconds ago."""
         if jobs:
-            members = [self._member(job) for job in jobs]
-            _execute_one(self.connection, *_leave_command(self.key, age, *members))
+            members = [_group_member(job) for job in jobs]
+            yield [_leave_command(self.key, age, *members)]
 
     def __repr__(self) -> str:
-        return f"Group({self.name!r})"
+        return f"{type(self).__name__}({self.name!r})"
+
+
+G = TypeVar("G", bound=_BaseGroup[Any])
+
+
+def _group_key(name: str) -> str:
+    return f"microq:group:{name}"
+
+
+def _group_member(job: _BaseJob) -> str:
+    """Return what stands for a job in the key of a group."""
+    return f"{job.id} {job.origin}"
+
+
+def _join_group_commands(name: str, jobs: Iterable[_BaseJob]) -> list[Command]:
+    """Enter jobs into the group of this name, and the group among all groups."""
+    members = [_group_member(job) for job in jobs]
+    return [
+        _join_command(_group_key(name), 0, GROUP_TTL, *members),
+        _join_command(_GROUPS_KEY, GROUP_TTL, GROUP_TTL, name),
+    ]
+
+
+class Group(_BaseGroup[Job]):
+    """Jobs under a common name, in whatever queues; enqueue_many() puts them there.
+
+    connection - a redis.Redis, as of a Queue
+    name       - for fetch(), and the `group_id` of its jobs; random
+    serializer - for the jobs that the group returns, as of a Queue; 'pickle'
+
+    A group comes into being with its first job.  It is forgotten a week after the last
+    jobs joined, and by cleanup() when none of its jobs exists."""
+
+    @staticmethod
+    def _queue_class() -> type[Queue]:
+        return Queue
+
+    @classmethod
+    def fetch(
+        cls, name: str, connection: Redis | None = None, serializer: Any = None
+    ) -> Group:
+        """Return the group of this name.  One round trip.
+
+        Raises NoSuchGroupError if no job has joined it, or it was forgotten."""
+        group = cls(connection, name, serializer)
+        _follow(group.connection, group._check_exists())
+        return group
+
+    @classmethod
+    def all(cls, connection: Redis | None = None) -> list[Group]:
+        """Return all groups, in the order in which the last jobs joined them.
+
+        Two round trips: the set of names may hold groups that are empty by now."""
+        client = _connect(connection)
+        groups: list[Any] = _follow(client, cls._all(client))
+        return groups
+
+    @classmethod
+    def clean_registries(cls, connection: Redis | None = None) -> None:
+        """Clean up all groups; see cleanup()."""
+        for group in cls.all(connection):
+            group.cleanup()
+
+    enqueue_many = _blocking(_BaseGroup[Job]._enqueue_many)
+    enqueue_callback = _blocking(_BaseGroup[Job]._enqueue_callback)
+    get_jobs = _blocking(_BaseGroup[Job]._get_jobs)
+    counts = _blocking(_BaseGroup[Job]._counts)
+    wait = _blocking(_BaseGroup[Job]._wait)
+    delete_job = _blocking(_BaseGroup[Job]._delete_job)
+    cleanup = _blocking(_BaseGroup[Job]._cleanup)
 
     # RQ's other names.
 
@@ -12855,7 +13268,815 @@ class _ConcurrentLoop(_WorkLoop):
         return super().sign_off_commands()
 
 
-# ---- 18. Command line ----------------------------------------------------------------
+# ---- 18. Async client ----------------------------------------------------------------
+# Queues, jobs and groups for programs with an event loop.  Nothing of what they do with
+# Redis is written here: each operation is steps (section 4), which _follow() executes
+# for Queue, and _follow_async() for AsyncQueue.
+#
+# The one idea: all calls of a client on one event loop share one connection.  A call
+# writes its commands at once, and the replies come in the order of the calls.  So many
+# calls at a time cost little more than one, and a call whose task is cancelled leaves
+# nothing behind: its replies are dropped when they come.  redis-py makes the connection
+# and logs in, as the client says; afterwards a _Wire takes it over, since redis-py
+# itself serves one call of a connection at a time.  Tasks that wait for messages share
+# a second connection.  Each loop has its own ones.  A client of a Cluster is the
+# exception: redis-py finds the nodes, and has connections to them of its own.  Uses
+# sections 4 to 7, and of section 13 _BaseGroup.
+
+
+_INCOMPLETE = object()  # what hiredis returns while a reply has not come whole
+
+
+class _WireCall:
+    """A call between its sending and its last reply."""
+
+    __slots__ = ("count", "future", "replies")
+
+    def __init__(self, count: int, future: asyncio.Future[list[Any]]) -> None:
+        self.count = count  # of its commands
+        self.future = future
+        self.replies: list[Any] = []
+
+    def finish(self) -> Exception | None:
+        """Give the replies to whoever waits for them; return the first error among
+        them, but NoScriptError before others."""
+        failures = [reply for reply in self.replies if isinstance(reply, Exception)]
+        failure = failures[0] if failures else None
+        for each in failures:
+            if isinstance(each, exceptions.NoScriptError):
+                failure = each
+                break
+        if not self.future.done():  # else its task was cancelled
+            if failure is None:
+                self.future.set_result(self.replies)
+            else:
+                self.future.set_exception(failure)
+        return failure
+
+
+class _Wire(asyncio.Protocol):
+    """A connection of redis-py's that many calls use at the same time.
+
+    raw        - redis-py's connection, which is connected
+    on_message - called with the channel of each message of pub/sub; for a connection
+                 of RESP2, where a message is an ordinary reply
+    on_lost    - called when the connection is lost or closed
+
+    If calls wait for replies, and nothing comes for the client's `socket_timeout`, the
+    connection is lost."""
+
+    def __init__(
+        self, raw: Any, on_message: Callable[[bytes], None] | None = None,
+        on_lost: Callable[[], None] | None = None,
+    ) -> None:  # fmt: skip
+        self.pid = os.getpid()
+        self.is_open = True  # takes new calls
+        self.closed = asyncio.Event()
+        self._on_message = on_message
+        self._on_lost = on_lost
+        self._loop = asyncio.get_running_loop()
+        self._calls: deque[_WireCall] = deque()
+        self._parser = hiredis.Reader(
+            protocolError=exceptions.InvalidResponse,
+            replyError=_HiredisParser.parse_error,
+            notEnoughData=_INCOMPLETE,
+        )
+        self._timeout: float | None = raw.socket_timeout
+        self._heard_at = 0.0  # when data came last, or the first call was sent
+        self._timer: asyncio.TimerHandle | None = None
+        self._writable = asyncio.Event()
+        self._writable.set()
+        # redis-py's connection closes its socket when it is garbage, so it is kept.
+        self._raw = raw
+        self._transport: asyncio.Transport = raw._writer.transport
+        self._transport.set_protocol(self)
+
+    async def call(self, commands: Sequence[Command]) -> list[Any]:
+        """Run the commands in one round trip, and return their replies.
+
+        Raises the first error among these, but NoScriptError before others."""
+        while not self._writable.is_set():
+            await self._writable.wait()
+        return await self.send(commands)
+
+    def send(self, commands: Sequence[Command]) -> asyncio.Future[list[Any]]:
+        """Send commands, and return the future of their replies."""
+        if not self.is_open:
+            raise exceptions.ConnectionError("the connection was closed")
+        call = _WireCall(len(commands), self._loop.create_future())
+        packed = b"".join(map(pack_command, commands))
+        if not self._calls:
+            self._watch_silence()
+        self._calls.append(call)
+        self._transport.write(packed)
+        return call.future
+
+    def retire(self) -> None:
+        """Take no more calls, and close once those under way have their replies."""
+        self.is_open = False
+        if not self._calls:
+            self._transport.close()
+
+    # What the event loop calls.
+
+    def data_received(self, data: bytes) -> None:
+        self._heard_at = self._loop.time()
+        self._parser.feed(data)
+        while True:
+            try:
+                reply = self._parser.gets()
+            except exceptions.InvalidResponse as error:
+                self._lose(exceptions.ConnectionError(f"garbled reply: {error}"))
+                return
+            if reply is _INCOMPLETE:
+                return
+            self._take(reply)
+
+    def _take(self, reply: Any) -> None:
+        """Give a reply to the call that it is for."""
+        if isinstance(reply, list) and self._is_message(reply):
+            return
+        if not self._calls:
+            self._lose(exceptions.ConnectionError(f"unexpected reply: {reply!r}"))
+            return
+        call = self._calls[0]
+        call.replies.append(reply)
+        if len(call.replies) < call.count:
+            return
+        self._calls.popleft()
+        failure = call.finish()
+        if failure is not None and _is_transient(failure):
+            # After READONLY, say, the address may lead to another server by now.
+            self.is_open = False
+        if not self.is_open and not self._calls:
+            self._transport.close()
+
+    def _is_message(self, reply: list[Any]) -> bool:
+        """Return whether a reply is no reply, but a message; pass it on if so."""
+        if isinstance(reply, hiredis.PushNotification):
+            return True  # of RESP3, to whatever redis-py has asked for
+        if self._on_message is None or reply[:1] != [b"message"]:
+            return False
+        self._on_message(reply[1])
+        return True
+
+    def pause_writing(self) -> None:
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        self._writable.set()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._lose(exceptions.ConnectionError(str(error or "the server has closed it")))
+        self._raw._close()
+        self.closed.set()
+        if self._on_lost is not None:
+            self._on_lost()
+
+    # Loss of the connection.
+
+    def _lose(self, error: Exception) -> None:
+        """Close the connection at once; calls that are under way raise a copy of the
+        error."""
+        self.is_open = False
+        self._writable.set()
+        if self._timer is not None:
+            self._timer.cancel()
+        while self._calls:
+            future = self._calls.popleft().future
+            if not future.done():
+                future.set_exception(type(error)(*error.args))
+        self._transport.abort()
+
+    def _watch_silence(self) -> None:
+        """Have _check_silence() called in time; a call is about to be sent."""
+        if self._timeout is None:
+            return
+        self._heard_at = self._loop.time()
+        if self._timer is None:
+            self._timer = self._loop.call_later(self._timeout, self._check_silence)
+
+    def _check_silence(self) -> None:
+        """Give the connection up if calls wait for replies and nothing has come."""
+        self._timer = None
+        if not self._calls or self._timeout is None:
+            return
+        deadline = self._heard_at + self._timeout
+        if self._loop.time() >= deadline:
+            self._lose(exceptions.TimeoutError("the server has gone silent"))
+        else:
+            self._timer = self._loop.call_at(deadline, self._check_silence)
+
+
+def _make_raw(pool: Any, **options: Any) -> Any:
+    """Return a connection of redis-py, not connected yet, as a pool makes it, or a node
+    of a Cluster."""
+    return pool.connection_class(**pool.connection_kwargs | options)
+
+
+class _SharedWire:
+    """A wire for all tasks of a loop.  It is opened when it is first needed, and again
+    when it was lost.
+
+    options - of the redis-py connection
+    handlers - of _Wire"""
+
+    def __init__(
+        self, client: Any, options: dict[str, Any], **handlers: Callable[..., None]
+    ) -> None:
+        self._client = client
+        self._options = options
+        self._handlers = handlers
+        self._wire: _Wire | None = None
+        self._opening: asyncio.Task[_Wire] | None = None
+
+    def current(self) -> _Wire | None:
+        """Return the wire if there is one that takes calls."""
+        wire = self._wire
+        return wire if wire is not None and wire.is_open else None
+
+    async def ready(self) -> _Wire:
+        """Return the wire, and connect it if need be."""
+        wire = self.current()
+        if wire is not None:
+            return wire
+        if self._opening is None:
+            self._opening = asyncio.ensure_future(self._open())
+            self._opening.add_done_callback(self._on_opened)
+        # Others may wait for it, too, when a task that waits is cancelled.
+        return await asyncio.shield(self._opening)
+
+    async def _open(self) -> _Wire:
+        pool = await self._pool()
+        raw = _make_raw(pool, retry=AsyncRetry(NoBackoff(), 0), **self._options)
+        try:
+            await raw.connect()
+        except BaseException:
+            raw._close()
+            raise
+        return _Wire(raw, **self._handlers)
+
+    async def _pool(self) -> Any:
+        """Return what knows the server: the client's pool, or a node of a Cluster."""
+        if not _is_cluster(self._client):
+            return self._client.connection_pool
+        await self._client.initialize()
+        return random.choice(self._client.get_nodes())
+
+    def _on_opened(self, opening: asyncio.Task[_Wire]) -> None:
+        self._opening = None
+        if not opening.cancelled() and opening.exception() is None:
+            self._wire = opening.result()
+
+    async def aclose(self) -> None:
+        """Close the wire, once the calls under way have their replies."""
+        if self._opening is not None:
+            await asyncio.wait([self._opening])
+        if self._wire is not None:
+            self._wire.retire()
+            await self._wire.closed.wait()
+
+
+class _Subscriptions:
+    """The channels that tasks of one loop listen to, over one connection."""
+
+    def __init__(self, client: Any) -> None:
+        # In RESP2 the messages are replies, whatever the client speaks.
+        self.wire = _SharedWire(
+            client, {"protocol": 2}, on_message=self._on_message, on_lost=self._on_lost
+        )
+        self._listeners: dict[bytes, set[_AsyncListener]] = {}
+
+    async def add(self, listener: _AsyncListener) -> None:
+        """Begin to give the messages of its channel to a listener."""
+        self._listeners.setdefault(listener.channel, set()).add(listener)
+        wire = await self.wire.ready()
+        await wire.call([("SUBSCRIBE", listener.channel)])
+
+    def check(self, listener: _AsyncListener) -> None:
+        """Find out whether the server still answers: if not, the wire gets lost."""
+        self._send("SUBSCRIBE", listener.channel)
+
+    def discard(self, listener: _AsyncListener) -> None:
+        """Give no more messages to a listener."""
+        listeners = self._listeners.get(listener.channel, set())
+        listeners.discard(listener)
+        if not listeners:
+            self._listeners.pop(listener.channel, None)
+            self._send("UNSUBSCRIBE", listener.channel)
+
+    def _send(self, *command: Any) -> None:
+        """Send a command whose reply nobody needs, if there is a connection."""
+        wire = self.wire.current()
+        if wire is not None:
+            wire.send([command]).cancel()
+
+    def _on_message(self, channel: bytes) -> None:
+        for listener in self._listeners.get(channel, ()):
+            listener.on_message()
+
+    def _on_lost(self) -> None:
+        for listeners in self._listeners.values():
+            for listener in listeners:
+                listener.on_lost()
+
+
+class _AsyncListener:
+    """Hears the messages on one channel, for one task; see _Listener."""
+
+    def __init__(self, subscriptions: _Subscriptions, channel: str) -> None:
+        self.channel = channel.encode()
+        self._subscriptions = subscriptions
+        self._has_message = False
+        self._is_lost = False
+        self._event = asyncio.Event()  # something has happened, or a time is over
+        self._subscribing: asyncio.Task[None] | None
+        self._subscribing = asyncio.ensure_future(subscriptions.add(self))
+        self._subscribing.add_done_callback(lambda task: self._event.set())
+
+    async def hear(self, seconds: float) -> bool:
+        """Wait for a message up to some seconds, and return whether one has come.
+
+        Returns False at once when the subscription has begun.  Raises the error of a
+        connection that could not be made or was lost."""
+        if not self._has_message and not self._is_lost:
+            timer = asyncio.get_running_loop().call_later(seconds, self._event.set)
+            try:
+                await self._event.wait()
+            finally:
+                timer.cancel()
+            self._event.clear()
+        if self._subscribing is not None:
+            if self._subscribing.done():
+                self._subscribing.result()  # raises its error
+                self._subscribing = None
+            return False
+        if self._is_lost:
+            raise exceptions.ConnectionError("the connection for messages was lost")
+        if not self._has_message:
+            self._subscriptions.check(self)
+        return self._has_message
+
+    def on_message(self) -> None:
+        self._has_message = True
+        self._event.set()
+
+    def on_lost(self) -> None:
+        self._is_lost = True
+        self._event.set()
+
+    def close(self) -> None:
+        if self._subscribing is not None:
+            self._subscribing.cancel()
+        self._subscriptions.discard(self)
+
+
+class _AsyncClient:
+    """A client of redis.asyncio on one event loop, with the connections that its calls
+    share there."""
+
+    @staticmethod
+    def of(client: Any) -> _AsyncClient:
+        """Return that of the running loop.
+
+        Those of all loops are an attribute of the client's pool, or of the client of a
+        Cluster, so they live as long as that."""
+        loop = asyncio.get_running_loop()
+        owner = client if _is_cluster(client) else client.connection_pool
+        by_loop: dict[Any, _AsyncClient] = vars(owner).setdefault("_microq_loops", {})
+        found = by_loop.get(loop)
+        if found is not None and found.pid == os.getpid():
+            return found
+        for other in list(by_loop):
+            if _is_cluster(client) and other is not loop:
+                raise RuntimeError(
+                    "this client of a Redis Cluster belongs to another event loop; "
+                    "make one in each loop"
+                )
+            if other.is_closed():
+                by_loop.pop(other, None)
+        # In a forked process, the connections of its parent are kept, since to close
+        # them would disturb the parent.
+        by_loop[loop] = _AsyncClient(client, inherited=found)
+        return by_loop[loop]
+
+    def __init__(self, client: Any, inherited: _AsyncClient | None) -> None:
+        self.client = client
+        self.pid = os.getpid()
+        self._inherited = inherited
+        self._calls = _SharedWire(client, {})
+        self._subscriptions = _Subscriptions(client)
+
+    async def execute(self, commands: Sequence[Command]) -> list[Any]:
+        """Run the commands in one round trip, and return their replies as bytes.
+
+        Like _execute(), this sends unknown scripts with their texts, and raises
+        ServerUnavailable if there is no usable answer, else what redis-py raises."""
+        try:
+            try:
+                return await self._execute_once(commands)
+            except exceptions.NoScriptError:
+                return await self._execute_once([_as_eval(each) for each in commands])
+        except _REDIS_ERRORS as error:
+            _raise_explained(error, self.client)
+
+    async def _execute_once(self, commands: Sequence[Command]) -> list[Any]:
+        """Run the commands, with the retries that the client has."""
+        if _is_cluster(self.client):
+            return await self._execute_on_cluster(commands)
+        try:
+            return await self._call(commands)
+        except _UNREACHABLE:
+            # As in _ConnectionPool.execute(), the first attempt does not count.
+            retry = _make_raw(self.client.connection_pool).retry
+            again = functools.partial(self._call, commands)
+            replies: list[Any] = await retry.call_with_retry(again, _ignore_error)
+            return replies
+
+    async def _call(self, commands: Sequence[Command]) -> list[Any]:
+        wire = self._calls.current() or await self._calls.ready()
+        return await wire.call(commands)
+
+    async def _execute_on_cluster(self, commands: Sequence[Command]) -> list[Any]:
+        """Do what _execute_on_cluster() does for a RedisCluster."""
+        deadline = time.monotonic() + SLOT_TIMEOUT
+        while True:
+            pipeline = self.client.pipeline()
+            for command in commands:
+                pipeline.execute_command(*command, NEVER_DECODE=True)
+            # It goes on if this task is cancelled, so that no reply is left unread.
+            call = asyncio.ensure_future(pipeline.execute())
+            call.add_done_callback(_retrieve_error)
+            try:
+                replies: list[Any] = await asyncio.shield(call)
+                return replies
+            except (exceptions.ClusterError, *_UNREACHABLE):
+                if time.monotonic() >= deadline:
+                    raise
+                await asyncio.sleep(0.1)
+
+    def listener(self, channel: str) -> _AsyncListener:
+        return _AsyncListener(self._subscriptions, channel)
+
+    def open_ahead(self) -> _AsyncAhead:
+        return _AsyncAhead(self, self._calls)
+
+    async def aclose(self) -> None:
+        """Close the connections, once the calls under way have their replies."""
+        await self._calls.aclose()
+        await self._subscriptions.wire.aclose()
+        if _is_cluster(self.client):  # may be used in another loop from now on
+            vars(self.client).pop("_microq_loops", None)
+
+
+async def _ignore_error(error: Exception) -> None:
+    """What redis-py's Retry wants to be done after a failure: nothing."""
+
+
+def _retrieve_error(task: asyncio.Task[Any]) -> None:
+    """Tell asyncio that the error of a task needs no log line."""
+    if not task.cancelled():
+        task.exception()
+
+
+class _AsyncAhead:
+    """Sends commands ahead over the connection of all calls, as a _Connection does."""
+
+    def __init__(self, client: _AsyncClient, calls: _SharedWire) -> None:
+        self.sent: Sequence[Command] = ()  # commands whose replies are unread
+        self._client = client
+        self._calls = calls
+        self._replies: asyncio.Future[list[Any]] | None = None
+
+    def send_ahead(self, commands: Sequence[Command]) -> None:
+        """Send commands for receive(), unless there is no connection now."""
+        wire = self._calls.current()
+        if wire is not None:
+            self._replies = wire.send(commands)
+            self.sent = commands
+
+    async def receive(self) -> list[Any]:
+        """Return the replies to the commands that were sent ahead."""
+        commands, self.sent = self.sent, ()
+        try:
+            assert self._replies is not None
+            return await self._replies
+        except exceptions.NoScriptError:
+            return await self._client.execute([_as_eval(each) for each in commands])
+        except _REDIS_ERRORS as error:
+            _raise_explained(error, self._client.client)
+
+    def close(self) -> None:
+        if self._replies is not None:
+            self._replies.cancel()
+
+
+async def _follow_async(connection: Any, steps: Steps[R]) -> R:
+    """Execute steps over a client of redis.asyncio; see _follow().
+
+    A task that is cancelled raises CancelledError in the steps."""
+    client = _AsyncClient.of(connection)
+    try:
+        step = next(steps)
+        while True:
+            try:
+                if isinstance(step, _Step):
+                    reply = await step.run_async(client)
+                else:
+                    reply = await client.execute(step)
+            except BaseException as error:
+                step = steps.throw(error)
+            else:
+                step = steps.send(reply)
+    except StopIteration as end:
+        value: R = end.value
+        return value
+
+
+def _awaited(
+    operation: Callable[P, Steps[R]],
+) -> Callable[P, Coroutine[Any, Any, R]]:
+    """Return the method of AsyncQueue, AsyncJob and the like for an operation."""
+
+    async def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return await _follow_async(self.connection, operation(self, *args, **kwargs))
+
+    _name_after(operation, method)
+    return cast("Callable[P, Coroutine[Any, Any, R]]", method)
+
+
+def _connect_async(connection: Any = None) -> Any:
+    """Return `connection`, or a client to $MICROQ_URL, $REDIS_URL, or localhost.
+
+    Does not talk to the server."""
+    if connection is None:
+        return _async_client_of_url(_default_url())
+    if not isinstance(connection, AsyncRedis | AsyncRedisCluster):
+        raise TypeError(
+            f"connection takes a redis.asyncio.Redis, not {connection!r}; "
+            "a redis.Redis is for Queue, Job and Group"
+        )
+    return connection
+
+
+@functools.cache
+def _async_client_of_url(url: str) -> Any:
+    scheme, cluster, address = url.partition("+cluster://")
+    if cluster:
+        return AsyncRedisCluster.from_url(f"{scheme}://{address}")
+    return AsyncRedis.from_url(url)
+
+
+class AsyncJob(_BaseJob):
+    """A Job for programs with an event loop; made by an AsyncQueue, or read by fetch().
+
+    What asks Redis is a method, to be awaited.  Attributes, also is_finished, result
+    and the like, say what was read last."""
+
+    queue: AsyncQueue
+
+    @staticmethod
+    def _queue_class() -> type[AsyncQueue]:
+        return AsyncQueue
+
+    @classmethod
+    async def fetch(
+        cls: type[J], id: str, connection: Any = None, serializer: Any = None
+    ) -> J:
+        """Return the job of this id, in any queue, or raise NoSuchJobError."""
+        client = _connect_async(connection)
+        return await _follow_async(client, cls._fetch(id, client, serializer))
+
+    @classmethod
+    async def fetch_many(
+        cls: type[J],
+        job_ids: Iterable[str],
+        connection: Any = None,
+        serializer: Any = None,
+    ) -> list[J | None]:
+        """Return the jobs of these ids, None for a missing one.
+
+        Two round trips: for the names of the queues, and to look for each id in each
+        queue, since an id does not say which one it is in."""
+        client = _connect_async(connection)
+        return await _follow_async(client, cls._fetch_many(job_ids, client, serializer))
+
+    @classmethod
+    async def exists(cls, job_id: str, connection: Any = None) -> bool:
+        """Tell whether any queue has a job of this id.  Two round trips."""
+        return await cls.fetch_many([job_id], connection) != [None]
+
+    refresh = _awaited(_BaseJob._refresh)
+    get_status = _awaited(_BaseJob._get_status)
+    get_executions = _awaited(_BaseJob._get_executions)
+    get_position = _awaited(_BaseJob._get_position)
+    fetch_dependencies = _awaited(_BaseJob._fetch_dependencies)
+    dependency_results = _awaited(_BaseJob._dependency_results)
+    results = _awaited(_BaseJob._results)
+    latest_result = _awaited(_BaseJob._latest_result)
+    return_value = _awaited(_BaseJob._return_value)
+    get_meta = _awaited(_BaseJob._get_meta)
+    save_meta = _awaited(_BaseJob._save_meta)
+    log = _awaited(_BaseJob._log)
+    logs = _awaited(_BaseJob._logs)
+    cancel = _awaited(_BaseJob._cancel)
+    requeue = _awaited(_BaseJob._requeue)
+    delete = _awaited(_BaseJob._delete)
+
+    def _is(self, status: JobStatus) -> bool:
+        return self._status is status
+
+    @property
+    def result(self) -> Any:
+        """The value of the last run, as last read; None if it failed or none has
+        ended."""
+        result = self._last_result
+        return None if result is None else result.return_value
+
+    @property
+    def exc_info(self) -> str | None:
+        """The traceback of the last run, as last read; None if it succeeded or none has
+        ended."""
+        result = self._last_result
+        return None if result is None else result.exc_string
+
+
+class _AsyncContainer(_JobContainer[AsyncJob]):
+    """What AsyncQueue and AsyncRegistry have in common."""
+
+    awaits = True
+
+    count = _awaited(_JobContainer[AsyncJob]._count)
+    remove = _awaited(_JobContainer[AsyncJob]._remove)
+    empty = _awaited(_JobContainer[AsyncJob]._empty)
+
+
+class AsyncRegistry(_BaseRegistry[AsyncJob], _AsyncContainer):
+    """The jobs of an AsyncQueue in one container other than `queued`: an attribute of
+    the queue, such as failed_job_registry."""
+
+    queue: AsyncQueue
+
+    def __init__(self, container: str, queue: AsyncQueue) -> None:
+        self.container = container
+        self._set_queue(queue)
+
+    get_job_ids = _awaited(_BaseRegistry[AsyncJob]._get_job_ids)
+    get_jobs = _awaited(_BaseRegistry[AsyncJob]._get_jobs)
+    requeue = _awaited(_BaseRegistry[AsyncJob]._requeue)
+    get_expiration_time = _awaited(_BaseRegistry[AsyncJob]._get_expiration_time)
+    get_job_and_execution_ids = _awaited(
+        _BaseRegistry[AsyncJob]._get_job_and_execution_ids
+    )
+    cleanup = _awaited(_BaseRegistry[AsyncJob]._cleanup)
+
+    def __repr__(self) -> str:
+        return f"<AsyncRegistry of {self.container} jobs of {self.name!r}>"
+
+
+class AsyncQueue(_BaseQueue[AsyncJob], _AsyncContainer):
+    """A Queue for programs with an event loop: what asks Redis is to be awaited.
+
+    connection - a redis.asyncio.Redis; $MICROQ_URL, else $REDIS_URL, else
+                 localhost:6379
+
+    The other arguments are those of Queue, without is_async=False.  Calls that are
+    under way at the same time share a connection, which aclose() closes.  A call whose
+    task is cancelled may have been executed: give enqueue() a job_id to find out."""
+
+    job_class = AsyncJob
+
+    def __init__(
+        self, name: str = "default", connection: Any = None,
+        default_timeout: Any = None, is_async: bool = True, job_class: Any = None,
+        serializer: Any = None, before_enqueue: Any = (),
+    ) -> None:  # fmt: skip
+        super().__init__(
+            name, connection, default_timeout, job_class=job_class,
+            serializer=serializer, before_enqueue=before_enqueue,
+        )  # fmt: skip
+        if not is_async:
+            raise TypeError("is_async=False blocks until the job has run; use a Queue")
+        if not issubclass(self.job_class, AsyncJob):
+            raise TypeError(f"job_class takes an AsyncJob, not {self.job_class!r}")
+        self._made_client = connection is None
+
+    @staticmethod
+    def _connect(connection: Any) -> Any:
+        return _connect_async(connection)
+
+    @classmethod
+    async def all(
+        cls: type[Q], connection: Any = None, job_class: Any = None,
+        serializer: Any = None,
+    ) -> list[Q]:  # fmt: skip
+        """Return every queue that was used and not deleted, by name.  One round
+        trip."""
+        client = _connect_async(connection)
+        return await _follow_async(client, cls._all(client, job_class, serializer))
+
+    async def aclose(self) -> None:
+        """Close the connections that the client has on this event loop for microq, once
+        the calls under way have their replies.  A later call opens them again."""
+        await _AsyncClient.of(self.connection).aclose()
+        if self._made_client:
+            await self.connection.aclose()
+
+    async def __aenter__(self: Q) -> Q:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.aclose()
+
+    enqueue = _awaited(_BaseQueue[AsyncJob]._enqueue)
+    enqueue_at = _awaited(_BaseQueue[AsyncJob]._enqueue_at)
+    enqueue_in = _awaited(_BaseQueue[AsyncJob]._enqueue_in)
+    enqueue_call = _awaited(_BaseQueue[AsyncJob]._enqueue_call)
+    enqueue_many = _awaited(_BaseQueue[AsyncJob]._enqueue_many)
+    enqueue_job = _awaited(_BaseQueue[AsyncJob]._enqueue_job)
+    schedule_job = _awaited(_BaseQueue[AsyncJob]._schedule_job)
+    fetch_job = _awaited(_BaseQueue[AsyncJob]._fetch_job)
+    get_job_ids = _awaited(_BaseQueue[AsyncJob]._get_job_ids)
+    get_jobs = _awaited(_BaseQueue[AsyncJob]._get_jobs)
+    get_job_position = _awaited(_BaseQueue[AsyncJob]._get_job_position)
+    is_empty = _awaited(_BaseQueue[AsyncJob]._is_empty)
+    delete = _awaited(_BaseQueue[AsyncJob]._delete)
+
+    def _registries(self) -> list[_BaseRegistry[AsyncJob]]:
+        return [AsyncRegistry(name, self) for name in _CONTAINERS if name != "queued"]
+
+    @property
+    def started_job_registry(self) -> AsyncRegistry:
+        """The jobs that workers have claimed."""
+        return AsyncRegistry("started", self)
+
+    @property
+    def scheduled_job_registry(self) -> AsyncRegistry:
+        """The jobs that wait for their time."""
+        return AsyncRegistry("scheduled", self)
+
+    @property
+    def deferred_job_registry(self) -> AsyncRegistry:
+        """The jobs that wait for other jobs."""
+        return AsyncRegistry("deferred", self)
+
+    @property
+    def rate_limited_job_registry(self) -> AsyncRegistry:
+        """The jobs that wait for a slot of their RateLimit."""
+        return AsyncRegistry("rate_limited", self)
+
+    @property
+    def finished_job_registry(self) -> AsyncRegistry:
+        """The jobs that returned."""
+        return AsyncRegistry("finished", self)
+
+    @property
+    def failed_job_registry(self) -> AsyncRegistry:
+        """The jobs that failed, or were stopped."""
+        return AsyncRegistry("failed", self)
+
+    @property
+    def canceled_job_registry(self) -> AsyncRegistry:
+        """The jobs that were canceled."""
+        return AsyncRegistry("canceled", self)
+
+
+class AsyncGroup(_BaseGroup[AsyncJob]):
+    """A Group for programs with an event loop; its jobs are in AsyncQueues."""
+
+    @staticmethod
+    def _queue_class() -> type[AsyncQueue]:
+        return AsyncQueue
+
+    @classmethod
+    async def fetch(
+        cls: type[G], name: str, connection: Any = None, serializer: Any = None
+    ) -> G:
+        """Return the group of this name.  One round trip.
+
+        Raises NoSuchGroupError if no job has joined it, or it was forgotten."""
+        group = cls(connection, name, serializer)
+        await _follow_async(group.connection, group._check_exists())
+        return group
+
+    @classmethod
+    async def all(cls: type[G], connection: Any = None) -> list[G]:
+        """Return all groups, in the order in which the last jobs joined them.
+
+        Two round trips: the set of names may hold groups that are empty by now."""
+        client = _connect_async(connection)
+        return await _follow_async(client, cls._all(client))
+
+    enqueue_many = _awaited(_BaseGroup[AsyncJob]._enqueue_many)
+    enqueue_callback = _awaited(_BaseGroup[AsyncJob]._enqueue_callback)
+    get_jobs = _awaited(_BaseGroup[AsyncJob]._get_jobs)
+    counts = _awaited(_BaseGroup[AsyncJob]._counts)
+    wait = _awaited(_BaseGroup[AsyncJob]._wait)
+    delete_job = _awaited(_BaseGroup[AsyncJob]._delete_job)
+    cleanup = _awaited(_BaseGroup[AsyncJob]._cleanup)
+
+
+# ---- 19. Command line ----------------------------------------------------------------
 # The commands of `python -m microq`.  The one idea: a command does nothing that can't
 # be done from Python; it names the classes and calls of the sections before, and their
 # arguments.  A command has a function _add_.. that declares its arguments, and a

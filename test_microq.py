@@ -17,6 +17,7 @@ import functools
 import gc
 import http.server
 import importlib.util
+import inspect
 import itertools
 import json
 import logging
@@ -29,6 +30,7 @@ import resource
 import shutil
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -43,12 +45,16 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import fakeredis
+import httpx
 import pytest
 import redis as redis_py
 from redis.crc import key_slot
 
 import microq
 from microq import (
+    AsyncGroup,
+    AsyncJob,
+    AsyncQueue,
     Callback,
     CronJob,
     CronScheduler,
@@ -2188,7 +2194,7 @@ def test_the_map_of_the_file_names_its_sections():
     sections = re.findall(r"^# ---- (\d+\. [\w, ]+?) -+$", text, re.M)
     shown = re.findall(r"^ +(\d+\. [\w, ]+?)(?:  .*)?$", microq.__doc__, re.M)
     assert sections == shown
-    assert len(sections) == 18
+    assert len(sections) == 19
 
 
 def test_part_one_names_of_part_two_only_its_hooks():
@@ -9982,7 +9988,1011 @@ def test_docs_django(queue, recipe):
     assert calls == ["closed", "closed"]
 
 
-# ---- 16. Command line ----------------------------------------------------------------
+# ---- 18. Async client: both clients do the same --------------------------------------
+
+
+class Twin:
+    """A client for scenarios that both clients run: do(call) is the value of a call."""
+
+    def __init__(self, redis, connection):
+        self.redis = redis
+        self.connection = connection
+
+    def work(self, name):
+        """Run what is queued in the queue of this name."""
+        work(Queue(name, self.redis))
+
+
+class Blocking(Twin):
+    Queue, Job, Group = Queue, Job, microq.Group
+
+    def __init__(self, redis, **options):
+        url = redis_url(redis)
+        super().__init__(redis, redis_py.Redis.from_url(url, **options))
+
+    def __call__(self, value):
+        return value
+
+    def count(self, container):
+        return container.count
+
+    def close(self):
+        self.connection.close()
+
+
+class Awaiting(Twin):
+    Queue, Job, Group = AsyncQueue, AsyncJob, AsyncGroup
+
+    def __init__(self, redis, **options):
+        url = redis_url(redis)
+        super().__init__(redis, redis_py.asyncio.Redis.from_url(url, **options))
+        self.loop = asyncio.new_event_loop()
+
+    def __call__(self, coroutine):
+        return self.loop.run_until_complete(coroutine)
+
+    def count(self, container):
+        return container.count()
+
+    def close(self):
+        self(AsyncQueue(connection=self.connection).aclose())
+        self(self.connection.aclose())
+        self.loop.close()
+
+
+def scenario_options(do, queue):
+    options = {"job_timeout": "5m", "ttl": 60, "result_ttl": 70, "failure_ttl": 80}
+    options |= {"description": "d", "meta": {"a": 1}, "retry": Retry(2, interval=[1])}
+    options |= {"repeat": Repeat(2), "max_crashes": 1, "on_success": report_success}
+    options |= {"rate_limit": RateLimit("k", 1), "job_id": "a", "unique": True}
+    webhooks = [Webhook("http://a/b", "failed")]
+    job = do(queue.enqueue(add, 1, b=2, webhooks=webhooks, **options))
+    read = do(do.Job.fetch("a", do.connection))
+    yield job == read, read.args, read.kwargs, read.meta, read.timeout, read.ttl
+    yield read.retries_left, read.repeats_left, read.description, read.webhooks
+    yield read.rate_limit_key, read.success_callback_timeout, read.max_crashes
+    yield do(job.get_status())
+    with pytest.raises(DuplicateJobError):
+        do(queue.enqueue(add, job_id="a"))
+
+
+def scenario_ways_to_enqueue(do, queue):
+    do(queue.enqueue_call(add, (1, 2), {}, job_id="call"))
+    do(queue.enqueue_in(60, add, job_id="in"))
+    do(queue.enqueue_at(datetime(2100, 1, 1, tzinfo=timezone.utc), add, job_id="at"))
+    job = queue.create_job(add, (1,), job_id="made")
+    yield do(job.get_status(refresh=False))
+    do(queue.enqueue_job(job, at_front=True))
+    made = do.Job.create(add, connection=do.connection, id="later")
+    do(queue.schedule_job(made, datetime(2100, 1, 2, tzinfo=timezone.utc)))
+    yield (
+        do(queue.get_job_ids()),
+        do(queue.get_job_ids(1, 1)),
+        do(queue.get_job_ids(0, 0)),
+    )
+    yield do(queue.scheduled_job_registry.get_job_ids(desc=True))
+    yield do(queue.scheduled_job_registry.get_expiration_time("at"))
+    yield do(queue.get_job_position("call")), do(job.get_position())
+    yield do(do.count(queue)), do(queue.is_empty())
+    yield do(do.count(queue.scheduled_job_registry))
+
+
+def scenario_many(do, queue):
+    data = [queue.prepare_data(add, (i,), job_id=str(i)) for i in range(2500)]
+    jobs = do(queue.enqueue_many(data))
+    yield [job.id for job in jobs] == do(queue.get_job_ids())
+    yield [job.args for job in do(queue.get_jobs(2400, 3))]
+    with pytest.raises(DuplicateJobError):
+        do(queue.enqueue_many(data[:2]))
+    do(queue.remove("1"))
+    with pytest.raises(InvalidJobOperation):
+        do(queue.started_job_registry.remove("2"))
+    yield do(do.count(queue)), do(queue.empty()), do(do.count(queue))
+
+
+def scenario_reading(do, queue):
+    job = do(queue.enqueue(add, 1, job_id="a"))
+    do(queue.enqueue(add, 2, job_id="b"))
+    yield [
+        job and job.id for job in do(do.Job.fetch_many(["b", "x", "a"], do.connection))
+    ]
+    yield do(do.Job.exists("a", do.connection)), do(do.Job.exists("x", do.connection))
+    with pytest.raises(NoSuchJobError):
+        do(do.Job.fetch("x", do.connection))
+    yield do(queue.fetch_job("x")), do(queue.fetch_job("a")).id
+    yield [each.name for each in do(do.Queue.all(do.connection))]
+    job.meta["x"] = 1
+    do(job.save_meta())
+    do(job.log("a line"))
+    yield do(do.Job.fetch("a", do.connection)).meta, do(job.get_meta())
+    yield [text for _, text in do(job.logs())]
+    do(job.delete())
+    for gone in (job.refresh, job.save_meta, job.cancel):
+        with pytest.raises(NoSuchJobError):
+            do(gone())
+
+
+def scenario_results(do, queue):
+    good = do(queue.enqueue(add, 1, 2, job_id="good"))
+    bad = do(queue.enqueue(fail, job_id="bad"))
+    yield do(good.latest_result()), do(good.return_value()), do(good.get_executions())
+    do.work("default")
+    yield (
+        do(good.return_value()),
+        do(good.latest_result()).type,
+        len(do(good.results())),
+    )
+    yield do(bad.return_value()), "boom" in do(bad.latest_result()).exc_string
+    do(good.refresh())
+    do(bad.refresh())
+    yield good.ended_at == do(good.latest_result()).execution_ended_at
+    yield do(queue.finished_job_registry.get_job_ids())
+    yield [job.id for job in do(queue.failed_job_registry.get_jobs())]
+    yield do(queue.failed_job_registry.requeue("bad")).id, do(bad.get_status())
+    do(good.requeue(at_front=True))
+    with pytest.raises(InvalidJobOperation):
+        do(good.requeue())
+    yield do(queue.get_job_ids())
+    do(queue.finished_job_registry.cleanup())
+
+
+def scenario_dependencies(do, queue):
+    other = do.Queue("other", do.connection)
+    parent = do(other.enqueue(add, 1, 1, job_id="p"))
+    child = do(queue.enqueue(add, depends_on="p", job_id="c"))
+    both = do(queue.enqueue(add, depends_on=[parent, child], job_id="both"))
+    yield do(child.get_status()), [job.id for job in do(both.fetch_dependencies())]
+    do.work("other")
+    yield do(both.dependency_results()), do(child.get_status()), both.dependency_ids
+    do(child.cancel(enqueue_dependents=True))
+    yield do(both.get_status()), do(child.get_status())
+    do(parent.delete(delete_dependents=True))
+    yield [
+        job and job.id
+        for job in do(do.Job.fetch_many(["p", "c", "both"], do.connection))
+    ]
+    yield do(queue.canceled_job_registry.get_job_ids())
+    with pytest.raises(InvalidJobOperation):
+        do(queue.delete(delete_jobs=False))
+    do(queue.delete())
+    do(other.delete())
+    yield do(do.Queue.all(do.connection))
+
+
+def scenario_groups(do, queue):
+    group = do.Group(do.connection, "g")
+    with pytest.raises(microq.NoSuchGroupError):
+        do(do.Group.fetch("g", do.connection))
+    data = [queue.prepare_data(add, (i,), job_id=str(i)) for i in range(3)]
+    do(group.enqueue_many(queue, data))
+    do(group.enqueue_callback(queue, add, 5, job_id="last"))
+    yield [each.name for each in do(do.Group.all(do.connection))]
+    yield do(group.counts()), sorted(job.id for job in do(group.get_jobs()))
+    yield do(group.wait(timeout=0))
+    do.work("default")
+    yield do(group.wait(timeout=10)), do(group.counts())
+    yield do(do(do.Job.fetch("last", do.connection)).return_value())
+    do(group.delete_job("1"))
+    do(group.cleanup())
+    yield len(do(do.Group.fetch("g", do.connection)).name), do(group.counts())
+
+
+SCENARIOS = [
+    scenario_options, scenario_ways_to_enqueue, scenario_many, scenario_reading,
+    scenario_results, scenario_dependencies, scenario_groups,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"decode_responses": True}, {"protocol": 3}], ids=str
+)
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_both_clients_do_the_same(redis, monkeypatch, scenario, options):
+    """The same calls have the same values, by the same number of round trips."""
+    round_trips = Counter()
+
+    def count_calls(owner):
+        call = owner._execute_once
+
+        def counted(client, commands):
+            connection = client.client if owner is not microq else client
+            if connection is do.connection:  # not those of a worker in the scenario
+                round_trips[owner] += 1
+            return call(client, commands)
+
+        monkeypatch.setattr(owner, "_execute_once", counted)
+
+    count_calls(microq)
+    count_calls(microq._AsyncClient)
+    values = []
+    for kind in (Blocking, Awaiting):
+        redis.flushall()
+        do = kind(redis, **options)
+        queue = do.Queue(connection=do.connection)
+        for script in microq._scripts_by_sha().values():
+            redis.script_load(script.lua)
+        do(do.count(queue))  # connect
+        values.append(list(scenario(do, queue)))
+        do.close()
+    assert values[0] == values[1]
+    assert round_trips[microq] == round_trips[microq._AsyncClient] > 5
+
+
+# ---- 18. Async client ----------------------------------------------------------------
+
+
+def run_loop(main, timeout=60):
+    """Run a coroutine function on a new loop, on which it may leave no task."""
+
+    async def limited():
+        value = await asyncio.wait_for(main(), timeout)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        return value
+
+    return asyncio.run(limited())
+
+
+@pytest.fixture
+def async_queue(redis):
+    """An AsyncQueue, which the test closes; its connections have the name "async"."""
+    url = redis_url(redis)
+    connection = redis_py.asyncio.Redis.from_url(url, client_name="async")
+    return AsyncQueue(connection=connection)
+
+
+def async_connections(redis):
+    """Return how many connections the client of `async_queue` has."""
+    return [client["name"] for client in redis.client_list()].count("async")
+
+
+def test_calls_at_the_same_time_share_one_connection(redis, async_queue):
+    async def main():
+        async with async_queue as queue:
+            jobs = await asyncio.gather(*[queue.enqueue(echo, i) for i in range(200)])
+            read = await asyncio.gather(
+                *[AsyncJob.fetch(job.id, queue.connection) for job in jobs]
+            )
+            assert [job.args for job in read] == [(i,) for i in range(200)]
+            assert async_connections(redis) == 1
+            assert await queue.get_job_ids() == [job.id for job in jobs]
+
+    run_loop(main)
+    wait_until(lambda: async_connections(redis) == 0)
+
+
+def test_calls_at_the_same_time_share_reads(redis, async_queue):
+    async def main():
+        async with async_queue as queue:
+            await queue.enqueue(add)
+            before = socket_reads(redis)
+            await asyncio.gather(*[queue.enqueue(add, i) for i in range(500)])
+            assert socket_reads(redis) - before < 250
+
+    run_loop(main)
+
+
+def test_awaits_cancelled_at_random_leave_every_further_answer_right(
+    redis, async_queue
+):
+    """CVE-2023-28858: the reply of a cancelled call was taken for the next one's."""
+    chance = random.Random(4)
+
+    async def main():
+        async with async_queue as queue:
+            jobs = [await queue.enqueue(echo, i) for i in range(20)]
+
+            async def ask(i):
+                job = await AsyncJob.fetch(jobs[i].id, queue.connection)
+                assert job.args == (i,)
+                assert (await jobs[i].get_status(), await queue.count()) == (
+                    "queued",
+                    20,
+                )
+
+            async def wait(i):
+                await jobs[i].latest_result(timeout=60)
+
+            async def store(i):
+                await queue.enqueue_many(
+                    [queue.prepare_data(add)] * chance.choice([3, 1500])
+                )
+
+            cancelled = 0
+            for _ in range(500):
+                task = asyncio.ensure_future(ask(chance.randrange(20)))
+                other = asyncio.ensure_future(chance.choice([ask, wait])(0))
+                for _ in range(chance.randrange(12)):
+                    await asyncio.sleep(0)
+                other.cancel()
+                if chance.random() < 0.7:
+                    task.cancel()
+                await ask(chance.randrange(20))
+                ends = await asyncio.gather(task, other, return_exceptions=True)
+                assert {type(end) for end in ends} <= {
+                    asyncio.CancelledError,
+                    type(None),
+                }
+                cancelled += sum(end is not None for end in ends)
+            assert cancelled > 500
+            task = asyncio.ensure_future(store(0))
+            await asyncio.sleep(0)
+            task.cancel()
+            assert await jobs[1].get_status() == "queued"
+            await queue.empty()
+
+    run_loop(main)
+    wait_until(lambda: async_connections(redis) == 0)
+
+
+def test_the_loop_goes_on_while_the_server_does_not(redis, async_queue):
+    """Calls and waits block no loop, even while the server is paused for a second."""
+
+    async def tick(late):
+        while True:
+            due = time.perf_counter() + 0.01
+            await asyncio.sleep(0.01)
+            late.append(time.perf_counter() - due)
+
+    async def main():
+        async with async_queue as queue:
+            job = await queue.enqueue(add)
+            late = []
+            ticker = asyncio.ensure_future(tick(late))
+            calls = []
+            for _ in range(100):
+                calls.append(queue.enqueue(add))
+                calls.append(job.latest_result(timeout=0.5))
+            redis.execute_command("CLIENT", "PAUSE", 1000, "ALL")
+            await asyncio.gather(*calls)
+            ticker.cancel()
+            await asyncio.wait([ticker])
+            assert len(late) > 20
+            # To be generous to a busy machine: 0.05 s was measured when it was idle.
+            assert sorted(late)[-2] < 0.5
+
+    run_loop(main)
+
+
+def test_waits_share_a_connection_and_hold_no_thread(redis, async_queue):
+    async def main():
+        async with async_queue as queue:
+            jobs = await queue.enqueue_many(
+                [queue.prepare_data(echo, (i,)) for i in range(100)]
+            )
+            waits = [asyncio.ensure_future(job.latest_result(30)) for job in jobs]
+            waits.append(asyncio.ensure_future(jobs[0].latest_result(30)))
+
+            def subscribed():
+                return len(redis.pubsub_channels()) == 100
+
+            while not subscribed():
+                await asyncio.sleep(0.01)
+            assert async_connections(redis) == 2
+            assert threading.active_count() == threads
+            await asyncio.to_thread(work, Queue(connection=redis))
+            results = await asyncio.gather(*waits)
+            assert [r.return_value[0][0] for r in results] == [*range(100), 0]
+            while redis.pubsub_channels():
+                await asyncio.sleep(0.01)
+
+    threads = threading.active_count()
+    run_loop(main)
+    wait_until(lambda: async_connections(redis) == 0)
+
+
+def test_a_wait_outlives_the_connection_for_messages(redis, async_queue):
+    async def main():
+        async with async_queue as queue:
+            job = await queue.enqueue(echo, 5)
+            wait = asyncio.ensure_future(job.latest_result(timeout=60))
+            for _ in range(2):
+                while not redis.pubsub_channels():
+                    await asyncio.sleep(0.01)
+                redis.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
+            while not redis.pubsub_channels():
+                await asyncio.sleep(0.01)
+            await asyncio.to_thread(work, Queue(connection=redis))
+            assert (await wait).return_value[0] == [5]
+
+    run_loop(main)
+
+
+def test_a_wait_ends_at_its_timeout_and_for_a_job_that_is_gone(redis, async_queue):
+    async def main():
+        async with async_queue as queue:
+            job = await queue.enqueue(add)
+            assert await job.latest_result(timeout=0.05) is None
+            wait = asyncio.ensure_future(job.latest_result(timeout=60))
+            while not redis.pubsub_channels():
+                await asyncio.sleep(0.01)
+            await job.delete()
+            assert await wait is None
+
+    run_loop(main)
+
+
+def test_unknown_scripts_are_sent_with_their_texts(redis, async_queue):
+    async def main():
+        async with async_queue as queue:
+            await queue.enqueue(add)
+            redis.script_flush()
+            await asyncio.gather(*[queue.enqueue(add) for _ in range(50)])
+            redis.script_flush()
+            await queue.enqueue_many([queue.prepare_data(add)] * 2500)
+            assert await queue.count() == 2551
+
+    run_loop(main)
+
+
+def test_an_outage_raises_server_unavailable_and_passes(tmp_path):
+    server = Server(tmp_path)
+    retry = redis_py.asyncio.retry.Retry(redis_py.backoff.NoBackoff(), 1)
+    connection = redis_py.asyncio.Redis.from_url(server.url, retry=retry)
+
+    async def main():
+        async with AsyncQueue(connection=connection) as queue:
+            job = await queue.enqueue(add)
+            server.stop()
+            calls = [queue.enqueue(add) for _ in range(20)]
+            for end in await asyncio.gather(*calls, return_exceptions=True):
+                with pytest.raises(ServerUnavailable, match=str(server.path)):
+                    raise end
+            wait = asyncio.ensure_future(job.latest_result(timeout=60))
+            await asyncio.sleep(0.05)
+            await asyncio.to_thread(server.start)
+            again = await queue.enqueue(add, job_id=job.id)  # the server has lost all
+            await asyncio.to_thread(
+                work, Queue(connection=redis_py.Redis.from_url(server.url))
+            )
+            assert (await again.latest_result(timeout=30)).return_value == 0
+            wait.cancel()
+            await asyncio.wait([wait])
+
+    try:
+        run_loop(main)
+    finally:
+        server.stop()
+
+
+def test_a_silent_server_is_given_up_after_the_socket_timeout(redis, tmp_path):
+    proxy = Proxy(tmp_path / "p", redis_url(redis).removeprefix("unix://"))
+    options = {"socket_timeout": 0.3, "retry": None, "retry_on_error": []}
+    connection = redis_py.asyncio.Redis(unix_socket_path=proxy.path, **options)
+
+    async def main():
+        async with AsyncQueue(connection=connection) as queue:
+            job = await queue.enqueue(add)
+            proxy.silent = True
+            ends = await asyncio.gather(
+                *[job.get_status() for _ in range(10)], return_exceptions=True
+            )
+            assert {type(end) for end in ends} == {ServerUnavailable}
+            proxy.silent = False
+            assert await job.get_status() == "queued"
+
+    run_loop(main)
+
+
+def test_a_lost_reply_stores_no_job_twice(redis, tmp_path):
+    proxy = Proxy(tmp_path / "p", redis_url(redis).removeprefix("unix://"))
+    connection = redis_py.asyncio.Redis(unix_socket_path=proxy.path)
+
+    async def main():
+        async with AsyncQueue(connection=connection) as queue:
+            await queue.enqueue(add)
+            proxy.replies_to_lose = 1
+            await asyncio.gather(*[queue.enqueue(add, i) for i in range(20)])
+            assert await queue.count() == 21
+
+    run_loop(main)
+
+
+def test_after_a_fail_over_the_connection_is_made_again(tmp_path):
+    """READONLY may mean that the address leads to another server by now."""
+    server = Server(tmp_path, "--port", str(free_port()))
+    redis = redis_py.Redis.from_url(server.url)
+
+    async def main():
+        connection = redis_py.asyncio.Redis.from_url(server.url)
+        async with AsyncQueue(connection=connection) as queue:
+            job = await queue.enqueue(add)
+            redis.execute_command("REPLICAOF", "127.0.0.1", 1)
+            calls = [job.get_status(), queue.enqueue(add), job.get_status()]
+            ends = await asyncio.gather(*calls, return_exceptions=True)
+            assert [ends[0], ends[2]] == ["queued", "queued"]
+            assert isinstance(ends[1], ServerUnavailable)
+            [before] = await asyncio.gather(job.get_status())
+            redis.execute_command("REPLICAOF", "NO", "ONE")
+            await queue.enqueue(add)
+            assert before == "queued"
+            clients = redis.client_list()
+            assert len([each for each in clients if "microq" not in each["name"]]) <= 2
+
+    try:
+        run_loop(main)
+    finally:
+        server.stop()
+
+
+def test_cancelled_calls_do_not_pile_up_while_the_server_is_silent(redis, tmp_path):
+    """What is not sent yet is dropped with its task."""
+    proxy = Proxy(tmp_path / "p", redis_url(redis).removeprefix("unix://"))
+    connection = redis_py.asyncio.Redis(
+        unix_socket_path=proxy.path, socket_timeout=None
+    )
+
+    async def main():
+        queue = AsyncQueue(connection=connection)
+        job = await queue.enqueue(add)
+        proxy.silent = True
+        for _ in range(20):
+            calls = [
+                asyncio.ensure_future(queue.enqueue(add, "x" * 9999)) for _ in range(50)
+            ]
+            await asyncio.sleep(0)
+            for call in calls:
+                call.cancel()
+            await asyncio.wait(calls)
+        wire = microq._AsyncClient.of(connection)._calls.current()
+        assert wire._transport.get_write_buffer_size() < 1 << 18
+        assert len(wire._calls) < 200
+        wire._lose(redis_py.exceptions.ConnectionError("enough"))
+        proxy.silent = False
+        assert await job.get_status() == "queued"
+        await queue.aclose()
+
+    run_loop(main)
+
+
+def test_a_client_may_be_used_on_several_loops(redis, async_queue):
+    async def main():
+        await async_queue.enqueue(add)
+        return await async_queue.count()
+
+    counts = [asyncio.run(main()), asyncio.run(main())]
+    threads = []
+    for _ in range(4):
+        threads.append(
+            threading.Thread(target=lambda: counts.append(asyncio.run(main())))
+        )
+        threads[-1].start()
+    for thread in threads:
+        thread.join()
+    assert sorted(counts)[:2] == [1, 2] and max(counts) == 6
+
+    async def close():
+        await async_queue.aclose()
+
+    asyncio.run(close())
+    with pytest.warns(ResourceWarning):
+        gc.collect()
+    wait_until(lambda: async_connections(redis) == 0)
+
+
+def test_a_forked_process_has_connections_of_its_own(redis, async_queue):
+    async def main():
+        job = await async_queue.enqueue(echo, 0)
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            with contextlib.suppress(BaseException):
+                asyncio.events._set_running_loop(None)
+                asyncio.run(in_child())
+                status = 0
+            os._exit(status)
+        for _ in range(50):
+            assert (await async_queue.fetch_job(job.id)).args == (0,)
+        _, status = await asyncio.to_thread(os.waitpid, pid, 0)
+        assert status == 0
+        assert await async_queue.count() == 51
+        await async_queue.aclose()
+
+    async def in_child():
+        for i in range(50):
+            await async_queue.enqueue(echo, i)
+        await async_queue.aclose()
+
+    run_loop(main)
+
+
+def test_after_aclose_calls_connect_again(redis, async_queue):
+    async def main():
+        async with async_queue as queue:
+            calls = [asyncio.ensure_future(queue.enqueue(add)) for _ in range(10)]
+            await asyncio.sleep(0)
+            await queue.aclose()
+            assert len(await asyncio.gather(*calls)) == 10
+        await queue.aclose()
+        assert await queue.count() == 10
+        await queue.aclose()
+        await AsyncQueue(connection=queue.connection).aclose()
+
+    run_loop(main)
+    wait_until(lambda: async_connections(redis) == 0)
+
+
+def test_attributes_of_an_async_job_say_what_was_read_last(redis, async_queue):
+    async def main():
+        async with async_queue as queue:
+            good = await queue.enqueue(add, 1, 2)
+            bad = await queue.enqueue(fail)
+            await asyncio.to_thread(work, Queue(connection=redis))
+            assert good.is_queued and not good.is_finished and good.result is None
+            await asyncio.gather(good.refresh(), bad.refresh())
+            assert (good.is_queued, good.is_finished, good.result) == (False, True, 3)
+            assert bad.is_failed and "boom" in bad.exc_info and bad.result is None
+
+    run_loop(main)
+
+
+def test_a_queue_without_a_connection_uses_the_url_of_the_environment(
+    redis, monkeypatch
+):
+    monkeypatch.setenv("MICROQ_URL", redis_url(redis))
+
+    async def main():
+        async with AsyncQueue("mail") as queue:
+            job = await queue.enqueue(add, 1)
+            assert await AsyncJob.fetch(job.id) == job
+            assert [each.name for each in await AsyncQueue.all()] == ["mail"]
+            assert await AsyncGroup.all() == []
+
+    run_loop(main)
+
+
+def test_the_other_client_is_refused_by_name(redis, queue, async_queue):
+    connection = async_queue.connection
+    for make in (Queue, microq.Group, functools.partial(Job.fetch, "a")):
+        with pytest.raises(TypeError, match="that is for AsyncQueue, AsyncJob and"):
+            make(connection=connection)
+    for make in (AsyncQueue, AsyncGroup):
+        with pytest.raises(TypeError, match=r"a redis\.Redis is for Queue, Job and"):
+            make(connection=redis)
+    with pytest.raises(TypeError, match="use a Queue"):
+        AsyncQueue(connection=connection, is_async=False)
+    with pytest.raises(TypeError, match="takes an AsyncJob"):
+        AsyncQueue(connection=connection, job_class=Job)
+    with pytest.raises(TypeError, match=r"a pipeline of a redis\.Redis, not"):
+        queue.enqueue(add, pipeline=connection.pipeline())
+    with pytest.raises(TypeError, match="can store"):
+        queue.enqueue_job(async_queue.create_job(add))
+
+    async def main():
+        with pytest.raises(
+            TypeError, match=r"a pipeline of a redis\.asyncio\.Redis, not"
+        ):
+            await async_queue.enqueue(add, pipeline=redis.pipeline())
+        with pytest.raises(TypeError, match="can store"):
+            await async_queue.enqueue_job(queue.create_job(add))
+        with pytest.raises(TypeError, match="takes AsyncQueue objects"):
+            await AsyncGroup(connection).enqueue_many(queue, [])
+        with pytest.raises(TypeError, match=r"redis\.Redis is for Queue"):
+            await AsyncJob.fetch("a", redis)
+        await async_queue.aclose()
+
+    run_loop(main)
+    assert len(queue) == 0
+
+
+def test_an_async_pipeline_carries_calls(redis, async_queue):
+    async def main():
+        async with async_queue as queue:
+            group = AsyncGroup(queue.connection, "g")
+            async with queue.connection.pipeline() as pipe:
+                job = await queue.enqueue(add, pipeline=pipe)
+                await group.enqueue_many(
+                    queue, [queue.prepare_data(add)], pipeline=pipe
+                )
+                assert await queue.count() == 0
+                await pipe.execute()
+                assert await queue.count() == 2
+                await job.cancel(pipeline=pipe)
+                await pipe.execute()
+                assert await job.get_status() == "canceled"
+                await pipe.watch("x")
+                with pytest.raises(TypeError, match=r"call its multi\(\) first"):
+                    await queue.enqueue(add, pipeline=pipe)
+            await queue.connection.aclose()
+
+    run_loop(main)
+
+
+def test_hooks_are_called_with_each_job_that_an_async_queue_stores(redis):
+    seen = []
+
+    def note(job):
+        job.meta["seen"] = True
+        seen.append(job.id)
+
+    async def main():
+        connection = redis_py.asyncio.Redis.from_url(redis_url(redis))
+        async with AsyncQueue(connection=connection, before_enqueue=note) as queue:
+            job = await queue.enqueue(add)
+            [other] = await queue.enqueue_many([queue.prepare_data(add)])
+            assert seen == [job.id, other.id]
+            assert (await job.get_meta()) == {"seen": True}
+
+    run_loop(main)
+
+
+def test_job_decorator_gives_adelay_to_an_async_queue(async_queue, monkeypatch):
+    for function in (add, echo):  # they are as before after the test
+        monkeypatch.setattr(function, "adelay", None, raising=False)
+    microq.job(async_queue, timeout=7)(add)
+    microq.job("mail", async_queue.connection, queue_class=AsyncQueue)(echo)
+
+    async def main():
+        job = await add.adelay(2, b=3, job_id="a")
+        assert (job.id, job.args, job.kwargs, job.timeout) == ("a", (2,), {"b": 3}, 7)
+        assert (await echo.adelay(4, 2)).origin == "mail"
+        assert not hasattr(add, "delay") and not hasattr(echo, "enqueue")
+        await async_queue.aclose()
+
+    run_loop(main)
+
+
+def test_async_client_works_on_a_cluster(cluster):
+    client = redis_py.asyncio.RedisCluster(
+        host="127.0.0.1", port=cluster.port(cluster.nodes[0])
+    )
+
+    async def main():
+        queue = AsyncQueue("{mail}high", client)
+        other = AsyncQueue("other", client)
+        jobs = await asyncio.gather(*[queue.enqueue(echo, i) for i in range(30)])
+        many = await queue.enqueue_many([queue.prepare_data(add)] * 1500)
+        group = AsyncGroup(client)
+        [member] = await group.enqueue_many(other, [other.prepare_data(add)])
+        child = await other.enqueue(dependency_results, depends_on=jobs[0].id)
+        call = asyncio.ensure_future(jobs[1].get_status())
+        await asyncio.sleep(0.001)
+        call.cancel()
+        statuses = await asyncio.gather(*[job.get_status() for job in (*jobs, child)])
+        assert statuses == ["queued"] * 30 + ["deferred"]
+        wait = asyncio.ensure_future(child.latest_result(timeout=60))
+        ended = asyncio.ensure_future(group.wait(60))
+        await asyncio.sleep(0.1)
+        await asyncio.to_thread(work, Queue("{mail}high", cluster.client))
+        await asyncio.to_thread(work, Queue("other", cluster.client))
+        assert (await wait).return_value == [[[0], {}]] or (await wait).return_value
+        assert await ended
+        assert [await job.return_value() for job in (many[0], member)] == [0, 0]
+        await queue.delete()
+        await other.delete()
+        await queue.aclose()
+        await client.aclose()
+
+    run_loop(main)
+
+
+def test_a_client_of_a_cluster_belongs_to_one_loop(cluster):
+    client = redis_py.asyncio.RedisCluster(
+        host="127.0.0.1", port=cluster.port(cluster.nodes[0])
+    )
+    queue = AsyncQueue(connection=client)
+
+    async def use(close):
+        await queue.enqueue(add)
+        if close:
+            await queue.aclose()
+            await client.aclose()
+
+    first = asyncio.new_event_loop()
+    first.run_until_complete(use(close=False))
+    with pytest.raises(RuntimeError, match="make one in each loop"):
+        asyncio.run(use(close=False))
+    first.run_until_complete(use(close=True))
+    first.close()
+    asyncio.run(use(close=True))
+
+
+def test_async_client_uses_the_options_of_its_client(port_with_password):
+    redis = redis_py.Redis(port=port_with_password, password="sesame")
+
+    async def main():
+        url = f"redis://:sesame@127.0.0.1:{port_with_password}/3?client_name=web"
+        connection = redis_py.asyncio.Redis.from_url(url)
+        async with AsyncQueue(connection=connection) as queue:
+            job = await queue.enqueue(add)
+            await job.latest_result(timeout=0.05)
+            names = [each["name"] for each in redis.client_list()]
+            assert names.count("web") == 2
+            dbs = {each["db"] for each in redis.client_list() if each["name"] == "web"}
+            assert dbs == {"3"}
+        wrong = redis_py.asyncio.Redis(port=port_with_password, password="x")
+        with pytest.raises(ServerUnavailable, match="check user and password"):
+            await AsyncQueue(connection=wrong).enqueue(add)
+
+    run_loop(main)
+
+
+def test_async_client_follows_sentinels(port_with_password, tmp_path):
+    port = free_port()
+    conf = tmp_path / "sentinel.conf"
+    conf.write_text(
+        f"port {port}\ndir {tmp_path}\n"
+        f"sentinel monitor boss 127.0.0.1 {port_with_password} 1\n"
+        "sentinel auth-pass boss sesame\n"
+    )
+    process = subprocess.Popen(
+        [server_program(), str(conf), "--sentinel"], stdout=subprocess.DEVNULL
+    )
+
+    async def main():
+        sentinel = redis_py.asyncio.Sentinel([("127.0.0.1", port)])
+        master = sentinel.master_for("boss", password="sesame")
+        async with AsyncQueue(connection=master) as queue:
+            job = await queue.enqueue(add)
+            assert await job.get_status() == "queued"
+            assert await job.latest_result(timeout=0.05) is None
+        await master.aclose()
+        for each in sentinel.sentinels:
+            await each.aclose()
+
+    try:
+        wait_until(redis_py.Redis(port=port).ping)
+        run_loop(main)
+    finally:
+        end_process(process)
+
+
+def test_async_client_speaks_tls(redis, tmp_path):
+    """Over a TLS proxy in front of the server."""
+    key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
+    subprocess.run(
+        [
+            "openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
+            "-keyout", key, "-out", cert, "-subj", "/CN=localhost",
+            "-addext", "subjectAltName=DNS:localhost",
+        ],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(cert, key)
+
+    async def copy(reader, writer):
+        with contextlib.suppress(OSError):
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def forward(reader, writer):
+        path = redis_url(redis).removeprefix("unix://")
+        there = await asyncio.open_unix_connection(path)
+        await asyncio.gather(copy(reader, there[1]), copy(there[0], writer))
+
+    async def main():
+        proxy = await asyncio.start_server(forward, "localhost", 0, ssl=context)
+        port = proxy.sockets[0].getsockname()[1]
+        url = f"rediss://localhost:{port}?ssl_ca_certs={cert}"
+        async with AsyncQueue(connection=redis_py.asyncio.Redis.from_url(url)) as queue:
+            jobs = await asyncio.gather(
+                *[queue.enqueue(echo, "x" * 5000, i) for i in range(100)]
+            )
+            read = await queue.get_jobs()
+            assert [job.args for job in read] == [job.args for job in jobs]
+            assert await jobs[0].latest_result(timeout=0.05) is None
+        proxy.close()
+        await proxy.wait_closed()
+
+    async def limited():
+        await asyncio.wait_for(main(), 60)
+
+    asyncio.run(limited())
+
+
+def test_the_web_application_of_the_readme(redis, server, tmp_path):
+    for name in ("reports", "app"):
+        [text] = re.findall(rf"```python\n(# {name}\.py.*?)```", README, re.S)
+        (tmp_path / f"{name}.py").write_text(text)
+    environ = clean_env() | {"MICROQ_URL": server.url, "PYTHONPATH": str(HERE)}
+    port = free_port()
+    commands = [
+        [sys.executable, "-m", "uvicorn", "app:app", "--port", str(port)],
+        command_line("worker", "reports"),
+    ]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    processes = [
+        subprocess.Popen(command, cwd=tmp_path, env=environ, **quiet)
+        for command in commands
+    ]
+    try:
+        client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
+
+        def started():
+            with contextlib.suppress(httpx.TransportError):
+                return client.get("/reports/x").status_code == 404
+
+        wait_until(started, 60)
+        id = client.post("/reports", params={"pages": 8}).json()["id"]
+        assert client.get(f"/reports/{id}").json()["result"] is None
+        with client.stream("GET", f"/reports/{id}/events") as stream:
+            events = [
+                json.loads(line.removeprefix("data: "))
+                for line in stream.iter_lines()
+                if line
+            ]
+        end = {"status": "finished", "progress": 8, "result": "8 pages"}
+        assert events[-1] == end == client.get(f"/reports/{id}").json()
+        progress = [event["progress"] for event in events]
+        assert progress == sorted(progress) and len(progress) > 1
+        client.close()
+    finally:
+        for process in processes:
+            end_process(process)
+
+
+def test_types_of_both_clients(tmp_path):
+    """The methods of AsyncQueue return awaitables of what those of Queue return."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        textwrap.dedent(
+            """
+            from redis.asyncio import Redis
+
+            from microq import AsyncGroup, AsyncJob, AsyncQueue, Group, Job, Queue
+
+            blocking = Queue("mail")
+            reveal_type(blocking.enqueue(print, 1))
+            reveal_type(blocking.fetch_job("a"))
+            reveal_type(blocking.get_job_ids())
+            reveal_type(blocking.failed_job_registry.get_jobs())
+            reveal_type(Job.fetch("a").latest_result(1))
+            reveal_type(blocking.enqueue(print).requeue())
+            reveal_type(Group().counts())
+
+
+            async def main() -> None:
+                queue = AsyncQueue("mail", Redis())
+                call = queue.enqueue(print, 1)
+                reveal_type(call)  # type: ignore[unused-coroutine]
+                reveal_type(await call)
+                reveal_type(await queue.fetch_job("a"))
+                reveal_type(await queue.get_job_ids())
+                reveal_type(await queue.failed_job_registry.get_jobs())
+                job = await AsyncJob.fetch("a")
+                reveal_type(job)
+                reveal_type(await job.latest_result(1))
+                reveal_type(await job.requeue())
+                reveal_type(await AsyncGroup().counts())
+                reveal_type(await queue.count())
+                async with queue as same:
+                    reveal_type(same)
+                await queue.enqueue_in("x")  # type: ignore[call-arg]
+            """
+        )
+    )
+    command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", tmp_path / "c"]
+    done = subprocess.run(
+        [*command, program], capture_output=True, text=True, cwd=tmp_path,
+        env=os.environ | {"MYPYPATH": str(HERE)},
+    )  # fmt: skip
+    revealed = re.findall(r'Revealed type is "(.*)"', done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [text.replace("microq.", "") for text in revealed] == [
+        "Job", "Job | None", "list[str]", "list[Job]", "Result | None", "Job",
+        "dict[str, int]",
+        "typing.Coroutine[Any, Any, AsyncJob]", "AsyncJob", "AsyncJob | None",
+        "list[str]", "list[AsyncJob]", "AsyncJob", "Result | None", "AsyncJob",
+        "dict[str, int]", "int", "AsyncQueue",
+    ]  # fmt: skip
+
+
+def test_methods_of_both_clients_have_the_same_docstrings():
+    twins = [(Queue, AsyncQueue), (Job, AsyncJob), (microq.Group, AsyncGroup)]
+    twins.append((microq.FailedJobRegistry, microq.AsyncRegistry))
+    for kind, async_kind in twins:
+        names = [name for name in vars(async_kind) if not name.startswith("_")]
+        assert len(names) > 5
+        for name in names:
+            method = getattr(async_kind, name)
+            if inspect.iscoroutinefunction(method) and name not in ("count", "aclose"):
+                assert method.__name__ == name
+                assert method.__doc__ == getattr(kind, name).__doc__, name
+
+
+# ---- 19. Command line ----------------------------------------------------------------
 
 
 def test_the_front_page(redis, queue, page, start_worker):
