@@ -1579,7 +1579,7 @@ def _raise_explained(error: Exception, connection: Any) -> NoReturn:
 def _make_client(kind: Any, **options: Any) -> Any:
     """Return a client of the class `kind`; with url=, by its from_url().
 
-    A RedisCluster asks its nodes at once. Raises ServerUnavailable if none answers,
+    A RedisCluster asks its nodes at once.  Raises ServerUnavailable if none answers,
     ClusterUsageError if the server is no Cluster, ValueError for an option that is
     not for one."""
     make = kind.from_url if "url" in options else kind
@@ -1653,7 +1653,7 @@ def _read_replies(raw: Any, count: int) -> list[Any]:
     """Return the next `count` replies, as bytes.
 
     Raises the first error among them, but NoScriptError before others, since it means:
-    send everything again. Any other error closes the connection: it may still hold
+    send everything again.  Any other error closes the connection: it may still hold
     unread replies, and after READONLY its address may lead to another server by now."""
     replies: list[Any] = []
     failures: list[Exception] = []
@@ -1711,7 +1711,7 @@ class _Connection:
     key     - on a Cluster, the connection is to the node that holds this key
     on_data - called when data has come; not on a Cluster, where redis-py connects
 
-    It never retries. Only one thread at a time may use it."""
+    It never retries.  Only one thread at a time may use it."""
 
     def __init__(
         self, client: Redis, timeout: float | None, key: str = "", *,
@@ -1751,7 +1751,7 @@ class _Connection:
     def send_ahead(self, commands: Sequence[Command]) -> None:
         """Send commands for receive(), so that the server works on them meanwhile.
 
-        `sent` is what was sent. It stays empty if that failed, and on a Cluster, where
+        `sent` is what was sent.  It stays empty if that failed, and on a Cluster, where
         the commands may be for several nodes; then execute() is to run them."""
         if not commands or isinstance(self.client, RedisCluster):
             return
@@ -1779,7 +1779,7 @@ class _Connection:
 
         redis-py waits for a frozen node for up to a minute; this waits for `timeout`
         seconds, and does not ask a node that was silent again for a pause that grows.
-        Where there is no node, redis-py finds that out at once. One round trip."""
+        Where there is no node, redis-py finds that out at once.  One round trip."""
         if not isinstance(self.client, RedisCluster):
             return True
         node = self.client.get_node_from_key(key)
@@ -1858,7 +1858,7 @@ class _BlockingConnection(_Connection):
     It uses BLPOP. The server is asked to wait for BLPOP_TIMEOUT seconds, and pop()
     watches the socket for as long as its caller wants to wait: the server's own timeout
     comes up to 0.1 s late, since a server without work looks at its clock only each
-    1/hz seconds. So a call may be under way after pop() has returned. The next pop()
+    1/hz seconds.  So a call may be under way after pop() has returned.  The next pop()
     goes on with it; close() ends it, so that it takes no element that nobody
     expects."""
 
@@ -1886,9 +1886,9 @@ class _BlockingConnection(_Connection):
         set before.
 
         Returns the reply to BLPOP, which is (key, element), and those to the commands
-        `piggyback`, which the server runs as soon as there is an element. That saves
-        the round trip that would follow. After BLPOP_TIMEOUT seconds without an element
-        the server runs them, too; then the first reply is None."""
+        `piggyback`, which the server runs as soon as there is an element.  That saves
+        the round trip that would follow.  After BLPOP_TIMEOUT seconds without an
+        element the server runs them, too; then the first reply is None."""
         commands = [("BLPOP", *self.keys, self.BLPOP_TIMEOUT), *piggyback]
         try:
             return self._wait_for_reply(time.monotonic() + timeout, wakeups, commands)
@@ -1940,8 +1940,8 @@ class _BlockingConnection(_Connection):
 class _ConnectionPool:
     """Idle connections beside a client's own pool, for calls of any thread.
 
-    What redis-py does around each command takes longer than the round trip. So these
-    connections are made as those of the client's pool are, but without its checks. Any
+    What redis-py does around each command takes longer than the round trip.  So these
+    connections are made as those of the client's pool are, but without its checks.  Any
     number of threads may use it; list.pop() and list.append() are atomic."""
 
     @staticmethod
@@ -2044,9 +2044,9 @@ def _execute_once(connection: Any, commands: Sequence[Command]) -> list[Any]:
 def _execute(connection: Any, *commands: Command) -> list[Any]:
     """Run the commands in one round trip, and return their replies as bytes.
 
-    `connection` is a client or a _Connection. Where the server does not know a script,
-    all commands are sent again, with the texts of the scripts. Raises ServerUnavailable
-    if there is no usable answer, else what redis-py raises."""
+    `connection` is a client or a _Connection.  Where the server does not know a script,
+    all commands are sent again, with the texts of the scripts.  Raises
+    ServerUnavailable if there is no usable answer, else what redis-py raises."""
     try:
         try:
             return _execute_once(connection, commands)
@@ -2249,8 +2249,8 @@ def _receive(connection: _Connection) -> list[Any]:
 def _eviction_warning(connection: _Connection) -> str:
     """Return a warning if the server deletes keys when its memory is full; else ''.
 
-    A server that does not tell its policy gives ''. In a Cluster, the node that holds
-    the key of `connection` is asked. One round trip."""
+    A server that does not tell its policy gives ''.  In a Cluster, the node that holds
+    the key of `connection` is asked.  One round trip."""
     try:
         [info] = _send_and_receive(connection.connect(), [("INFO", "memory")])
     except (*_REDIS_ERRORS, OSError):
@@ -10458,7 +10458,9 @@ end
 _lua(
     "is_parent",
     """
-function is_parent(job)  -- has dependents; then the sweep deletes it, and no expiry
+-- Whether a job has dependents.  If so, its record does not expire by itself: the
+-- sweep deletes it, and tells them.
+function is_parent(job)
   local list = job .. ':dependents:'
   return call('EXISTS', list .. 'any', list .. 'failed', list .. 'none') > 0
 end
@@ -10494,9 +10496,9 @@ _lua(
 function notify_dependents(q, id, status, now)
   for _, allow in ipairs({'any', 'failed', 'none'}) do
     local list = q .. 'job:' .. id .. ':dependents:' .. allow
-    local counts = status == 'finished' or status == allow or allow == 'any'
-    local kind = counts and 'parent_finished' or 'parent_gone'
-    if (counts or status == 'gone') and notify_some(q, id, kind, list, now) then
+    local is_accepted = status == 'finished' or status == allow or allow == 'any'
+    local kind = is_accepted and 'parent_finished' or 'parent_gone'
+    if (is_accepted or status == 'gone') and notify_some(q, id, kind, list, now) then
       local untold = q .. 'job:' .. id .. ':untold:' .. allow .. format_time(now)
       call('RENAME', list, untold)
       store_message(q, q, 'notify ' .. id .. ' ' .. kind .. ' ' .. untold)
@@ -10525,6 +10527,7 @@ end
 _lua(
     "delete_job",
     """
+-- ... -> gone.  The caller, or else the sweep, takes the job out of its container.
 function delete_job(q, id, now)
   on_final(q, id, 'gone', now)
   delete_record(q .. 'job:' .. id)
@@ -11703,7 +11706,7 @@ class _CronExpression:
 
     def _timestamps(self, local: datetime) -> tuple[float, float]:
         """Return when clocks show a local time for the first time, and for the second
-        time. The two differ where clocks are set back; where clocks skip the time, the
+        time.  The two differ where clocks are set back; where clocks skip the time, the
         second is the earlier."""
         first = local.replace(tzinfo=self.zone, fold=0).timestamp()
         second = local.replace(tzinfo=self.zone, fold=1).timestamp()
