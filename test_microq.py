@@ -5186,6 +5186,16 @@ def test_a_job_in_a_thread_leaves_no_timer(queue):
     wait_until(lambda: not has_timer())
 
 
+def test_a_job_that_runs_another_keeps_its_own_timeout(redis, run, queue):
+    path = redis.connection_pool.connection_kwargs["path"]
+    job = queue.enqueue(enqueue_and_sleep, path, job_timeout=0.5)
+    began = time.monotonic()
+    run()
+    assert job.is_failed
+    assert "timeout of 0.5 s" in job.exc_info
+    assert time.monotonic() - began < 30
+
+
 @pytest.mark.parametrize("timeout", [0.3, -1])
 def test_the_timeout_of_a_job_may_pass_while_it_runs_another(
     redis, queue, run, tmp_path, timeout
