@@ -12785,8 +12785,10 @@ class _ConcurrentRunner:
         self._tick_answered = True
         self._name = name
 
-    def open(self) -> None:
+    def open(self, owns_process: bool) -> None:
         """Start the threads, in the process that runs the jobs."""
+        if owns_process:
+            sys.setswitchinterval(_SWITCH_INTERVAL)
         if not self._given_loop:
             self._loop_thread = threading.Thread(
                 target=self._run_event_loop, name=f"event loop of {self._name}",
@@ -12834,7 +12836,7 @@ class _ConcurrentRunner:
     def collect(self) -> list[tuple[_ConcurrentRun, Outcome | None]]:
         """Return the runs that have ended since the last call, with their outcomes;
         None: the call of submit() has ended."""
-        if not self._ended:
+        if not self._is_awake:
             return []
         self.wakeup.clear()
         self._is_awake = False
@@ -12894,7 +12896,7 @@ class _ConcurrentRunner:
         if os.getpid() != self._pid:
             os._exit(0)  # the job has forked, and its child has returned from it, too
         self._ended.append((run, outcome))
-        if not self._is_awake:
+        if not self._is_awake:  # else collect() is still to come, and finds it
             self._is_awake = True
             self.wakeup.set()
 
@@ -13041,11 +13043,12 @@ class _ConcurrentLoop(_WorkLoop):
         # A claim that was sent along with BLPOP and is not answered yet.  Until it is,
         # there is no other claim; but runs are settled meanwhile.
         self.waiting_claim: _Request | None = None
+        self.next_due = 0.0  # when a claim is due, even without a token
         self.suspect_waits = False  # a job that is to run alone, until nothing runs
         self.seen_stop_requests = int(self.shared.stop_requests)
 
     def run(self) -> _Phase:
-        self.concurrent.open()
+        self.concurrent.open(self.instance.forking)
         return super().run()
 
     def _run_on_event_loop(self, coroutine: Any) -> Any:
@@ -13059,14 +13062,29 @@ class _ConcurrentLoop(_WorkLoop):
     # Claims
 
     def _settle_and_claim(self, claim: bool) -> float:
+        """Settle what has ended and claim for the free slots, in one round trip.
+
+        Return when a claim is due: when a scheduled job is; infinity if nothing can be
+        claimed now.  After a claim that found less than it asked for, the next one goes
+        along with BLPOP, since whoever adds jobs leaves a token."""
         self._collect()
+        is_due = self.next_due <= time.monotonic()
         if self.waiting_claim and (not claim or self._must_end_waiting()):
             self._end_waiting_claim()
-        next_due = self._read_reply()  # of a claim whose BLPOP has failed
-        self._send_request(claim and not self.waiting_claim)
-        next_due = min(next_due, self._read_reply())
+        elif self.waiting_claim and is_due:
+            self._stop_waiting()
+        again = self._read_reply()
+        wanted = self.last_claim_full or self.ends_when_idle or is_due
+        self._send_request(claim and wanted and not self.waiting_claim)
+        again = min(again, self._read_reply())
         self._publish_what_is_held()
-        return next_due
+        if claim and self._claim_limit():
+            return min(again, self.next_due)
+        return again
+
+    def _running_count(self) -> int:
+        """Return how many slots are taken, but for those of runs that have ended."""
+        return len(self.concurrent.runs) - len(self.unsettled)
 
     def _collect(self) -> None:
         """Take over what has ended."""
@@ -13080,7 +13098,7 @@ class _ConcurrentLoop(_WorkLoop):
 
     def _claim_limit(self) -> int:
         shared, limits = self.shared, self.instance.limits
-        running = len(self.concurrent.runs) - len(self.unsettled)
+        running = self._running_count()
         if shared.stop_requested or shared.suspended or self._must_drain():
             return 0
         if running and (self.suspect_waits or self._runs_suspect()):
@@ -13110,31 +13128,41 @@ class _ConcurrentLoop(_WorkLoop):
         return forking and self.concurrent.has_overdue(time.monotonic())
 
     def _claim_mode(self, mode: str) -> str:
-        is_busy = len(self.concurrent.runs) > len(self.unsettled)
+        is_busy = self._running_count() > 0
         return f"{mode} concurrent {'busy' if is_busy else ''}".strip()
 
     def _on_claimed(self, request: _Request, reply: _ClaimReply) -> float:
-        next_due = super()._on_claimed(request, reply)
+        self.next_due = super()._on_claimed(request, reply)
         self.suspect_waits = reply.suspect_waits
         if self.last_claim_full:
             self.shared.batch_size = min(2 * self.shared.batch_size, MAX_BATCH)
         elif not reply.jobs:
             self.shared.batch_size = 1
-        return next_due
+        return math.inf  # _settle_and_claim() looks at next_due
 
     def _must_end_waiting(self) -> bool:
         """Return whether to give up the claim that waits for work."""
-        leaves = self.ends_when_idle and not self.concurrent.runs
+        leaves = self.ends_when_idle and not self._running_count()
         return leaves or self._claim_limit() == 0
 
     def _end_waiting_claim(self) -> None:
         """Take back the claim that waits for work, and read what it may have brought:
         the same claim, sent again, claims nothing that it does not hold already."""
-        self.blocking_connection.close()
-        self.waiting_claim = None
+        self._stop_waiting()
         command = self.instance.repeat_claim_command(self.queue_order)
         self.request = _Request((command,), [], [], 1, time.monotonic())
         self._read_reply()
+
+    def _stop_waiting(self) -> None:
+        """Have the claim that waits for work sent over the other connection."""
+        self.blocking_connection.close()
+        self.request = self.waiting_claim
+        self.waiting_claim = None
+
+    def _release_rest(self) -> None:
+        if self.waiting_claim:
+            self._end_waiting_claim()
+        super()._release_rest()
 
     def _oldest_held(self) -> Execution | None:
         for run in self.concurrent.runs.values():
@@ -13205,11 +13233,8 @@ class _ConcurrentLoop(_WorkLoop):
             request = self.waiting_claim
             self.waiting_claim = None
             self._on_reply(request, replies[1:])
-        elif self.waiting_claim and not self._goes_on_waiting(until):
-            # The next turn sends it over the other connection.
-            self.blocking_connection.close()
-            self.request = self.waiting_claim
-            self.waiting_claim = None
+        elif self.waiting_claim and not self.blocking_connection.is_waiting:
+            self._stop_waiting()  # by an error
         if not self.wakeup.clear():  # the parent died
             self.shared.stop_requested = True
         self._obey_stop_requests()
@@ -13233,11 +13258,6 @@ class _ConcurrentLoop(_WorkLoop):
             return None
         commands = self.waiting_claim.commands
         return self.blocking_connection.pop(seconds, wakeups, *commands)
-
-    def _goes_on_waiting(self, until: float) -> bool:
-        """Return whether BLPOP is under way, and the claim has nothing else to do: a
-        scheduled job is due at that time, and a claim promotes it."""
-        return self.blocking_connection.is_waiting and time.monotonic() < until
 
     # The end
 
