@@ -12662,9 +12662,10 @@ class _Threads:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._idle = 0  # threads that wait, and that no call is meant for yet
+        self._closed = False
 
     def submit(self, call: Callable[[], None]) -> None:
         """Have a thread make a call, which must not raise."""
@@ -12679,12 +12680,20 @@ class _Threads:
     def _work(self) -> None:
         _thread_state.interrupter = _WatchedInterrupter()
         _thread_state.run_coroutine = _leave_to_event_loop
-        while True:
-            call = self._calls.get()
+        while call := self._calls.get():
             call()
             del call  # it holds the job, and the next call may be long in coming
             with self._lock:
+                if self._closed:
+                    return
                 self._idle += 1
+
+    def close(self) -> None:
+        """End the threads, each of them when its call has ended."""
+        with self._lock:
+            self._closed = True
+            for _ in range(self._idle):
+                self._calls.put(None)
 
 
 class _WatchedInterrupter(_Interrupter):
@@ -12801,11 +12810,13 @@ class _ConcurrentRunner:
         self._watch_thread.start()
 
     def close(self) -> None:
-        """End the threads of the event loop and of the watch."""
+        """End the threads; one that is stuck in a job, when that has ended."""
         self._closed = True
         self._has_runs.set()
+        self._threads.close()
         if self._loop_thread:
-            self.event_loop.call_soon_threadsafe(self.event_loop.stop)
+            with contextlib.suppress(RuntimeError):  # its thread has closed it already
+                self.event_loop.call_soon_threadsafe(self.event_loop.stop)
             self._loop_thread.join(1)  # a coroutine may block it
         self.wakeup.close()
 
@@ -12908,6 +12919,7 @@ class _ConcurrentRunner:
             # A SystemExit of a task ends run_forever(), too.
             with contextlib.suppress(SystemExit, KeyboardInterrupt):
                 self.event_loop.run_forever()
+        self.event_loop.close()
 
     def _begin_tasks(self, runs: Sequence[_ConcurrentRun]) -> None:
         """Start the coroutines of runs whose functions are known to be such."""
@@ -13082,9 +13094,10 @@ class _ConcurrentLoop(_WorkLoop):
             return min(again, self.next_due)
         return again
 
-    def _running_count(self) -> int:
-        """Return how many slots are taken, but for those of runs that have ended."""
-        return len(self.concurrent.runs) - len(self.unsettled)
+    def _taken_count(self) -> int:
+        """Return how many slots are taken by what runs, or is claimed to run next."""
+        running = len(self.concurrent.runs) - len(self.unsettled)
+        return running + len(self.claimed)
 
     def _collect(self) -> None:
         """Take over what has ended."""
@@ -13098,18 +13111,18 @@ class _ConcurrentLoop(_WorkLoop):
 
     def _claim_limit(self) -> int:
         shared, limits = self.shared, self.instance.limits
-        running = self._running_count()
+        taken = self._taken_count()
         if shared.stop_requested or shared.suspended or self._must_drain():
             return 0
-        if running and (self.suspect_waits or self._runs_suspect()):
+        if taken and (self.suspect_waits or self._runs_suspect()):
             return 0
         with_webhooks = [
             execution
             for execution, _ in self.unsettled
             if "webhooks" in execution.job._fields
         ]
-        free = len(shared.slots) - running - len(with_webhooks)
-        left = min(limits.max_jobs, shared.run_limit) - shared.runs - running
+        free = len(shared.slots) - taken - len(with_webhooks)
+        left = min(limits.max_jobs, shared.run_limit) - shared.runs - taken
         batch_size = shared.batch_size if limits.strategy == "default" else 1
         return max(0, int(min(free, left, batch_size)))
 
@@ -13128,7 +13141,7 @@ class _ConcurrentLoop(_WorkLoop):
         return forking and self.concurrent.has_overdue(time.monotonic())
 
     def _claim_mode(self, mode: str) -> str:
-        is_busy = self._running_count() > 0
+        is_busy = self._taken_count() > 0
         return f"{mode} concurrent {'busy' if is_busy else ''}".strip()
 
     def _on_claimed(self, request: _Request, reply: _ClaimReply) -> float:
@@ -13142,7 +13155,7 @@ class _ConcurrentLoop(_WorkLoop):
 
     def _must_end_waiting(self) -> bool:
         """Return whether to give up the claim that waits for work."""
-        leaves = self.ends_when_idle and not self._running_count()
+        leaves = self.ends_when_idle and not self._taken_count()
         return leaves or self._claim_limit() == 0
 
     def _end_waiting_claim(self) -> None:
