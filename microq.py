@@ -13127,11 +13127,11 @@ class _ConcurrentLoop(_WorkLoop):
         return max(0, int(min(free, left, batch_size)))
 
     def _runs_suspect(self) -> bool:
-        """Return whether the job that runs has crashed before."""
+        """Return whether a job that has crashed before runs, or is to run next; it is
+        the only one then."""
         runs = self.concurrent.runs.values()
-        return len(runs) == 1 and any(
-            "crashes" in run.execution.job._fields for run in runs
-        )
+        held = [*(run.execution for run in runs), *self.claimed]
+        return len(held) == 1 and "crashes" in held[0].job._fields
 
     def _must_drain(self) -> bool:
         """Return whether this process is to be killed, since a job goes on though its
