@@ -7142,11 +7142,13 @@ _thread_state = _ThreadState()
 # round trip costs is shared by many jobs.  One request settles what has run and claims
 # what runs next; while jobs are tiny, a request claims many of them, and the next one
 # is under way while they run.  Without work the loop blocks on the wake lists of its
-# queues.
+# queues.  _WorkLoop has what all loops do; _SerialLoop runs one job at a time, and
+# _ConcurrentLoop (section 17) many.
 #
 # Invariants: a request is sent again until it is answered, and nothing else is sent
-# meanwhile.  Nothing waits behind a slow job: after 0.1 s what was claimed behind it is
-# released, and what ran before it is settled.
+# meanwhile, but for a claim that waits for work.  Nothing waits behind a slow job: a
+# watchdog looks each SLOW_JOB_AFTER, releases what was claimed behind a job that runs
+# for longer, and settles what ran before it.
 #
 # A loop belongs to the process and thread that run it.  With its supervisor (section
 # 10), in a thread or the parent process, it shares _SharedState and two wake-ups.  Uses
@@ -7540,31 +7542,6 @@ class _Request:
         return max(sizes, default=0) > MAX_SAFE_PAYLOAD
 
 
-class _InlineRunner:
-    """Runs jobs one after the other, in the thread of the loop.
-
-    start() and collect() are two methods so that a runner of several jobs at a time can
-    take its place: its start() would return while the job runs."""
-
-    def __init__(self, options: _RunOptions) -> None:
-        self._options = options
-        self._ended: list[_Run] = []
-        self._pid = os.getpid()
-
-    def start(self, execution: Execution) -> None:
-        """Run a job to its end."""
-        outcome = perform(execution, self._options)
-        if os.getpid() != self._pid:
-            os._exit(0)  # the job has forked, and its child has returned from it, too
-        self._ended.append((execution, outcome))
-
-    def collect(self) -> list[_Run]:
-        """Return the runs that have ended since the last call."""
-        ended = self._ended
-        self._ended = []
-        return ended
-
-
 class _Loop:
     """What a supervisor runs in its own process: a work loop, or a mere wait."""
 
@@ -7595,10 +7572,9 @@ class _Loop:
 
 
 class _WorkLoop(_Loop):
-    """Claims jobs, runs them and settles their outcomes, until it is to stop.
+    """Claims jobs, has them run, and settles their outcomes, until it is to stop.
 
-    It is made in the process that runs it.  Beside its thread only the batch watchdog
-    touches what it holds, under the lock.  `supervisor_wakeup` tells the supervisor
+    It is made in the process that runs it.  `supervisor_wakeup` tells the supervisor
     that a standby child is needed; `before_wait` is called before the loop waits for
     work."""
 
@@ -7609,11 +7585,9 @@ class _WorkLoop(_Loop):
         worker = instance.worker
         self.instance = instance
         self.shared = instance.shared
-        self.slot = instance.shared.slots[0]  # that of the job that runs
         self.wakeup = instance.wakeup
         self.supervisor_wakeup = supervisor_wakeup
         self.before_wait = before_wait
-        self.runner = _InlineRunner(instance.run_options)
         self.result_ttl: float = worker.default_result_ttl
         self.command_connection = command_connection
         self.relay_connection = instance.new_connection()
@@ -7627,10 +7601,7 @@ class _WorkLoop(_Loop):
         self.queue_order = list(instance.queues)
         self.ends_when_idle = instance.limits.burst
         self.is_leaving = False  # the block of a context manager has been left
-        self.lock = threading.RLock()
         self.claimed: deque[Execution] = deque()  # to be run
-        self.running: Execution | None = None
-        self.stopped_run = 0.0  # the last run for which take_stop_request() was true
         self.unsettled: list[_Run] = []  # has run, and is in no request yet
         self.to_release: list[Execution] = []  # is not to be run here
         self.request: _Request | None = None  # is not answered yet
@@ -7638,7 +7609,6 @@ class _WorkLoop(_Loop):
         self.pending_webhooks: list[_SettledRun] = []
         self.clock_offset = 0.0  # server's time minus that of time.monotonic()
         self.last_claim_full = False  # whether the last claim got all that it asked for
-        self.batch_watchdog: threading.Thread | None = None
         self.started_at = 0.0
         self.idle_since = 0.0
 
@@ -7708,10 +7678,6 @@ class _WorkLoop(_Loop):
     def _idle_too_long(self) -> bool:
         return time.monotonic() >= self._idle_deadline()
 
-    def _is_busy(self) -> bool:
-        """Return whether jobs run beside the loop."""
-        return False
-
     def _release_rest(self) -> None:
         """Release what was claimed, and is not run since the loop ends."""
         if self.claimed:
@@ -7732,25 +7698,49 @@ class _WorkLoop(_Loop):
         self.is_leaving = True
         self.wakeup.set()
 
-    # Requests
+    # What the two kinds of loops do in their ways
 
     def _settle_and_claim(self, claim: bool) -> float:
-        """Settle what has run and claim the next jobs, in one round trip.
+        """Settle what has run and claim the next jobs.  Return when the next scheduled
+        job is due; infinity if that is not known."""
+        raise NotImplementedError
 
-        While there are jobs to run, the reply is read by the next call, after they ran.
-        Return when the next scheduled job is due; infinity if that is not known."""
-        with self.lock:
-            next_due = self._read_reply()  # to the request sent before these jobs ran
-            # At most two requests, of which the reply to the first one is read here: it
-            # brings the jobs to run.  The server works on the second one while they
-            # run.
-            if not self.claimed:
-                self._send_request(claim)
-                next_due = min(next_due, self._read_reply())
-            if self.claimed:
-                self._send_request(claim)
-            self._publish_what_is_held()
-        return next_due
+    def _claim_limit(self) -> int:
+        """Return how many jobs to claim now."""
+        raise NotImplementedError
+
+    def _claim_mode(self, mode: str) -> str:
+        """Return the mode of the next claim, for the script; `mode` is "" or
+        "blocking"."""
+        raise NotImplementedError
+
+    def _oldest_held(self) -> Execution | None:
+        """Return the execution that was claimed first, of those that are held; None if
+        none is.  Jobs are run, and requests are made, in the order of the claims."""
+        raise NotImplementedError
+
+    def _run_claimed(self) -> None:
+        """Run what is claimed, or have it begin."""
+        raise NotImplementedError
+
+    def _is_busy(self) -> bool:
+        """Return whether jobs run beside the loop."""
+        return False
+
+    def _wait_for_work(self, until: float) -> None:
+        """Block until there may be something to do, or that time."""
+        raise NotImplementedError
+
+    def _block(self, seconds: float) -> list[Any] | None:
+        """Wait for a token; return it with the replies to a claim, which travels along
+        with BLPOP and saves a round trip when a job comes.  None if there is none."""
+        raise NotImplementedError
+
+    def _interrupted_runs(self) -> Sequence[_Run]:
+        """Return what still runs when the worker signs off, as interrupted."""
+        raise NotImplementedError
+
+    # Requests
 
     def _send_request(self, claim: bool) -> None:
         """Send what settles, releases and claims; its reply is read later."""
@@ -7777,10 +7767,6 @@ class _WorkLoop(_Loop):
         self.unsettled, self.to_release = [], []
         return _Request(tuple(commands), runs, releases, limit, time.monotonic())
 
-    def _claim_mode(self, mode: str) -> str:
-        """Return the mode of the next claim, for the script."""
-        return "busy" if self.claimed else mode
-
     def _release_commands(self) -> list[Command]:
         job_ids: dict[str, list[str]] = {}
         for execution in self.to_release:
@@ -7790,31 +7776,6 @@ class _WorkLoop(_Loop):
             self.instance.release_command(prefix, ids)
             for prefix, ids in job_ids.items()
         ]
-
-    def _claim_limit(self) -> int:
-        """Return how many jobs to claim now."""
-        shared, limits = self.shared, self.instance.limits
-        if shared.stop_requested or shared.suspended:
-            return 0
-        held = len(self.claimed)
-        if held and not self._may_claim_ahead(held):
-            return 0
-        # The other strategies choose a queue for each job.
-        batch_size = shared.batch_size if limits.strategy == "default" else 1
-        left = min(limits.max_jobs, shared.run_limit) - shared.runs - held
-        return max(0, int(min(left, batch_size)))
-
-    def _may_claim_ahead(self, held: int) -> bool:
-        """Return whether to claim while jobs are left to run: these are tiny and many.
-
-        Not with several queues: there, the jobs of a batch that were not run within
-        SETTLE_AFTER are released, and jobs claimed ahead would run before them."""
-        return bool(
-            len(self.instance.queues) == 1
-            and self.last_claim_full
-            and held <= self.shared.batch_size
-            and self.shared.batch_size >= MIN_BATCH_TO_PIPELINE
-        )
 
     def _read_reply(self, patient: bool = True) -> float:
         """Read the reply to the request that is under way, if there is one.
@@ -7927,8 +7888,6 @@ class _WorkLoop(_Loop):
             behind = index + 1  # the claim was for one job: `index` is its queue's
             self.queue_order = self.queue_order[behind:] + self.queue_order[:behind]
         self.last_claim_full = len(reply.jobs) == request.claim_limit
-        if len(reply.jobs) > 1:
-            self._start_batch_watchdog()
         # The supervisor sees it, too: its own reply, to a heartbeat, may be older.
         next_due = math.inf
         if reply.next_due is not None:
@@ -7943,14 +7902,185 @@ class _WorkLoop(_Loop):
         highest = server_time - request.sent_at
         self.clock_offset = min(max(self.clock_offset, lowest), highest)
 
+    def _publish_oldest_claim(self, oldest: Execution | None) -> None:
+        """Tell the supervisor the oldest claim of which a job is held."""
+        next_claim = self.shared.claim_number + 1
+        self.shared.oldest_held_claim = oldest.claim if oldest else next_claim
+
+    def _publish(self, execution: Execution, slot: _Slot) -> None:
+        """Tell the supervisor that a job runs from now on, and when to kill it."""
+        job = execution.job
+        index = self.instance.prefixes.index(job.queue.prefix)
+        slot.fill(index, execution, _kill_limit(job))
+        started_at = slot.started_at + self.clock_offset  # the server's time
+        execution.run_state = _RunState(started_at)
+
+    def _release_claimed(self) -> None:
+        """Run nothing more of what is claimed; the next request releases it."""
+        self.to_release += self.claimed
+        self.claimed.clear()
+
+    def _block_or_log(self, until: float) -> list[Any] | None:
+        """Wait until that time as _block() does; log what goes wrong, return None."""
+        try:
+            return self._block(until - time.monotonic())
+        except exceptions.NoScriptError:
+            pass  # the request is still there, and _exchange() sends the script's text
+        except (
+            exceptions.RedisError, exceptions.RedisClusterException, OSError,
+        ) as error:  # fmt: skip
+            log.warning("waiting for work: %s", error)
+            self.wakeup.wait(random.uniform(0.5, 1))
+        return None
+
+    # Between jobs
+
+    def _relay_messages(self) -> None:
+        """Relay messages to other queues.  If that fails, they stay in the outbox, and
+        a heartbeat relays them."""
+        messages = self.messages
+        self.messages = []
+        with contextlib.suppress(exceptions.RedisError):
+            _relay(self.relay_connection, messages)
+
+    def _send_webhooks_due(self) -> None:
+        """Send webhooks.  They may take long, so first release what is claimed, and
+        wait for the reply to the request, which may bring more jobs and webhooks."""
+        while self.pending_webhooks and (self.claimed or self.request):
+            self._release_claimed()
+            self._settle_and_claim(claim=False)
+        webhooks = self.pending_webhooks
+        self.pending_webhooks = []
+        for run in webhooks:
+            self._try_webhooks(run)
+
+    def _try_webhooks(self, run: _SettledRun) -> None:
+        """Send the webhooks of a run; log what goes wrong."""
+        execution = run[0]
+        try:
+            self._send_webhooks(*run)
+        except Exception as error:
+            log.warning("webhooks of job %s: %s", execution.job_id, error)
+
+    def _send_webhooks(
+        self, execution: Execution, outcome: Outcome, status: str
+    ) -> None:
+        """Send the webhooks of a job that now has this status, one by one, and tell the
+        supervisor how long each may take."""
+        payload = _webhook_payload(execution, outcome, status)
+        for hook in execution.job.webhooks:
+            if hook.job_status == status:
+                self.shared.webhook_deadline = time.monotonic() + hook.timeout
+                _send_webhook(hook, execution, payload)
+                self.shared.make_progress()
+                self.shared.webhook_deadline = 0
+
+    # The end
+
+    def accept_stop_requests(self) -> None:
+        """In a child: be ready for _Slot.request_stop() of the supervisor."""
+
+    def sign_off_commands(self) -> list[Command]:
+        """Return what settles what has run, and releases all else; then the loop holds
+        nothing.  A job that still runs will run again."""
+        runs = [run for group in self._requested_runs() for run in group]
+        runs += self.unsettled
+        ended = {id(execution) for execution, _ in runs}
+        runs += [run for run in self._interrupted_runs() if id(run[0]) not in ended]
+        self.claimed.clear()
+        self.unsettled, self.to_release, self.request = [], [], None
+        groups = _group_by_queue(runs)
+        commands = [_settle_runs_command(group, self.result_ttl) for group in groups]
+        return [*commands, self.instance.sign_off_command()]
+
+    def _requested_runs(self) -> list[list[_Run]]:
+        return self.request.runs if self.request else []
+
+    def close(self) -> None:
+        """Close the connections."""
+        self.command_connection.close()
+        self.blocking_connection.close()
+        self.relay_connection.close()
+
+
+class _SerialLoop(_WorkLoop):
+    """Runs jobs one after the other, in its own thread.
+
+    Beside that thread only the batch watchdog touches what it holds, under the lock."""
+
+    def __init__(
+        self, instance: _Instance, command_connection: _Connection,
+        supervisor_wakeup: _Wakeup, before_wait: Callable[[], None] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(instance, command_connection, supervisor_wakeup, before_wait)
+        self.slot = self.shared.slots[0]  # that of the job that runs
+        self.pid = os.getpid()
+        self.lock = threading.RLock()
+        self.running: Execution | None = None
+        self.stopped_run = 0.0  # the last run for which take_stop_request() was true
+        self.batch_watchdog: threading.Thread | None = None
+
+    # Claims
+
+    def _settle_and_claim(self, claim: bool) -> float:
+        """Settle what has run and claim the next jobs, in one round trip.
+
+        While there are jobs to run, the reply is read by the next call, after they ran.
+        Return when the next scheduled job is due; infinity if that is not known."""
+        with self.lock:
+            next_due = self._read_reply()  # to the request sent before these jobs ran
+            # At most two requests, of which the reply to the first one is read here: it
+            # brings the jobs to run.  The server works on the second one while they
+            # run.
+            if not self.claimed:
+                self._send_request(claim)
+                next_due = min(next_due, self._read_reply())
+            if self.claimed:
+                self._send_request(claim)
+            self._publish_what_is_held()
+        return next_due
+
+    def _claim_mode(self, mode: str) -> str:
+        """Return the mode of the next claim, for the script."""
+        return "busy" if self.claimed else mode
+
+    def _claim_limit(self) -> int:
+        """Return how many jobs to claim now."""
+        shared, limits = self.shared, self.instance.limits
+        if shared.stop_requested or shared.suspended:
+            return 0
+        held = len(self.claimed)
+        if held and not self._may_claim_ahead(held):
+            return 0
+        # The other strategies choose a queue for each job.
+        batch_size = shared.batch_size if limits.strategy == "default" else 1
+        left = min(limits.max_jobs, shared.run_limit) - shared.runs - held
+        return max(0, int(min(left, batch_size)))
+
+    def _may_claim_ahead(self, held: int) -> bool:
+        """Return whether to claim while jobs are left to run: these are tiny and many.
+
+        Not with several queues: there, the jobs of a batch that were not run within
+        SETTLE_AFTER are released, and jobs claimed ahead would run before them."""
+        return bool(
+            len(self.instance.queues) == 1
+            and self.last_claim_full
+            and held <= self.shared.batch_size
+            and self.shared.batch_size >= MIN_BATCH_TO_PIPELINE
+        )
+
+    def _on_claimed(self, request: _Request, reply: _ClaimReply) -> float:
+        next_due = super()._on_claimed(request, reply)
+        if len(reply.jobs) > 1:
+            self._start_batch_watchdog()
+        return next_due
+
     def _publish_what_is_held(self) -> None:
-        """Tell the supervisor the oldest claim of which a job is held.  It is called
-        between runs."""
+        """Tell the supervisor which claims are settled, and, if all are, that no job is
+        held.  It is called between runs."""
         oldest = self._oldest_held()
-        if oldest:
-            self.shared.oldest_held_claim = oldest.claim
-        else:
-            self.shared.oldest_held_claim = self.shared.claim_number + 1
+        self._publish_oldest_claim(oldest)
+        if not oldest:
             self.slot.state = _SlotState.EMPTY
 
     def _oldest_held(self) -> Execution | None:
@@ -7975,12 +8105,11 @@ class _WorkLoop(_Loop):
             execution = self._next_execution()
             if execution is None:
                 break
-            self.runner.start(execution)
-            for run in self.runner.collect():
-                self._on_ended(run)
-                _, outcome = run
-                if outcome.seconds > longest:
-                    longest = outcome.seconds
+            run = self._run_job(execution)
+            self._on_ended(run)
+            _, outcome = run
+            if outcome.seconds > longest:
+                longest = outcome.seconds
             if time.monotonic() - began > SETTLE_AFTER:
                 break
         self._adapt_batch_size(size, longest, time.monotonic() - began)
@@ -8004,6 +8133,13 @@ class _WorkLoop(_Loop):
                 title = f"{self.instance.name}: {job.origin} {job.id}"
                 _set_process_title(f"microq {title}")
             return self.running
+
+    def _run_job(self, execution: Execution) -> _Run:
+        """Run a job to its end."""
+        outcome = perform(execution, self.instance.run_options)
+        if os.getpid() != self.pid:
+            os._exit(0)  # the job has forked, and its child has returned from it, too
+        return execution, outcome
 
     def _on_ended(self, run: _Run) -> None:
         """Take over a run that has ended, and mend what it has done to this process."""
@@ -8030,19 +8166,9 @@ class _WorkLoop(_Loop):
         elif size >= shared.batch_size and seconds < SETTLE_AFTER / 2:
             shared.batch_size = min(2 * size, MAX_BATCH)
 
-    def _publish(self, execution: Execution, slot: _Slot) -> None:
-        """Tell the supervisor that a job runs from now on, and when to kill it."""
-        job = execution.job
-        index = self.instance.prefixes.index(job.queue.prefix)
-        slot.fill(index, execution, _kill_limit(job))
-        started_at = slot.started_at + self.clock_offset  # the server's time
-        execution.run_state = _RunState(started_at)
-
     def _release_claimed(self) -> None:
-        """Run nothing more of what is claimed; the next request releases it."""
         with self.lock:
-            self.to_release += self.claimed
-            self.claimed.clear()
+            super()._release_claimed()
 
     def stop_job(self, job: _CurrentJob, grace: float) -> None:
         """Stop a job that runs; for another thread."""
@@ -8061,6 +8187,9 @@ class _WorkLoop(_Loop):
         if state and state.call:
             _, interrupt = state.call
             interrupt(_ColdShutdown)
+
+    def accept_stop_requests(self) -> None:
+        _accept_stop_requests(self.take_stop_request)
 
     def take_stop_request(self) -> bool:
         """Return whether the job that runs is to be stopped; True once for a run."""
@@ -8125,7 +8254,7 @@ class _WorkLoop(_Loop):
         self._send_request(claim=False)
         self._read_reply(patient=False)
 
-    # Between jobs
+    # Waits
 
     def _wait_for_work(self, until: float) -> None:
         """Block until there may be work: a token, the wake-up, or that time."""
@@ -8144,19 +8273,6 @@ class _WorkLoop(_Loop):
             self.shared.stop_requested = True
         self._take_back_claim()
 
-    def _block_or_log(self, until: float) -> list[Any] | None:
-        """Wait until that time as _block() does; log what goes wrong, return None."""
-        try:
-            return self._block(until - time.monotonic())
-        except exceptions.NoScriptError:
-            pass  # the request is still there, and _exchange() sends the script's text
-        except (
-            exceptions.RedisError, exceptions.RedisClusterException, OSError,
-        ) as error:  # fmt: skip
-            log.warning("waiting for work: %s", error)
-            self.wakeup.wait(random.uniform(0.5, 1))
-        return None
-
     def _block(self, seconds: float) -> list[Any] | None:
         """Wait for a token; return it with the replies to a claim, which travels along
         with BLPOP and saves a round trip when a job comes.  None if there is none."""
@@ -8174,71 +8290,14 @@ class _WorkLoop(_Loop):
         if stopped and self.request and self.request.claim_limit:
             self.request = _Request((self.instance.release_all_command(),), [], [])
 
-    def _relay_messages(self) -> None:
-        """Relay messages to other queues.  If that fails, they stay in the outbox, and
-        a heartbeat relays them."""
-        messages = self.messages
-        self.messages = []
-        with contextlib.suppress(exceptions.RedisError):
-            _relay(self.relay_connection, messages)
-
-    def _send_webhooks_due(self) -> None:
-        """Send webhooks.  They may take long, so first release what is claimed, and
-        wait for the reply to the request, which may bring more jobs and webhooks."""
-        while self.pending_webhooks and (self.claimed or self.request):
-            self._release_claimed()
-            self._settle_and_claim(claim=False)
-        webhooks = self.pending_webhooks
-        self.pending_webhooks = []
-        for run in webhooks:
-            self._try_webhooks(run)
-
-    def _try_webhooks(self, run: _SettledRun) -> None:
-        """Send the webhooks of a run; log what goes wrong."""
-        execution = run[0]
-        try:
-            self._send_webhooks(*run)
-        except Exception as error:
-            log.warning("webhooks of job %s: %s", execution.job_id, error)
-
-    def _send_webhooks(
-        self, execution: Execution, outcome: Outcome, status: str
-    ) -> None:
-        """Send the webhooks of a job that now has this status, one by one, and tell the
-        supervisor how long each may take."""
-        payload = _webhook_payload(execution, outcome, status)
-        for hook in execution.job.webhooks:
-            if hook.job_status == status:
-                self.shared.webhook_deadline = time.monotonic() + hook.timeout
-                _send_webhook(hook, execution, payload)
-                self.shared.make_progress()
-                self.shared.webhook_deadline = 0
-
     # The end
 
     def sign_off_commands(self) -> list[Command]:
-        """Return what settles what has run, and releases all else; then the loop holds
-        nothing.  A job that still runs will run again."""
         with self.lock:  # the batch watchdog may still be there
-            runs = [run for group in self._requested_runs() for run in group]
-            runs += self.unsettled
-            running = self.running
-            if running and all(execution is not running for execution, _ in runs):
-                runs.append((running, _INTERRUPTED))
-            self.claimed.clear()
-            self.unsettled, self.to_release, self.request = [], [], None
-        groups = _group_by_queue(runs)
-        commands = [_settle_runs_command(group, self.result_ttl) for group in groups]
-        return [*commands, self.instance.sign_off_command()]
+            return super().sign_off_commands()
 
-    def _requested_runs(self) -> list[list[_Run]]:
-        return self.request.runs if self.request else []
-
-    def close(self) -> None:
-        """Close the connections."""
-        self.command_connection.close()
-        self.blocking_connection.close()
-        self.relay_connection.close()
+    def _interrupted_runs(self) -> Sequence[_Run]:
+        return [(self.running, _INTERRUPTED)] if self.running else []
 
 
 def _send_webhook(hook: Webhook, execution: Execution, payload: dict[str, str]) -> None:
@@ -9365,7 +9424,7 @@ def _child_main(
             pass  # a wait ends after an hour at the latest
         if start_signal.clear():  # else the parent died
             loop = _make_loop(instance, connection, supervisor_wakeup)
-            _accept_stop_requests(loop.take_stop_request)
+            loop.accept_stop_requests()
             socket_before = connection.socket
             phase = loop.run()
             loop.blocking_connection.close()
@@ -9509,7 +9568,7 @@ def _make_loop(
     before_wait: Callable[[], None] | None = None,
 ) -> _WorkLoop:  # fmt: skip
     """Return the loop of a worker, for the process that runs its jobs."""
-    loop_class = _ConcurrentLoop if instance.is_concurrent else _WorkLoop
+    loop_class = _ConcurrentLoop if instance.is_concurrent else _SerialLoop
     return loop_class(instance, connection, supervisor_wakeup, before_wait)
 
 
@@ -13089,7 +13148,7 @@ class _ConcurrentLoop(_WorkLoop):
         wanted = self.last_claim_full or self.ends_when_idle or is_due
         self._send_request(claim and wanted and not self.waiting_claim)
         again = min(again, self._read_reply())
-        self._publish_what_is_held()
+        self._publish_oldest_claim(self._oldest_held())
         if claim and self._claim_limit():
             return min(again, self.next_due)
         return again
@@ -13297,11 +13356,13 @@ class _ConcurrentLoop(_WorkLoop):
         self.shared.give_up = True
         self.wakeup.set()
 
-    def sign_off_commands(self) -> list[Command]:
-        for run in self.concurrent.runs.values():
-            if run.slot.state == _SlotState.RUNNING:
-                self.unsettled.append((run.execution, _INTERRUPTED))
-        return super().sign_off_commands()
+    def _interrupted_runs(self) -> Sequence[_Run]:
+        runs = self.concurrent.runs.values()
+        return [
+            (run.execution, _INTERRUPTED)
+            for run in runs
+            if run.slot.state == _SlotState.RUNNING
+        ]
 
 
 # ---- 18. Async client ----------------------------------------------------------------

@@ -5580,7 +5580,7 @@ def test_ids_without_a_record_do_not_hide_a_job_that_is_due(redis, queue):
 def test_a_job_enqueued_in_the_last_moment_is_run(queue, monkeypatch):
     """After the claim, and before the block of the worker is left."""
     jobs = []
-    settle_and_claim = microq._WorkLoop._settle_and_claim
+    settle_and_claim = microq._SerialLoop._settle_and_claim
 
     def enqueue_and_leave(loop, *args, **options):
         next_due = settle_and_claim(loop, *args, **options)
@@ -5589,7 +5589,7 @@ def test_a_job_enqueued_in_the_last_moment_is_run(queue, monkeypatch):
             loop.leave_when_idle()
         return next_due
 
-    monkeypatch.setattr(microq._WorkLoop, "_settle_and_claim", enqueue_and_leave)
+    monkeypatch.setattr(microq._SerialLoop, "_settle_and_claim", enqueue_and_leave)
     with Worker(queue):
         wait_until(lambda: jobs)
     assert jobs[0].is_finished
