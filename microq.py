@@ -13146,7 +13146,9 @@ class _ConcurrentLoop(_WorkLoop):
             self._stop_waiting()
         again = self._read_reply()
         wanted = self.last_claim_full or self.ends_when_idle or is_due
-        self._send_request(claim and wanted and not self.waiting_claim)
+        # What is claimed already begins first, and occupies its slots.
+        may_claim = not self.waiting_claim and not self.claimed
+        self._send_request(claim and wanted and may_claim)
         again = min(again, self._read_reply())
         self._publish_oldest_claim(self._oldest_held())
         if claim and self._claim_limit():
