@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import contextlib
+import contextvars
 import ctypes
 import fcntl
 import fnmatch
@@ -11815,6 +11816,530 @@ def test_the_demo_shows_it_all_and_ends_by_itself():
     assert "42" in shown
     assert "runs again at" in log
     assert "listening on demo" in log
+
+
+# ---- 17. Many jobs at once: helpers --------------------------------------------------
+# Jobs that run beside each other meet by keys of the server, which the fixture `beside`
+# reads and deletes.
+
+
+def arrive():
+    """Note that a job has begun, with how many run, and are held, at this time; return
+    how many have begun so far."""
+    job = get_current_job()
+    pipe = job.connection.pipeline()
+    pipe.incr("beside:arrived")
+    pipe.incr("beside:present")
+    pipe.hlen(job.queue.prefix + "started")
+    arrived, present, held = pipe.execute()
+    job.connection.rpush("beside:seen", f"{present} {held}")
+    job.connection.rpush("beside:order", job.id)
+    return arrived
+
+
+def leave():
+    get_current_job().connection.decr("beside:present")
+
+
+def number_of_arrived():
+    return int(get_current_job().connection.get("beside:arrived"))
+
+
+def meet(count):
+    """Return when so many jobs are here: the first `count`, the next `count`, .."""
+    expected = -(-arrive() // count) * count
+    wait_until(lambda: number_of_arrived() >= expected)
+    leave()
+    return get_current_job().id
+
+
+async def meet_async(count):
+    expected = -(-arrive() // count) * count
+    while number_of_arrived() < expected:
+        await asyncio.sleep(0.01)
+    leave()
+    return get_current_job().id
+
+
+def told_to_go():
+    return get_current_job().connection.exists("beside:go")
+
+
+def stay():
+    """Stay until the test says "go"; note it if an exception ends this before."""
+    arrive()
+    try:
+        while not told_to_go():
+            time.sleep(0.02)
+    except BaseException as error:
+        note_end(error)
+        raise
+    leave()
+    return "gone on"
+
+
+async def stay_async():
+    arrive()
+    try:
+        while not told_to_go():
+            await asyncio.sleep(0.02)
+    except BaseException as error:
+        await asyncio.sleep(0.01)
+        note_end(error)
+        raise
+    leave()
+    return "gone on"
+
+
+def note_end(error):
+    job = get_current_job()
+    job.connection.hset("beside:ends", job.id, type(error).__name__)
+
+
+class Beside:
+    """What jobs have told of themselves, and how the test tells them to go on."""
+
+    def __init__(self, redis):
+        self.redis = redis
+
+    def wait_for(self, count):
+        """Wait until so many jobs have begun."""
+        wait_until(lambda: int(self.redis.get("beside:arrived") or 0) >= count)
+
+    def most(self):
+        """Return how many jobs ran at once at most, and how many were held."""
+        pairs = [line.split() for line in self.redis.lrange("beside:seen", 0, -1)]
+        return max(int(present) for present, _ in pairs), max(int(h) for _, h in pairs)
+
+    def order(self):
+        """Return the ids of the jobs, as they began."""
+        return [id.decode() for id in self.redis.lrange("beside:order", 0, -1)]
+
+    def ends(self):
+        """Return {id: name of the exception} of the jobs of stay() that were ended."""
+        ends = self.redis.hgetall("beside:ends")
+        return {id.decode(): name.decode() for id, name in ends.items()}
+
+    def go(self):
+        self.redis.set("beside:go", 1)
+
+
+@pytest.fixture
+def beside(redis):
+    yield Beside(redis)
+    for key in redis.scan_iter("beside:*"):
+        redis.delete(key)
+
+
+@pytest.fixture(params=["fork", "in-process"])
+def run_beside(request, queue, beside):
+    """Run what is queued, up to so many jobs at once, in either place."""
+
+    def run(concurrency, queues=queue, limits=(), **options):
+        fork = request.param == "fork"
+        worker = Worker(queues, fork=fork, concurrency=concurrency, **options)
+        return work(worker, **dict(limits))
+
+    return run
+
+
+async def wait_to_go_on_async():
+    while not GO_ON.is_set():
+        await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+def go_on():
+    """The event for which jobs in this process wait; set at the end, too."""
+    GO_ON.clear()
+    yield GO_ON
+    GO_ON.set()
+
+
+def enqueue_many(queue, func, args, count, **options):
+    data = Queue.prepare_data(func, args, **options)
+    return queue.enqueue_many([data] * count)
+
+
+def crashes_of(job):
+    return int(job.connection.hget(job.key, "crashes") or 0)
+
+
+# ---- 17. Many jobs at once: what runs ------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "functions", [[meet], [meet_async], [meet, meet_async]],
+    ids=["functions", "coroutines", "both"],
+)  # fmt: skip
+def test_as_many_jobs_run_at_once_as_the_concurrency_says(
+    queue, beside, run_beside, functions
+):
+    """Never more, and no more are held: what waits can be seen, and run by others."""
+    jobs = [queue.enqueue(functions[i % len(functions)], 4) for i in range(40)]
+    assert run_beside(4)
+    assert [job.return_value() for job in jobs] == [job.id for job in jobs]
+    assert beside.most() == (4, 4)
+
+
+def test_many_jobs_that_come_at_once_find_an_idle_worker(redis, queue):
+    with Worker(queue, concurrency=2):
+        wait_until(lambda: blocked_clients(redis) == 2)
+        jobs = enqueue_many(queue, add, (1,), 20)
+    assert all(job.is_finished for job in jobs)
+
+
+def test_a_worker_that_was_cut_off_claims_no_more_than_it_has_slots(redis, queue):
+    """The claim that it waited with is sent again, and may get jobs."""
+    with Worker(queue, concurrency=2):
+        wait_until(lambda: blocked_clients(redis) == 2)
+        redis.client_kill_filter(_type="normal", skipme=True)
+        jobs = enqueue_many(queue, add, (1,), 20)
+    assert all(job.is_finished for job in jobs)
+
+
+SEEN_BY_CONTEXT = contextvars.ContextVar("SEEN_BY_CONTEXT", default="nothing")
+
+
+def know_oneself(text):
+    """Return what a job knows of itself before and after others have run."""
+    job = get_current_job()
+    SEEN_BY_CONTEXT.set(job.id)
+    job.meta["text"] = text
+    job.save_meta()
+    meet(10)
+    job.log(f"line of {job.id}")
+    return [get_current_job().id, SEEN_BY_CONTEXT.get(), get_current_job().meta["text"]]
+
+
+async def know_oneself_async(text):
+    job = get_current_job()
+    SEEN_BY_CONTEXT.set(job.id)
+    job.meta["text"] = text
+    job.save_meta()
+    await meet_async(10)
+    job.log(f"line of {job.id}")
+    await asyncio.create_task(asyncio.sleep(0))
+    return [get_current_job().id, SEEN_BY_CONTEXT.get(), get_current_job().meta["text"]]
+
+
+def call_back(job, connection, result):
+    connection.hset("beside:called", job.id, get_current_job().id)
+
+
+async def call_back_async(job, connection, result):
+    await asyncio.sleep(0.01)
+    call_back(job, connection, result)
+
+
+def test_each_of_many_jobs_knows_itself(redis, queue, beside, run_beside):
+    functions = [know_oneself, know_oneself_async]
+    callbacks = [call_back, call_back_async]
+    jobs = []
+    for i, (func, callback) in enumerate(itertools.product(functions * 5, callbacks)):
+        jobs.append(queue.enqueue(func, str(i), on_success=Callback(callback)))
+    run_beside(10)
+    ids = [job.id for job in jobs]
+    assert [job.return_value() for job in jobs] == [
+        [id, id, str(i)] for i, id in enumerate(ids)
+    ]
+    called = redis.hgetall("beside:called")
+    assert {key.decode(): value.decode() for key, value in called.items()} == {
+        id: id for id in ids
+    }
+    assert [job.refresh() or job.meta["text"] for job in jobs] == list(
+        map(str, range(20))
+    )
+    assert [[line for _, line in job.logs()] for job in jobs] == [
+        [f"line of {id}"] for id in ids
+    ]
+
+
+async def flaky_async(failures):
+    await asyncio.sleep(0.001)
+    return flaky(failures)
+
+
+async def fail_async(message="boom"):
+    await asyncio.sleep(0.001)
+    fail(message)
+
+
+async def return_retry_up_to_async(times):
+    await asyncio.sleep(0)
+    return return_retry_up_to(times)
+
+
+async def dependency_results_async():
+    return dependency_results()
+
+
+def test_options_of_jobs_hold_beside_others(
+    redis, queue, beside, run_beside, webhook_server, callback_log
+):
+    """Retries, repeats, callbacks, webhooks, dependencies: the same for functions and
+    coroutines."""
+    url, requests = webhook_server
+    retry = Retry(max=2)
+    retried = [queue.enqueue(func, 2, retry=retry) for func in (flaky, flaky_async)]
+    asked = [
+        queue.enqueue(f, 2) for f in (return_retry_up_to, return_retry_up_to_async)
+    ]
+    repeated = [
+        queue.enqueue(func, 1, 2, repeat=Repeat(times=2)) for func in (add, add_later)
+    ]
+    failing = [
+        queue.enqueue(func, on_failure=Callback(log_failure), retry=Retry(max=1))
+        for func in (fail, fail_async)
+    ]
+    hooked = [
+        queue.enqueue(
+            func, 1, 2, webhooks=[Webhook(f"{url}/{func.__name__}", "finished")]
+        )
+        for func in (add, add_later)
+    ]
+    dependent = [
+        queue.enqueue(func, depends_on=hooked)
+        for func in (dependency_results, dependency_results_async)
+    ]
+    wrong = [queue.enqueue(func, 1, 2, 3) for func in (add, add_later)]
+    run_beside(8)
+    assert [job.return_value() for job in retried] == ["done", "done"]
+    assert [job.return_value() for job in asked] == ["enough", "enough"]
+    assert [len(job.results()) for job in repeated] == [3, 3]
+    assert [job.return_value() for job in repeated] == [3, 3]
+    assert statuses(*failing, *wrong) == ["failed"] * 4
+    assert [len(job.results()) for job in failing] == [2, 2]
+    lines = [f"failure {job.id} ValueError boom" for job in failing]
+    assert sorted(callback_log()) == sorted(2 * lines)
+    assert sorted(request[1] for request in requests) == ["/add", "/add_later"]
+    assert [job.return_value() for job in dependent] == [[3, 3], [3, 3]]
+    assert all("TypeError" in job.exc_info for job in wrong)
+
+
+def test_a_rate_limit_holds_beside_others(queue, beside, run_beside):
+    limit = RateLimit("k", concurrency=2)
+    jobs = [queue.enqueue(f, 2, rate_limit=limit) for f in (meet, meet_async) * 3]
+    run_beside(6)
+    assert all(job.is_finished for job in jobs)
+    assert beside.most()[0] == 2
+
+
+NOTED_THREADS = []
+
+
+async def wait_for_all_and_note_threads(count):
+    NOTED_THREADS.append(threading.active_count())
+    while len(NOTED_THREADS) < count:
+        await asyncio.sleep(0.05)
+
+
+def test_a_thousand_coroutines_that_wait_need_few_threads(redis, queue):
+    NOTED_THREADS.clear()
+    jobs = enqueue_many(queue, wait_for_all_and_note_threads, (1000,), 1000)
+    before = threading.active_count()
+    work(SimpleWorker(queue, concurrency=1000))
+    assert max(NOTED_THREADS) - before < 20
+    assert queue.finished_job_registry.count == len(jobs) == 1000
+
+
+def test_threads_and_files_of_a_worker_end_with_it(queue):
+    """An application may make many workers, one after the other."""
+
+    def files():
+        return len(os.listdir("/proc/self/fd"))
+
+    def use_a_worker():
+        for func in (meet_in_this_process, add_later_in_this_process):
+            enqueue_many(queue, func, (), 4)
+        with Worker(queue, concurrency=4):
+            pass
+
+    use_a_worker()  # connections of the queue's own stay
+    threads, before = set(threading.enumerate()), files()
+    for _ in range(3):
+        use_a_worker()
+    wait_until(lambda: set(threading.enumerate()) <= threads)
+    gc.collect()
+    assert files() <= before
+
+
+def meet_in_this_process():
+    time.sleep(0.01)
+
+
+async def add_later_in_this_process():
+    await asyncio.sleep(0.01)
+
+
+def test_jobs_that_end_together_are_settled_together(redis, queue, go_on):
+    jobs = [queue.enqueue(wait_to_go_on_async) for _ in range(100)]
+    with Worker(queue, concurrency=100) as worker:
+        wait_until(lambda: len(queue.started_job_registry) == 100)
+        wait_until(lambda: blocked_clients(redis) == 1)  # the loop: it has no slot free
+        before = socket_reads(redis)
+        go_on.set()
+        wait_until(lambda: worker.successful_job_count == 100)
+        assert socket_reads(redis) - before < 25  # with heartbeats
+    assert all(job.is_finished for job in jobs)
+
+
+LET_GO: set[int] = set()
+
+
+async def wait_to_be_let_go(number):
+    while number not in LET_GO:
+        await asyncio.sleep(0.005)
+
+
+def ids_of_blocked_clients(redis):
+    return {each["id"] for each in redis.client_list() if each["cmd"] == "blpop"}
+
+
+def test_the_end_of_a_job_does_not_cut_the_wait_for_work(redis, queue):
+    """An idle worker waits by a blocking connection, also while jobs run; a hundred
+    ends don't cost it a reconnect each."""
+    LET_GO.clear()
+    with Worker(queue, concurrency=102) as worker:
+        jobs = [queue.enqueue(wait_to_be_let_go, number) for number in range(101)]
+        wait_until(lambda: len(queue.started_job_registry) == 101)
+        wait_until(lambda: len(ids_of_blocked_clients(redis)) == 2)
+        before = ids_of_blocked_clients(redis)
+        for number in range(100):
+            LET_GO.add(number)
+            wait_until(lambda: worker.successful_job_count > number)  # noqa: B023
+        wait_until(lambda: jobs[99].is_finished)
+        assert ids_of_blocked_clients(redis) == before
+        assert jobs[100].is_started
+        LET_GO.add(100)
+    assert all(job.is_finished for job in jobs)
+
+
+def test_high_jobs_overtake_low_ones(redis, beside, run_beside):
+    """Of what waits, those of an earlier queue begin first, as soon as a slot is
+    free."""
+    high, low = Queue("high", redis), Queue("low", redis)
+    low_jobs = [low.enqueue(meet_and_enqueue_high, 2) for _ in range(2)]
+    low_jobs += [low.enqueue(meet, 2) for _ in range(4)]
+    run_beside(2, [high, low])
+    order = beside.order()
+    high_ids = high.finished_job_registry.get_job_ids()
+    assert len(high_ids) == 2
+    assert set(order[:2]) == {job.id for job in low_jobs[:2]}
+    assert set(order[2:4]) == set(high_ids)
+    assert len(order) == 8
+
+
+def meet_and_enqueue_high(count):
+    Queue("high", get_current_job().connection).enqueue(meet, count)
+    meet(count)
+
+
+def grow(depth):
+    """Enqueue two jobs that do the same, down to this depth."""
+    arrive()
+    if depth:
+        for _ in range(2):
+            get_current_job().queue.enqueue(grow_async, depth - 1)
+    leave()
+
+
+async def grow_async(depth):
+    arrive()
+    if depth:
+        for _ in range(2):
+            get_current_job().queue.enqueue(grow, depth - 1)
+    await asyncio.sleep(0.001)
+    leave()
+
+
+def test_a_burst_runs_what_its_jobs_enqueue(queue, beside, run_beside):
+    queue.enqueue(grow, 4)
+    run_beside(3)
+    assert len(queue.finished_job_registry) == 2**5 - 1
+    assert beside.most()[0] <= 3
+
+
+def test_no_more_jobs_than_max_jobs_begin(queue, beside, run_beside):
+    jobs = [queue.enqueue(f, 3) for f in (meet, meet_async) * 5]
+    run_beside(4, limits={"max_jobs": 6})
+    assert len(beside.order()) == 6
+    assert len([job for job in jobs if job.is_queued]) == 4
+    run_beside(4, limits={"max_jobs": 3})
+    assert len(queue.finished_job_registry) == 9
+
+
+def test_the_idle_time_begins_when_the_last_job_has_ended(queue, beside):
+    jobs = [queue.enqueue(f, 0.5) for f in (sleep, sleep_async)]
+    worker = SimpleWorker(queue, concurrency=4)
+    began = time.monotonic()
+    assert worker.work(max_idle_time=0.2, logging_level=None)
+    assert time.monotonic() - began > 0.7
+    assert all(job.is_finished for job in jobs)
+
+
+def pid_after_meeting(count):
+    meet(count)
+    return os.getpid()
+
+
+def test_jobs_per_fork_counts_the_jobs_of_many_at_once(queue, beside):
+    jobs = [queue.enqueue(pid_after_meeting, 2) for _ in range(12)]
+    work(Worker(queue, concurrency=2, jobs_per_fork=4))
+    pids = Counter(job.return_value() for job in jobs)
+    assert sorted(pids.values()) == [4, 4, 4]
+
+
+def pid_of_this_process():
+    return os.getpid()
+
+
+def test_a_process_with_many_jobs_is_not_replaced_after_a_number_of_them(queue):
+    jobs = enqueue_many(queue, pid_of_this_process, (), 1100)
+    work(Worker(queue, concurrency=4))
+    queue_jobs = Job.fetch_many([job.id for job in jobs], queue.connection)
+    assert len({job.return_value() for job in queue_jobs}) == 1
+
+
+@pytest.mark.parametrize("strategy", ["round_robin", "random"])
+def test_strategies_serve_all_queues_with_many_at_once(
+    redis, beside, run_beside, strategy
+):
+    queues = [Queue(name, redis) for name in "abc"]
+    jobs = [queue.enqueue(meet_async, 3) for queue in queues for _ in range(4)]
+    run_beside(3, queues, {"dequeue_strategy": strategy})
+    assert all(job.is_finished for job in jobs)
+    assert beside.most()[0] == 3
+
+
+def test_scheduled_jobs_run_beside_others(redis, queue, go_on):
+    """A job that becomes due begins on time, though others run."""
+    with Worker(queue, concurrency=2):
+        running = queue.enqueue(wait_to_go_on)
+        wait_until(lambda: running.is_started)
+        due = queue.enqueue_in(0.3, add, 1)
+        wait_until(lambda: due.is_finished)
+        assert running.is_started
+        go_on.set()
+    assert running.is_finished
+
+
+def test_suspended_worker_finishes_what_runs(redis, queue, go_on):
+    with Worker(queue, concurrency=4):
+        running = [queue.enqueue(f) for f in (wait_to_go_on, wait_to_go_on_async)]
+        wait_until(lambda: all(job.is_started for job in running))
+        before = wait_until(
+            lambda: len(ids := ids_of_blocked_clients(redis)) == 2 and ids
+        )
+        suspend(redis)
+        # Until the loop's one is closed.
+        wait_until(lambda: before - {each["id"] for each in redis.client_list()})
+        waits = queue.enqueue(add)
+        go_on.set()
+        wait_until(lambda: all(job.is_finished for job in running))
+        assert waits.is_queued
+        resume(redis)
+        wait_until(lambda: waits.is_finished)
 
 
 # ---- Properties of cost --------------------------------------------------------------
