@@ -7195,6 +7195,11 @@ class _CurrentJob(NamedTuple):
     job_id: str
     token: str  # "<execution> <started_at>"
 
+    @property
+    def key(self) -> tuple[int, str, str]:
+        """What tells it from all others: those of one claim have the same token."""
+        return self.queue_index, self.job_id, self.token
+
 
 class _SlotState:
     """What a slot holds: plain numbers, since an enum takes twice as long to store."""
@@ -8999,12 +9004,12 @@ class _Kill(NamedTuple):
     outcome.  The others that it runs are merely interrupted, and run again."""
 
     outcome: Outcome
-    tokens: frozenset[str]
+    keys: frozenset[tuple[int, str, str]]  # those of _CurrentJob
 
     @classmethod
     def of(cls, outcome: Outcome, jobs: Iterable[_CurrentJob]) -> _Kill:
         """Return one that is meant for these jobs."""
-        return cls(outcome, frozenset(job.token for job in jobs))
+        return cls(outcome, frozenset(job.key for job in jobs))
 
 
 class _LostJob(NamedTuple):
@@ -9031,9 +9036,9 @@ class _Exit(NamedTuple):
             return f"exited with status {code}"
         return f"was killed by signal {-code} ({signal.strsignal(-code)})"
 
-    def outcome(self, worker_name: str, token: str) -> Outcome:
+    def outcome(self, worker_name: str, job: _CurrentJob) -> Outcome:
         """Return the outcome of a job that it held."""
-        if self.kill and token in self.kill.tokens:
+        if self.kill and job.key in self.kill.keys:
             return self.kill.outcome
         if self.kill:
             return _INTERRUPTED
@@ -9212,7 +9217,7 @@ class _Child:
         """Take the jobs that the child held out of the slots."""
         now = time.monotonic()
         for job in self.shared.current_jobs():
-            outcome = death.outcome(self.instance.name, job.token)
+            outcome = death.outcome(self.instance.name, job)
             outcome = outcome.after(now - job.slot.started_at)
             lost = _LostJob(job.queue_index, job.job_id, job.token, outcome)
             self.lost_jobs.append(lost)
@@ -9306,8 +9311,8 @@ class _Child:
         if not self.stop_kill or now < self.stop_deadline:
             return False
         self.stop_deadline = math.inf
-        running = {job.token for job in self.shared.current_jobs()}
-        return bool(running & self.stop_kill.tokens)
+        running = {job.key for job in self.shared.current_jobs()}
+        return bool(running & self.stop_kill.keys)
 
     def why_to_kill(self, now: float, healthy_since: float) -> _Kill | None:
         """Return how to kill the child, since a job is over its time, or it hangs
@@ -12769,6 +12774,12 @@ def _leave_to_event_loop(coroutine: Any) -> Any:
     return coroutine
 
 
+def _key_of_run(execution: Execution) -> tuple[str, str]:
+    """Return what tells a run from all others of its worker: those of one claim have
+    the same token, and jobs of several queues may have the same id."""
+    return execution.token, execution.job.key
+
+
 class _ConcurrentRun:
     """A job that runs beside others.
 
@@ -12789,7 +12800,7 @@ class _ConcurrentRun:
     @property
     def key(self) -> tuple[str, str]:
         """What tells it from all other runs of this worker."""
-        return self.execution.token, self.execution.job.id
+        return _key_of_run(self.execution)
 
     def begin(self) -> _Call | Outcome:
         """Return the first step."""
@@ -13266,7 +13277,7 @@ class _ConcurrentLoop(_WorkLoop):
         self.pending_webhooks = []
         for settled_run in settled:
             execution = settled_run[0]
-            run = self.concurrent.runs[execution.token, execution.job.id]
+            run = self.concurrent.runs[_key_of_run(execution)]
             if settled_run not in with_webhooks:
                 self._free(run)
                 continue
