@@ -11998,6 +11998,15 @@ def test_a_worker_that_was_cut_off_claims_no_more_than_it_has_slots(redis, queue
     assert all(job.is_finished for job in jobs)
 
 
+def test_jobs_of_the_same_id_in_several_queues_run_at_once(redis, beside, run_beside):
+    """Also if they are claimed together: the third claim, after one and two jobs."""
+    queues = [Queue("a", redis), Queue("b", redis)]
+    enqueue_many(queues[0], add, (1,), 3)
+    jobs = [queue.enqueue(meet, 2, job_id="x") for queue in queues]
+    run_beside(4, queues)
+    assert all(job.is_finished for job in jobs)
+
+
 SEEN_BY_CONTEXT = contextvars.ContextVar("SEEN_BY_CONTEXT", default="nothing")
 
 
@@ -12340,6 +12349,386 @@ def test_suspended_worker_finishes_what_runs(redis, queue, go_on):
         assert waits.is_queued
         resume(redis)
         wait_until(lambda: waits.is_finished)
+
+
+# ---- 17. Many jobs at once: timeouts and blocked loops -------------------------------
+
+
+async def clean_up_async(path):
+    try:
+        await asyncio.sleep(60)
+    finally:
+        await asyncio.sleep(0.05)
+        append(path)
+
+
+async def raise_own_timeout():
+    raise TimeoutError("of my own")
+
+
+async def raise_own_timeout_of_a_wait():
+    await asyncio.wait_for(asyncio.sleep(60), 0.01)
+
+
+async def raise_own_cancel():
+    raise asyncio.CancelledError("of my own")
+
+
+async def swallow_cancel():
+    with contextlib.suppress(asyncio.CancelledError):
+        await asyncio.sleep(60)
+    return "swallowed"
+
+
+def swallow_timeout():
+    with contextlib.suppress(JobTimeoutException):
+        while True:
+            time.sleep(0.01)
+    return "swallowed"
+
+
+def spin_or_sleep(seconds):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(0.01)
+
+
+def test_a_timeout_ends_one_job_beside_others(queue, beside, run_beside, tmp_path):
+    path = tmp_path / "log"
+    other = [queue.enqueue(spin_or_sleep, 0.6), queue.enqueue(sleep_async, 0.6)]
+    late = [
+        queue.enqueue(clean_up_async, str(path), job_timeout=0.2),
+        queue.enqueue(sleep_async, 60, job_timeout=0.2),
+        queue.enqueue(spin_or_sleep, 60, job_timeout=0.2),
+        queue.enqueue(spin, 60, job_timeout=0.2),
+    ]
+    own = [
+        queue.enqueue(func, job_timeout=20)
+        for func in (raise_own_timeout, raise_own_timeout_of_a_wait, raise_own_cancel)
+    ]
+    swallowed = [
+        queue.enqueue(func, job_timeout=0.2)
+        for func in (swallow_cancel, swallow_timeout)
+    ]
+    after = queue.enqueue(add_later, 1, 2)
+    run_beside(12)
+    assert all("timeout of 0.2 s" in job.exc_info for job in late)
+    assert path.read_text() == "x\n"
+    assert statuses(*own) == ["failed"] * 3
+    for job, name in zip(own, ["Timeout", "Timeout", "Cancelled"], strict=True):
+        assert f"{name}Error" in job.exc_info
+        assert "JobTimeoutException" not in job.exc_info
+    assert [job.return_value() for job in swallowed] == ["swallowed"] * 2
+    assert all(job.is_finished and len(job.results()) == 1 for job in (*other, after))
+
+
+def test_a_timeout_of_a_coroutine_holds_from_its_second_run_on(queue, run_beside):
+    """The first run of a function begins in a thread, later ones on the event loop."""
+    jobs = [queue.enqueue(sleep_async, 0.001)]
+    jobs += [queue.enqueue(sleep_async, 60, job_timeout=0.2) for _ in range(5)]
+    run_beside(1 + 1)
+    assert statuses(*jobs) == ["finished"] + ["failed"] * 5
+    assert all("timeout of 0.2 s" in job.exc_info for job in jobs[1:])
+
+
+def hang_in_callback_of_many(job, connection, *details):
+    spin_or_sleep(60)
+
+
+async def hang_in_async_callback(job, connection, *details):
+    await asyncio.sleep(60)
+
+
+def test_callbacks_of_many_jobs_have_a_timeout(queue, run_beside):
+    callbacks = [hang_in_callback_of_many, hang_in_async_callback]
+    jobs = [
+        queue.enqueue(func, 1, 2, on_success=Callback(callback, timeout=0.2))
+        for func in (add, add_later)
+        for callback in callbacks
+    ]
+    run_beside(4)
+    assert all(job.is_finished for job in jobs)
+    for job in jobs:
+        [result] = job.results()
+        assert "JobTimeoutException" in result.callback_error
+
+
+@pytest.fixture
+def short_kill_rule(monkeypatch):
+    monkeypatch.setattr(microq, "KILL_GRACE", 0.3)
+    monkeypatch.setattr(microq, "DRAIN_TIME", 0.6)
+
+
+def stay_in_the_first_run():
+    """Stay for long, but only in the first run, which a kill ends."""
+    job = get_current_job()
+    if job.connection.hincrby("beside:runs", job.id) == 1:
+        arrive()
+        spin_or_sleep(60)
+    return "ran again"
+
+
+async def stay_in_the_first_run_async():
+    job = get_current_job()
+    if job.connection.hincrby("beside:runs", job.id) == 1:
+        arrive()
+        await asyncio.sleep(60)
+    return "ran again"
+
+
+def hold_the_gil_when_all_are_here(count):
+    arrive()
+    wait_until(lambda: number_of_arrived() >= count)
+    hold_the_gil()
+
+
+def ignore_exceptions_when_all_are_here(count):
+    arrive()
+    wait_until(lambda: number_of_arrived() >= count)
+    ignore_exceptions(60)
+
+
+async def ignore_cancel_when_all_are_here(count):
+    arrive()
+    while True:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    "func",
+    [
+        hold_the_gil_when_all_are_here,
+        ignore_exceptions_when_all_are_here,
+        ignore_cancel_when_all_are_here,
+    ],
+)
+def test_a_job_that_ignores_its_timeout_costs_the_others_one_run(
+    redis, queue, beside, short_kill_rule, func
+):
+    """The process is killed: the job has failed, the others run again, uncounted."""
+    functions = [stay_in_the_first_run, stay_in_the_first_run_async]
+    others = [queue.enqueue(functions[i % 2], max_crashes=1) for i in range(4)]
+    stuck = queue.enqueue(func, 5, job_timeout=1)
+    later = queue.enqueue(add, 1)
+    work(Worker(queue, concurrency=5))
+    assert stuck.is_failed
+    assert "killed, 0.3 s after its timeout had no effect" in stuck.exc_info
+    assert [job.return_value() for job in others] == ["ran again"] * 4
+    assert set(redis.hvals("beside:runs")) == {b"2"}
+    assert [crashes_of(job) for job in others] == [0] * 4
+    assert later.is_finished
+
+
+def test_others_may_end_before_the_process_of_a_stuck_job_is_killed(
+    redis, queue, beside, monkeypatch
+):
+    """Meanwhile nothing begins there."""
+    monkeypatch.setattr(microq, "KILL_GRACE", 0.2)
+    monkeypatch.setattr(microq, "DRAIN_TIME", 60)
+    others = [queue.enqueue(meet_then_sleep, 3, 1.0, job_timeout=20)]
+    others += [queue.enqueue(meet_then_sleep_async, 3, 1.0, job_timeout=20)]
+    stuck = queue.enqueue(ignore_exceptions_when_all_are_here, 3, job_timeout=0.5)
+    later = [queue.enqueue(pid_of_this_process) for _ in range(2)]
+    work(Worker(queue, concurrency=3))
+    assert "killed" in stuck.exc_info
+    pids = {job.return_value() for job in others}
+    assert len(pids) == 1
+    assert [len(job.results()) for job in others] == [1, 1]
+    assert pids.isdisjoint(job.return_value() for job in later)
+
+
+def meet_then_sleep(count, seconds):
+    meet(count)
+    time.sleep(seconds)
+    return os.getpid()
+
+
+async def meet_then_sleep_async(count, seconds):
+    await meet_async(count)
+    await asyncio.sleep(seconds)
+    return os.getpid()
+
+
+IGNORED: list[str] = []
+
+
+def ignore_timeout_until_told():
+    while not GO_ON.is_set():
+        try:
+            time.sleep(0.01)
+        except JobTimeoutException:
+            IGNORED.append("function")
+
+
+async def ignore_timeout_until_told_async():
+    while not GO_ON.is_set():
+        try:
+            await asyncio.sleep(0.01)
+        except asyncio.CancelledError:
+            IGNORED.append("coroutine")
+
+
+def test_a_job_that_ignores_its_timeout_in_process_costs_its_slot(
+    queue, go_on, monkeypatch
+):
+    """Nobody can kill it; others run beside it, and it is interrupted once."""
+    monkeypatch.setattr(microq, "KILL_GRACE", 0.1)
+    IGNORED.clear()
+    functions = [ignore_timeout_until_told, ignore_timeout_until_told_async]
+    with Worker(queue, concurrency=3):
+        stuck = [queue.enqueue(func, job_timeout=0.2) for func in functions]
+        wait_until(lambda: len(IGNORED) == 2)
+        time.sleep(0.2)
+        for number in range(5):
+            job = queue.enqueue(add, number)
+            wait_until(lambda: job.is_finished)  # noqa: B023
+        assert statuses(*stuck) == ["started"] * 2
+        go_on.set()
+    assert sorted(IGNORED) == ["coroutine", "function"]
+
+
+BLOCKED_RUNS: list[str] = []
+
+
+async def block_the_event_loop(seconds):
+    BLOCKED_RUNS.append(get_current_job().id)
+    await asyncio.sleep(0.01)
+    time.sleep(seconds)
+
+
+def test_a_blocked_event_loop_loses_no_job(queue, monkeypatch, caplog):
+    """A coroutine that blocks for three leases is not run by others, too; what waits on
+    the loop goes on afterwards, functions go on meanwhile.  The log names the job."""
+    monkeypatch.setattr(microq, "_BLOCKED_AFTER", 0.3)
+    BLOCKED_RUNS.clear()
+    options = {"lease": 0.5, "concurrency": 4}
+    with Worker(queue, **options), Worker(queue, **options):
+        waits = queue.enqueue(sleep_async, 0.2)
+        job = queue.enqueue(block_the_event_loop, 2.6)
+        wait_until(lambda: BLOCKED_RUNS)
+        meanwhile = [queue.enqueue(add, i) for i in range(8)]
+        wait_until(lambda: all(each.is_finished for each in meanwhile))
+        assert job.is_started
+        wait_until(lambda: job.is_finished and waits.is_finished)
+    assert [job.id] == BLOCKED_RUNS
+    assert len(job.results()) == 1
+    warnings = [line for line in caplog.messages if "event loop is blocked" in line]
+    assert len(warnings) == 1
+    assert job.id in warnings[0]
+
+
+# ---- 17. Many jobs at once: crashes --------------------------------------------------
+
+
+def poison(count):
+    """Kill the process; in the first run when so many jobs run there."""
+    job = get_current_job()
+    if job.connection.hincrby("beside:runs", job.id) == 1:
+        arrive()
+        wait_until(lambda: number_of_arrived() >= count)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_of_ten_jobs_only_the_guilty_one_is_failed(redis, queue, beside):
+    """All ten are blamed for the first death; from then on each of them runs alone."""
+    functions = [stay_in_the_first_run, stay_in_the_first_run_async]
+    innocents = [queue.enqueue(functions[i % 2]) for i in range(9)]
+    guilty = queue.enqueue(poison, 10)
+    last = queue.enqueue(add, 1)
+    work(Worker(queue, concurrency=10))
+    assert guilty.is_failed
+    assert "was killed by signal 9" in guilty.exc_info
+    assert [job.return_value() for job in innocents] == ["ran again"] * 9
+    assert [crashes_of(job) for job in innocents] == [1] * 9
+    runs = {id.decode(): int(n) for id, n in redis.hgetall("beside:runs").items()}
+    assert runs == {guilty.id: 3} | {job.id: 2 for job in innocents}
+    assert last.is_finished
+
+
+def test_jobs_that_must_not_run_twice_overlap(redis, queue, beside, run_beside):
+    jobs = [queue.enqueue(f, 3, max_crashes=0) for f in (meet, meet_async) * 3]
+    run_beside(3)
+    assert all(job.is_finished and len(job.results()) == 1 for job in jobs)
+
+
+def test_jobs_that_must_not_run_twice_do_not_after_a_crash(redis, queue, beside):
+    functions = [stay_in_the_first_run, stay_in_the_first_run_async]
+    innocents = [queue.enqueue(functions[i % 2], max_crashes=0) for i in range(4)]
+    guilty = queue.enqueue(poison, 5, max_crashes=0)
+    work(Worker(queue, concurrency=5))
+    assert statuses(*innocents, guilty) == ["failed"] * 5
+    assert all("was killed by signal 9" in job.exc_info for job in innocents)
+    assert set(redis.hvals("beside:runs")) == {b"1"}
+
+
+def test_a_job_that_has_crashed_runs_alone(redis, queue):
+    """It waits until nothing runs, nothing is claimed beside it, and the worker does
+    not ask again and again meanwhile."""
+    LET_GO.clear()
+    running = queue.enqueue(wait_to_be_let_go, 1)
+    suspect, last = [queue.enqueue(wait_to_be_let_go, number) for number in (2, 3)]
+    redis.hset(suspect.key, "crashes", 1)
+    with Worker(queue, concurrency=4, lease=60) as worker:
+        wait_until(lambda: running.is_started)
+        wait_until(lambda: len(ids_of_blocked_clients(redis)) == 1)  # the supervisor
+        assert_no_busy_loop(redis, worker)
+        assert statuses(suspect, last) == ["queued", "queued"]
+        LET_GO.add(1)
+        wait_until(lambda: suspect.is_started)
+        assert_no_busy_loop(redis, worker)
+        assert running.is_finished
+        assert last.is_queued
+        LET_GO.add(2)
+        wait_until(lambda: last.is_started)
+        LET_GO.add(3)
+    assert statuses(running, suspect, last) == ["finished"] * 3
+
+
+def assert_no_busy_loop(redis, worker):
+    """Check that a worker sends little more than its heartbeats, one a second."""
+
+    def count():
+        stats = redis.info("commandstats")
+        return sum(stats[key]["calls"] for key in stats if "evalsha" in key)
+
+    before = count()
+    wait_for_heartbeats(redis, worker.name, 1)
+    assert count() - before < 10
+
+
+def test_an_application_may_ask_for_the_concurrency_of_workers(redis, queue):
+    with Worker(queue, name="bee", concurrency=7):
+        [worker] = wait_until(lambda: Worker.all(redis))
+        assert (worker.name, worker.concurrency) == ("bee", 7)
+        assert Worker.find_by_key("bee", redis).concurrency == 7
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"concurrency": 0},
+        {"concurrency": -1},
+        {"concurrency": True},
+        {"concurrency": 2.0},
+        {"concurrency": "2"},
+        {"concurrency": 2, "jobs_per_fork": 1},
+        {"max_memory": 100, "fork": False},
+        {"max_memory": 0},
+        {"grace": -1},
+        {"around": 3},
+        {"lifespan": ["no_such_module.f"]},
+    ],
+    ids=str,
+)
+def test_bad_options_of_many_jobs_at_once_are_refused(queue, options):
+    with pytest.raises((ValueError, TypeError, ImportError)):
+        Worker(queue, **options)
+
+
+def test_a_process_for_each_job_has_no_concurrency(queue):
+    with pytest.raises(ValueError, match="concurrency=2 needs jobs_per_fork > 1"):
+        microq.SpawnWorker(queue, concurrency=2)
 
 
 # ---- Properties of cost --------------------------------------------------------------
