@@ -79,6 +79,8 @@ time, and the container is its status.
     count       any         the same              (it reads)
     list        any         the same              (it reads)
     cron_read   any         the same              (it reads the entries of cron)
+    outline     any         the same              (it reads, but no large values)
+    history     any         the same              (it reads older results)
     register    any         the same              (it holds the name of a worker)
 
 Keys.  {q} is the queue's name in braces, so that a queue lives in one slot of a Redis
@@ -108,6 +110,7 @@ Cluster.  Queues that one worker serves on a Cluster share a slot by naming the 
     microq:{q}:failed           zset    ids by the time the record expires; stopped jobs
                                         are here too
     microq:{q}:canceled         zset    ids by the time the record expires
+    microq:{q}:stats            hash    totals, and counts of the last minutes
     microq:{q}:cron             hash    entry -> the call and when it is to run, as JSON
     microq:{q}:ticks            hash    entry -> "<last tick handed out>
                                         <registered_at>"
@@ -213,7 +216,8 @@ Part II, what else there is
     16. Logs, metrics, health
     17. Many jobs at once
     18. Async client
-    19. Command line
+    19. Page
+    20. Command line
 """
 
 from __future__ import annotations
@@ -222,6 +226,7 @@ import _signal  # signal.getsignal() spends 5 us on an enum
 import argparse
 import ast
 import asyncio
+import base64
 import contextlib
 import contextvars
 import ctypes
@@ -229,6 +234,7 @@ import enum
 import functools
 import hashlib
 import hmac
+import http
 import importlib.util
 import inspect
 import io
@@ -274,6 +280,7 @@ from typing import (
     TypeVar,
     cast,
 )
+from urllib.parse import parse_qsl, urlencode
 from urllib.request import Request, urlopen
 
 import hiredis
@@ -327,7 +334,7 @@ __all__ = [
     "get_cron_job_ids", "get_current_job", "is_suspended", "job", "main",
     "parse_timeout", "register", "requeue_job", "resolve_serializer", "resume",
     "send_command", "send_kill_horse_command", "send_shutdown_command",
-    "send_stop_job_command", "suspend",
+    "send_stop_job_command", "suspend", "web",
 ]  # fmt: skip
 
 DEFAULT_TIMEOUT = 180.0  # seconds a job may run (RQ's default)
@@ -1485,8 +1492,10 @@ def _queue_prefix(queue: str) -> str:
 
 def _as_eval(command: Command) -> Command:
     """Return the command with the text of its script, which works on any server."""
-    script = _scripts_by_sha().get(command[1])
-    return ("EVAL", script.lua, *command[2:]) if script else command
+    if command[0] != "EVALSHA":
+        return command
+    script = _scripts_by_sha()[command[1]]
+    return ("EVAL", script.lua, *command[2:])
 
 
 def _add_to_pipeline(pipeline: Any, commands: Iterable[Command], awaits: bool) -> None:
@@ -11974,9 +11983,7 @@ class CronJob:
         """Return the entries of all queues, as they are stored.  Two round trips."""
         entries = []
         for stored in _read_cron(connection, Queue.all(connection)):
-            for slug in stored.entries:
-                with contextlib.suppress(Exception):  # this one is garbled
-                    entries.append(stored.load(slug))
+            entries += stored.load_all()
         return sorted(entries, key=lambda entry: entry.name)
 
     @classmethod
@@ -12107,6 +12114,14 @@ class _StoredCron(NamedTuple):
     def load(self, slug: str) -> CronJob:
         """Return an entry; see CronJob.from_json()."""
         return CronJob.from_json(self.entries[slug], self.ticks[slug])
+
+    def load_all(self) -> list[CronJob]:
+        """Return the entries, but those that are garbled."""
+        entries = []
+        for slug in self.entries:
+            with contextlib.suppress(Exception):
+                entries.append(self.load(slug))
+        return entries
 
 
 def _read_cron(
@@ -12671,7 +12686,12 @@ def _start_server(home: Path, private: bool) -> subprocess.Popen[bytes] | None:
 
 
 # ---- 16. Logs, metrics, health -------------------------------------------------------
-# What programs that watch microq read.  Uses sections 4 to 7.
+# What people and programs that watch microq read.  A snapshot is one reading of all
+# queues and workers; the command info, the metrics, the page and the doctor show parts
+# of it.  It takes the same few round trips whatever there is in the queues.
+#
+# The totals and the last hour of a queue are in its hash `stats`, which settle counts
+# up.  Uses sections 2 to 11, and _read_cron() of section 14.
 
 
 class LogHandler(logging.Handler):
@@ -12696,6 +12716,285 @@ class LogHandler(logging.Handler):
             self.handleError(record)
         finally:
             self._is_busy.value = False
+
+
+class _HeldJob(NamedTuple):
+    """A job that a worker has claimed; the one that it runs has the lowest claim."""
+
+    claim: int
+    id: str
+    queue: str
+    since: float  # when it was claimed
+    func: bytes = b""  # read for those that may be running only
+
+    @classmethod
+    def parse(cls, queue: Queue, id: bytes, token: bytes) -> tuple[bytes, _HeldJob]:
+        """Return the name of the worker and the job, by an entry of `started`."""
+        execution, _, since = token.partition(b" ")
+        worker, _, claim = execution.rpartition(b".")
+        job = cls(int(claim), id.decode(), queue.name, float(since))
+        return worker, job
+
+
+class _QueueState(NamedTuple):
+    """What a snapshot has of a queue."""
+
+    name: str
+    counts: dict[str, int]  # how many jobs are in each of _CONTAINERS
+    stats: dict[str, float]  # see _count_runs in section 5
+    waiting: tuple[bytes, ...] = ()  # the id of the job that is claimed next, if any
+    waiting_since: float | None = None  # when it was put into the queue
+
+
+class _WorkerState(NamedTuple):
+    """What a snapshot has of a worker."""
+
+    record: dict[str, Any]  # see _RECORD_KEYS
+    name: str
+    state: str  # busy, suspended, idle
+    finished: int
+    failed: int
+    queues: list[str]
+    held: list[_HeldJob]  # by their claims
+
+    @property
+    def job(self) -> str:
+        """The job that it runs, and how many more it has claimed; "" for none."""
+        if not self.held:
+            return ""
+        first, *others = self.held
+        text = f"{first.func.decode(errors='replace')} {first.id}"
+        return _printable(f"{text} +{len(others)}" if others else text)
+
+    @property
+    def slots(self) -> int:
+        """How many jobs it runs at a time."""
+        return int(self.record.get("concurrency", 1))
+
+
+class _Snapshot(NamedTuple):
+    """How queues and workers were at one time."""
+
+    taken_at: float  # monotonic
+    now: float  # by the server's clock
+    queues: list[_QueueState]
+    workers: list[_WorkerState]
+    suspended: bool
+
+    def count(self, container: str) -> int:
+        """Return how many jobs are in a container, in all queues."""
+        return sum(queue.counts[container] for queue in self.queues)
+
+    def busy(self) -> int:
+        """Return how many workers hold a job."""
+        return len([worker for worker in self.workers if worker.state == "busy"])
+
+
+_MAX_SLOTS_SHOWN = 20  # jobs of a worker whose functions a snapshot reads
+
+
+def _take_snapshot(connection: Redis, names: Sequence[str]) -> _Snapshot:
+    """Read how the queues of these names are, and their workers, in two round trips; or
+    of all queues, in three."""
+    queues = [Queue(name, connection) for name in names] or Queue.all(connection)
+    commands: list[Command] = []
+    for queue in queues:
+        commands += queue._size_commands()
+        commands.append(("HKEYS", f"{queue.prefix}workers"))
+        commands.append(("HGETALL", f"{queue.prefix}started"))
+        commands.append(("LRANGE", queue.key, 0, 0))
+        commands.append(("HGETALL", f"{queue.prefix}stats"))
+    replies = _execute(connection, *commands, ("TIME",), ("EXISTS", _SUSPENDED_KEY))
+    *replies, (seconds, microseconds), suspended = replies
+    remaining = iter(replies)
+    states: list[_QueueState] = []
+    held: dict[bytes, list[_HeldJob]] = {}  # by worker
+    for queue in queues:
+        counts = itertools.islice(remaining, len(_CONTAINERS))
+        by_container = dict(zip(_CONTAINERS, counts, strict=True))
+        for name in next(remaining):
+            held.setdefault(name, [])
+        for id, token in _field_pairs(next(remaining)):
+            with contextlib.suppress(ValueError):  # it is garbled
+                name, job = _HeldJob.parse(queue, id, token)
+                held.setdefault(name, []).append(job)
+        waiting = tuple(next(remaining))
+        stats = _parse_stats(next(remaining))
+        states.append(_QueueState(queue.name, by_container, stats, waiting))
+    now = int(seconds) + int(microseconds) / 1e6
+    states, workers = _read_details(connection, states, held, bool(suspended))
+    return _Snapshot(time.monotonic(), now, states, workers, bool(suspended))
+
+
+def _field_pairs(reply: Any) -> Iterable[tuple[bytes, bytes]]:
+    """Return the (name, value) pairs in a reply of HGETALL."""
+    if isinstance(reply, dict):
+        return reply.items()
+    return zip(reply[::2], reply[1::2], strict=True)  # before the protocol RESP3
+
+
+def _parse_stats(reply: Any) -> dict[str, float]:
+    """Return the hash `stats` of a queue; garbled fields are left out."""
+    stats = {}
+    for name, value in _field_pairs(reply):
+        with contextlib.suppress(ValueError):
+            stats[_field_name(name)] = float(value)
+    return stats
+
+
+def _read_details(
+    connection: Redis, queues: list[_QueueState], held: dict[bytes, list[_HeldJob]],
+    suspended: bool,
+) -> tuple[list[_QueueState], list[_WorkerState]]:  # fmt: skip
+    """Read since when the next job of each queue waits, the records of the workers, and
+    what they run.  One round trip, or none.  A worker without a record is left out."""
+    waiting = [queue for queue in queues if queue.waiting]
+    names = sorted(held)
+    shown = {name: sorted(held[name]) for name in names}
+    running = [job for name in names for job in shown[name][:_MAX_SLOTS_SHOWN]]
+    commands: list[Command] = []
+    for queue in waiting:
+        key = f"{_queue_prefix(queue.name)}job:{queue.waiting[0].decode()}"
+        commands.append(("HMGET", key, "enqueued_at", "created_at"))
+    commands += [("GET", b"microq:worker:" + name) for name in names]
+    for job in running:
+        commands.append(("HGET", f"{_queue_prefix(job.queue)}job:{job.id}", "func"))
+    if not commands:
+        return queues, []
+    replies = iter(_execute(connection, *commands))
+    since = {}
+    for queue in waiting:
+        with contextlib.suppress(TypeError, ValueError):
+            enqueued_at, created_at = next(replies)
+            since[queue.name] = float(enqueued_at or created_at)
+    records = dict(zip(names, replies, strict=False))
+    funcs = dict(zip(running, replies, strict=True))
+    workers = []
+    for name in names:
+        jobs = [job._replace(func=funcs.get(job) or b"") for job in shown[name]]
+        worker = _worker_state(records[name], jobs, suspended)
+        if worker:
+            workers.append(worker)
+    queues = [each._replace(waiting_since=since.get(each.name)) for each in queues]
+    return queues, workers
+
+
+def _worker_state(
+    record: bytes | None, held: list[_HeldJob], suspended: bool
+) -> _WorkerState | None:
+    """Return the state of a worker, None if its record is missing or garbled."""
+    state = "suspended" if suspended else "idle"
+    if held:
+        state = "busy"
+    try:
+        info = json.loads(record or b"")
+        name = _printable(info["name"])
+        queues = [_printable(queue) for queue in info["queues"]]
+        finished, failed = int(info["good"]), int(info["bad"])
+    except (KeyError, TypeError, ValueError):
+        return None
+    return _WorkerState(info, name, state, finished, failed, queues, held)
+
+
+# Metrics, in the text format of Prometheus, and health.
+
+_METRICS = {  # name: (type, help)
+    "microq_jobs": ("gauge", "Jobs by queue and state."),
+    "microq_queue_latency_seconds": (
+        "gauge", "How long the next job of a queue has waited; 0 if none waits.",
+    ),
+    "microq_jobs_finished_total": ("counter", "Runs that succeeded."),
+    "microq_jobs_failed_total": ("counter", "Jobs that failed for good."),
+    "microq_jobs_retried_total": ("counter", "Runs that failed and are retried."),
+    "microq_job_seconds_total": ("counter", "Seconds spent in runs."),
+    "microq_workers": ("gauge", "Workers by state."),
+    "microq_suspended": ("gauge", "1 while workers are suspended, else 0."),
+    "microq_cron_next_seconds": ("gauge", "Seconds to the next tick of an entry."),
+}  # fmt: skip
+_STATS_METRICS = {  # name: field of the hash `stats`
+    "microq_jobs_finished_total": "finished",
+    "microq_jobs_failed_total": "failed",
+    "microq_jobs_retried_total": "retried",
+    "microq_job_seconds_total": "seconds",
+}
+Sample = tuple[str, dict[str, str], float]  # name of a metric, labels, value
+
+
+def _metrics(connection: Redis, names: Sequence[str]) -> str:
+    """Return the metrics of the queues of these names, or of all queues, as text.
+
+    The labels are names of queues, states and entries of cron, of which there are few.
+    Four round trips."""
+    snapshot = _take_snapshot(connection, names)
+    samples = [*_queue_samples(snapshot), *_worker_samples(snapshot)]
+    samples += _cron_samples(connection, snapshot)
+    lines = []
+    for name, (kind, help) in _METRICS.items():
+        lines += [f"# HELP {name} {help}", f"# TYPE {name} {kind}"]
+        for sample, labels, value in samples:
+            if sample == name:
+                lines.append(f"{name}{_format_labels(labels)} {value:.15g}")
+    return "\n".join([*lines, ""])
+
+
+def _format_labels(labels: dict[str, str]) -> str:
+    parts = []
+    for name, value in labels.items():
+        value = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+        parts.append(f'{name}="{value}"')
+    return f"{{{','.join(parts)}}}" if parts else ""
+
+
+def _queue_samples(snapshot: _Snapshot) -> Iterator[Sample]:
+    for queue in snapshot.queues:
+        label = {"queue": queue.name}
+        for container, count in queue.counts.items():
+            yield "microq_jobs", {**label, "state": container}, count
+        waited = 0.0
+        if queue.waiting_since is not None:
+            waited = max(0.0, snapshot.now - queue.waiting_since)
+        yield "microq_queue_latency_seconds", label, waited
+        for name, field_name in _STATS_METRICS.items():
+            yield name, label, queue.stats.get(field_name, 0)
+
+
+def _worker_samples(snapshot: _Snapshot) -> Iterator[Sample]:
+    states = Counter(worker.state for worker in snapshot.workers)
+    for state in WorkerStatus:
+        if state is not WorkerStatus.STARTED:
+            yield "microq_workers", {"state": state.value}, states[state.value]
+    yield "microq_suspended", {}, int(snapshot.suspended)
+
+
+def _cron_samples(connection: Redis, snapshot: _Snapshot) -> Iterator[Sample]:
+    queues = [Queue(queue.name, connection) for queue in snapshot.queues]
+    for stored in _read_cron(connection, queues):
+        for entry in stored.load_all():
+            seconds = entry.next_enqueue_time.timestamp() - snapshot.now
+            labels = {"queue": entry.queue_name, "name": entry.name}
+            yield "microq_cron_next_seconds", labels, seconds
+
+
+def _unserved(connection: Redis, names: Sequence[str]) -> list[str]:
+    """Return the names of the queues that no living worker serves.  Two round trips."""
+    served: set[str] = set()
+    for worker in _take_snapshot(connection, names).workers:
+        served.update(worker.queues)
+    return [name for name in names if name not in served]
+
+
+def _health(connection: Redis, names: Sequence[str]) -> str:
+    """Return why microq does not do its work, '' if it does.
+
+    It does while Redis answers, and a worker serves each of the queues named."""
+    try:
+        if not names:
+            _execute_one(connection, "PING")
+            return ""
+        unserved = _unserved(connection, names)
+    except ServerUnavailable as error:
+        return str(error)
+    return f"no worker serves {', '.join(unserved)}" if unserved else ""
 
 
 # ---- 17. Many jobs at once -----------------------------------------------------------
@@ -14186,7 +14485,2129 @@ class AsyncGroup(_BaseGroup[AsyncJob]):
     cleanup = _awaited(_BaseGroup[AsyncJob]._cleanup)
 
 
-# ---- 19. Command line ----------------------------------------------------------------
+# ---- 19. Page ------------------------------------------------------------------------
+# A page for people, in HTML: numbers, queues, jobs, workers, cron and limits.  web()
+# returns an application for WSGI and for ASGI.  All its links are queries ("?job=ID"),
+# so it works wherever it is mounted.  It is complete without JavaScript; with it, the
+# page reads itself again every two seconds.
+#
+# Invariants.  All text goes through _tag(), which escapes it.  Nothing that a job
+# carries is unpickled: _describe_pickle() reads the opcodes, and makes no object.  Jobs
+# are changed by POST only, and only if the request comes from the page itself.  A page
+# takes the same few round trips however many jobs there are, and reads at most
+# _MAX_VALUE bytes of a value.  Uses sections 2 to 14 and 16.
+
+_PROGRAM = f"python -m {__name__}"
+_PAGE_SIZE = 50  # jobs of a list
+_MAX_VALUE = 1 << 16  # bytes of an argument, a result or meta that are shown
+_MAX_VALUE_IN_LIST = 2000
+_MAX_SEARCHED = 20_000  # jobs whose function a search looks at
+_MAX_BODY = 1 << 16  # bytes of a request
+
+OUTLINE = Script(
+    "outline",
+    """
+-- Read a job, but no large values.
+-- KEYS  prefix of the queue        ARGV  id, limit
+-- Returns {status, token or '', its score in the container or '', hash, sizes}; the
+-- status is '' if there is no such job.  A value that is longer than the limit is not
+-- in the hash, but its name and length are in `sizes`; of a traceback, the end is in
+-- the hash.
+local q, id, limit = KEYS[1], ARGV[1], tonumber(ARGV[2])
+local status, score = status_of(q, id)
+if not status then return {'', '', '', {}, {}} end
+local job, fields, sizes = q .. 'job:' .. id, {}, {}
+local names = redis.pcall('HKEYS', job)
+for _, name in ipairs(names.err and {} or names) do
+  local size = call('HSTRLEN', job, name)
+  local is_large = size > limit
+  if is_large then sizes[#sizes + 1], sizes[#sizes + 2] = name, size end
+  if not is_large or name == 'result' and size <= 400000 then
+    fields[#fields + 1] = name
+    fields[#fields + 1] = string.sub(call('HGET', job, name), -limit)
+  end
+end
+return {status, call('HGET', q .. 'started', id) or '', score or '', fields, sizes}
+""",
+    uses="status_of",
+)
+
+HISTORY = Script(
+    "history",
+    """
+-- Read the results of a job that are older than the last one, the latest first, each
+-- cut to its last bytes.
+-- KEYS  prefix of the queue        ARGV  id, limit
+local q, id, limit = KEYS[1], ARGV[1], ARGV[2]
+local results = call('LRANGE', q .. 'job:' .. id .. ':results', 0, -1)
+local cut = {}
+for i = #results, 1, -1 do
+  local ended, payload = string.match(results[i], '^([^\\n]*)\\n?(.*)$')
+  cut[#cut + 1] = {ended, #payload, string.sub(payload, -limit)}
+end
+return cut
+""",
+)
+
+
+# HTML.
+
+
+class _Markup(str):
+    """HTML that is complete.  Any other text is escaped."""
+
+
+_ESCAPES = str.maketrans(
+    {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#39;"}
+)
+_VOID_TAGS = {"input", "link", "meta"}
+
+
+def _escape(value: Any) -> str:
+    """Return text as HTML.  This is the one place that escapes."""
+    if isinstance(value, _Markup):
+        return value
+    return _printable(str(value), keep="\n\t").translate(_ESCAPES)
+
+
+def _join(*parts: Any) -> _Markup:
+    """Return parts as one piece of HTML; a part may be a list, or None for nothing."""
+    texts: list[str] = []
+    for part in parts:
+        if isinstance(part, list):
+            texts.append(_join(*part))
+        elif part is not None:
+            texts.append(_escape(part))
+    return _Markup("".join(texts))
+
+
+def _tag(_name: str, *parts: Any, **attributes: Any) -> _Markup:
+    """Return an element.  `class_` is the attribute class, `aria_label` aria-label; an
+    attribute of None or False is left out, and one of True has no value."""
+    start = _name
+    for attribute, value in attributes.items():
+        if value is None or value is False:
+            continue
+        start += f" {attribute.rstrip('_').replace('_', '-')}"
+        if value is not True:
+            start += f'="{_escape(value)}"'
+    if _name in _VOID_TAGS:
+        return _Markup(f"<{start}>")
+    return _Markup(f"<{start}>{_join(*parts)}</{_name}>")
+
+
+def _href(**query: Any) -> str:
+    """Return the address of a page, relative to wherever this one is."""
+    given = {name: value for name, value in query.items() if value}
+    return f"?{urlencode(given)}"
+
+
+def _link(text: Any, _class: str | None = None, **query: Any) -> _Markup:
+    return _tag("a", text, href=_href(**query), class_=_class)
+
+
+def _table(
+    titles: Sequence[Any], rows: Sequence[Sequence[Any]], **more: Any
+) -> _Markup:
+    """Return a table.  A title that ends with "#" is that of a column of numbers."""
+    names = [str(title).rstrip("#") for title in titles]
+    classes = ["number" if str(title).endswith("#") else None for title in titles]
+    heads = [
+        _tag("th", name or _hidden("actions"), scope="col", class_=kind)
+        for name, kind in zip(names, classes, strict=True)
+    ]
+    lines = []
+    for row in rows:
+        cells = [
+            _tag("td", cell, class_=kind, data_title=name)
+            for cell, kind, name in zip(row, classes, names, strict=True)
+        ]
+        lines.append(_tag("tr", cells))
+    table = _tag("table", _tag("thead", _tag("tr", heads)), _tag("tbody", lines))
+    return _tag("div", table, class_=f"scroll {more.get('kind', '')}".strip())
+
+
+def _hidden(text: str) -> _Markup:
+    """Return text that only screen readers show."""
+    return _tag("span", text, class_="hidden")
+
+
+def _section(title: Any, *parts: Any) -> _Markup:
+    return _tag("section", _tag("h2", title), *parts)
+
+
+def _badge(state: str) -> _Markup:
+    return _tag("span", state.replace("_", " "), class_=f"badge {state}")
+
+
+# Times.
+
+
+def _duration(seconds: float) -> str:
+    """Return a duration in the two units that tell most: "41 ms", "3 min 20 s"."""
+    seconds = max(0.0, seconds)
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    for name, size, next_name, next_size in _UNIT_PAIRS:
+        if seconds >= size:
+            whole, rest = divmod(seconds, size)
+            count = int(rest // next_size)
+            tail = f" {count} {next_name}" if count and whole < 10 else ""
+            return f"{whole:.0f} {name}{tail}"
+    return f"{seconds:.0f} s"
+
+
+_UNIT_PAIRS = (
+    ("d", 86400, "h", 3600),
+    ("h", 3600, "min", 60),
+    ("min", 60, "s", 1),
+)
+
+
+def _moment(at: float | None, now: float) -> Any:
+    """Return a time as how long ago it was, or how soon it comes."""
+    if at is None:
+        return "-"
+    text = f"in {_duration(at - now)}" if at > now else f"{_duration(now - at)} ago"
+    when = _from_timestamp(at)
+    exact = f"{when:%Y-%m-%d %H:%M:%S} UTC"
+    return _tag("time", text, datetime=when.isoformat(), title=exact)
+
+
+# What a job carries, as text.
+
+
+class _Group(NamedTuple):
+    """A list, a dict or an object, as data describes it."""
+
+    opening: str
+    items: list[Any]  # of a dict, keys and values in turn
+    closing: str
+    is_dict: bool = False
+
+    def pairs(self) -> Iterator[tuple[Any, Any]]:
+        """Return the (key, value) pairs of a dict."""
+        return zip(self.items[::2], self.items[1::2], strict=False)
+
+
+class _Name(str):
+    """The name of a class or function, which stands in a text as it is."""
+
+
+_MARK = object()
+_BINARY_SCALARS = {
+    "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT",
+    "BINFLOAT", "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE",
+    "BINUNICODE8",
+    "SHORT_BINUNICODE", "BINBYTES", "BINBYTES8", "SHORT_BINBYTES", "BYTEARRAY8",
+}  # fmt: skip
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_BRACKETS = {
+    "LIST": ("[", "]"), "TUPLE": ("(", ")"), "DICT": ("{", "}"), "SET": ("{", "}"),
+    "FROZENSET": ("{", "}"),
+}  # fmt: skip
+
+
+class _PickleReader:
+    """Describes a pickle by its opcodes.  It makes no object of the pickle, imports and
+    calls nothing; where the pickle does, the text shows the name and the arguments."""
+
+    def __init__(self) -> None:
+        self.stack: list[Any] = []
+        self.memo: dict[int, Any] = {}
+
+    def read(self, data: bytes) -> Any:
+        """Return numbers, texts, None and _Groups.  Raises an exception of any kind if
+        the pickle makes no sense."""
+        import pickletools  # takes 5 ms
+
+        for opcode, argument, _ in pickletools.genops(data):
+            if opcode.name == "STOP":
+                return self.stack.pop()
+            self._take(opcode.name, argument)
+        raise ValueError("it has no end")
+
+    def _take(self, name: str, argument: Any) -> None:
+        stack = self.stack
+        kind = name.removeprefix("EMPTY_").rstrip("123")
+        if name in _BINARY_SCALARS:
+            stack.append(argument)
+        elif name in _CONSTANTS:
+            stack.append(_CONSTANTS[name])
+        elif name == "MARK":
+            stack.append(_MARK)
+        elif kind in _BRACKETS:
+            self._open(name, kind)
+        elif name in ("APPEND", "SETITEM"):
+            count = 1 if name == "APPEND" else 2
+            self._extend(self._pop(count))
+        elif name in ("APPENDS", "SETITEMS", "ADDITEMS"):
+            self._extend(self._pop_to_mark())
+        elif name == "MEMOIZE":
+            self.memo[len(self.memo)] = stack[-1]
+        elif "PUT" in name:
+            self.memo[argument] = stack[-1]
+        elif "GET" in name:
+            stack.append(self.memo[argument])
+        elif name in ("POP", "POP_MARK"):
+            self._pop(1)
+        elif name not in ("PROTO", "FRAME"):
+            self._take_object(name, argument)
+
+    def _open(self, name: str, kind: str) -> None:
+        """Push a list, tuple, dict or set."""
+        items: list[Any] = []
+        if name[-1] in "123":
+            items = self._pop(int(name[-1]))
+        elif not name.startswith("EMPTY_"):
+            items = self._pop_to_mark()
+        opening, closing = _BRACKETS[kind]
+        self.stack.append(_Group(opening, items, closing, kind == "DICT"))
+
+    def _take_object(self, name: str, argument: Any) -> None:
+        """Push a name, or what stands for an object: its class with arguments."""
+        if name == "GLOBAL":
+            self.stack.append(_Name(argument.replace(" ", ".")))
+        elif name == "STACK_GLOBAL":
+            module, attribute = self._pop(2)
+            if not isinstance(module, str) or not isinstance(attribute, str):
+                raise ValueError("a name is no text")
+            self.stack.append(_Name(f"{module}.{attribute}"))
+        elif name in ("REDUCE", "NEWOBJ"):
+            target, arguments = self._pop(2)
+            self.stack.append(_Group(f"{_short_name(target)}(", arguments.items, ")"))
+        elif name == "BUILD":
+            target, state = self._pop(2)
+            # In place, since a copy for each of many opcodes would take much memory.
+            target.items.append(state)
+            self.stack.append(target)
+        else:
+            raise ValueError(f"opcode {name}")
+
+    def _pop(self, count: int) -> list[Any]:
+        values = self.stack[-count:]
+        del self.stack[-count:]
+        if len(values) < count:
+            raise ValueError("its stack is empty")
+        return values
+
+    def _pop_to_mark(self) -> list[Any]:
+        values: list[Any] = []
+        while (value := self.stack.pop()) is not _MARK:
+            values.append(value)
+        return values[::-1]
+
+    def _extend(self, items: list[Any]) -> None:
+        self.stack[-1].items.extend(items)
+
+
+def _short_name(value: Any) -> str:
+    return str(value).rpartition(".")[2][:100] if isinstance(value, _Name) else "object"
+
+
+def _describe_json(value: Any) -> Any:
+    """Return a value of JSON as a _PickleReader returns that of a pickle."""
+    if isinstance(value, list):
+        return _Group("[", [_describe_json(each) for each in value], "]")
+    if isinstance(value, dict):
+        items: list[Any] = []
+        for name, each in value.items():
+            items += (name, _describe_json(each))
+        return _Group("{", items, "}", is_dict=True)
+    return value
+
+
+def _read_plain(data: bytes) -> Any:
+    """Return what is in serialized data, as numbers, texts, None and _Groups.
+
+    Data is JSON or a pickle, as its first byte tells, or one of these behind a
+    signature, which is not checked.  Raises ValueError for anything else."""
+    for candidate in (data, data[_SIGNATURE_SIZE:]):
+        with contextlib.suppress(Exception):
+            if candidate[:1] == b"\x80":
+                return _PickleReader().read(candidate)
+            return _describe_json(json.loads(candidate))
+    raise ValueError("unknown data")
+
+
+class _TextWriter:
+    """Writes values as text, up to `room` characters; more is cut off.
+
+    A value may hold another one many times over, and be endless: hence the limits."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.parts: list[str] = []
+
+    def write(self, value: Any, depth: int = 0) -> None:
+        if self.room <= 0:
+            return
+        if not isinstance(value, _Group):
+            self._add(_scalar_text(value, self.room))
+            return
+        self._add(value.opening)
+        if depth > 20:
+            self._add("…")
+        elif value.is_dict:
+            self._write_pairs(value, depth)
+        else:
+            self._write_items(value.items, depth)
+        if value.opening == "(" and len(value.items) == 1:
+            self._add(",")
+        self._add(value.closing)
+
+    def _add(self, text: str) -> None:
+        if len(text) > self.room:
+            text = f"{text[: max(0, self.room - 1)]}…"
+        self.room -= len(text)
+        if text:
+            self.parts.append(text)
+
+    def _write_items(self, items: list[Any], depth: int) -> None:
+        for number, item in enumerate(items):
+            if self.room <= 0:
+                return
+            if number:
+                self._add(", ")
+            self.write(item, depth + 1)
+
+    def _write_pairs(self, group: _Group, depth: int) -> None:
+        for number, (key, item) in enumerate(group.pairs()):
+            if self.room <= 0:
+                return
+            if number:
+                self._add(", ")
+            self.write(key, depth + 1)
+            self._add(": ")
+            self.write(item, depth + 1)
+
+    def write_call(self, args: list[Any], kwargs: _Group) -> None:
+        """Write the arguments of a call, without parentheses."""
+        self._write_items(args, 0)
+        for number, (name, value) in enumerate(kwargs.pairs()):
+            if args or number:
+                self._add(", ")
+            self._add(f"{_plain_label(name)}=")
+            self.write(value, 1)
+
+
+def _scalar_text(value: Any, room: int) -> str:
+    if isinstance(value, str | bytes | bytearray) and not isinstance(value, _Name):
+        return repr(value[:room])
+    if isinstance(value, int) and value.bit_length() > 2000:
+        return f"an integer of {value.bit_length()} bits"
+    return str(value)
+
+
+def _plain_label(value: Any) -> str:
+    """Return what stands before a value: a name, or a key of a dict."""
+    return value[:200] if isinstance(value, str) else _plain_text(value, 200)
+
+
+def _plain_text(value: Any, room: int) -> str:
+    writer = _TextWriter(room)
+    writer.write(value)
+    return "".join(writer.parts)
+
+
+# Reading jobs.
+
+
+class _JobOutline:
+    """A job as the script outline returns it."""
+
+    def __init__(self, queue: Queue, id: str, reply: Any) -> None:
+        status, token, score, pairs, sizes = reply
+        self.queue = queue.name
+        self.id = id
+        self.status = status.decode()
+        self.execution, _, self.claimed_at = token.decode().partition(" ")
+        self.score = float(score) if score else None
+        self.fields = _hash_to_dict(pairs)
+        self.sizes: dict[str, int] = {}  # of the values that are too large
+        for name, size in _field_pairs(sizes):
+            self.sizes[_field_name(name)] = int(size)
+
+    def text(self, name: str) -> str:
+        """Return a field as text, "" without it."""
+        return self.fields.get(name, b"").decode(errors="replace")
+
+    def time(self, name: str) -> float | None:
+        """Return a field that is a time; None if it is missing or garbled."""
+        with contextlib.suppress(ValueError):
+            return _parse_number(self.text(name))
+        return None
+
+    @property
+    def func(self) -> str:
+        """The dotted name of the function."""
+        return self.text("func").removesuffix("()") or "?"
+
+    @property
+    def enqueued_at(self) -> float | None:
+        """When it was last put into the queue."""
+        return self.time("enqueued_at") or self.time("created_at")
+
+    @property
+    def worker(self) -> str:
+        """The worker that runs it; "" if none does."""
+        execution: str = self.execution
+        return execution.rpartition(".")[0]
+
+    def last_run(self) -> _RunOutline | None:
+        """How its last run ended; None if none has."""
+        size = self.sizes.get("result", len(self.fields.get("result", b"")))
+        payload = self.fields.get("result", b"")
+        return _RunOutline.parse(self.text("ended"), size, payload)
+
+    def arguments(self, room: int) -> str:
+        """Return the arguments as source text, up to `room` characters."""
+        if "args" in self.sizes:
+            return f"… {self.sizes['args']:,} bytes"
+        if "args" not in self.fields:
+            return ""
+        try:
+            args, kwargs, *instance = _read_plain(self.fields["args"]).items
+            writer = _TextWriter(room)
+            writer.write_call([*instance, *args.items], kwargs)
+        except (ValueError, AttributeError, TypeError):
+            return f"… {len(self.fields['args']):,} bytes"
+        return "".join(writer.parts)
+
+    def meta(self) -> list[tuple[Any, Any]]:
+        """Return the (key, value) pairs of meta."""
+        with contextlib.suppress(KeyError, ValueError, AttributeError):
+            return list(_read_plain(self.fields["meta"]).pairs())
+        return []
+
+
+class _RunOutline(NamedTuple):
+    """A run of a job that has ended."""
+
+    worker: str
+    started_at: float
+    seconds: float
+    type: str  # of a ResultType
+    size: int  # of the result in bytes
+    payload: bytes  # the result, or the end of it
+
+    @classmethod
+    def parse(cls, ended: str, size: int, payload: bytes) -> _RunOutline | None:
+        """Return a run by the field `ended`, None if there is none or it is garbled."""
+        match = re.fullmatch(r"(\S+) (\d+\.\d+) (\d+\.\d+)(?: ([a-z_]+))?", ended)
+        if match is None:
+            return None
+        execution, started_at, seconds, kind = match.groups()
+        worker = execution.rpartition(".")[0]
+        kind = kind or "successful"
+        return cls(worker, float(started_at), float(seconds), kind, size, payload)
+
+    @property
+    def has_succeeded(self) -> bool:
+        """Whether the payload is a return value, not a traceback."""
+        return self.type == ResultType.SUCCESSFUL.value
+
+    def text(self, room: int = _MAX_VALUE) -> str:
+        """Return what it returned as text, or the end of the traceback."""
+        if not self.has_succeeded:
+            return self.payload.decode(errors="replace")[-room:]
+        if not self.size:
+            return "None"
+        with contextlib.suppress(ValueError):
+            if self.size == len(self.payload):
+                return _plain_text(_read_plain(self.payload), room)
+        return f"{self.size:,} bytes"
+
+    def last_line(self) -> str:
+        """Return the last line of a traceback."""
+        lines = self.text().strip().splitlines()
+        return lines[-1][:300] if lines else ""
+
+
+class _Site:
+    """What a page reads: the server, and the queues that it shows.
+
+    names     - of the queues, [] for all
+    read_only - whether it changes nothing"""
+
+    def __init__(self, connection: Any, names: Sequence[str], read_only: bool) -> None:
+        self.connection = connection
+        self.names = names
+        self.read_only = read_only
+
+    def queues(self) -> list[Queue]:
+        """Return the queues.  One round trip, or none."""
+        if self.names:
+            return [Queue(name, self.connection) for name in self.names]
+        return Queue.all(self.connection)
+
+    def now(self) -> float:
+        """Return the time of the server.  One round trip."""
+        seconds, microseconds = _execute_one(self.connection, "TIME")
+        return int(seconds) + int(microseconds) / 1e6
+
+    def queue(self, name: str) -> Queue:
+        """Return a queue, or raise _NotFound."""
+        if self.names and name not in self.names:
+            raise _NotFound(f"queue {name} is not shown here")
+        try:
+            return Queue(name, self.connection)
+        except ValueError as error:
+            raise _NotFound(str(error)) from None
+
+    def container(self, queue_name: str, state: str) -> _JobContainer[Any]:
+        """Return the jobs of a queue in a state, or raise _NotFound."""
+        if state not in _CONTAINERS:
+            raise _NotFound(f"there is no state {state}")
+        index = _CONTAINERS.index(state)
+        return self.queue(queue_name)._containers()[index]
+
+    def find_job(self, id: str, queue_name: str = "") -> _JobOutline | None:
+        """Return a job by its id, from the queue if it is named.  One round trip or
+        two."""
+        queues = [self.queue(queue_name)] if queue_name else self.queues()
+        pairs = [(queue, id) for queue in queues]
+        for job in self.outlines(pairs, _MAX_VALUE):
+            return job
+        return None
+
+    def outlines(
+        self, pairs: Sequence[tuple[Queue, str]], limit: int = _MAX_VALUE_IN_LIST
+    ) -> list[_JobOutline]:
+        """Return those of the jobs that exist.  One round trip."""
+        commands = [OUTLINE(queue.prefix, id, limit) for queue, id in pairs]
+        jobs = []
+        if commands:
+            replies = _execute(self.connection, *commands)
+            for (queue, id), reply in zip(pairs, replies, strict=True):
+                if reply[0]:
+                    jobs.append(_JobOutline(queue, id, reply))
+        return jobs
+
+
+class _NotFound(MicroqError):
+    """There is no page of this address."""
+
+
+# From the first one on: these states show what comes next, the others what came last.
+_NEXT_FIRST = ("queued", "scheduled")
+
+
+def _ids_command(container: _JobContainer[Any], offset: int, count: int) -> Command:
+    """Return the command that reads ids, in the order of a list on the page."""
+    desc = container.container not in _NEXT_FIRST
+    return container._ids_command(offset, offset + count - 1, desc)
+
+
+def _read_page(
+    site: _Site, container: _JobContainer[Any], page: int
+) -> tuple[int, list[_JobOutline]]:
+    """Return how many jobs there are, and those of a page.  Two round trips."""
+    offset = (page - 1) * _PAGE_SIZE
+    ids_command = _ids_command(container, offset, _PAGE_SIZE)
+    total, ids = _execute(site.connection, container._size_command(), ids_command)
+    if container.container == "started":  # a hash: all ids come, in no order
+        ids = sorted(ids)[offset : offset + _PAGE_SIZE]
+    queue = Queue(container.name, site.connection)
+    return total, site.outlines([(queue, id.decode()) for id in ids])
+
+
+def _search(
+    site: _Site, containers: Sequence[_JobContainer[Any]], text: str
+) -> list[tuple[Queue, str]]:
+    """Return the jobs that have a text in the name of their function, among some
+    thousands of the newest.  A round trip per 1,000 jobs, and one."""
+    count = min(2000, max(50, _MAX_SEARCHED // max(1, len(containers))))
+    commands = [_ids_command(container, 0, count) for container in containers]
+    pairs: list[tuple[Queue, str]] = []
+    replies = _execute(site.connection, *commands) if commands else []
+    for container, ids in zip(containers, replies, strict=True):
+        queue = Queue(container.name, site.connection)
+        pairs += [(queue, id.decode()) for id in ids[:count]]
+    found = []
+    for chunk in _chunks(pairs[:_MAX_SEARCHED]):
+        keys = [f"{queue.prefix}job:{id}" for queue, id in chunk]
+        funcs = _execute(site.connection, *[("HGET", key, "func") for key in keys])
+        for pair, func in zip(chunk, funcs, strict=True):
+            if func and text.lower() in func.decode(errors="replace").lower():
+                found.append(pair)
+    return found
+
+
+# The overview.
+
+
+def _overview(site: _Site) -> _Markup:
+    """Return the main part of the overview.  Four round trips, two more for limits."""
+    snapshot = _take_snapshot(site.connection, site.names)
+    queues = [Queue(queue.name, site.connection) for queue in snapshot.queues]
+    entries = [
+        e for stored in _read_cron(site.connection, queues) for e in stored.load_all()
+    ]
+    limits = _read_limits(site, queues) if snapshot.count("rate_limited") else []
+    return _join(
+        _notices(snapshot),
+        _numbers(snapshot),
+        _section("Last hour", _history_picture(snapshot)),
+        _section("Queues", _queues_table(snapshot)),
+        _section("Workers", _workers_table(snapshot)),
+        _section("Cron", _cron_table(entries, snapshot.now)) if entries else None,
+        _section("Limits", _limits_table(limits)) if limits else None,
+    )
+
+
+def _notices(snapshot: _Snapshot) -> list[_Markup]:
+    """Return what has to be known before all else."""
+    notices = []
+    if snapshot.suspended:
+        text = "Workers are suspended: they start no jobs."
+        notices.append(_tag("p", text, class_="notice"))
+    return notices
+
+
+def _numbers(snapshot: _Snapshot) -> _Markup:
+    """Return the row of large numbers."""
+    finished, failed = _rates(snapshot)
+    waits = [q.waiting_since for q in snapshot.queues if q.waiting_since is not None]
+    oldest = _duration(snapshot.now - min(waits)) if waits else "-"
+    numbers = [
+        (name, f"{snapshot.count(name):,}")
+        for name in ("queued", "started", "scheduled", "failed")
+    ]
+    numbers += [
+        ("jobs/s", _rate_text(finished)),
+        ("failures/s", _rate_text(failed)),
+        ("busy workers", f"{snapshot.busy()} / {len(snapshot.workers)}"),
+        ("oldest waits", oldest),
+    ]
+    cards = [
+        _tag("div", _tag("dt", name), _tag("dd", value), class_=name.partition(" ")[0])
+        for name, value in numbers
+    ]
+    return _tag("dl", cards, class_="numbers")
+
+
+def _rate_text(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 10 or not rate else f"{rate:.2g}"
+
+
+def _history(snapshot: _Snapshot, letter: str) -> list[float]:
+    """Return how many runs ended in each of the last 60 minutes, the latest last."""
+    minute = int(snapshot.now // 60)
+    return [
+        sum(queue.stats.get(f"{letter}{at}", 0) for queue in snapshot.queues)
+        for at in range(minute - 59, minute + 1)
+    ]
+
+
+def _rates(snapshot: _Snapshot) -> tuple[float, float]:
+    """Return how many runs per second succeeded and failed, in this minute and the one
+    before."""
+    seconds = 60 + snapshot.now % 60
+    finished = sum(_history(snapshot, "f")[-2:]) / seconds
+    return finished, sum(_history(snapshot, "x")[-2:]) / seconds
+
+
+def _history_picture(snapshot: _Snapshot) -> _Markup:
+    """Return a picture of the last hour: a bar for each minute."""
+    finished, failed = _history(snapshot, "f"), _history(snapshot, "x")
+    most = max(map(sum, zip(finished, failed, strict=True)))
+    bars = []
+    for index, (good, bad) in enumerate(zip(finished, failed, strict=True)):
+        label = f"{59 - index} min ago: {good:,.0f} finished, {bad:,.0f} failed"
+        title = _tag("title", label)
+        bars.append(_tag("g", title, _bar(index, good, bad, most)))
+    total = f"{sum(finished):,.0f} finished, {sum(failed):,.0f} failed"
+    picture = _tag(
+        "svg", bars, viewBox="0 0 600 100", preserveAspectRatio="none", role="img",
+        aria_label=f"Runs in the last hour: {total}",
+    )  # fmt: skip
+    caption = _tag(
+        "figcaption", _tag("span", "60 min ago"),
+        _tag("span", f"{total}; at most {most:,.0f} in a minute"), _tag("span", "now"),
+    )  # fmt: skip
+    return _tag("figure", picture, caption)
+
+
+def _bar(index: int, good: float, bad: float, most: float) -> list[_Markup]:
+    """Return the rectangles of a minute: what failed stands on what succeeded."""
+    scale = 98 / max(1, most)
+    left = 10 * index + 1
+    base = _tag("rect", x=left, y=0, width=8, height=100, class_="base")
+    heights = [max(2.0, count * scale) if count else 0.0 for count in (good, bad)]
+    parts = [base]
+    top = 100.0
+    for kind, height in zip(("good", "bad"), heights, strict=True):
+        top -= height
+        if height:
+            box = {"x": left, "y": f"{top:.1f}", "width": 8, "height": f"{height:.1f}"}
+            parts.append(_tag("rect", class_=kind, **box))
+    return parts
+
+
+def _queues_table(snapshot: _Snapshot) -> _Markup:
+    if not snapshot.queues:
+        text = "There is no queue yet. One appears with its first job or worker."
+        return _tag("p", text, class_="empty")
+    shown = [
+        name for name in _CONTAINERS
+        if name in ("queued", "started", "scheduled", "failed", "finished")
+        or snapshot.count(name)
+    ]  # fmt: skip
+    rows = []
+    for queue in snapshot.queues:
+        row: list[Any] = [_link(queue.name, queue=queue.name, state="queued")]
+        for name in shown:
+            count = queue.counts[name]
+            kind = name if count else "dim"
+            row.append(_link(f"{count:,}", kind, queue=queue.name, state=name))
+        waited = "-"
+        if queue.waiting_since is not None:
+            waited = _duration(snapshot.now - queue.waiting_since)
+        rows.append([*row, waited])
+    titles = [f"{name.replace('_', ' ')}#" for name in shown]
+    return _table(["queue", *titles, "next waits#"], rows)
+
+
+def _workers_table(snapshot: _Snapshot) -> _Markup:
+    if not snapshot.workers:
+        text = f"No worker is alive. To start one: {_PROGRAM} worker"
+        return _tag("p", text, class_="empty")
+    rows = []
+    for worker in snapshot.workers:
+        where = (
+            f"{worker.record.get('hostname', '?')}, pid {worker.record.get('pid', '?')}"
+        )
+        birth = worker.record.get("birth")
+        since = _moment(birth, snapshot.now) if isinstance(birth, float) else "-"
+        rows.append([
+            _join(worker.name, _tag("small", where)), _badge(worker.state),
+            _running(worker, snapshot.now), ", ".join(worker.queues),
+            f"{worker.finished:,}", f"{worker.failed:,}", since,
+        ])  # fmt: skip
+    titles = ["worker", "state", "runs", "queues", "finished#", "failed#", "started"]
+    return _table(titles, rows)
+
+
+def _running(worker: _WorkerState, now: float) -> _Markup:
+    """Return the jobs that a worker runs, and how many more it has claimed."""
+    lines = []
+    running = worker.held[: min(worker.slots, _MAX_SLOTS_SHOWN)]
+    for job in running:
+        name = job.func.decode(errors="replace").removesuffix("()") or "?"
+        link = _link(name, job=job.id, queue=job.queue)
+        lines.append(
+            _tag("div", link, _tag("small", f"for {_duration(now - job.since)}"))
+        )
+    more = len(worker.held) - len(running)
+    if more:
+        lines.append(_tag("small", f"and {more} more"))
+    return _join(lines)
+
+
+def _cron_table(entries: Sequence[CronJob], now: float) -> _Markup:
+    rows = []
+    for entry in sorted(entries, key=lambda each: each.name):
+        when = entry.cron or f"every {_duration(entry.interval or 0)}"
+        if entry.cron:
+            when = _join(when, _tag("small", entry.timezone))
+        last = entry.latest_enqueue_time
+        rows.append([
+            entry.name, _tag("code", entry.func_name), when,
+            _link(entry.queue_name, queue=entry.queue_name, state="scheduled"),
+            _moment(last.timestamp() if last else None, now),
+            _moment(entry.next_enqueue_time.timestamp(), now),
+        ])  # fmt: skip
+    return _table(
+        ["entry", "function", "when", "queue", "last tick", "next tick"], rows
+    )
+
+
+class _LimitState(NamedTuple):
+    """A RateLimit with jobs that wait for it."""
+
+    limit: RateLimit
+    holders: int
+    waiting: int
+    first: list[tuple[str, str]]  # (queue, id) of the jobs that wait longest
+
+
+def _read_limits(site: _Site, queues: Sequence[Queue]) -> list[_LimitState]:
+    """Return the limits for which jobs of the queues wait.  Three round trips.
+
+    They are found by the jobs: of each queue, those that wait longest."""
+    commands: list[Command] = []
+    for queue in queues:
+        commands.append(queue.rate_limited_job_registry._ids_command(0, 99, False))
+    found = _execute(site.connection, *commands)
+    keys = [
+        f"{queue.prefix}job:{id.decode()}"
+        for queue, ids in zip(queues, found, strict=True) for id in ids
+    ]  # fmt: skip
+    fields = set(
+        _execute(site.connection, *[("HGET", key, "rate_limit") for key in keys])
+    )
+    prefixes: dict[str, RateLimit] = {}
+    for field_text in filter(None, fields):
+        with contextlib.suppress(ValueError, TypeError):
+            text = field_text.decode()
+            prefixes[text.partition(" ")[0]] = RateLimit.from_field(text)
+    commands = []
+    for prefix in prefixes:
+        commands.append(("ZCARD", f"{prefix}holders"))
+        commands.append(("ZCARD", f"{prefix}waiting"))
+        commands.append(("ZRANGE", f"{prefix}waiting", 0, 4))
+    replies = iter(_execute(site.connection, *commands) if commands else [])
+    states = []
+    for limit in prefixes.values():
+        holders, waiting, members = next(replies), next(replies), next(replies)
+        first = [_job_of_member(site, member) for member in members]
+        states.append(_LimitState(limit, holders, waiting, first))
+    return states
+
+
+def _job_of_member(site: _Site, member: bytes) -> tuple[str, str]:
+    """Return (queue, id) by a text that begins with "<prefix> <id>"."""
+    prefix, id, *_ = member.decode().split()
+    return Queue.from_queue_key(f"{prefix}queued", site.connection).name, id
+
+
+def _limits_table(limits: Sequence[_LimitState]) -> _Markup:
+    rows = []
+    for state in limits:
+        limit = state.limit
+        size = f"{state.holders:,}"
+        if limit.concurrency:
+            size += f" of {limit.concurrency:,}"
+        links = [
+            _tag("div", _link(_tag("code", id), job=id, queue=queue))
+            for queue, id in state.first
+        ]
+        rows.append([limit.key, size, f"{state.waiting:,}", links])
+    return _table(["limit", "in use#", "waiting#", "first in line"], rows)
+
+
+# Lists of jobs.
+
+
+def _list_view(site: _Site, query: dict[str, str]) -> tuple[str, _Markup]:
+    """Return the title and the main part of a list, of a state or of a search."""
+    find = query.get("find", "")
+    queue, state = query.get("queue", ""), query.get("state", "")
+    page = _page_number(query)
+    now = site.now()
+    if find:
+        containers = _containers_searched(site, queue, state)
+        pairs = _search(site, containers, find)
+        total = len(pairs)
+        start = (page - 1) * _PAGE_SIZE
+        jobs = site.outlines(pairs[start : start + _PAGE_SIZE])
+        title = f"“{find}”"
+    else:
+        container = site.container(queue, state)
+        total, jobs = _read_page(site, container, page)
+        title = f"{queue} {state.replace('_', ' ')}"
+    where = {"queue": queue, "state": state, "find": find}
+    heading = _tag("h1", title, _tag("span", f"{total:,}", class_="count"))
+    parts: list[_Markup | None] = [heading]
+    if queue and state:
+        parts.append(_state_links(site, queue, state))
+        parts.append(_actions_for_all(site, where, total))
+    if find:
+        note = "Jobs whose function has this in its name, among the newest."
+        parts.append(_tag("p", note, class_="dim"))
+    parts.append(_jobs_table(site, jobs, where, now))
+    parts.append(_pages(total, page, where))
+    return title, _join(parts)
+
+
+def _page_number(query: dict[str, str]) -> int:
+    text = query.get("page", "")
+    return max(1, int(text)) if re.fullmatch(r"\d{1,9}", text, re.A) else 1
+
+
+def _containers_searched(
+    site: _Site, queue: str, state: str
+) -> list[_JobContainer[Any]]:
+    """Return where to search: a state of a queue, or all of one or all queues."""
+    if queue and state:
+        return [site.container(queue, state)]
+    queues = [site.queue(queue)] if queue else site.queues()
+    return [container for each in queues for container in each._containers()]
+
+
+def _state_links(site: _Site, queue: str, state: str) -> _Markup:
+    """Return the links to the other states of a queue, with their counts."""
+    containers = site.queue(queue)._containers()
+    commands = [container._size_command() for container in containers]
+    links = []
+    counts = _execute(site.connection, *commands)
+    for container, count in zip(containers, counts, strict=True):
+        name = container.container
+        text = _join(name.replace("_", " "), _tag("b", f"{count:,}"))
+        current = "page" if name == state else None
+        href = _href(queue=queue, state=name)
+        links.append(_tag("a", text, href=href, aria_current=current))
+    return _tag("nav", links, class_="states", aria_label="states of the queue")
+
+
+def _actions_for_all(site: _Site, where: dict[str, str], total: int) -> _Markup | None:
+    """Return the links that ask whether to do something with all jobs of a list."""
+    if site.read_only or not total:
+        return None
+    links = []
+    for name in _actions_of_list(where["state"]):
+        text = f"{name.capitalize()} all {total:,}"
+        kind = "button danger" if name == "delete" else "button"
+        links.append(_link(text, kind, ask=name, **where))
+    return _tag("p", links, class_="actions")
+
+
+def _actions_of_list(state: str) -> list[str]:
+    """Return what can be done with the jobs in a state, one or all."""
+    if state in _FINAL_CONTAINERS:
+        return ["requeue", "delete"]
+    return ["delete"] if state != "started" else []
+
+
+def _jobs_table(
+    site: _Site, jobs: Sequence[_JobOutline], where: dict[str, str], now: float
+) -> _Markup:
+    if not jobs:
+        return _tag("p", "There are no jobs here.", class_="empty")
+    rows = []
+    for job in jobs:
+        cells = [_job_cell(job), _when_cell(job, now), _took_cell(job, now)]
+        if not (where["queue"] and where["state"]):
+            cells.insert(1, _join(_badge(job.status), _tag("small", job.queue)))
+        if not site.read_only:
+            cells.append(_row_actions(job, where))
+        rows.append(cells)
+    titles = ["job", "when", "took"]
+    if not (where["queue"] and where["state"]):
+        titles.insert(1, "state")
+    if not site.read_only:
+        titles.append("")
+    return _table(titles, rows, kind="jobs")
+
+
+def _job_cell(job: _JobOutline) -> _Markup:
+    """Return the call with a link, the description, and why the job failed."""
+    href = _href(job=job.id, queue=job.queue)
+    parts = [_tag("a", _call(job, 100), href=href)]
+    if description := job.text("description"):
+        parts.append(_tag("small", description[:200]))
+    run = job.last_run()
+    if job.status == "failed" and run:
+        parts.append(_tag("small", run.last_line(), class_="error"))
+    return _join(parts)
+
+
+def _call(job: _JobOutline, room: int) -> _Markup:
+    """Return a call; the name of the function stands out."""
+    module, dot, name = job.func.rpartition(".")
+    arguments = job.arguments(room)
+    parts = [
+        _tag("span", module + dot, class_="dim"),
+        _tag("b", name),
+        f"({arguments})",
+    ]
+    return _tag("code", parts)
+
+
+def _when_cell(job: _JobOutline, now: float) -> Any:
+    """Return the time that tells most in a state."""
+    run = job.last_run()
+    if job.status == "scheduled":
+        return _moment(job.score, now)
+    if job.status == "started":
+        return _moment(float(job.claimed_at or now), now)
+    if job.status in _FINAL_CONTAINERS and run:
+        return _moment(run.started_at + run.seconds, now)
+    return _moment(job.enqueued_at, now)
+
+
+def _took_cell(job: _JobOutline, now: float) -> Any:
+    """Return how long the last run took, or by whom the job runs."""
+    run = job.last_run()
+    if job.status == "started":
+        return _tag("small", job.worker)
+    return _duration(run.seconds) if run else "-"
+
+
+def _row_actions(job: _JobOutline, where: dict[str, str]) -> list[_Markup]:
+    parts = []
+    if job.status in _FINAL_CONTAINERS:
+        parts.append(_action_form("requeue", job, where, label="Requeue"))
+    if job.status != "started":
+        query = {"ask": "delete", "job": job.id, "queue": job.queue}
+        back = {f"back_{name}": value for name, value in where.items()}
+        text = _join("Delete", _hidden(f" {job.id}"))
+        parts.append(_link(text, "button danger", **query, **back))
+    return [_tag("div", parts, class_="actions")]
+
+
+def _action_form(
+    action: str, job: _JobOutline, where: dict[str, str], label: str, kind: str = ""
+) -> _Markup:
+    """Return a form with one button, which does something with a job, and then shows
+    the list `where`."""
+    fields = {"action": action, "job": job.id, "queue": job.queue}
+    for name, value in where.items():
+        fields[f"back_{name}"] = value
+    text = _join(label, _hidden(f" {job.id}"))
+    return _form(
+        fields, text, f"button {kind}".strip(), f"{action}-{job.queue}-{job.id}"
+    )
+
+
+def _form(fields: dict[str, str], text: Any, kind: str, id: str) -> _Markup:
+    inputs = [
+        _tag("input", type="hidden", name=name, value=value)
+        for name, value in fields.items() if value
+    ]  # fmt: skip
+    button = _tag("button", text, class_=kind, id=id)
+    return _tag("form", inputs, button, method="post", action="?")
+
+
+def _pages(total: int, page: int, where: dict[str, str]) -> _Markup | None:
+    """Return the links to the pages before and behind this one."""
+    last = max(1, math.ceil(total / _PAGE_SIZE))
+    if last == 1 and page == 1:
+        return None
+    links: list[_Markup] = []
+    for text, number in (("← newer", page - 1), ("older →", page + 1)):
+        if where["state"] in _NEXT_FIRST:
+            text = text.replace("newer", "sooner").replace("older", "later")
+        if 1 <= number <= last:
+            links.append(_link(text, page=str(number), **where))
+    here = _tag("span", f"page {page:,} of {last:,}", class_="dim")
+    return _tag("nav", [here, *links], class_="pages", aria_label="pages")
+
+
+# A job.
+
+
+def _job_view(site: _Site, query: dict[str, str]) -> tuple[str, _Markup]:
+    """Return the title and the main part of the page of a job.  Three round trips."""
+    id = query["job"]
+    job = _existing_job(site, query)
+    relatives = _read_relatives(site, job)
+    now = relatives.now
+    subtitle = _tag(
+        "p", _badge(job.status), _link(job.queue, queue=job.queue, state=job.status),
+        _tag("code", id, class_="dim"), class_="subtitle",
+    )  # fmt: skip
+    description = job.text("description")
+    return f"{job.func} {id}", _join(
+        _tag("h1", _call(job, 300)),
+        subtitle,
+        _tag("p", description) if description else None,
+        _progress(job),
+        None if site.read_only else _job_actions(job),
+        _tag("div",
+            _section("Life", _timeline(job, relatives, now)),
+            _section("Options", _options_list(job)),
+            class_="columns",
+        ),
+        _results_view(job, relatives, now),
+        _log_view(relatives, now),
+        _meta_view(job),
+        _relatives_view("Depends on", relatives.dependencies),
+        _relatives_view(
+            "Depend on it", relatives.dependents, relatives.dependent_count
+        ),
+    )  # fmt: skip
+
+
+def _existing_job(site: _Site, query: dict[str, str]) -> _JobOutline:
+    """Return the job that a query names, or raise _NotFound."""
+    try:
+        job = site.find_job(_job_id(query["job"]), query.get("queue", ""))
+    except ValueError as error:
+        raise _NotFound(str(error)) from None
+    if job is None:
+        text = f"There is no job {query['job']}: it was deleted, or has expired."
+        raise _NotFound(text)
+    return job
+
+
+class _Relatives(NamedTuple):
+    """What belongs to a job: earlier runs, log, and other jobs as (queue, id,
+    status)."""
+
+    now: float
+    older: list[_RunOutline]  # the latest first
+    log: list[tuple[float, str]]
+    dependencies: list[tuple[str, str, str]]
+    dependents: list[tuple[str, str, str]]
+    dependent_count: int
+
+
+def _read_relatives(site: _Site, job: _JobOutline) -> _Relatives:
+    """Read what belongs to a job, of its dependents some.  Two round trips."""
+    queue = site.queue(job.queue)
+    key = f"{queue.prefix}job:{job.id}"
+    sets = [f"{key}:dependents:{allow}" for allow in ("any", "failed", "none")]
+    commands: list[Command] = [
+        ("TIME",),
+        HISTORY(queue.prefix, job.id, _MAX_VALUE),
+        ("ZRANGE", f"{key}:log", 0, -1, "WITHSCORES"),
+    ]
+    commands += [("SCARD", name) for name in sets]
+    commands += [("SRANDMEMBER", name, 20) for name in sets]
+    time_reply, history, lines, *replies = _execute(site.connection, *commands)
+    members = [text.decode() for reply in replies[3:] for text in reply]
+    dependencies = job.text("depends_on").split()[:-1]
+    names = [name.rpartition(":")[::2] for name in dependencies[:100]]
+    others = [_other_job(site, f"{prefix}:", id) for prefix, id in names]
+    others += [_other_job(site, *text.split()[:2]) for text in members]
+    statuses = [
+        container.decode() or "gone"
+        for container, _ in _follow(site.connection, _where(others))
+    ]
+    triples = [
+        (other.origin, other.id, status)
+        for other, status in zip(others, statuses, strict=True)
+    ]
+    runs = [_RunOutline.parse(e.decode(), int(size), cut) for e, size, cut in history]
+    log_lines = [
+        (at, entry.partition(b" ")[2].decode(errors="replace"))
+        for entry, at in _scored_members(lines)
+    ]
+    return _Relatives(
+        now=int(time_reply[0]) + int(time_reply[1]) / 1e6,
+        older=[run for run in runs if run],
+        log=log_lines,
+        dependencies=triples[: len(names)],
+        dependents=sorted(triples[len(names) :]),
+        dependent_count=sum(replies[:3]),
+    )
+
+
+def _other_job(site: _Site, prefix: str, id: str) -> Job:
+    """Return a job by the prefix of its queue, not read yet."""
+    return Job(id, Queue.from_queue_key(f"{prefix}queued", site.connection), {})
+
+
+def _progress(job: _JobOutline) -> _Markup | None:
+    """Return a bar for the number, 0 to 100, under "progress" in meta."""
+    for name, value in job.meta():
+        if name == "progress" and isinstance(value, int | float) and 0 <= value <= 100:
+            bar = _tag("progress", max=100, value=f"{value:g}", aria_label="progress")
+            return _tag("p", bar, f" {value:g} %", class_="progress")
+    return None
+
+
+def _job_actions(job: _JobOutline) -> _Markup:
+    """Return the buttons: what is certain to be meant at once, all else asks first."""
+    parts = []
+    if job.status in _FINAL_CONTAINERS:
+        parts.append(_action_form("requeue", job, {}, label="Requeue", kind="primary"))
+        actions = ["delete"]
+    elif job.status == "started":
+        actions = ["stop", "cancel", "delete"]
+    else:
+        actions = ["cancel", "delete"]
+    for name in actions:
+        kind = "button danger" if name == "delete" else "button"
+        parts.append(
+            _link(name.capitalize(), kind, ask=name, job=job.id, queue=job.queue)
+        )
+    return _tag("div", parts, class_="actions")
+
+
+def _timeline(job: _JobOutline, relatives: _Relatives, now: float) -> _Markup:
+    """Return what has happened to a job, and what is to come, in its order."""
+    events: list[tuple[float, str, Any]] = []  # (time, kind, text)
+    created_at, enqueued_at = job.time("created_at"), job.enqueued_at
+    if created_at:
+        events.append((created_at, "queued", "Created"))
+    if enqueued_at and enqueued_at != created_at:
+        events.append((enqueued_at, "queued", "Put into the queue"))
+    for run in [job.last_run(), *relatives.older]:
+        if run:
+            events.append((run.started_at, "started", _join("Started by ", run.worker)))
+            outcome = run.type.replace("_", " ").capitalize()
+            kind = "finished" if run.has_succeeded else "failed"
+            text = f"{outcome} after {_duration(run.seconds)}"
+            events.append((run.started_at + run.seconds, kind, text))
+    if job.claimed_at:
+        text = f"Started by {job.worker}"
+        events.append((float(job.claimed_at), "started", text))
+    if job.score is not None and math.isfinite(job.score):
+        if job.status == "scheduled":
+            events.append((job.score, "scheduled", "Is due"))
+        elif job.status in _FINAL_CONTAINERS:
+            events.append((job.score, "scheduled", "Its record expires"))
+    items = [
+        _tag("li", _tag("span", text), _moment(at, now), class_=kind)
+        for at, kind, text in sorted(events, key=lambda event: event[0])
+    ]
+    return _tag("ol", items, class_="timeline")
+
+
+_OPTIONS_SHOWN = [
+    name for name, option in _OPTIONS.items()
+    if option.stored and name not in ("meta", "description")
+] + ["retries", "repeats", "crashes", "callback_error"]  # fmt: skip
+
+
+def _options_list(job: _JobOutline) -> _Markup:
+    """Return the options that differ from the default, and what was counted."""
+    rows = []
+    for name in _OPTIONS_SHOWN:
+        text = job.text(name)
+        if not text:
+            continue
+        option = _OPTIONS.get(name)
+        if isinstance(option, _DurationOption):
+            number = job.time(name) or 0
+            text = _duration(number) if number > 0 else text
+        rows.append(
+            _tag("div", _tag("dt", name.replace("_", " ")), _tag("dd", text[:2000]))
+        )
+    if not rows:
+        return _tag("p", "All as by default.", class_="empty")
+    return _tag("dl", rows, class_="pairs")
+
+
+def _results_view(job: _JobOutline, relatives: _Relatives, now: float) -> list[_Markup]:
+    """Return how the last ten runs ended, the latest first."""
+    parts = []
+    for number, run in enumerate([job.last_run(), *relatives.older]):
+        if run is None:
+            continue
+        name = (
+            "Result" if run.has_succeeded else run.type.replace("_", " ").capitalize()
+        )
+        title = _join(
+            name, " ", _moment(run.started_at + run.seconds, now),
+            _tag("small", f"{run.worker}, {_duration(run.seconds)}"),
+        )  # fmt: skip
+        text = _tag("pre", _result_text(run), tabindex="0", aria_label=name)
+        parts.append(
+            _tag(
+                "details",
+                _tag("summary", title),
+                text,
+                open=number == 0,
+                id=f"run{number}",
+            )
+        )
+    return [_section("Results", parts)] if parts else []
+
+
+def _result_text(run: _RunOutline) -> _Markup:
+    """Return a result; of a traceback the last line, which tells most, stands out."""
+    text = run.text().rstrip() or "-"
+    if run.has_succeeded:
+        return _join(text)
+    before, newline, last = text.rpartition("\n")
+    return _join(before, newline, _tag("b", last, class_="error"))
+
+
+def _log_view(relatives: _Relatives, now: float) -> _Markup | None:
+    if not relatives.log:
+        return None
+    rows = []
+    for at, text in relatives.log:
+        when = _from_timestamp(at)
+        shown = _tag("time", f"{when:%H:%M:%S}", title=f"{when:%Y-%m-%d %H:%M:%S} UTC")
+        rows.append(_tag("li", shown, _tag("span", text)))
+    return _section("Log", _tag("ol", rows, class_="log"))
+
+
+def _meta_view(job: _JobOutline) -> _Markup | None:
+    if "meta" in job.sizes:
+        return _section("Meta", _tag("p", f"{job.sizes['meta']:,} bytes"))
+    rows = []
+    for name, value in job.meta():
+        text = value if isinstance(value, str) else _plain_text(value, 2000)
+        rows.append(
+            _tag("div", _tag("dt", _plain_label(name)), _tag("dd", text[:2000]))
+        )
+    if rows:
+        return _section("Meta", _tag("dl", rows, class_="pairs"))
+    if "meta" in job.fields:
+        return _section("Meta", _tag("p", f"{len(job.fields['meta']):,} bytes"))
+    return None
+
+
+def _relatives_view(
+    title: str, jobs: Sequence[tuple[str, str, str]], count: int | None = None
+) -> _Markup | None:
+    if not jobs:
+        return None
+    rows = [
+        [_link(_tag("code", id), job=id, queue=queue), queue, _badge(status)]
+        for queue, id, status in jobs
+    ]
+    more = (count or len(jobs)) - len(jobs)
+    note = _tag("p", f"and {more:,} more", class_="dim") if more > 0 else None
+    return _section(title, _table(["job", "queue", "state"], rows), note)
+
+
+# Actions, and the questions before them.
+
+_EFFECTS = {  # of the actions that ask first
+    "requeue": "They run once more, with all their retries.",
+    "delete": "Nothing is left: no record, no result, no log.",
+    "cancel": "It does not run. If it runs already, its result is dropped.",
+    "stop": "It ends as stopped, and is not retried.",
+}
+
+
+def _question_view(site: _Site, query: dict[str, str]) -> tuple[str, _Markup]:
+    """Return the title and the main part of a page that asks before an action."""
+    action = query["ask"]
+    if action not in _EFFECTS or site.read_only:
+        raise _NotFound("There is no such question.")
+    detail = None
+    if "job" in query:
+        job = _existing_job(site, query)
+        what = f"job {job.id}"
+        detail = _tag("p", _call(job, 300))
+        fields = {"action": action, "job": job.id, "queue": job.queue}
+        fields |= {f"back_{name}": value for name, value in _back_of(query).items()}
+        back = _back_of(query) or {"job": job.id, "queue": job.queue}
+    else:
+        back = _list_of(query)
+        what = _describe_all(site, action, back)
+        fields = {"action": f"{action}_all", **back}
+    question = f"{action.capitalize()} {what}?"
+    kind = "button danger" if action == "delete" else "button primary"
+    form = _form(fields, action.capitalize(), kind, "sure")
+    leave = _tag("a", "No, go back", href=_href(**back), class_="button")
+    return question, _tag(
+        "div", _tag("h1", question), detail, _tag("p", _EFFECTS[action], class_="dim"),
+        _tag("div", form, leave, class_="actions"), class_="question",
+    )  # fmt: skip
+
+
+def _list_of(query: dict[str, str]) -> dict[str, str]:
+    """Return the list that a query or a form is about."""
+    return {name: query.get(name, "") for name in ("queue", "state", "find")}
+
+
+def _describe_all(site: _Site, action: str, where: dict[str, str]) -> str:
+    """Return what an action for a whole list is about, or raise _NotFound."""
+    container = site.container(where["queue"], where["state"])
+    if action not in _actions_of_list(where["state"]):
+        raise _NotFound("There is no such question.")
+    count: int = _execute_one(site.connection, *container._size_command())
+    if where["find"]:
+        count = len(_search(site, [container], where["find"]))
+    state = where["state"].replace("_", " ")
+    return f"all {count:,} {state} jobs of {where['queue']}"
+
+
+def _back_of(query: dict[str, str]) -> dict[str, str]:
+    """Return the query of the list to show after an action."""
+    names = ("queue", "state", "find")
+    back = {name: query.get(f"back_{name}", "") for name in names}
+    return {name: value for name, value in back.items() if value}
+
+
+def _act(site: _Site, fields: dict[str, str]) -> dict[str, str]:
+    """Do what a form says; return the query of the page to show then.
+
+    Raises _NotFound, NoSuchJobError or InvalidJobOperation if that can't be done."""
+    action = fields.get("action", "")
+    log.info("page: %s", " ".join(f"{name}={value}" for name, value in fields.items()))
+    if action in ("requeue_all", "delete_all"):
+        return _act_on_list(site, fields)
+    job = _existing_job(site, fields)
+    handle = Job(job.id, site.queue(job.queue), {})
+    if action == "requeue":
+        handle.requeue()
+    elif action == "delete":
+        handle.delete()
+        return _back_of(fields) or {"queue": job.queue, "state": job.status}
+    elif action == "cancel":
+        handle.cancel()
+    elif action == "stop":
+        send_stop_job_command(site.connection, job.id)
+    else:
+        raise _NotFound(f"there is no action {action}")
+    return _back_of(fields) or {"job": job.id, "queue": job.queue}
+
+
+def _act_on_list(site: _Site, fields: dict[str, str]) -> dict[str, str]:
+    """Requeue or delete the jobs of a list, a thousand in a round trip."""
+    where = _list_of(fields)
+    container = site.container(where["queue"], where["state"])
+    action = fields["action"].removesuffix("_all")
+    if action not in _actions_of_list(where["state"]):
+        raise _NotFound(f"there is no action {action}")
+    if where["find"]:
+        ids = [id for _, id in _search(site, [container], where["find"])]
+    else:
+        ids = _follow(site.connection, container._read_ids())
+    to = "gone" if action == "delete" else "queued"
+    for chunk in _chunks(ids):
+        _move_jobs(site, container, chunk, to)
+    return where
+
+
+def _move_jobs(
+    site: _Site, container: _JobContainer[Any], ids: Sequence[str], to: str
+) -> None:
+    """Move those of the jobs that are still in the container."""
+    commands = []
+    for id in ids:
+        call_id = secrets.token_hex(4)
+        commands.append(
+            _transition_command(container.prefix, id, container.container, to, call_id)
+        )
+    messages: list[Message] = []
+    for reply in _execute(site.connection, *commands):
+        messages += _TransitionReply.parse(reply).messages
+    _relay(site.connection, messages)
+
+
+# The frame of a page.
+
+_STYLE = """
+:root {
+  color-scheme: light dark;
+  --page: #f6f6f4; --panel: #fff; --ink: #1c1d20; --dim: #64666d; --line: #e4e4e0;
+  --accent: #2f52d0; --good: #1b7a4a; --bad: #bf2e26; --busy: #8a5a00;
+  --later: #6a4bb5; --base: #efefec;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --page: #121316; --panel: #1a1c20; --ink: #e9eaee; --dim: #9b9ea8; --line: #2b2e35;
+    --accent: #8fa8ff; --good: #58c78d; --bad: #ff8278; --busy: #e2b04a;
+    --later: #b9a2f5; --base: #22252b;
+  }
+}
+* { box-sizing: border-box; }
+body {
+  margin: 0; background: var(--page); color: var(--ink);
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue",
+  sans-serif;
+  font-variant-numeric: tabular-nums;
+}
+header, main { max-width: 72rem; margin: 0 auto; padding: 0 1.25rem; }
+header { display: flex; align-items: center; gap: 1rem; padding-top: 1.1rem; }
+header a {
+  font-weight: 700; font-size: 1.15rem; color: var(--ink); margin-right: auto;
+}
+header a span { color: var(--accent); }
+main { padding-bottom: 4rem; }
+a { color: var(--accent); text-decoration: none; }
+a:hover { text-decoration: underline; }
+:focus-visible {
+  outline: 2px solid var(--accent); outline-offset: 2px; border-radius: 4px;
+}
+h1 {
+  font-size: 1.3rem; line-height: 1.35; margin: 1.5rem 0 .6rem;
+  overflow-wrap: anywhere;
+}
+h1 code { font-size: 1.15rem; font-weight: 400; }
+h2 { font-size: .95rem; margin: 0 0 .6rem; }
+section { margin-top: 1.75rem; min-width: 0; }
+small, .dim, .empty { color: var(--dim); }
+small { display: block; font-size: .82rem; overflow-wrap: anywhere; }
+code, pre, .log {
+  font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-size: .86rem;
+}
+code { overflow-wrap: anywhere; }
+pre {
+  margin: 0; padding: .8rem 1rem; overflow: auto; max-height: 30rem;
+  white-space: pre-wrap; overflow-wrap: anywhere;
+}
+.hidden {
+  position: absolute; width: 1px; height: 1px; overflow: hidden;
+  clip-path: inset(50%);
+}
+.error { color: var(--bad); }
+.notice {
+  margin: 1rem 0 0; padding: .6rem .9rem; border-radius: 8px; background: var(--panel);
+  border: 1px solid var(--busy); color: var(--busy);
+}
+#stale { margin: 0; color: var(--bad); font-size: .85rem; }
+input {
+  font: inherit; color: inherit; background: var(--panel);
+  border: 1px solid var(--line);
+  border-radius: 8px; padding: .35rem .7rem; width: 15rem; max-width: 100%;
+}
+.scroll, figure, .numbers, .columns > section > *, details,
+.log, section > .pairs, .question {
+  background: var(--panel); border: 1px solid var(--line); border-radius: 10px;
+}
+.scroll { overflow-x: auto; }
+.numbers {
+  display: grid; grid-template-columns: repeat(8, 1fr); margin: 1.25rem 0 0;
+  overflow: hidden;
+}
+.numbers div {
+  padding: .7rem .9rem; box-shadow: 1px 0 0 var(--line), 0 1px 0 var(--line);
+}
+dt { color: var(--dim); font-size: .82rem; }
+dd { margin: 0; overflow-wrap: anywhere; }
+.numbers dd {
+  font-size: 1.35rem; font-weight: 600; line-height: 1.3; white-space: nowrap;
+}
+.numbers .failed dd, .numbers .failures dd { color: var(--bad); }
+figure { margin: 0; padding: 1rem 1rem .5rem; }
+svg { display: block; width: 100%; height: 84px; }
+.base { fill: var(--base); } .good { fill: var(--good); } .bad { fill: var(--bad); }
+g:hover .base { fill: var(--line); }
+figcaption {
+  display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 1rem;
+  color: var(--dim); font-size: .82rem; margin-top: .4rem;
+}
+table { width: 100%; border-collapse: collapse; }
+th, td { text-align: left; padding: .5rem .9rem; vertical-align: top; }
+th { color: var(--dim); font-weight: 500; font-size: .82rem; white-space: nowrap; }
+tbody tr { border-top: 1px solid var(--line); }
+.number { text-align: right; white-space: nowrap; }
+td a.dim { color: var(--dim); opacity: .75; }
+td a.failed { color: var(--bad); font-weight: 600; }
+td time, .jobs td:nth-last-child(2) { white-space: nowrap; }
+.badge { white-space: nowrap; font-size: .82rem; color: var(--dim); }
+.badge::before { content: ""; display: inline-block; width: .55em; height: .55em; }
+.badge::before { border-radius: 50%; background: currentColor; margin-right: .45em; }
+.finished { --tone: var(--good); } .failed { --tone: var(--bad); }
+.started, .busy { --tone: var(--busy); } .queued { --tone: var(--accent); }
+.scheduled, .deferred, .rate_limited { --tone: var(--later); }
+.badge { color: var(--tone, var(--dim)); }
+.button, button {
+  font: inherit; font-size: .88rem; line-height: 1.3; cursor: pointer;
+  white-space: nowrap;
+  display: inline-block; padding: .3rem .7rem; border-radius: 7px; color: var(--ink);
+  background: var(--panel); border: 1px solid var(--line);
+}
+.button:hover { border-color: currentColor; text-decoration: none; }
+.primary { background: var(--accent); border-color: var(--accent); color: var(--page); }
+.danger { color: var(--bad); }
+.actions {
+  display: flex; gap: .5rem; flex-wrap: wrap; align-items: center; margin: .75rem 0 0;
+}
+td .actions { margin: 0; flex-wrap: nowrap; justify-content: flex-end; }
+form { margin: 0; }
+.count { color: var(--dim); font-weight: 400; margin-left: .5rem; }
+.states, .pages {
+  display: flex; flex-wrap: wrap; gap: .25rem 1.1rem; align-items: baseline;
+}
+.states a {
+  color: var(--dim); padding: .15rem 0; border-bottom: 2px solid transparent;
+}
+.states b { margin-left: .35rem; font-weight: 600; }
+.states [aria-current] { color: var(--ink); border-color: var(--accent); }
+.states + .actions { margin-bottom: 1rem; }
+.states + .scroll, .states + .empty { margin-top: 1rem; }
+.pages { margin-top: 1rem; }
+.subtitle {
+  display: flex; flex-wrap: wrap; gap: .25rem 1rem; align-items: center; margin: 0;
+}
+progress {
+  appearance: none; width: 20rem; max-width: 70%; height: .55rem; margin-right: .5rem;
+  border: 0; border-radius: 9px; overflow: hidden; background: var(--line);
+}
+progress::-webkit-progress-bar { background: var(--line); }
+progress::-webkit-progress-value { background: var(--accent); }
+progress::-moz-progress-bar { background: var(--accent); }
+.columns { display: grid; grid-template-columns: 1fr 1fr; gap: 0 1.25rem; }
+.columns > section > * { margin: 0; }
+.columns > section > h2 { background: none; border: 0; }
+.columns > section > h2 { margin-bottom: .6rem; }
+.columns .empty { padding: .8rem 1rem; }
+.timeline { list-style: none; padding: .8rem 1rem; }
+.timeline li {
+  position: relative; display: flex; justify-content: space-between; gap: 1rem;
+  padding: .2rem 0 .2rem 1.3rem; overflow-wrap: anywhere;
+}
+.timeline li::before {
+  content: ""; position: absolute; left: 0; top: .68rem; width: .6rem; height: .6rem;
+  border-radius: 50%; background: var(--tone, var(--dim)); z-index: 1;
+}
+.timeline li + li::after {
+  content: ""; position: absolute; left: .26rem; top: -.6rem; height: 1.3rem;
+  border-left: 2px solid var(--line);
+}
+.timeline time { color: var(--dim); white-space: nowrap; }
+.pairs { margin: 0; padding: .35rem 1rem; }
+.pairs div {
+  display: grid; grid-template-columns: 9rem 1fr; gap: 1rem; padding: .3rem 0;
+}
+.pairs div + div { border-top: 1px solid var(--line); }
+details + details { margin-top: .6rem; }
+summary { padding: .55rem 1rem; cursor: pointer; }
+summary small { display: inline; margin-left: .6rem; }
+summary time { color: var(--dim); }
+details pre { border-top: 1px solid var(--line); }
+.log {
+  list-style: none; margin: 0; padding: .6rem 1rem; max-height: 24rem; overflow: auto;
+}
+.log li { display: flex; gap: 1rem; overflow-wrap: anywhere; white-space: pre-wrap; }
+.log time { color: var(--dim); }
+.question { padding: .25rem 1.5rem 1.5rem; max-width: 38rem; margin: 3rem auto; }
+@media (max-width: 56rem) { .numbers { grid-template-columns: repeat(4, 1fr); } }
+@media (max-width: 40rem) {
+  header, main { padding-left: .8rem; padding-right: .8rem; }
+  header form { min-width: 0; flex: 0 1 11rem; } header a { margin-right: auto; }
+  input { width: 100%; }
+  .numbers { grid-template-columns: 1fr 1fr; }
+  .columns { grid-template-columns: 1fr; }
+  th, td { padding: .45rem .7rem; }
+  .scroll:not(.jobs) td { min-width: 5rem; }
+  td code, td small { overflow-wrap: normal; }
+  figcaption span:nth-child(2) { order: 1; flex: 1 0 100%; text-align: center; }
+  .jobs thead { display: none; }
+  .jobs tr { display: flex; flex-wrap: wrap; gap: .2rem .9rem; padding: .6rem .8rem; }
+  .jobs td { padding: 0; } .jobs td:first-child { flex: 1 0 100%; }
+  .jobs td:last-child { margin-left: auto; }
+  .pairs div { grid-template-columns: 7rem 1fr; }
+}
+"""
+
+# Reads the page again every two seconds, but not in a hidden tab, nor while something
+# is selected or pressed.  What has the focus keeps it, and details stay open or closed.
+_SCRIPT = """
+"use strict";
+const key = (element) => element && (element.id || element.getAttribute("href"));
+async function refresh() {
+  const main = document.querySelector("main");
+  const busy = main.querySelector(":active") || !getSelection().isCollapsed;
+  if (document.hidden || busy || "still" in main.dataset) return;
+  const answer = await fetch(location.href);
+  const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+  const fresh = page.querySelector("main");
+  if (!answer.ok || !fresh) throw new Error(answer.status);
+  const focus = main.contains(document.activeElement) && key(document.activeElement);
+  for (const old of main.querySelectorAll("details[id]")) {
+    const twin = fresh.querySelector("#" + CSS.escape(old.id));
+    if (twin) twin.open = old.open;
+  }
+  const scrolled = [...main.querySelectorAll("pre, .log, .scroll")];
+  const places = scrolled.map((e) => [e.scrollTop, e.scrollLeft]);
+  main.replaceWith(fresh);
+  fresh.querySelectorAll("pre, .log, .scroll").forEach((e, i) => {
+    [e.scrollTop, e.scrollLeft] = places[i] || [0, 0];
+  });
+  if (focus) {
+    const twins = [...fresh.querySelectorAll("[id], [href]")];
+    twins.find((e) => key(e) === focus)?.focus({ preventScroll: true });
+  }
+}
+async function keepRefreshing() {
+  const notice = document.getElementById("stale");
+  try {
+    await refresh();
+    notice.textContent = "";
+  } catch (error) {
+    notice.textContent = "no answer; what you see is old";
+  }
+  setTimeout(keepRefreshing, 2000);
+}
+setTimeout(keepRefreshing, 2000);
+"""
+
+_ICON = (
+    "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' "
+    "viewBox='0 0 16 16'%3E%3Crect width='16' height='16' rx='4' fill='%232f52d0'/%3E"
+    "%3Cpath d='M4 5h8M4 8h8M4 11h5' stroke='white' stroke-width='1.6' "
+    "stroke-linecap='round'/%3E%3C/svg%3E"
+)
+
+
+def _frame(title: str, main: _Markup, find: str = "", still: bool = False) -> bytes:
+    """Return a whole page.  One that is `still` does not read itself again."""
+    head = [
+        _tag("meta", charset="utf-8"),
+        _tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        _tag("title", f"{title} · microq"),
+        _tag("link", rel="icon", href=_ICON),
+        _tag("style", _Markup(_STYLE)),
+    ]
+    if not still:
+        again = _tag("meta", http_equiv="refresh", content="10")
+        head.append(_tag("noscript", again))
+    search = _tag(
+        "input", type="search", name="find", value=find, placeholder="id or function",
+        aria_label="search jobs by id or function", maxlength="200",
+    )  # fmt: skip
+    header = _tag(
+        "header",
+        _tag("a", "micro", _tag("span", "q"), href="?"),
+        _tag("p", id="stale", role="status"),
+        _tag("form", search, action="?", role="search"),
+    )
+    body = [
+        header, _tag("main", main, data_still=still),
+        _tag("script", _Markup(_SCRIPT)),
+    ]  # fmt: skip
+    page = _tag("html", _tag("head", head), _tag("body", body), lang="en")
+    return f"<!doctype html>{page}".encode()
+
+
+def _hash_source(text: str) -> str:
+    """Return what names an inline style or script in a Content-Security-Policy."""
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return f"'sha256-{digest}'"
+
+
+@functools.cache
+def _security_headers() -> tuple[tuple[str, str], ...]:
+    policy = (
+        f"default-src 'none'; style-src {_hash_source(_STYLE)}; "
+        f"script-src {_hash_source(_SCRIPT)}; img-src data:; connect-src 'self'; "
+        "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+    )
+    return (
+        ("Content-Security-Policy", policy),
+        ("X-Content-Type-Options", "nosniff"),
+        ("X-Frame-Options", "DENY"),
+        ("Referrer-Policy", "same-origin"),
+        ("Cross-Origin-Opener-Policy", "same-origin"),
+        ("Cache-Control", "no-store"),
+    )
+
+
+# Requests and answers.
+
+
+class _WebRequest(NamedTuple):
+    method: str
+    path: str
+    query: str
+    headers: dict[str, str]  # their names in lower case
+    body: bytes
+
+
+class _WebAnswer(NamedTuple):
+    status: int
+    body: bytes = b""
+    kind: str = "text/html; charset=utf-8"
+    headers: tuple[tuple[str, str], ...] = ()
+
+    def all_headers(self) -> list[tuple[str, str]]:
+        """Return the headers, with those that every answer has."""
+        own = [("Content-Type", self.kind), ("Content-Length", str(len(self.body)))]
+        return [*own, *self.headers, *_security_headers()]
+
+
+def _plain_answer(status: int, text: str, *headers: tuple[str, str]) -> _WebAnswer:
+    return _WebAnswer(
+        status, f"{text}\n".encode(), "text/plain; charset=utf-8", headers
+    )
+
+
+def _parse_query(text: str) -> dict[str, str]:
+    """Return the last value of each name in a query or a form."""
+    return dict(parse_qsl(text, max_num_fields=50, errors="replace"))
+
+
+class _WebApp:
+    """The page as an application, for WSGI and for ASGI; see web()."""
+
+    def __init__(
+        self, site: _Site, password: str | None = None, loopback_only: bool = False
+    ) -> None:
+        self._site = site
+        self._password = password
+        self._loopback_only = loopback_only
+
+    def __call__(self, *args: Any) -> Any:
+        """Serve a request: of WSGI by two arguments, of ASGI by three, or by one and
+        then two, as servers do that take this for ASGI 2."""
+        if len(args) == 2:
+            return self._call_wsgi(*args)
+        if len(args) == 1:
+            return functools.partial(self._call_asgi, args[0])
+        return self._call_asgi(*args)
+
+    def answer(self, request: _WebRequest) -> _WebAnswer:
+        """Return the answer to a request.  It never raises."""
+        try:
+            refusal = self._refuse(request)
+            if refusal is not None:
+                return refusal
+            return self._route(request)
+        except _NotFound as error:
+            return self._message(404, "Not found", str(error))
+        except (NoSuchJobError, InvalidJobOperation) as error:
+            return self._message(409, "That can't be done", str(error))
+        except ServerUnavailable as error:
+            return self._message(503, "No answer from Redis", str(error))
+        except Exception:
+            log.exception("page %s", request.query)
+            text = "The log of this server says what went wrong."
+            return self._message(500, "An error", text)
+
+    def _message(self, status: int, title: str, text: str) -> _WebAnswer:
+        """Return a page with a message; it reads itself again if that may help."""
+        main = _join(_tag("h1", title), _tag("p", text))
+        return _WebAnswer(status, _frame(title, main, still=status == 409))
+
+    def _refuse(self, request: _WebRequest) -> _WebAnswer | None:
+        """Return the refusal of a request that is not allowed, else None."""
+        if request.method not in ("GET", "HEAD", "POST"):
+            return _plain_answer(405, "use GET or POST", ("Allow", "GET, HEAD, POST"))
+        if self._loopback_only and not _is_loopback(
+            _host_of(request.headers.get("host", ""))
+        ):
+            return _plain_answer(403, "this page is for a browser on its own machine")
+        if self._password is not None and not self._knows_password(request):
+            challenge = ("WWW-Authenticate", 'Basic realm="microq", charset="UTF-8"')
+            return _plain_answer(401, "give the password", challenge)
+        if request.method == "POST":
+            if self._site.read_only:
+                return _plain_answer(403, "this page is read-only")
+            if not _is_same_origin(request.headers):
+                return _plain_answer(403, "this request comes from another site")
+        return None
+
+    def _knows_password(self, request: _WebRequest) -> bool:
+        scheme, _, credentials = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "basic":
+            return False
+        try:
+            _, _, password = base64.b64decode(credentials).partition(b":")
+        except ValueError:
+            return False
+        return hmac.compare_digest(password, (self._password or "").encode())
+
+    def _route(self, request: _WebRequest) -> _WebAnswer:
+        site = self._site
+        if request.path.endswith("/metrics"):
+            kind = "text/plain; version=0.0.4; charset=utf-8"
+            return _WebAnswer(200, _metrics(site.connection, site.names).encode(), kind)
+        query = _parse_query(request.query)
+        if request.path.endswith("/health"):
+            trouble = _health(site.connection, site.names)
+            return _plain_answer(503 if trouble else 200, trouble or "ok")
+        if request.method == "POST":
+            fields = _parse_query(request.body.decode(errors="replace"))
+            location = _href(**_act(site, fields))
+            return _WebAnswer(303, headers=(("Location", location),))
+        return self._show(query)
+
+    def _show(self, query: dict[str, str]) -> _WebAnswer:
+        """Return the page that a query asks for."""
+        site = self._site
+        find = query.get("find", "").strip()
+        if "ask" in query:
+            title, main = _question_view(site, query)
+            return _WebAnswer(200, _frame(title, main, still=True))
+        if "job" in query:
+            title, main = _job_view(site, query)
+        elif find or "queue" in query:
+            if re.fullmatch(r"[A-Za-z0-9_-]{1,200}", find, re.A):
+                job = site.find_job(find)
+                if job:
+                    location = _href(job=job.id, queue=job.queue)
+                    return _WebAnswer(303, headers=(("Location", location),))
+            title, main = _list_view(site, {**query, "find": find})
+        else:
+            title, main = "Overview", _overview(site)
+        return _WebAnswer(200, _frame(title, main, find))
+
+    # WSGI and ASGI
+
+    def _call_wsgi(self, environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        headers = {
+            name[5:].replace("_", "-").lower(): value
+            for name, value in environ.items() if name.startswith("HTTP_")
+        }  # fmt: skip
+        body = b""
+        length = environ.get("CONTENT_LENGTH") or "0"
+        if length.isdecimal() and int(length) <= _MAX_BODY:
+            body = environ["wsgi.input"].read(int(length))
+        method = environ["REQUEST_METHOD"]
+        path = environ.get("PATH_INFO", "")
+        query = environ.get("QUERY_STRING", "")
+        answer = self.answer(_WebRequest(method, path, query, headers, body))
+        status = f"{answer.status} {http.HTTPStatus(answer.status).phrase}"
+        start_response(status, answer.all_headers())
+        return [b"" if method == "HEAD" else answer.body]
+
+    async def _call_asgi(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            await _answer_lifespan(receive, send)
+            return
+        if scope["type"] != "http":
+            raise RuntimeError(f"this serves HTTP, not {scope['type']}")
+        headers = {
+            name.decode("latin-1").lower(): value.decode("latin-1")
+            for name, value in scope["headers"]
+        }
+        body = b""
+        has_more = True
+        while has_more and len(body) <= _MAX_BODY:
+            event = await receive()
+            body += event.get("body", b"")
+            has_more = event.get("more_body", False)
+        query = scope["query_string"].decode("latin-1")
+        request = _WebRequest(scope["method"], scope["path"], query, headers, body)
+        answer = await asyncio.to_thread(self.answer, request)
+        pairs = [
+            (n.lower().encode(), v.encode("latin-1")) for n, v in answer.all_headers()
+        ]
+        await send(
+            {"type": "http.response.start", "status": answer.status, "headers": pairs}
+        )
+        shown = b"" if request.method == "HEAD" else answer.body
+        await send({"type": "http.response.body", "body": shown})
+
+
+async def _answer_lifespan(receive: Any, send: Any) -> None:
+    """Tell a server of ASGI that there is nothing to start and to stop."""
+    while True:
+        event = await receive()
+        await send({"type": f"{event['type']}.complete"})
+        if event["type"] == "lifespan.shutdown":
+            return
+
+
+def _host_of(address: str) -> str:
+    """Return the host of "host:port" or "[::1]:port"."""
+    return re.sub(r":\d*$", "", address).strip("[]").lower()
+
+
+def _is_loopback(host: str) -> bool:
+    import ipaddress
+
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _is_same_origin(headers: dict[str, str]) -> bool:
+    """Return whether a request comes from our own page, or from no browser.
+
+    A browser sends Sec-Fetch-Site to https and to loopback, and Origin with every POST.
+    A page of another site can't set these, nor X-Forwarded-Host, which a proxy adds."""
+    site = headers.get("sec-fetch-site")
+    if site is not None:
+        return site == "same-origin"
+    origin = headers.get("origin")
+    if origin is None:
+        return True
+    hosts = (headers.get("host"), headers.get("x-forwarded-host"))
+    return origin.partition("://")[2] in hosts
+
+
+def web(
+    connection: Redis | None = None, password: str | None = None,
+    read_only: bool = False, *, queues: Sequence[str] = (),
+) -> _WebApp:  # fmt: skip
+    """Return the page as an application, for any server of WSGI or ASGI.
+
+    connection - a redis.Redis; $MICROQ_URL, else $REDIS_URL, else localhost:6379
+    password   - asked for by HTTP Basic, with any name; none
+    read_only  - True: nothing can be changed; False
+    queues     - names of those to show, all
+
+    It may be mounted anywhere.  Who may look is otherwise up to what it is mounted in.
+    `<path>/metrics` is for Prometheus, and `<path>/health` for what restarts or warns:
+    200, or 503 with the reason if Redis does not answer or nobody serves `queues`."""
+    for name in queues:
+        _queue_prefix(name)  # ValueError for a bad name
+    return _WebApp(_Site(_connect(connection), list(queues), read_only), password)
+
+
+# A server of our own.
+
+
+def _make_server(host: str, port: int, app: _WebApp) -> Any:
+    """Return a server of WSGI that listens, with a thread for each request."""
+    import socketserver
+    import wsgiref.simple_server
+
+    class Handler(wsgiref.simple_server.WSGIRequestHandler):
+        timeout = 30  # seconds that a client may be silent
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    class Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
+        daemon_threads = True
+        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        parent = 0  # whose end is the end of this process; 0: nobody's
+
+        def server_bind(self) -> None:
+            socketserver.TCPServer.server_bind(self)  # HTTPServer asks the DNS here
+            self.server_name = host
+            self.server_port = self.server_address[1]
+            self.setup_environ()
+
+        def service_actions(self) -> None:
+            if self.parent and os.getppid() != self.parent:
+                os._exit(0)
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            log.debug("page: a request of %s broke off", client_address)
+
+    def named_app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        """Call the app; the header Server does not tell which Python this is."""
+
+        def start(status: str, headers: list[tuple[str, str]]) -> Any:
+            return start_response(status, [*headers, ("Server", "microq")])
+
+        answer: list[bytes] = app(environ, start)
+        return answer
+
+    server = Server((host, port), Handler)
+    server.set_app(named_app)
+    return server
+
+
+def _may_serve(host: str, password: str | None, read_only: bool) -> None:
+    """Raise ValueError if everybody could change jobs."""
+    if not (_is_loopback(host) or password or read_only):
+        text = f"--host {host}: others could change jobs; set $MICROQ_WEB_PASSWORD"
+        raise ValueError(f"{text}, or give --read-only")
+
+
+@contextlib.contextmanager
+def _served_beside(server: Any) -> Iterator[None]:
+    """Serve the page in a process of its own while the block runs."""
+    parent = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            _keep_serving(server, parent)
+        finally:
+            os._exit(0)
+    server.server_close()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+        _wait_for(pid, block=True)
+
+
+def _keep_serving(server: Any, parent: int) -> None:
+    """Fork a process that serves, and another one whenever that has died, until the
+    parent of this process ends, or sends SIGTERM."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the worker
+    if _PRCTL:
+        _PRCTL(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    host, port = server.server_address[:2]
+    _set_process_title(f"microq web {host}:{port}")
+    while os.getppid() == parent:
+        pid = os.fork()
+        if pid == 0:
+            if _PRCTL:
+                _PRCTL(1, signal.SIGKILL)
+            server.parent = os.getppid()
+            server.serve_forever()
+        while os.getppid() == parent and not _wait_for(pid):
+            time.sleep(0.5)
+        time.sleep(1)
+
+
+# ---- 20. Command line ----------------------------------------------------------------
 # The commands of `python -m microq`.  The one idea: a command does nothing that can't
 # be done from Python; it names the classes and calls of the sections before, and their
 # arguments.  A command has a function _add_.. that declares its arguments, and a
@@ -14197,7 +16618,6 @@ class AsyncGroup(_BaseGroup[AsyncJob]):
 # one line on stderr.  Text that comes from Redis is printed through _printable(), since
 # it may hold codes that control the terminal.  Uses sections 1 to 16.
 
-_PROGRAM = f"python -m {__name__}"
 # Options of redis.Redis, which the config module or the environment gives as REDIS_HOST
 # and so on; and keys that the dict SENTINEL of the config module may have.  Both as in
 # RQ.
@@ -14348,7 +16768,15 @@ def _run_worker(options: argparse.Namespace, run: Callable[..., Any]) -> None:
         options.logging_level = "INFO"
     run_options = _given(options, *inspect.signature(Worker.work).parameters)
     run_options.setdefault("logging_level", None)  # DICT_CONFIG has set up the log
-    run(**run_options)
+    if not options.web:
+        run(**run_options)
+        return
+    host, _, port = options.web.rpartition(":")
+    if not port.isdecimal():
+        raise ValueError(f"--web {options.web}: give [HOST:]PORT")
+    host = host.strip("[]") or "127.0.0.1"
+    with _served_beside(_page_server(options, host, int(port), read_only=False)):
+        run(**run_options)
 
 
 def _parse_argument(text: str) -> tuple[str, Any]:
@@ -14442,6 +16870,36 @@ def _cmd_requeue(options: argparse.Namespace) -> int:
             print(f"microq: {_printable(str(error))}", file=sys.stderr)
     print(f"{count} of {len(ids)} jobs requeued")
     return 0 if count == len(ids) else 1
+
+
+def _cmd_web(options: argparse.Namespace) -> int:
+    password = os.environ.get("MICROQ_WEB_PASSWORD") or None
+    if isinstance(options.connection, Redis):
+        options.connection.set_retry(_NO_RETRIES)  # whoever looks, looks again
+    server = _page_server(options, options.host, options.port, options.read_only)
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    log.setLevel("INFO")
+    host, port = server.server_address[:2]
+    shown = f"[{host}]" if ":" in host else host
+    who = "with the password" if password else "without a password"
+    log.info("page at http://%s:%d/, %s; Ctrl-C ends it", shown, port, who)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt):
+        server.serve_forever()
+    server.server_close()
+    return 0
+
+
+def _page_server(
+    options: argparse.Namespace, host: str, port: int, read_only: bool
+) -> Any:
+    """Return a server of the page that listens."""
+    password = os.environ.get("MICROQ_WEB_PASSWORD") or None
+    _may_serve(host, password, read_only)
+    names = options.queues if options.command == "web" else []
+    site = _Site(options.connection, names, read_only)
+    app = _WebApp(site, password, loopback_only=_is_loopback(host) and not password)
+    return _make_server(host, port, app)
 
 
 def _cmd_suspend(options: argparse.Namespace) -> None:
@@ -14573,6 +17031,7 @@ def _add_worker_options(parser: argparse.ArgumentParser) -> None:
     result_ttl = ("--default-result-ttl", "--results-ttl")
     add(*result_ttl, metavar="S", help="how long to keep results, 500")
     add("--pid", metavar="FILE", help="write the process id there")
+    add("--web", metavar="[HOST:]PORT", help="serve the page, too; see the command web")
     _add_log_options(parser)
     ignored = ("--worker-ttl", "--maintenance-interval", "--job-monitoring-interval")
     add(*ignored, metavar="S", help="RQ's, ignored")
@@ -14744,6 +17203,20 @@ def _add_info(commands: Any) -> None:
     _add_common_options(parser)
 
 
+def _add_web(commands: Any) -> None:
+    parser = _add_command(
+        commands, "web", _cmd_web, "serve a page, metrics and health",
+        "", "mail low --port 8000 --read-only",
+    )  # fmt: skip
+    add = parser.add_argument
+    add("queues", nargs="*", help="these only; /health tells whether they are served")
+    need = "127.0.0.1; another one needs $MICROQ_WEB_PASSWORD, or --read-only"
+    add("--host", default="127.0.0.1", help=need)
+    add("--port", type=int, default=9181, metavar="N", help="9181")
+    add("--read-only", action="store_true", help="show all, change nothing")
+    _add_common_options(parser)
+
+
 def _add_empty(commands: Any) -> None:
     help = "delete the jobs that wait in queues"
     parser = _add_command(commands, "empty", _cmd_empty, help, "high low", "--all")
@@ -14831,6 +17304,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     _add_worker_pool(commands)
     _add_enqueue(commands)
     _add_info(commands)
+    _add_web(commands)
     _add_empty(commands)
     _add_requeue(commands)
     _add_suspend(commands)
@@ -14927,117 +17401,6 @@ _BAR_TITLE = ""
 _COLUMN_STYLES = {"queued": _CYAN, "started": _GREEN, "failed": _RED, _BAR_TITLE: _CYAN}
 
 
-class _HeldJob(NamedTuple):
-    """A job that a worker has claimed; of several, the one that it runs has the lowest
-    claim."""
-
-    claim: int
-    id: str
-    prefix: str  # of its queue
-
-
-class _WorkerRow(NamedTuple):
-    """A worker, as info shows it."""
-
-    name: str
-    state: str  # busy, suspended, idle
-    finished: int  # jobs since the worker began
-    failed: int  # jobs since the worker began
-    queues: list[str]
-    job: str  # function and id, and how many more it holds; '' if it holds none
-
-
-class _Snapshot(NamedTuple):
-    """What info shows, as it was at one time."""
-
-    taken_at: float  # monotonic
-    queues: dict[str, list[int]]  # how many jobs are in each of _CONTAINERS
-    workers: list[_WorkerRow]
-    suspended: bool
-
-    def count(self, container: str) -> int:
-        """Return how many jobs are in a container, in all queues."""
-        index = _CONTAINERS.index(container)
-        return sum(counts[index] for counts in self.queues.values())
-
-
-def _take_snapshot(connection: Redis, names: Sequence[str]) -> _Snapshot:
-    """Read how the queues of these names are, and their workers, in two round trips; or
-    of all queues, in three."""
-    queues = [Queue(name, connection) for name in names] or Queue.all(connection)
-    commands: list[Command] = []
-    for queue in queues:
-        commands += queue._size_commands()
-        commands.append(("HKEYS", f"{queue.prefix}workers"))
-        commands.append(("HGETALL", f"{queue.prefix}started"))
-    *replies, suspended = _execute(connection, *commands, ("EXISTS", _SUSPENDED_KEY))
-    remaining = iter(replies)
-    counts: dict[str, list[int]] = {}
-    held: dict[bytes, list[_HeldJob]] = {}  # by worker
-    for queue in queues:
-        counts[queue.name] = list(itertools.islice(remaining, len(_CONTAINERS)))
-        for name in next(remaining):
-            held.setdefault(name, [])
-        for name, job in _held_jobs(queue, next(remaining)):
-            held.setdefault(name, []).append(job)
-    workers = _read_workers(connection, held, bool(suspended))
-    return _Snapshot(time.monotonic(), counts, workers, bool(suspended))
-
-
-def _held_jobs(queue: Queue, started: Any) -> Iterator[tuple[bytes, _HeldJob]]:
-    """Return (name of the worker, job) pairs from the hash `started` of a queue."""
-    if not isinstance(started, dict):  # before the protocol RESP3
-        started = dict(zip(started[::2], started[1::2], strict=True))
-    for id, token in started.items():
-        execution = token.partition(b" ")[0]
-        worker, _, claim = execution.rpartition(b".")
-        yield worker, _HeldJob(int(claim), id.decode(), queue.prefix)
-
-
-def _read_workers(
-    connection: Redis, held: dict[bytes, list[_HeldJob]], suspended: bool
-) -> list[_WorkerRow]:
-    """Return a row for each worker that has a record.  One round trip, or none."""
-    if not held:
-        return []
-    names = sorted(held)
-    busy = [name for name in names if held[name]]
-    commands: list[Command] = [("GET", b"microq:worker:" + name) for name in names]
-    for name in busy:
-        job = min(held[name])
-        commands.append(("HGET", f"{job.prefix}job:{job.id}", "func"))
-    replies = _execute(connection, *commands)
-    records = replies[: len(names)]
-    funcs = dict(zip(busy, replies[len(names) :], strict=True))
-    rows = []
-    for name, record in zip(names, records, strict=True):
-        state = "suspended" if suspended else "idle"
-        text = ""
-        if held[name]:
-            state = "busy"
-            text = _describe_held(held[name], funcs[name])
-        # There may be no record, or a garbled one.
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            rows.append(_worker_row(json.loads(record), state, text))
-    return rows
-
-
-def _describe_held(jobs: list[_HeldJob], func: bytes | None) -> str:
-    """Return the job that runs, and how many more the worker has claimed."""
-    name = (func or b"").decode(errors="replace")
-    text = f"{name} {min(jobs).id}"
-    if len(jobs) > 1:
-        text += f" +{len(jobs) - 1}"
-    return _printable(text)
-
-
-def _worker_row(record: dict[str, Any], state: str, job: str) -> _WorkerRow:
-    """Return a row.  Raises KeyError, TypeError or ValueError for a garbled record."""
-    queues = [_printable(name) for name in record["queues"]]
-    name = _printable(record["name"])
-    return _WorkerRow(name, state, int(record["good"]), int(record["bad"]), queues, job)
-
-
 class _Layout(NamedTuple):
     """How much fits on the output, and what it can show."""
 
@@ -15058,13 +17421,13 @@ def _queue_table(snapshot: _Snapshot, layout: _Layout) -> _Table:
     """Return a table of the queues, with bars for their queued jobs if the layout has
     bars."""
     table = _Table(["queue", *_CONTAINERS, _BAR_TITLE], [])
-    longest = max(map(len, ["", *snapshot.queues]))
+    longest = max(map(len, ["", *[queue.name for queue in snapshot.queues]]))
     room = layout.width - len(" ".join(table.titles)) - longest
     size = min(_MAX_BAR, max(5, room)) if layout.bars else 0
-    most = max([1, *(counts[0] for counts in snapshot.queues.values())])
-    for name, counts in snapshot.queues.items():
-        bar = "█" * math.ceil(counts[0] * size / most)
-        table.rows.append([name, *counts, bar])
+    most = max([1, *(queue.counts["queued"] for queue in snapshot.queues)])
+    for queue in snapshot.queues:
+        bar = "█" * math.ceil(queue.counts["queued"] * size / most)
+        table.rows.append([queue.name, *queue.counts.values(), bar])
     return table
 
 
@@ -15072,15 +17435,15 @@ def _worker_table(snapshot: _Snapshot) -> _Table:
     """Return a table of the workers."""
     table = _Table(["worker", "state", "finished", "failed", "queues", "job"], [])
     for worker in snapshot.workers:
-        name, state, finished, failed, queues, job = worker
-        table.rows.append([name, state, finished, failed, ",".join(queues), job])
+        row = [worker.name, worker.state, worker.finished, worker.failed]
+        table.rows.append([*row, ",".join(worker.queues), worker.job])
     return table
 
 
 def _by_queue_table(snapshot: _Snapshot) -> _Table:
     """Return a table of the workers of each queue."""
     table = _Table(["queue", "worker", "state", "job"], [])
-    for name in snapshot.queues:
+    for name in [queue.name for queue in snapshot.queues]:
         workers = [worker for worker in snapshot.workers if name in worker.queues]
         for worker in workers:
             table.rows.append([name, worker.name, worker.state, worker.job])
@@ -15158,7 +17521,7 @@ def _styled(text: str, style: int | None, layout: _Layout) -> str:
 def _summary(old: _Snapshot, new: _Snapshot) -> str:
     """Return the first line of a page: how much there is of everything, and how many
     jobs ended per second between two snapshots; no rates if both are the same one."""
-    busy = len([worker for worker in new.workers if worker.state == "busy"])
+    busy = new.busy()
     text = f"{len(new.queues)} queues"
     text += f", {new.count('queued')} queued, {new.count('started')} started"
     text += f"; {len(new.workers)} workers, {busy} busy"
@@ -15183,9 +17546,10 @@ def _raw_lines(options: argparse.Namespace, snapshot: _Snapshot) -> list[str]:
     programs, so the order of the parts does not change."""
     lines = []
     if not options.only_workers:
-        for name, (queued, *others) in snapshot.queues.items():
+        for queue in snapshot.queues:
+            queued, *others = queue.counts.values()
             counts = map("{}={}".format, _CONTAINERS[1:], others)
-            lines.append(" ".join(["queue", name, str(queued), *counts]))
+            lines.append(" ".join(["queue", queue.name, str(queued), *counts]))
     if not options.only_queues:
         for worker in snapshot.workers:
             queues = ",".join(worker.queues)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import base64
 import contextlib
 import contextvars
 import ctypes
@@ -16,18 +17,23 @@ import fcntl
 import fnmatch
 import functools
 import gc
+import hashlib
+import html.parser
 import http.server
 import importlib.util
 import inspect
+import io
 import itertools
 import json
 import logging
 import math
 import os
+import pickle
 import pty
 import random
 import re
 import resource
+import select
 import shutil
 import signal
 import socket
@@ -39,6 +45,9 @@ import termios
 import textwrap
 import threading
 import time
+import urllib.error
+import urllib.parse
+import urllib.request
 import zipfile
 from collections import Counter
 from concurrent import futures
@@ -47,6 +56,7 @@ from pathlib import Path
 
 import fakeredis
 import httpx
+import prometheus_client.parser
 import pytest
 import redis as redis_py
 from redis.crc import key_slot
@@ -2151,6 +2161,144 @@ def has_attribute(kind, name):
     return False
 
 
+# ---- Helpers: a browser --------------------------------------------------------------
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+class Browser:
+    """Chromium without a window, driven by the DevTools protocol over a pipe.
+
+    `requests` are the addresses that it asked for, `errors` what its console tells."""
+
+    def __init__(self, home: Path):
+        command = [
+            CHROMIUM,
+            "--headless=new",
+            "--remote-debugging-pipe",
+            "--no-sandbox",
+        ]
+        command += ["--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
+        command += ["--disable-background-networking", "--disable-component-update"]
+        command += ["--hide-scrollbars", "--force-device-scale-factor=1", "--lang=en"]
+        command += [f"--user-data-dir={home}"]
+        ours, theirs = os.pipe(), os.pipe()
+        source = fcntl.fcntl(ours[0], fcntl.F_DUPFD, 10)
+        sink = fcntl.fcntl(theirs[1], fcntl.F_DUPFD, 10)
+        # It reads from file descriptor 3, and writes to 4.
+        self.process = subprocess.Popen(
+            command, pass_fds=(3, 4),
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            preexec_fn=lambda: (os.dup2(source, 3), os.dup2(sink, 4)),
+            start_new_session=True,
+        )  # fmt: skip
+        for number in (source, sink, ours[0], theirs[1]):
+            os.close(number)
+        self.commands = os.fdopen(ours[1], "wb")
+        self.replies = os.fdopen(theirs[0], "rb", buffering=0)
+        self.buffer = b""
+        self.number = 0
+        self.session = {}
+        self.requests = []
+        self.errors = []
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
+        self.session = {"sessionId": attached["sessionId"]}
+        for domain in ("Page", "Network", "Runtime", "Log"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method, **params):
+        """Call a method of the protocol; return its result."""
+        self.number += 1
+        message = {
+            "id": self.number,
+            "method": method,
+            "params": params,
+            **self.session,
+        }
+        self.commands.write(json.dumps(message).encode() + b"\0")
+        self.commands.flush()
+        while True:
+            reply = self.receive()
+            if reply.get("id") == self.number:
+                assert "error" not in reply, reply
+                return reply["result"]
+            self.note(reply)
+
+    def receive(self):
+        """Return the next message of the browser, for a minute at most."""
+        while b"\0" not in self.buffer:
+            ready, _, _ = select.select([self.replies], [], [], 60)
+            assert ready, "the browser does not answer"
+            data = self.replies.read(1 << 20)
+            assert data, "the browser has ended"
+            self.buffer += data
+        message, _, self.buffer = self.buffer.partition(b"\0")
+        return json.loads(message)
+
+    def note(self, event):
+        """Keep what is to be checked at the end."""
+        params = event.get("params", {})
+        if event.get("method") == "Network.requestWillBeSent":
+            self.requests.append(params["request"]["url"])
+        if event.get("method") == "Runtime.exceptionThrown":
+            self.errors.append(params["exceptionDetails"])
+        if event.get("method") == "Log.entryAdded":
+            self.errors.append(params["entry"])
+
+    def open(self, url):
+        """Go to an address, and wait until the page is there."""
+        self.call("Page.navigate", url=url)
+        self.wait_for(
+            "document.readyState === 'complete' && location.href !== 'about:blank'"
+        )
+
+    def evaluate(self, code):
+        """Return the value of a JavaScript expression."""
+        reply = self.call("Runtime.evaluate", expression=code, returnByValue=True)
+        assert "exceptionDetails" not in reply, reply
+        return reply["result"].get("value")
+
+    def wait_for(self, code):
+        """Wait until an expression is true; it may fail while a page is left."""
+
+        def is_true():
+            with contextlib.suppress(AssertionError):
+                return self.evaluate(code)
+
+        return wait_until(is_true, 60)
+
+    def click(self, selector):
+        """Click on an element, which leads to another page."""
+        self.evaluate("document.leaving = true")
+        self.evaluate(f"document.querySelector({json.dumps(selector)}).click()")
+        self.wait_for("!document.leaving && document.readyState === 'complete'")
+
+    def text(self):
+        return self.evaluate("document.querySelector('main').innerText")
+
+    def look(self, width=1280, height=900, dark=False):
+        """Choose the size of the window, and a light or dark page."""
+        scheme = "dark" if dark else "light"
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        self.call("Emulation.setEmulatedMedia", features=features)
+        size = {"width": width, "height": height, "deviceScaleFactor": 1}
+        self.call("Emulation.setDeviceMetricsOverride", mobile=width < 600, **size)
+
+    def screenshot(self, path, whole=True):
+        """Save a picture of the page."""
+        reply = self.call("Page.captureScreenshot", captureBeyondViewport=whole)
+        Path(path).write_bytes(base64.b64decode(reply["data"]))
+
+    def close(self):
+        self.commands.close()
+        self.replies.close()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(30)
+
+
 # ---- 0. The docstring ----------------------------------------------------------------
 
 
@@ -2195,7 +2343,7 @@ def test_the_map_of_the_file_names_its_sections():
     sections = re.findall(r"^# ---- (\d+\. [\w, ]+?) -+$", text, re.M)
     shown = re.findall(r"^ +(\d+\. [\w, ]+?)(?:  .*)?$", microq.__doc__, re.M)
     assert sections == shown
-    assert len(sections) == 19
+    assert len(sections) == 20
 
 
 def test_part_one_names_of_part_two_only_its_hooks():
@@ -10001,6 +10149,63 @@ def test_docs_django(queue, recipe):
     assert calls == ["closed", "closed"]
 
 
+# ---- 16. Logs, metrics, health -------------------------------------------------------
+
+
+def samples_of(text):
+    """Return {(name, *values of labels): value}, read by the client of Prometheus."""
+    families = prometheus_client.parser.text_string_to_metric_families(text)
+    return {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in families
+        for sample in family.samples
+    }
+
+
+def test_metrics_show_queues_workers_and_cron(redis, queue):
+    evil = Queue('"\\x', redis)
+    for each in (queue, evil):
+        each.enqueue(add)
+        each.enqueue(fail)
+        each.enqueue_in(60, add)
+    redis.hset(queue.enqueue(add, at_front=True).key, "enqueued_at", time.time() - 9)
+    scheduler_with(redis, interval=None, cron="@yearly").save()
+    redis.set("microq:worker:w", record_of_another_container(Worker(queue, "w")), ex=60)
+    heartbeat(queue, "w")
+    suspend(redis)
+    status, headers, text = get(microq.web(redis), path="/jobs/metrics")
+    resume(redis)
+    assert status == 200 and headers["Content-Type"].startswith("text/plain")
+    samples = samples_of(text)
+    assert samples["microq_jobs", "default", "queued"] == 3
+    assert samples["microq_jobs", '"\\x', "scheduled"] == 1
+    assert 8 < samples["microq_queue_latency_seconds", "default"] < 600
+    assert samples["microq_queue_latency_seconds", '"\\x'] < 60
+    assert samples["microq_workers", "suspended"] == 1
+    assert samples["microq_suspended",] == 1
+    assert 0 < samples["microq_cron_next_seconds", "default", "a"] <= 366 * 86400
+    assert samples["microq_jobs_finished_total", "default"] == 0
+
+
+def nobody(folder):
+    """A client of a server that is not there."""
+    path = str(folder / "none")
+    return redis_py.Redis(unix_socket_path=path, retry=microq._NO_RETRIES)
+
+
+def test_health_tells_whether_redis_answers_and_queues_are_served(
+    redis, queue, start_worker, tmp_path
+):
+    app = microq.web(redis, queues=["default", "low"])
+    status, _, text = get(app, path="/health")
+    assert (status, text) == (503, "no worker serves default, low\n")
+    start_worker("default", "low")
+    assert get(app, path="/health")[::2] == (200, "ok\n")
+    assert get(microq.web(redis), path="/a/health")[::2] == (200, "ok\n")
+    status, _, text = get(microq.web(nobody(tmp_path)), path="/health")
+    assert status == 503 and text.startswith("no answer from Redis")
+
+
 # ---- 18. Async client: both clients do the same --------------------------------------
 
 
@@ -11005,7 +11210,772 @@ def test_methods_of_both_clients_have_the_same_docstrings():
                 assert method.__doc__ == getattr(kind, name).__doc__, name
 
 
-# ---- 19. Command line ----------------------------------------------------------------
+# ---- 19. Page ------------------------------------------------------------------------
+
+
+def get(app, query="", path="/", method="GET", body="", **headers):
+    """Call an application of WSGI; return (status, headers, text)."""
+    environ = {
+        "REQUEST_METHOD": method,
+        "PATH_INFO": path,
+        "QUERY_STRING": query.lstrip("?"),
+        "CONTENT_LENGTH": str(len(body)),
+        "wsgi.input": io.BytesIO(body.encode()),
+        "HTTP_HOST": "localhost:9181",
+    }
+    for name, value in headers.items():
+        environ[f"HTTP_{name.upper()}"] = value
+    started = []
+    text = b"".join(app(environ, lambda *details: started.append(details)))
+    [(status, pairs)] = started
+    return int(status.split()[0]), dict(pairs), text.decode()
+
+
+def post(app, **fields):
+    """Send a form as our own page does; return (status, where it leads to)."""
+    body = urllib.parse.urlencode(fields)
+    answer = get(app, method="POST", body=body, sec_fetch_site="same-origin")
+    return answer[0], answer[1].get("Location", answer[2])
+
+
+class PageParser(html.parser.HTMLParser):
+    """Collects the elements of a page, its links and forms, and its text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags = Counter()
+        self.names = Counter()  # of attributes
+        self.links = []
+        self.words = []
+        self.feed(text)
+        self.text = " ".join("".join(self.words).split())
+
+    def handle_starttag(self, tag, pairs):
+        self.tags[tag] += 1
+        if tag not in ("span", "b", "code"):
+            self.words.append(" ")
+        attributes = dict(pairs)
+        self.names.update(list(attributes))
+        if tag == "a":
+            self.links.append(attributes["href"])
+
+    def handle_data(self, data):
+        if self.lasttag not in ("style", "script"):
+            self.words.append(data)
+
+
+def read(app, query=""):
+    """Return a page, parsed."""
+    status, _, text = get(app, query)
+    page = PageParser(text)
+    assert status == 200, page.text
+    return page
+
+
+@pytest.fixture
+def app(redis):
+    return microq.web(redis)
+
+
+@pytest.fixture
+def shop(redis, queue):
+    """A queue with jobs in many states; the jobs by name."""
+    jobs = {
+        "finished": queue.enqueue(echo, "apples", size=3, meta={"progress": 40}),
+        "failed": queue.enqueue(fail, "no apples", retry=Retry(1)),
+    }
+    work(queue)
+    jobs["parent"] = queue.enqueue(add, 1, description="a sum")
+    jobs["child"] = Queue("low", redis).enqueue(shout, "x", depends_on=jobs["parent"])
+    jobs["scheduled"] = queue.enqueue_in(3600, shout, "later")
+    limit = RateLimit("api", concurrency=1)
+    jobs["slot"] = queue.enqueue(add, 2, rate_limit=limit)
+    jobs["limited"] = queue.enqueue(add, 3, rate_limit=limit)
+    scheduler_with(redis, name="a cron entry", interval=100).save()
+    return jobs
+
+
+def test_overview_shows_all_there_is(app, redis, shop):
+    other = Queue("other", redis)
+    job = other.enqueue(sleep, 60)
+    claim(other, worker="bee")
+    record = record_of_another_container(Worker(other, "bee"))
+    redis.set("microq:worker:bee", record, ex=60)
+    page = read(app)
+    for text in ("queued 2", "started 1", "failed 1", "busy workers 1 / 1"):
+        assert text in page.text
+    for text in ("default", "low", "bee", "test_microq.sleep", "a cron entry", "api"):
+        assert text in page.text
+    assert f"?job={job.id}&queue=other" in page.links
+    assert "?queue=low&state=deferred" in page.links
+    redis.delete("microq:worker:bee")
+
+
+def test_empty_server_has_an_overview(app):
+    page = read(app)
+    assert "There is no queue yet" in page.text and "No worker is alive" in page.text
+
+
+def test_lists_show_calls_and_errors(app, redis, shop):
+    page = read(app, "?queue=default&state=failed")
+    assert "test_microq.fail('no apples')" in page.text
+    assert "ValueError: no apples" in page.text and "Requeue" in page.text
+    page = read(app, "?queue=default&state=finished")
+    assert "test_microq.echo('apples', size=3)" in page.text
+    page = read(app, "?queue=default&state=scheduled")
+    assert "in 59 min" in page.text or "in 60 min" in page.text
+    assert "a sum" in read(app, "?queue=default&state=queued").text
+    assert get(app, "?queue=default&state=nope")[0] == 404
+    assert get(app, "?queue={&state=failed")[0] == 404
+
+
+def test_list_has_pages_the_newest_first(app, queue):
+    ids = [queue.enqueue(add, i).id for i in range(120)]
+    for id in ids:
+        queue.fetch_job(id).cancel()
+    pages = []
+    query = "?queue=default&state=canceled"
+    while query:
+        page = read(app, query)
+        found = [parse_query(link).get("job") for link in page.links]
+        pages.append([id for id in dict.fromkeys(found) if id])
+        following = [link for link in page.links if "page=" in link]
+        number = len(pages) + 1
+        query = next((link for link in following if f"page={number}" in link), None)
+    assert [len(page) for page in pages] == [50, 50, 20]
+    assert [id for page in pages for id in page] == ids[::-1]
+
+
+def parse_query(link):
+    return dict(urllib.parse.parse_qsl(link.lstrip("?")))
+
+
+def test_job_has_a_page_with_its_life(app, redis, shop):
+    job = shop["failed"]
+    job.log("a line of its log")
+    page = read(app, f"?job={job.id}")
+    for text in ("Created", "Started by", "Retried after", "Failed after", "expires"):
+        assert text in page.text
+    assert "ValueError: no apples" in page.text
+    assert "a line of its log" in page.text
+    assert page.tags["details"] == 2
+    page = read(app, f"?job={shop['finished'].id}&queue=default")
+    assert "[['apples'], {'size': 3}]" in page.text
+    assert "40 %" in page.text and page.tags["progress"] == 1
+    child, parent = shop["child"], shop["parent"]
+    assert f"?job={parent.id}&queue=default" in read(app, f"?job={child.id}").links
+    assert f"?job={child.id}&queue=low" in read(app, f"?job={parent.id}").links
+    status, _, text = get(app, "?job=nope")
+    assert status == 404 and "There is no job nope" in text
+    assert get(app, "?job=%3Cb%3E")[0] == 404
+
+
+def test_search_is_by_id_then_by_function(app, shop):
+    job = shop["child"]
+    status, headers, _ = get(app, f"?find={job.id}")
+    assert (status, headers["Location"]) == (303, f"?job={job.id}&queue=low")
+    page = read(app, "?find=SHOUT")
+    assert page.text.count("test_microq.shout") == 2 and "low" in page.text
+    page = read(app, "?find=shout&queue=default&state=scheduled")
+    assert page.text.count("test_microq.shout") == 1
+    assert "There are no jobs here" in read(app, "?find=nothing.like").text
+
+
+def test_page_changes_jobs(app, redis, queue, shop):
+    failed = shop["failed"]
+    where = {"back_queue": "default", "back_state": "failed"}
+    answer = post(app, action="requeue", job=failed.id, queue="default", **where)
+    assert answer == (303, "?queue=default&state=failed")
+    assert failed.is_queued
+    answer = post(app, action="cancel", job=failed.id, queue="default")
+    assert answer == (303, f"?job={failed.id}&queue=default")
+    assert failed.is_canceled
+    status, text = post(app, action="cancel", job=failed.id, queue="default")
+    assert status == 409 and "is canceled" in text
+    assert post(app, action="delete", job=failed.id, queue="default")[0] == 303
+    assert not Job.exists(failed.id, redis)
+    assert post(app, action="delete", job=failed.id, queue="default")[0] == 404
+    assert post(app, action="burn", job=shop["parent"].id)[0] == 404
+
+
+def test_page_stops_a_job(app, redis, busy_worker):
+    _, _, job = busy_worker
+    assert "Stop" in read(app, f"?job={job.id}").text
+    assert post(app, action="stop", job=job.id, queue="default")[0] == 303
+    wait_until(lambda: job.get_status() == "stopped")
+    page = read(app, f"?job={job.id}")
+    assert "Stopped after" in page.text and "Requeue" in page.text
+
+
+def test_page_changes_all_jobs_of_a_list(app, redis, queue):
+    parent = queue.enqueue(fail)
+    child = Queue("low", redis).enqueue(add, depends_on=parent)
+    queue.enqueue_many([Queue.prepare_data(fail)] * 1200)
+    queue.enqueue_many([Queue.prepare_data(div_by_zero, (0,))] * 3)
+    work(queue)
+    failed = queue.failed_job_registry
+    assert failed.count == 1204
+    page = read(app, "?ask=delete&queue=default&state=failed&find=div_by")
+    assert "Delete all 3 failed jobs of default?" in page.text
+    find = {"queue": "default", "state": "failed", "find": "div_by"}
+    assert post(app, action="delete_all", **find)[0] == 303
+    assert failed.count == 1201
+    page = read(app, "?ask=requeue&queue=default&state=failed")
+    assert "Requeue all 1,201" in page.text
+    assert post(app, action="requeue_all", queue="default", state="failed")[0] == 303
+    assert (failed.count, len(queue)) == (0, 1201)
+    assert post(app, action="delete_all", queue="default", state="queued")[0] == 303
+    assert len(queue) == 0 and not parent.exists(parent.id, redis)
+    assert child.is_deferred
+    status, _ = post(app, action="delete_all", queue="default", state="started")
+    assert status == 404
+
+
+MARKUP = "<img/src=x/onerror=alert(1)>"
+
+
+def test_no_markup_of_a_user_reaches_the_page(app, redis):
+    """In any place where somebody can write."""
+    queue = Queue(f"q{MARKUP}", redis)
+    lost = f"a.{MARKUP}"
+    job = queue.enqueue(
+        lost, MARKUP, word=MARKUP, description=MARKUP,
+        meta={MARKUP: MARKUP, "a": [MARKUP]},
+        depends_on=queue.enqueue(lost), rate_limit=RateLimit(MARKUP, concurrency=1),
+        retry=Retry(1), on_success=lost,
+        webhooks=[Webhook(f"http://a/{MARKUP}", "failed")],
+    )  # fmt: skip
+    job.log(MARKUP)
+    failed = queue.enqueue(fail, MARKUP, job_id="failed")
+    returned = queue.enqueue(echo, MARKUP, job_id="returned")
+    work(queue)
+    queue.enqueue(add, rate_limit=RateLimit(MARKUP, concurrency=1))
+    queue.enqueue(add, rate_limit=RateLimit(MARKUP, concurrency=1))
+    scheduler = CronScheduler(redis)
+    scheduler.register(lost, queue.name, name=MARKUP, interval=100)
+    scheduler.save()
+    record = json.loads(record_of_another_container(Worker(queue, "w")))
+    record |= {"name": MARKUP, "queues": [MARKUP], "hostname": MARKUP, "pid": MARKUP}
+    redis.set("microq:worker:w", json.dumps(record), ex=60)
+    heartbeat(queue, "w")
+    for container in queue._containers():
+        name = urllib.parse.quote(queue.name)
+        get(app, f"?queue={name}&state={container.container}")
+    queries = ["", *crawl(lambda query: get(app, query))]
+    queries += [
+        f"?find={urllib.parse.quote(MARKUP)}",
+        f"?job={urllib.parse.quote(MARKUP)}",
+    ]
+    queries += [f"?queue={urllib.parse.quote(MARKUP)}&state=failed"]
+    queries += [f"?ask=delete&job={each.id}" for each in (job, failed, returned)]
+    seen = 0
+    for query in queries:
+        _, _, text = get(app, query)
+        page = PageParser(text)
+        assert page.tags["img"] == 0 and page.tags["script"] == 1, query
+        assert page.tags["style"] == page.tags["main"] == 1
+        assert not [name for name in page.names if name.startswith("on")]
+        seen += page.text.count(MARKUP)
+    assert len(queries) > 15 and seen > 30
+    [metrics] = [get(app, path="/metrics")[2]]
+    assert ("microq_jobs", queue.name, "failed") in samples_of(metrics)
+    redis.delete("microq:worker:w")
+
+
+def crawl(fetch, base="", limit=200):
+    """Follow the links of a page; return the queries, whose answers were all 200."""
+    pending, known = [base], {base}
+    while pending:
+        status, _, text = fetch(pending.pop())
+        assert status == 200, PageParser(text).text
+        for link in PageParser(text).links:
+            assert link.startswith("?"), link
+            if link not in known and len(known) < limit:
+                known.add(link)
+                pending.append(link)
+    return sorted(known - {base})
+
+
+class Explosive:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_page_runs_no_code_of_a_pickle(app, redis, queue, tmp_path, protocol):
+    job = queue.enqueue(echo, 1)
+    bomb = Explosive(tmp_path / "there")
+    redis.hset(job.key, "args", pickle.dumps(((bomb,), {}), protocol))
+    redis.hset(job.key, "meta", pickle.dumps({"a": bomb}, protocol))
+    redis.hset(job.key, "ended", "w.1 1.0 1.0")
+    redis.hset(job.key, "result", pickle.dumps(bomb, protocol))
+    page = read(app, f"?job={job.id}")
+    read(app, "?queue=default&state=queued")
+    if protocol >= 2:
+        assert "system(" in page.text and f"touch {tmp_path}" in page.text
+    else:  # it is not told from other data
+        assert re.search(r"echo\(… \d+ bytes\)", page.text)
+    assert not (tmp_path / "there").exists()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        1, -(10**30), 2.5, True, None, "it's", 'a "b" c\n', b"\x00\xff",
+        [], (), {}, (1,),
+        [1, [2, (3, "x")], {"a": {"b": [None]}}], {1: 2, (1, 2): [3]}, ["a"] * 3, {"x"},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("protocol", range(4, 6))
+def test_plain_values_are_shown_as_they_are(value, protocol):
+    described = microq._read_plain(pickle.dumps(value, protocol))
+    assert microq._plain_text(described, 1000) == repr(value)
+    signed = microq.SignedSerializer("s").dumps(value)
+    assert microq._plain_text(microq._read_plain(signed), 1000) == repr(value)
+
+
+def test_values_of_json_and_objects_are_shown():
+    described = microq._read_plain(b'{"a": [1, null, true, "x"], "b": {}}')
+    text = "{'a': [1, None, True, 'x'], 'b': {}}"
+    assert microq._plain_text(described, 1000) == text
+    moment = microq._read_plain(pickle.dumps([timedelta(1), Greeter("hi")]))
+    text = "[timedelta(1, 0, 0), Greeter({'word': 'hi'})]"
+    assert microq._plain_text(moment, 1000) == text
+    assert (
+        microq._plain_text(microq._read_plain(pickle.dumps("x" * 500)), 9)
+        == "'xxxxxxx…"
+    )
+
+
+def hostile_pickles():
+    endless: list = []
+    endless.append(endless)
+    doubled: list = []
+    keys = ()
+    for _ in range(60):
+        doubled = [doubled, doubled]
+        keys = (keys, keys)
+    deep = b"\x80\x04" + b"(" * 60000 + b"t" * 60000 + b"."
+    return {
+        "endless": pickle.dumps(endless),
+        "doubled": pickle.dumps(doubled),
+        "key that takes for ever to hash": b"\x80\x04}"
+        + pickle.dumps(keys, 2)[2:-1]
+        + b"Ns.",
+        "deep": deep,
+        "large index": b"\x80\x04Nr\xff\xff\xff\xff.",
+        "large size": b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x7f.",
+        "large number": b"\x80\x04\x8b"
+        + (50000).to_bytes(4, "little")
+        + b"\x7f" * 50000
+        + b".",
+        "empty stack": b"\x80\x04a.",
+        "no end": b"\x80\x04N",
+        "many objects": b"\x80\x04ca\nb\n("
+        + b"N" * 20000
+        + b"t\x94"
+        + b"ca\nb\nh\x00R" * 5000
+        + b".",
+        "deep JSON": b"[" * 60000,
+    }
+
+
+@pytest.mark.parametrize("name", hostile_pickles())
+def test_hostile_data_costs_little(app, redis, queue, name):
+    """It is shown in part, or as so many bytes; neither time nor memory explode."""
+    job = queue.enqueue(echo, 1)
+    data = hostile_pickles()[name]
+    redis.hset(job.key, mapping={"args": data, "meta": data, "result": data})
+    redis.hset(job.key, "ended", "w.1 1.0 1.0")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    page = read(app, f"?job={job.id}")
+    assert len(page.text) < 200_000
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB
+
+
+def test_large_values_stay_in_the_server(app, redis, queue, monkeypatch):
+    job = queue.enqueue(len, "x" * 3_000_000, meta={"a": "y" * 3_000_000})
+    queue.enqueue(fail, "z" * 90_000, job_id="failed")
+    for _ in range(2):
+        Queue("default", redis).enqueue(return_large, job_id="large", result_ttl=-1)
+        work(queue)
+    read_bytes = []
+    send = microq._execute
+    monkeypatch.setattr(
+        microq,
+        "_execute",
+        lambda *words: read_bytes.append(send(*words)) or read_bytes[-1],
+    )
+    page = read(app, f"?job={job.id}")
+    assert "len(… 3,000," in page.text and "Meta 3,000," in page.text
+    assert "zzz" in read(app, "?job=failed").text
+    assert "2,097," in read(app, "?job=large").text
+    for state in ("failed", "finished"):
+        read(app, f"?queue=default&state={state}")
+    assert len(repr(read_bytes)) < 1_000_000
+
+
+def test_garbled_job_has_a_page(app, redis, queue):
+    job = queue.enqueue(add, 1)
+    for name in ("args", "meta", "ended", "created_at", "timeout", "retry", "func"):
+        redis.hset(job.key, name, b"\xff\x00garbled")
+    redis.hset(f"{Q}started", "x", "garbled")
+    page = read(app, f"?job={job.id}")
+    assert "\\x00garbled" in page.text
+    read(app, "?queue=default&state=queued")
+    read(app)
+    redis.hdel(f"{Q}started", "x")
+    job.delete()
+
+
+def test_posts_of_other_sites_change_nothing(app, redis, queue, shop):
+    job = shop["failed"]
+    body = f"action=delete&job={job.id}&queue=default"
+    for headers in (
+        {"sec_fetch_site": "cross-site"},
+        {"sec_fetch_site": "same-site", "origin": "http://localhost:9181"},
+        {"sec_fetch_site": "none"},
+        {"origin": "http://evil.example"},
+        {"origin": "null"},
+        {"origin": "http://localhost:80"},
+    ):
+        assert get(app, method="POST", body=body, **headers)[0] == 403, headers
+    assert get(app, body, method="GET")[0] == 200
+    assert get(app, method="PUT", body=body)[0] == 405
+    assert get(app, method="OPTIONS", body=body)[0] == 405
+    assert job.is_failed
+    proxied = {"origin": "https://jobs.example", "x_forwarded_host": "jobs.example"}
+    assert get(app, method="POST", body=body, **proxied)[0] == 303
+    assert not Job.exists(job.id, redis)
+
+
+def test_password_is_asked_for(redis, shop):
+    app = microq.web(redis, password="sésame")
+
+    def basic(text):
+        return "Basic " + base64.b64encode(text.encode()).decode()
+
+    for header in (
+        "",
+        "Basic",
+        "Basic ?",
+        "Bearer x",
+        basic("ann:wrong"),
+        basic("sésame"),
+    ):
+        for path in ("/", "/metrics", "/health"):
+            status, headers, text = get(app, path=path, authorization=header)
+            assert status == 401 and "default" not in text
+            assert headers["WWW-Authenticate"].startswith("Basic ")
+    assert get(app, authorization=basic("ann:sésame"))[0] == 200
+    assert get(app, path="/metrics", authorization=basic("x:sésame"))[0] == 200
+    body = f"action=delete&job={shop['failed'].id}"
+    assert get(app, method="POST", body=body)[0] == 401
+    assert shop["failed"].is_failed
+
+
+def test_read_only_page_changes_nothing(redis, shop):
+    app = microq.web(redis, read_only=True)
+    for query in ("", f"?job={shop['failed'].id}", "?queue=default&state=failed"):
+        page = read(app, query)
+        assert page.tags["form"] == 1 and "Delete" not in page.text  # the search
+    assert post(app, action="delete", job=shop["failed"].id, queue="default")[0] == 403
+    assert get(app, f"?ask=delete&job={shop['failed'].id}")[0] == 404
+    assert shop["failed"].is_failed
+
+
+def test_page_shows_the_queues_that_were_named_only(redis, shop):
+    app = microq.web(redis, queues=["low"])
+    assert "default" not in read(app).text
+    assert get(app, "?queue=default&state=failed")[0] == 404
+    assert get(app, f"?job={shop['failed'].id}")[0] == 404
+    assert post(app, action="delete", job=shop["failed"].id, queue="default")[0] == 404
+
+
+def test_every_answer_has_the_headers_of_security(app, redis):
+    for query in ("", "?job=nope", "?queue=a&state=b"):
+        _, headers, text = get(app, query)
+        assert headers["X-Content-Type-Options"] == "nosniff"
+        assert headers["Cache-Control"] == "no-store"
+        policy = headers["Content-Security-Policy"]
+        assert "default-src 'none'" in policy and "frame-ancestors 'none'" in policy
+        assert "unsafe" not in policy
+        for tag in ("style", "script"):
+            [source] = re.findall(f"<{tag}>(.*?)</{tag}>", text, re.S)
+            digest = base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
+            assert f"{tag}-src 'sha256-{digest}'" in policy
+        assert not re.search(r'(src|href)="(https?:)?//', text)
+        assert " style=" not in text
+
+
+async def call_asgi(app, query, prefix, events=None, method="GET", body=b""):
+    scope = {
+        "type": "http", "method": method, "path": f"{prefix}/", "root_path": prefix,
+        "query_string": query.lstrip("?").encode(), "headers": [(b"Host", b"a")],
+    }  # fmt: skip
+    chunks = [
+        {"type": "http.request", "body": body[:5], "more_body": True},
+        {"type": "http.request", "body": body[5:]},
+    ]
+    sent = []
+
+    async def receive():
+        return chunks.pop(0)
+
+    async def send(event):
+        sent.append(event)
+
+    await app(scope, receive, send)
+    start, content = sent
+    headers = {name.decode(): value.decode() for name, value in start["headers"]}
+    return start["status"], headers, content["body"].decode()
+
+
+@pytest.mark.parametrize("prefix", ["", "/admin/jobs"])
+@pytest.mark.parametrize("kind", ["wsgi", "asgi"])
+def test_page_works_wherever_it_is_mounted(app, redis, shop, prefix, kind):
+    """All links are relative queries, and lead to pages."""
+
+    def fetch(query):
+        if kind == "asgi":
+            return asyncio.run(call_asgi(app, query, prefix))
+        return get(app, query, path="/" if prefix else "")
+
+    assert len(crawl(fetch)) > 30
+
+
+def test_page_takes_posts_by_asgi(app, shop):
+    body = f"action=requeue&job={shop['failed'].id}&queue=default".encode()
+    call = call_asgi(app, "", "/a", method="POST", body=body)
+    status, headers, _ = asyncio.run(call)
+    assert status == 303 and headers["location"].startswith("?job=")
+    assert shop["failed"].is_queued
+
+
+def test_page_is_an_app_for_asgi_2_and_has_a_lifespan(app):
+    async def run():
+        events = [{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}]
+        sent = []
+
+        async def receive():
+            return events.pop(0)
+
+        async def send(event):
+            sent.append(event["type"])
+
+        await app({"type": "lifespan"})(receive, send)
+        return sent
+
+    assert asyncio.run(run()) == [
+        "lifespan.startup.complete",
+        "lifespan.shutdown.complete",
+    ]
+
+
+def test_page_of_many_failed_jobs_costs_as_much_as_one_of_few(
+    app, redis, queue, monkeypatch
+):
+    """Whatever is in a queue, a page takes the same round trips, and reads 50 jobs."""
+    trips = []
+    send = microq._execute
+    monkeypatch.setattr(
+        microq, "_execute", lambda *words: trips.append(1) or send(*words)
+    )
+
+    def cost(query):
+        trips.clear()
+        page = read(app, query)
+        return len(trips), len([link for link in page.links if "job=" in link])
+
+    queue.enqueue_many([Queue.prepare_data(fail)] * 60)
+    work(queue)
+    queries = ["", "?queue=default&state=failed", "?queue=default&state=failed&page=2"]
+    few = [cost(query) for query in queries[:2]]
+    script = (
+        "for i = 1, 100000 do redis.call('ZADD', KEYS[1], ARGV[1] - i, 'j' .. i) end"
+    )
+    redis.eval(script, 1, f"{Q}failed", time.time() + 10**6)
+    many = [cost(query) for query in queries]
+    assert many[:2] == few
+    assert many[1][0] <= 5
+    assert "100,060" in read(app, queries[1]).text
+
+
+def test_page_tells_that_the_server_is_away(tmp_path):
+    app = microq.web(nobody(tmp_path))
+    for query in ("", "?queue=default&state=failed", "?job=x"):
+        status, _, text = get(app, query)
+        assert status == 503 and "no answer from Redis" in PageParser(text).text
+
+
+def start_page(server, *arguments, **environ):
+    """Start `python -m microq web` on a free port; return (process, URL)."""
+    command = command_line("web", "--url", server.url, "--port", 0, *arguments)
+    process = subprocess.Popen(
+        command, cwd=HERE, env=child_env() | environ, stderr=subprocess.PIPE, text=True
+    )
+    with killed_after_a_minute(process):
+        line = process.stderr.readline()
+    return process, re.search(r"http://\S+/", line)[0]
+
+
+def fetch_page(url, **headers):
+    """Return (status, text) of a page."""
+    request = urllib.request.Request(url, headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def test_web_command_serves_browsers_of_its_own_machine(server, redis, shop):
+    process, url = start_page(server)
+    try:
+        port = url.split(":")[2].strip("/")
+        for host in (f"localhost:{port}", "127.0.0.1", f"[::1]:{port}", "LOCALHOST"):
+            assert fetch_page(url, Host=host)[0] == 200
+        for host in ("evil.example", f"localhost.evil.example:{port}", "", "10.0.0.1"):
+            assert fetch_page(url, Host=host)[0] == 403
+            assert fetch_page(f"{url}metrics", Host=host)[0] == 403
+        assert "default" in fetch_page(url)[1]
+        assert fetch_page(f"{url}health") == (200, "ok\n")
+    finally:
+        process.terminate()
+        assert process.wait(30) == 0
+        process.stderr.close()
+
+
+def test_web_command_on_another_host_needs_a_password(server, redis, cli, monkeypatch):
+    for host in ("0.0.0.0", "::", "example.com"):
+        status, _, error = cli("web", "--host", host, "--port", "0")
+        assert status == 1 and "set $MICROQ_WEB_PASSWORD, or give --read-only" in error
+    process, url = start_page(server, "--host", "0.0.0.0", MICROQ_WEB_PASSWORD="sesame")
+    try:
+        url = url.replace("0.0.0.0", "127.0.0.1")
+        assert fetch_page(url)[0] == 401
+        login = "Basic " + base64.b64encode(b":sesame").decode()
+        assert fetch_page(url, Authorization=login, Host="jobs.example")[0] == 200
+    finally:
+        end_process(process)
+
+
+@in_both_places
+def test_worker_serves_the_page_beside_itself(
+    server, redis, queue, start_worker, place
+):
+    """In a process that is started again when it was killed, until the worker ends."""
+    port = free_port()
+    worker = start_worker("--web", port, *place)
+    url = f"http://127.0.0.1:{port}/"
+    wait_until(lambda: can_connect(port))
+    assert fetch_page(url)[0] == 200
+    [keeper] = [pid for pid in children_of(worker.pid) if "web" in title_of(pid)]
+    [first] = children_of(keeper)
+    os.kill(first, signal.SIGKILL)
+    [second] = wait_until(lambda: [p for p in children_of(keeper) if p != first])
+    assert fetch_page(url)[0] == 200
+    assert queue.enqueue(add, 1).latest_result(timeout=60).return_value == 1
+    worker.send_signal(signal.SIGKILL if place else signal.SIGTERM)
+    worker.wait(30)
+    wait_until(lambda: not is_alive(keeper) and not is_alive(second))
+
+
+def can_connect(port):
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+        return True
+
+
+def title_of(pid):
+    return Path(f"/proc/{pid}/cmdline").read_text()
+
+
+def test_worker_tells_of_a_port_that_is_in_use(server, redis, cli):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        status, _, error = cli("worker", "--burst", "--web", port)
+    assert status == 1 and "in use" in error
+    status, _, error = cli("worker", "--burst", "--web", "0.0.0.0:9")
+    assert status == 1 and "MICROQ_WEB_PASSWORD" in error
+    status, _, error = cli("worker", "--burst", "--web", "x")
+    assert status == 1 and "[HOST:]PORT" in error
+
+
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory):
+    if CHROMIUM is None:
+        pytest.skip("no chromium")
+    browser = Browser(tmp_path_factory.mktemp("chromium"))
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def browser(chromium):
+    """A browser; no page that it shows may err, or ask for anything elsewhere."""
+    chromium.requests.clear()
+    chromium.errors.clear()
+    yield chromium
+    assert chromium.errors == []
+
+
+def test_page_in_a_browser(server, redis, queue, shop, browser):
+    """It renders, goes on by itself, requeues, deletes after the question, searches."""
+    process, url = start_page(server)
+    try:
+        browser.look()
+        browser.open(url)
+        assert (
+            browser.evaluate("getComputedStyle(document.querySelector('dl')).display")
+            == "grid"
+        )
+        wait_until(lambda: "queued\n2\n" in browser.text())
+        queue.enqueue(add)
+        wait_until(lambda: "queued\n3\n" in browser.text())
+        browser.click("a.failed")
+        assert "ValueError: no apples" in browser.text()
+        browser.click("td button")
+        assert shop["failed"].is_queued
+        assert "There are no jobs here" in browser.text()
+        work(queue)
+        browser.wait_for("!!document.querySelector('td .danger')")
+        browser.click("td .danger")
+        assert "Delete job" in browser.text() and shop["failed"].is_failed
+        browser.click("#sure")
+        assert not Job.exists(shop["failed"].id, redis)
+        browser.evaluate("document.querySelector('[type=search]').value = 'shout'")
+        browser.evaluate("document.leaving = true")
+        browser.evaluate("document.querySelector('header form').requestSubmit()")
+        browser.wait_for("!document.leaving && document.readyState === 'complete'")
+        assert "shout('later')" in browser.text()
+        browser.look(390, 800, dark=True)
+        browser.open(f"{url}?job={shop['finished'].id}")
+        assert browser.evaluate("document.documentElement.scrollWidth") <= 390
+        dark = browser.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert dark == "rgb(18, 19, 22)"
+    finally:
+        end_process(process)
+    assert {urllib.parse.urljoin(asked, "/") for asked in browser.requests} == {url}
+
+
+def test_page_in_a_browser_outlives_the_server(server, redis, queue, browser):
+    """It shows that it is old while nobody answers."""
+    process, url = start_page(server)
+    browser.look()
+    browser.open(url)
+    end_process(process)
+    browser.wait_for("document.getElementById('stale').textContent !== ''")
+    port = url.split(":")[2].strip("/")
+    process, _ = start_page(server, "--port", port)
+    browser.wait_for("document.getElementById('stale').textContent === ''")
+    end_process(process)
+    browser.errors.clear()  # of the connections that were refused
+
+
+# ---- 20. Command line ----------------------------------------------------------------
 
 
 def test_the_front_page(redis, queue, page, start_worker):
