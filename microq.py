@@ -6743,6 +6743,7 @@ def _run_surrounded(
 
 
 def _log_start(execution: Execution, show_call: bool) -> None:
+    """Log that a job begins, with its call or without."""
     job = execution.job
     what = " ".join(job.description.split()) if show_call else "job"
     fields = _log_fields(execution, "started")
@@ -6988,15 +6989,19 @@ class _Interrupter:
                 self._raise(reason)
 
     def _start_timer(self, seconds: float, interrupt: Callable[..., None]) -> None:
+        """Have the call interrupted after so many seconds; 0 or less: never."""
         if seconds <= 0:
             return
         self.timer = threading.Timer(seconds, interrupt, [JobTimeoutException])
         self.timer.start()
 
     def _raise(self, reason: type[BaseException]) -> None:
+        """Raise an exception of this class in the thread."""
         self._raise_async(ctypes.py_object(reason))
 
     def _raise_async(self, reason: Any) -> None:
+        """Have Python raise an exception in the thread at its next step; None: take
+        back one that was not raised yet."""
         thread_id = ctypes.c_ulong(self.thread_id)
         ctypes.pythonapi.PyThreadState_SetAsyncExc(thread_id, reason)
 
@@ -7018,7 +7023,8 @@ class _AlarmInterrupter(_Interrupter):
         signal.signal(signal.SIGALRM, self._on_alarm)
 
     def disarm(self) -> None:
-        # The timer goes on, which saves a system call; _on_alarm() ignores its alarm.
+        # Without the lock: _on_alarm() runs in this very thread.  The timer goes on,
+        # which saves a system call; _on_alarm() ignores its alarm.
         self.deadline = 0.0
 
     def rearm(self) -> None:
@@ -7289,7 +7295,7 @@ class _SharedState(ctypes.Structure):
         # Written by both: when the next scheduled job is due, and how many runs its
         # process may reach.
         ("next_scheduled", ctypes.c_double),
-        ("run_limit", ctypes.c_double),
+        ("run_limit", ctypes.c_double),  # at so many `runs` the process is replaced
         # Written by the supervisor.
         ("stop_requested", ctypes.c_bool),  # finish the current job, and end
         ("suspended", ctypes.c_bool),  # claim nothing
@@ -7390,6 +7396,7 @@ class _Wakeup:
         return any(reader in ready for reader in readers)
 
     def close(self) -> None:
+        """Close both sockets; set() and wait() must not be called any more."""
         self._writer.close()
         self._reader.close()
 
@@ -7409,10 +7416,10 @@ def _wait_readable(sockets: list[Any], timeout: float) -> list[Any]:
 class _Limits(NamedTuple):
     """When a loop ends by itself or is replaced, and how it serves its queues."""
 
-    burst: bool = False
+    burst: bool = False  # ends when the queues are empty
     max_jobs: float = math.inf
-    max_idle_time: float = math.inf
-    strategy: str = "default"
+    max_idle_time: float = math.inf  # seconds
+    strategy: str = "default"  # a value of DequeueStrategy
     jobs_per_fork: float = JOBS_PER_FORK
     replaces_exactly: bool = False  # else a child may run more in its first second
 
@@ -7782,6 +7789,7 @@ class _WorkLoop(_Loop):
         return _Request(tuple(commands), runs, releases, limit, time.monotonic())
 
     def _release_commands(self) -> list[Command]:
+        """Return what releases the jobs in to_release, a command for each queue."""
         job_ids: dict[str, list[str]] = {}
         for execution in self.to_release:
             job = execution.job
@@ -8008,6 +8016,7 @@ class _WorkLoop(_Loop):
         return [*commands, self.instance.sign_off_command()]
 
     def _requested_runs(self) -> list[list[_Run]]:
+        """Return the runs of the request that is not answered yet, by their queues."""
         return self.request.runs if self.request else []
 
     def close(self) -> None:
@@ -8216,6 +8225,7 @@ class _SerialLoop(_WorkLoop):
     # The batch watchdog
 
     def _start_batch_watchdog(self) -> None:
+        """Start the watchdog, unless it is there from an earlier batch."""
         if self.batch_watchdog is None:
             self.batch_watchdog = threading.Thread(
                 target=self._watch_batch, name="batch watchdog", daemon=True
@@ -8299,7 +8309,8 @@ class _SerialLoop(_WorkLoop):
 
     def _take_back_claim(self) -> None:
         """If the loop is to pause or stop, release what a claim that was sent along
-        with BLPOP, and not answered, may hold."""
+        with BLPOP, and not answered, may hold: by a request in its place, which the
+        next _read_reply() sends."""
         stopped = self.shared.stop_requested or self.shared.suspended
         if stopped and self.request and self.request.claim_limit:
             self.request = _Request((self.instance.release_all_command(),), [], [])
@@ -8642,6 +8653,8 @@ class Worker:
         self, queues: Any, connection: Redis | None, queue_class: Any, job_class: Any,
         serializer: Any,
     ) -> None:  # fmt: skip
+        """Set queues, connection and classes; without a connection, that of the first
+        Queue, or of the environment."""
         queues = [queues] if isinstance(queues, Queue | str) else list(queues)
         if not queues:
             raise ValueError("a worker needs at least one queue")
@@ -8660,12 +8673,15 @@ class Worker:
             self.queues.append(queue)
 
     def _set_concurrency(self, concurrency: int) -> None:
+        """Set how many jobs run at once in a process."""
         is_integer = isinstance(concurrency, int) and not isinstance(concurrency, bool)
         if not is_integer or concurrency < 1:
             raise ValueError(f"concurrency={concurrency!r}: give a positive number")
         self.concurrency = concurrency
 
     def _set_jobs_per_fork(self, jobs_per_fork: int | None) -> None:
+        """Set after how many jobs a child is replaced; None: the default of the class,
+        or else one that depends on the concurrency."""
         if jobs_per_fork is None:
             jobs_per_fork = self._default_jobs_per_fork
         self._replaces_exactly = jobs_per_fork is not None
@@ -8685,6 +8701,7 @@ class Worker:
             )
 
     def _set_max_memory(self, max_memory: float | None) -> None:
+        """Set the memory at which a child is replaced, in MB; None: no limit."""
         self.max_memory = max_memory
         if max_memory is None:
             return
@@ -9030,7 +9047,7 @@ class _LostJob(NamedTuple):
     outcome: Outcome
 
 
-class _Exit(NamedTuple):
+class _Death(NamedTuple):
     """The death of a child: it ended before it had settled everything."""
 
     pid: int
@@ -9085,7 +9102,7 @@ class _Child:
         self.pid = 0  # 0: there is no child
         self.finished = False  # no further child is to follow
         self.restart_at = 0.0  # when the next one may be forked
-        self.unreported: _Exit | None = None  # a death, to be reported to the server
+        self.unreported: _Death | None = None  # a death, to be reported to the server
         self.lost_jobs: list[_LostJob] = []  # the runs that ended by this death
         self.ordered_kill: _Kill | None = None  # the child has been sent SIGKILL
         # It is killed then, if a job that was told to stop has not ended by itself.
@@ -9179,8 +9196,11 @@ class _Child:
             if self.standby_connection:
                 self.standby_connection.close()
 
-    def poll(self) -> _Exit | None:
-        """Return how the child died; None if it runs, or has ended as it should."""
+    def poll(self) -> _Death | None:
+        """Return how the child died; None if it runs, or has ended as it should.
+
+        If it has ended, forget it: keep its connection for the next child, or close it,
+        note the jobs that it held, and say when the next child may start."""
         if not self.pid:
             return None
         if self.shared.phase == _Phase.REPLACE:
@@ -9197,7 +9217,7 @@ class _Child:
         settled = self.shared.phase in (_Phase.ENDED, _Phase.REPLACE)
         death = None
         if not settled:
-            death = _Exit(pid, status, usage, self._kill())
+            death = _Death(pid, status, usage, self._kill_that_ended_it())
             self._note_lost_jobs(death)
         self._forget_child()
         self.unreported = death
@@ -9215,14 +9235,14 @@ class _Child:
         self.stop_deadline = math.inf
         self.memory_logged = False
 
-    def _kill(self) -> _Kill | None:
+    def _kill_that_ended_it(self) -> _Kill | None:
         """Return by which kill the child has ended; None if it died by itself.  One
         that gave up has only interrupted its jobs."""
         if self.shared.phase == _Phase.GAVE_UP:
             return _Kill.of(_INTERRUPTED, [])
         return self.ordered_kill
 
-    def _note_lost_jobs(self, death: _Exit) -> None:
+    def _note_lost_jobs(self, death: _Death) -> None:
         """Take the jobs that the child held out of the slots."""
         now = time.monotonic()
         for job in self.shared.current_jobs():
@@ -9588,7 +9608,11 @@ def _make_loop(
 
 class _Supervisor:
     """Keeps workers alive and under control: one whose loop runs in this process, or
-    those whose loops run in children."""
+    those whose loops run in children.
+
+    run() is called in the thread that starts a worker, and signals are handled there.
+    Where there are children, that thread supervises; else it runs the loop, and another
+    thread supervises."""
 
     def __init__(
         self, name: str, instances: Sequence[_Instance], with_scheduler: bool = False,
@@ -9625,6 +9649,7 @@ class _Supervisor:
         self.reaps_orphans = self.forking and _inherits_orphans()
 
     def _set_connections(self, instance: _Instance) -> None:
+        """Make the connections; the one for commands of users waits at the inbox."""
         client, timeout = instance.client, instance.redis_timeout
         self.inbox = f"microq:inbox:{instance.inbox}"
         self.connection = _Connection(client, timeout, self.queues[0].prefix)
@@ -9692,6 +9717,7 @@ class _Supervisor:
             raise RuntimeError("a worker in a thread can't fork; give it fork=False")
 
     def _log_start(self) -> None:
+        """Log who works where, and a warning if the server may evict jobs."""
         log.info("worker %s (pid %d), microq %s", self.name, os.getpid(), __version__)
         names = [queue.name for queue in self.queues]
         log.info("listening on %s", ", ".join(names))
@@ -9772,6 +9798,8 @@ class _Supervisor:
             raise
 
     def _sign_on_when_possible(self) -> None:
+        """Sign on, as soon as the server answers and the names are free; raise if that
+        takes longer than a lease."""
         backoff = _Backoff(self.lease / 3)
         server_until = time.monotonic() + self.lease
         name_until = math.inf  # a lease after it was first seen that a name is in use
@@ -9956,7 +9984,8 @@ class _Supervisor:
             self.last_heartbeat = 0.0  # so the next heartbeat is due at once
 
     def _on_suspension(self, ttl: int) -> None:
-        """Have the workers pause or go on, by the PTTL of the key of suspend()."""
+        """Have the workers pause or go on, by the PTTL of the key of suspend():
+        milliseconds, -1 without an end, -2 if there is no key."""
         suspended = ttl != -2
         if suspended is not self.instances[0].shared.suspended:
             log.info("suspended" if suspended else "resumed")
@@ -10023,7 +10052,7 @@ class _Supervisor:
             child.fork_standby_if_due(now)
         return child.look_again_at()
 
-    def _on_death(self, child: _Child, death: _Exit) -> None:
+    def _on_death(self, child: _Child, death: _Death) -> None:
         """Call the user's work_horse_killed_handler for the runs that a crash ended."""
         instance = child.instance
         if not child.lost_jobs:
