@@ -99,6 +99,18 @@ WORKERS = {
     ),
     "fork per job": ("python -m microq worker bench -u {url} -q --jobs-per-fork 1", 80),
 }
+CONCURRENT = {
+    "in-process": (
+        "python -m microq worker bench -u {url} -q --in-process --concurrency {c}",
+        ["coroutines", "functions"],
+        5000,
+    ),
+    "default": (
+        "python -m microq worker bench -u {url} -q --concurrency {c}",
+        ["coroutines", "functions"],
+        5000,
+    ),
+}
 USUAL = RECOVERS = "default"
 FORKS = "fork per job"
 ENQUEUES = 2000
