@@ -12800,6 +12800,13 @@ class _WorkerState(NamedTuple):
         """How many jobs it runs at a time."""
         return int(self.record.get("concurrency", 1))
 
+    @property
+    def load(self) -> str:
+        """Its state, and how many of its slots are taken, where it has several."""
+        if self.slots > 1:
+            return f"{self.state} {len(self.held)}/{self.slots}"
+        return self.state
+
 
 class _Snapshot(NamedTuple):
     """How queues and workers were at one time."""
@@ -17464,7 +17471,7 @@ def _worker_table(snapshot: _Snapshot) -> _Table:
     """Return a table of the workers."""
     table = _Table(["worker", "state", "finished", "failed", "queues", "job"], [])
     for worker in snapshot.workers:
-        row = [worker.name, worker.state, worker.finished, worker.failed]
+        row = [worker.name, worker.load, worker.finished, worker.failed]
         table.rows.append([*row, ",".join(worker.queues), worker.job])
     return table
 
@@ -17475,7 +17482,7 @@ def _by_queue_table(snapshot: _Snapshot) -> _Table:
     for name in [queue.name for queue in snapshot.queues]:
         workers = [worker for worker in snapshot.workers if name in worker.queues]
         for worker in workers:
-            table.rows.append([name, worker.name, worker.state, worker.job])
+            table.rows.append([name, worker.name, worker.load, worker.job])
         if not workers:
             table.rows.append([name, "-", "", ""])
     return table

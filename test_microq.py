@@ -12620,6 +12620,18 @@ def test_info_shows_queues_and_workers(server, redis, queue, cli, start_worker):
     send_stop_job_command(redis, "dreams")
 
 
+def test_info_shows_how_many_slots_are_taken(redis, queue, cli, start_worker):
+    start_worker("--name", "bee", "--concurrency", "9")
+    jobs = [queue.enqueue(sleep, 30, job_id=id) for id in "ab"]
+    wait_until(lambda: all(job.is_started for job in jobs))
+    shown = cli("info")[1]
+    assert re.search(
+        r"^bee +busy 2/9 +0 +0 default test_microq.sleep [ab] \+1$", shown, re.M
+    ), shown
+    for job in jobs:
+        send_stop_job_command(redis, job.id)
+
+
 def test_no_control_character_reaches_the_terminal(redis, queue, cli):
     """Who writes to the server does not command the terminal of who looks at it."""
     attack = "\x1b]0;title\x07\x9b2J\u202e"
