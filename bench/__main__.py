@@ -37,8 +37,8 @@ COMPETITORS = [
     "bullmq",
 ]  # fmt: skip
 QUESTIONS = [
-    "enqueue", "drain", "latency", "scale", "fork", "import", "network", "cpu",
-    "waiting", "later", "idle", "bytes", "recovery", "growth", "workers",
+    "enqueue", "awaited", "drain", "latency", "scale", "fork", "import", "network",
+    "cpu", "waiting", "later", "idle", "bytes", "recovery", "growth", "workers",
 ]  # fmt: skip
 BEGUN_AT = time.monotonic()
 

@@ -11,7 +11,7 @@ import os
 from arq import create_pool
 from arq.connections import RedisSettings
 from arq.constants import default_queue_name
-from coroutines import JOBS, sync
+from coroutines import JOBS, in_tasks, sync
 
 PINS = ["arq==0.28.0", "redis==5.3.1", "hiredis==3.5.0"]
 ABOUT = "asyncio, 10 jobs at a time (its default); results are stored (its default)"
@@ -50,6 +50,11 @@ def enqueue(numbers, job):
             await redis.enqueue_job(job, number)
 
     enqueue_each()
+
+
+def enqueue_in_tasks(numbers, tasks):
+    enqueue_one = functools.partial(pool().enqueue_job, "noop")
+    sync(in_tasks)(enqueue_one, numbers, tasks)
 
 
 def enqueue_later(number, seconds):

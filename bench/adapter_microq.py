@@ -7,13 +7,18 @@ test_microq.py, whose check of the keys runs there after every test.
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import os
 import sys
+import time
 
+import coroutines
 import redis
 from like_rq import Calls
+from redis.asyncio import Redis as AsyncRedis
 
-from microq import DuplicateJobError, Job, Queue, Repeat, Retry
+from microq import AsyncQueue, DuplicateJobError, Job, Queue, Repeat, Retry
 
 # ---- For torture.py ------------------------------------------------------------------
 
@@ -124,3 +129,31 @@ if "BENCH_URL" in os.environ:
     enqueue_many = calls.enqueue_many
     enqueue_later = calls.enqueue_later
     waiting = calls.waiting
+    async_queue = AsyncQueue("bench", AsyncRedis.from_url(os.environ["BENCH_URL"]))
+
+
+def enqueue_in_tasks(numbers, tasks):
+    enqueue_one = functools.partial(async_queue.enqueue, "jobs.noop")
+    coroutines.sync(coroutines.in_tasks)(enqueue_one, numbers, tasks)
+
+
+@coroutines.sync
+async def late_tick():
+    """Return by how many seconds the latest tick of a timer was late; see
+    ask_awaited.py."""
+    late = []
+
+    async def tick():
+        while True:
+            due_at = time.perf_counter() + 0.01
+            await asyncio.sleep(0.01)
+            late.append(time.perf_counter() - due_at)
+
+    job = await async_queue.enqueue("jobs.noop", 0)
+    ticker = asyncio.ensure_future(tick())
+    under_way = [job.latest_result(timeout=1) for _ in range(100)]
+    under_way += [async_queue.enqueue("jobs.noop", 0) for _ in range(100)]
+    connect(os.environ["BENCH_URL"]).execute_command("CLIENT", "PAUSE", 1000, "ALL")
+    await asyncio.gather(*under_way)
+    ticker.cancel()
+    return max(late)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 
-from coroutines import JOBS, sync
+from coroutines import JOBS, in_tasks, sync
 from redis.asyncio import Redis
 from saq.queue.redis import RedisQueue
 
@@ -47,6 +47,16 @@ async def enqueue(numbers, job):
         options = {"timeout": 2, "retries": 3}
     for number in numbers:
         await queue.enqueue(job, number=number, **options)
+
+
+@sync
+async def enqueue_in_tasks(numbers, tasks):
+    await queue.connect()
+
+    async def enqueue_one(number):
+        await queue.enqueue("noop", number=number)
+
+    await in_tasks(enqueue_one, numbers, tasks)
 
 
 @sync

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 
-from coroutines import JOBS, sync
+from coroutines import JOBS, in_tasks, sync
 from streaq import Worker
 
 PINS = ["streaq==7.2.0", "coredis==6.9.0", "hiredis==3.5.0"]
@@ -44,6 +44,15 @@ async def enqueue_many(numbers, job):
                 return
             tasks = [TASKS[job].enqueue(number) for number in batch]
             await worker.enqueue_many(tasks)
+
+
+@sync
+async def enqueue_in_tasks(numbers, tasks):
+    async def enqueue_one(number):
+        await TASKS["noop"].enqueue(number)
+
+    async with worker:
+        await in_tasks(enqueue_one, numbers, tasks)
 
 
 @sync

@@ -9,7 +9,7 @@ import functools
 import os
 
 import redis
-from coroutines import JOBS, sync
+from coroutines import JOBS, in_tasks, sync
 from taskiq_redis import RedisAsyncResultBackend, RedisStreamBroker
 
 PINS = ["taskiq==0.13.0", "taskiq-redis==1.2.4", "redis==8.1.0", "hiredis==3.5.0"]
@@ -62,6 +62,11 @@ def enqueue(numbers, job):
 async def kick(numbers, job):
     for number in numbers:
         await TASKS[job].kiq(number)
+
+
+def enqueue_in_tasks(numbers, tasks):
+    start()
+    sync(in_tasks)(TASKS["noop"].kiq, numbers, tasks)
 
 
 def waiting():

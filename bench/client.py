@@ -35,6 +35,12 @@ def enqueue_many(adapter, first, count, job="noop"):
     return timed(call, range(first, first + count), job)
 
 
+def enqueue_in_tasks(adapter, first, count, tasks):
+    """Enqueue by so many tasks of an event loop; return the seconds."""
+    adapter.enqueue_in_tasks([], 1)  # connect
+    return timed(adapter.enqueue_in_tasks, range(first, first + count), tasks)
+
+
 def enqueue_at_times(adapter, first, count, least, most):
     """Enqueue after random pauses between `least` and `most` seconds.
 
@@ -80,6 +86,7 @@ def figure(adapter, name, *args):
 FUNCTIONS = {
     "enqueue": enqueue,
     "enqueue_many": enqueue_many,
+    "enqueue_in_tasks": enqueue_in_tasks,
     "enqueue_at_times": enqueue_at_times,
     "enqueue_later": enqueue_later,
     "offers": offers,

@@ -251,6 +251,11 @@ class Deployment:
         first = self.reserve_numbers(count)
         return first, self.call(function, first, count, job)
 
+    def enqueue_in_tasks(self, count, tasks):
+        """Enqueue new jobs by so many tasks of an event loop; return the seconds."""
+        first = self.reserve_numbers(count)
+        return self.call("enqueue_in_tasks", first, count, tasks)
+
     def reserve_numbers(self, count):
         """Return the first of `count` numbers that no job has."""
         first = self.next_number

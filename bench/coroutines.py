@@ -25,6 +25,17 @@ def sync(call):
     return run
 
 
+async def in_tasks(enqueue, numbers, count):
+    """Await enqueue(number) for all numbers, by so many tasks at the same time."""
+    numbers = iter(numbers)
+
+    async def work():
+        for number in numbers:
+            await enqueue(number)
+
+    await asyncio.gather(*[work() for _ in range(count)])
+
+
 def number_of(args, number):
     """Return the number of a job.
 

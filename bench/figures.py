@@ -132,6 +132,7 @@ RATIOS = [  # (name of the ratio, aim, the two places)
     ("enqueue in bulk, to pipelined LPUSH of the same bytes", ">= 0.5", MANY, PUSH),
     ("latency p50, to pings after the same pauses", "<= 3", LATENCY, PAUSED_PING),
 ]
+AWAITED = [("one by one", ">= 1.2"), ("50 tasks", ">= 3")]
 BYTES = {"queued": 250, "finished": 350}
 ON_ASYNCIO = ["arq", "saq", "streaq", "taskiq"]
 ON_THREADS = ["dramatiq", "celery"]
@@ -164,7 +165,23 @@ def aims(figures):
         values = [] if value is None else [value]
         name = f"bytes in Redis of a {state} job"
         rows.append((name, f"<= {bound}", values, ""))
+    rows += awaited_aims(figures)
     return rows + waiting_aims(figures) + drain_at_once_aims(figures)
+
+
+def awaited_aims(figures):
+    """Return rows of calls on an event loop, beside the fastest competitor."""
+    rows = []
+    for calls, aim in AWAITED:
+        place = ("awaited", "microq", "", f"{calls}, per second")
+        name = f"enqueue on an event loop, {calls}, to the fastest competitor"
+        rows.append(against_all(figures, name, aim, place))
+    place = ("awaited", "microq", "", "late tick, ms")
+    late = [value for value in figures.rounds(place) if value is not None]
+    rows.append(
+        ("late tick of the loop while the server is paused, ms", "<= 50", late, "")
+    )
+    return rows
 
 
 def waiting_aims(figures):

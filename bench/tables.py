@@ -230,6 +230,19 @@ def cpu_table(figures, competitors):
     return table(["CPU for each job, us", *columns], rows)
 
 
+def awaited_table(figures, competitors):
+    """Return a table of calls on one event loop."""
+    rows = []
+    for competitor in competitors:
+        place = "awaited", competitor.name, ""
+        one_by_one = figures.cell(*place, "one by one, per second")
+        if one_by_one:
+            tasks = figures.cell(*place, "50 tasks, per second")
+            rows.append([competitor.name, one_by_one, tasks])
+    head = ["enqueue on an event loop", "one by one /s", "by 50 tasks /s"]
+    return table(head, rows)
+
+
 DRAIN_COLUMNS = ["coroutines, 10", "coroutines, 100", "functions, 10"]
 WAITING_COLUMNS = [
     "coroutines, 50",
@@ -381,11 +394,12 @@ def text(results):
     run_title = "one process runs /s, at a depth of"
     workers_title = "no-ops /s, so many processes"
     parts = [  # (text, questions of which one must have been asked, if any is named)
-        (aims_table(figures), "enqueue drain latency scale fork bytes waiting"),
+        (aims_table(figures), "enqueue awaited drain latency scale fork bytes waiting"),
         (machine_text(facts), ""),
         ("## Speed\n", ""),
         ("![](speed.svg)\n", ""),
         (speed_table(figures, competitors), "enqueue drain latency scale"),
+        (awaited_table(figures, competitors), "awaited"),
         (floors_text(figures), "enqueue import"),
         (fork_table(figures), "fork"),
         (network_table(figures, competitors), "network"),
