@@ -2100,8 +2100,8 @@ class _Step:
         """Do it, and return what is sent to the steps."""
         raise NotImplementedError
 
-    async def run_async(self, client: Any) -> Any:
-        """Do the same for an _AsyncClient."""
+    async def run_async(self, connections: Any) -> Any:
+        """Do the same with the _LoopConnections of a client."""
         raise NotImplementedError
 
 
@@ -2137,9 +2137,12 @@ def _blocking(operation: Callable[P, Steps[R]]) -> Callable[P, R]:
 
 
 def _name_after(operation: Callable[..., Any], method: Any) -> None:
-    """Give a method the docstring of its operation, and the name without "_"."""
-    functools.update_wrapper(method, operation)
+    """Give a method the signature, the docstring and, without "_", the name of its
+    operation.  functools.wraps() would do more, and take longer."""
+    method.__wrapped__ = operation
+    method.__doc__ = operation.__doc__
     method.__name__ = operation.__name__.removeprefix("_")
+    method.__qualname__ = method.__name__
 
 
 class _Sleep(_Step):
@@ -2151,7 +2154,7 @@ class _Sleep(_Step):
     def run(self, connection: Any) -> None:
         time.sleep(self.seconds)
 
-    async def run_async(self, client: Any) -> None:
+    async def run_async(self, connections: Any) -> None:
         await asyncio.sleep(self.seconds)
 
 
@@ -2164,8 +2167,8 @@ class _Listen(_Step):
     def run(self, connection: Any) -> _Listener:
         return _Listener(connection, self.channel)
 
-    async def run_async(self, client: Any) -> Any:
-        return client.listener(self.channel)
+    async def run_async(self, connections: Any) -> Any:
+        return connections.listener(self.channel)
 
 
 class _Hear(_Step):
@@ -2181,7 +2184,7 @@ class _Hear(_Step):
     def run(self, connection: Any) -> Any:
         return self.listener.hear(self.seconds)
 
-    async def run_async(self, client: Any) -> Any:
+    async def run_async(self, connections: Any) -> Any:
         return await self.listener.hear(self.seconds)
 
 
@@ -2212,8 +2215,8 @@ class _OpenAhead(_Step):
     def run(self, connection: Any) -> _Connection:
         return _Connection(connection, None)
 
-    async def run_async(self, client: Any) -> Any:
-        return client.open_ahead()
+    async def run_async(self, connections: Any) -> Any:
+        return connections.open_ahead()
 
 
 class _Receive(_Step):
@@ -2225,7 +2228,7 @@ class _Receive(_Step):
     def run(self, connection: Any) -> list[Any]:
         return _receive(self.ahead)
 
-    async def run_async(self, client: Any) -> Any:
+    async def run_async(self, connections: Any) -> Any:
         return await self.ahead.receive()
 
 
@@ -2238,7 +2241,7 @@ class _CanReach(_Step):
     def run(self, connection: Any) -> bool:
         return not isinstance(connection, _Connection) or connection.answers(self.key)
 
-    async def run_async(self, client: Any) -> bool:
+    async def run_async(self, connections: Any) -> bool:
         return True
 
 
@@ -5936,8 +5939,7 @@ class _BaseQueue(_JobContainer[J]):
     def __init__(
         self, name: str = "default", connection: Any = None,
         default_timeout: Any = None, is_async: bool = True, job_class: Any = None,
-        serializer: Any = None, death_penalty_class: Any = None,
-        before_enqueue: Any = (),
+        serializer: Any = None, before_enqueue: Any = (),
     ) -> None:  # fmt: skip
         self.name = name
         self.prefix = _queue_prefix(name)
@@ -6444,6 +6446,17 @@ class Queue(_BaseQueue[Job], _BlockingContainer):
     same name are equal, and sorted by their names."""
 
     job_class = Job
+
+    def __init__(
+        self, name: str = "default", connection: Redis | None = None,
+        default_timeout: Any = None, is_async: bool = True, job_class: Any = None,
+        serializer: Any = None, death_penalty_class: Any = None,
+        before_enqueue: Any = (),
+    ) -> None:  # fmt: skip
+        super().__init__(
+            name, connection, default_timeout, is_async, job_class, serializer,
+            before_enqueue,
+        )  # fmt: skip
 
     @staticmethod
     def _connect(connection: Redis | None) -> Redis:
@@ -11271,9 +11284,7 @@ class _BaseGroup(Generic[J]):
 
     connection: Any
 
-    def __init__(
-        self, connection: Any = None, name: str | None = None, serializer: Any = None
-    ) -> None:
+    def __init__(self, connection: Any, name: str | None, serializer: Any) -> None:
         self.connection = self._queue_class()._connect(connection)
         self.name = name or secrets.token_urlsafe(16)
         self.key = _group_key(self.name)
@@ -11299,7 +11310,7 @@ class _BaseGroup(Generic[J]):
         [names] = yield [_list_command(_GROUPS_KEY)]
         if not names:
             return []
-        groups = [cls(connection, name.decode()) for name in names]
+        groups = [cls(connection, name.decode(), None) for name in names]
         replies = yield [("EXISTS", group.key) for group in groups]
         return [group for group, exists in zip(groups, replies, strict=True) if exists]
 
@@ -11472,6 +11483,12 @@ class Group(_BaseGroup[Job]):
 
     A group comes into being with its first job.  It is forgotten a week after the last
     jobs joined, and by cleanup() when none of its jobs exists."""
+
+    def __init__(
+        self, connection: Redis | None = None, name: str | None = None,
+        serializer: Any = None,
+    ) -> None:  # fmt: skip
+        super().__init__(connection, name, serializer)
 
     @staticmethod
     def _queue_class() -> type[Queue]:
@@ -13725,8 +13742,13 @@ class _ConcurrentLoop(_WorkLoop):
 # and logs in, as the client says; afterwards a _Wire takes it over, since redis-py
 # itself serves one call of a connection at a time.  Tasks that wait for messages share
 # a second connection.  Each loop has its own ones.  A client of a Cluster is the
-# exception: redis-py finds the nodes, and has connections to them of its own.  Uses
-# sections 4 to 7, and of section 13 _BaseGroup.
+# exception: redis-py finds the nodes, and has connections to them of its own.
+#
+# Invariants: a call is in _Wire._calls from before its first byte is sent until its
+# last reply is there, whoever still waits for it; so each reply is for the first call
+# of the deque.  A connection on which this is in doubt is closed, and its calls are
+# sent again, which does no harm (section 4).  Uses sections 4 to 7, and of section 13
+# _BaseGroup.
 
 
 _INCOMPLETE = object()  # what hiredis returns while a reply has not come whole
@@ -13774,13 +13796,13 @@ class _Wire(asyncio.Protocol):
         self, raw: Any, on_message: Callable[[bytes], None] | None = None,
         on_lost: Callable[[], None] | None = None,
     ) -> None:  # fmt: skip
-        self.pid = os.getpid()
         self.is_open = True  # takes new calls
         self.closed = asyncio.Event()
         self._on_message = on_message
         self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
-        self._calls: deque[_WireCall] = deque()
+        self._calls: deque[_WireCall] = deque()  # without all replies
+        self._unsent: list[bytes] = []  # the commands of the last ones of them
         self._parser = hiredis.Reader(
             protocolError=exceptions.InvalidResponse,
             replyError=_HiredisParser.parse_error,
@@ -13812,9 +13834,18 @@ class _Wire(asyncio.Protocol):
         packed = b"".join(map(pack_command, commands))
         if not self._calls:
             self._watch_silence()
+            self._transport.write(packed)
+        else:
+            # Those of all tasks that run now are written at once: by one system call.
+            if not self._unsent:
+                self._loop.call_soon(self._write_unsent)
+            self._unsent.append(packed)
         self._calls.append(call)
-        self._transport.write(packed)
         return call.future
+
+    def _write_unsent(self) -> None:
+        self._transport.write(b"".join(self._unsent))
+        self._unsent.clear()
 
     def retire(self) -> None:
         """Take no more calls, and close once those under way have their replies."""
@@ -13884,6 +13915,7 @@ class _Wire(asyncio.Protocol):
         """Close the connection at once; calls that are under way raise a copy of the
         error."""
         self.is_open = False
+        self._unsent.clear()
         self._writable.set()
         if self._timer is not None:
             self._timer.cancel()
@@ -14037,7 +14069,7 @@ class _AsyncListener:
         self._event = asyncio.Event()  # something has happened, or a time is over
         self._subscribing: asyncio.Task[None] | None
         self._subscribing = asyncio.ensure_future(subscriptions.add(self))
-        self._subscribing.add_done_callback(lambda task: self._event.set())
+        self._subscribing.add_done_callback(self._on_subscribed)
 
     async def hear(self, seconds: float) -> bool:
         """Wait for a message up to some seconds, and return whether one has come.
@@ -14062,6 +14094,10 @@ class _AsyncListener:
             self._subscriptions.check(self)
         return self._has_message
 
+    def _on_subscribed(self, subscribing: asyncio.Task[None]) -> None:
+        _retrieve_error(subscribing)
+        self._event.set()
+
     def on_message(self) -> None:
         self._has_message = True
         self._event.set()
@@ -14076,19 +14112,20 @@ class _AsyncListener:
         self._subscriptions.discard(self)
 
 
-class _AsyncClient:
-    """A client of redis.asyncio on one event loop, with the connections that its calls
-    share there."""
+class _LoopConnections:
+    """The connections that a client of redis.asyncio has on one event loop: one for all
+    calls, and one for all that wait for messages."""
 
     @staticmethod
-    def of(client: Any) -> _AsyncClient:
-        """Return that of the running loop.
+    def of(client: Any) -> _LoopConnections:
+        """Return those of the running loop.
 
-        Those of all loops are an attribute of the client's pool, or of the client of a
-        Cluster, so they live as long as that."""
+        They are in an attribute of the client's pool, or of the client of a Cluster, so
+        they live as long as that."""
         loop = asyncio.get_running_loop()
         owner = client if _is_cluster(client) else client.connection_pool
-        by_loop: dict[Any, _AsyncClient] = vars(owner).setdefault("_microq_loops", {})
+        by_loop: dict[Any, _LoopConnections]
+        by_loop = vars(owner).setdefault("_microq_loops", {})
         found = by_loop.get(loop)
         if found is not None and found.pid == os.getpid():
             return found
@@ -14102,10 +14139,10 @@ class _AsyncClient:
                 by_loop.pop(other, None)
         # In a forked process, the connections of its parent are kept, since to close
         # them would disturb the parent.
-        by_loop[loop] = _AsyncClient(client, inherited=found)
+        by_loop[loop] = _LoopConnections(client, inherited=found)
         return by_loop[loop]
 
-    def __init__(self, client: Any, inherited: _AsyncClient | None) -> None:
+    def __init__(self, client: Any, inherited: _LoopConnections | None) -> None:
         self.client = client
         self.pid = os.getpid()
         self._inherited = inherited
@@ -14161,9 +14198,11 @@ class _AsyncClient:
                 await asyncio.sleep(0.1)
 
     def listener(self, channel: str) -> _AsyncListener:
+        """Return what hears the messages on a channel; its owner closes it."""
         return _AsyncListener(self._subscriptions, channel)
 
     def open_ahead(self) -> _AsyncAhead:
+        """Return what sends commands ahead; its owner closes it."""
         return _AsyncAhead(self, self._calls)
 
     async def aclose(self) -> None:
@@ -14178,38 +14217,42 @@ async def _ignore_error(error: Exception) -> None:
     """What redis-py's Retry wants to be done after a failure: nothing."""
 
 
-def _retrieve_error(task: asyncio.Task[Any]) -> None:
-    """Tell asyncio that the error of a task needs no log line."""
-    if not task.cancelled():
-        task.exception()
+def _retrieve_error(future: asyncio.Future[Any]) -> None:
+    """Take note of an error that perhaps nobody waits for, so that asyncio does not log
+    that it was never retrieved."""
+    if not future.cancelled():
+        future.exception()
 
 
 class _AsyncAhead:
     """Sends commands ahead over the connection of all calls, as a _Connection does."""
 
-    def __init__(self, client: _AsyncClient, calls: _SharedWire) -> None:
+    def __init__(self, connections: _LoopConnections, calls: _SharedWire) -> None:
         self.sent: Sequence[Command] = ()  # commands whose replies are unread
-        self._client = client
+        self._connections = connections
         self._calls = calls
-        self._replies: asyncio.Future[list[Any]] | None = None
+        self._replies: Any = None  # the future of them
 
     def send_ahead(self, commands: Sequence[Command]) -> None:
         """Send commands for receive(), unless there is no connection now."""
         wire = self._calls.current()
         if wire is not None:
             self._replies = wire.send(commands)
+            self._replies.add_done_callback(_retrieve_error)
             self.sent = commands
 
     async def receive(self) -> list[Any]:
         """Return the replies to the commands that were sent ahead."""
         commands, self.sent = self.sent, ()
         try:
-            assert self._replies is not None
-            return await self._replies
+            replies: list[Any] = await self._replies
+            return replies
         except exceptions.NoScriptError:
-            return await self._client.execute([_as_eval(each) for each in commands])
+            return await self._connections.execute(
+                [_as_eval(each) for each in commands]
+            )
         except _REDIS_ERRORS as error:
-            _raise_explained(error, self._client.client)
+            _raise_explained(error, self._connections.client)
 
     def close(self) -> None:
         if self._replies is not None:
@@ -14220,15 +14263,15 @@ async def _follow_async(connection: Any, steps: Steps[R]) -> R:
     """Execute steps over a client of redis.asyncio; see _follow().
 
     A task that is cancelled raises CancelledError in the steps."""
-    client = _AsyncClient.of(connection)
+    connections = _LoopConnections.of(connection)
     try:
         step = next(steps)
         while True:
             try:
                 if isinstance(step, _Step):
-                    reply = await step.run_async(client)
+                    reply = await step.run_async(connections)
                 else:
-                    reply = await client.execute(step)
+                    reply = await connections.execute(step)
             except BaseException as error:
                 step = steps.throw(error)
             else:
@@ -14250,13 +14293,16 @@ def _awaited(
     return cast("Callable[P, Coroutine[Any, Any, R]]", method)
 
 
-def _connect_async(connection: Any = None) -> Any:
+AsyncClient = AsyncRedis | AsyncRedisCluster
+
+
+def _connect_async(connection: AsyncClient | None = None) -> Any:
     """Return `connection`, or a client to $MICROQ_URL, $REDIS_URL, or localhost.
 
     Does not talk to the server."""
     if connection is None:
         return _async_client_of_url(_default_url())
-    if not isinstance(connection, AsyncRedis | AsyncRedisCluster):
+    if not isinstance(connection, AsyncClient):
         raise TypeError(
             f"connection takes a redis.asyncio.Redis, not {connection!r}; "
             "a redis.Redis is for Queue, Job and Group"
@@ -14286,7 +14332,10 @@ class AsyncJob(_BaseJob):
 
     @classmethod
     async def fetch(
-        cls: type[J], id: str, connection: Any = None, serializer: Any = None
+        cls: type[J],
+        id: str,
+        connection: AsyncClient | None = None,
+        serializer: Any = None,
     ) -> J:
         """Return the job of this id, in any queue, or raise NoSuchJobError."""
         client = _connect_async(connection)
@@ -14296,7 +14345,7 @@ class AsyncJob(_BaseJob):
     async def fetch_many(
         cls: type[J],
         job_ids: Iterable[str],
-        connection: Any = None,
+        connection: AsyncClient | None = None,
         serializer: Any = None,
     ) -> list[J | None]:
         """Return the jobs of these ids, None for a missing one.
@@ -14307,7 +14356,7 @@ class AsyncJob(_BaseJob):
         return await _follow_async(client, cls._fetch_many(job_ids, client, serializer))
 
     @classmethod
-    async def exists(cls, job_id: str, connection: Any = None) -> bool:
+    async def exists(cls, job_id: str, connection: AsyncClient | None = None) -> bool:
         """Tell whether any queue has a job of this id.  Two round trips."""
         return await cls.fetch_many([job_id], connection) != [None]
 
@@ -14392,13 +14441,13 @@ class AsyncQueue(_BaseQueue[AsyncJob], _AsyncContainer):
     job_class = AsyncJob
 
     def __init__(
-        self, name: str = "default", connection: Any = None,
+        self, name: str = "default", connection: AsyncClient | None = None,
         default_timeout: Any = None, is_async: bool = True, job_class: Any = None,
         serializer: Any = None, before_enqueue: Any = (),
     ) -> None:  # fmt: skip
         super().__init__(
-            name, connection, default_timeout, job_class=job_class,
-            serializer=serializer, before_enqueue=before_enqueue,
+            name, connection, default_timeout, is_async, job_class, serializer,
+            before_enqueue,
         )  # fmt: skip
         if not is_async:
             raise TypeError("is_async=False blocks until the job has run; use a Queue")
@@ -14412,7 +14461,7 @@ class AsyncQueue(_BaseQueue[AsyncJob], _AsyncContainer):
 
     @classmethod
     async def all(
-        cls: type[Q], connection: Any = None, job_class: Any = None,
+        cls: type[Q], connection: AsyncClient | None = None, job_class: Any = None,
         serializer: Any = None,
     ) -> list[Q]:  # fmt: skip
         """Return every queue that was used and not deleted, by name.  One round
@@ -14423,7 +14472,7 @@ class AsyncQueue(_BaseQueue[AsyncJob], _AsyncContainer):
     async def aclose(self) -> None:
         """Close the connections that the client has on this event loop for microq, once
         the calls under way have their replies.  A later call opens them again."""
-        await _AsyncClient.of(self.connection).aclose()
+        await _LoopConnections.of(self.connection).aclose()
         if self._made_client:
             await self.connection.aclose()
 
@@ -14489,13 +14538,22 @@ class AsyncQueue(_BaseQueue[AsyncJob], _AsyncContainer):
 class AsyncGroup(_BaseGroup[AsyncJob]):
     """A Group for programs with an event loop; its jobs are in AsyncQueues."""
 
+    def __init__(
+        self, connection: AsyncClient | None = None, name: str | None = None,
+        serializer: Any = None,
+    ) -> None:  # fmt: skip
+        super().__init__(connection, name, serializer)
+
     @staticmethod
     def _queue_class() -> type[AsyncQueue]:
         return AsyncQueue
 
     @classmethod
     async def fetch(
-        cls: type[G], name: str, connection: Any = None, serializer: Any = None
+        cls: type[G],
+        name: str,
+        connection: AsyncClient | None = None,
+        serializer: Any = None,
     ) -> G:
         """Return the group of this name.  One round trip.
 
@@ -14505,7 +14563,7 @@ class AsyncGroup(_BaseGroup[AsyncJob]):
         return group
 
     @classmethod
-    async def all(cls: type[G], connection: Any = None) -> list[G]:
+    async def all(cls: type[G], connection: AsyncClient | None = None) -> list[G]:
         """Return all groups, in the order in which the last jobs joined them.
 
         Two round trips: the set of names may hold groups that are empty by now."""
