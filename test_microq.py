@@ -6902,7 +6902,7 @@ def test_what_a_script_has_printed_is_not_printed_by_its_children(server):
         microq.Worker(queue, jobs_per_fork=1).work(burst=True)
         queue.delete()
     """
-    assert run_script(code).stdout == "once\n"
+    assert run_script(code, PYTHONUNBUFFERED="").stdout == "once\n"
 
 
 def test_no_command_goes_to_a_child_whose_parent_has_died(
@@ -6913,9 +6913,14 @@ def test_no_command_goes_to_a_child_whose_parent_has_died(
 import redis, microq, test_microq
 microq._PRCTL = None
 microq._BlockingConnection.BLPOP_TIMEOUT = 100
-microq.Worker("default", connection=redis.Redis.from_url({server.url!r})).work()
+connection = redis.Redis.from_url({server.url!r})
+microq.Worker("default", jobs_per_fork=1, connection=connection).work()
 """
     worker = start_script(code)
+    wait_until(lambda: blocked_clients(redis) == 2)
+    # The third child from now on is forked while BLPOP is under way.
+    jobs = [queue.enqueue(add) for _ in range(3)]
+    wait_until(lambda: all(job.is_finished for job in jobs))
     wait_until(lambda: blocked_clients(redis) == 2)
     queue.enqueue(sleep_and_record_pid, str(tmp_path / "log"), 100)
     pid, _ = pids_of_run(tmp_path / "log")
