@@ -2087,9 +2087,17 @@ def _execute_one(connection: Any, *command: Any) -> Any:
 # Operations.
 #
 # What Queue, Job and Group do with Redis, AsyncQueue, AsyncJob and AsyncGroup do, too.
-# So an operation is written once, as steps: a generator that yields commands, and is
-# sent their replies.  _follow() executes them, and blocks meanwhile; _follow_async(),
-# in section 18, lets the event loop go on.
+# So an operation is written once, as steps: a generator that yields a list of commands,
+# and is sent the list of their replies.
+#
+#     def _count(self) -> Steps[int]:
+#         [size] = yield [("LLEN", self.key)]
+#         return int(size)
+#
+# An operation uses another one by `yield from`.  _blocking(_count) is the method of
+# Queue, by _follow(), which blocks until the replies are there; _awaited(_count), in
+# section 18, is that of AsyncQueue, by _follow_async(), which lets the event loop go
+# on.  If steps have to wait for anything else, they yield a _Step.
 
 Steps = Generator[Any, Any, R]  # they end with a value of the type R
 
@@ -4915,7 +4923,7 @@ class _BaseJob:
             yield from self._refresh()
         return self._status  # type: ignore[return-value]  # _refresh() has set it
 
-    def _is(self, status: JobStatus) -> bool:
+    def _has_status(self, status: JobStatus) -> bool:
         """Return whether the job has this status.
 
         A Job asks, in one round trip; an AsyncJob says what was read last."""
@@ -4923,48 +4931,48 @@ class _BaseJob:
 
     @property
     def is_queued(self) -> bool:
-        """Whether the job waits in its queue."""
-        return self._is(JobStatus.QUEUED)
+        """Whether the job waits in its queue.  One round trip, of a Job."""
+        return self._has_status(JobStatus.QUEUED)
 
     @property
     def is_started(self) -> bool:
-        """Whether a worker has claimed the job."""
-        return self._is(JobStatus.STARTED)
+        """Whether a worker has claimed the job.  One round trip, of a Job."""
+        return self._has_status(JobStatus.STARTED)
 
     @property
     def is_scheduled(self) -> bool:
-        """Whether the job is to be queued later."""
-        return self._is(JobStatus.SCHEDULED)
+        """Whether the job is to be queued later.  One round trip, of a Job."""
+        return self._has_status(JobStatus.SCHEDULED)
 
     @property
     def is_deferred(self) -> bool:
-        """Whether the job waits for other jobs."""
-        return self._is(JobStatus.DEFERRED)
+        """Whether the job waits for other jobs.  One round trip, of a Job."""
+        return self._has_status(JobStatus.DEFERRED)
 
     @property
     def is_rate_limited(self) -> bool:
-        """Whether the job waits for its RateLimit."""
-        return self._is(JobStatus.RATE_LIMITED)
+        """Whether the job waits for its RateLimit.  One round trip, of a Job."""
+        return self._has_status(JobStatus.RATE_LIMITED)
 
     @property
     def is_finished(self) -> bool:
-        """Whether the job has succeeded."""
-        return self._is(JobStatus.FINISHED)
+        """Whether the job has succeeded.  One round trip, of a Job."""
+        return self._has_status(JobStatus.FINISHED)
 
     @property
     def is_failed(self) -> bool:
-        """Whether the job has failed."""
-        return self._is(JobStatus.FAILED)
+        """Whether the job has failed.  One round trip, of a Job."""
+        return self._has_status(JobStatus.FAILED)
 
     @property
     def is_stopped(self) -> bool:
-        """Whether the job was stopped by a command."""
-        return self._is(JobStatus.STOPPED)
+        """Whether the job was stopped by a command.  One round trip, of a Job."""
+        return self._has_status(JobStatus.STOPPED)
 
     @property
     def is_canceled(self) -> bool:
-        """Whether the job was canceled."""
-        return self._is(JobStatus.CANCELED)
+        """Whether the job was canceled.  One round trip, of a Job."""
+        return self._has_status(JobStatus.CANCELED)
 
     @property
     def created_at(self) -> datetime | None:
@@ -5369,7 +5377,7 @@ class Job(_BaseJob):
     requeue = _blocking(_BaseJob._requeue)
     delete = _blocking(_BaseJob._delete)
 
-    def _is(self, status: JobStatus) -> bool:
+    def _has_status(self, status: JobStatus) -> bool:
         return self.get_status() == status
 
     @property
@@ -14378,7 +14386,7 @@ class AsyncJob(_BaseJob):
     requeue = _awaited(_BaseJob._requeue)
     delete = _awaited(_BaseJob._delete)
 
-    def _is(self, status: JobStatus) -> bool:
+    def _has_status(self, status: JobStatus) -> bool:
         return self._status is status
 
     @property

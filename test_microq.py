@@ -11013,6 +11013,31 @@ def test_async_client_works_on_a_cluster(cluster):
     run_loop(main)
 
 
+def test_async_client_waits_for_a_slot_that_migrates(cluster, monkeypatch):
+    first, second, _ = cluster.masters()
+    [slot] = cluster.lowest_slots(first, 1)
+    [name] = cluster.names([slot])
+    client = redis_py.asyncio.RedisCluster(host="127.0.0.1", port=cluster.port(first))
+
+    async def main():
+        queue = AsyncQueue(name, client)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(cluster.open_slot(slot, first, second))
+            with monkeypatch.context() as patch:
+                patch.setattr(microq, "SLOT_TIMEOUT", 0)
+                with pytest.raises(ServerUnavailable, match="TTL exhausted"):
+                    await queue.enqueue(add)
+            call = asyncio.ensure_future(queue.enqueue(add, 1))
+            await asyncio.sleep(0.3)
+            await asyncio.to_thread(stack.pop_all().close)
+            job = await call
+        assert await queue.get_job_ids() == [job.id]
+        await queue.aclose()
+        await client.aclose()
+
+    run_loop(main)
+
+
 def test_a_client_of_a_cluster_belongs_to_one_loop(cluster):
     client = redis_py.asyncio.RedisCluster(
         host="127.0.0.1", port=cluster.port(cluster.nodes[0])
