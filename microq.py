@@ -5417,11 +5417,12 @@ class _RunState:
     started_at  - seconds since the epoch, by the server's clock
     call        - of the call that is under way, or the last one: its deadline by
                   time.monotonic(), and what raises an exception of the given class in
-                  it, from any thread; None before the first call
+                  it, from any thread, and returns whether it has not ended; None before
+                  the first call
     result_text - what the log will show of the return value, "" for nothing"""
 
     started_at: float
-    call: tuple[float, Callable[[type[BaseException]], None]] | None = None
+    call: tuple[float, Callable[[type[BaseException]], bool]] | None = None
     result_text: str = ""
 
 
@@ -6695,7 +6696,7 @@ def perform(execution: Execution, options: _RunOptions = _DEFAULT_OPTIONS) -> Ou
             try:
                 value = _call_with_timeout(execution, *step)
             except BaseException as error:
-                step = steps.throw(error)
+                step = _throw(steps, error)
             else:
                 step = steps.send(value)
         return step
@@ -6716,6 +6717,14 @@ def _run_steps(execution: Execution, options: _RunOptions) -> _Steps:
     except _ColdShutdown:
         outcome = _INTERRUPTED.after(time.perf_counter() - started)
     yield outcome
+
+
+def _throw(steps: _Steps, error: BaseException) -> _Call | Outcome:
+    """Return the step that follows a call which raised `error`."""
+    if isinstance(error, GeneratorExit):  # this would only close the generator
+        text = "the job raised GeneratorExit"
+        error = RuntimeError(text).with_traceback(error.__traceback__)
+    return steps.throw(error)
 
 
 def _run_function(
@@ -6981,7 +6990,7 @@ class _Interrupter:
         self.deadline = 0.0  # monotonic; infinity: no limit; 0: no call is armed
         self.timer: threading.Timer | None = None
 
-    def arm(self, seconds: float) -> Callable[[type[BaseException]], None]:
+    def arm(self, seconds: float) -> Callable[[type[BaseException]], bool]:
         """Begin a call that may take so many seconds; -1: no limit.
 
         Returns what interrupts this call."""
@@ -7004,13 +7013,16 @@ class _Interrupter:
         """Go on with the call, in which another interrupter was used in this thread."""
         # Nothing is to be done: the timer went on meanwhile.
 
-    def interrupt(self, run_number: int, reason: type[BaseException]) -> None:
-        """Raise `reason` in the call of this number, unless it has ended."""
+    def interrupt(self, run_number: int, reason: type[BaseException]) -> bool:
+        """Raise `reason` in the call of this number, unless it has ended; return
+        whether it has not."""
         with self.lock:
-            if self.deadline and run_number == self.run_number:
+            is_under_way = self.deadline != 0 and run_number == self.run_number
+            if is_under_way:
                 self._raise(reason)
+            return is_under_way
 
-    def _start_timer(self, seconds: float, interrupt: Callable[..., None]) -> None:
+    def _start_timer(self, seconds: float, interrupt: Callable[..., bool]) -> None:
         """Have the call interrupted after so many seconds; 0 or less: never."""
         if seconds <= 0:
             return
@@ -7058,7 +7070,7 @@ class _AlarmInterrupter(_Interrupter):
         # 0 would switch the timer off, and infinity is refused.
         signal.setitimer(signal.ITIMER_REAL, min(max(0.001, seconds), 1e6))
 
-    def _start_timer(self, seconds: float, interrupt: Callable[..., None]) -> None:
+    def _start_timer(self, seconds: float, interrupt: Callable[..., bool]) -> None:
         if _signal.getsignal(signal.SIGALRM) != self._on_alarm:  # a job replaced it
             signal.signal(signal.SIGALRM, self._on_alarm)
         if seconds < 0:
@@ -13125,7 +13137,7 @@ class _WatchedInterrupter(_Interrupter):
     """An interrupter without a timer: _ConcurrentRunner watches the deadlines of all
     its calls."""
 
-    def _start_timer(self, seconds: float, interrupt: Callable[..., None]) -> None:
+    def _start_timer(self, seconds: float, interrupt: Callable[..., bool]) -> None:
         pass
 
 
@@ -13173,18 +13185,20 @@ class _ConcurrentRun:
 
     def throw(self, error: BaseException) -> _Call | Outcome:
         """Return the step that follows a call which raised `error`."""
-        return self.context.run(self._steps.throw, error)
+        return self.context.run(_throw, self._steps, error)
 
     def call(self, step: _Call) -> Any:
         """Make a call in this thread; return its value, or a coroutine to be run."""
         return self.context.run(_call_with_timeout, self.execution, *step)
 
-    def interrupt(self, reason: type[BaseException]) -> None:
-        """Raise `reason` in the call that is under way, from any thread."""
+    def interrupt(self, reason: type[BaseException]) -> bool:
+        """Raise `reason` in the call that is under way, from any thread; return whether
+        there is one."""
         state = self.execution.run_state
-        if state and state.call:
-            _, interrupt = state.call
-            interrupt(reason)
+        if not state or not state.call:
+            return False
+        _, interrupt = state.call
+        return interrupt(reason)
 
     def interrupt_if_late(self, now: float) -> None:
         """Interrupt the call that is under way, once, if it is over its time."""
@@ -13214,6 +13228,7 @@ class _ConcurrentRunner:
         self._ended: deque[tuple[_ConcurrentRun, Outcome | None]] = deque()
         self._is_awake = False  # the wake-up is set, or about to be
         self._pid = os.getpid()
+        self._to_stop: deque[_ConcurrentRun] = deque()
         self._coroutine_functions: set[tuple[type[Job], str]] = set()
         self._given_loop = event_loop  # that of an application, which runs it
         self.event_loop = event_loop or asyncio.new_event_loop()
@@ -13274,6 +13289,11 @@ class _ConcurrentRunner:
             self._end(run, None)
 
         self._threads.submit(call_and_end)
+
+    def stop(self, run: _ConcurrentRun) -> None:
+        """Raise StopRequested in a run, as soon as it makes a call: a coroutine may
+        still wait for the event loop."""
+        self._to_stop.append(run)
 
     def collect(self) -> list[tuple[_ConcurrentRun, Outcome | None]]:
         """Return the runs that have ended since the last call, with their outcomes;
@@ -13390,9 +13410,10 @@ class _ConcurrentRunner:
 
     def _cancel_soon(
         self, run: _ConcurrentRun, task: Any, reason: type[BaseException]
-    ) -> None:
+    ) -> bool:
         """Cancel a task; for any thread."""
         self.event_loop.call_soon_threadsafe(self._cancel, run, task, reason)
+        return True
 
     def _cancel(
         self, run: _ConcurrentRun, task: asyncio.Task[Any], reason: type[BaseException]
@@ -13427,15 +13448,24 @@ class _ConcurrentRunner:
     # The watch
 
     def _watch(self) -> None:
-        """Interrupt calls that are over their time, and report what blocks the event
-        loop, while anything runs."""
+        """Interrupt calls that are over their time, or to be stopped, and report what
+        blocks the event loop, while anything runs."""
         while not self._closed:
             self._has_runs.wait()
             time.sleep(_WATCH_INTERVAL)
             now = time.monotonic()
             for run in list(self.runs.values()):
                 run.interrupt_if_late(now)
+            self._stop_runs()
             self._check_event_loop(now)
+
+    def _stop_runs(self) -> None:
+        """Interrupt the runs that are to be stopped; those that make no call now are
+        looked at again."""
+        for _ in range(len(self._to_stop)):
+            run = self._to_stop.popleft()
+            if run.key in self.runs and not run.interrupt(StopRequested):
+                self._to_stop.append(run)
 
     def _check_event_loop(self, now: float) -> None:
         """Ask the event loop for a sign of life each second, and report one that is
@@ -13660,7 +13690,7 @@ class _ConcurrentLoop(_WorkLoop):
         for run in self.concurrent.runs.values():
             if run.slot.stop_requested() and not run.told_to_stop:
                 run.told_to_stop = True
-                run.interrupt(StopRequested)
+                self.concurrent.stop(run)
 
     def stop_job(self, job: _CurrentJob, grace: float) -> None:
         job.slot.request_stop()
