@@ -7713,11 +7713,13 @@ class _WorkLoop(_Loop):
 
     def _extend_run_limit(self) -> None:
         """Let a process that reaches its limit within a second go on: its jobs are
-        tiny, and a fork for each thousand of them would cost more than they do."""
-        limits = self.instance.limits
+        tiny, and a fork for each thousand of them would cost more than they do.  A
+        limit of 0 stays: the process is to be replaced for another reason."""
+        shared, limits = self.shared, self.instance.limits
         is_young = time.monotonic() < self.started_at + 1
-        if is_young and self._process_limit_reached() and not limits.replaces_exactly:
-            self.shared.run_limit += limits.jobs_per_fork
+        may_go_on = shared.run_limit > 0 and not limits.replaces_exactly
+        if is_young and may_go_on and self._process_limit_reached():
+            shared.run_limit += limits.jobs_per_fork
 
     def _process_limit_reached(self) -> bool:
         """Return whether this process has run as many jobs as it may."""
@@ -8201,10 +8203,8 @@ class _SerialLoop(_WorkLoop):
     def _on_ended(self, run: _Run) -> None:
         """Take over a run that has ended, and mend what it has done to this process."""
         if self.instance.forking and _reopen_standard_files():
-            # A job that closed these may have done more harm: replace this process, and
-            # have _extend_run_limit() not prolong its life.
+            # A job that closed these may have done more harm: replace this process.
             self.shared.run_limit = 0
-            self.started_at = -math.inf
         with self.lock:
             self.unsettled.append(run)
             self.running = None
