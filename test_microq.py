@@ -13770,6 +13770,628 @@ def test_a_process_for_each_job_has_no_concurrency(queue):
         microq.SpawnWorker(queue, concurrency=2)
 
 
+# ---- 17. Many jobs at once: stops and signals ----------------------------------------
+
+
+@pytest.fixture(params=["fork", "in-process"])
+def start_beside(request, start_worker):
+    """Start a worker of ten jobs at once in a process of its own, in either place."""
+
+    def start(*options):
+        place = ["--in-process"] if request.param == "in-process" else []
+        options = ("--concurrency", "10", "--name", "bee", *options, *place)
+        return start_worker(*options)
+
+    return start
+
+
+def enqueue_ten(queue, **options):
+    """Enqueue five functions and five coroutines that stay until they are told to
+    go."""
+    functions = [stay, stay_async] * 5
+    return [queue.enqueue(func, **options) for func in functions]
+
+
+def test_stopping_one_of_ten_leaves_the_others_alone(
+    redis, queue, beside, start_beside, callback_log
+):
+    jobs = enqueue_ten(queue, on_stopped=Callback(log_stopped))
+    worker = start_beside()
+    beside.wait_for(10)
+    for stopped in jobs[2:4]:
+        send_stop_job_command(redis, stopped.id)
+        wait_until(lambda: stopped.is_stopped)  # noqa: B023
+    assert sorted(callback_log()) == sorted(f"stopped {job.id}" for job in jobs[2:4])
+    assert beside.ends() == {jobs[2].id: "StopRequested", jobs[3].id: "CancelledError"}
+    assert [job.is_started for job in jobs].count(True) == 8
+    later = [queue.enqueue(f, 1, 2) for f in (add, add_later)]  # in the free slots
+    wait_until(lambda: all(job.is_finished for job in later))
+    beside.go()
+    others = jobs[:2] + jobs[4:]
+    wait_until(lambda: all(job.is_finished for job in others))
+    stop_and_read_log(worker)
+    assert worker.returncode == 0
+
+
+def test_a_stop_reaches_a_coroutine_that_has_not_begun(redis, queue):
+    """It may wait for the event loop, which another one blocks."""
+    BLOCKED_RUNS.clear()
+    queue.enqueue(sleep_async, 0.001)
+    with Worker(queue, concurrency=4):
+        wait_until(lambda: len(queue) == 0 and not queue.started_job_registry.count)
+        queue.enqueue(block_the_event_loop, 1.0)
+        wait_until(lambda: BLOCKED_RUNS)
+        waits = queue.enqueue(sleep_async, 60)
+        wait_until(lambda: waits.is_started)
+        send_stop_job_command(redis, waits.id)
+        wait_until(lambda: waits.is_stopped)
+
+
+def test_kill_horse_fails_all_jobs_of_the_process(redis, queue, beside, start_worker):
+    jobs = enqueue_ten(queue)
+    start_worker("--concurrency", "10", "--name", "bee")
+    beside.wait_for(10)
+    waits = queue.enqueue(add)
+    assert waits.is_queued
+    send_kill_horse_command(redis, "bee")
+    wait_until(lambda: all(job.is_failed for job in jobs))
+    assert {job.latest_result().exc_string for job in jobs} == {"killed by a command"}
+    wait_until(lambda: waits.is_finished)
+
+
+def test_sigterm_finishes_all_that_runs(redis, queue, beside, start_beside):
+    jobs = enqueue_ten(queue)
+    worker = start_beside()
+    beside.wait_for(10)
+    waits = [queue.enqueue(add) for _ in range(3)]
+    worker.terminate()
+    read_log_until(worker, "finishing the current job")
+    assert [job.is_started for job in jobs] == [True] * 10
+    beside.go()
+    assert worker.wait(30) == 0
+    assert statuses(*jobs) == ["finished"] * 10
+    assert statuses(*waits) == ["queued"] * 3
+    assert Worker.count(redis) == 0
+
+
+def test_sigterm_of_an_idle_worker_ends_it(queue, start_beside):
+    worker = start_beside()
+    job = queue.enqueue(add_later, 1, 2)
+    wait_until(lambda: job.is_finished)
+    stop_and_read_log(worker)
+    assert worker.returncode == 0
+
+
+def check_given_up(queue, beside, jobs, others, worker):
+    """The jobs of stay() have cleaned up, and all will run again, uncounted."""
+    assert worker.returncode == 1
+    assert statuses(*jobs, *others) == ["queued"] * (len(jobs) + len(others))
+    ends = beside.ends()
+    assert len(ends) == 10
+    assert [ends[job.id] for job in jobs[1::2]] == ["CancelledError"] * 5
+    assert sum(map(crashes_of, [*jobs, *others])) == 0
+    assert Worker.count(queue.connection) == 0
+    beside.go()
+    for job in others:
+        job.delete()
+    work(SimpleWorker(queue, concurrency=10))
+    assert statuses(*jobs) == ["finished"] * 10
+
+
+def test_a_second_sigterm_gives_up_all_that_runs(queue, beside, start_beside):
+    jobs = enqueue_ten(queue)
+    worker = start_beside()
+    beside.wait_for(10)
+    terminate_twice(worker)
+    check_given_up(queue, beside, jobs, [], worker)
+
+
+def test_what_runs_is_given_up_after_the_grace(queue, beside, start_beside):
+    jobs = enqueue_ten(queue)
+    worker = start_beside("--grace", "0.3")
+    beside.wait_for(10)
+    stop_and_read_log(worker)
+    check_given_up(queue, beside, jobs, [], worker)
+
+
+def ignore_exceptions_of_many(seconds):
+    arrive()
+    ignore_exceptions(seconds)
+
+
+async def ignore_cancel_of_many(seconds):
+    arrive()
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(0.01)
+
+
+def test_what_ignores_that_it_is_given_up_runs_again(queue, beside, start_worker):
+    stuck = [
+        queue.enqueue(func, 60)
+        for func in (ignore_exceptions_of_many, ignore_cancel_of_many)
+    ]
+    worker = start_worker("--concurrency", "4", "--grace", "0.1")
+    beside.wait_for(2)
+    stop_and_read_log(worker)
+    assert worker.returncode == 1
+    assert statuses(*stuck) == ["queued"] * 2
+    assert sum(map(crashes_of, stuck)) == 0
+
+
+def test_a_shutdown_command_finishes_all_that_runs(redis, queue, beside, start_beside):
+    jobs = enqueue_ten(queue)
+    worker = start_beside()
+    beside.wait_for(10)
+    send_shutdown_command(redis, "bee")
+    read_log_until(worker, "shutdown")
+    beside.go()
+    assert worker.wait(30) == 0
+    assert statuses(*jobs) == ["finished"] * 10
+
+
+def test_the_death_of_a_worker_with_many_jobs_costs_a_run_of_each(
+    redis, queue, beside, start_worker
+):
+    """SIGKILL of the parent, which takes the child along; another worker reaps all."""
+    functions = [stay_in_the_first_run, stay_in_the_first_run_async] * 3
+    jobs = [queue.enqueue(func) for func in functions]
+    worker = start_worker("--concurrency", "6", "--lease", "0.5")
+    beside.wait_for(6)
+    worker.kill()
+    worker.wait(30)
+    with Worker(queue, concurrency=6, lease=0.5):
+        wait_until(lambda: all(job.is_finished for job in jobs))
+    assert set(redis.hvals("beside:runs")) == {b"2"}
+
+
+def test_the_server_may_pause_while_many_jobs_run(redis, queue, go_on):
+    with Worker(queue, concurrency=10, lease=2):
+        functions = [wait_to_go_on, wait_to_go_on_async] * 4
+        jobs = [queue.enqueue(func) for func in functions]
+        wait_until(lambda: all(job.is_started for job in jobs))
+        redis.client_pause(1500)
+        go_on.set()
+        wait_until(lambda: all(job.is_finished for job in jobs))
+    assert [len(job.results()) for job in jobs] == [1] * 8
+
+
+@pytest.mark.parametrize("fork", [True, False], ids=["fork", "in-process"])
+def test_the_server_may_restart_while_many_jobs_run(tmp_path, fork):
+    """With its data: outcomes that could not be stored are stored afterwards."""
+    options = ["--port", "0", "--appendonly", "yes", "--appendfsync", "always"]
+    server = Server(tmp_path, *options)
+    try:
+        redis = redis_py.Redis.from_url(server.url)
+        queue = Queue(connection=redis)
+        functions = [wait_for_file_beside, wait_for_file_beside_async]
+        jobs = [queue.enqueue(functions[i % 2], str(tmp_path)) for i in range(6)]
+        code = f"""
+import redis, microq
+connection = redis.Redis.from_url({server.url!r})
+worker = microq.Worker("default", connection=connection, concurrency=6, fork={fork})
+worker.work(burst=True, logging_level=None)
+"""
+        worker = start_script(code)
+        wait_until(lambda: len(list(tmp_path.glob("*.here"))) == 6)
+        server.stop()
+        (tmp_path / "go").touch()
+        time.sleep(0.2)  # so that the jobs end while the server is away
+        server.start()
+        assert worker.wait(60) == 0
+        assert [job.return_value() for job in jobs] == ["gone on"] * 6
+        assert [len(job.results()) for job in jobs] == [1] * 6
+        check_invariants(redis)
+    finally:
+        server.stop()
+
+
+def wait_for_file_beside(folder):
+    Path(folder, f"{get_current_job().id}.here").touch()
+    wait_until(Path(folder, "go").exists)
+    return "gone on"
+
+
+async def wait_for_file_beside_async(folder):
+    Path(folder, f"{get_current_job().id}.here").touch()
+    while not Path(folder, "go").exists():
+        await asyncio.sleep(0.01)
+    return "gone on"
+
+
+# ---- 17. Many jobs at once: in an application ----------------------------------------
+
+
+async def loop_of_job():
+    await asyncio.sleep(0.001)
+    return id(asyncio.get_running_loop()), threading.current_thread().name
+
+
+async def exit_in_coroutine():
+    await asyncio.sleep(0.001)
+    sys.exit(4)
+
+
+def has_ended(job):
+    return job.is_finished or job.is_failed
+
+
+async def wait_until_async(condition):
+    await asyncio.to_thread(wait_until, condition)
+
+
+@pytest.mark.parametrize("concurrency", [1, 5])
+def test_async_with_runs_coroutines_on_the_loop_of_the_block(queue, concurrency):
+    """A SystemExit of a job does not end that loop; leaving the block leaves what is
+    queued to others."""
+
+    async def application():
+        async with Worker(queue, concurrency=concurrency):
+            jobs = [queue.enqueue(loop_of_job) for _ in range(5)]
+            exiting = [queue.enqueue(exit_in_coroutine) for _ in range(2)]
+            function = queue.enqueue(add, 1)
+            ends = [*jobs, *exiting, function]
+            await wait_until_async(lambda: all(has_ended(job) for job in ends))
+        return id(asyncio.get_running_loop()), jobs, exiting, function
+
+    loop_id, jobs, exiting, function = asyncio.run(application())
+    name = threading.current_thread().name
+    assert [job.return_value() for job in jobs] == [(loop_id, name)] * 5
+    assert statuses(*exiting) == ["failed"] * 2
+    assert all("SystemExit" in job.exc_info for job in exiting)
+    assert function.is_finished
+
+
+def test_leaving_async_with_waits_for_what_runs_only(redis, queue, beside):
+    async def application():
+        async with Worker(queue, concurrency=2):
+            jobs = [queue.enqueue(sleep_async, 0.3) for _ in range(2)]
+            await wait_until_async(lambda: all(job.is_started for job in jobs))
+            waits = [queue.enqueue(sleep_async, 0.3) for _ in range(2)]
+        return jobs, waits
+
+    jobs, waits = asyncio.run(application())
+    assert statuses(*jobs, *waits) == ["finished"] * 2 + ["queued"] * 2
+    assert [len(job.results()) for job in jobs] == [1, 1]
+
+
+def test_async_with_may_be_left_by_an_error_or_a_cancel(queue):
+    async def application():
+        with pytest.raises(ZeroDivisionError):
+            async with Worker(queue, concurrency=2):
+                job = queue.enqueue(sleep_async, 0.1)
+                await wait_until_async(lambda: job.is_started)
+                raise ZeroDivisionError
+        return job
+
+    assert asyncio.run(application()).is_finished
+
+
+def test_leaving_with_waits_until_nothing_is_queued(queue):
+    with Worker(queue, concurrency=3):
+        jobs = [queue.enqueue(f, 0.02) for f in (sleep, sleep_async) * 10]
+    assert statuses(*jobs) == ["finished"] * 20
+
+
+async def exit_or_interrupt(kind):
+    await asyncio.sleep(0)
+    raise kind
+
+
+def exit_or_interrupt_in_function(kind):
+    raise kind
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, GeneratorExit])
+def test_an_exit_of_a_job_only_fails_it(queue, run, kind):
+    functions = [exit_or_interrupt, exit_or_interrupt_in_function]
+    jobs = [queue.enqueue(func, kind) for func in functions]
+    after = queue.enqueue(add, 1)
+    run()
+    assert statuses(*jobs, after) == ["failed", "failed", "finished"]
+    assert all(kind.__name__ in job.exc_info for job in jobs)
+
+
+def test_a_job_cannot_end_the_process_of_others_by_an_exit(queue, run_beside):
+    functions = [exit_or_interrupt, exit_or_interrupt_in_function] * 2
+    jobs = [
+        queue.enqueue(func, kind)
+        for func in functions
+        for kind in (SystemExit, KeyboardInterrupt, GeneratorExit)
+    ]
+    others = [queue.enqueue(f, 0.01) for f in (sleep, sleep_async) * 5]
+    run_beside(4)
+    assert statuses(*jobs) == ["failed"] * 12
+    assert statuses(*others) == ["finished"] * 10
+    assert [len(job.results()) for job in others] == [1] * 10
+
+
+def test_a_garbled_webhook_costs_no_slot(redis, queue, beside, run_beside):
+    jobs = [
+        queue.enqueue(f, 1, 2, webhooks=[Webhook("http://127.0.0.1:1", "finished")])
+        for f in (add, add_later) * 2
+    ]
+    for job in jobs:
+        redis.hset(job.key, "webhooks", "{")
+    others = [queue.enqueue(meet, 2) for _ in range(2)]
+    run_beside(2)
+    assert statuses(*jobs, *others) == ["finished"] * 6
+
+
+def fork_in_a_thread():
+    return os.fork() == 0
+
+
+async def fork_in_a_coroutine():
+    await asyncio.sleep(0)
+    return os.fork() == 0
+
+
+def test_a_job_beside_others_that_forks_ends_once(queue, run_beside):
+    """The copy of the process ends where the job returns there."""
+    jobs = [queue.enqueue(f) for f in (fork_in_a_thread, fork_in_a_coroutine) * 2]
+    run_beside(2)
+    assert [job.return_value() for job in jobs] == [False] * 4
+    assert [len(job.results()) for job in jobs] == [1] * 4
+
+
+# ---- 17. Many jobs at once: memory ---------------------------------------------------
+
+HOARD: list[bytearray] = []
+
+
+def take_memory(megabytes):
+    """Take memory for as long as this process lives; return its pid when the log of the
+    worker, or a second run, says so."""
+    HOARD.append(bytearray(b"x" * (megabytes << 20)))
+    return os.getpid()
+
+
+def test_a_child_beyond_its_memory_is_replaced_after_its_jobs(queue, beside, caplog):
+    limit = microq._resident_memory(os.getpid()) // (1 << 20) + 60
+    first = queue.enqueue(take_memory_and_stay, 100)
+    beside_it = queue.enqueue(stay_async)
+    later = []
+
+    def go_on_when_seen():
+        wait_until(lambda: "MB, and is replaced" in caplog.text)
+        later.extend(queue.enqueue(pid_of_this_process) for _ in range(2))
+        beside.go()
+
+    thread = threading.Thread(target=go_on_when_seen)
+    thread.start()
+    work(Worker(queue, concurrency=2, max_memory=limit))
+    thread.join()
+    assert first.is_finished
+    assert beside_it.return_value() == "gone on"
+    pids = {job.return_value() for job in later}
+    assert len(pids) == 1 and first.return_value() not in pids
+    assert [len(job.results()) for job in (first, beside_it)] == [1, 1]
+
+
+def take_memory_and_stay(megabytes):
+    pid = take_memory(megabytes)
+    stay()
+    return pid
+
+
+def test_a_child_of_twice_its_memory_is_killed_as_a_crash(queue, beside):
+    used = microq._resident_memory(os.getpid()) // (1 << 20)
+    hungry = queue.enqueue(take_memory_and_stay, used + 200, max_crashes=0)
+    innocent = queue.enqueue(stay_in_the_first_run_async)
+    work(Worker(queue, concurrency=2, max_memory=used + 50))
+    assert hungry.is_failed
+    assert "used more than twice" in hungry.exc_info
+    assert innocent.return_value() == "ran again"
+    assert crashes_of(innocent) == 1
+
+
+# ---- 17. Hooks -----------------------------------------------------------------------
+
+HOOK_CALLS: list[str] = []
+HOOK_VALUE = contextvars.ContextVar("HOOK_VALUE", default="unset")
+
+
+@contextlib.contextmanager
+def note_around(name, job):
+    HOOK_CALLS.append(f"{name} enters")
+    token = HOOK_VALUE.set(f"{HOOK_VALUE.get()} {name}")
+    try:
+        yield
+        HOOK_CALLS.append(f"{name} leaves")
+    except BaseException as error:
+        HOOK_CALLS.append(f"{name} leaves by {type(error).__name__}")
+        raise
+    finally:
+        HOOK_VALUE.reset(token)
+
+
+def hook(name):
+    return functools.partial(note_around, name)
+
+
+def note_value():
+    HOOK_CALLS.append("runs")
+    return HOOK_VALUE.get()
+
+
+async def note_value_async():
+    await asyncio.sleep(0.001)
+    return note_value()
+
+
+async def fail_with_hooks_async():
+    await asyncio.sleep(0.001)
+    fail("in the job")
+
+
+@pytest.fixture
+def hook_calls():
+    HOOK_CALLS.clear()
+    yield HOOK_CALLS
+    HOOK_CALLS.clear()
+
+
+at_once = pytest.mark.parametrize("concurrency", [1, 3], ids=["one", "many"])
+
+
+@at_once
+@pytest.mark.parametrize("func", [note_value, note_value_async])
+def test_hooks_around_a_job_are_nested_in_their_order(
+    queue, hook_calls, monkeypatch, concurrency, func
+):
+    """Those of the class before those of the worker; a context variable that they set
+    is seen by the job."""
+    monkeypatch.setattr(Worker, "around", [hook("a")])
+    worker = SimpleWorker(queue, around=[hook("b")], concurrency=concurrency)
+    for _ in range(2):  # the second run begins on the event loop
+        hook_calls.clear()
+        job = queue.enqueue(func)
+        work(worker)
+        assert job.return_value() == "unset a b"
+        assert hook_calls == ["a enters", "b enters", "runs", "b leaves", "a leaves"]
+
+
+@at_once
+@pytest.mark.parametrize("func", [fail, fail_with_hooks_async])
+def test_what_a_job_raises_comes_out_of_its_hooks(queue, hook_calls, concurrency, func):
+    job = queue.enqueue(func)
+    work(SimpleWorker(queue, around=[hook("a")], concurrency=concurrency))
+    assert hook_calls == ["a enters", "a leaves by ValueError"]
+    assert "ValueError" in job.exc_info
+
+
+@at_once
+@pytest.mark.parametrize(
+    ("func", "name"), [(spin_or_sleep, "JobTimeoutException"), (sleep_async, "")]
+)
+def test_a_timeout_passes_through_hooks(queue, hook_calls, concurrency, func, name):
+    job = queue.enqueue(func, 60, job_timeout=0.2)
+    work(SimpleWorker(queue, around=[hook("a")], concurrency=concurrency))
+    assert hook_calls == ["a enters", "a leaves by JobTimeoutException"]
+    assert "timeout of 0.2 s" in job.exc_info
+
+
+@contextlib.contextmanager
+def raise_on_entering(job):
+    raise RuntimeError("on entering")
+    yield
+
+
+@contextlib.contextmanager
+def raise_on_leaving(job):
+    yield
+    raise RuntimeError("on leaving")
+
+
+@contextlib.contextmanager
+def suppress_errors(job):
+    with contextlib.suppress(ValueError):
+        yield
+
+
+def not_a_hook(job):
+    return None
+
+
+@at_once
+@pytest.mark.parametrize("bad", [raise_on_entering, raise_on_leaving, not_a_hook])
+def test_what_a_hook_raises_fails_its_job(queue, hook_calls, concurrency, bad):
+    jobs = [queue.enqueue(f) for f in (note_value, note_value_async) * 2]
+    retried = queue.enqueue(note_value, retry=Retry(max=1))
+    options = {"around": [hook("a"), bad], "concurrency": concurrency}
+    work(SimpleWorker(queue, **options))
+    assert statuses(*jobs) == ["failed"] * 4
+    assert len(retried.results()) == 2
+    entered, left = (
+        len([call for call in hook_calls if call.startswith(f"a {what}")])
+        for what in ("enters", "leaves by")
+    )
+    assert entered == left == 6
+
+
+@at_once
+def test_hooks_wrap_each_run_but_not_its_callback(queue, hook_calls, concurrency):
+    job = queue.enqueue(note_value, on_success=Callback(note_callback))
+    work(SimpleWorker(queue, around=hook("a"), concurrency=concurrency))
+    assert hook_calls == ["a enters", "runs", "a leaves", "callback unset"]
+    assert job.is_finished
+
+
+def note_callback(job, connection, result):
+    HOOK_CALLS.append(f"callback {HOOK_VALUE.get()}")
+
+
+@contextlib.contextmanager
+def note_lifespan(worker):
+    append(os.environ["LIFESPAN_LOG"], f"{worker.name} begins {os.getpid()}")
+    yield
+    append(os.environ["LIFESPAN_LOG"], f"{worker.name} ends {os.getpid()}")
+
+
+@contextlib.asynccontextmanager
+async def note_lifespan_async(worker):
+    await asyncio.sleep(0.001)
+    append(os.environ["LIFESPAN_LOG"], f"async begins {os.getpid()}")
+    yield
+    await asyncio.sleep(0.001)
+    append(os.environ["LIFESPAN_LOG"], f"async ends {os.getpid()}")
+
+
+@pytest.mark.parametrize("concurrency", ["1", "3"], ids=["one", "many"])
+@in_both_places
+def test_a_lifespan_is_entered_once_in_each_process_and_left_at_sigterm(
+    queue, start_worker, tmp_path, monkeypatch, concurrency, place
+):
+    path = tmp_path / "lifespan"
+    monkeypatch.setenv("LIFESPAN_LOG", str(path))
+    names = ["note_lifespan", "note_lifespan_async"]
+    options = [f"--lifespan=test_microq.{name}" for name in names]
+    worker = start_worker(
+        "--name", "bee", "--concurrency", concurrency, *options, *place
+    )
+    jobs = [queue.enqueue(f) for f in (pid_of_this_process, pid_of_coroutine) * 3]
+    wait_until(lambda: all(job.is_finished for job in jobs))
+    stop_and_read_log(worker)
+    [pid] = {job.return_value() for job in jobs}
+    assert path.read_text().splitlines() == [
+        f"{what} {pid}"
+        for what in ("bee begins", "async begins", "async ends", "bee ends")
+    ]
+
+
+async def pid_of_coroutine():
+    await asyncio.sleep(0)
+    return os.getpid()
+
+
+@contextlib.asynccontextmanager
+async def lifespan_of_loop(worker):
+    HOOK_CALLS.append(str(id(asyncio.get_running_loop())))
+    yield
+
+
+def test_an_async_lifespan_runs_on_the_loop_of_the_coroutines(queue, hook_calls):
+    job = queue.enqueue(loop_of_job)
+    work(SimpleWorker(queue, concurrency=2, lifespan=lifespan_of_loop))
+    assert hook_calls == [str(job.return_value()[0])]
+
+
+@contextlib.contextmanager
+def raise_in_lifespan(worker):
+    raise RuntimeError("no database")
+    yield
+
+
+@at_once
+def test_a_lifespan_that_raises_runs_no_job(queue, concurrency):
+    job = queue.enqueue(add)
+    with pytest.raises(RuntimeError, match="no database"):
+        work(SimpleWorker(queue, concurrency=concurrency, lifespan=raise_in_lifespan))
+    assert job.is_queued
+
+
 # ---- Properties of cost --------------------------------------------------------------
 
 
