@@ -13279,8 +13279,8 @@ def test_high_jobs_overtake_low_ones(redis, beside, run_beside):
 
 
 def meet_and_enqueue_high(count):
-    Queue("high", get_current_job().connection).enqueue(meet, count)
     meet(count)
+    Queue("high", get_current_job().connection).enqueue(meet, count)
 
 
 def grow(depth):
