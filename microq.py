@@ -13563,8 +13563,11 @@ class _ConcurrentLoop(_WorkLoop):
         return running + len(self.claimed)
 
     def _collect(self) -> None:
-        """Take over what has ended."""
-        for run, outcome in self.concurrent.collect():
+        """Take over what has ended, and mend what it has done to this process."""
+        ended = self.concurrent.collect()
+        if ended and self.instance.forking and _reopen_standard_files():
+            self.shared.run_limit = 0  # replace this process
+        for run, outcome in ended:
             if outcome is None:
                 self._free(run)
                 continue

@@ -11,7 +11,11 @@ import asyncio
 import functools
 import os
 import sys
+<<<<<<< HEAD
 import time
+=======
+import zlib
+>>>>>>> 8172ab0 (torture: workers of eight jobs at once, coroutines, bursts)
 
 import coroutines
 import redis
@@ -28,12 +32,13 @@ def connect(url):
 
 
 def enqueue_job(connection, queue, id, kind, arguments):
-    """Enqueue torture.job(*arguments).
+    """Enqueue torture.job(*arguments), or for half of the ids the coroutine.
 
     If there is a job of this id, an earlier call stored it, and its reply was lost.
     """
     queue = Queue(queue, connection)
-    call = ("torture.job", *arguments)
+    name = "job_async" if zlib.crc32(id.encode()) % 2 else "job"
+    call = (f"torture.{name}", *arguments)
     options = {"job_id": id}
     if kind == "retry":
         options["retry"] = Retry(max=3, interval=[0, 0.5])
@@ -55,6 +60,8 @@ def worker_commands(url, queues, lease):
         [*worker, "--processes", "2", "--with-scheduler"],
         [*worker, "--jobs-per-fork", "1", "--dequeue-strategy", "round_robin"],
         [*worker, "--in-process"],
+        [*worker, "--concurrency", "8"],
+        [*worker, "--concurrency", "8", "--in-process"],
     ]
 
 

@@ -4,8 +4,9 @@
     python bench/torture.py rq --seconds 300 --seed 1
     python bench/torture.py microq --seconds 300 --seed 1 --network
 
-A producer enqueues jobs on three queues: immediate, delayed, retrying and repeating
-jobs, and jobs that enqueue another job. Workers of several kinds run the jobs.
+A producer enqueues jobs on three queues, now and then a burst: immediate, delayed,
+retrying and repeating jobs, and jobs that enqueue another job. Workers of several kinds
+run the jobs, those of microq up to eight at once, half of which are coroutines.
 Meanwhile an adversary, which draws from a generator with a seed, injects faults: it
 kills children and parents, stops and continues processes, cuts connections, and kills
 and restarts the server, whose append-only file is synced at every write. A worker whose
@@ -30,6 +31,7 @@ which the layout does not name. The exit status is 1 if any of these counts is n
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import importlib
 import json
@@ -70,9 +72,25 @@ def write(*event):
 
 def job(id, seconds, failures=0, child=None):
     """Sleep, enqueue the job `child` if given, and fail the first `failures` times."""
+    execution = begin(id)
+    time.sleep(seconds)
+    return end_job(id, execution, failures, child)
+
+
+async def job_async(id, seconds, failures=0, child=None):
+    """Do what job() does, as a coroutine."""
+    execution = begin(id)
+    await asyncio.sleep(seconds)
+    return await asyncio.to_thread(end_job, id, execution, failures, child)
+
+
+def begin(id):
     execution = f"{os.getpid()}.{time.monotonic_ns()}"
     write("begin", id, execution)
-    time.sleep(seconds)
+    return execution
+
+
+def end_job(id, execution, failures, child):
     if child:
         adapter = importlib.import_module(os.environ["TORTURE_ADAPTER"])
         connection = adapter.connect(os.environ["TORTURE_URL"])
@@ -264,25 +282,29 @@ class Checker:
         self.statuses = statuses  # id -> status at the end
         self.results = results  # id -> how many successful results are recorded
         self.begin_times = defaultdict(list)  # pid -> when it began its jobs
+        self.end_times = {}  # execution -> when it ended or failed
         self.figures = Counter()
         self.recovery_times = []  # seconds from a kill to the next run of the job
         for job_events in events.values():
             for name, *values in job_events:
                 if name == "begin":
                     self.begin_times[values[1]].append(values[-1])
+                elif name in ("end", "fail"):
+                    self.end_times[values[0]] = values[-1]
         for id, job_events in events.items():
             if any(event[0] == "accepted" for event in job_events):
                 self.check(id, job_events)
         self.figures["longest"] = round(max(self.recovery_times, default=0), 2)
 
-    def was_interrupted(self, pid, parent, begun_at):
+    def was_interrupted(self, execution, pid, parent, begun_at):
         """Return whether the run that process `pid` began then was interrupted.
 
-        It was if the process or its parent was killed or stopped before the process
-        began another job.  Recording the outcome of a run takes a moment, so a signal
-        counts for the run for 0.1 s even if another job has begun.
+        It was if the process or its parent was killed or stopped before the run had
+        ended and the process began another job.  Recording the outcome of a run takes a
+        moment, so a signal counts for the run for 0.1 s even if another job has begun.
         """
-        later = [t for t in self.begin_times[pid] if t > begun_at + 0.1]
+        ended_at = self.end_times.get(execution, float("inf"))
+        later = [t for t in self.begin_times[pid] if t > ended_at + 0.1]
         until = min(later, default=float("inf"))
         times = self.adversary.signals[pid] + self.adversary.signals[parent]
         return any(begun_at - 0.01 <= t <= until for t in times)
@@ -296,7 +318,7 @@ class Checker:
         asked = len(by_name["ask"]) * runs_per_call
         begins = sorted(by_name["begin"], key=lambda values: values[-1])
         ended = {values[0] for values in by_name["end"]}
-        interrupted = sum(self.was_interrupted(*values[1:]) for values in begins)
+        interrupted = sum(self.was_interrupted(*values) for values in begins)
         failed = self.statuses.get(id) == "failed"
         results = self.results.get(id, 0)
         violations = {
@@ -338,12 +360,17 @@ class Checker:
 
 
 def produce(adapter, url, generator, rate, end):
-    """Enqueue jobs of all kinds, `rate` a second on average, until `end` is set."""
+    """Enqueue jobs of all kinds until `end` is set: `rate` a second on average, and
+    bursts of twenty."""
     connection = adapter.connect(url)
     weights = {"now": 10, "later": 3, "retry": 3, "repeat": 2, "chain": 3}
-    number = 0
-    while not end.wait(generator.expovariate(rate)):
+    number = left_of_burst = 0
+    while not end.wait(0 if left_of_burst else generator.expovariate(rate)):
         number += 1
+        if left_of_burst:
+            left_of_burst -= 1
+        elif generator.random() < 0.03:
+            left_of_burst = 20
         id = f"j{number}"
         queue = generator.choice(QUEUES)
         [kind] = generator.choices([*weights], [*weights.values()])
