@@ -13704,6 +13704,9 @@ class _ConcurrentLoop(_WorkLoop):
 
     def _wait_for_work(self, until: float) -> None:
         """Block until there may be work, a job has ended, or that time."""
+        if self.claimed:  # the worker is to stop: others can run these meanwhile
+            self._release_claimed()
+            self._settle_and_claim(claim=False)
         self._show_state()
         if self.before_wait:
             self.before_wait()

@@ -13854,6 +13854,26 @@ def test_sigterm_finishes_all_that_runs(redis, queue, beside, start_beside):
     assert Worker.count(redis) == 0
 
 
+def test_what_was_claimed_when_a_worker_is_told_to_stop_is_left_to_others(
+    queue, beside, start_worker
+):
+    """At once, not when what runs has ended."""
+    running = queue.enqueue(stay)
+    worker = start_worker("--in-process", "--concurrency", "4")
+    beside.wait_for(1)
+    wait_until(lambda: blocked_clients(queue.connection) == 2)
+    worker.send_signal(signal.SIGSTOP)
+    waits = [queue.enqueue(add) for _ in range(2)]
+    wait_until(lambda: waits[0].is_started)  # the claim was sent along with BLPOP
+    worker.terminate()
+    worker.send_signal(signal.SIGCONT)
+    wait_until(lambda: waits[0].is_queued)
+    assert running.is_started
+    beside.go()
+    assert worker.wait(30) == 0
+    assert statuses(running, *waits) == ["finished", "queued", "queued"]
+
+
 def test_sigterm_of_an_idle_worker_ends_it(queue, start_beside):
     worker = start_beside()
     job = queue.enqueue(add_later, 1, 2)
