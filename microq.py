@@ -13571,6 +13571,8 @@ class _ConcurrentLoop(_WorkLoop):
             if outcome is None:
                 self._free(run)
                 continue
+            if run.slot.state != _SlotState.RUNNING:  # it was given up meanwhile
+                continue
             run.slot.state = _SlotState.ENDED
             self.unsettled.append((run.execution, outcome))
             self.shared.runs += 1

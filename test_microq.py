@@ -13940,6 +13940,26 @@ def test_what_ignores_that_it_is_given_up_runs_again(queue, beside, start_worker
     assert sum(map(crashes_of, stuck)) == 0
 
 
+def test_jobs_that_end_while_they_are_given_up_are_settled_once(server, queue):
+    """They have no time here, and end at the moment when the worker gives them up."""
+    code = f"""
+import redis, microq
+microq.GIVE_UP_TIME = 0
+connection = redis.Redis.from_url({server.url!r})
+worker = microq.SimpleWorker("default", connection=connection, concurrency=500,
+                             grace=0.1)
+worker.work()
+"""
+    jobs = enqueue_many(queue, sleep_async, (60,), 500)
+    worker = start_script(code, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: queue.started_job_registry.count == 500, 60)
+    log = stop_and_read_log(worker)
+    assert worker.returncode == 1
+    assert "Traceback" not in log
+    assert len(queue) == 500
+    assert sum(map(crashes_of, jobs)) == 0
+
+
 def test_a_shutdown_command_finishes_all_that_runs(redis, queue, beside, start_beside):
     jobs = enqueue_ten(queue)
     worker = start_beside()
