@@ -11,11 +11,8 @@ import asyncio
 import functools
 import os
 import sys
-<<<<<<< HEAD
 import time
-=======
 import zlib
->>>>>>> 8172ab0 (torture: workers of eight jobs at once, coroutines, bursts)
 
 import coroutines
 import redis
