@@ -192,7 +192,7 @@ def waiting_aims(figures):
         values = [value for value in figures.rounds(place) if value is not None]
         name = f"jobs that wait, {jobs}"
         rows.append((f"{name}: time to the ideal", aim, values, ""))
-        name = f"{name}: time to the fastest of {' and '.join(competitors)}"
+        name = f"{name}: time to the fastest of {', '.join(competitors)}"
         rows.append(against_all(figures, name, "<= 1", place, competitors))
     for jobs, _, competitors in WAITING:
         if "saq" in competitors:
@@ -208,7 +208,9 @@ def drain_at_once_aims(figures):
     rows = []
     for jobs, aim, competitors in DRAIN_AT_ONCE:
         place = ("drain", "microq", "default", f"{jobs}, per second")
-        name = f"no-ops, {jobs}, to the fastest of {' and '.join(competitors)}"
+        name = f"no-ops, {jobs}, to the fastest of {', '.join(competitors)}"
+        if len(competitors) == 1:
+            name = f"no-ops, {jobs}, to {competitors[0]}"
         rows.append(against_all(figures, name, aim, place, competitors))
     return rows
 
