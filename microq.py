@@ -110,7 +110,9 @@ Cluster.  Queues that one worker serves on a Cluster share a slot by naming the 
     microq:{q}:failed           zset    ids by the time the record expires; stopped jobs
                                         are here too
     microq:{q}:canceled         zset    ids by the time the record expires
-    microq:{q}:stats            hash    totals, and counts of the last minutes
+    microq:{q}:stats            hash    finished, failed, retried, seconds: totals of
+                                        its runs; f<minute>, x<minute>: how many
+                                        finished and failed in each of the last 60
     microq:{q}:cron             hash    entry -> the call and when it is to run, as JSON
     microq:{q}:ticks            hash    entry -> "<last tick handed out>
                                         <registered_at>"
@@ -3256,7 +3258,7 @@ _lua(
     "take_owned",
     """
 -- Take the jobs out of `started` whose run still holds them.  Returns these runs by the
--- ids of their jobs.
+-- ids of their jobs, and how many they are.
 function take_owned(q, runs)
   local ids, owned_ids, owned = {}, {}, {}
   for i, run in ipairs(runs) do ids[i] = run.id end
@@ -3269,7 +3271,7 @@ function take_owned(q, runs)
     end
   end
   if #owned_ids > 0 then call('HDEL', q .. 'started', unpack(owned_ids)) end
-  return owned
+  return owned, #owned_ids
 end
 """,
 )
@@ -3396,6 +3398,9 @@ function run_again(batch, run, again)
     status = 'scheduled ' .. format_time(now + again.delay)
   elseif limit then hooks().dispatch(q, id, now)
   else push_queued(q, id, again.at_front, now) end
+  local finished = batch.containers.finished
+  if has_failed then batch.retried = batch.retried + 1
+  else finished.count = finished.count + 1 end
   -- Last: if the user may not run one of the commands above, the call comes again.
   if again.counter then call('HSET', job, again.counter, again.count) end
   return status
@@ -3480,6 +3485,7 @@ function finish(batch, run)
     store_result(job, ended, run.result, option)
   local has_dependents = (has_flag or slot) and tell_of_end(batch, run, status)
   local container = batch.containers[status]
+  container.count = container.count + 1
   local retention = retention_of(container, ttl_field, now)
   if retention.ttl == 0 then
     if has_dependents then hooks().notify_dependents(q, id, 'gone', now) end
@@ -3612,20 +3618,69 @@ end
 )
 
 _lua(
+    "count_runs",
+    """
+-- Add the runs of a batch, which took so many seconds, to the figures of the queue: for
+-- all time, and for this minute.  Only runs that held their jobs were settled, so a
+-- call that is sent again counts nothing.  By pcall, since figures are no reason not to
+-- settle.
+function count_runs(batch, seconds)
+  local key, minute = batch.q .. 'stats', math.floor(batch.now / 60)
+  local finished = batch.containers.finished.count
+  local failed = batch.containers.failed.count
+  local names = {
+    'f' .. minute, 'x' .. minute, 'finished', 'failed', 'retried', 'seconds',
+  }
+  local added = {finished, failed, finished, failed, batch.retried, seconds}
+  local before, fields = redis.pcall('HMGET', key, unpack(names)), {}
+  if before.err then return end
+  for i, name in ipairs(names) do
+    if added[i] > 0 then
+      local sum = added[i] + (tonumber(before[i]) or 0)
+      fields[#fields + 1] = name
+      fields[#fields + 1] = string.format('%.15g', sum)
+    end
+  end
+  if #fields > 0 then redis.pcall('HSET', key, unpack(fields)) end
+  if not before[1] and not before[2] then forget_minutes(key, minute) end
+end
+""",
+    uses="forget_minutes",
+)
+
+_lua(
+    "forget_minutes",
+    """
+function forget_minutes(key, minute)  -- all but the last hour
+  local old = {}
+  for _, name in ipairs(call('HKEYS', key)) do
+    local at = tonumber(string.match(name, '^[fx](%d+)$'))
+    if at and math.abs(at - minute) > 60 and #old < 4000 then
+      old[#old + 1] = name
+    end
+  end
+  if #old > 0 then call('HDEL', key, unpack(old)) end
+end
+""",
+)
+
+_lua(
     "settle",
     """
--- Settle runs of a queue.  `ttls` has the seconds for which finished and failed jobs
--- are kept, unless they have an option.  Returns for each run where its job is now: its
--- status, 'scheduled <due>', 'callbacks_pending', 'gone', or 'lost' if the run does not
--- hold the job any more, or 'refused <error>' for an outcome that can't be stored: the
--- job is failed by that error.  If the user may not run a command, that error is
--- raised, and the runs hold the jobs that are not settled until the call comes again.
-function settle(q, runs, ttls, now)
+-- Settle runs of a queue, which took so many seconds together.  `ttls` has the seconds
+-- for which finished and failed jobs are kept, unless they have an option.  Returns
+-- for each run where its job is now: its status, 'scheduled <due>',
+-- 'callbacks_pending', 'gone', or 'lost' if the run does not hold the job any more, or
+-- 'refused <error>' for an outcome that can't be stored: the job is failed by that
+-- error.  If the user may not run a command, that error is raised, and the runs hold
+-- the jobs that are not settled until the call comes again.
+function settle(q, runs, ttls, now, seconds)
+  local owned, owned_count = take_owned(q, runs)
   local batch = {
-    q = q, now = now, owned = take_owned(q, runs), denial = nil,
+    q = q, now = now, owned = owned, denial = nil, retried = 0,
     containers = {
-      finished = {ttl = ttls.finished, retentions = {}, entries = {}},
-      failed = {ttl = ttls.failed, retentions = {}, entries = {}},
+      finished = {ttl = ttls.finished, retentions = {}, entries = {}, count = 0},
+      failed = {ttl = ttls.failed, retentions = {}, entries = {}, count = 0},
     },
   }
   local statuses = {}
@@ -3643,10 +3698,11 @@ function settle(q, runs, ttls, now)
   end
   write_containers(batch)
   if batch.denial then error(batch.denial, 0) end
+  if owned_count > 0 then count_runs(batch, seconds * owned_count / #runs) end
   return statuses
 end
 """,
-    uses="take_owned attempt settle_run hold_again refuse write_containers",
+    uses="take_owned attempt settle_run hold_again refuse write_containers count_runs",
 )
 
 SETTLE = Script(
@@ -3654,30 +3710,32 @@ SETTLE = Script(
     """
 -- started -> finished, failed, queued or scheduled, as the runs say; see settle.
 -- KEYS  prefix of the queue
--- ARGV  ttl of finished jobs, ttl of failed ones, then for each run those of
---       parse_runs
+-- ARGV  ttl of finished jobs, ttl of failed ones, seconds that all runs took, then for
+--       each run those of parse_runs
 -- Forgets one more expired job of each container than there are runs, so that they
 -- never pile up.
 -- Returns {statuses, outgoing}.
 local q, now = KEYS[1], server_time()
 local ttls = {finished = ARGV[1], failed = ARGV[2]}
-local runs = parse_runs(q, 3)
+local runs = parse_runs(q, 4)
 forget_expired(q, #runs + 1, now)
-return {settle(q, runs, ttls, now), outgoing}
+return {settle(q, runs, ttls, now, ARGV[3]), outgoing}
 """,
     uses="server_time parse_runs forget_expired settle outgoing",
 )
 
 
 def _settle_command(
-    prefix: str, runs: Iterable[list[Any]], result_ttl: float = DEFAULT_RESULT_TTL
-) -> Command:
+    prefix: str, runs: Iterable[list[Any]], result_ttl: float = DEFAULT_RESULT_TTL,
+    seconds: float = 0.0,
+) -> Command:  # fmt: skip
     """Settle runs of one queue; the reply is for _SettleReply.parse().
 
     runs       - arguments of each run; see parse_runs
     result_ttl - how many seconds to keep a job that has finished, unless it has this
-                 option"""
-    args: list[Any] = [result_ttl, DEFAULT_FAILURE_TTL]
+                 option
+    seconds    - how long they took together"""
+    args: list[Any] = [result_ttl, DEFAULT_FAILURE_TTL, seconds]
     for run in runs:
         args += run
     return SETTLE(prefix, *args)
@@ -3764,7 +3822,7 @@ function reap(heartbeat, q, expired)
     if token and expired[token.worker] then
       crashed[#crashed + 1] = crashed_run(heartbeat, q, id, text, token)
       if #crashed == 400 then
-        settle(q, crashed, heartbeat.ttls, heartbeat.now)
+        settle(q, crashed, heartbeat.ttls, heartbeat.now, 0)
         crashed = {}
       end
     elseif token and token.worker == heartbeat.worker
@@ -3773,7 +3831,7 @@ function reap(heartbeat, q, expired)
       requeue_front(q, id)
     end
   end
-  if #crashed > 0 then settle(q, crashed, heartbeat.ttls, heartbeat.now) end
+  if #crashed > 0 then settle(q, crashed, heartbeat.ttls, heartbeat.now, 0) end
   for worker in pairs(expired) do
     heartbeat.reaped[#heartbeat.reaped + 1] = worker
     if worker ~= heartbeat.worker then call('HDEL', q .. 'workers', worker) end
@@ -6412,7 +6470,7 @@ class _BaseQueue(_JobContainer[J]):
                 deleted += yield from container._empty()
         for registry in self._registries():
             yield from registry._cleanup()
-        names = ("wake", "cron", "ticks", "schedulers")
+        names = ("wake", "stats", "cron", "ticks", "schedulers")
         keys = [f"{self.prefix}{name}" for name in names]
         yield [("SREM", _QUEUES_KEY, self.name), ("DEL", *keys)]
         self._registered = False
@@ -7572,7 +7630,9 @@ def _settle_runs_command(runs: Sequence[_Run], result_ttl: float) -> Command:
     """Return the command that settles runs of one queue."""
     execution, _ = runs[0]
     prefix = execution.job.queue.prefix
-    return _settle_command(prefix, [_settle_args(*run) for run in runs], result_ttl)
+    args = [_settle_args(*run) for run in runs]
+    seconds = sum([outcome.seconds for _, outcome in runs])
+    return _settle_command(prefix, args, result_ttl, seconds)
 
 
 @dataclass
@@ -12808,7 +12868,7 @@ class _QueueState(NamedTuple):
 
     name: str
     counts: dict[str, int]  # how many jobs are in each of _CONTAINERS
-    stats: dict[str, float]  # see _count_runs in section 5
+    stats: dict[str, float]  # the hash `stats`
     waiting: tuple[bytes, ...] = ()  # the id of the job that is claimed next, if any
     waiting_since: float | None = None  # when it was put into the queue
 

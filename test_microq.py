@@ -11265,6 +11265,73 @@ def test_methods_of_both_clients_have_the_same_docstrings():
                 assert method.__doc__ == getattr(kind, name).__doc__, name
 
 
+def stats_of(redis):
+    """Return (finished, failed, retried) of a queue."""
+    names = ("finished", "failed", "retried")
+    return tuple(int(count or 0) for count in redis.hmget(f"{Q}stats", names))
+
+
+def test_runs_are_counted_once_though_settle_is_sent_twice(redis, queue):
+    for number in (1, 2):
+        queue.enqueue(add)
+        [(id, execution)] = claim(queue, number=number)
+        assert settle(queue, id, execution, twice=True) == "finished"
+        assert stats_of(redis) == (number, 0, 0)
+    job = queue.enqueue(add, retry=Retry(1))
+    for number, status in ((3, "queued"), (4, "failed")):
+        [(id, execution)] = claim(queue, number=number)
+        result = {"result_type": "failed", "rule": "retry"}
+        assert settle(queue, id, execution, twice=True, **result) == status
+    assert settle(queue, job.id, "other.1 1.0") == "lost"
+    assert stats_of(redis) == (2, 1, 1)
+    by_minute = Counter()
+    for name, count in redis.hgetall(f"{Q}stats").items():
+        if name[1:].isdigit():
+            by_minute[name[:1]] += int(count)
+    assert by_minute == {b"f": 2, b"x": 1}
+
+
+def test_figures_of_a_queue_do_not_grow(redis, queue):
+    """The first run of a minute forgets all minutes but those of an hour."""
+    minute = int(server_time(redis) // 60)
+    day = {f"{letter}{minute - i}": 1 for letter in "fx" for i in range(1, 1440)}
+    redis.hset(f"{Q}stats", mapping={**day, "finished": 7, "f999999999": 1, "f": "x"})
+    queue.enqueue(add)
+    work(queue)
+    assert redis.hlen(f"{Q}stats") <= 2 * 61 + 5
+    assert stats_of(redis) == (8, 0, 0)
+    assert redis.hget(f"{Q}stats", f"f{minute - 30}") == b"1"
+    redis.set(f"{Q}stats", "no hash")  # it keeps nothing from being settled
+    assert queue.enqueue(add).is_queued
+    work(queue)
+    assert len(queue.finished_job_registry) == 2
+    redis.delete(f"{Q}stats")
+
+
+def test_metrics_agree_with_what_ran_though_workers_were_killed(
+    redis, queue, start_worker, tmp_path
+):
+    """Each job counts once, whatever became of its worker."""
+    jobs = [queue.enqueue(append, str(tmp_path / "log")) for _ in range(30)]
+    jobs += [queue.enqueue(fail, retry=Retry(1)) for _ in range(5)]
+    jobs += [queue.enqueue(kill_self)]
+    worker = start_worker("--burst", "--lease", "1")
+    worker.wait(120)
+    assert worker.returncode == 0
+    results = Counter(result.type for job in jobs for result in job.results())
+    samples = samples_of(get(microq.web(redis), path="/metrics")[2])
+    counted = [
+        samples[f"microq_jobs_{name}_total", "default"]
+        for name in ("finished", "failed", "retried")
+    ]
+    failed = len(queue.failed_job_registry)
+    assert counted[:2] == [len(queue.finished_job_registry), failed] == [30, 6]
+    assert sum(counted) == results.total() == 30 + 10 + 3
+    assert samples["microq_job_seconds_total", "default"] > 0
+    history = re.findall("now", read(microq.web(redis)).text)
+    assert history and "30 finished, 6 failed" in get(microq.web(redis))[2]
+
+
 # ---- 19. Page ------------------------------------------------------------------------
 
 
