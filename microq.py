@@ -5475,8 +5475,8 @@ class _RunState:
     started_at  - seconds since the epoch, by the server's clock
     call        - of the call that is under way, or the last one: its deadline by
                   time.monotonic(), and what raises an exception of the given class in
-                  it, from any thread, and returns whether it has not ended; None before
-                  the first call
+                  it, from any thread, and returns whether it was still under way; None
+                  before the first call
     result_text - what the log will show of the return value, "" for nothing"""
 
     started_at: float
@@ -6701,10 +6701,12 @@ def job(
 # ---- 8. Running a job ----------------------------------------------------------------
 # perform() runs a job and returns an Outcome.  It never raises, whatever the job does.
 # All that users wrote (functions, callbacks, exception handlers) is called from here.
-# Functions and callbacks have a time limit, which an _Interrupter keeps.  Nothing is
-# stored meanwhile, but for the error of a callback: if the process dies, the job runs
-# again. _settle_args() turns the Outcome into the one transition that records it.  Uses
-# sections 1 to 6.
+# _run_steps() says which calls a job needs and what follows from them; perform() makes
+# the calls in its own thread, and a _ConcurrentRunner (section 17) in other threads or
+# on an event loop.  Functions and callbacks have a time limit, which an _Interrupter
+# keeps.  Nothing is stored meanwhile, but for the error of a callback: if the process
+# dies, the job runs again.  _settle_args() turns the Outcome into the one transition
+# that records it.  Uses sections 1 to 6.
 
 _STOPPED_REASON = b"stopped by a command"
 _CRASH_POLICY = Retry(MAX_CRASHES, 0, enqueue_at_front=True).to_field()
@@ -6741,7 +6743,7 @@ class _RunOptions(NamedTuple):
 
 _DEFAULT_OPTIONS = _RunOptions()
 _Call = tuple[float, Callable[[], Any]]  # a time limit in seconds, -1: none; a function
-_Steps = Generator["_Call | Outcome", Any, None]
+_RunSteps = Generator["_Call | Outcome", Any, None]
 
 
 def perform(execution: Execution, options: _RunOptions = _DEFAULT_OPTIONS) -> Outcome:
@@ -6762,11 +6764,11 @@ def perform(execution: Execution, options: _RunOptions = _DEFAULT_OPTIONS) -> Ou
         _current_job.reset(reset_token)
 
 
-def _run_steps(execution: Execution, options: _RunOptions) -> _Steps:
+def _run_steps(execution: Execution, options: _RunOptions) -> _RunSteps:
     """Yield each call that is to be made for a job, and at last the outcome.
 
-    Who takes the steps makes the calls, in a thread or on an event loop, and sends
-    what they return, or throws what they raise."""
+    perform(), or a _ConcurrentRun of section 17, makes the calls, in a thread or on an
+    event loop, and sends what they return, or throws what they raise."""
     started = time.perf_counter()
     try:
         outcome, value_or_error = yield from _run_function(execution, options, started)
@@ -6777,7 +6779,7 @@ def _run_steps(execution: Execution, options: _RunOptions) -> _Steps:
     yield outcome
 
 
-def _throw(steps: _Steps, error: BaseException) -> _Call | Outcome:
+def _throw(steps: _RunSteps, error: BaseException) -> _Call | Outcome:
     """Return the step that follows a call which raised `error`."""
     if isinstance(error, GeneratorExit):  # this would only close the generator
         text = "the job raised GeneratorExit"
@@ -6895,7 +6897,8 @@ def _outcome_of_value(
 
 
 def _serialize_result(execution: Execution, value: Any) -> bytes:
-    """Return the bytes to store for a return value, b"" for None; TypeError if none."""
+    """Return the bytes to store for a return value, b"" for None.  Raises TypeError if
+    it can't be stored."""
     if value is None:
         return b""
     job = execution.job
@@ -6966,24 +6969,25 @@ def _run_callback(
     changes the outcome; if it raises, the traceback is stored with the job."""
     job = execution.job
     name = _CALLBACK_FIELDS[outcome.type]
-    arguments: tuple[Any, ...] = ()
+    arguments: list[Any] = [job, job.connection]
     if name == "on_success":
-        arguments = (value_or_error,)
+        arguments.append(value_or_error)
     elif name == "on_failure":
         error = value_or_error
-        arguments = (type(error), error, error.__traceback__)
-
-    def call_back() -> Any:
-        return _import_object(func_name)(job, job.connection, *arguments)
-
+        arguments += [type(error), error, error.__traceback__]
     try:
         func_name, _, seconds = job._text(name).partition(" ")
-        yield float(seconds), call_back
+        yield float(seconds), functools.partial(_import_and_call, func_name, arguments)
     except _ColdShutdown:
         raise
     except BaseException as error:
         log.exception("%s of job %s failed", name, job.id)
         yield -1, functools.partial(_store_callback_error, execution, error)
+
+
+def _import_and_call(name: str, arguments: Sequence[Any]) -> Any:
+    """Call the function of a dotted name, and return what it returns."""
+    return _import_object(name)(*arguments)
 
 
 def _store_callback_error(execution: Execution, error: BaseException) -> None:
@@ -7072,8 +7076,8 @@ class _Interrupter:
         # Nothing is to be done: the timer went on meanwhile.
 
     def interrupt(self, run_number: int, reason: type[BaseException]) -> bool:
-        """Raise `reason` in the call of this number, unless it has ended; return
-        whether it has not."""
+        """Raise `reason` in the call of this number, if it is still under way; return
+        whether it is."""
         with self.lock:
             is_under_way = self.deadline != 0 and run_number == self.run_number
             if is_under_way:
