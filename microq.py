@@ -545,8 +545,8 @@ class Outcome(NamedTuple):
     rerun: str = ""
     policy: bytes = b""
 
-    def after(self, seconds: float) -> Outcome:
-        """Return the same outcome of a run that lasted so long."""
+    def lasting(self, seconds: float) -> Outcome:
+        """Return the same outcome, of a run that lasted so many seconds."""
         return self._replace(seconds=seconds)
 
 
@@ -6775,7 +6775,7 @@ def _run_steps(execution: Execution, options: _RunOptions) -> _RunSteps:
         if _CALLBACK_FIELDS.get(outcome.type) in execution.job._fields:
             yield from _run_callback(execution, outcome, value_or_error)
     except _ColdShutdown:
-        outcome = _INTERRUPTED.after(time.perf_counter() - started)
+        outcome = _INTERRUPTED.lasting(time.perf_counter() - started)
     yield outcome
 
 
@@ -7257,9 +7257,10 @@ _thread_state = _ThreadState()
 # _ConcurrentLoop (section 17) many.
 #
 # Invariants: a request is sent again until it is answered, and nothing else is sent
-# meanwhile, but for a claim that waits for work.  Nothing waits behind a slow job: a
-# watchdog looks each SLOW_JOB_AFTER, releases what was claimed behind a job that runs
-# for longer, and settles what ran before it.
+# meanwhile, but for a claim that waits for work.  Nothing waits behind a slow job: in a
+# _SerialLoop a watchdog looks every SLOW_JOB_AFTER seconds, releases what was claimed
+# behind a job that runs for longer, and settles what ran before it; a _ConcurrentLoop
+# claims no more jobs than it can start at once.
 #
 # A loop belongs to the process and thread that run it.  With its supervisor (section
 # 10), in a thread or the parent process, it shares _SharedState and two wake-ups.  Uses
@@ -7294,7 +7295,7 @@ class _Phase(enum.IntEnum):
     RUNNING = 0
     ENDED = 1  # it has settled everything, and is not to be replaced
     REPLACE = 2  # it has settled everything, and is to be replaced
-    GAVE_UP = 3  # it was told to stop, and the server did not answer for a lease
+    NO_ANSWER = 3  # it was told to stop, and no server answered for a lease
 
 
 class _CurrentJob(NamedTuple):
@@ -7712,11 +7713,9 @@ class _WorkLoop(_Loop):
         self.relay_connection = instance.new_connection()
         wake_lists = [f"{prefix}wake" for prefix in instance.prefixes]
         self.blocking_connection = _BlockingConnection(
-            instance.client,
-            instance.redis_timeout,
-            wake_lists,
+            instance.client, instance.redis_timeout, wake_lists,
             on_data=self.shared.make_progress,
-        )
+        )  # fmt: skip
         self.queue_order = list(instance.queues)
         self.ends_when_idle = instance.limits.burst
         self.is_leaving = False  # the block of a context manager has been left
@@ -7853,8 +7852,9 @@ class _WorkLoop(_Loop):
         raise NotImplementedError
 
     def _block(self, seconds: float) -> list[Any] | None:
-        """Wait for a token; return it with the replies to a claim, which travels along
-        with BLPOP and saves a round trip when a job comes.  None if there is none."""
+        """Wait for a wake token.  Return it with the replies to a claim, which travels
+        along with BLPOP and saves a round trip when a job comes; None if there is no
+        token."""
         raise NotImplementedError
 
     def _interrupted_runs(self) -> Sequence[_Run]:
@@ -7885,7 +7885,8 @@ class _WorkLoop(_Loop):
         if not commands:
             return None
         releases = self.to_release
-        self.unsettled, self.to_release = [], []
+        self.unsettled = []
+        self.to_release = []
         return _Request(tuple(commands), runs, releases, limit, time.monotonic())
 
     def _release_commands(self) -> list[Command]:
@@ -7973,7 +7974,7 @@ class _WorkLoop(_Loop):
                     failures += 1
                 if failures >= 5 and isinstance(error.__cause__, _UNREACHABLE):
                     return None
-                self._give_up_if_leaving(began, error)
+                self._raise_if_leaving(began, error)
                 time.sleep(backoff.next_pause(error, f"worker {self.instance.name}"))
 
     def _server_answers(self) -> bool:
@@ -7983,13 +7984,11 @@ class _WorkLoop(_Loop):
         except (ServerUnavailable, exceptions.ResponseError):
             return False
 
-    def _give_up_if_leaving(self, began: float, error: Exception) -> None:
+    def _raise_if_leaving(self, began: float, error: Exception) -> None:
         """Raise ServerUnavailable if the worker was told to end a lease ago."""
         leaving = self.shared.stop_requested or self.is_leaving
         if leaving and time.monotonic() - began > self.instance.lease:
-            text = (
-                f"the server does not take what worker {self.instance.name} has to say"
-            )
+            text = f"no server takes the outcomes of worker {self.instance.name}"
             raise ServerUnavailable(f"{text}: {error}") from error
 
     def _on_claimed(self, request: _Request, reply: _ClaimReply) -> float:
@@ -8007,7 +8006,8 @@ class _WorkLoop(_Loop):
             execution = job._execution = Execution(job, reply.token, heartbeat_at)
             self.claimed.append(execution)
         if self.instance.limits.strategy == "round_robin" and reply.jobs:
-            behind = index + 1  # the claim was for one job: `index` is its queue's
+            last_index, _, _ = reply.jobs[-1]  # the only one: the claim was for one job
+            behind = last_index + 1
             self.queue_order = self.queue_order[behind:] + self.queue_order[:behind]
         self.last_claim_full = len(reply.jobs) == request.claim_limit
         # The supervisor sees it, too: its own reply, to a heartbeat, may be older.
@@ -8110,7 +8110,9 @@ class _WorkLoop(_Loop):
         ended = {id(execution) for execution, _ in runs}
         runs += [run for run in self._interrupted_runs() if id(run[0]) not in ended]
         self.claimed.clear()
-        self.unsettled, self.to_release, self.request = [], [], None
+        self.unsettled = []
+        self.to_release = []
+        self.request = None
         groups = _group_by_queue(runs)
         commands = [_settle_runs_command(group, self.result_ttl) for group in groups]
         return [*commands, self.instance.sign_off_command()]
@@ -8379,7 +8381,8 @@ class _SerialLoop(_WorkLoop):
     # Waits
 
     def _wait_for_work(self, until: float) -> None:
-        """Block until there may be work: a token, the wake-up, or that time."""
+        """Block until there may be work: a wake token comes, the wake-up is set, or
+        that time has come."""
         if self.instance.forking:
             _set_process_title(f"microq {self.instance.name}: idle")
         if self.before_wait:
@@ -8388,16 +8391,17 @@ class _SerialLoop(_WorkLoop):
         if replies and self.request:
             self._on_reply(self.request, replies[1:])
         elif not replies:
-            # BLPOP may still be under way.  It would take a token while this loop does
-            # something else, and no other worker would be woken.
+            # BLPOP may still be under way.  It would take a wake token while this loop
+            # does something else, and no other worker would be woken.
             self.blocking_connection.close()
         if not self.wakeup.clear():  # the parent died
             self.shared.stop_requested = True
         self._take_back_claim()
 
     def _block(self, seconds: float) -> list[Any] | None:
-        """Wait for a token; return it with the replies to a claim, which travels along
-        with BLPOP and saves a round trip when a job comes.  None if there is none."""
+        """Wait for a wake token.  Return it with the replies to a claim, which travels
+        along with BLPOP and saves a round trip when a job comes; None if there is no
+        token."""
         if self.shared.suspended:
             self.wakeup.wait(min(seconds, _BlockingConnection.BLPOP_TIMEOUT))
             return None
@@ -8733,12 +8737,7 @@ class Worker:
         self._set_jobs_per_fork(jobs_per_fork)
         self._set_max_memory(max_memory)
         self.grace = math.inf if grace is None else _parse_seconds(grace, "grace", (0,))
-        self._handlers = _resolve_functions(exception_handlers)
-        self._killed_handler = work_horse_killed_handler and _resolve_function(
-            work_horse_killed_handler
-        )
-        self._around = _resolve_functions(around)
-        self._lifespan = _resolve_functions(lifespan)
+        self._set_hooks(exception_handlers, work_horse_killed_handler, around, lifespan)
         self.log_job_description = log_job_description
         self.log_results = log_results
         self._info = self._new_info()  # the record of a worker, see _RECORD_KEYS
@@ -8746,6 +8745,15 @@ class Worker:
         self._supervisor: _Supervisor | None = None  # these two as a context manager
         self._thread: threading.Thread | None = None
         self._event_loop: asyncio.AbstractEventLoop | None = None  # in `async with`
+
+    def _set_hooks(
+        self, handlers: Any, killed_handler: Func | None, around: Any, lifespan: Any
+    ) -> None:
+        """Set the functions of a user that are called beside the jobs."""
+        self._handlers = _resolve_functions(handlers)
+        self._killed_handler = killed_handler and _resolve_function(killed_handler)
+        self._around = _resolve_functions(around)
+        self._lifespan = _resolve_functions(lifespan)
 
     def _set_queues(
         self, queues: Any, connection: Redis | None, queue_class: Any, job_class: Any,
@@ -9124,15 +9132,18 @@ BaseDeathPenalty = UnixSignalDeathPenalty = TimerDeathPenalty = object
 
 
 class _Kill(NamedTuple):
-    """Why the supervisor kills a child, and which of its jobs end by that with this
-    outcome.  The others that it runs are merely interrupted, and run again."""
+    """A kill of a child by the supervisor, and what it means for the jobs there.
+
+    outcome - that of the jobs for whose sake the child is killed
+    keys    - which jobs these are, by _CurrentJob.key; all other jobs that the child
+              runs are interrupted, and run again"""
 
     outcome: Outcome
-    keys: frozenset[tuple[int, str, str]]  # those of _CurrentJob
+    keys: frozenset[tuple[int, str, str]]
 
     @classmethod
     def of(cls, outcome: Outcome, jobs: Iterable[_CurrentJob]) -> _Kill:
-        """Return one that is meant for these jobs."""
+        """Return a kill for the sake of these jobs."""
         return cls(outcome, frozenset(job.key for job in jobs))
 
 
@@ -9334,9 +9345,9 @@ class _Child:
         self.memory_logged = False
 
     def _kill_that_ended_it(self) -> _Kill | None:
-        """Return by which kill the child has ended; None if it died by itself.  One
-        that gave up has only interrupted its jobs."""
-        if self.shared.phase == _Phase.GAVE_UP:
+        """Return by which kill the child has ended; None if it died by itself.  The
+        jobs of a child that found no server were only interrupted."""
+        if self.shared.phase == _Phase.NO_ANSWER:
             return _Kill.of(_INTERRUPTED, [])
         return self.ordered_kill
 
@@ -9345,7 +9356,7 @@ class _Child:
         now = time.monotonic()
         for job in self.shared.current_jobs():
             outcome = death.outcome(self.instance.name, job)
-            outcome = outcome.after(now - job.slot.started_at)
+            outcome = outcome.lasting(now - job.slot.started_at)
             lost = _LostJob(job.queue_index, job.job_id, job.token, outcome)
             self.lost_jobs.append(lost)
             job.slot.state = _SlotState.EMPTY
@@ -9403,9 +9414,9 @@ class _Child:
             self.kill(_Kill.of(outcome, self.shared.current_jobs()))
 
     def stop_job(self, job: _CurrentJob, grace: float) -> None:
-        """Stop a job that runs.  One that shares its process with others gets
-        StopRequested.  One that has the process for itself is killed, after `grace`
-        seconds, at the beginning of which it gets StopRequested."""
+        """Stop a job that runs.  A job that shares its process with others gets
+        StopRequested.  A job that has the process for itself is killed; with a grace it
+        gets StopRequested first, and is killed after so many seconds."""
         if not self.pid:
             return
         outcome = Outcome(ResultType.STOPPED, _STOPPED_REASON, rerun="stopped")
@@ -9434,7 +9445,8 @@ class _Child:
         return self.instance.is_concurrent and 0 <= seconds < 2 * GIVE_UP_TIME
 
     def _stop_has_failed(self, now: float) -> bool:
-        """Return whether a job that was told to stop still runs after its grace."""
+        """Return whether a job that was told to stop still runs after its grace.  True
+        once for a stop."""
         if not self.stop_kill or now < self.stop_deadline:
             return False
         self.stop_deadline = math.inf
@@ -9442,8 +9454,9 @@ class _Child:
         return bool(running & self.stop_kill.keys)
 
     def why_to_kill(self, now: float, healthy_since: float) -> _Kill | None:
-        """Return how to kill the child, since a job is over its time, or it hangs
-        without one; None if all is well."""
+        """Return the kill that is due; None if all is well.  The reasons are: a job is
+        over its time, a job that was told to stop goes on, the child uses too much
+        memory, or hangs without a job.  It must be called each second."""
         overdue = self._overdue_jobs(now)
         if overdue and now >= self.kill_time():
             text = f"killed, {KILL_GRACE:g} s after its timeout had no effect"
@@ -9463,8 +9476,8 @@ class _Child:
         return None
 
     def _outgrew_memory(self) -> bool:
-        """Return whether the child is to be killed because of its memory.  One that is
-        merely over its limit is replaced after its current jobs."""
+        """Return whether the child is to be killed because of its memory.  If it is
+        merely over its limit, have it replaced after its current jobs."""
         limit = self.instance.worker.max_memory
         if limit is None or self.shared.phase != _Phase.RUNNING:
             return False
@@ -9504,7 +9517,8 @@ class _Child:
         return min(self.kill_time(), self.stop_deadline)
 
     def _hangs(self, now: float, healthy_since: float) -> bool:
-        """Return whether the child makes no progress, though it runs no job.
+        """Return whether the child makes no progress, though it runs no job; note if it
+        does.
 
         A loop makes progress each time that data comes from the server, at the latest
         when BLPOP ends; while the server is away, it may try for long.  So what counts
@@ -9572,7 +9586,7 @@ def _child_main(
             supervisor_wakeup.set()
     except ServerUnavailable as error:  # told to stop, it did not wait longer
         log.warning("worker %s gives up: %s", instance.name, error.__cause__)
-        shared.phase = _Phase.GAVE_UP
+        shared.phase = _Phase.NO_ANSWER
     except BaseException:
         log.exception("worker %s", instance.name)
         shared.phase = _Phase.RUNNING  # so the parent takes this exit for a death
@@ -9748,7 +9762,8 @@ class _Supervisor:
 
     def _set_connections(self, instance: _Instance) -> None:
         """Make the connections; the one for commands of users waits at the inbox."""
-        client, timeout = instance.client, instance.redis_timeout
+        client = instance.client
+        timeout = instance.redis_timeout
         self.inbox = f"microq:inbox:{instance.inbox}"
         self.connection = _Connection(client, timeout, self.queues[0].prefix)
         self.blocking_connection = _BlockingConnection(client, timeout, [self.inbox])
@@ -9936,7 +9951,8 @@ class _Supervisor:
         if not record:
             return
         holder = _parse_record(record)
-        pid, host = holder.get("pid"), holder.get("hostname")
+        pid = holder.get("pid")
+        host = holder.get("hostname")
         instance.displaced_id = holder.get("instance", "")
         ran_here = _runs_beside(holder)
         if not holder or (ran_here and not _process_exists(pid)):
