@@ -106,6 +106,10 @@ from microq import (
 
 HERE = Path(__file__).parent
 
+# Each process that a test starts imports microq and this file.  Without compiled files
+# that would take longer than what is tested.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 
 Q = "microq:{default}:"
 
@@ -14294,7 +14298,28 @@ def test_a_child_of_twice_its_memory_is_killed_as_a_crash(queue, beside):
     assert crashes_of(innocent) == 1
 
 
+def test_a_pool_runs_many_jobs_in_each_of_its_processes(queue, beside):
+    jobs = [queue.enqueue(meet_async, 4) for _ in range(4)]
+    pool = WorkerPool(queue, num_workers=2, concurrency=2)
+    pool.start(burst=True, logging_level=None)
+    assert all(job.is_finished for job in jobs)
+    assert beside.most()[0] == 4
+
+
 # ---- 17. Hooks -----------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def one_more_element(job):
+    job.args[0].append(1)
+    yield
+
+
+def test_around_is_given_on_the_command_line(queue, cli):
+    job = queue.enqueue(len, [])
+    assert cli("worker", "-b", "--around", "test_microq.one_more_element")[0] == 0
+    assert job.return_value() == 1
+
 
 HOOK_CALLS: list[str] = []
 HOOK_VALUE = contextvars.ContextVar("HOOK_VALUE", default="unset")
