@@ -219,7 +219,8 @@ Part II, what else there is
     17. Many jobs at once
     18. Async client
     19. Page
-    20. Command line
+    20. Doctor
+    21. Command line
 """
 
 from __future__ import annotations
@@ -325,7 +326,7 @@ __all__ = [
     "DeserializationError", "DuplicateJobError", "EnqueueData", "Execution",
     "FailedJobRegistry", "FinishedJobRegistry", "Group", "InvalidJobDependency",
     "InvalidJobOperation", "JSONSerializer", "Job", "JobStatus", "JobTimeoutException",
-    "LogHandler", "MicroqError", "NoSuchGroupError", "NoSuchJobError",
+    "LogHandler", "MicroqError", "NoSuchGroupError", "NoSuchJobError", "NotDurable",
     "PickleSerializer", "Queue", "RandomWorker", "RateLimit", "RateLimitRegistry",
     "RateLimitedJobRegistry", "Registry", "Repeat", "Result", "Retry",
     "RoundRobinWorker", "ScheduledJobRegistry", "SchedulerNotFound",
@@ -367,6 +368,8 @@ MIN_BATCH_TO_PIPELINE = 8
 # Jobs after which a child is replaced, but not in its first second.
 JOBS_PER_FORK = 1000
 STANDBY_BEFORE = 256  # jobs that a child has left when the next one is forked
+# Seconds that enqueue(durable=True) waits for the disk; the server syncs each second.
+DURABLE_TIMEOUT = 5
 # Seconds that a call waits for a slot of a Cluster that no master serves now.
 SLOT_TIMEOUT = 10.0
 # Seconds after which a group is forgotten, unless more jobs join it.
@@ -430,6 +433,10 @@ class DeserializationError(MicroqError):
 
 class TimeoutFormatError(MicroqError, ValueError):
     """A duration is neither a number nor text such as "90", "30s", "5m", "2h", "1d"."""
+
+
+class NotDurable(MicroqError):
+    """The job is stored and may run, but is not known to be in the append-only file."""
 
 
 class ServerUnavailable(MicroqError, exceptions.ConnectionError):
@@ -6090,6 +6097,8 @@ class _BaseQueue(_JobContainer[J]):
         unique      - True: refuse a job_id of which there is any record; "pending": one
                       that has not ended, as is done in any case
         pipeline    - a redis-py pipeline to carry the command, which you execute, none
+        durable     - whether to wait until the server has it in its append-only file
+                      on disk, no; raises NotDurable if not
 
         One round trip.  Raises ValueError or TypeError for a bad option or an argument
         that can't be serialized, DuplicateJobError if `job_id` is that of a job that
@@ -6117,6 +6126,7 @@ class _BaseQueue(_JobContainer[J]):
 
         For the delay see _EnqueueCall."""
         pipeline = kwargs.pop("pipeline", None)
+        durable = kwargs.pop("durable", False)
         options = {}
         for keyword in [name for name in kwargs if name in _ENQUEUE_KEYWORDS]:
             options[_ENQUEUE_KEYWORDS[keyword]] = kwargs.pop(keyword)
@@ -6130,7 +6140,10 @@ class _BaseQueue(_JobContainer[J]):
             call_args = args
             call_kwargs = kwargs
         job = self.create_job(f, call_args, call_kwargs, **options)
-        yield from self._store([job], pipeline, delay)
+        if durable:
+            yield from self._store_durably([job], pipeline, delay)
+        else:
+            yield from self._store([job], pipeline, delay)
         return job
 
     def _enqueue_call(
@@ -6313,6 +6326,32 @@ class _BaseQueue(_JobContainer[J]):
         messages = self._on_enqueued(call, replies[0])
         if messages or not self.is_async:
             yield from self._after_enqueued(call, messages)
+
+    def _store_durably(
+        self, jobs: Sequence[J], pipeline: Any, delay: float | str
+    ) -> Steps[None]:
+        """Store jobs, and wait until they are on disk, in the same round trip."""
+        if pipeline is not None:
+            raise TypeError("durable=True waits for the disk; a pipeline does not")
+        if hasattr(self.connection, "nodes_manager"):
+            raise TypeError("durable=True works on a single server, not on a Cluster")
+        yield from self._resolve_dependencies(jobs)
+        call = self._prepare_call(jobs, delay)
+        try:
+            replies = yield [*call.commands, ("WAITAOF", 1, 0, DURABLE_TIMEOUT * 1000)]
+        except exceptions.ResponseError as error:
+            text = f"the server can't wait for its disk: {error}"
+            if "WAITAOF" not in str(error).upper():
+                raise
+            remedy = "it needs Redis 7.2 or Valkey, with appendonly yes"
+            stored = "the job is stored, and may run"
+            raise NotDurable(f"{text}; {remedy}; {stored}") from error
+        messages = self._on_enqueued(call, replies[0])
+        if messages or not self.is_async:
+            yield from self._after_enqueued(call, messages)
+        if replies[-1][0] < 1:
+            text = f"the disk took longer than {DURABLE_TIMEOUT} s; the job is stored"
+            raise NotDurable(f"{text}, and may run")
 
     def _prepare_call(self, jobs: Sequence[J], delay: float | str = -1) -> _EnqueueCall:
         """Return the call that stores the jobs, to be sent by the caller.
@@ -15829,7 +15868,7 @@ def _job_view(site: _Site, query: dict[str, str]) -> tuple[str, _Markup]:
         _progress(job),
         None if site.read_only else _job_actions(job),
         _tag("div",
-            _section("Life", _timeline(job, relatives, now)),
+            _section("Life", _timeline(_life(job, relatives), now)),
             _section("Options", _options_list(job)),
             class_="columns",
         ),
@@ -15940,32 +15979,45 @@ def _job_actions(job: _JobOutline) -> _Markup:
     return _tag("div", parts, class_="actions")
 
 
-def _timeline(job: _JobOutline, relatives: _Relatives, now: float) -> _Markup:
-    """Return what has happened to a job, and what is to come, in its order."""
-    events: list[tuple[float, str, Any]] = []  # (time, kind, text)
+class _Event(NamedTuple):
+    """What has happened to a job, or is to come."""
+
+    at: float
+    text: str
+    kind: str = "queued"  # a state, for the colour
+
+
+def _life(job: _JobOutline, relatives: _Relatives) -> list[_Event]:
+    """Return what has happened to a job, and is to come, in its order."""
+    events = []
     created_at, enqueued_at = job.time("created_at"), job.enqueued_at
     if created_at:
-        events.append((created_at, "queued", "Created"))
+        events.append(_Event(created_at, "Created"))
     if enqueued_at and enqueued_at != created_at:
-        events.append((enqueued_at, "queued", "Put into the queue"))
+        events.append(_Event(enqueued_at, "Put into the queue"))
     for run in [job.last_run(), *relatives.older]:
         if run:
-            events.append((run.started_at, "started", _join("Started by ", run.worker)))
-            outcome = run.type.replace("_", " ").capitalize()
+            events.append(_Event(run.started_at, f"Started by {run.worker}", "started"))
             kind = "finished" if run.has_succeeded else "failed"
+            outcome = run.type.replace("_", " ").capitalize()
             text = f"{outcome} after {_duration(run.seconds)}"
-            events.append((run.started_at + run.seconds, kind, text))
+            events.append(_Event(run.started_at + run.seconds, text, kind))
     if job.claimed_at:
         text = f"Started by {job.worker}"
-        events.append((float(job.claimed_at), "started", text))
+        events.append(_Event(float(job.claimed_at), text, "started"))
     if job.score is not None and math.isfinite(job.score):
         if job.status == "scheduled":
-            events.append((job.score, "scheduled", "Is due"))
+            events.append(_Event(job.score, "Is due", "scheduled"))
         elif job.status in _FINAL_CONTAINERS:
-            events.append((job.score, "scheduled", "Its record expires"))
+            events.append(_Event(job.score, "Its record expires", "scheduled"))
+    return sorted(events, key=lambda event: event.at)
+
+
+def _timeline(events: Iterable[_Event], now: float) -> _Markup:
+    """Return the life of a job as a list."""
     items = [
-        _tag("li", _tag("span", text), _moment(at, now), class_=kind)
-        for at, kind, text in sorted(events, key=lambda event: event[0])
+        _tag("li", _tag("span", event.text), _moment(event.at, now), class_=event.kind)
+        for event in events
     ]
     return _tag("ol", items, class_="timeline")
 
@@ -16828,7 +16880,278 @@ def _keep_serving(server: Any, parent: int) -> None:
         time.sleep(1)
 
 
-# ---- 20. Command line ----------------------------------------------------------------
+# ---- 20. Doctor ----------------------------------------------------------------------
+# What is wrong, or will be: `python -m microq doctor` asks the server, the client, the
+# queues and the workers, and names each trouble in one line, with the remedy.  A check
+# is a function that yields the troubles that it finds; what the user may not ask (ACL)
+# is left out, and said.  It changes nothing.  Uses sections 2 to 16.
+
+_MAX_SAMPLED = 200  # records of a queue that are looked at
+
+
+class _Trouble(NamedTuple):
+    text: str
+    remedy: str
+
+
+class _Patient(NamedTuple):
+    """What the checks look at."""
+
+    connection: Any
+    queues: list[Queue]
+    info: dict[str, str]  # what INFO says of the server
+    snapshot: _Snapshot
+    asked_at: float  # by the clock of this process, when the snapshot was taken
+
+
+def _examine(connection: Any, names: Sequence[str]) -> Iterator[_Trouble]:
+    """Yield the troubles of the queues of these names, or of all."""
+    queues = [Queue(name, connection) for name in names] or Queue.all(connection)
+    info = _read_info(connection)
+    before = time.time()
+    snapshot = _take_snapshot(connection, [queue.name for queue in queues])
+    asked_at = (before + time.time()) / 2
+    patient = _Patient(connection, queues, info, snapshot, asked_at)
+    for check in (
+        _check_server, _check_persistence, _check_clock, _check_client, _check_rights,
+        _check_workers, _check_schedules, _check_cron, _check_started, _check_records,
+        _check_failures,
+    ):  # fmt: skip
+        yield from check(patient)
+
+
+def _ask(connection: Any, *command: Any) -> Any:
+    """Return the reply to a command, None if the user may not ask that."""
+    try:
+        return _execute_one(connection, *command)
+    except exceptions.ResponseError:
+        return None
+
+
+def _read_info(connection: Any) -> dict[str, str]:
+    """Return what INFO says of one server; empty if the user may not ask."""
+    reply = _ask(connection, "INFO")
+    text = reply.decode(errors="replace") if isinstance(reply, bytes) else ""
+    lines = [line.partition(":") for line in text.splitlines()]
+    return {name: value for name, colon, value in lines if colon}
+
+
+def _check_server(patient: _Patient) -> Iterator[_Trouble]:
+    """Look at the version, the eviction policy and the memory."""
+    info = patient.info
+    if not info:
+        yield _Trouble("this user may not ask INFO", "allow +info, or ask as another")
+        return
+    version = tuple(map(int, re.findall(r"\d+", info.get("redis_version", ""))[:2]))
+    if "valkey_version" not in info and version < (6, 2):
+        text = f"the server is Redis {info.get('redis_version')}"
+        yield _Trouble(text, "update it to 6.2 or later")
+    policy = info.get("maxmemory_policy", "noeviction")
+    if policy != "noeviction":
+        text = f"maxmemory-policy is {policy}: a full server deletes jobs"
+        yield _Trouble(text, "CONFIG SET maxmemory-policy noeviction")
+    used, limit = int(info.get("used_memory", 0)), int(info.get("maxmemory", 0))
+    if limit and used > 0.9 * limit:
+        text = f"{used:,} of {limit:,} bytes of memory are used"
+        yield _Trouble(text, "raise maxmemory, or shorten result_ttl and failure_ttl")
+
+
+def _check_persistence(patient: _Patient) -> Iterator[_Trouble]:
+    """Look at what is left of the jobs after a restart of the server."""
+    info = patient.info
+    if info.get("aof_enabled") == "0":
+        text = "the append-only file is off: a restart loses the latest jobs"
+        yield _Trouble(text, "CONFIG SET appendonly yes")
+    for name, what in (
+        ("aof_last_write_status", "writing the append-only file"),
+        ("aof_last_bgrewrite_status", "rewriting the append-only file"),
+        ("rdb_last_bgsave_status", "saving a snapshot"),
+    ):
+        if info.get(name, "ok") != "ok":
+            yield _Trouble(f"{what} failed", "see the server's log; is its disk full?")
+
+
+def _check_clock(patient: _Patient) -> Iterator[_Trouble]:
+    seconds = patient.snapshot.now - patient.asked_at
+    if abs(seconds) > 2:
+        text = f"the server's clock is {seconds:+.0f} s from the one here"
+        yield _Trouble(text, "run NTP on both")
+
+
+def _check_client(patient: _Patient) -> Iterator[_Trouble]:
+    pool = getattr(patient.connection, "connection_pool", None)
+    timeout = getattr(pool, "connection_kwargs", {}).get("socket_timeout")
+    if timeout and timeout < 5:
+        text = f"socket_timeout={timeout:g}: a call of microq may take longer"
+        yield _Trouble(text, "give the client 5 s or more, or none")
+
+
+# Calls of commands that change nothing, by a script: KEYS[1] does not exist, or is
+# deleted at the end.  A test checks that all commands of the scripts are here.
+_HARMLESS_CALLS = {
+    "DEL": (), "EXISTS": (), "EXPIRE": (1,), "GET": (), "HDEL": ("a",),
+    "HEXISTS": ("a",), "HGET": ("a",), "HGETALL": (), "HKEYS": (), "HLEN": (),
+    "HMGET": ("a",), "HSTRLEN": ("a",), "LINDEX": (0,), "LLEN": (), "LPOP": (),
+    "LPOS": ("a",), "LRANGE": (0, 0), "LREM": (0, "a"), "LTRIM": (0, 0),
+    "PERSIST": (), "PEXPIRE": (1,), "PTTL": (), "PUBLISH": ("",), "SCARD": (),
+    "SMEMBERS": (), "SPOP": (1,), "SRANDMEMBER": (1,), "SREM": ("a",),
+    "SUNION": (), "ZADD": ("XX", 1, "a"), "ZCARD": (), "ZCOUNT": (0, 0),
+    "ZRANGE": (0, 0), "ZRANGEBYSCORE": (0, 0), "ZREM": ("a",),
+    "ZREMRANGEBYRANK": (0, 0), "ZREMRANGEBYSCORE": (0, 0),
+    "ZREVRANGEBYSCORE": (0, 0), "ZSCORE": ("a",),
+    # These make the key, each one after it was deleted.
+    "HSET": ("a", 1), "LPUSH": ("a",), "RPUSH": ("a",), "SADD": ("a",), "SET": ("a",),
+}  # fmt: skip
+_TRY_COMMAND = """
+local reply = redis.pcall(ARGV[1], KEYS[1], unpack(ARGV, 2))
+if ARGV[1] ~= 'DEL' then redis.pcall('DEL', KEYS[1]) end
+return type(reply) == 'table' and reply.err or ''
+"""
+
+
+def _check_rights(patient: _Patient) -> Iterator[_Trouble]:
+    """Try the commands that the scripts call."""
+    key = "microq:{doctor}:try"
+    missing = []
+    for name, args in _HARMLESS_CALLS.items():
+        reply = _ask(patient.connection, "EVAL", _TRY_COMMAND, 1, key, name, *args)
+        if reply is None:
+            yield _Trouble("this user may not run scripts", "allow +eval and +evalsha")
+            return
+        if re.search(rb"ACL failure|can't (run|access)|NOPERM", reply):
+            missing.append(name.lower())
+    if missing:
+        text = f"this user may not run {', '.join(missing)}"
+        yield _Trouble(text, "see the ACL in the README")
+
+
+def _check_workers(patient: _Patient) -> Iterator[_Trouble]:
+    """Look for queues without a worker, and workers that have died."""
+    snapshot = patient.snapshot
+    served = {name for worker in snapshot.workers for name in worker.queues}
+    for state in snapshot.queues:
+        waiting = state.counts["queued"] + state.counts["scheduled"]
+        if waiting and state.name not in served:
+            text = f"{waiting:,} jobs of {state.name} wait, and no worker serves it"
+            yield _Trouble(text, f"{_PROGRAM} worker {state.name}")
+    if snapshot.suspended:
+        yield _Trouble("workers are suspended", f"{_PROGRAM} resume")
+    commands = [("HGETALL", f"{queue.prefix}workers") for queue in patient.queues]
+    replies = _execute(patient.connection, *commands) if commands else []
+    for queue, reply in zip(patient.queues, replies, strict=True):
+        for name, lease in _field_pairs(reply):
+            beat, seconds, *_ = (*lease.split(), b"0", b"0")
+            with contextlib.suppress(ValueError):
+                silent = snapshot.now - float(beat)
+                if silent > 2 * float(seconds):
+                    text = f"worker {name.decode(errors='replace')} of {queue.name}"
+                    text += f" died {_duration(silent)} ago"
+                    yield _Trouble(text, "a worker of the queue would take its jobs")
+
+
+def _check_schedules(patient: _Patient) -> Iterator[_Trouble]:
+    overdue = patient.snapshot.now - 60
+    commands = [
+        ("ZCOUNT", f"{queue.prefix}scheduled", "-inf", overdue)
+        for queue in patient.queues
+    ]
+    counts = _execute(patient.connection, *commands) if commands else []
+    for queue, count in zip(patient.queues, counts, strict=True):
+        if count:
+            text = f"{count:,} scheduled jobs of {queue.name} are a minute late"
+            yield _Trouble(text, f"{_PROGRAM} worker {queue.name} --with-scheduler")
+
+
+def _check_cron(patient: _Patient) -> Iterator[_Trouble]:
+    for stored in _read_cron(patient.connection, patient.queues):
+        latest = max(stored.schedulers.values(), default=0.0)
+        if stored.entries and stored.now - latest > 60:
+            text = f"nobody runs the {len(stored.entries)} cron entries of "
+            text += stored.queue.name
+            remedy = f"{_PROGRAM} worker {stored.queue.name} --with-scheduler"
+            yield _Trouble(text, remedy)
+
+
+def _check_started(patient: _Patient) -> Iterator[_Trouble]:
+    """Look for jobs that are held by no worker: nobody would settle them."""
+    for queue in patient.queues:
+        started, names = _execute(
+            patient.connection,
+            ("HGETALL", f"{queue.prefix}started"),
+            ("HKEYS", f"{queue.prefix}workers"),
+        )
+        lost = [
+            id.decode(errors="replace")
+            for id, token in _field_pairs(started)
+            if token.partition(b" ")[0].rpartition(b".")[0] not in names
+        ]
+        if lost:
+            text = f"{len(lost):,} started jobs of {queue.name} have no worker, as "
+            yield _Trouble(text + lost[0], f"{_PROGRAM} job {lost[0]}, and delete it")
+
+
+def _check_records(patient: _Patient) -> Iterator[_Trouble]:
+    """Look, among some records, for jobs that are in no container."""
+    for queue in patient.queues:
+        pattern = f"{queue.prefix}job:*".replace("[", "\\[")
+        reply = _ask(patient.connection, "SCAN", 0, "MATCH", pattern, "COUNT", 2000)
+        if reply is None or isinstance(patient.connection, RedisCluster):
+            return
+        ids = [key.decode().partition("job:")[2] for key in reply[1]]
+        jobs = [queue._job(id) for id in ids if re.fullmatch(r"[\w-]+", id, re.A)]
+        containers = _follow(patient.connection, _where(jobs[:_MAX_SAMPLED]))
+        lost = []
+        for job, (container, _) in zip(jobs, containers, strict=False):
+            # A record that is in no other container counts as queued.
+            is_queued = container == b"queued"
+            if (
+                is_queued
+                and _ask(patient.connection, "LPOS", queue.key, job.id) is None
+            ):
+                lost.append(job.id)
+        if lost:
+            text = f"{len(lost)} of {len(jobs)} records of {queue.name} are in no "
+            remedy = f"{_PROGRAM} job {lost[0]}, and requeue or delete it"
+            yield _Trouble(f"{text}container, as {lost[0]}", remedy)
+
+
+def _check_failures(patient: _Patient) -> Iterator[_Trouble]:
+    """Count the failed jobs of each queue by their functions, the newest thousand."""
+    for state, queue in zip(patient.snapshot.queues, patient.queues, strict=True):
+        if not state.counts["failed"]:
+            continue
+        command = _list_command(f"{queue.prefix}failed", 0, 1000, True)
+        ids = _execute_one(patient.connection, *command)
+        keys = [f"{queue.prefix}job:{id.decode()}" for id in ids]
+        funcs = _execute(patient.connection, *[("HGET", key, "func") for key in keys])
+        names = Counter(
+            func.decode(errors="replace").removesuffix("()") for func in funcs if func
+        )
+        most = [f"{count:,} {name}" for name, count in names.most_common(5)]
+        text = f"{state.counts['failed']:,} jobs of {queue.name} failed"
+        remedy = f"{_PROGRAM} requeue --queue {queue.name} --all"
+        yield _Trouble(f"{text}: {', '.join(most)}", remedy)
+
+
+def _sizes(connection: Any, queues: Sequence[Queue]) -> Iterator[str]:
+    """Yield about how many bytes each queue takes, by a sample of its records."""
+    for queue in queues:
+        counts = _execute(connection, *queue._size_commands())
+        pattern = f"{queue.prefix}job:*"
+        reply = _ask(connection, "SCAN", 0, "MATCH", pattern, "COUNT", 1000)
+        if reply is None or isinstance(connection, RedisCluster) or not reply[1]:
+            continue
+        keys = reply[1][:50]
+        try:
+            sizes = _execute(connection, *[("MEMORY", "USAGE", key) for key in keys])
+        except exceptions.ResponseError:
+            return
+        each = sum(filter(None, sizes)) / len(keys)
+        total = each * sum(counts)
+        yield f"{queue.name}: {sum(counts):,} jobs, about {total / 1e6:,.1f} MB"
+
+
+# ---- 21. Command line ----------------------------------------------------------------
 # The commands of `python -m microq`.  The one idea: a command does nothing that can't
 # be done from Python; it names the classes and calls of the sections before, and their
 # arguments.  A command has a function _add_.. that declares its arguments, and a
@@ -17039,7 +17362,7 @@ def _cmd_enqueue(options: argparse.Namespace) -> None:
     if options.schedule_at and options.schedule_in:
         raise ValueError("give --schedule-at or --schedule-in, not both")
     job_options = _given(options, *_ENQUEUE_KEYWORDS)
-    job_options.update(args=args, kwargs=kwargs)
+    job_options.update(args=args, kwargs=kwargs, durable=options.durable)
     if options.retry_max or options.retry_interval:
         job_options["retry"] = Retry(
             options.retry_max or 1, options.retry_interval or 0
@@ -17121,6 +17444,57 @@ def _page_server(
     site = _Site(options.connection, names, read_only)
     app = _WebApp(site, password, loopback_only=_is_loopback(host) and not password)
     return _make_server(host, port, app)
+
+
+def _cmd_job(options: argparse.Namespace) -> int:
+    """Show one job."""
+    site = _Site(options.connection, [], read_only=True)
+    job = site.find_job(_job_id(options.id))
+    if job is None:
+        raise NoSuchJobError(f"no job {options.id!r} in any queue")
+    print("\n".join(_job_lines(site, job)))
+    return 0
+
+
+def _job_lines(site: _Site, job: _JobOutline) -> list[str]:
+    """Return what is known of a job, as lines for a terminal."""
+    relatives = _read_relatives(site, job)
+    rows = [("id", job.id), ("queue", job.queue), ("status", job.status)]
+    for name in ("description", *_OPTIONS_SHOWN):
+        if name in job.fields:
+            rows.append((name, job.text(name)))
+    rows += [(f"meta {_plain_label(k)}", _plain_text(v, 500)) for k, v in job.meta()]
+    rows += [
+        ("depends on", f"{id} ({status})") for _, id, status in relatives.dependencies
+    ]
+    rows += [
+        ("dependent", f"{id} ({status})") for _, id, status in relatives.dependents
+    ]
+    lines = [f"{job.func}({job.arguments(500)})"]
+    lines += [f"  {name:12} {text}" for name, text in rows]
+    for at, text, _ in _life(job, relatives):
+        lines.append(f"  {_from_timestamp(at):%Y-%m-%d %H:%M:%S} {text}")
+    for at, text in relatives.log:
+        lines.append(f"  {_from_timestamp(at):%Y-%m-%d %H:%M:%S} log: {text}")
+    run = job.last_run()
+    if run:
+        lines += ["", *run.text().rstrip().splitlines()]
+    return [_printable(line) for line in lines]
+
+
+def _cmd_doctor(options: argparse.Namespace) -> int:
+    """Tell what is wrong, or will be."""
+    connection, names = options.connection, options.queues
+    count = 0
+    for trouble in _examine(connection, names):
+        print(_printable(f"! {trouble.text}; {trouble.remedy}"))
+        count += 1
+    queues = [Queue(name, connection) for name in names] or Queue.all(connection)
+    for line in _sizes(connection, queues):
+        print(_printable(f"  {line}"))
+    if not count:
+        print("nothing is wrong")
+    return 1 if count else 0
 
 
 def _cmd_suspend(options: argparse.Namespace) -> None:
@@ -17375,6 +17749,7 @@ def _add_enqueue(commands: Any) -> None:
     add(
         "--retry-interval", action="append", metavar="S", help="once, or for each retry"
     )
+    add("--durable", action="store_true", help="wait until it is on the server's disk")
     add("--quiet", action="store_true", help="don't print the id")
     _add_common_options(parser)
 
@@ -17435,6 +17810,21 @@ def _add_web(commands: Any) -> None:
     add("--host", default="127.0.0.1", help=need)
     add("--port", type=int, default=9181, metavar="N", help="9181")
     add("--read-only", action="store_true", help="show all, change nothing")
+    _add_common_options(parser)
+
+
+def _add_job(commands: Any) -> None:
+    parser = _add_command(
+        commands, "job", _cmd_job, "show a job", "5wJ2bQx0TnGh9mYkVd3s1A"
+    )
+    parser.add_argument("id", help="of the job, in whatever queue")
+    _add_common_options(parser)
+
+
+def _add_doctor(commands: Any) -> None:
+    help = "tell what is wrong, or will be"
+    parser = _add_command(commands, "doctor", _cmd_doctor, help, "", "mail low")
+    parser.add_argument("queues", nargs="*", help="these only")
     _add_common_options(parser)
 
 
@@ -17526,6 +17916,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     _add_enqueue(commands)
     _add_info(commands)
     _add_web(commands)
+    _add_job(commands)
+    _add_doctor(commands)
     _add_empty(commands)
     _add_requeue(commands)
     _add_suspend(commands)

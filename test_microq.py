@@ -2347,7 +2347,7 @@ def test_the_map_of_the_file_names_its_sections():
     sections = re.findall(r"^# ---- (\d+\. [\w, ]+?) -+$", text, re.M)
     shown = re.findall(r"^ +(\d+\. [\w, ]+?)(?:  .*)?$", microq.__doc__, re.M)
     assert sections == shown
-    assert len(sections) == 20
+    assert len(sections) == 21
 
 
 def test_part_one_names_of_part_two_only_its_hooks():
@@ -12101,7 +12101,230 @@ def test_page_in_a_browser_outlives_the_server(server, redis, queue, browser):
     browser.errors.clear()  # of the connections that were refused
 
 
-# ---- 20. Command line ----------------------------------------------------------------
+# ---- 20. Doctor ----------------------------------------------------------------------
+
+
+def troubles(redis, *names):
+    """Return what the doctor says, a line for each trouble."""
+    return [f"{text}; {remedy}" for text, remedy in microq._examine(redis, names)]
+
+
+def has_trouble(redis, pattern):
+    return any(re.search(pattern, line) for line in troubles(redis))
+
+
+@pytest.fixture
+def configure(redis):
+    """Set options of the server, until the end of the test."""
+    before = {}
+
+    def configure(**options):
+        for name, value in options.items():
+            name = name.replace("_", "-")
+            before.setdefault(name, redis.config_get(name)[name])
+            redis.config_set(name, value)
+
+    yield configure
+    for name, value in before.items():
+        redis.config_set(name, value)
+
+
+def test_doctor_finds_nothing_where_nothing_is_wrong(tmp_path, cli):
+    server = Server(tmp_path, "--port", "0", "--appendonly", "yes")
+    try:
+        queue = Queue(connection=redis_py.Redis.from_url(server.url))
+        queue.enqueue(add)
+        work(queue)
+        status, out, error = cli("doctor", url=server.url)
+        assert (status, error) == (0, "")
+        assert out.splitlines()[-1] == "nothing is wrong"
+        assert re.search(r"default: 1 jobs, about 0\.0 MB", out)
+    finally:
+        server.stop()
+
+
+def test_doctor_names_a_policy_that_evicts(redis, configure, cli):
+    configure(maxmemory_policy="allkeys-lru")
+    status, out, _ = cli("doctor")
+    assert status == 1
+    assert "! maxmemory-policy is allkeys-lru" in out
+    assert "CONFIG SET maxmemory-policy noeviction" in out
+
+
+def test_doctor_names_a_memory_that_is_nearly_full(redis, configure):
+    assert not has_trouble(redis, "of memory are used")
+    used = redis.info("memory")["used_memory"]
+    configure(maxmemory=int(used * 1.05) + 100_000)
+    assert has_trouble(redis, "of memory are used")
+
+
+def test_doctor_names_an_old_server(redis):
+    info = microq._read_info(redis)
+    patient = microq._Patient(redis, [], info, None, 0)
+    assert not list(microq._check_server(patient))
+    info.pop("valkey_version", None)
+    info["redis_version"] = "6.0.16"
+    [trouble] = microq._check_server(patient)
+    assert trouble.text == "the server is Redis 6.0.16"
+
+
+def test_doctor_names_persistence_that_is_off(redis):
+    assert has_trouble(redis, "append-only file is off.*appendonly yes")
+
+
+def test_doctor_names_a_save_that_failed(tmp_path):
+    server = Server(tmp_path)
+    (tmp_path / "dump.rdb").mkdir()  # so that no file can have this name
+    try:
+        redis = redis_py.Redis.from_url(server.url)
+        redis.bgsave()
+        wait_until(lambda: has_trouble(redis, "saving a snapshot failed"))
+    finally:
+        server.stop()
+
+
+def test_doctor_names_clocks_that_differ(redis, wrong_clock):
+    assert has_trouble(redis, r"clock is [+-]3\d{3} s from the one here")
+
+
+def test_doctor_names_a_client_that_does_not_wait(server, redis):
+    assert not has_trouble(redis, "socket_timeout")
+    hasty = redis_py.Redis.from_url(server.url, socket_timeout=0.5)
+    assert has_trouble(hasty, "socket_timeout=0.5")
+
+
+def test_doctor_names_rights_that_are_missing(server, redis, permit):
+    client = redis_py.Redis.from_url(jobs_url(server))
+    assert not has_trouble(client, "may not")
+    permit("-zadd", "-publish", "-del")
+    assert has_trouble(client, "may not run del, publish, zadd; see the ACL")
+    permit("+@all", "-eval", "-info")
+    assert has_trouble(client, "may not run scripts")
+    assert has_trouble(client, "may not ask INFO")
+    assert not redis.keys("*try*") or redis.delete("microq:{doctor}:try")
+
+
+def test_doctor_tries_all_commands_of_the_scripts():
+    called = set()
+    for script in microq.SCRIPTS:
+        called.update(re.findall(r"call\('([A-Z]+)'", script.lua))
+        called.update(re.findall(r"'([LR]PUSH)'", script.lua))
+    assert called - {"TIME", "RENAME"} <= microq._HARMLESS_CALLS.keys()
+
+
+def test_doctor_names_queues_that_nobody_serves(redis, queue):
+    queue.enqueue(add)
+    queue.enqueue_in(60, add)
+    assert has_trouble(redis, "^2 jobs of default wait, and no worker serves it")
+    redis.set("microq:worker:w", record_of_another_container(Worker(queue, "w")), ex=60)
+    heartbeat(queue, "w")
+    assert not has_trouble(redis, "no worker serves")
+    redis.delete("microq:worker:w")
+
+
+def test_doctor_names_suspension(redis, queue):
+    suspend(redis)
+    assert has_trouble(redis, "workers are suspended.*resume")
+    resume(redis)
+
+
+def test_doctor_names_dead_workers(redis, queue):
+    queue.enqueue(add)
+    heartbeat(queue, "w", lease=60)
+    assert not has_trouble(redis, "died")
+    heartbeat(queue, "v", lease=0.01)
+    wait_until(lambda: has_trouble(redis, "worker v of default died .* ago"))
+
+
+def test_doctor_names_schedules_that_are_late(redis, queue):
+    queue.enqueue_in(1, add)
+    assert not has_trouble(redis, "a minute late")
+    redis.zadd(f"{Q}scheduled", dict.fromkeys(scheduled_ids(queue), 1))
+    assert has_trouble(redis, "1 scheduled jobs of default are a minute late")
+
+
+def test_doctor_names_cron_that_nobody_runs(redis, queue):
+    scheduler_with(redis).save()
+    assert has_trouble(redis, "nobody runs the 1 cron entries of default")
+    microq._read_cron(redis, [queue], "me")
+    assert not has_trouble(redis, "nobody runs")
+
+
+def test_doctor_names_started_jobs_without_a_worker(redis, queue):
+    job = queue.enqueue(add)
+    claim(queue)
+    assert not has_trouble(redis, "have no worker")
+    redis.hdel(f"{Q}workers", "w")
+    assert has_trouble(redis, f"1 started jobs of default have no worker, as {job.id}")
+
+
+def test_doctor_names_records_that_are_in_no_container(redis, queue):
+    job = queue.enqueue(add)
+    assert not has_trouble(redis, "no container")
+    redis.lrem(f"{Q}queued", 1, job.id)
+    assert has_trouble(redis, f"1 of 1 records of default are in no .* as {job.id}")
+    job.delete()
+
+
+def test_doctor_counts_failed_jobs_by_function(redis, queue):
+    queue.enqueue(fail)
+    queue.enqueue(fail)
+    queue.enqueue(div_by_zero, 0)
+    work(queue)
+    pattern = (
+        r"^3 jobs of default failed: 2 test_microq.fail, 1 test_microq.div_by_zero"
+    )
+    assert has_trouble(redis, pattern)
+    assert not troubles(redis, "other")[1:]
+
+
+def test_job_command_shows_a_job(redis, queue, cli):
+    job = queue.enqueue(echo, "x\x1b[2J", size=3, meta={"user": 7}, description="d")
+    job.log("a line")
+    work(queue)
+    status, out, _ = cli("job", job.id)
+    assert status == 0 and not unprintable_characters(out)
+    assert out.startswith("test_microq.echo('x\\x1b[2J', size=3)\n")
+    for text in (job.id, "finished", "meta user", "log: a line", "Started by"):
+        assert text in out
+    assert out.rstrip().endswith("[['x\\x1b[2J'], {'size': 3}]")
+    status, _, error = cli("job", "nope")
+    assert status == 1 and "no job 'nope'" in error
+
+
+def test_durable_job_is_on_disk(tmp_path):
+    server = Server(tmp_path, "--port", "0", "--appendonly", "yes")
+    try:
+        redis = redis_py.Redis.from_url(server.url)
+        if not redis.command_count() or not redis.execute_command(
+            "COMMAND", "INFO", "WAITAOF"
+        ):
+            pytest.skip("this server has no WAITAOF")
+        queue = Queue(connection=redis)
+        queue.enqueue(add)
+        trips = round_trips_of(redis, lambda: queue.enqueue(add, durable=True))
+        assert trips == 1
+        job = queue.enqueue(add, 1, durable=True)
+        server.stop()
+        server.start()
+        assert job.is_queued
+    finally:
+        server.stop()
+
+
+def test_durable_job_says_so_where_the_server_can_not_wait(redis, queue):
+    """It is stored all the same."""
+    with pytest.raises(microq.NotDurable, match="stored, and may run"):
+        queue.enqueue(add, job_id="a", durable=True)
+    assert queue.job_ids == ["a"]
+    with pytest.raises(DuplicateJobError):
+        queue.enqueue(add, job_id="a")
+    with redis.pipeline() as pipe, pytest.raises(TypeError, match="durable"):
+        queue.enqueue(add, durable=True, pipeline=pipe)
+    assert len(queue) == 1
+
+
+# ---- 21. Command line ----------------------------------------------------------------
 
 
 def test_the_front_page(redis, queue, page, start_worker):
