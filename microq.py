@@ -7333,7 +7333,7 @@ class _Phase(enum.IntEnum):
 
     RUNNING = 0
     ENDED = 1  # it has settled everything, and is not to be replaced
-    REPLACE = 2  # it has settled everything, and is to be replaced
+    REPLACE = 2  # it has settled everything, and is replaced unless the worker ends
     NO_ANSWER = 3  # it was told to stop, and no server answered for a lease
 
 
@@ -7794,7 +7794,7 @@ class _WorkLoop(_Loop):
             # to run, so one more claim must find nothing.
             limit_reached = self._process_limit_reached() or self._job_limit_reached()
             may_end = self.ends_when_idle or limit_reached
-            next_due = self._settle_and_claim(claim=not limit_reached)
+            next_due = self._settle_and_claim(claim=True)
             if self.pending_webhooks or self.messages:
                 self._send_webhooks_due()
                 self._relay_messages()
@@ -7847,7 +7847,7 @@ class _WorkLoop(_Loop):
 
     def _phase_after(self) -> _Phase:
         """Return the phase after the end of the loop: whether a new process goes on."""
-        if self._job_limit_reached() or self.shared.stop_requested:
+        if self._job_limit_reached():
             return _Phase.ENDED
         return _Phase.REPLACE if self._process_limit_reached() else _Phase.ENDED
 
@@ -8487,16 +8487,16 @@ def _webhook_payload(
     """Return what the body of a webhook's request says."""
     job = execution.job
     state = execution.run_state
-    started_at = time.time() if state is None else state.started_at
+    assert state
     payload = {
         "job_id": job.id,
         "func_name": job.func_name,
         "status": status,
         "enqueued_at": str(job.enqueued_at or ""),
-        "ended_at": str(_from_timestamp(started_at + outcome.seconds)),
+        "ended_at": str(_from_timestamp(state.started_at + outcome.seconds)),
     }
     if status == "failed":
-        payload["exc_info"] = outcome.payload.decode(errors="replace")
+        payload["exc_info"] = outcome.payload.decode()
     return payload
 
 
@@ -8609,7 +8609,7 @@ def _describe_outcome(execution: Execution, outcome: Outcome, status: str) -> st
     phrase = _OUTCOME_PHRASES.get(outcome.type, "stopped")
     text = f"{job.origin}: job {phrase} ({job.id}), {outcome.seconds:.3f} s"
     if outcome.type is ResultType.FAILED:
-        lines = outcome.payload.decode(errors="replace").splitlines()
+        lines = outcome.payload.decode().splitlines()
         reason = lines[-1] if lines else ""
         text += f": {reason}"
     elif execution.run_state and execution.run_state.result_text:
