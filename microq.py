@@ -3111,6 +3111,7 @@ function claim_from(claim, index, q)
   if number == last then held_already(claim, index, q) end
   local is_late = claim.is_blocking and not (lease and lease.ends_at >= now)
   if not last or number <= last or is_late then return end
+  claim.is_accepted[index] = true
   renew_lease(q, worker, instance, now, claim.lease, number)
   for _ = 1, 100 do
     local room = claim.limit - #claim.jobs
@@ -3129,9 +3130,10 @@ _lua(
     """
 -- Leave a token in a queue that has more jobs now, or will have before the next
 -- heartbeat: the worker may have taken the token that would wake another one.  A claim
--- that was not blocking and found the queue empty has taken none.  If only ids without
--- a record were popped and more are left, next_due tells the worker to claim again at
--- once.
+-- that was not blocking and found the queue empty has taken none.  A worker that got
+-- nothing claims by itself when the next job is due; a token would wake it at once,
+-- again and again.  If only ids without a record were popped and more are left,
+-- next_due tells the worker to claim again at once.
 function wake_others(claim, index, q)
   local due, popped = claim.dues[index], claim.has_popped[index]
   local claimed = #claim.jobs > 0
@@ -3140,7 +3142,8 @@ function wake_others(claim, index, q)
     claim.next_due = claim.now
   end
   if not (claimed or popped or claim.is_blocking) then return end
-  local is_due_soon = due and due < claim.now + claim.lease
+  local waits_itself = claim.is_accepted[index] and not claimed
+  local is_due_soon = not waits_itself and due and due < claim.now + claim.lease
   if is_due_soon or call('LLEN', q .. 'queued') > 0 then wake(q) end
 end
 """,
@@ -3176,7 +3179,7 @@ local claim = {
   is_blocking = string.find(mode, 'blocking', 1, true),
   is_concurrent = string.find(mode, 'concurrent', 1, true),
   jobs = {}, seen = {}, size = 0, missing = 0, dues = {}, next_due = math.huge,
-  has_popped = {}, suspect_waits = 0,
+  is_accepted = {}, has_popped = {}, suspect_waits = 0,
 }
 for index, q in ipairs(KEYS) do claim_from(claim, index, q) end
 for index, q in ipairs(KEYS) do wake_others(claim, index, q) end

@@ -3550,6 +3550,19 @@ def test_wake_token_is_left_for_a_job_due_before_the_next_heartbeat(
     assert soon.is_scheduled
 
 
+def test_a_worker_that_waits_for_a_scheduled_job_is_not_woken_by_itself(redis, queue):
+    """It knows when the job is due.  A token that its claim had left would end its wait
+    at once, and so would that of the next claim, thousands of times a second."""
+    soon = queue.enqueue_in(10, add)
+    heartbeat(queue, "w")
+    redis.delete(Q + "wake")
+    command = microq._claim_command([queue.prefix], "w", 1, 15, 1, "blocking")
+    reply = microq._ClaimReply.parse(microq._execute_one(redis, *command))
+    assert reply.next_due is not None
+    assert not redis.exists(Q + "wake")
+    assert soon.is_scheduled
+
+
 def test_an_id_that_stands_twice_in_the_queue_runs_once(redis, queue):
     """It may: its first life expired there, and the second one came."""
     warm = [queue.enqueue(add) for _ in range(7)]
