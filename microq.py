@@ -8068,8 +8068,12 @@ class _WorkLoop(_Loop):
 
     def _publish_oldest_claim(self, oldest: Execution | None) -> None:
         """Tell the supervisor the oldest claim of which a job is held."""
-        next_claim = self.shared.claim_number + 1
-        self.shared.oldest_held_claim = oldest.claim if oldest else next_claim
+        number = oldest.claim if oldest else self._first_open_claim()
+        self.shared.oldest_held_claim = number
+
+    def _first_open_claim(self) -> int:
+        """Return the number of the first claim that may still bring jobs."""
+        return int(self.shared.claim_number + 1)
 
     def _publish(self, execution: Execution, slot: _Slot) -> None:
         """Tell the supervisor that a job runs from now on, and when to kill it."""
@@ -13420,8 +13424,7 @@ class _ConcurrentRunner:
     def collect(self) -> list[tuple[_ConcurrentRun, Outcome | None]]:
         """Return the runs that have ended since the last call, with their outcomes;
         None: the call of submit() has ended."""
-        if not self._is_awake:
-            return []
+        # In any case: _end() may set it after this has taken the run.
         self.wakeup.clear()
         self._is_awake = False
         # What ends from here on sets the wake-up again.
@@ -13767,6 +13770,10 @@ class _ConcurrentLoop(_WorkLoop):
             self._end_waiting_claim()
         super()._release_rest()
 
+    def _first_open_claim(self) -> int:
+        number = super()._first_open_claim()
+        return number - 1 if self.waiting_claim else number
+
     def _oldest_held(self) -> Execution | None:
         for run in self.concurrent.runs.values():
             return run.execution
@@ -13839,6 +13846,10 @@ class _ConcurrentLoop(_WorkLoop):
             request = self.waiting_claim
             self.waiting_claim = None
             self._on_reply(request, replies[1:])
+            if replies[0] and not self.claimed:
+                # A token, but no job: perhaps since the lease has ended.  A claim that
+                # does not wait renews it.
+                self.next_due = 0.0
         elif self.waiting_claim and not self.blocking_connection.is_waiting:
             self._stop_waiting()  # by an error
         if not self.wakeup.clear():  # the parent died

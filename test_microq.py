@@ -13770,6 +13770,66 @@ def test_the_end_of_a_job_does_not_cut_the_wait_for_work(redis, queue):
     assert all(job.is_finished for job in jobs)
 
 
+def test_an_end_that_is_taken_before_its_wake_up_leaves_no_busy_loop(monkeypatch):
+    """A thread may lose the processor between the two steps by which it ends a run."""
+    runner = microq._ConcurrentRunner("bee", microq._DEFAULT_OPTIONS, None)
+    set_wakeup = runner.wakeup.set
+    taken = []
+
+    def take_and_set():
+        taken.extend(runner.collect())
+        set_wakeup()
+
+    monkeypatch.setattr(runner.wakeup, "set", take_and_set)
+    runner._end("run", None)
+    assert taken == [("run", None)]
+    assert runner.collect() == []
+    assert not runner.wakeup.wait(0)
+    runner.close()
+    runner.event_loop.close()
+
+
+def time_of_heartbeat(redis, name):
+    return float(redis.hget(f"{Q}workers", name).split()[0])
+
+
+def test_a_claim_that_waits_while_a_run_ends_keeps_its_jobs(
+    redis, queue, beside, start_worker
+):
+    """Also in a process that is frozen for longer than a lease, while its supervisor
+    looks after the lease: else the jobs run twice."""
+    worker = start_worker("--name", "bee", "--concurrency", "2", "--lease", "1")
+    queue.enqueue(stay)
+    beside.wait_for(1)
+    wait_until(lambda: blocked_clients(redis) == 2)
+    beside.go()
+    read_log_until(worker, "job OK")
+    [child] = children_of(worker.pid)
+    os.kill(child, signal.SIGSTOP)
+    job = queue.enqueue(arrive)
+    wait_until(lambda: job.is_started)
+    began = time.time()
+    wait_until(lambda: time_of_heartbeat(redis, "bee") > began + 2)
+    assert job.is_started
+    os.kill(child, signal.SIGCONT)
+    wait_until(lambda: job.is_finished)
+    stop_and_read_log(worker)
+    assert redis.get("beside:arrived") == b"2"
+
+
+def test_jobs_run_though_the_supervisor_is_frozen(redis, queue, start_worker):
+    """Its lease has ended.  A claim that waits gets nothing then; the loop claims
+    without waiting, which renews the lease."""
+    worker = start_worker("--name", "bee", "--concurrency", "4", "--lease", "0.5")
+    wait_until(lambda: blocked_clients(redis) == 2)
+    worker.send_signal(signal.SIGSTOP)
+    wait_until(lambda: time_of_heartbeat(redis, "bee") < time.time() - 1)
+    job = queue.enqueue(add)
+    wait_until(lambda: job.is_finished)
+    worker.send_signal(signal.SIGCONT)
+    stop_and_read_log(worker)
+
+
 def test_high_jobs_overtake_low_ones(redis, beside, run_beside):
     """Of what waits, those of an earlier queue begin first, as soon as a slot is
     free."""
