@@ -13411,8 +13411,10 @@ class _ConcurrentRunner:
         """Make a call in a thread; collect() returns the run when it has ended."""
 
         def call_and_end() -> None:
-            call()
-            self._end(run, None)
+            try:
+                call()
+            finally:
+                self._end(run, None)
 
         self._threads.submit(call_and_end)
 
@@ -13589,7 +13591,8 @@ class _ConcurrentRunner:
         looked at again."""
         for _ in range(len(self._to_stop)):
             run = self._to_stop.popleft()
-            if run.key in self.runs and not run.interrupt(StopRequested):
+            is_running = run.slot.state == _SlotState.RUNNING and run.key in self.runs
+            if is_running and not run.interrupt(StopRequested):
                 self._to_stop.append(run)
 
     def _check_event_loop(self, now: float) -> None:
@@ -13793,7 +13796,8 @@ class _ConcurrentLoop(_WorkLoop):
         self.concurrent.start(runs)
 
     def _is_busy(self) -> bool:
-        return bool(self.concurrent.runs)
+        # What was given up is settled; webhooks may still be under way.
+        return bool(self.concurrent.runs) and not self.shared.give_up
 
     def _on_stored(self, settled: Sequence[_SettledRun]) -> None:
         """Free the slots of runs that are settled, but first send their webhooks."""
@@ -13882,8 +13886,9 @@ class _ConcurrentLoop(_WorkLoop):
         """Interrupt all jobs, and let them clean up for a while; they will run again.
         Then the loop ends."""
         until = time.monotonic() + GIVE_UP_TIME
-        for run in list(self.concurrent.runs.values()):
-            run.interrupt(_ColdShutdown)
+        for run in self.concurrent.runs.values():
+            if run.slot.state == _SlotState.RUNNING:
+                run.interrupt(_ColdShutdown)
         while self._runs_anything() and time.monotonic() < until:
             self.concurrent.wakeup.wait(until - time.monotonic())
             self._collect()

@@ -14527,6 +14527,20 @@ worker.work()
     assert sum(map(crashes_of, jobs)) == 0
 
 
+def test_a_worker_that_gives_up_does_not_wait_for_webhooks(queue, start_worker):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        hook = Webhook(
+            f"http://127.0.0.1:{listener.getsockname()[1]}", "finished", timeout=300
+        )
+        worker = start_worker("--in-process", "--concurrency", "4", "--grace", "0.1")
+        job = queue.enqueue(add, webhooks=[hook])
+        connection, _ = listener.accept()
+        with connection:
+            stop_and_read_log(worker)
+    assert job.is_finished
+    assert worker.returncode == 1
+
+
 def test_a_shutdown_command_finishes_all_that_runs(redis, queue, beside, start_beside):
     jobs = enqueue_ten(queue)
     worker = start_beside()
