@@ -23,7 +23,15 @@ Terms used throughout
     lease      seconds for which a worker's heartbeat holds its jobs; when it has ended,
                other workers may reap them: they are settled as crashed
     settle     to record how an execution ended; refused if it no longer holds the job
+    release    to put a claimed job back to the front of its queue; no counter changes
+    promote    scheduled -> queued, for jobs that are due
+    suspect    a job that is claimed alone, since it has crashed before: if its process
+               dies again, no other job counts a crash
+    wake token an element of microq:{q}:wake; it wakes one worker that waits
+    slot       the place of a running job in a process (_Slot); in sections 12 and 13,
+               what a limit grants to a job; of a Cluster, the node's part of the keys
     message    what one queue has to tell another; stored in an outbox until it arrived
+    relay      to deliver messages, and then take them out of their outboxes
     *_at       in Redis: seconds since the epoch by the server's clock; datetimes are
                aware UTC
     timeout, ttl, interval, lease    seconds; fractions are allowed
@@ -96,7 +104,7 @@ Cluster.  Queues that one worker serves on a Cluster share a slot by naming the 
     microq:group:<name>         zset    "<id> <queue>" of its jobs by the time they
                                         joined
     microq:{q}:queued           list    ids ready to run, the next one first
-    microq:{q}:wake             list    at most one token: "there may be work"
+    microq:{q}:wake             list    at most one wake token
     microq:{q}:scheduled        zset    ids by the time they are due
     microq:{q}:started          hash    id -> "<execution> <started_at>"
     microq:{q}:workers          hash    worker -> "<heartbeat_at> <lease> <number of its
@@ -465,11 +473,11 @@ class _ColdShutdown(BaseException):
 # options, which says for each how it is checked, stored, read back and shown.
 #
 # Invariants: each value is checked when it is made, so that a mistake raises before
-# anything is stored; a record that a user passes is frozen, and from_field() of
-# to_field() is an equal one.  To add an option: a row in _OPTIONS, an attribute of Job,
-# a line in the docstring of Queue.enqueue(), a row in the README; a test names what is
-# missing.  Uses section 1, _dotted_name() and _serialize() of section 3, and Job, to
-# know one.
+# anything is stored; a record that a user passes is frozen, and from_field() makes an
+# equal one of what to_field() returns.  To add an option: a row in _OPTIONS, an
+# attribute of Job, a line in the docstring of Queue.enqueue(), a row in the README; a
+# test names what is missing.  Uses section 1, of section 3 _dotted_name() and
+# _serialize(), and of section 6 _BaseJob, to recognize a job.
 
 # Where a job can be; the container is the status.  The last three are final.
 _CONTAINERS = [
@@ -835,8 +843,9 @@ class Webhook:
     headers    - a dict of strings, none
     timeout    - seconds that it may take, 10
 
-    It is made once that is stored, and before the worker's next job, or after the
-    others of a batch.  It is not made again if it fails, or if the worker dies."""
+    The worker makes it after the outcome is stored, and before its next job; for a job
+    of a batch, after the other jobs of the batch.  It is not made again if it fails, or
+    if the worker dies."""
 
     url: str
     job_status: str
@@ -862,17 +871,18 @@ class Webhook:
 
 @dataclass(frozen=True)
 class RateLimit:
-    """A limit that all jobs with the same key share, whatever queue they are in; those
-    beyond it wait as rate_limited, in order.
+    """A limit that all jobs with the same key share, whatever queue they are in.
+
+    Jobs beyond the limit wait as rate_limited, in order.
 
     key         - up to 200 characters, no white space and braces
     concurrency - how many may be queued or running at a time; a run whose job was
                   canceled or deleted meanwhile does not count
-    rate, per   - how many may enter their queues in so many seconds, 60; others are
-                  scheduled
+    rate, per   - how many may enter their queues in so many seconds, 60; jobs beyond
+                  that are scheduled
 
-    One of concurrency and rate must be given, or both.  Jobs may give different
-    numbers for one key: for each job its own are looked at."""
+    Give a concurrency, a rate, or both.  Jobs may give different numbers for one key:
+    each job obtains a slot by its own numbers."""
 
     key: str
     concurrency: int | None = None
@@ -2177,7 +2187,7 @@ class _Sleep(_Step):
 
 
 class _Listen(_Step):
-    """Return what hears the messages that are published on a channel."""
+    """Subscribe to a channel, and return the _Listener."""
 
     def __init__(self, channel: str) -> None:
         self.channel = channel
@@ -2189,7 +2199,7 @@ class _Listen(_Step):
         return connections.listener(self.channel)
 
 
-class _Hear(_Step):
+class _WaitForMessage(_Step):
     """Wait for a message up to some seconds, and return whether one has come.
 
     Returns False at once when the subscription has just begun, since what was
@@ -2200,14 +2210,14 @@ class _Hear(_Step):
         self.seconds = seconds
 
     def run(self, connection: Any) -> Any:
-        return self.listener.hear(self.seconds)
+        return self.listener.wait(self.seconds)
 
     async def run_async(self, connections: Any) -> Any:
-        return await self.listener.hear(self.seconds)
+        return await self.listener.wait(self.seconds)
 
 
 class _Listener:
-    """Hears the messages on one channel, over a connection of its own.
+    """Waits for the messages on one channel, over a connection of its own.
 
     redis-py repeats the subscription when it connects again."""
 
@@ -2219,7 +2229,8 @@ class _Listener:
             self.close()
             raise
 
-    def hear(self, seconds: float) -> bool:
+    def wait(self, seconds: float) -> bool:
+        """Wait for a message; see _WaitForMessage."""
         message = self._subscription.get_message(timeout=seconds)
         return bool(message) and message["type"] == "message"
 
@@ -2489,8 +2500,8 @@ end
 _lua(
     "wake",
     """
--- Wake one blocked worker, unless there is a token which says that there may be work.
--- An error must not end a script half-way; workers also look for work by themselves.
+-- Leave a wake token, which wakes one blocked worker, unless there is one.  By pcall:
+-- an error must not end a script half-way, and workers also look for work without it.
 function wake(q)
   local key = q .. 'wake'
   if redis.pcall('EXISTS', key) == 0 then redis.pcall('RPUSH', key, 1) end
@@ -3855,9 +3866,8 @@ _lua(
     "look_after",
     """
 -- Do what any worker does for a queue: forget what expired, promote what is due, leave
--- a token if jobs wait (the last one may have been lost with the worker that took it),
--- have one job ask for its slot again, and return the messages that are still in the
--- outbox.
+-- a wake token if jobs wait (the last one may have been lost with its worker), have one
+-- job ask for its slot again, and return the messages that are still in the outbox.
 function look_after(heartbeat, q)
   local now = heartbeat.now
   forget_expired(q, 10000, now)
@@ -4000,7 +4010,7 @@ for _, q in ipairs(KEYS) do
       renew_lease(q, worker, instance, server_time(), lease, number)
     end
   end
-  -- The worker may have taken the token for these two; then another is to be woken.
+  -- The worker may have taken the wake token for these jobs: wake another worker.
   if call('EXISTS', q .. 'queued', q .. 'scheduled') > 0 then wake(q) end
 end
 return count
@@ -5196,7 +5206,7 @@ class _BaseJob:
             try:
                 with contextlib.closing((yield _Listen(self.key))) as listener:
                     while (left := deadline - time.monotonic()) > 0:
-                        if (yield _Hear(listener, min(left, RECHECK))):
+                        if (yield _WaitForMessage(listener, min(left, RECHECK))):
                             return (yield from ask())
                         may_come = yield from self._announce_waiter()
                         answer = yield from ask()
@@ -11812,7 +11822,7 @@ local q, scheduler, now, is_new = KEYS[1], ARGV[1], server_time(), 0
 local schedulers = q .. 'schedulers'
 if scheduler ~= '' then
   is_new = call('ZADD', schedulers, format_time(now), scheduler)
-  call('ZREMRANGEBYSCORE', schedulers, '-inf', now - 60)
+  call('ZREMRANGEBYSCORE', schedulers, '-inf', now - 60)  -- _SCHEDULER_TTL
 end
 local names = call('ZRANGE', schedulers, 0, -1, 'WITHSCORES')
 local stored = {call('HGETALL', q .. 'ticks'), call('HGETALL', q .. 'cron'), names}
@@ -12260,13 +12270,13 @@ class CronJob:
     def store_command(self) -> Command:
         """Return the command that stores the entry.  The same entry goes on as it
         was."""
-        return self._cron_store_command(self.to_json())
+        return self._command_to_store(self.to_json())
 
     def remove_command(self) -> Command:
         """Return the command that removes the entry, and what it has enqueued ahead."""
-        return self._cron_store_command("")
+        return self._command_to_store("")
 
-    def _cron_store_command(self, text: str) -> Command:
+    def _command_to_store(self, text: str) -> Command:
         """Return the command that stores `text` for this entry."""
         prefix = _queue_prefix(self.queue_name)
         return _cron_store_command(prefix, self.slug, text, self.interval or 0)
@@ -12646,7 +12656,7 @@ def end_unused_server():
         time.sleep(0.1)
     server.kill()
 
-def be_no_victim_of_the_kernel():
+def protect_from_the_oom_killer():
     # The child of a worker is the first that the kernel kills when memory runs out,
     # and a process that it starts inherits that.  A process may lower its points only
     # as far as the first process of the line was allowed to.
@@ -12658,7 +12668,7 @@ def be_no_victim_of_the_kernel():
                 file.write(str(points))
                 break
 
-be_no_victim_of_the_kernel()
+protect_from_the_oom_killer()
 lock = os.open(home + "/lock", os.O_RDWR | os.O_NOFOLLOW)
 os.umask(0o077)
 server = subprocess.Popen(command, preexec_fn=end_with_monitor)
@@ -13293,7 +13303,7 @@ class _ConcurrentRun:
         self._steps = _run_steps(execution, options)
         self.task: asyncio.Task[Any] | None = None  # of its coroutine
         self.cancelled_for: type[BaseException] | None = None  # why the task was
-        self.interrupted: Any = None  # the call that was over its time
+        self.interrupted_call: Any = None  # that was over its time
         self.told_to_stop = False
 
     @property
@@ -13330,8 +13340,8 @@ class _ConcurrentRun:
         """Interrupt the call that is under way, once, if it is over its time."""
         state = self.execution.run_state
         call = state.call if state else None
-        if call and call is not self.interrupted and call[0] <= now:
-            self.interrupted = call
+        if call and call is not self.interrupted_call and call[0] <= now:
+            self.interrupted_call = call
             _, interrupt = call
             interrupt(JobTimeoutException)
 
@@ -13644,7 +13654,7 @@ class _ConcurrentLoop(_WorkLoop):
         # A claim that was sent along with BLPOP and is not answered yet.  Until it is,
         # there is no other claim; but runs are settled meanwhile.
         self.waiting_claim: _Request | None = None
-        self.next_due = 0.0  # when a claim is due, even without a token
+        self.next_due = 0.0  # when a claim is due, even without a wake token
         self.suspect_waits = False  # a job that is to run alone, until nothing runs
         self.seen_stop_requests = int(self.shared.stop_requests)
 
@@ -13667,7 +13677,7 @@ class _ConcurrentLoop(_WorkLoop):
 
         Return when a claim is due: when a scheduled job is; infinity if nothing can be
         claimed now.  After a claim that found less than it asked for, the next one goes
-        along with BLPOP, since whoever adds jobs leaves a token."""
+        along with BLPOP, since whoever adds jobs leaves a wake token."""
         self._collect()
         is_due = self.next_due <= time.monotonic()
         if self.waiting_claim and (not claim or self._must_end_waiting()):
@@ -13820,7 +13830,7 @@ class _ConcurrentLoop(_WorkLoop):
         self.free_slots.append(run.slot)
         self.concurrent.forget(run)
 
-    def _obey_stop_requests(self) -> None:
+    def _handle_stop_requests(self) -> None:
         """Interrupt the jobs that a command stops."""
         if self.seen_stop_requests == self.shared.stop_requests:
             return
@@ -13858,7 +13868,7 @@ class _ConcurrentLoop(_WorkLoop):
             self._stop_waiting()  # by an error
         if not self.wakeup.clear():  # the parent died
             self.shared.stop_requested = True
-        self._obey_stop_requests()
+        self._handle_stop_requests()
         if self.shared.give_up:
             self._give_up()
 
@@ -13868,8 +13878,8 @@ class _ConcurrentLoop(_WorkLoop):
             _set_process_title(f"microq {self.instance.name}: {state}")
 
     def _block(self, seconds: float) -> list[Any] | None:
-        """Wait for a token, and return it with the reply to a claim; None if something
-        else has ended the wait, while the claim may go on waiting."""
+        """Wait for a wake token, and return it with the reply to a claim; None if
+        something else has ended the wait, while the claim may go on waiting."""
         wakeups = (self.wakeup, self.concurrent.wakeup)
         if not self.waiting_claim:
             self.waiting_claim = self._prepare_request(claim=True, mode="blocking")
@@ -13994,7 +14004,7 @@ class _Wire(asyncio.Protocol):
             notEnoughData=_INCOMPLETE,
         )
         self._timeout: float | None = raw.socket_timeout
-        self._heard_at = 0.0  # when data came last, or the first call was sent
+        self._last_data_at = 0.0  # when data came last, or the first call was sent
         self._timer: asyncio.TimerHandle | None = None
         self._writable = asyncio.Event()
         self._writable.set()
@@ -14041,7 +14051,7 @@ class _Wire(asyncio.Protocol):
     # What the event loop calls.
 
     def data_received(self, data: bytes) -> None:
-        self._heard_at = self._loop.time()
+        self._last_data_at = self._loop.time()
         self._parser.feed(data)
         while True:
             try:
@@ -14114,7 +14124,7 @@ class _Wire(asyncio.Protocol):
         """Have _check_silence() called in time; a call is about to be sent."""
         if self._timeout is None:
             return
-        self._heard_at = self._loop.time()
+        self._last_data_at = self._loop.time()
         if self._timer is None:
             self._timer = self._loop.call_later(self._timeout, self._check_silence)
 
@@ -14123,7 +14133,7 @@ class _Wire(asyncio.Protocol):
         self._timer = None
         if not self._calls or self._timeout is None:
             return
-        deadline = self._heard_at + self._timeout
+        deadline = self._last_data_at + self._timeout
         if self._loop.time() >= deadline:
             self._lose(exceptions.TimeoutError("the server has gone silent"))
         else:
@@ -14244,7 +14254,7 @@ class _Subscriptions:
 
 
 class _AsyncListener:
-    """Hears the messages on one channel, for one task; see _Listener."""
+    """Waits for the messages on one channel, for one task; see _Listener."""
 
     def __init__(self, subscriptions: _Subscriptions, channel: str) -> None:
         self.channel = channel.encode()
@@ -14256,7 +14266,7 @@ class _AsyncListener:
         self._subscribing = asyncio.ensure_future(subscriptions.add(self))
         self._subscribing.add_done_callback(self._on_subscribed)
 
-    async def hear(self, seconds: float) -> bool:
+    async def wait(self, seconds: float) -> bool:
         """Wait for a message up to some seconds, and return whether one has come.
 
         Returns False at once when the subscription has begun.  Raises the error of a
@@ -14383,7 +14393,7 @@ class _LoopConnections:
                 await asyncio.sleep(0.1)
 
     def listener(self, channel: str) -> _AsyncListener:
-        """Return what hears the messages on a channel; its owner closes it."""
+        """Return a listener for a channel; its owner closes it."""
         return _AsyncListener(self._subscriptions, channel)
 
     def open_ahead(self) -> _AsyncAhead:
