@@ -14896,24 +14896,24 @@ def _link(text: Any, _class: str | None = None, **query: Any) -> _Markup:
 
 
 def _table(
-    titles: Sequence[Any], rows: Sequence[Sequence[Any]], **more: Any
+    titles: Sequence[Any], rows: Sequence[Sequence[Any]], kind: str = ""
 ) -> _Markup:
     """Return a table.  A title that ends with "#" is that of a column of numbers."""
     names = [str(title).rstrip("#") for title in titles]
     classes = ["number" if str(title).endswith("#") else None for title in titles]
     heads = [
-        _tag("th", name or _hidden("actions"), scope="col", class_=kind)
-        for name, kind in zip(names, classes, strict=True)
+        _tag("th", name or _hidden("actions"), scope="col", class_=class_)
+        for name, class_ in zip(names, classes, strict=True)
     ]
     lines = []
     for row in rows:
         cells = [
-            _tag("td", cell, class_=kind, data_title=name)
-            for cell, kind, name in zip(row, classes, names, strict=True)
+            _tag("td", cell, class_=class_)
+            for cell, class_ in zip(row, classes, strict=True)
         ]
         lines.append(_tag("tr", cells))
     table = _tag("table", _tag("thead", _tag("tr", heads)), _tag("tbody", lines))
-    return _tag("div", table, class_=f"scroll {more.get('kind', '')}".strip())
+    return _tag("div", table, class_=f"scroll {kind}".strip())
 
 
 def _hidden(text: str) -> _Markup:
@@ -15437,6 +15437,7 @@ def _overview(site: _Site) -> _Markup:
     ]
     limits = _read_limits(site, queues) if snapshot.count("rate_limited") else []
     return _join(
+        _tag("h1", "Overview", class_="hidden"),
         _notices(snapshot),
         _numbers(snapshot),
         _section("Last hour", _history_picture(snapshot)),
@@ -15914,7 +15915,7 @@ def _job_view(site: _Site, query: dict[str, str]) -> tuple[str, _Markup]:
 def _existing_job(site: _Site, query: dict[str, str]) -> _JobOutline:
     """Return the job that a query names, or raise _NotFound."""
     try:
-        job = site.find_job(_job_id(query["job"]), query.get("queue", ""))
+        job = site.find_job(_job_id(query.get("job", "")), query.get("queue", ""))
     except ValueError as error:
         raise _NotFound(str(error)) from None
     if job is None:
@@ -16368,7 +16369,7 @@ th, td { text-align: left; padding: .5rem .9rem; vertical-align: top; }
 th { color: var(--dim); font-weight: 500; font-size: .82rem; white-space: nowrap; }
 tbody tr { border-top: 1px solid var(--line); }
 .number { text-align: right; white-space: nowrap; }
-td a.dim { color: var(--dim); opacity: .75; }
+td a.dim { color: var(--dim); }
 td a.failed { color: var(--bad); font-weight: 600; }
 td time, .jobs td:nth-last-child(2) { white-space: nowrap; }
 .badge { white-space: nowrap; font-size: .82rem; color: var(--dim); }
@@ -16601,8 +16602,11 @@ def _plain_answer(status: int, text: str, *headers: tuple[str, str]) -> _WebAnsw
 
 
 def _parse_query(text: str) -> dict[str, str]:
-    """Return the last value of each name in a query or a form."""
-    return dict(parse_qsl(text, max_num_fields=50, errors="replace"))
+    """Return the last value of each name in a query or a form; {} for too many."""
+    try:
+        return dict(parse_qsl(text, max_num_fields=50, errors="replace"))
+    except ValueError:
+        return {}
 
 
 class _WebApp:
@@ -16794,8 +16798,9 @@ def _is_same_origin(headers: dict[str, str]) -> bool:
     origin = headers.get("origin")
     if origin is None:
         return True
-    hosts = (headers.get("host"), headers.get("x-forwarded-host"))
-    return origin.partition("://")[2] in hosts
+    host = origin.partition("://")[2]
+    ours = (headers.get("host"), headers.get("x-forwarded-host"))
+    return host != "" and host in ours
 
 
 def web(
@@ -16936,7 +16941,7 @@ class _Patient(NamedTuple):
 def _examine(connection: Any, names: Sequence[str]) -> Iterator[_Trouble]:
     """Yield the troubles of the queues of these names, or of all."""
     queues = [Queue(name, connection) for name in names] or Queue.all(connection)
-    info = _read_info(connection)
+    info = _read_info(connection, queues)
     before = time.time()
     snapshot = _take_snapshot(connection, [queue.name for queue in queues])
     asked_at = (before + time.time()) / 2
@@ -16957,10 +16962,16 @@ def _ask(connection: Any, *command: Any) -> Any:
         return None
 
 
-def _read_info(connection: Any) -> dict[str, str]:
-    """Return what INFO says of one server; empty if the user may not ask."""
-    reply = _ask(connection, "INFO")
-    text = reply.decode(errors="replace") if isinstance(reply, bytes) else ""
+def _read_info(connection: Any, queues: Sequence[Queue] = ()) -> dict[str, str]:
+    """Return what INFO says, empty if the user may not ask.  In a Cluster, the node is
+    asked that holds the first queue."""
+    keys = [queue.prefix for queue in queues]
+    with contextlib.closing(_Connection(connection, None, *keys[:1])) as server:
+        try:
+            [reply] = _send_and_receive(server.connect(), [("INFO",)])
+        except exceptions.ResponseError:
+            return {}
+    text = reply.decode(errors="replace")
     lines = [line.partition(":") for line in text.splitlines()]
     return {name: value for name, colon, value in lines if colon}
 
@@ -17122,26 +17133,37 @@ def _check_started(patient: _Patient) -> Iterator[_Trouble]:
 def _check_records(patient: _Patient) -> Iterator[_Trouble]:
     """Look, among some records, for jobs that are in no container."""
     for queue in patient.queues:
-        pattern = f"{queue.prefix}job:*".replace("[", "\\[")
-        reply = _ask(patient.connection, "SCAN", 0, "MATCH", pattern, "COUNT", 2000)
-        if reply is None or isinstance(patient.connection, RedisCluster):
-            return
-        ids = [key.decode().partition("job:")[2] for key in reply[1]]
-        jobs = [queue._job(id) for id in ids if re.fullmatch(r"[\w-]+", id, re.A)]
-        containers = _follow(patient.connection, _where(jobs[:_MAX_SAMPLED]))
-        lost = []
-        for job, (container, _) in zip(jobs, containers, strict=False):
-            # A record that is in no other container counts as queued.
-            is_queued = container == b"queued"
-            if (
-                is_queued
-                and _ask(patient.connection, "LPOS", queue.key, job.id) is None
-            ):
-                lost.append(job.id)
+        ids = [key.decode().partition("job:")[2] for key in _sample_keys(queue)]
+        ids = [id for id in ids if re.fullmatch(r"[\w-]+", id, re.A)][:_MAX_SAMPLED]
+        lost = _unlisted(queue, _unlisted(queue, ids))  # twice: a job may be on its way
         if lost:
-            text = f"{len(lost)} of {len(jobs)} records of {queue.name} are in no "
+            text = f"{len(lost)} of {len(ids)} records of {queue.name} are in no "
             remedy = f"{_PROGRAM} job {lost[0]}, and requeue or delete it"
             yield _Trouble(f"{text}container, as {lost[0]}", remedy)
+
+
+def _sample_keys(queue: Queue) -> list[bytes]:
+    """Return some keys of jobs; none if the user may not ask, and of a Cluster, whose
+    nodes would all have to be asked."""
+    if isinstance(queue.connection, RedisCluster):
+        return []
+    pattern = f"{queue.prefix}job:*".replace("[", "\\[").replace("?", "\\?")
+    reply = _ask(queue.connection, "SCAN", 0, "MATCH", pattern, "COUNT", 2000)
+    return reply[1] if reply else []
+
+
+def _unlisted(queue: Queue, ids: Sequence[str]) -> list[str]:
+    """Return those of the ids whose record is in no container of the queue."""
+    if not ids:
+        return []
+    places = _follow(queue.connection, _where([queue._job(id) for id in ids]))
+    # A record that is in no other container counts as queued.
+    queued = [
+        id for id, (place, _) in zip(ids, places, strict=True) if place == b"queued"
+    ]
+    commands = [("LPOS", queue.key, id) for id in queued]
+    positions = _execute(queue.connection, *commands) if commands else []
+    return [id for id, at in zip(queued, positions, strict=True) if at is None]
 
 
 def _check_failures(patient: _Patient) -> Iterator[_Trouble]:
@@ -17166,11 +17188,9 @@ def _sizes(connection: Any, queues: Sequence[Queue]) -> Iterator[str]:
     """Yield about how many bytes each queue takes, by a sample of its records."""
     for queue in queues:
         counts = _execute(connection, *queue._size_commands())
-        pattern = f"{queue.prefix}job:*"
-        reply = _ask(connection, "SCAN", 0, "MATCH", pattern, "COUNT", 1000)
-        if reply is None or isinstance(connection, RedisCluster) or not reply[1]:
+        keys = _sample_keys(queue)[:50]
+        if not keys:
             continue
-        keys = reply[1][:50]
         try:
             sizes = _execute(connection, *[("MEMORY", "USAGE", key) for key in keys])
         except exceptions.ResponseError:

@@ -11735,6 +11735,8 @@ def test_page_changes_jobs(app, redis, queue, shop):
     assert not Job.exists(failed.id, redis)
     assert post(app, action="delete", job=failed.id, queue="default")[0] == 404
     assert post(app, action="burn", job=shop["parent"].id)[0] == 404
+    assert post(app, action="delete")[0] == 404
+    assert post(app, **{f"field{i}": "x" for i in range(60)})[0] == 404
 
 
 def test_page_stops_a_job(app, redis, busy_worker):
@@ -11980,6 +11982,7 @@ def test_posts_of_other_sites_change_nothing(app, redis, queue, shop):
         {"origin": "http://evil.example"},
         {"origin": "null"},
         {"origin": "http://localhost:80"},
+        {"origin": "null", "host": ""},
     ):
         assert get(app, method="POST", body=body, **headers)[0] == 403, headers
     assert get(app, body, method="GET")[0] == 200
@@ -12141,6 +12144,29 @@ def test_page_of_many_failed_jobs_costs_as_much_as_one_of_few(
     assert many[:2] == few
     assert many[1][0] <= 5
     assert "100,060" in read(app, queries[1]).text
+
+
+def test_page_metrics_and_doctor_work_on_a_cluster(cluster_ports):
+    """The queues are on two nodes."""
+    client = redis_py.RedisCluster(host="127.0.0.1", port=cluster_ports[0])
+    jobs = []
+    for name in ("a", "b", "c", "d"):
+        queue = Queue(name, client)
+        jobs.append(queue.enqueue(fail, name, description=f"of {name}"))
+        work(queue)
+        queue.enqueue(shout, "x")
+    app = microq.web(client)
+    assert "queued 4" in read(app).text and "failed 4" in read(app).text
+    for job in jobs:
+        assert f"of {job.origin}" in read(app, f"?job={job.id}").text
+    assert read(app, "?find=shout").text.count("test_microq.shout") == 4
+    where = {"queue": "a", "state": "failed"}
+    assert post(app, action="requeue_all", **where)[0] == 303
+    assert jobs[0].is_queued
+    samples = samples_of(get(app, path="/metrics")[2])
+    assert samples["microq_jobs_failed_total", "b"] == 1
+    text = "\n".join(troubles(client))
+    assert "1 jobs of b failed" in text and "may not" not in text
 
 
 def test_page_tells_that_the_server_is_away(tmp_path):
