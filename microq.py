@@ -243,6 +243,7 @@ import contextvars
 import ctypes
 import enum
 import functools
+import gc
 import hashlib
 import hmac
 import http
@@ -13380,6 +13381,9 @@ class _ConcurrentRunner:
         """Start the threads, in the process that runs the jobs."""
         if owns_process:
             sys.setswitchinterval(_SWITCH_INTERVAL)
+            # What was there before the fork is never looked at by the garbage collector
+            # here: that would copy all of it, and take 8 MB more.
+            gc.freeze()
         if not self._given_loop:
             self._loop_thread = threading.Thread(
                 target=self._run_event_loop, name=f"event loop of {self._name}",
