@@ -9644,9 +9644,8 @@ def _child_main(
     except ServerUnavailable as error:  # told to stop, it did not wait longer
         log.warning("worker %s gives up: %s", instance.name, error.__cause__)
         shared.phase = _Phase.NO_ANSWER
-    except BaseException:
+    except BaseException:  # it runs, by its phase, so the parent takes this for a death
         log.exception("worker %s", instance.name)
-        shared.phase = _Phase.RUNNING  # so the parent takes this exit for a death
     finally:
         _flush_output()
         os._exit(status)  # whatever threads the jobs have left
