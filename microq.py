@@ -10191,18 +10191,20 @@ class _Supervisor:
         if death:
             self._on_death(child, death)
         child.reap()
+        # A death that could not be reported for a lease need not be: the lease of the
+        # worker has expired, so that others reap its jobs.
+        reports_once = now - (self.stopping_since or now) > self.lease
         if child.unreported and now >= self.retry_at:
             # By an error this step ends here, and the next one reports again: no child
             # starts before, which might be given jobs of the dead one.
-            self._report_death(child)
+            ignored = [exceptions.RedisError] if reports_once else []
+            with contextlib.suppress(*ignored):
+                self._report_death(child)
         must_end = child.shared.stop_requested or child.shared.phase == _Phase.ENDED
         if child.pid:
             return self._watch_child(child, now, must_end)
         if must_end:
-            # A death that could not be reported for a lease need not be: the lease of
-            # the worker has expired, so that others reap its jobs.
-            since_stop = now - (self.stopping_since or now)
-            if not child.unreported or since_stop > self.lease:
+            if not child.unreported or reports_once:
                 child.finished = True
         elif not child.unreported and now >= child.restart_at:
             child.start()

@@ -7934,6 +7934,32 @@ def test_the_job_of_a_killed_child_runs_again_within_a_second(
     assert reason in stop_and_read_log(worker)
 
 
+def test_a_worker_ends_a_lease_after_sigterm_though_each_report_is_refused(
+    server, redis, queue, permit, tmp_path
+):
+    """Here its supervisor never looks before it is time for the next report."""
+    log = tmp_path / "log"
+    code = f"""
+import redis, microq, test_microq
+wait = microq._Supervisor._wait_for_commands
+microq._Supervisor._wait_for_commands = lambda self, until: wait(self, until + 0.05)
+connection = redis.Redis.from_url({jobs_url(server)!r})
+microq.Worker("default", lease=1, connection=connection).work()
+"""
+    worker = start_script(code)
+    try:
+        queue.enqueue(sleep_and_record_pid, str(log))
+        pid, _ = pids_of_run(log)
+        permit("-eval", "-evalsha")
+        os.kill(pid, signal.SIGKILL)
+        wait_for_refusals(redis, 2)
+        worker.terminate()
+        assert worker.wait(30) == 0
+    finally:
+        worker.kill()
+        worker.wait(30)
+
+
 def test_a_flood_of_tiny_jobs_survives_kills(redis, queue, start_worker):
     """Batches are held, under way and ahead, when the child or the whole worker is
     killed."""
