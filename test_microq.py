@@ -7272,6 +7272,40 @@ microq.Worker("default", jobs_per_fork=1, connection=connection).work()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs prctl(2) and /proc")
+def test_a_parent_of_orphans_leaves_its_own_children_alone(queue, server, tmp_path):
+    """Here a child dies while orphans are looked for, and one of these is reaped by
+    others."""
+    log = tmp_path / "log"
+    code = f"""
+import ctypes, os, pathlib, redis, signal, subprocess, microq, test_microq
+ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
+list_children = microq._child_pids
+reaped = subprocess.Popen(["true"])
+reaped.wait()
+
+def list_late():
+    if pathlib.Path({str(log)!r}).exists():
+        pid, _ = test_microq.pids_of_run({str(log)!r})
+        if test_microq.is_alive(pid):
+            os.kill(pid, signal.SIGKILL)
+            test_microq.wait_until(lambda: not test_microq.is_alive(pid))
+    return [reaped.pid, *list_children()]
+
+microq._child_pids = list_late
+connection = redis.Redis.from_url({server.url!r})
+microq.Worker("default", connection=connection).work()
+"""
+    worker = start_script(code, stderr=subprocess.PIPE, text=True)
+    try:
+        job = queue.enqueue(sleep_and_record_pid, str(log), max_crashes=0)
+        wait_until(lambda: job.is_failed, 60)
+    finally:
+        worker_log = end_process(worker)
+    assert "signal 9" in job.latest_result().exc_string
+    assert "trying again" not in worker_log
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs prctl(2) and /proc")
 def test_a_zombie_of_its_own_group_keeps_no_worker_from_reaping_orphans(queue, server):
     """Such as a helper of the script that started the worker by `exec`."""
     code = f"""
@@ -7934,6 +7968,73 @@ def test_the_job_of_a_killed_child_runs_again_within_a_second(
     assert reason in stop_and_read_log(worker)
 
 
+def test_a_death_is_reported_before_the_next_child_starts_or_the_worker_ends(
+    server, redis, queue, start_worker, permit, tmp_path
+):
+    """The report releases all that the worker holds; unreported, the job would wait for
+    the end of the lease."""
+    worker = start_worker("--url", jobs_url(server), "--lease", "60")
+    job = queue.enqueue(sleep_and_record_pid, str(tmp_path / "log"))
+    pid, _ = pids_of_run(tmp_path / "log")
+    permit("-eval", "-evalsha")
+    os.kill(pid, signal.SIGKILL)
+    wait_for_refusals(redis, 3)
+    os.kill(worker.pid, signal.SIGCHLD)  # a look between two attempts
+    wait_for_refusals(redis, 4)
+    assert children_of(worker.pid) == []
+    worker.terminate()
+    wait_for_refusals(redis, 5)
+    permit("+@all")
+    worker.communicate(timeout=60)
+    assert worker.returncode == 0
+    assert job.is_queued
+    assert redis.hget(job.key, "crashes") == b"1"
+
+
+def say_and_wait(path):
+    print("said", end="")
+    wait_for_file(path)
+
+
+def test_a_child_that_gives_up_is_no_crash(server, redis, queue, permit, tmp_path):
+    """It was told to stop, and could not settle what had ended, for a lease.  What its
+    job has printed is written all the same."""
+    path, signing = tmp_path / "log", tmp_path / "signing"
+    code = f"""
+import redis, microq, test_microq
+sign_off = microq._Supervisor.sign_off
+
+def sign_off_late(self):
+    test_microq.wait_for_file({str(signing)!r})
+    sign_off(self)
+
+microq._Supervisor.sign_off = sign_off_late
+connection = redis.Redis.from_url({jobs_url(server)!r})
+microq.Worker("default", lease=1, connection=connection).work()
+"""
+    environ = os.environ | {"PYTHONUNBUFFERED": ""}
+    worker = start_script(code, stderr=subprocess.PIPE, text=True, env=environ)
+    try:
+        job = queue.enqueue(say_and_wait, str(path))
+        wait_until(path.exists, 60)
+        permit("-eval", "-evalsha")
+        worker.terminate()
+        Path(f"{path}.go").touch()
+        wait_until(signing.exists, 60)
+        permit("+@all")
+        Path(f"{signing}.go").touch()
+        output, log = worker.communicate(timeout=60)
+    finally:
+        worker.kill()
+        worker.wait(30)
+    assert worker.returncode == 0
+    assert output == "said"
+    assert "gives up" in log
+    assert "Traceback" not in log
+    assert job.is_queued
+    assert not redis.hexists(job.key, "crashes")
+
+
 def test_a_worker_ends_a_lease_after_sigterm_though_each_report_is_refused(
     server, redis, queue, permit, tmp_path
 ):
@@ -8068,6 +8169,44 @@ def test_a_job_that_the_kernel_kills_for_its_memory_is_failed(queue):
         assert int(megabytes[1]) > 50
     finally:
         group.rmdir()
+
+
+def oom_score_adjustment():
+    return Path("/proc/self/oom_score_adj").read_text()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+@pytest.mark.parametrize("allowed", [True, False])
+def test_a_child_is_to_be_killed_first_when_memory_runs_out(
+    queue, monkeypatch, allowed
+):
+    """Not its supervisor; where that can't be said, it works all the same."""
+    open_file = os.open
+
+    def refuse(path, *args, **options):
+        if "oom_score_adj" in str(path):
+            raise PermissionError(path)
+        return open_file(path, *args, **options)
+
+    if not allowed:
+        monkeypatch.setattr(os, "open", refuse)
+    job = queue.enqueue(oom_score_adjustment)
+    assert work(Worker(queue))
+    usual = oom_score_adjustment()
+    assert job.return_value() == ("500\n" if allowed else usual)
+
+
+def test_a_child_whose_parent_died_at_once_ends():
+    """Before it could ask the kernel to be killed with it."""
+    code = """
+        import os, microq
+        pid = os.fork()
+        if not pid:
+            microq._set_up_child(parent=os.getpid())  # has another parent by now
+            os._exit(0)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    """
+    assert run_script(code).stdout == "1\n"
 
 
 def test_work_horse_killed_handler_is_called(queue):
@@ -8244,6 +8383,25 @@ def test_the_torture_of_a_network_in_short():
     assert "lost 0, unexplained 0, doubled 0" in shown
 
 
+def test_a_worker_that_lost_its_name_leaves_the_commands_there(
+    redis, queue, start_worker, tmp_path
+):
+    """They are for the worker that has taken the name."""
+    worker = start_worker("--name", "bee", "--lease", "1", "--in-process")
+    path = tmp_path / "log"
+    queue.enqueue(wait_for_file, str(path))
+    wait_until(path.exists)
+    record = record_of_another_container(Worker(queue, "bee"))
+    redis.set("microq:worker:bee", record)
+    read_log_until(worker, "another worker has this name now")
+    wait_until(lambda: blocked_clients(redis) == 0)
+    redis.rpush("microq:inbox:bee", "command")
+    Path(f"{path}.go").touch()
+    worker.communicate(timeout=30)
+    assert redis.lrange("microq:inbox:bee", 0, -1) == [b"command"]
+    redis.delete("microq:worker:bee", "microq:inbox:bee")
+
+
 def test_the_model_in_short():
     """Random operations break no promise; bench/model.py does more of them."""
     run_bench("model.py --examples 20 --steps 30")
@@ -8330,6 +8488,101 @@ def test_worker_in_process_restores_its_signal_handlers(queue, start_worker):
     assert worker.returncode == 0
 
 
+def handler_of_sigchld():
+    """Return what a job finds of the signals: the handler, and the wake-up socket."""
+    return signal.getsignal(signal.SIGCHLD).name, signal.set_wakeup_fd(-1)
+
+
+def test_a_job_finds_nothing_of_how_its_supervisor_handles_signals(queue):
+    job = queue.enqueue(handler_of_sigchld)
+    work(Worker(queue))
+    assert job.return_value() == ("SIG_DFL", -1)
+
+
+@pytest.mark.parametrize("kind", [Worker, SimpleWorker])
+def test_a_worker_leaves_the_handling_of_signals_as_it_was(queue, kind):
+    """In a program that goes on after work()."""
+
+    def handler(number, frame):
+        pass
+
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    numbers = microq._SIGNALS
+    handlers = [signal.signal(number, handler) for number in numbers]
+    wakeup_fd = signal.set_wakeup_fd(writer.fileno())
+    try:
+        queue.enqueue(add)
+        assert work(kind(queue))
+        found = [signal.getsignal(number) for number in numbers]
+        found_fd = signal.set_wakeup_fd(-1)
+    finally:
+        signal.set_wakeup_fd(wakeup_fd)
+        for number, each in zip(numbers, handlers, strict=True):
+            signal.signal(number, each)
+    assert found == [handler] * len(numbers)
+    assert found_fd == writer.fileno()
+    reader.close()
+    writer.close()
+
+
+def test_the_end_of_a_child_ends_the_wait_of_its_supervisor(queue, server, tmp_path):
+    """By SIGCHLD; here nothing else ends that wait."""
+    code = f"""
+import redis, microq, test_microq
+wait = microq._Supervisor._wait_for_commands
+microq._Supervisor._wait_for_commands = lambda self, until: wait(self, until + 1000)
+connection = redis.Redis.from_url({server.url!r})
+microq.Worker("default", lease=3000, connection=connection).work()
+"""
+    worker = start_script(code)
+    log = tmp_path / "log"
+    try:
+        queue.enqueue(sleep_and_record_pid, str(log), 100)
+        os.kill(pids_of_run(log)[0], signal.SIGKILL)
+        pids_of_run(log, 2)
+    finally:
+        worker.kill()
+        worker.wait(30)
+
+
+def test_sigterm_ends_the_wait_of_an_idle_child(redis, server):
+    """Which waits for jobs; here for so long that nothing else ends that wait."""
+    code = f"""
+import redis, microq
+microq._BlockingConnection.BLPOP_TIMEOUT = 1000
+connection = redis.Redis.from_url({server.url!r})
+microq.Worker("default", lease=3000, connection=connection).work()
+"""
+    worker = start_script(code)
+    try:
+        wait_until(lambda: blocked_clients(redis) == 2)
+        worker.terminate()
+        assert worker.wait(30) == 0
+    finally:
+        worker.kill()
+
+
+def interrupt_twice():
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
+    return "finished"
+
+
+def test_ctrl_c_that_comes_twice_gives_up_nothing(queue, monkeypatch):
+    """From the terminal, and from a parent that passes it on."""
+    request_stop = microq._Supervisor.request_stop
+
+    def stop(self):
+        request_stop(self)
+        self.stopping_since += 60  # so that no pause here makes it more than a second
+
+    monkeypatch.setattr(microq._Supervisor, "request_stop", stop)
+    job = queue.enqueue(interrupt_twice)
+    assert work(queue)
+    assert job.return_value() == "finished"
+
+
 # ---- 10. Worker, child, supervisor, pool: a pool -------------------------------------
 
 
@@ -8369,6 +8622,87 @@ def test_a_pool_starts_from_a_program(redis, queue):
     assert not pool.start(burst=True, logging_level=None)
     with pytest.raises(ValueError, match="num_workers"):
         WorkerPool([queue], redis, 0)
+
+
+def test_a_pool_that_another_thread_stops_gives_up_when_its_grace_is_over(
+    redis, queue, monkeypatch, tmp_path
+):
+    """Here nothing else ends the wait of the supervisor."""
+    wait = microq._Supervisor._wait_for_commands
+
+    def wait_long(self, until):
+        wait(self, until if self.stopping_since else until + 1000)
+
+    def stop():
+        pids_of_run(tmp_path / "log")
+        wait_until(lambda: blocked_clients(redis) == 1)
+        pool.stop_workers()
+
+    monkeypatch.setattr(microq._Supervisor, "_wait_for_commands", wait_long)
+    monkeypatch.setattr(microq._BlockingConnection, "BLPOP_TIMEOUT", 1000)
+    pool = WorkerPool([queue], redis, grace=0.1)
+    job = queue.enqueue(sleep_and_record_pid, str(tmp_path / "log"))
+    thread = threading.Thread(target=stop)
+    thread.start()
+    with pytest.raises(SystemExit):
+        pool.start(logging_level=None)
+    thread.join()
+    assert job.is_queued
+
+
+def test_a_pool_that_has_ended_waits_for_no_command(
+    redis, queue, monkeypatch, tmp_path
+):
+    """It would take one that is for the next pool of its name."""
+    monkeypatch.setattr(microq._BlockingConnection, "BLPOP_TIMEOUT", 1000)
+    path = tmp_path / "log"
+
+    def end_job():
+        wait_until(path.exists)
+        wait_until(lambda: blocked_clients(redis) == 1)
+        Path(f"{path}.go").touch()
+
+    queue.enqueue(wait_for_file, str(path))
+    pool = WorkerPool([queue], redis)
+    thread = threading.Thread(target=end_job)
+    thread.start()
+    assert pool.start(burst=True, logging_level=None)
+    thread.join()
+    wait_until(lambda: blocked_clients(redis) == 0)
+
+
+def test_children_that_others_have_reaped_do_not_hold_up_the_end(
+    redis, queue, monkeypatch, tmp_path
+):
+    """Something else in the program waits for all children."""
+    reaped = []
+
+    class Child(microq._Child):
+        def pids(self):
+            pids = super().pids()
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+            reaped.extend(pids)
+            return pids
+
+    def stop():
+        wait_until(lambda: len(children_of(os.getpid())) > before + 1)  # with a standby
+        pool.stop_workers()
+        Path(f"{path}.go").touch()
+
+    before = len(children_of(os.getpid()))
+    monkeypatch.setattr(microq, "_Child", Child)
+    path = tmp_path / "log"
+    job = queue.enqueue(wait_for_file, str(path))
+    pool = WorkerPool([queue], redis, jobs_per_fork=1)
+    thread = threading.Thread(target=stop)
+    thread.start()
+    assert pool.start(logging_level=None)
+    thread.join()
+    assert reaped
+    assert job.is_finished
+    assert not redis.exists(f"{Q}workers")
 
 
 def test_a_pool_and_a_worker_may_have_the_same_name(redis, queue, start_worker):
@@ -8485,14 +8819,32 @@ def test_a_heartbeat_between_two_commands_drops_neither(redis, queue, start_work
 
 def test_unknown_commands_are_logged(redis, queue, start_worker):
     worker = start_worker("--name", "bee")
-    redis.rpush("microq:inbox:bee", "{", '["a"]', '{"command": "x"}')
+    shutdown = '{"command": "shutdown", "worker": "wasp"}'  # which is not here
+    unknown = ["{", '["a"]', '{"command": "x"}', b"\xff", shutdown]
+    redis.rpush("microq:inbox:bee", *unknown)
     send_command(redis, "bee", "dance")
     send_kill_horse_command(redis, "bee")  # no job runs
     wait_until(lambda: not redis.exists("microq:inbox:bee"))
     job = queue.enqueue(add, 1)
     assert job.latest_result(timeout=30).return_value == 1
-    time.sleep(0.2)
-    assert stop_and_read_log(worker).count("ignored: no such command") == 4
+    log = stop_and_read_log(worker)
+    assert log.count("ignored: no such command") == 6
+    assert "idle process" not in log
+    assert "trying again" not in log
+
+
+def test_a_job_is_stopped_only_if_the_command_names_it(
+    redis, queue, start_worker, tmp_path
+):
+    worker = start_worker("--name", "bee")
+    path = tmp_path / "log"
+    job = queue.enqueue(wait_for_file, str(path))
+    wait_until(path.exists)
+    send_command(redis, "bee", "stop-job", job_id="of before")
+    send_command(redis, "bee", "dance")
+    read_log_until(worker, "ignored: no such command")
+    Path(f"{path}.go").touch()
+    assert job.latest_result(timeout=30).return_value == "gone on"
 
 
 def test_commands_arrive_after_the_connection_was_cut(redis, queue, start_worker):
@@ -8559,7 +8911,10 @@ def test_worker_whose_commands_are_refused_ends_a_lease_after_sigterm(
     permit("-eval", "-evalsha")
     wait_for_refusals(redis, 3)
     worker.terminate()
-    assert "no permissions" in worker.communicate(timeout=60)[1]
+    log = worker.communicate(timeout=60)[1]
+    assert "no permissions" in log
+    assert "signing off" in log
+    assert "Traceback" not in log
     permit("+@all")
 
 
@@ -8594,12 +8949,15 @@ def test_commands_to_a_dead_worker_are_not_for_the_next_of_its_name(
     worker = start_worker("--name", "bee")
     worker.kill()
     worker.communicate(timeout=30)
-    send_shutdown_command(redis, "bee")
+    send_command(redis, "bee", "dance")
+    assert 0 < redis.ttl("microq:inbox:bee") <= 60
     redis.delete(Q + "workers")
     worker = start_worker("--name", "bee")
-    assert queue.enqueue(add, 1).latest_result(timeout=30).return_value == 1
-    time.sleep(0.2)
-    assert worker.poll() is None
+    send_shutdown_command(redis, "bee")
+    log = worker.communicate(timeout=30)[1]
+    assert worker.returncode == 0
+    assert "shutdown" in log
+    assert "dance" not in log
 
 
 @in_both_places
@@ -8624,6 +8982,16 @@ def test_suspended_workers_start_no_jobs(redis, queue, start_worker, place):
         assert not is_suspended(redis)
         wait_until(lambda: blocked_clients(redis) == 2)
     assert "trying again" not in stop_and_read_log(worker)
+
+
+def test_work_is_suspended_though_a_worker_has_just_died(redis, queue):
+    """It is still listed, and has no record any more."""
+    queue.enqueue(add)  # so that the queue is known
+    redis.hset(f"{Q}workers", "bee", f"{server_time(redis)} 100 1 a")
+    suspend(redis)
+    assert is_suspended(redis)
+    resume(redis)
+    redis.delete(f"{Q}workers")
 
 
 @in_both_places
