@@ -8417,10 +8417,12 @@ class _SerialLoop(_WorkLoop):
         return bool(self.claimed or self.to_release or self.unsettled or self.request)
 
     def _batches_are_over(self, now: float) -> bool:
-        """Return whether nothing is held, and the last job began a second ago or more:
-        then the watchdog ends.  The next batch starts another one."""
-        seconds = now - self.slot.started_at
-        return not self._holds_others() and seconds > 20 * SLOW_JOB_AFTER
+        """Return whether the watchdog has nothing to do, and the last job began a
+        second ago or more: then it ends.  The next batch starts another one.
+
+        An idle loop has a request, too: the claim that waits for work."""
+        has_work = self.claimed or (self.running and self._holds_others())
+        return not has_work and now - self.slot.started_at > 20 * SLOW_JOB_AFTER
 
     def _slow_job_holds_others(self, now: float) -> bool:
         """Return whether a job runs for long, while jobs wait behind it or outcomes of

@@ -878,6 +878,11 @@ def status_of(id):
     return str(get_current_job().queue.fetch_job(id).get_status())
 
 
+def count_watchdogs():
+    names = [thread.name for thread in threading.enumerate()]
+    return names.count("batch watchdog")
+
+
 def jobs_held_after(seconds):
     time.sleep(seconds)
     return jobs_held()
@@ -6036,6 +6041,64 @@ def test_batch_watchdog_tries_again_after_a_cut_connection(queue, monkeypatch):
         )
     assert cuts
     assert all(len(job.results()) == 1 for job in [*jobs, slow, *behind])
+
+
+def test_a_batch_watchdog_tries_until_the_server_is_there(queue, monkeypatch, tmp_path):
+    """Even for longer than it waits for another batch, after pauses that grow."""
+    failures = []
+    send_packed = microq._send_packed
+
+    def fail_at_first(wire, commands):
+        in_watchdog = threading.current_thread().name == "batch watchdog"
+        if in_watchdog and len(failures) < 10:  # two for each time it tries
+            failures.append(time.monotonic())
+            raise redis_py.exceptions.ConnectionError("cut")
+        send_packed(wire, commands)
+
+    monkeypatch.setattr(microq, "_send_packed", fail_at_first)
+    monkeypatch.setattr(microq, "SETTLE_AFTER", 5)
+    monkeypatch.setattr(microq, "SLOW_JOB_AFTER", 0.01)
+    path = tmp_path / "slow"
+    queue.enqueue_many([Queue.prepare_data(add)] * 7)
+    slow = queue.enqueue(wait_for_file, str(path))
+    behind = queue.enqueue_many([Queue.prepare_data(add)] * 3)
+    with Worker(queue):
+        wait_until(path.exists)
+        wait_until(lambda: queue.job_ids == [job.id for job in behind])
+        assert slow.is_started
+        Path(f"{path}.go").touch()
+    assert failures[-1] - failures[0] > 0.3
+    assert all(len(job.results()) == 1 for job in [slow, *behind])
+
+
+def test_a_batch_is_settled_once_by_its_only_watchdog(queue, monkeypatch):
+    monkeypatch.setattr(microq, "SETTLE_AFTER", 5)
+    wait_until(lambda: count_watchdogs() == 0)  # of other tests
+    jobs = queue.enqueue_many([Queue.prepare_data(count_watchdogs)] * 11)
+    slow = queue.enqueue(sleep, 0.5)
+    jobs += queue.enqueue_many([Queue.prepare_data(count_watchdogs)] * 3)
+    worker = SimpleWorker(queue)
+    work(worker)
+    assert max(job.return_value() for job in jobs) == 1
+    assert slow.is_finished
+    assert worker.successful_job_count == len([*jobs, slow])
+
+
+def test_the_batch_watchdog_of_an_idle_worker_ends_until_the_next_batch(
+    queue, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(microq, "SETTLE_AFTER", 5)
+    monkeypatch.setattr(microq, "SLOW_JOB_AFTER", 0.01)
+    path = tmp_path / "slow"
+    with Worker(queue):
+        queue.enqueue_many([Queue.prepare_data(add)] * 15)[-1].latest_result(30)
+        wait_until(lambda: count_watchdogs() == 0)
+        data = [Queue.prepare_data(wait_for_file, (str(path),))]
+        behind = queue.enqueue_many(data + [Queue.prepare_data(add)] * 3)[1:]
+        wait_until(path.exists)
+        wait_until(lambda: queue.job_ids == [job.id for job in behind])
+        Path(f"{path}.go").touch()
+    assert all(job.is_finished for job in behind)
 
 
 def test_a_batch_watchdog_that_can_settle_nothing_holds_nothing_up(queue, monkeypatch):
