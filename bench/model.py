@@ -811,7 +811,8 @@ class Model(stateful.RuleBasedStateMachine):
         microq._execute(self.redis, release)
         self.advance(3 * YEAR)
         left = {key.decode() for key in self.redis.scan_iter()}
-        left -= {f"{prefix}wake" for prefix in prefixes}
+        for name in ("wake", "stats"):
+            left -= {f"{prefix}{name}" for prefix in prefixes}
         left -= {"microq:queues", OFFSET}
         assert not left, f"{left} would stay for ever"
 
