@@ -13212,16 +13212,20 @@ def _health(connection: Redis, names: Sequence[str]) -> str:
 
 
 # ---- 17. Many jobs at once -----------------------------------------------------------
-# The loop of a worker with `concurrency`: so many jobs run at once in each process.
-# Its one idea: the thread of the work loop only claims and settles.  Coroutines run as
-# tasks of one event loop, in a thread of its own, to which a whole claim is handed by
-# one call; all other functions run in threads.  What has ended meanwhile is settled
-# together with the next claim.
+# The loop of a worker with `concurrency`: up to that many jobs run at once in each
+# process.  Its one idea: the thread of the work loop only claims and settles.
+# Coroutines run as tasks of one event loop, in a thread of its own, to which a whole
+# claim is handed by one call; all other functions run in threads.  Runs that have ended
+# meanwhile are settled together with the next claim.
+#
+# A _ConcurrentLoop claims and settles.  It hands each job to its _ConcurrentRunner, as
+# a _ConcurrentRun, which has the steps of the job (_run_steps() of section 8).  The
+# runner makes the calls of these steps, and collects the outcomes.
 #
 # Invariants: a claim takes no more jobs than there are free slots, so nothing waits in
 # this process that another worker could run.  A slot is occupied until its job is
 # settled and its webhooks are sent.  A job that has crashed before runs alone: if it
-# crashes again, no other job is blamed for it.  Uses sections 4, 5 and 8 to 10.
+# crashes again, no other job counts a crash.  Uses sections 4, 5 and 8 to 10.
 
 _WATCH_INTERVAL = 0.05  # seconds between two looks at the deadlines of calls
 _BLOCKED_AFTER = 5.0  # seconds after which a blocked event loop is reported
@@ -13255,6 +13259,7 @@ class _Threads:
         self._calls.put(call)
 
     def _work(self) -> None:
+        """Make calls, in a thread, until close() is called."""
         _thread_state.interrupter = _WatchedInterrupter()
         _thread_state.run_coroutine = _leave_to_event_loop
         while call := self._calls.get():
@@ -13466,6 +13471,7 @@ class _ConcurrentRunner:
     # In a thread of a job
 
     def _begin_in_thread(self, run: _ConcurrentRun) -> None:
+        """Run a job in this thread, unless its function returns a coroutine."""
         self._go_on_in_thread(run, run.begin())
 
     def _go_on_in_thread(self, run: _ConcurrentRun, step: _Call | Outcome) -> None:
@@ -13494,6 +13500,7 @@ class _ConcurrentRunner:
                 self._coroutine_functions.add((type(job), name))
 
     def _is_coroutine_function(self, job: Job) -> bool:
+        """Return whether the job's function is known to be a coroutine function."""
         name = job._text("func").removesuffix("()")
         return (type(job), name) in self._coroutine_functions
 
@@ -13509,6 +13516,7 @@ class _ConcurrentRunner:
     # On the event loop
 
     def _run_event_loop(self) -> None:
+        """Run the event loop, in a thread of its own, until close() is called."""
         asyncio.set_event_loop(self.event_loop)
         while not self._closed:
             # A SystemExit of a task ends run_forever(), too.
@@ -13562,6 +13570,7 @@ class _ConcurrentRunner:
     def _cancel(
         self, run: _ConcurrentRun, task: asyncio.Task[Any], reason: type[BaseException]
     ) -> None:
+        """Cancel a task, unless it has ended or is cancelled already."""
         if run.task is task and not task.done() and not run.cancelled_for:
             run.cancelled_for = reason
             task.cancel()
@@ -13632,6 +13641,7 @@ class _ConcurrentRunner:
         )  # fmt: skip
 
     def _answer_tick(self) -> None:
+        """Give the sign of life, on the event loop."""
         self._tick_answered = True
         self._tick_sent_at = time.monotonic()
 
@@ -13654,7 +13664,7 @@ class _ConcurrentLoop(_WorkLoop):
         supervisor_wakeup: _Wakeup, before_wait: Callable[[], None] | None = None,
     ) -> None:  # fmt: skip
         super().__init__(instance, command_connection, supervisor_wakeup, before_wait)
-        self.concurrent = _ConcurrentRunner(
+        self.runner = _ConcurrentRunner(
             instance.name, instance.run_options, instance.event_loop
         )
         self.free_slots = list(self.shared.slots)
@@ -13666,15 +13676,15 @@ class _ConcurrentLoop(_WorkLoop):
         self.seen_stop_requests = int(self.shared.stop_requests)
 
     def run(self) -> _Phase:
-        self.concurrent.open(self.instance.forking)
+        self.runner.open(self.instance.forking)
         return super().run()
 
     def _run_on_event_loop(self, coroutine: Any) -> Any:
-        loop = self.concurrent.event_loop
+        loop = self.runner.event_loop
         return asyncio.run_coroutine_threadsafe(coroutine, loop).result()
 
     def close(self) -> None:
-        self.concurrent.close()
+        self.runner.close()
         super().close()
 
     # Claims
@@ -13691,25 +13701,25 @@ class _ConcurrentLoop(_WorkLoop):
             self._end_waiting_claim()
         elif self.waiting_claim and is_due:
             self._stop_waiting()
-        again = self._read_reply()
-        wanted = self.last_claim_full or self.ends_when_idle or is_due
+        due = self._read_reply()
+        is_wanted = self.last_claim_full or self.ends_when_idle or is_due
         # What is claimed already begins first, and occupies its slots.
         may_claim = not self.waiting_claim and not self.claimed
-        self._send_request(claim and wanted and may_claim)
-        again = min(again, self._read_reply())
+        self._send_request(claim and is_wanted and may_claim)
+        due = min(due, self._read_reply())
         self._publish_oldest_claim(self._oldest_held())
         if claim and self._claim_limit():
-            return min(again, self.next_due)
-        return again
+            due = min(due, self.next_due)
+        return due
 
     def _taken_count(self) -> int:
         """Return how many slots are taken by what runs, or is claimed to run next."""
-        running = len(self.concurrent.runs) - len(self.unsettled)
+        running = len(self.runner.runs) - len(self.unsettled)
         return running + len(self.claimed)
 
     def _collect(self) -> None:
         """Take over what has ended, and mend what it has done to this process."""
-        ended = self.concurrent.collect()
+        ended = self.runner.collect()
         if ended and self.instance.forking and _reopen_standard_files():
             self.shared.run_limit = 0  # replace this process
         for run, outcome in ended:
@@ -13742,7 +13752,7 @@ class _ConcurrentLoop(_WorkLoop):
     def _runs_suspect(self) -> bool:
         """Return whether a job that has crashed before runs, or is to run next; it is
         the only one then."""
-        runs = self.concurrent.runs.values()
+        runs = self.runner.runs.values()
         held = [*(run.execution for run in runs), *self.claimed]
         return len(held) == 1 and "crashes" in held[0].job._fields
 
@@ -13751,7 +13761,7 @@ class _ConcurrentLoop(_WorkLoop):
         timeout had no effect.  Where there is no parent to do that, the job only costs
         its slot."""
         forking = self.instance.forking
-        return forking and self.concurrent.has_overdue(time.monotonic())
+        return forking and self.runner.has_overdue(time.monotonic())
 
     def _claim_mode(self, mode: str) -> str:
         is_busy = self._taken_count() > 0
@@ -13795,7 +13805,7 @@ class _ConcurrentLoop(_WorkLoop):
         return number - 1 if self.waiting_claim else number
 
     def _oldest_held(self) -> Execution | None:
-        for run in self.concurrent.runs.values():
+        for run in self.runner.runs.values():
             return run.execution
         return self.claimed[0] if self.claimed else None
 
@@ -13810,11 +13820,11 @@ class _ConcurrentLoop(_WorkLoop):
             run = _ConcurrentRun(execution, self.instance.run_options, slot)
             self._publish(execution, slot)
             runs.append(run)
-        self.concurrent.start(runs)
+        self.runner.start(runs)
 
     def _is_busy(self) -> bool:
         # What was given up is settled; webhooks may still be under way.
-        return bool(self.concurrent.runs) and not self.shared.give_up
+        return bool(self.runner.runs) and not self.shared.give_up
 
     def _on_stored(self, settled: Sequence[_SettledRun]) -> None:
         """Free the slots of runs that are settled, but first send their webhooks."""
@@ -13823,29 +13833,29 @@ class _ConcurrentLoop(_WorkLoop):
         self.pending_webhooks = []
         for settled_run in settled:
             execution = settled_run[0]
-            run = self.concurrent.runs[_key_of_run(execution)]
+            run = self.runner.runs[_key_of_run(execution)]
             if settled_run not in with_webhooks:
                 self._free(run)
                 continue
             run.slot.state = _SlotState.EMPTY  # the job needs its process no more
             send = functools.partial(self._try_webhooks, settled_run)
-            self.concurrent.submit(run, send)
+            self.runner.submit(run, send)
 
     def _free(self, run: _ConcurrentRun) -> None:
         """Give up the slot of a run."""
         run.slot.state = _SlotState.EMPTY
         self.free_slots.append(run.slot)
-        self.concurrent.forget(run)
+        self.runner.forget(run)
 
     def _handle_stop_requests(self) -> None:
         """Interrupt the jobs that a command stops."""
         if self.seen_stop_requests == self.shared.stop_requests:
             return
         self.seen_stop_requests = self.shared.stop_requests
-        for run in self.concurrent.runs.values():
+        for run in self.runner.runs.values():
             if run.slot.stop_requested() and not run.told_to_stop:
                 run.told_to_stop = True
-                self.concurrent.stop(run)
+                self.runner.stop(run)
 
     def stop_job(self, job: _CurrentJob, grace: float) -> None:
         job.slot.request_stop()
@@ -13868,8 +13878,8 @@ class _ConcurrentLoop(_WorkLoop):
             self.waiting_claim = None
             self._on_reply(request, replies[1:])
             if replies[0] and not self.claimed:
-                # A token, but no job: perhaps since the lease has ended.  A claim that
-                # does not wait renews it.
+                # A wake token, but no job: perhaps since the lease has ended.  A claim
+                # that does not wait renews it.
                 self.next_due = 0.0
         elif self.waiting_claim and not self.blocking_connection.is_waiting:
             self._stop_waiting()  # by an error
@@ -13880,15 +13890,18 @@ class _ConcurrentLoop(_WorkLoop):
             self._give_up()
 
     def _show_state(self) -> None:
+        """Name the process after what it does."""
         if self.instance.forking:
-            state = "busy" if self.concurrent.runs else "idle"
+            state = "busy" if self.runner.runs else "idle"
             _set_process_title(f"microq {self.instance.name}: {state}")
 
     def _block(self, seconds: float) -> list[Any] | None:
         """Wait for a wake token, and return it with the reply to a claim; None if
         something else has ended the wait, while the claim may go on waiting."""
-        wakeups = (self.wakeup, self.concurrent.wakeup)
+        wakeups = (self.wakeup, self.runner.wakeup)
         if not self.waiting_claim:
+            # It settles nothing, which would have to wait for a wake token, too:
+            # _settle_and_claim() has settled all that _collect() has taken over.
             self.waiting_claim = self._prepare_request(claim=True, mode="blocking")
         if not self.waiting_claim:  # no slot is free, or nothing is to be claimed
             seconds = min(seconds, _BlockingConnection.BLPOP_TIMEOUT)
@@ -13903,20 +13916,21 @@ class _ConcurrentLoop(_WorkLoop):
         """Interrupt all jobs, and let them clean up for a while; they will run again.
         Then the loop ends."""
         until = time.monotonic() + GIVE_UP_TIME
-        for run in self.concurrent.runs.values():
+        for run in self.runner.runs.values():
             if run.slot.state == _SlotState.RUNNING:
                 run.interrupt(_ColdShutdown)
         while self._runs_anything() and time.monotonic() < until:
-            self.concurrent.wakeup.wait(until - time.monotonic())
+            self.runner.wakeup.wait(until - time.monotonic())
             self._collect()
-        for run in list(self.concurrent.runs.values()):
+        for run in list(self.runner.runs.values()):
             if run.slot.state == _SlotState.RUNNING:
                 self.unsettled.append((run.execution, _INTERRUPTED))
                 run.slot.state = _SlotState.ENDED
         self._settle_and_claim(claim=False)
 
     def _runs_anything(self) -> bool:
-        runs = self.concurrent.runs.values()
+        """Return whether any job has not ended."""
+        runs = self.runner.runs.values()
         return any(run.slot.state == _SlotState.RUNNING for run in runs)
 
     def give_up(self) -> None:
@@ -13924,7 +13938,7 @@ class _ConcurrentLoop(_WorkLoop):
         self.wakeup.set()
 
     def _interrupted_runs(self) -> Sequence[_Run]:
-        runs = self.concurrent.runs.values()
+        runs = self.runner.runs.values()
         return [
             (run.execution, _INTERRUPTED)
             for run in runs
