@@ -8820,9 +8820,12 @@ class Worker:
     ) -> None:  # fmt: skip
         """Set queues, connection and classes; without a connection, that of the first
         Queue, or of the environment."""
-        queues = [queues] if isinstance(queues, Queue | str) else list(queues)
+        queues = [queues] if isinstance(queues, _BaseQueue | str) else list(queues)
         if not queues:
             raise ValueError("a worker needs at least one queue")
+        for queue in queues:
+            if isinstance(queue, _BaseQueue) and queue.awaits:
+                raise TypeError(f"a worker takes a Queue, or a name, not {queue!r}")
         if connection is None and isinstance(queues[0], Queue):
             connection = queues[0].connection
         self.connection = _connect(connection)

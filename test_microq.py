@@ -11571,6 +11571,9 @@ def test_the_other_client_is_refused_by_name(redis, queue, async_queue):
     for make in (AsyncQueue, AsyncGroup):
         with pytest.raises(TypeError, match=r"a redis\.Redis is for Queue, Job and"):
             make(connection=redis)
+    for queues in (async_queue, [queue, async_queue]):
+        with pytest.raises(TypeError, match="a worker takes a Queue, or a name, not"):
+            Worker(queues)
     with pytest.raises(TypeError, match="use a Queue"):
         AsyncQueue(connection=connection, is_async=False)
     with pytest.raises(TypeError, match="takes an AsyncJob"):
