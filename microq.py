@@ -7409,9 +7409,14 @@ class _Slot(ctypes.Structure):
             return None
         return _CurrentJob(self, int(index), job_id, token)
 
-    def request_stop(self) -> None:
-        """Have the loop end the job that runs here, by StopRequested."""
-        self.stop_run = self.started_at
+    def request_stop(self, job: _CurrentJob) -> None:
+        """Have the loop end this job by StopRequested, if it still runs here."""
+        if self.state != _SlotState.RUNNING:
+            return
+        started_at = self.started_at
+        current = self.current_job()  # after that: the time is not that of a later job
+        if current and current.key == job.key:
+            self.stop_run = started_at
 
     def stop_requested(self) -> bool:
         """Return whether the job that runs here is to be stopped."""
@@ -9487,7 +9492,7 @@ class _Child:
         if not shares_process and grace <= 0:
             self.kill(kill)
             return
-        job.slot.request_stop()
+        job.slot.request_stop(job)
         if shares_process:
             self.shared.stop_requests += 1
             self.instance.wakeup.set()
@@ -13861,7 +13866,7 @@ class _ConcurrentLoop(_WorkLoop):
                 self.runner.stop(run)
 
     def stop_job(self, job: _CurrentJob, grace: float) -> None:
-        job.slot.request_stop()
+        job.slot.request_stop(job)
         self.shared.stop_requests += 1
         self.wakeup.set()
 

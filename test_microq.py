@@ -14291,6 +14291,24 @@ def time_of_heartbeat(redis, name):
     return float(redis.hget(f"{Q}workers", name).split()[0])
 
 
+def test_a_stop_does_not_hit_the_next_job_of_a_slot(queue):
+    """The supervisor may look at a slot just before its job ends."""
+    instance = Worker(queue, concurrency=2)._begin("bee")
+    [slot, _] = instance.shared.slots
+    runs = [microq.Execution(queue.create_job(add), f"bee.{n} 1.0") for n in (1, 2)]
+    slot.fill(0, runs[0], 60)
+    [first] = instance.shared.current_jobs()
+    slot.state = microq._SlotState.EMPTY
+    slot.fill(0, runs[1], 60)
+    [second] = instance.shared.current_jobs()
+    child = microq._Child(instance, instance.wakeup, instance.new_connection())
+    child.pid = os.getpid()
+    child.stop_job(first, 0)
+    assert not slot.stop_requested()
+    child.stop_job(second, 0)
+    assert slot.stop_requested()
+
+
 def test_a_claim_that_waits_while_a_run_ends_keeps_its_jobs(
     redis, queue, beside, start_worker
 ):
