@@ -13389,6 +13389,7 @@ class _ConcurrentRunner:
         self._watch_thread: threading.Thread | None = None
         self._has_runs = threading.Event()
         self._closed = False
+        self._saw_overdue = False  # what has_overdue() has told the watch last
         self._tick_sent_at = 0.0  # when the event loop was asked for a sign of life
         self._tick_answered = True
         self._name = name
@@ -13469,8 +13470,12 @@ class _ConcurrentRunner:
             self._has_runs.clear()
 
     def has_overdue(self, now: float) -> bool:
-        """Return whether a job goes on though its timeout had no effect."""
-        slots = [run.slot for run in self.runs.values()]
+        """Return whether a job goes on though its timeout had no effect.  Not before
+        the watch has seen it, which is cheaper than to look at each claim."""
+        return self._saw_overdue and self._looks_overdue(now)
+
+    def _looks_overdue(self, now: float) -> bool:
+        slots = [run.slot for run in list(self.runs.values())]
         return any(
             slot.state == _SlotState.RUNNING and slot.kill_deadline <= now
             for slot in slots
@@ -13618,6 +13623,7 @@ class _ConcurrentRunner:
             for run in list(self.runs.values()):
                 run.interrupt_if_late(now)
             self._stop_runs()
+            self._check_overdue(now)
             self._check_event_loop(now)
 
     def _stop_runs(self) -> None:
@@ -13628,6 +13634,13 @@ class _ConcurrentRunner:
             is_running = run.slot.state == _SlotState.RUNNING and run.key in self.runs
             if is_running and not run.interrupt(StopRequested):
                 self._to_stop.append(run)
+
+    def _check_overdue(self, now: float) -> None:
+        """Wake the work loop if a job has become overdue: a claim may wait."""
+        saw_overdue = self._saw_overdue
+        self._saw_overdue = self._looks_overdue(now)
+        if self._saw_overdue and not saw_overdue:
+            self.wakeup.set()
 
     def _check_event_loop(self, now: float) -> None:
         """Ask the event loop for a sign of life each second, and report one that is

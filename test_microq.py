@@ -14660,6 +14660,31 @@ def test_others_may_end_before_the_process_of_a_stuck_job_is_killed(
     assert pids.isdisjoint(job.return_value() for job in later)
 
 
+def enqueue_when_no_claim_waits(count):
+    """Return the pid of this process, and the id of a job."""
+    meet(count)
+    job = get_current_job()
+    for blocked in (2, 1):  # the supervisor is one of them
+        wait_until(lambda: blocked_clients(job.connection) == blocked)  # noqa: B023
+    return os.getpid(), job.queue.enqueue(pid_of_this_process).id
+
+
+def test_a_claim_that_waits_is_taken_back_when_a_job_is_overdue(
+    queue, beside, monkeypatch
+):
+    """Else the job that it brings would begin in a process that is to be killed."""
+    monkeypatch.setattr(microq, "KILL_GRACE", 0.2)
+    monkeypatch.setattr(microq, "DRAIN_TIME", 60)
+    # Else the claim ends by itself after ten seconds.
+    monkeypatch.setattr(microq._BlockingConnection, "BLPOP_TIMEOUT", 60)
+    stuck = queue.enqueue(ignore_exceptions_when_all_are_here, 2, job_timeout=0.5)
+    job = queue.enqueue(enqueue_when_no_claim_waits, 2, job_timeout=40)
+    work(Worker(queue, concurrency=4))
+    assert "killed" in stuck.exc_info
+    pid, later_id = job.return_value()
+    assert queue.fetch_job(later_id).return_value() != pid
+
+
 def meet_then_sleep(count, seconds):
     meet(count)
     time.sleep(seconds)
