@@ -7811,8 +7811,7 @@ class _WorkLoop(_Loop):
             # Before the claim: leave_when_idle() may be called while the claim is under
             # way.  A job that was enqueued before that call, but after the claim, has
             # to run, so one more claim must find nothing.
-            limit_reached = self._process_limit_reached() or self._job_limit_reached()
-            may_end = self.ends_when_idle or limit_reached
+            may_end = self.ends_when_idle
             next_due = self._settle_and_claim(claim=True)
             if self.pending_webhooks or self.messages:
                 self._send_webhooks_due()
@@ -7826,7 +7825,7 @@ class _WorkLoop(_Loop):
             elif self._is_busy():
                 self._wait_for_work(next_due)
                 self.idle_since = time.monotonic()
-            elif may_end or self.shared.stop_requested or self._idle_too_long():
+            elif may_end or self._must_end():
                 self._release_rest()
                 return self._phase_after()
             else:
@@ -7841,6 +7840,13 @@ class _WorkLoop(_Loop):
         may_go_on = shared.run_limit > 0 and not limits.replaces_exactly
         if is_young and may_go_on and self._process_limit_reached():
             shared.run_limit += limits.jobs_per_fork
+
+    def _must_end(self) -> bool:
+        """Return whether to end, now that no job runs."""
+        limit_reached = self._process_limit_reached() or self._job_limit_reached()
+        return bool(
+            limit_reached or self.shared.stop_requested or self._idle_too_long()
+        )
 
     def _process_limit_reached(self) -> bool:
         """Return whether this process has run as many jobs as it may."""

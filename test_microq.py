@@ -14400,6 +14400,18 @@ def test_no_more_jobs_than_max_jobs_begin(queue, beside, run_beside):
     assert len(queue.finished_job_registry) == 9
 
 
+@pytest.mark.parametrize("fork", [True, False], ids=["fork", "in-process"])
+def test_a_worker_ends_with_the_last_of_its_max_jobs(queue, monkeypatch, fork):
+    """It does not wait once more for work, which it may not claim."""
+    monkeypatch.setattr(microq._BlockingConnection, "BLPOP_TIMEOUT", 60)
+    jobs = [queue.enqueue(func, 0.1) for func in (sleep, sleep_async)]
+    began = time.monotonic()
+    worker = Worker(queue, fork=fork, concurrency=2)
+    assert worker.work(max_jobs=2, logging_level=None)
+    assert time.monotonic() - began < 50
+    assert statuses(*jobs) == ["finished"] * 2
+
+
 def test_the_idle_time_begins_when_the_last_job_has_ended(queue, beside):
     jobs = [queue.enqueue(f, 0.5) for f in (sleep, sleep_async)]
     worker = SimpleWorker(queue, concurrency=4)
