@@ -7264,11 +7264,15 @@ def _run_coroutine(coroutine: Any) -> Any:
     try:
         return loop.run_until_complete(coroutine)
     finally:
-        tasks = asyncio.all_tasks(loop) - tasks_before
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        _cancel_tasks(loop, asyncio.all_tasks(loop) - tasks_before)
+
+
+def _cancel_tasks(loop: asyncio.AbstractEventLoop, tasks: set[Any]) -> None:
+    """Cancel tasks of a loop that does not run, and let them clean up."""
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
 
 
 def _close_event_loop() -> None:
@@ -13316,7 +13320,8 @@ class _ConcurrentRun:
     """A job that runs beside others.
 
     Its steps are taken by one thread at a time, each of them in `context`, so that what
-    one step sets in a context variable is seen by the next."""
+    a hook or a function sets in a context variable is seen by what follows.  A
+    coroutine runs in a copy of it."""
 
     def __init__(self, execution: Execution, options: _RunOptions, slot: _Slot) -> None:
         self.execution = execution
@@ -13541,6 +13546,8 @@ class _ConcurrentRunner:
             # A SystemExit of a task ends run_forever(), too.
             with contextlib.suppress(SystemExit, KeyboardInterrupt):
                 self.event_loop.run_forever()
+        _cancel_tasks(self.event_loop, asyncio.all_tasks(self.event_loop))
+        self.event_loop.run_until_complete(self.event_loop.shutdown_asyncgens())
         self.event_loop.close()
 
     def _begin_tasks(self, runs: Sequence[_ConcurrentRun]) -> None:

@@ -15369,6 +15369,25 @@ def test_a_pool_runs_many_jobs_in_each_of_its_processes(queue, beside):
     assert beside.most()[0] == 4
 
 
+async def leave_a_task_behind(path):
+    async def forever():
+        try:
+            await asyncio.sleep(1000)
+        finally:
+            append(path, "cancelled")
+
+    asyncio.get_running_loop().task = asyncio.create_task(forever())
+    await asyncio.sleep(0)
+
+
+def test_a_task_that_a_job_leaves_behind_is_cancelled_at_the_end(queue, tmp_path):
+    path = tmp_path / "log"
+    job = queue.enqueue(leave_a_task_behind, str(path))
+    work(SimpleWorker(queue, concurrency=2))
+    assert job.is_finished
+    wait_until(path.exists)
+
+
 # ---- 17. Hooks -----------------------------------------------------------------------
 
 
