@@ -10595,21 +10595,31 @@ def send_stop_job_command(
     several jobs at once, or runs them in its own process, StopRequested is raised in a
     function, and a coroutine is cancelled; nothing is killed."""
     seconds = _parse_seconds(grace, "grace", (0,))
-    job = Job.fetch(job_id, connection, serializer)
+    _send_stop(Job.fetch(job_id, connection, serializer), seconds)
+
+
+def _send_stop(job: Job, grace: float = 0) -> None:
+    """Stop a job that was just read, if it runs."""
     status = job.get_status(refresh=False)
     if status is not JobStatus.STARTED:
-        text = f"job {job_id!r} is {status}; only a started one is stopped"
+        text = f"job {job.id!r} is {status}; only a started one is stopped"
         raise InvalidJobOperation(text)
-    details = {"job_id": job_id, "grace": seconds}
-    send_command(connection, str(job.worker_name), "stop-job", **details)
+    details = {"job_id": job.id, "queue": job.origin, "grace": grace}
+    try:
+        send_command(job.connection, str(job.worker_name), "stop-job", **details)
+    except ValueError as error:
+        text = f"job {job.id!r} does not run: its worker has died"
+        raise InvalidJobOperation(text) from error
 
 
 def _handle_stop_job(
     supervisor: _Supervisor, instance: _Instance, details: dict[str, Any]
 ) -> None:
     """Stop the job that the command names, if the worker still runs it."""
+    wanted = (details.get("queue"), details.get("job_id"))
     for job in instance.shared.current_jobs():
-        if job.job_id == details.get("job_id"):
+        queue = instance.queues[job.queue_index]
+        if (queue.name, job.job_id) == wanted:
             supervisor.stop_job(instance, job, float(details.get("grace", 0)))
 
 
@@ -16259,7 +16269,10 @@ def _describe_all(site: _Site, action: str, where: dict[str, str]) -> str:
     if where["find"]:
         count = len(_search(site, [container], where["find"]))
     state = where["state"].replace("_", " ")
-    return f"all {count:,} {state} jobs of {where['queue']}"
+    text = f"all {count:,} {state} jobs of {where['queue']}"
+    if where["find"]:
+        text += f" with “{where['find']}” in the name"
+    return text
 
 
 def _back_of(query: dict[str, str]) -> dict[str, str]:
@@ -16287,7 +16300,8 @@ def _act(site: _Site, fields: dict[str, str]) -> dict[str, str]:
     elif action == "cancel":
         handle.cancel()
     elif action == "stop":
-        send_stop_job_command(site.connection, job.id)
+        handle.refresh()
+        _send_stop(handle)
     else:
         raise _NotFound(f"there is no action {action}")
     return _back_of(fields) or {"job": job.id, "queue": job.queue}
@@ -16780,6 +16794,8 @@ class _WebApp:
         length = environ.get("CONTENT_LENGTH") or "0"
         if length.isdecimal() and int(length) <= _MAX_BODY:
             body = environ["wsgi.input"].read(int(length))
+            if len(body) < int(length):  # it was cut off: what is left may do more
+                body = b""
         method = environ["REQUEST_METHOD"]
         path = environ.get("PATH_INFO", "")
         query = environ.get("QUERY_STRING", "")
@@ -16802,8 +16818,12 @@ class _WebApp:
         has_more = True
         while has_more and len(body) <= _MAX_BODY:
             event = await receive()
+            if event["type"] == "http.disconnect":
+                return
             body += event.get("body", b"")
             has_more = event.get("more_body", False)
+        if has_more:  # it is too long: a part of it may do more than the whole
+            body = b""
         query = scope["query_string"].decode("latin-1")
         request = _WebRequest(scope["method"], scope["path"], query, headers, body)
         answer = await asyncio.to_thread(self.answer, request)
@@ -16874,6 +16894,8 @@ def web(
     200, or 503 with the reason if Redis does not answer or nobody serves `queues`."""
     for name in queues:
         _queue_prefix(name)  # ValueError for a bad name
+    if password == "":
+        raise ValueError("password: give one, or None for a page without")
     return _WebApp(_Site(_connect(connection), list(queues), read_only), password)
 
 
@@ -16976,6 +16998,7 @@ def _keep_serving(server: Any, parent: int) -> None:
 # is left out, and said.  It changes nothing.  Uses sections 2 to 16.
 
 _MAX_SAMPLED = 200  # records of a queue that are looked at
+_MAX_LOOKED_THROUGH = 1_000_000  # entries of a queue, for all sampled jobs together
 
 
 class _Trouble(NamedTuple):
@@ -17190,6 +17213,9 @@ def _check_records(patient: _Patient) -> Iterator[_Trouble]:
     for queue in patient.queues:
         ids = [key.decode().partition("job:")[2] for key in _sample_keys(queue)]
         ids = [id for id in ids if re.fullmatch(r"[\w-]+", id, re.A)][:_MAX_SAMPLED]
+        # LPOS looks through the queue for each id, which must not hold up the server.
+        most = _MAX_LOOKED_THROUGH // (1 + queue.count)
+        ids = ids[:most]
         lost = _unlisted(queue, _unlisted(queue, ids))  # twice: a job may be on its way
         if lost:
             text = f"{len(lost)} of {len(ids)} records of {queue.name} are in no "

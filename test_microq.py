@@ -11915,6 +11915,7 @@ def test_types_of_both_clients(tmp_path):
         )
     )
     command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", tmp_path / "c"]
+    command += ["--config-file", HERE / "pyproject.toml"]
     done = subprocess.run(
         [*command, program], capture_output=True, text=True, cwd=tmp_path,
         env=os.environ | {"MYPYPATH": str(HERE)},
@@ -12013,13 +12014,13 @@ def test_metrics_agree_with_what_ran_though_workers_were_killed(
 # ---- 19. Page ------------------------------------------------------------------------
 
 
-def get(app, query="", path="/", method="GET", body="", **headers):
+def get(app, query="", path="/", method="GET", body="", length=None, **headers):
     """Call an application of WSGI; return (status, headers, text)."""
     environ = {
         "REQUEST_METHOD": method,
         "PATH_INFO": path,
         "QUERY_STRING": query.lstrip("?"),
-        "CONTENT_LENGTH": str(len(body)),
+        "CONTENT_LENGTH": str(len(body) if length is None else length),
         "wsgi.input": io.BytesIO(body.encode()),
         "HTTP_HOST": "localhost:9181",
     }
@@ -12810,6 +12811,75 @@ def test_page_in_a_browser_outlives_the_server(server, redis, queue, browser):
     browser.wait_for("document.getElementById('stale').textContent === ''")
     end_process(process)
     browser.errors.clear()  # of the connections that were refused
+
+
+def test_the_page_stops_the_job_of_its_queue(redis, beside, start_worker):
+    """Another queue may have a job of the same id, in the same worker, too."""
+    queues = [Queue(name, redis) for name in ("default", "bb")]
+    jobs = [queue.enqueue(stay_async, job_id="same") for queue in queues]
+    worker = start_worker("default", "bb", "--concurrency", "2")
+    beside.wait_for(2)
+    site = microq.web(redis, queues=["default"])
+    assert post(site, action="stop", job="same", queue="default")[0] == 303
+    wait_until(lambda: jobs[0].is_stopped)
+    assert jobs[1].is_started
+    beside.go()
+    wait_until(lambda: jobs[1].is_finished)
+    stop_and_read_log(worker)
+
+
+def test_the_page_says_that_a_job_to_be_stopped_has_lost_its_worker(redis, queue):
+    job = queue.enqueue(add)
+    claim(queue)
+    redis.delete("microq:worker:w")
+    status, shown = post(microq.web(redis), action="stop", job=job.id, queue="default")
+    assert status != 500
+    assert "its worker has died" in shown
+
+
+def test_a_form_that_was_cut_off_is_not_obeyed(redis, queue):
+    """A part of it may ask for more than the whole."""
+    for _ in range(2):
+        queue.enqueue(add)
+    app = microq.web(redis)
+    whole = "action=delete_all&queue=default&state=queued&find=nope"
+    cut = whole.partition("&find")[0]
+    headers = {"sec_fetch_site": "same-origin", "method": "POST"}
+    assert get(app, body=cut, length=len(whole), **headers)[0] == 404
+
+    async def call():
+        events = [
+            {"type": "http.request", "body": cut.encode(), "more_body": True},
+            {"type": "http.disconnect"},
+        ]
+        answers = []
+
+        async def receive():
+            return events.pop(0)
+
+        async def send(message):
+            answers.append(message)
+
+        scope = {
+            "type": "http", "method": "POST", "path": "/", "query_string": b"",
+            "headers": [(b"host", b"localhost"), (b"sec-fetch-site", b"same-origin")],
+        }  # fmt: skip
+        await app(scope, receive, send)
+        return answers
+
+    assert asyncio.run(call()) == []
+    assert len(queue) == 2
+
+
+def test_the_question_for_a_part_of_a_list_names_it(redis, queue):
+    queue.enqueue(add)
+    text = get(microq.web(redis), "?ask=delete&queue=default&state=queued&find=ad")
+    assert "with “ad” in the name?" in text[2]
+
+
+def test_an_empty_password_is_none(redis):
+    with pytest.raises(ValueError, match="password"):
+        microq.web(redis, password="")
 
 
 # ---- 20. Doctor ----------------------------------------------------------------------
