@@ -6266,6 +6266,8 @@ class _BaseQueue(_JobContainer[J]):
         id = unstored.get("job_id")
         if id is None:
             id = secrets.token_urlsafe(16)
+            if id[0] == "-":  # a command line would take it for an option
+                id = "_" + id[1:]
         job = self.job_class(id, self, fields, request)
         job._sign()
         return job

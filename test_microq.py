@@ -12230,7 +12230,8 @@ def test_page_changes_all_jobs_of_a_list(app, redis, queue):
     failed = queue.failed_job_registry
     assert failed.count == 1204
     page = read(app, "?ask=delete&queue=default&state=failed&find=div_by")
-    assert "Delete all 3 failed jobs of default?" in page.text
+    question = "Delete all 3 failed jobs of default with “div_by” in the name?"
+    assert question in page.text
     find = {"queue": "default", "state": "failed", "find": "div_by"}
     assert post(app, action="delete_all", **find)[0] == 303
     assert failed.count == 1201
@@ -13057,6 +13058,11 @@ def test_doctor_counts_failed_jobs_by_function(redis, queue):
     )
     assert has_trouble(redis, pattern)
     assert not troubles(redis, "other")[1:]
+
+
+def test_no_random_id_looks_like_an_option(queue, monkeypatch):
+    monkeypatch.setattr(microq.secrets, "token_urlsafe", lambda size: "-abc")
+    assert queue.create_job(add).id == "_abc"
 
 
 def test_job_command_shows_a_job(redis, queue, cli):
