@@ -7134,12 +7134,13 @@ microq.Worker("default", connection=connection, lease=2).work()
         connection = redis_py.Redis.from_url(server.url)
         wait_until(lambda: connection.hlen(Q + "workers"))
         server.stop()
-        time.sleep(2)
+        read_log_until(worker, "supervisor of")
+        time.sleep(1)
     finally:
         worker.kill()
         log = worker.communicate(timeout=30)[1]
         server.stop()
-    assert 1 <= log.count("supervisor of") < 30
+    assert log.count("supervisor of") < 30
 
 
 def test_a_wakeup_of_the_supervisor_is_taken_once(redis, queue, monkeypatch):
