@@ -252,16 +252,22 @@ WAITING_COLUMNS = [
 ]
 
 
+def workers_of_many(competitors):
+    """Yield (competitor, worker) names of the workers that run many jobs at once."""
+    for competitor in competitors:
+        for label in competitor.settings["CONCURRENT"]:
+            yield competitor.name, label
+
+
 def drain_at_once_table(figures, competitors):
     """Return a table of no-ops per second, many at once in one process."""
     rows = []
-    for competitor in competitors:
-        for label in competitor.settings["CONCURRENT"]:
-            place = "drain", competitor.name, label
-            cells = []
-            for column in DRAIN_COLUMNS:
-                cells.append(figures.cell(*place, f"{column} at once, per second"))
-            rows.append([f"{competitor.name}, {label}", *cells])
+    for name, label in workers_of_many(competitors):
+        cells = [f"{name}, {label}"]
+        for column in DRAIN_COLUMNS:
+            what = f"{column} at once, per second"
+            cells.append(figures.cell("drain", name, label, what))
+        rows.append(cells)
     head = [f"{column} at once" for column in DRAIN_COLUMNS]
     return table(["no-ops /s, in one process", *head], rows)
 
@@ -269,15 +275,14 @@ def drain_at_once_table(figures, competitors):
 def waiting_table(figures, competitors):
     """Return a table of jobs that wait: time as a ratio to the ideal, and memory."""
     rows = []
-    for competitor in competitors:
-        for label in competitor.settings["CONCURRENT"]:
-            place = "waiting", competitor.name, label
-            cells = []
-            for column in WAITING_COLUMNS:
-                cells.append(figures.cell(*place, f"{column} at once, to the ideal"))
-                memory = figures.median(*place, f"{column} at once, memory, MB")
-                cells.append(number(memory))
-            rows.append([f"{competitor.name}, {label}", *cells])
+    for name, label in workers_of_many(competitors):
+        place = "waiting", name, label
+        cells = [f"{name}, {label}"]
+        for column in WAITING_COLUMNS:
+            cells.append(figures.cell(*place, f"{column} at once, to the ideal"))
+            memory = figures.median(*place, f"{column} at once, memory, MB")
+            cells.append(number(memory))
+        rows.append(cells)
     head = ["1,000 jobs that wait 200 ms"]
     for column in WAITING_COLUMNS:
         head += [f"{column} at once: time to the ideal", "MB"]
