@@ -4593,23 +4593,23 @@ class _BaseJob:
 
     def _load(self, reply: list[Any]) -> bool:
         """Take the reply of the script `fetch`; False if there is no such job."""
-        status, token, heartbeat_at, pairs = reply
-        if not status:
+        fetched = _FetchReply(*reply)
+        if not fetched.status:
             return False
-        self._fields = _hash_to_dict(pairs)
+        self._fields = _hash_to_dict(fetched.fields)
         self._meta = None
         self._call_cache = None
         self._request = self._request.renewed()
-        self._status = JobStatus(status.decode())
-        if status == b"failed" and self._text("ended").endswith(" stopped"):
+        self._status = JobStatus(fetched.status.decode())
+        if fetched.status == b"failed" and self._text("ended").endswith(" stopped"):
             self._status = JobStatus.STOPPED
         self._execution = None
-        if token:
+        if fetched.token:
             last_heartbeat = None
-            if heartbeat_at:
-                last_heartbeat = _from_timestamp(float(heartbeat_at))
+            if fetched.heartbeat_at:
+                last_heartbeat = _from_timestamp(float(fetched.heartbeat_at))
             self._execution = Execution(
-                cast("Job", self), token.decode(), last_heartbeat
+                cast("Job", self), fetched.token.decode(), last_heartbeat
             )
         return True
 
@@ -5503,6 +5503,14 @@ class _RunState:
     started_at: float
     call: tuple[float, Callable[[type[BaseException]], bool]] | None = None
     result_text: str = ""
+
+    def interrupt(self, reason: type[BaseException]) -> bool:
+        """Raise `reason` in the call that is under way, from any thread; return whether
+        there is one."""
+        if not self.call:
+            return False
+        _, interrupt_call = self.call
+        return interrupt_call(reason)
 
 
 @dataclass
@@ -8372,18 +8380,14 @@ class _SerialLoop(_WorkLoop):
         running = self.running
         if not running or (running.job.id, running.token) != (job.job_id, job.token):
             return
-        state = running.run_state
-        if state and state.call:
-            _, interrupt = state.call
-            interrupt(StopRequested)
+        if running.run_state:
+            running.run_state.interrupt(StopRequested)
 
     def give_up(self) -> None:
         """Interrupt the job that runs; for another thread."""
         running = self.running
-        state = running.run_state if running else None
-        if state and state.call:
-            _, interrupt = state.call
-            interrupt(_ColdShutdown)
+        if running and running.run_state:
+            running.run_state.interrupt(_ColdShutdown)
 
     def accept_stop_requests(self) -> None:
         _accept_stop_requests(self.take_stop_request)
@@ -10360,17 +10364,10 @@ class _Supervisor:
         """Send a heartbeat with the next step."""
         self.last_heartbeat = 0.0
 
-    def stop_job(self, instance: _Instance, job: _CurrentJob, grace: float) -> None:
-        """Stop a job that a worker runs."""
-        for unit in self._units():
-            if unit.instance is instance:
-                unit.stop_job(job, grace)
-
-    def kill_jobs(self, instance: _Instance, outcome: Outcome) -> None:
-        """Kill the process in which a worker runs jobs, which end with this outcome."""
-        for unit in self._units():
-            if unit.instance is instance:
-                unit.kill_jobs(outcome)
+    def unit_of(self, instance: _Instance) -> _Child | _Loop:
+        """Return what runs the loop of a worker."""
+        [unit] = [unit for unit in self._units() if unit.instance is instance]
+        return unit
 
     def _units(self) -> Sequence[_Child | _Loop]:
         """Return what runs the loops of the workers."""
@@ -10583,7 +10580,7 @@ def _handle_kill_horse(
     """Kill the child of a worker, unless it runs no job."""
     if instance.shared.holds_jobs():
         killed = Outcome(ResultType.FAILED, b"killed by a command", rerun="killed")
-        supervisor.kill_jobs(instance, killed)
+        supervisor.unit_of(instance).kill_jobs(killed)
 
 
 def send_stop_job_command(
@@ -10622,7 +10619,8 @@ def _handle_stop_job(
     for job in instance.shared.current_jobs():
         queue = instance.queues[job.queue_index]
         if (queue.name, job.job_id) == wanted:
-            supervisor.stop_job(instance, job, float(details.get("grace", 0)))
+            grace = float(details.get("grace", 0))
+            supervisor.unit_of(instance).stop_job(job, grace)
 
 
 def suspend(connection: Redis | None = None, ttl: int | None = None) -> None:
@@ -13351,6 +13349,11 @@ class _ConcurrentRun:
         """What tells it from all other runs of this worker."""
         return _key_of_run(self.execution)
 
+    @property
+    def is_running(self) -> bool:
+        """Whether it has not ended."""
+        return bool(self.slot.state == _SlotState.RUNNING)
+
     def begin(self) -> _Call | Outcome:
         """Return the first step."""
         return self.send(None)
@@ -13371,10 +13374,7 @@ class _ConcurrentRun:
         """Raise `reason` in the call that is under way, from any thread; return whether
         there is one."""
         state = self.execution.run_state
-        if not state or not state.call:
-            return False
-        _, interrupt = state.call
-        return interrupt(reason)
+        return state is not None and state.interrupt(reason)
 
     def interrupt_if_late(self, now: float) -> None:
         """Interrupt the call that is under way, once, if it is over its time."""
@@ -13393,13 +13393,9 @@ class _ConcurrentRunner:
     `wakeup` is set when something has ended.  A coroutine function is known as such
     once it was called: from then on its jobs go straight to the event loop."""
 
-    def __init__(
-        self, name: str, options: _RunOptions,
-        event_loop: asyncio.AbstractEventLoop | None,
-    ) -> None:  # fmt: skip
+    def __init__(self, name: str, event_loop: asyncio.AbstractEventLoop | None) -> None:
         self.wakeup = _Wakeup()
         self.runs: dict[tuple[str, str], _ConcurrentRun] = {}  # in the order of claims
-        self._options = options
         self._threads = _Threads(f"job of {name}")
         self._ended: deque[tuple[_ConcurrentRun, Outcome | None]] = deque()
         self._is_awake = False  # the wake-up is set, or about to be
@@ -13409,7 +13405,6 @@ class _ConcurrentRunner:
         self._given_loop = event_loop  # that of an application, which runs it
         self.event_loop = event_loop or asyncio.new_event_loop()
         self._loop_thread: threading.Thread | None = None
-        self._watch_thread: threading.Thread | None = None
         self._has_runs = threading.Event()
         self._closed = False
         self._saw_overdue = False  # what has_overdue() has told the watch last
@@ -13430,10 +13425,9 @@ class _ConcurrentRunner:
                 daemon=True,
             )  # fmt: skip
             self._loop_thread.start()
-        self._watch_thread = threading.Thread(
+        threading.Thread(
             target=self._watch, name=f"deadlines of {self._name}", daemon=True
-        )
-        self._watch_thread.start()
+        ).start()
 
     def close(self) -> None:
         """End the threads; one that is stuck in a job, when that has ended."""
@@ -13492,17 +13486,17 @@ class _ConcurrentRunner:
         if not self.runs:
             self._has_runs.clear()
 
+    def running(self) -> list[_ConcurrentRun]:
+        """Return the runs that have not ended; for any thread."""
+        return [run for run in list(self.runs.values()) if run.is_running]
+
     def has_overdue(self, now: float) -> bool:
         """Return whether a job goes on though its timeout had no effect.  Not before
         the watch has seen it, which is cheaper than to look at each claim."""
         return self._saw_overdue and self._looks_overdue(now)
 
     def _looks_overdue(self, now: float) -> bool:
-        slots = [run.slot for run in list(self.runs.values())]
-        return any(
-            slot.state == _SlotState.RUNNING and slot.kill_deadline <= now
-            for slot in slots
-        )
+        return any(run.slot.kill_deadline <= now for run in self.running())
 
     # In a thread of a job
 
@@ -13656,8 +13650,8 @@ class _ConcurrentRunner:
         looked at again."""
         for _ in range(len(self._to_stop)):
             run = self._to_stop.popleft()
-            is_running = run.slot.state == _SlotState.RUNNING and run.key in self.runs
-            if is_running and not run.interrupt(StopRequested):
+            is_held = run.is_running and run.key in self.runs
+            if is_held and not run.interrupt(StopRequested):
                 self._to_stop.append(run)
 
     def _check_overdue(self, now: float) -> None:
@@ -13710,9 +13704,7 @@ class _ConcurrentLoop(_WorkLoop):
         supervisor_wakeup: _Wakeup, before_wait: Callable[[], None] | None = None,
     ) -> None:  # fmt: skip
         super().__init__(instance, command_connection, supervisor_wakeup, before_wait)
-        self.runner = _ConcurrentRunner(
-            instance.name, instance.run_options, instance.event_loop
-        )
+        self.runner = _ConcurrentRunner(instance.name, instance.event_loop)
         self.free_slots = list(self.shared.slots)
         # A claim that was sent along with BLPOP and is not answered yet.  Until it is,
         # there is no other claim; but runs are settled meanwhile.
@@ -13772,7 +13764,7 @@ class _ConcurrentLoop(_WorkLoop):
             if outcome is None:
                 self._free(run)
                 continue
-            if run.slot.state != _SlotState.RUNNING:  # it was given up meanwhile
+            if not run.is_running:  # it was given up meanwhile
                 continue
             run.slot.state = _SlotState.ENDED
             self.unsettled.append((run.execution, outcome))
@@ -13962,34 +13954,22 @@ class _ConcurrentLoop(_WorkLoop):
         """Interrupt all jobs, and let them clean up for a while; they will run again.
         Then the loop ends."""
         until = time.monotonic() + GIVE_UP_TIME
-        for run in self.runner.runs.values():
-            if run.slot.state == _SlotState.RUNNING:
-                run.interrupt(_ColdShutdown)
-        while self._runs_anything() and time.monotonic() < until:
+        for run in self.runner.running():
+            run.interrupt(_ColdShutdown)
+        while self.runner.running() and time.monotonic() < until:
             self.runner.wakeup.wait(until - time.monotonic())
             self._collect()
-        for run in list(self.runner.runs.values()):
-            if run.slot.state == _SlotState.RUNNING:
-                self.unsettled.append((run.execution, _INTERRUPTED))
-                run.slot.state = _SlotState.ENDED
+        for run in self.runner.running():
+            self.unsettled.append((run.execution, _INTERRUPTED))
+            run.slot.state = _SlotState.ENDED
         self._settle_and_claim(claim=False)
-
-    def _runs_anything(self) -> bool:
-        """Return whether any job has not ended."""
-        runs = self.runner.runs.values()
-        return any(run.slot.state == _SlotState.RUNNING for run in runs)
 
     def give_up(self) -> None:
         self.shared.give_up = True
         self.wakeup.set()
 
     def _interrupted_runs(self) -> Sequence[_Run]:
-        runs = self.runner.runs.values()
-        return [
-            (run.execution, _INTERRUPTED)
-            for run in runs
-            if run.slot.state == _SlotState.RUNNING
-        ]
+        return [(run.execution, _INTERRUPTED) for run in self.runner.running()]
 
 
 # ---- 18. Async client ----------------------------------------------------------------

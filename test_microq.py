@@ -6018,18 +6018,26 @@ def test_jobs_claimed_behind_a_slow_job_are_released(
     assert "not held" not in stop_and_read_log(worker)
 
 
-def test_batch_watchdog_tries_again_after_a_cut_connection(queue, monkeypatch):
+def cut_connections_of_batch_watchdog(monkeypatch, most=math.inf):
+    """Cut the connection when the watchdog reads from it, so often at most; return a
+    list with an element for each cut so far."""
     cuts = []
     read_replies = microq._read_replies
 
-    def cut_once(raw, count):
-        if threading.current_thread().name == "batch watchdog" and not cuts:
+    def cut(raw, count):
+        in_watchdog = threading.current_thread().name == "batch watchdog"
+        if in_watchdog and len(cuts) < most:
             cuts.append(1)
             raw.disconnect()
             raise redis_py.exceptions.ConnectionError("cut")
         return read_replies(raw, count)
 
-    monkeypatch.setattr(microq, "_read_replies", cut_once)
+    monkeypatch.setattr(microq, "_read_replies", cut)
+    return cuts
+
+
+def test_batch_watchdog_tries_again_after_a_cut_connection(queue, monkeypatch):
+    cuts = cut_connections_of_batch_watchdog(monkeypatch, 1)
     # On a slow machine, too, the first jobs are tiny: the slow one is in a batch.
     monkeypatch.setattr(microq, "SETTLE_AFTER", 5)
     jobs = [queue.enqueue(add) for _ in range(7)]
@@ -6103,17 +6111,7 @@ def test_the_batch_watchdog_of_an_idle_worker_ends_until_the_next_batch(
 
 def test_a_batch_watchdog_that_can_settle_nothing_holds_nothing_up(queue, monkeypatch):
     """What waits behind a slow job is run by the loop, when that job has ended."""
-    cuts = []
-    read_replies = microq._read_replies
-
-    def cut(raw, count):
-        if threading.current_thread().name == "batch watchdog":
-            cuts.append(1)
-            raw.disconnect()
-            raise redis_py.exceptions.ConnectionError("cut")
-        return read_replies(raw, count)
-
-    monkeypatch.setattr(microq, "_read_replies", cut)
+    cuts = cut_connections_of_batch_watchdog(monkeypatch)
     monkeypatch.setattr(microq, "SETTLE_AFTER", 5)
     jobs = [queue.enqueue(add) for _ in range(7)]
     slow = queue.enqueue(sleep, 0.6)
@@ -14347,7 +14345,7 @@ def test_the_end_of_a_job_does_not_cut_the_wait_for_work(redis, queue):
 
 def test_an_end_that_is_taken_before_its_wake_up_leaves_no_busy_loop(monkeypatch):
     """A thread may lose the processor between the two steps by which it ends a run."""
-    runner = microq._ConcurrentRunner("bee", microq._DEFAULT_OPTIONS, None)
+    runner = microq._ConcurrentRunner("bee", None)
     set_wakeup = runner.wakeup.set
     taken = []
 
