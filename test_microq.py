@@ -10703,133 +10703,6 @@ def test_a_server_that_is_started_by_a_job_is_no_victim_when_memory_runs_out(tmp
     user.communicate(timeout=30)
 
 
-# ---- Hooks: the recipes of the README ------------------------------------------------
-
-
-@pytest.fixture
-def recipe(monkeypatch):
-    """Run a block of the README's code that begins with this comment; its hooks are
-    taken away after the test."""
-    monkeypatch.setattr(Worker, "around", [])
-    monkeypatch.setattr(Worker, "lifespan", [])
-    monkeypatch.setattr(Queue, "before_enqueue", [])
-
-    def run(comment, **names):
-        [code] = re.findall(rf"```python\n(# {comment}.*?)```", README, re.S)
-        namespace = {
-            "contextmanager": contextlib.contextmanager,
-            **vars(microq),
-            **names,
-        }
-        exec(code, namespace)
-
-    return run
-
-
-def work_both_kinds(queue):
-    """Run what is queued by a worker that runs one job at a time, or many."""
-    concurrency = 4 if len(queue) > 1 else 1
-    work(SimpleWorker(queue, concurrency=concurrency))
-
-
-def span_name():
-    from opentelemetry import trace
-
-    return trace.get_current_span().name
-
-
-async def span_name_of_coroutine():
-    return span_name()
-
-
-def test_docs_opentelemetry(queue, recipe):
-    from opentelemetry import propagate
-    from opentelemetry.sdk.trace import TracerProvider
-    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-    from opentelemetry.sdk.trace.export.in_memory_span_exporter import (
-        InMemorySpanExporter,
-    )
-    from opentelemetry.trace import SpanKind
-
-    exporter = InMemorySpanExporter()
-    provider = TracerProvider()
-    provider.add_span_processor(SimpleSpanProcessor(exporter))
-    tracer = provider.get_tracer("test")
-    recipe(
-        "OpenTelemetry", tracer=tracer, extract=propagate.extract,
-        inject=propagate.inject, SpanKind=SpanKind,
-    )  # fmt: skip
-    with tracer.start_as_current_span("request") as request:
-        jobs = [queue.enqueue(span_name), queue.enqueue(span_name_of_coroutine)]
-        failing = queue.enqueue(fail)
-    work_both_kinds(queue)
-    assert [job.return_value() for job in jobs] == [job.func_name for job in jobs]
-    spans = {span.attributes.get("messaging.message.id"): span for span in
-             exporter.get_finished_spans()}  # fmt: skip
-    for job in (*jobs, failing):
-        assert spans[job.id].parent.span_id == request.get_span_context().span_id
-        assert spans[job.id].kind == SpanKind.CONSUMER
-    assert [event.name for event in spans[failing.id].events] == ["exception"]
-
-
-def test_docs_sentry(queue, recipe):
-    import sentry_sdk
-    from sentry_sdk.transport import Transport
-
-    events = []
-
-    class FakeTransport(Transport):
-        def capture_envelope(self, envelope):
-            events.append(envelope.get_event())
-
-        def flush(self, timeout, callback=None):
-            events.append("flushed")
-
-    options = {"default_integrations": False, "auto_enabling_integrations": False}
-    sentry_sdk.init("http://a@127.0.0.1/1", transport=FakeTransport, **options)
-    try:
-        recipe("Sentry", sentry_sdk=sentry_sdk)
-        job = queue.enqueue(fail, "no paper")
-        queue.enqueue(add)
-        work_both_kinds(queue)
-    finally:
-        sentry_sdk.init()
-    event, end = events[:2]
-    assert event["tags"] == {"job_id": job.id}
-    assert event["transaction"] == "test_microq.fail"
-    assert event["exception"]["values"][0]["value"] == "no paper"
-    assert end == "flushed"
-
-
-def log_with_structlog():
-    import structlog
-
-    return structlog.contextvars.get_contextvars()
-
-
-async def log_with_structlog_in_coroutine():
-    await asyncio.sleep(0.01)
-    return log_with_structlog()
-
-
-def test_docs_structlog(queue, recipe):
-    import structlog
-
-    recipe("structlog", structlog=structlog)
-    functions = [log_with_structlog, log_with_structlog_in_coroutine] * 2
-    jobs = [queue.enqueue(function) for function in functions]
-    work_both_kinds(queue)
-    assert [job.return_value() for job in jobs] == [{"job_id": job.id} for job in jobs]
-
-
-def test_docs_django(queue, recipe):
-    calls = []
-    recipe("Django", close_old_connections=lambda: calls.append("closed"))
-    queue.enqueue(fail)
-    work_both_kinds(queue)
-    assert calls == ["closed", "closed"]
-
-
 # ---- 16. Logs, metrics, health -------------------------------------------------------
 
 
@@ -10885,6 +10758,1532 @@ def test_health_tells_whether_redis_answers_and_queues_are_served(
     assert get(microq.web(redis), path="/a/health")[::2] == (200, "ok\n")
     status, _, text = get(microq.web(nobody(tmp_path)), path="/health")
     assert status == 503 and text.startswith("no answer from Redis")
+
+
+# ---- 17. Many jobs at once: helpers --------------------------------------------------
+# Jobs that run beside each other meet by keys of the server, which the fixture `beside`
+# reads and deletes.
+
+
+def arrive():
+    """Note that a job has begun, with how many run, and are held, at this time; return
+    how many have begun so far."""
+    job = get_current_job()
+    pipe = job.connection.pipeline()
+    pipe.incr("beside:arrived")
+    pipe.incr("beside:present")
+    pipe.hlen(job.queue.prefix + "started")
+    arrived, present, held = pipe.execute()
+    job.connection.rpush("beside:seen", f"{present} {held}")
+    job.connection.rpush("beside:order", job.id)
+    return arrived
+
+
+def leave():
+    get_current_job().connection.decr("beside:present")
+
+
+def number_of_arrived():
+    return int(get_current_job().connection.get("beside:arrived"))
+
+
+def meet(count):
+    """Return when so many jobs are here: the first `count`, the next `count`, .."""
+    expected = -(-arrive() // count) * count
+    wait_until(lambda: number_of_arrived() >= expected)
+    leave()
+    return get_current_job().id
+
+
+async def meet_async(count):
+    expected = -(-arrive() // count) * count
+    while number_of_arrived() < expected:
+        await asyncio.sleep(0.01)
+    leave()
+    return get_current_job().id
+
+
+def told_to_go():
+    return get_current_job().connection.exists("beside:go")
+
+
+def stay():
+    """Stay until the test says "go"; note it if an exception ends this before."""
+    arrive()
+    try:
+        while not told_to_go():
+            time.sleep(0.02)
+    except BaseException as error:
+        note_end(error)
+        raise
+    leave()
+    return "gone on"
+
+
+async def stay_async():
+    arrive()
+    try:
+        while not told_to_go():
+            await asyncio.sleep(0.02)
+    except BaseException as error:
+        await asyncio.sleep(0.01)
+        note_end(error)
+        raise
+    leave()
+    return "gone on"
+
+
+def note_end(error):
+    job = get_current_job()
+    job.connection.hset("beside:ends", job.id, type(error).__name__)
+
+
+class Beside:
+    """What jobs have told of themselves, and how the test tells them to go on."""
+
+    def __init__(self, redis):
+        self.redis = redis
+
+    def wait_for(self, count):
+        """Wait until so many jobs have begun."""
+        wait_until(lambda: int(self.redis.get("beside:arrived") or 0) >= count)
+
+    def most(self):
+        """Return how many jobs ran at once at most, and how many were held."""
+        pairs = [line.split() for line in self.redis.lrange("beside:seen", 0, -1)]
+        return max(int(present) for present, _ in pairs), max(int(h) for _, h in pairs)
+
+    def order(self):
+        """Return the ids of the jobs, as they began."""
+        return [id.decode() for id in self.redis.lrange("beside:order", 0, -1)]
+
+    def ends(self):
+        """Return {id: name of the exception} of the jobs of stay() that were ended."""
+        ends = self.redis.hgetall("beside:ends")
+        return {id.decode(): name.decode() for id, name in ends.items()}
+
+    def go(self):
+        self.redis.set("beside:go", 1)
+
+
+@pytest.fixture
+def beside(redis):
+    yield Beside(redis)
+    for key in redis.scan_iter("beside:*"):
+        redis.delete(key)
+
+
+@pytest.fixture(params=["fork", "in-process"])
+def run_beside(request, queue, beside):
+    """Run what is queued, up to so many jobs at once, in either place."""
+
+    def run(concurrency, queues=queue, limits=(), **options):
+        fork = request.param == "fork"
+        worker = Worker(queues, fork=fork, concurrency=concurrency, **options)
+        return work(worker, **dict(limits))
+
+    return run
+
+
+async def wait_to_go_on_async():
+    while not GO_ON.is_set():
+        await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+def go_on():
+    """The event for which jobs in this process wait; set at the end, too."""
+    GO_ON.clear()
+    yield GO_ON
+    GO_ON.set()
+
+
+def enqueue_many(queue, func, args, count, **options):
+    data = Queue.prepare_data(func, args, **options)
+    return queue.enqueue_many([data] * count)
+
+
+def crashes_of(job):
+    return int(job.connection.hget(job.key, "crashes") or 0)
+
+
+# ---- 17. Many jobs at once: what runs ------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "functions", [[meet], [meet_async], [meet, meet_async]],
+    ids=["functions", "coroutines", "both"],
+)  # fmt: skip
+def test_as_many_jobs_run_at_once_as_the_concurrency_says(
+    queue, beside, run_beside, functions
+):
+    """Never more, and no more are held: what waits can be seen, and run by others."""
+    jobs = [queue.enqueue(functions[i % len(functions)], 4) for i in range(40)]
+    assert run_beside(4)
+    assert [job.return_value() for job in jobs] == [job.id for job in jobs]
+    assert beside.most() == (4, 4)
+
+
+def test_many_jobs_that_come_at_once_find_an_idle_worker(redis, queue):
+    with Worker(queue, concurrency=2):
+        wait_until(lambda: blocked_clients(redis) == 2)
+        jobs = enqueue_many(queue, add, (1,), 20)
+    assert all(job.is_finished for job in jobs)
+
+
+def test_a_worker_that_was_cut_off_claims_no_more_than_it_has_slots(redis, queue):
+    """The claim that it waited with is sent again, and may get jobs."""
+    with Worker(queue, concurrency=2):
+        wait_until(lambda: blocked_clients(redis) == 2)
+        redis.client_kill_filter(_type="normal", skipme=True)
+        jobs = enqueue_many(queue, add, (1,), 20)
+    assert all(job.is_finished for job in jobs)
+
+
+def test_jobs_of_the_same_id_in_several_queues_run_at_once(redis, beside, run_beside):
+    """Also if they are claimed together: the third claim, after one and two jobs."""
+    queues = [Queue("a", redis), Queue("b", redis)]
+    enqueue_many(queues[0], add, (1,), 3)
+    jobs = [queue.enqueue(meet, 2, job_id="x") for queue in queues]
+    run_beside(4, queues)
+    assert all(job.is_finished for job in jobs)
+
+
+SEEN_BY_CONTEXT = contextvars.ContextVar("SEEN_BY_CONTEXT", default="nothing")
+
+
+def know_oneself(text):
+    """Return what a job knows of itself before and after others have run."""
+    job = get_current_job()
+    SEEN_BY_CONTEXT.set(job.id)
+    job.meta["text"] = text
+    job.save_meta()
+    meet(10)
+    job.log(f"line of {job.id}")
+    return [get_current_job().id, SEEN_BY_CONTEXT.get(), get_current_job().meta["text"]]
+
+
+async def know_oneself_async(text):
+    job = get_current_job()
+    SEEN_BY_CONTEXT.set(job.id)
+    job.meta["text"] = text
+    job.save_meta()
+    await meet_async(10)
+    job.log(f"line of {job.id}")
+    await asyncio.create_task(asyncio.sleep(0))
+    return [get_current_job().id, SEEN_BY_CONTEXT.get(), get_current_job().meta["text"]]
+
+
+def call_back(job, connection, result):
+    connection.hset("beside:called", job.id, get_current_job().id)
+
+
+async def call_back_async(job, connection, result):
+    await asyncio.sleep(0.01)
+    call_back(job, connection, result)
+
+
+def test_each_of_many_jobs_knows_itself(redis, queue, beside, run_beside):
+    functions = [know_oneself, know_oneself_async]
+    callbacks = [call_back, call_back_async]
+    jobs = []
+    for i, (func, callback) in enumerate(itertools.product(functions * 5, callbacks)):
+        jobs.append(queue.enqueue(func, str(i), on_success=Callback(callback)))
+    run_beside(10)
+    ids = [job.id for job in jobs]
+    assert [job.return_value() for job in jobs] == [
+        [id, id, str(i)] for i, id in enumerate(ids)
+    ]
+    called = redis.hgetall("beside:called")
+    assert {key.decode(): value.decode() for key, value in called.items()} == {
+        id: id for id in ids
+    }
+    assert [job.refresh() or job.meta["text"] for job in jobs] == list(
+        map(str, range(20))
+    )
+    assert [[line for _, line in job.logs()] for job in jobs] == [
+        [f"line of {id}"] for id in ids
+    ]
+
+
+async def flaky_async(failures):
+    await asyncio.sleep(0.001)
+    return flaky(failures)
+
+
+async def fail_async(message="boom"):
+    await asyncio.sleep(0.001)
+    fail(message)
+
+
+async def return_retry_up_to_async(times):
+    await asyncio.sleep(0)
+    return return_retry_up_to(times)
+
+
+async def dependency_results_async():
+    return dependency_results()
+
+
+def test_options_of_jobs_hold_beside_others(
+    redis, queue, beside, run_beside, webhook_server, callback_log
+):
+    """Retries, repeats, callbacks, webhooks, dependencies: the same for functions and
+    coroutines."""
+    url, requests = webhook_server
+    retry = Retry(max=2)
+    retried = [queue.enqueue(func, 2, retry=retry) for func in (flaky, flaky_async)]
+    asked = [
+        queue.enqueue(f, 2) for f in (return_retry_up_to, return_retry_up_to_async)
+    ]
+    repeated = [
+        queue.enqueue(func, 1, 2, repeat=Repeat(times=2)) for func in (add, add_later)
+    ]
+    failing = [
+        queue.enqueue(func, on_failure=Callback(log_failure), retry=Retry(max=1))
+        for func in (fail, fail_async)
+    ]
+    hooked = [
+        queue.enqueue(
+            func, 1, 2, webhooks=[Webhook(f"{url}/{func.__name__}", "finished")]
+        )
+        for func in (add, add_later)
+    ]
+    dependent = [
+        queue.enqueue(func, depends_on=hooked)
+        for func in (dependency_results, dependency_results_async)
+    ]
+    wrong = [queue.enqueue(func, 1, 2, 3) for func in (add, add_later)]
+    run_beside(8)
+    assert [job.return_value() for job in retried] == ["done", "done"]
+    assert [job.return_value() for job in asked] == ["enough", "enough"]
+    assert [len(job.results()) for job in repeated] == [3, 3]
+    assert [job.return_value() for job in repeated] == [3, 3]
+    assert statuses(*failing, *wrong) == ["failed"] * 4
+    assert [len(job.results()) for job in failing] == [2, 2]
+    lines = [f"failure {job.id} ValueError boom" for job in failing]
+    assert sorted(callback_log()) == sorted(2 * lines)
+    assert sorted(request[1] for request in requests) == ["/add", "/add_later"]
+    assert [job.return_value() for job in dependent] == [[3, 3], [3, 3]]
+    assert all("TypeError" in job.exc_info for job in wrong)
+
+
+def test_a_rate_limit_holds_beside_others(queue, beside, run_beside):
+    limit = RateLimit("k", concurrency=2)
+    jobs = [queue.enqueue(f, 2, rate_limit=limit) for f in (meet, meet_async) * 3]
+    run_beside(6)
+    assert all(job.is_finished for job in jobs)
+    assert beside.most()[0] == 2
+
+
+NOTED_THREADS = []
+
+
+async def wait_for_all_and_note_threads(count):
+    NOTED_THREADS.append(threading.active_count())
+    while len(NOTED_THREADS) < count:
+        await asyncio.sleep(0.05)
+
+
+def test_a_thousand_coroutines_that_wait_need_few_threads(redis, queue):
+    NOTED_THREADS.clear()
+    jobs = enqueue_many(queue, wait_for_all_and_note_threads, (1000,), 1000)
+    before = threading.active_count()
+    work(SimpleWorker(queue, concurrency=1000))
+    assert max(NOTED_THREADS) - before < 20
+    assert queue.finished_job_registry.count == len(jobs) == 1000
+
+
+def test_threads_and_files_of_a_worker_end_with_it(queue):
+    """An application may make many workers, one after the other."""
+
+    def files():
+        return len(os.listdir("/proc/self/fd"))
+
+    def use_a_worker():
+        for func in (meet_in_this_process, add_later_in_this_process):
+            enqueue_many(queue, func, (), 4)
+        with Worker(queue, concurrency=4):
+            pass
+
+    use_a_worker()  # connections of the queue's own stay
+    threads, before = set(threading.enumerate()), files()
+    for _ in range(3):
+        use_a_worker()
+    wait_until(lambda: set(threading.enumerate()) <= threads)
+    gc.collect()
+    assert files() <= before
+
+
+def meet_in_this_process():
+    time.sleep(0.01)
+
+
+async def add_later_in_this_process():
+    await asyncio.sleep(0.01)
+
+
+def test_jobs_that_end_together_are_settled_together(redis, queue, go_on):
+    jobs = [queue.enqueue(wait_to_go_on_async) for _ in range(100)]
+    with Worker(queue, concurrency=100) as worker:
+        wait_until(lambda: len(queue.started_job_registry) == 100)
+        wait_until(lambda: blocked_clients(redis) == 1)  # the loop: it has no slot free
+        before = socket_reads(redis)
+        go_on.set()
+        wait_until(lambda: worker.successful_job_count == 100)
+        assert socket_reads(redis) - before < 25  # with heartbeats
+    assert all(job.is_finished for job in jobs)
+
+
+LET_GO: set[int] = set()
+
+
+async def wait_to_be_let_go(number):
+    while number not in LET_GO:
+        await asyncio.sleep(0.005)
+
+
+def ids_of_blocked_clients(redis):
+    return {each["id"] for each in redis.client_list() if each["cmd"] == "blpop"}
+
+
+def test_the_end_of_a_job_does_not_cut_the_wait_for_work(redis, queue):
+    """An idle worker waits by a blocking connection, also while jobs run; a hundred
+    ends don't cost it a reconnect each."""
+    LET_GO.clear()
+    with Worker(queue, concurrency=102) as worker:
+        jobs = [queue.enqueue(wait_to_be_let_go, number) for number in range(101)]
+        wait_until(lambda: len(queue.started_job_registry) == 101)
+        wait_until(lambda: len(ids_of_blocked_clients(redis)) == 2)
+        before = ids_of_blocked_clients(redis)
+        for number in range(100):
+            LET_GO.add(number)
+            wait_until(lambda: worker.successful_job_count > number)  # noqa: B023
+        wait_until(lambda: jobs[99].is_finished)
+        assert ids_of_blocked_clients(redis) == before
+        assert jobs[100].is_started
+        LET_GO.add(100)
+    assert all(job.is_finished for job in jobs)
+
+
+def test_an_end_that_is_taken_before_its_wake_up_leaves_no_busy_loop(monkeypatch):
+    """A thread may lose the processor between the two steps by which it ends a run."""
+    runner = microq._ConcurrentRunner("bee", None)
+    set_wakeup = runner.wakeup.set
+    taken = []
+
+    def take_and_set():
+        taken.extend(runner.collect())
+        set_wakeup()
+
+    monkeypatch.setattr(runner.wakeup, "set", take_and_set)
+    runner._end("run", None)
+    assert taken == [("run", None)]
+    assert runner.collect() == []
+    assert not runner.wakeup.wait(0)
+    runner.close()
+    runner.event_loop.close()
+
+
+def time_of_heartbeat(redis, name):
+    return float(redis.hget(f"{Q}workers", name).split()[0])
+
+
+def test_a_stop_does_not_hit_the_next_job_of_a_slot(queue):
+    """The supervisor may look at a slot just before its job ends."""
+    instance = Worker(queue, concurrency=2)._begin("bee")
+    [slot, _] = instance.shared.slots
+    runs = [microq.Execution(queue.create_job(add), f"bee.{n} 1.0") for n in (1, 2)]
+    slot.fill(0, runs[0], 60)
+    [first] = instance.shared.current_jobs()
+    slot.state = microq._SlotState.EMPTY
+    slot.fill(0, runs[1], 60)
+    [second] = instance.shared.current_jobs()
+    child = microq._Child(instance, instance.wakeup, instance.new_connection())
+    child.pid = os.getpid()
+    child.stop_job(first, 0)
+    assert not slot.stop_requested()
+    child.stop_job(second, 0)
+    assert slot.stop_requested()
+
+
+def test_a_claim_that_waits_while_a_run_ends_keeps_its_jobs(
+    redis, queue, beside, start_worker
+):
+    """Also in a process that is frozen for longer than a lease, while its supervisor
+    looks after the lease: else the jobs run twice."""
+    worker = start_worker("--name", "bee", "--concurrency", "2", "--lease", "1")
+    queue.enqueue(stay)
+    beside.wait_for(1)
+    wait_until(lambda: blocked_clients(redis) == 2)
+    beside.go()
+    read_log_until(worker, "job OK")
+    [child] = children_of(worker.pid)
+    os.kill(child, signal.SIGSTOP)
+    job = queue.enqueue(arrive)
+    wait_until(lambda: job.is_started)
+    began = time.time()
+    wait_until(lambda: time_of_heartbeat(redis, "bee") > began + 2)
+    assert job.is_started
+    os.kill(child, signal.SIGCONT)
+    wait_until(lambda: job.is_finished)
+    stop_and_read_log(worker)
+    assert redis.get("beside:arrived") == b"2"
+
+
+def test_jobs_run_though_the_supervisor_is_frozen(redis, queue, start_worker):
+    """Its lease has ended.  A claim that waits gets nothing then; the loop claims
+    without waiting, which renews the lease."""
+    worker = start_worker("--name", "bee", "--concurrency", "4", "--lease", "0.5")
+    wait_until(lambda: blocked_clients(redis) == 2)
+    worker.send_signal(signal.SIGSTOP)
+    wait_until(lambda: time_of_heartbeat(redis, "bee") < time.time() - 1)
+    job = queue.enqueue(add)
+    wait_until(lambda: job.is_finished)
+    worker.send_signal(signal.SIGCONT)
+    stop_and_read_log(worker)
+
+
+def test_high_jobs_overtake_low_ones(redis, beside, run_beside):
+    """Of what waits, those of an earlier queue begin first, as soon as a slot is
+    free."""
+    high, low = Queue("high", redis), Queue("low", redis)
+    low_jobs = [low.enqueue(meet_and_enqueue_high, 2) for _ in range(2)]
+    low_jobs += [low.enqueue(meet, 2) for _ in range(4)]
+    run_beside(2, [high, low])
+    order = beside.order()
+    high_ids = high.finished_job_registry.get_job_ids()
+    assert len(high_ids) == 2
+    assert set(order[:2]) == {job.id for job in low_jobs[:2]}
+    assert set(order[2:4]) == set(high_ids)
+    assert len(order) == 8
+
+
+def meet_and_enqueue_high(count):
+    meet(count)
+    Queue("high", get_current_job().connection).enqueue(meet, count)
+
+
+def grow(depth):
+    """Enqueue two jobs that do the same, down to this depth."""
+    arrive()
+    if depth:
+        for _ in range(2):
+            get_current_job().queue.enqueue(grow_async, depth - 1)
+    leave()
+
+
+async def grow_async(depth):
+    arrive()
+    if depth:
+        for _ in range(2):
+            get_current_job().queue.enqueue(grow, depth - 1)
+    await asyncio.sleep(0.001)
+    leave()
+
+
+def test_a_burst_runs_what_its_jobs_enqueue(queue, beside, run_beside):
+    queue.enqueue(grow, 4)
+    run_beside(3)
+    assert len(queue.finished_job_registry) == 2**5 - 1
+    assert beside.most()[0] <= 3
+
+
+def test_no_more_jobs_than_max_jobs_begin(queue, beside, run_beside):
+    jobs = [queue.enqueue(f, 3) for f in (meet, meet_async) * 5]
+    run_beside(4, limits={"max_jobs": 6})
+    assert len(beside.order()) == 6
+    assert len([job for job in jobs if job.is_queued]) == 4
+    run_beside(4, limits={"max_jobs": 3})
+    assert len(queue.finished_job_registry) == 9
+
+
+@pytest.mark.parametrize("fork", [True, False], ids=["fork", "in-process"])
+def test_a_worker_ends_with_the_last_of_its_max_jobs(queue, monkeypatch, fork):
+    """It does not wait once more for work, which it may not claim."""
+    monkeypatch.setattr(microq._BlockingConnection, "BLPOP_TIMEOUT", 60)
+    jobs = [queue.enqueue(func, 0.1) for func in (sleep, sleep_async)]
+    began = time.monotonic()
+    worker = Worker(queue, fork=fork, concurrency=2)
+    assert worker.work(max_jobs=2, logging_level=None)
+    assert time.monotonic() - began < 50
+    assert statuses(*jobs) == ["finished"] * 2
+
+
+def test_the_idle_time_begins_when_the_last_job_has_ended(queue, beside):
+    jobs = [queue.enqueue(f, 0.5) for f in (sleep, sleep_async)]
+    worker = SimpleWorker(queue, concurrency=4)
+    began = time.monotonic()
+    assert worker.work(max_idle_time=0.2, logging_level=None)
+    assert time.monotonic() - began > 0.7
+    assert all(job.is_finished for job in jobs)
+
+
+def pid_after_meeting(count):
+    meet(count)
+    return os.getpid()
+
+
+def test_jobs_per_fork_counts_the_jobs_of_many_at_once(queue, beside):
+    jobs = [queue.enqueue(pid_after_meeting, 2) for _ in range(12)]
+    work(Worker(queue, concurrency=2, jobs_per_fork=4))
+    pids = Counter(job.return_value() for job in jobs)
+    assert sorted(pids.values()) == [4, 4, 4]
+
+
+def pid_of_this_process():
+    return os.getpid()
+
+
+def test_a_process_with_many_jobs_is_not_replaced_after_a_number_of_them(queue):
+    jobs = enqueue_many(queue, pid_of_this_process, (), 1100)
+    work(Worker(queue, concurrency=4))
+    queue_jobs = Job.fetch_many([job.id for job in jobs], queue.connection)
+    assert len({job.return_value() for job in queue_jobs}) == 1
+
+
+@pytest.mark.parametrize("strategy", ["round_robin", "random"])
+def test_strategies_serve_all_queues_with_many_at_once(
+    redis, beside, run_beside, strategy
+):
+    queues = [Queue(name, redis) for name in "abc"]
+    jobs = [queue.enqueue(meet_async, 3) for queue in queues for _ in range(4)]
+    run_beside(3, queues, {"dequeue_strategy": strategy})
+    assert all(job.is_finished for job in jobs)
+    assert beside.most()[0] == 3
+
+
+def test_scheduled_jobs_run_beside_others(redis, queue, go_on):
+    """A job that becomes due begins on time, though others run."""
+    with Worker(queue, concurrency=2):
+        running = queue.enqueue(wait_to_go_on)
+        wait_until(lambda: running.is_started)
+        due = queue.enqueue_in(0.3, add, 1)
+        wait_until(lambda: due.is_finished)
+        assert running.is_started
+        go_on.set()
+    assert running.is_finished
+
+
+def test_suspended_worker_finishes_what_runs(redis, queue, go_on):
+    with Worker(queue, concurrency=4):
+        running = [queue.enqueue(f) for f in (wait_to_go_on, wait_to_go_on_async)]
+        wait_until(lambda: all(job.is_started for job in running))
+        before = wait_until(
+            lambda: len(ids := ids_of_blocked_clients(redis)) == 2 and ids
+        )
+        suspend(redis)
+        # Until the loop's one is closed.
+        wait_until(lambda: before - {each["id"] for each in redis.client_list()})
+        waits = queue.enqueue(add)
+        go_on.set()
+        wait_until(lambda: all(job.is_finished for job in running))
+        assert waits.is_queued
+        resume(redis)
+        wait_until(lambda: waits.is_finished)
+
+
+# ---- 17. Many jobs at once: timeouts and blocked loops -------------------------------
+
+
+async def clean_up_async(path):
+    try:
+        await asyncio.sleep(60)
+    finally:
+        await asyncio.sleep(0.05)
+        append(path)
+
+
+async def raise_own_timeout():
+    raise TimeoutError("of my own")
+
+
+async def raise_own_timeout_of_a_wait():
+    await asyncio.wait_for(asyncio.sleep(60), 0.01)
+
+
+async def raise_own_cancel():
+    raise asyncio.CancelledError("of my own")
+
+
+async def swallow_cancel():
+    with contextlib.suppress(asyncio.CancelledError):
+        await asyncio.sleep(60)
+    return "swallowed"
+
+
+def swallow_timeout():
+    with contextlib.suppress(JobTimeoutException):
+        while True:
+            time.sleep(0.01)
+    return "swallowed"
+
+
+def spin_or_sleep(seconds):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(0.01)
+
+
+def test_a_timeout_ends_one_job_beside_others(queue, beside, run_beside, tmp_path):
+    path = tmp_path / "log"
+    other = [queue.enqueue(spin_or_sleep, 0.6), queue.enqueue(sleep_async, 0.6)]
+    late = [
+        queue.enqueue(clean_up_async, str(path), job_timeout=0.2),
+        queue.enqueue(sleep_async, 60, job_timeout=0.2),
+        queue.enqueue(spin_or_sleep, 60, job_timeout=0.2),
+        queue.enqueue(spin, 60, job_timeout=0.2),
+    ]
+    own = [
+        queue.enqueue(func, job_timeout=20)
+        for func in (raise_own_timeout, raise_own_timeout_of_a_wait, raise_own_cancel)
+    ]
+    swallowed = [
+        queue.enqueue(func, job_timeout=0.2)
+        for func in (swallow_cancel, swallow_timeout)
+    ]
+    after = queue.enqueue(add_later, 1, 2)
+    run_beside(12)
+    assert all("timeout of 0.2 s" in job.exc_info for job in late)
+    assert path.read_text() == "x\n"
+    assert statuses(*own) == ["failed"] * 3
+    for job, name in zip(own, ["Timeout", "Timeout", "Cancelled"], strict=True):
+        assert f"{name}Error" in job.exc_info
+        assert "JobTimeoutException" not in job.exc_info
+    assert [job.return_value() for job in swallowed] == ["swallowed"] * 2
+    assert all(job.is_finished and len(job.results()) == 1 for job in (*other, after))
+
+
+def test_a_timeout_of_a_coroutine_holds_from_its_second_run_on(queue, run_beside):
+    """The first run of a function begins in a thread, later ones on the event loop."""
+    jobs = [queue.enqueue(sleep_async, 0.001)]
+    jobs += [queue.enqueue(sleep_async, 60, job_timeout=0.2) for _ in range(5)]
+    run_beside(1 + 1)
+    assert statuses(*jobs) == ["finished"] + ["failed"] * 5
+    assert all("timeout of 0.2 s" in job.exc_info for job in jobs[1:])
+
+
+def hang_in_callback_of_many(job, connection, *details):
+    spin_or_sleep(60)
+
+
+async def hang_in_async_callback(job, connection, *details):
+    await asyncio.sleep(60)
+
+
+def test_callbacks_of_many_jobs_have_a_timeout(queue, run_beside):
+    callbacks = [hang_in_callback_of_many, hang_in_async_callback]
+    jobs = [
+        queue.enqueue(func, 1, 2, on_success=Callback(callback, timeout=0.2))
+        for func in (add, add_later)
+        for callback in callbacks
+    ]
+    run_beside(4)
+    assert all(job.is_finished for job in jobs)
+    for job in jobs:
+        [result] = job.results()
+        assert "JobTimeoutException" in result.callback_error
+
+
+@pytest.fixture
+def short_kill_rule(monkeypatch):
+    monkeypatch.setattr(microq, "KILL_GRACE", 0.3)
+    monkeypatch.setattr(microq, "DRAIN_TIME", 0.6)
+
+
+def stay_in_the_first_run():
+    """Stay for long, but only in the first run, which a kill ends."""
+    job = get_current_job()
+    if job.connection.hincrby("beside:runs", job.id) == 1:
+        arrive()
+        spin_or_sleep(60)
+    return "ran again"
+
+
+async def stay_in_the_first_run_async():
+    job = get_current_job()
+    if job.connection.hincrby("beside:runs", job.id) == 1:
+        arrive()
+        await asyncio.sleep(60)
+    return "ran again"
+
+
+def hold_the_gil_when_all_are_here(count):
+    arrive()
+    wait_until(lambda: number_of_arrived() >= count)
+    hold_the_gil()
+
+
+def ignore_exceptions_when_all_are_here(count):
+    arrive()
+    wait_until(lambda: number_of_arrived() >= count)
+    ignore_exceptions(60)
+
+
+async def ignore_cancel_when_all_are_here(count):
+    arrive()
+    while True:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    "func",
+    [
+        hold_the_gil_when_all_are_here,
+        ignore_exceptions_when_all_are_here,
+        ignore_cancel_when_all_are_here,
+    ],
+)
+def test_a_job_that_ignores_its_timeout_costs_the_others_one_run(
+    redis, queue, beside, short_kill_rule, func
+):
+    """The process is killed: the job has failed, the others run again, uncounted."""
+    functions = [stay_in_the_first_run, stay_in_the_first_run_async]
+    others = [queue.enqueue(functions[i % 2], max_crashes=1) for i in range(4)]
+    stuck = queue.enqueue(func, 5, job_timeout=1)
+    later = queue.enqueue(add, 1)
+    work(Worker(queue, concurrency=5))
+    assert stuck.is_failed
+    assert "killed, 0.3 s after its timeout had no effect" in stuck.exc_info
+    assert [job.return_value() for job in others] == ["ran again"] * 4
+    assert set(redis.hvals("beside:runs")) == {b"2"}
+    assert [crashes_of(job) for job in others] == [0] * 4
+    assert later.is_finished
+
+
+def test_others_may_end_before_the_process_of_a_stuck_job_is_killed(
+    redis, queue, beside, monkeypatch
+):
+    """Meanwhile nothing begins there."""
+    monkeypatch.setattr(microq, "KILL_GRACE", 0.2)
+    monkeypatch.setattr(microq, "DRAIN_TIME", 60)
+    others = [queue.enqueue(meet_then_sleep, 3, 1.0, job_timeout=20)]
+    others += [queue.enqueue(meet_then_sleep_async, 3, 1.0, job_timeout=20)]
+    stuck = queue.enqueue(ignore_exceptions_when_all_are_here, 3, job_timeout=0.5)
+    later = [queue.enqueue(pid_of_this_process) for _ in range(2)]
+    work(Worker(queue, concurrency=3))
+    assert "killed" in stuck.exc_info
+    pids = {job.return_value() for job in others}
+    assert len(pids) == 1
+    assert [len(job.results()) for job in others] == [1, 1]
+    assert pids.isdisjoint(job.return_value() for job in later)
+
+
+def enqueue_when_no_claim_waits(count):
+    """Return the pid of this process, and the id of a job."""
+    meet(count)
+    job = get_current_job()
+    for blocked in (2, 1):  # the supervisor is one of them
+        wait_until(lambda: blocked_clients(job.connection) == blocked)  # noqa: B023
+    return os.getpid(), job.queue.enqueue(pid_of_this_process).id
+
+
+def test_a_claim_that_waits_is_taken_back_when_a_job_is_overdue(
+    queue, beside, monkeypatch
+):
+    """Else the job that it brings would begin in a process that is to be killed."""
+    monkeypatch.setattr(microq, "KILL_GRACE", 0.2)
+    monkeypatch.setattr(microq, "DRAIN_TIME", 60)
+    # Else the claim ends by itself after ten seconds.
+    monkeypatch.setattr(microq._BlockingConnection, "BLPOP_TIMEOUT", 60)
+    stuck = queue.enqueue(ignore_exceptions_when_all_are_here, 2, job_timeout=0.5)
+    job = queue.enqueue(enqueue_when_no_claim_waits, 2, job_timeout=40)
+    work(Worker(queue, concurrency=4))
+    assert "killed" in stuck.exc_info
+    pid, later_id = job.return_value()
+    assert queue.fetch_job(later_id).return_value() != pid
+
+
+def meet_then_sleep(count, seconds):
+    meet(count)
+    time.sleep(seconds)
+    return os.getpid()
+
+
+async def meet_then_sleep_async(count, seconds):
+    await meet_async(count)
+    await asyncio.sleep(seconds)
+    return os.getpid()
+
+
+IGNORED: list[str] = []
+
+
+def ignore_timeout_until_told():
+    while not GO_ON.is_set():
+        try:
+            time.sleep(0.01)
+        except JobTimeoutException:
+            IGNORED.append("function")
+
+
+async def ignore_timeout_until_told_async():
+    while not GO_ON.is_set():
+        try:
+            await asyncio.sleep(0.01)
+        except asyncio.CancelledError:
+            IGNORED.append("coroutine")
+
+
+def test_a_job_that_ignores_its_timeout_in_process_costs_its_slot(
+    queue, go_on, monkeypatch
+):
+    """Nobody can kill it; others run beside it, and it is interrupted once."""
+    monkeypatch.setattr(microq, "KILL_GRACE", 0.1)
+    IGNORED.clear()
+    functions = [ignore_timeout_until_told, ignore_timeout_until_told_async]
+    with Worker(queue, concurrency=3):
+        stuck = [queue.enqueue(func, job_timeout=0.2) for func in functions]
+        wait_until(lambda: len(IGNORED) == 2)
+        time.sleep(0.2)
+        for number in range(5):
+            job = queue.enqueue(add, number)
+            wait_until(lambda: job.is_finished)  # noqa: B023
+        assert statuses(*stuck) == ["started"] * 2
+        go_on.set()
+    assert sorted(IGNORED) == ["coroutine", "function"]
+
+
+BLOCKED_RUNS: list[str] = []
+
+
+async def block_the_event_loop(seconds):
+    BLOCKED_RUNS.append(get_current_job().id)
+    await asyncio.sleep(0.01)
+    time.sleep(seconds)
+
+
+def test_a_blocked_event_loop_loses_no_job(queue, monkeypatch, caplog):
+    """A coroutine that blocks for three leases is not run by others, too; what waits on
+    the loop goes on afterwards, functions go on meanwhile.  The log names the job."""
+    monkeypatch.setattr(microq, "_BLOCKED_AFTER", 0.3)
+    BLOCKED_RUNS.clear()
+    options = {"lease": 0.5, "concurrency": 4}
+    with Worker(queue, **options), Worker(queue, **options):
+        waits = queue.enqueue(sleep_async, 0.2)
+        job = queue.enqueue(block_the_event_loop, 2.6)
+        wait_until(lambda: BLOCKED_RUNS)
+        meanwhile = [queue.enqueue(add, i) for i in range(8)]
+        wait_until(lambda: all(each.is_finished for each in meanwhile))
+        assert job.is_started
+        wait_until(lambda: job.is_finished and waits.is_finished)
+    assert [job.id] == BLOCKED_RUNS
+    assert len(job.results()) == 1
+    warnings = [line for line in caplog.messages if "event loop is blocked" in line]
+    assert len(warnings) == 1
+    assert job.id in warnings[0]
+
+
+# ---- 17. Many jobs at once: crashes --------------------------------------------------
+
+
+def poison(count):
+    """Kill the process; in the first run when so many jobs run there."""
+    job = get_current_job()
+    if job.connection.hincrby("beside:runs", job.id) == 1:
+        arrive()
+        wait_until(lambda: number_of_arrived() >= count)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_of_ten_jobs_only_the_guilty_one_is_failed(redis, queue, beside):
+    """All ten are blamed for the first death; from then on each of them runs alone."""
+    functions = [stay_in_the_first_run, stay_in_the_first_run_async]
+    innocents = [queue.enqueue(functions[i % 2]) for i in range(9)]
+    guilty = queue.enqueue(poison, 10)
+    last = queue.enqueue(add, 1)
+    work(Worker(queue, concurrency=10))
+    assert guilty.is_failed
+    assert "was killed by signal 9" in guilty.exc_info
+    assert [job.return_value() for job in innocents] == ["ran again"] * 9
+    assert [crashes_of(job) for job in innocents] == [1] * 9
+    runs = {id.decode(): int(n) for id, n in redis.hgetall("beside:runs").items()}
+    assert runs == {guilty.id: 3} | {job.id: 2 for job in innocents}
+    assert last.is_finished
+
+
+def test_jobs_that_must_not_run_twice_overlap(redis, queue, beside, run_beside):
+    jobs = [queue.enqueue(f, 3, max_crashes=0) for f in (meet, meet_async) * 3]
+    run_beside(3)
+    assert all(job.is_finished and len(job.results()) == 1 for job in jobs)
+
+
+def test_jobs_that_must_not_run_twice_do_not_after_a_crash(redis, queue, beside):
+    functions = [stay_in_the_first_run, stay_in_the_first_run_async]
+    innocents = [queue.enqueue(functions[i % 2], max_crashes=0) for i in range(4)]
+    guilty = queue.enqueue(poison, 5, max_crashes=0)
+    work(Worker(queue, concurrency=5))
+    assert statuses(*innocents, guilty) == ["failed"] * 5
+    assert all("was killed by signal 9" in job.exc_info for job in innocents)
+    assert set(redis.hvals("beside:runs")) == {b"1"}
+
+
+def test_a_job_that_has_crashed_runs_alone(redis, queue):
+    """It waits until nothing runs, nothing is claimed beside it, and the worker does
+    not ask again and again meanwhile."""
+    LET_GO.clear()
+    running = queue.enqueue(wait_to_be_let_go, 1)
+    suspect, last = [queue.enqueue(wait_to_be_let_go, number) for number in (2, 3)]
+    redis.hset(suspect.key, "crashes", 1)
+    with Worker(queue, concurrency=4, lease=60) as worker:
+        wait_until(lambda: running.is_started)
+        wait_until(lambda: len(ids_of_blocked_clients(redis)) == 1)  # the supervisor
+        assert_no_busy_loop(redis, worker)
+        assert statuses(suspect, last) == ["queued", "queued"]
+        LET_GO.add(1)
+        wait_until(lambda: suspect.is_started)
+        assert_no_busy_loop(redis, worker)
+        assert running.is_finished
+        assert last.is_queued
+        LET_GO.add(2)
+        wait_until(lambda: last.is_started)
+        LET_GO.add(3)
+    assert statuses(running, suspect, last) == ["finished"] * 3
+
+
+def assert_no_busy_loop(redis, worker):
+    """Check that a worker sends little more than its heartbeats, one a second."""
+
+    def count():
+        stats = redis.info("commandstats")
+        return sum(stats[key]["calls"] for key in stats if "evalsha" in key)
+
+    before = count()
+    wait_for_heartbeats(redis, worker.name, 1)
+    assert count() - before < 10
+
+
+def test_an_application_may_ask_for_the_concurrency_of_workers(redis, queue):
+    with Worker(queue, name="bee", concurrency=7):
+        [worker] = wait_until(lambda: Worker.all(redis))
+        assert (worker.name, worker.concurrency) == ("bee", 7)
+        assert Worker.find_by_key("bee", redis).concurrency == 7
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"concurrency": 0},
+        {"concurrency": -1},
+        {"concurrency": True},
+        {"concurrency": 2.0},
+        {"concurrency": "2"},
+        {"concurrency": 2, "jobs_per_fork": 1},
+        {"max_memory": 100, "fork": False},
+        {"max_memory": 0},
+        {"grace": -1},
+        {"around": 3},
+        {"lifespan": ["no_such_module.f"]},
+    ],
+    ids=str,
+)
+def test_bad_options_of_many_jobs_at_once_are_refused(queue, options):
+    with pytest.raises((ValueError, TypeError, ImportError)):
+        Worker(queue, **options)
+
+
+def test_a_process_for_each_job_has_no_concurrency(queue):
+    with pytest.raises(ValueError, match="concurrency=2 needs jobs_per_fork > 1"):
+        microq.SpawnWorker(queue, concurrency=2)
+
+
+# ---- 17. Many jobs at once: stops and signals ----------------------------------------
+
+
+@pytest.fixture(params=["fork", "in-process"])
+def start_beside(request, start_worker):
+    """Start a worker of ten jobs at once in a process of its own, in either place."""
+
+    def start(*options):
+        place = ["--in-process"] if request.param == "in-process" else []
+        options = ("--concurrency", "10", "--name", "bee", *options, *place)
+        return start_worker(*options)
+
+    return start
+
+
+def enqueue_ten(queue, **options):
+    """Enqueue five functions and five coroutines that stay until they are told to
+    go."""
+    functions = [stay, stay_async] * 5
+    return [queue.enqueue(func, **options) for func in functions]
+
+
+def test_stopping_one_of_ten_leaves_the_others_alone(
+    redis, queue, beside, start_beside, callback_log
+):
+    jobs = enqueue_ten(queue, on_stopped=Callback(log_stopped))
+    worker = start_beside()
+    beside.wait_for(10)
+    for stopped in jobs[2:4]:
+        send_stop_job_command(redis, stopped.id)
+        wait_until(lambda: stopped.is_stopped)  # noqa: B023
+    assert sorted(callback_log()) == sorted(f"stopped {job.id}" for job in jobs[2:4])
+    assert beside.ends() == {jobs[2].id: "StopRequested", jobs[3].id: "CancelledError"}
+    assert [job.is_started for job in jobs].count(True) == 8
+    later = [queue.enqueue(f, 1, 2) for f in (add, add_later)]  # in the free slots
+    wait_until(lambda: all(job.is_finished for job in later))
+    beside.go()
+    others = jobs[:2] + jobs[4:]
+    wait_until(lambda: all(job.is_finished for job in others))
+    stop_and_read_log(worker)
+    assert worker.returncode == 0
+
+
+def test_a_stop_reaches_a_coroutine_that_has_not_begun(redis, queue):
+    """It may wait for the event loop, which another one blocks."""
+    BLOCKED_RUNS.clear()
+    queue.enqueue(sleep_async, 0.001)
+    with Worker(queue, concurrency=4):
+        wait_until(lambda: len(queue) == 0 and not queue.started_job_registry.count)
+        queue.enqueue(block_the_event_loop, 1.0)
+        wait_until(lambda: BLOCKED_RUNS)
+        waits = queue.enqueue(sleep_async, 60)
+        wait_until(lambda: waits.is_started)
+        send_stop_job_command(redis, waits.id)
+        wait_until(lambda: waits.is_stopped)
+
+
+def test_kill_horse_fails_all_jobs_of_the_process(redis, queue, beside, start_worker):
+    jobs = enqueue_ten(queue)
+    start_worker("--concurrency", "10", "--name", "bee")
+    beside.wait_for(10)
+    waits = queue.enqueue(add)
+    assert waits.is_queued
+    send_kill_horse_command(redis, "bee")
+    wait_until(lambda: all(job.is_failed for job in jobs))
+    assert {job.latest_result().exc_string for job in jobs} == {"killed by a command"}
+    wait_until(lambda: waits.is_finished)
+
+
+def test_sigterm_finishes_all_that_runs(redis, queue, beside, start_beside):
+    jobs = enqueue_ten(queue)
+    worker = start_beside()
+    beside.wait_for(10)
+    waits = [queue.enqueue(add) for _ in range(3)]
+    worker.terminate()
+    read_log_until(worker, "finishing the current job")
+    assert [job.is_started for job in jobs] == [True] * 10
+    beside.go()
+    assert worker.wait(30) == 0
+    assert statuses(*jobs) == ["finished"] * 10
+    assert statuses(*waits) == ["queued"] * 3
+    assert Worker.count(redis) == 0
+
+
+def test_what_was_claimed_when_a_worker_is_told_to_stop_is_left_to_others(
+    queue, beside, start_worker
+):
+    """At once, not when what runs has ended."""
+    running = queue.enqueue(stay)
+    worker = start_worker("--in-process", "--concurrency", "4")
+    beside.wait_for(1)
+    wait_until(lambda: blocked_clients(queue.connection) == 2)
+    worker.send_signal(signal.SIGSTOP)
+    waits = [queue.enqueue(add) for _ in range(2)]
+    wait_until(lambda: waits[0].is_started)  # the claim was sent along with BLPOP
+    worker.terminate()
+    worker.send_signal(signal.SIGCONT)
+    wait_until(lambda: waits[0].is_queued)
+    assert running.is_started
+    beside.go()
+    assert worker.wait(30) == 0
+    assert statuses(running, *waits) == ["finished", "queued", "queued"]
+
+
+def test_sigterm_of_an_idle_worker_ends_it(queue, start_beside):
+    worker = start_beside()
+    job = queue.enqueue(add_later, 1, 2)
+    wait_until(lambda: job.is_finished)
+    stop_and_read_log(worker)
+    assert worker.returncode == 0
+
+
+def check_given_up(queue, beside, jobs, others, worker):
+    """The jobs of stay() have cleaned up, and all will run again, uncounted."""
+    assert worker.returncode == 1
+    assert statuses(*jobs, *others) == ["queued"] * (len(jobs) + len(others))
+    ends = beside.ends()
+    assert len(ends) == 10
+    assert [ends[job.id] for job in jobs[1::2]] == ["CancelledError"] * 5
+    assert sum(map(crashes_of, [*jobs, *others])) == 0
+    assert Worker.count(queue.connection) == 0
+    beside.go()
+    for job in others:
+        job.delete()
+    work(SimpleWorker(queue, concurrency=10))
+    assert statuses(*jobs) == ["finished"] * 10
+
+
+def test_a_second_sigterm_gives_up_all_that_runs(queue, beside, start_beside):
+    jobs = enqueue_ten(queue)
+    worker = start_beside()
+    beside.wait_for(10)
+    terminate_twice(worker)
+    check_given_up(queue, beside, jobs, [], worker)
+
+
+def test_what_runs_is_given_up_after_the_grace(queue, beside, start_beside):
+    jobs = enqueue_ten(queue)
+    worker = start_beside("--grace", "0.3")
+    beside.wait_for(10)
+    stop_and_read_log(worker)
+    check_given_up(queue, beside, jobs, [], worker)
+
+
+def ignore_exceptions_of_many(seconds):
+    arrive()
+    ignore_exceptions(seconds)
+
+
+async def ignore_cancel_of_many(seconds):
+    arrive()
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(0.01)
+
+
+def test_what_ignores_that_it_is_given_up_runs_again(queue, beside, start_worker):
+    stuck = [
+        queue.enqueue(func, 60)
+        for func in (ignore_exceptions_of_many, ignore_cancel_of_many)
+    ]
+    worker = start_worker("--concurrency", "4", "--grace", "0.1")
+    beside.wait_for(2)
+    stop_and_read_log(worker)
+    assert worker.returncode == 1
+    assert statuses(*stuck) == ["queued"] * 2
+    assert sum(map(crashes_of, stuck)) == 0
+
+
+def test_jobs_that_end_while_they_are_given_up_are_settled_once(server, queue):
+    """They have no time here, and end at the moment when the worker gives them up."""
+    code = f"""
+import redis, microq
+microq.GIVE_UP_TIME = 0
+connection = redis.Redis.from_url({server.url!r})
+worker = microq.SimpleWorker("default", connection=connection, concurrency=500,
+                             grace=0.1)
+worker.work()
+"""
+    jobs = enqueue_many(queue, sleep_async, (60,), 500)
+    worker = start_script(code, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: queue.started_job_registry.count == 500, 60)
+    log = stop_and_read_log(worker)
+    assert worker.returncode == 1
+    assert "Traceback" not in log
+    assert len(queue) == 500
+    assert sum(map(crashes_of, jobs)) == 0
+
+
+def test_a_worker_that_gives_up_does_not_wait_for_webhooks(queue, start_worker):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        hook = Webhook(
+            f"http://127.0.0.1:{listener.getsockname()[1]}", "finished", timeout=300
+        )
+        worker = start_worker("--in-process", "--concurrency", "4", "--grace", "0.1")
+        job = queue.enqueue(add, webhooks=[hook])
+        connection, _ = listener.accept()
+        with connection:
+            stop_and_read_log(worker)
+    assert job.is_finished
+    assert worker.returncode == 1
+
+
+def test_a_shutdown_command_finishes_all_that_runs(redis, queue, beside, start_beside):
+    jobs = enqueue_ten(queue)
+    worker = start_beside()
+    beside.wait_for(10)
+    send_shutdown_command(redis, "bee")
+    read_log_until(worker, "shutdown")
+    beside.go()
+    assert worker.wait(30) == 0
+    assert statuses(*jobs) == ["finished"] * 10
+
+
+def test_the_death_of_a_worker_with_many_jobs_costs_a_run_of_each(
+    redis, queue, beside, start_worker
+):
+    """SIGKILL of the parent, which takes the child along; another worker reaps all."""
+    functions = [stay_in_the_first_run, stay_in_the_first_run_async] * 3
+    jobs = [queue.enqueue(func) for func in functions]
+    worker = start_worker("--concurrency", "6", "--lease", "0.5")
+    beside.wait_for(6)
+    worker.kill()
+    worker.wait(30)
+    with Worker(queue, concurrency=6, lease=0.5):
+        wait_until(lambda: all(job.is_finished for job in jobs))
+    assert set(redis.hvals("beside:runs")) == {b"2"}
+
+
+def test_the_server_may_pause_while_many_jobs_run(redis, queue, go_on):
+    with Worker(queue, concurrency=10, lease=2):
+        functions = [wait_to_go_on, wait_to_go_on_async] * 4
+        jobs = [queue.enqueue(func) for func in functions]
+        wait_until(lambda: all(job.is_started for job in jobs))
+        redis.client_pause(1500)
+        go_on.set()
+        wait_until(lambda: all(job.is_finished for job in jobs))
+    assert [len(job.results()) for job in jobs] == [1] * 8
+
+
+@pytest.mark.parametrize("fork", [True, False], ids=["fork", "in-process"])
+def test_the_server_may_restart_while_many_jobs_run(tmp_path, fork):
+    """With its data: outcomes that could not be stored are stored afterwards."""
+    options = ["--port", "0", "--appendonly", "yes", "--appendfsync", "always"]
+    server = Server(tmp_path, *options)
+    try:
+        redis = redis_py.Redis.from_url(server.url)
+        queue = Queue(connection=redis)
+        functions = [wait_for_file_beside, wait_for_file_beside_async]
+        jobs = [queue.enqueue(functions[i % 2], str(tmp_path)) for i in range(6)]
+        code = f"""
+import redis, microq
+connection = redis.Redis.from_url({server.url!r})
+worker = microq.Worker("default", connection=connection, concurrency=6, fork={fork})
+worker.work(burst=True, logging_level=None)
+"""
+        worker = start_script(code)
+        wait_until(lambda: len(list(tmp_path.glob("*.here"))) == 6)
+        server.stop()
+        (tmp_path / "go").touch()
+        time.sleep(0.2)  # so that the jobs end while the server is away
+        server.start()
+        assert worker.wait(60) == 0
+        assert [job.return_value() for job in jobs] == ["gone on"] * 6
+        assert [len(job.results()) for job in jobs] == [1] * 6
+        check_invariants(redis)
+    finally:
+        server.stop()
+
+
+def wait_for_file_beside(folder):
+    Path(folder, f"{get_current_job().id}.here").touch()
+    wait_until(Path(folder, "go").exists)
+    return "gone on"
+
+
+async def wait_for_file_beside_async(folder):
+    Path(folder, f"{get_current_job().id}.here").touch()
+    while not Path(folder, "go").exists():
+        await asyncio.sleep(0.01)
+    return "gone on"
+
+
+# ---- 17. Many jobs at once: in an application ----------------------------------------
+
+
+async def loop_of_job():
+    await asyncio.sleep(0.001)
+    return id(asyncio.get_running_loop()), threading.current_thread().name
+
+
+async def exit_in_coroutine():
+    await asyncio.sleep(0.001)
+    sys.exit(4)
+
+
+def has_ended(job):
+    return job.is_finished or job.is_failed
+
+
+async def wait_until_async(condition):
+    await asyncio.to_thread(wait_until, condition)
+
+
+@pytest.mark.parametrize("concurrency", [1, 5])
+def test_async_with_runs_coroutines_on_the_loop_of_the_block(queue, concurrency):
+    """A SystemExit of a job does not end that loop; leaving the block leaves what is
+    queued to others."""
+
+    async def application():
+        async with Worker(queue, concurrency=concurrency):
+            jobs = [queue.enqueue(loop_of_job) for _ in range(5)]
+            exiting = [queue.enqueue(exit_in_coroutine) for _ in range(2)]
+            function = queue.enqueue(add, 1)
+            ends = [*jobs, *exiting, function]
+            await wait_until_async(lambda: all(has_ended(job) for job in ends))
+        return id(asyncio.get_running_loop()), jobs, exiting, function
+
+    loop_id, jobs, exiting, function = asyncio.run(application())
+    name = threading.current_thread().name
+    assert [job.return_value() for job in jobs] == [(loop_id, name)] * 5
+    assert statuses(*exiting) == ["failed"] * 2
+    assert all("SystemExit" in job.exc_info for job in exiting)
+    assert function.is_finished
+
+
+def test_leaving_async_with_waits_for_what_runs_only(redis, queue, beside):
+    async def application():
+        async with Worker(queue, concurrency=2):
+            jobs = [queue.enqueue(sleep_async, 0.3) for _ in range(2)]
+            await wait_until_async(lambda: all(job.is_started for job in jobs))
+            waits = [queue.enqueue(sleep_async, 0.3) for _ in range(2)]
+        return jobs, waits
+
+    jobs, waits = asyncio.run(application())
+    assert statuses(*jobs, *waits) == ["finished"] * 2 + ["queued"] * 2
+    assert [len(job.results()) for job in jobs] == [1, 1]
+
+
+def test_async_with_may_be_left_by_an_error_or_a_cancel(queue):
+    async def application():
+        with pytest.raises(ZeroDivisionError):
+            async with Worker(queue, concurrency=2):
+                job = queue.enqueue(sleep_async, 0.1)
+                await wait_until_async(lambda: job.is_started)
+                raise ZeroDivisionError
+        return job
+
+    assert asyncio.run(application()).is_finished
+
+
+def test_leaving_with_waits_until_nothing_is_queued(queue):
+    with Worker(queue, concurrency=3):
+        jobs = [queue.enqueue(f, 0.02) for f in (sleep, sleep_async) * 10]
+    assert statuses(*jobs) == ["finished"] * 20
+
+
+async def exit_or_interrupt(kind):
+    await asyncio.sleep(0)
+    raise kind
+
+
+def exit_or_interrupt_in_function(kind):
+    raise kind
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, GeneratorExit])
+def test_an_exit_of_a_job_only_fails_it(queue, run, kind):
+    functions = [exit_or_interrupt, exit_or_interrupt_in_function]
+    jobs = [queue.enqueue(func, kind) for func in functions]
+    after = queue.enqueue(add, 1)
+    run()
+    assert statuses(*jobs, after) == ["failed", "failed", "finished"]
+    assert all(kind.__name__ in job.exc_info for job in jobs)
+
+
+def test_a_job_cannot_end_the_process_of_others_by_an_exit(queue, run_beside):
+    functions = [exit_or_interrupt, exit_or_interrupt_in_function] * 2
+    jobs = [
+        queue.enqueue(func, kind)
+        for func in functions
+        for kind in (SystemExit, KeyboardInterrupt, GeneratorExit)
+    ]
+    others = [queue.enqueue(f, 0.01) for f in (sleep, sleep_async) * 5]
+    run_beside(4)
+    assert statuses(*jobs) == ["failed"] * 12
+    assert statuses(*others) == ["finished"] * 10
+    assert [len(job.results()) for job in others] == [1] * 10
+
+
+def test_a_garbled_webhook_costs_no_slot(redis, queue, beside, run_beside):
+    jobs = [
+        queue.enqueue(f, 1, 2, webhooks=[Webhook("http://127.0.0.1:1", "finished")])
+        for f in (add, add_later) * 2
+    ]
+    for job in jobs:
+        redis.hset(job.key, "webhooks", "{")
+    others = [queue.enqueue(meet, 2) for _ in range(2)]
+    run_beside(2)
+    assert statuses(*jobs, *others) == ["finished"] * 6
+
+
+def fork_in_a_thread():
+    return os.fork() == 0
+
+
+async def fork_in_a_coroutine():
+    await asyncio.sleep(0)
+    return os.fork() == 0
+
+
+def test_a_job_beside_others_that_forks_ends_once(queue, run_beside):
+    """The copy of the process ends where the job returns there."""
+    jobs = [queue.enqueue(f) for f in (fork_in_a_thread, fork_in_a_coroutine) * 2]
+    run_beside(2)
+    assert [job.return_value() for job in jobs] == [False] * 4
+    assert [len(job.results()) for job in jobs] == [1] * 4
+
+
+# ---- 17. Many jobs at once: memory ---------------------------------------------------
+
+HOARD: list[bytearray] = []
+
+
+def take_memory(megabytes):
+    """Take memory for as long as this process lives; return its pid when the log of the
+    worker, or a second run, says so."""
+    HOARD.append(bytearray(b"x" * (megabytes << 20)))
+    return os.getpid()
+
+
+def test_a_child_beyond_its_memory_is_replaced_after_its_jobs(queue, beside, caplog):
+    limit = microq._resident_memory(os.getpid()) // (1 << 20) + 60
+    first = queue.enqueue(take_memory_and_stay, 100)
+    beside_it = queue.enqueue(stay_async)
+    later = []
+
+    def go_on_when_seen():
+        wait_until(lambda: "MB, and is replaced" in caplog.text)
+        later.extend(queue.enqueue(pid_of_this_process) for _ in range(2))
+        beside.go()
+
+    thread = threading.Thread(target=go_on_when_seen)
+    thread.start()
+    work(Worker(queue, concurrency=2, max_memory=limit))
+    thread.join()
+    assert first.is_finished
+    assert beside_it.return_value() == "gone on"
+    pids = {job.return_value() for job in later}
+    assert len(pids) == 1 and first.return_value() not in pids
+    assert [len(job.results()) for job in (first, beside_it)] == [1, 1]
+
+
+def take_memory_and_stay(megabytes):
+    pid = take_memory(megabytes)
+    stay()
+    return pid
+
+
+def test_a_child_of_twice_its_memory_is_killed_as_a_crash(queue, beside):
+    used = microq._resident_memory(os.getpid()) // (1 << 20)
+    hungry = queue.enqueue(take_memory_and_stay, used + 200, max_crashes=0)
+    innocent = queue.enqueue(stay_in_the_first_run_async)
+    work(Worker(queue, concurrency=2, max_memory=used + 50))
+    assert hungry.is_failed
+    assert "used more than twice" in hungry.exc_info
+    assert innocent.return_value() == "ran again"
+    assert crashes_of(innocent) == 1
+
+
+def test_a_pool_runs_many_jobs_in_each_of_its_processes(queue, beside):
+    jobs = [queue.enqueue(meet_async, 4) for _ in range(4)]
+    pool = WorkerPool(queue, num_workers=2, concurrency=2)
+    pool.start(burst=True, logging_level=None)
+    assert all(job.is_finished for job in jobs)
+    assert beside.most()[0] == 4
+
+
+async def leave_a_task_behind(path):
+    async def forever():
+        try:
+            await asyncio.sleep(1000)
+        finally:
+            append(path, "cancelled")
+
+    asyncio.get_running_loop().task = asyncio.create_task(forever())
+    await asyncio.sleep(0)
+
+
+def test_a_task_that_a_job_leaves_behind_is_cancelled_at_the_end(queue, tmp_path):
+    path = tmp_path / "log"
+    job = queue.enqueue(leave_a_task_behind, str(path))
+    work(SimpleWorker(queue, concurrency=2))
+    assert job.is_finished
+    wait_until(path.exists)
 
 
 # ---- 18. Async client: both clients do the same --------------------------------------
@@ -13937,1533 +15336,7 @@ def test_the_demo_shows_it_all_and_ends_by_itself():
     assert "listening on demo" in log
 
 
-# ---- 17. Many jobs at once: helpers --------------------------------------------------
-# Jobs that run beside each other meet by keys of the server, which the fixture `beside`
-# reads and deletes.
-
-
-def arrive():
-    """Note that a job has begun, with how many run, and are held, at this time; return
-    how many have begun so far."""
-    job = get_current_job()
-    pipe = job.connection.pipeline()
-    pipe.incr("beside:arrived")
-    pipe.incr("beside:present")
-    pipe.hlen(job.queue.prefix + "started")
-    arrived, present, held = pipe.execute()
-    job.connection.rpush("beside:seen", f"{present} {held}")
-    job.connection.rpush("beside:order", job.id)
-    return arrived
-
-
-def leave():
-    get_current_job().connection.decr("beside:present")
-
-
-def number_of_arrived():
-    return int(get_current_job().connection.get("beside:arrived"))
-
-
-def meet(count):
-    """Return when so many jobs are here: the first `count`, the next `count`, .."""
-    expected = -(-arrive() // count) * count
-    wait_until(lambda: number_of_arrived() >= expected)
-    leave()
-    return get_current_job().id
-
-
-async def meet_async(count):
-    expected = -(-arrive() // count) * count
-    while number_of_arrived() < expected:
-        await asyncio.sleep(0.01)
-    leave()
-    return get_current_job().id
-
-
-def told_to_go():
-    return get_current_job().connection.exists("beside:go")
-
-
-def stay():
-    """Stay until the test says "go"; note it if an exception ends this before."""
-    arrive()
-    try:
-        while not told_to_go():
-            time.sleep(0.02)
-    except BaseException as error:
-        note_end(error)
-        raise
-    leave()
-    return "gone on"
-
-
-async def stay_async():
-    arrive()
-    try:
-        while not told_to_go():
-            await asyncio.sleep(0.02)
-    except BaseException as error:
-        await asyncio.sleep(0.01)
-        note_end(error)
-        raise
-    leave()
-    return "gone on"
-
-
-def note_end(error):
-    job = get_current_job()
-    job.connection.hset("beside:ends", job.id, type(error).__name__)
-
-
-class Beside:
-    """What jobs have told of themselves, and how the test tells them to go on."""
-
-    def __init__(self, redis):
-        self.redis = redis
-
-    def wait_for(self, count):
-        """Wait until so many jobs have begun."""
-        wait_until(lambda: int(self.redis.get("beside:arrived") or 0) >= count)
-
-    def most(self):
-        """Return how many jobs ran at once at most, and how many were held."""
-        pairs = [line.split() for line in self.redis.lrange("beside:seen", 0, -1)]
-        return max(int(present) for present, _ in pairs), max(int(h) for _, h in pairs)
-
-    def order(self):
-        """Return the ids of the jobs, as they began."""
-        return [id.decode() for id in self.redis.lrange("beside:order", 0, -1)]
-
-    def ends(self):
-        """Return {id: name of the exception} of the jobs of stay() that were ended."""
-        ends = self.redis.hgetall("beside:ends")
-        return {id.decode(): name.decode() for id, name in ends.items()}
-
-    def go(self):
-        self.redis.set("beside:go", 1)
-
-
-@pytest.fixture
-def beside(redis):
-    yield Beside(redis)
-    for key in redis.scan_iter("beside:*"):
-        redis.delete(key)
-
-
-@pytest.fixture(params=["fork", "in-process"])
-def run_beside(request, queue, beside):
-    """Run what is queued, up to so many jobs at once, in either place."""
-
-    def run(concurrency, queues=queue, limits=(), **options):
-        fork = request.param == "fork"
-        worker = Worker(queues, fork=fork, concurrency=concurrency, **options)
-        return work(worker, **dict(limits))
-
-    return run
-
-
-async def wait_to_go_on_async():
-    while not GO_ON.is_set():
-        await asyncio.sleep(0.01)
-
-
-@pytest.fixture
-def go_on():
-    """The event for which jobs in this process wait; set at the end, too."""
-    GO_ON.clear()
-    yield GO_ON
-    GO_ON.set()
-
-
-def enqueue_many(queue, func, args, count, **options):
-    data = Queue.prepare_data(func, args, **options)
-    return queue.enqueue_many([data] * count)
-
-
-def crashes_of(job):
-    return int(job.connection.hget(job.key, "crashes") or 0)
-
-
-# ---- 17. Many jobs at once: what runs ------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "functions", [[meet], [meet_async], [meet, meet_async]],
-    ids=["functions", "coroutines", "both"],
-)  # fmt: skip
-def test_as_many_jobs_run_at_once_as_the_concurrency_says(
-    queue, beside, run_beside, functions
-):
-    """Never more, and no more are held: what waits can be seen, and run by others."""
-    jobs = [queue.enqueue(functions[i % len(functions)], 4) for i in range(40)]
-    assert run_beside(4)
-    assert [job.return_value() for job in jobs] == [job.id for job in jobs]
-    assert beside.most() == (4, 4)
-
-
-def test_many_jobs_that_come_at_once_find_an_idle_worker(redis, queue):
-    with Worker(queue, concurrency=2):
-        wait_until(lambda: blocked_clients(redis) == 2)
-        jobs = enqueue_many(queue, add, (1,), 20)
-    assert all(job.is_finished for job in jobs)
-
-
-def test_a_worker_that_was_cut_off_claims_no_more_than_it_has_slots(redis, queue):
-    """The claim that it waited with is sent again, and may get jobs."""
-    with Worker(queue, concurrency=2):
-        wait_until(lambda: blocked_clients(redis) == 2)
-        redis.client_kill_filter(_type="normal", skipme=True)
-        jobs = enqueue_many(queue, add, (1,), 20)
-    assert all(job.is_finished for job in jobs)
-
-
-def test_jobs_of_the_same_id_in_several_queues_run_at_once(redis, beside, run_beside):
-    """Also if they are claimed together: the third claim, after one and two jobs."""
-    queues = [Queue("a", redis), Queue("b", redis)]
-    enqueue_many(queues[0], add, (1,), 3)
-    jobs = [queue.enqueue(meet, 2, job_id="x") for queue in queues]
-    run_beside(4, queues)
-    assert all(job.is_finished for job in jobs)
-
-
-SEEN_BY_CONTEXT = contextvars.ContextVar("SEEN_BY_CONTEXT", default="nothing")
-
-
-def know_oneself(text):
-    """Return what a job knows of itself before and after others have run."""
-    job = get_current_job()
-    SEEN_BY_CONTEXT.set(job.id)
-    job.meta["text"] = text
-    job.save_meta()
-    meet(10)
-    job.log(f"line of {job.id}")
-    return [get_current_job().id, SEEN_BY_CONTEXT.get(), get_current_job().meta["text"]]
-
-
-async def know_oneself_async(text):
-    job = get_current_job()
-    SEEN_BY_CONTEXT.set(job.id)
-    job.meta["text"] = text
-    job.save_meta()
-    await meet_async(10)
-    job.log(f"line of {job.id}")
-    await asyncio.create_task(asyncio.sleep(0))
-    return [get_current_job().id, SEEN_BY_CONTEXT.get(), get_current_job().meta["text"]]
-
-
-def call_back(job, connection, result):
-    connection.hset("beside:called", job.id, get_current_job().id)
-
-
-async def call_back_async(job, connection, result):
-    await asyncio.sleep(0.01)
-    call_back(job, connection, result)
-
-
-def test_each_of_many_jobs_knows_itself(redis, queue, beside, run_beside):
-    functions = [know_oneself, know_oneself_async]
-    callbacks = [call_back, call_back_async]
-    jobs = []
-    for i, (func, callback) in enumerate(itertools.product(functions * 5, callbacks)):
-        jobs.append(queue.enqueue(func, str(i), on_success=Callback(callback)))
-    run_beside(10)
-    ids = [job.id for job in jobs]
-    assert [job.return_value() for job in jobs] == [
-        [id, id, str(i)] for i, id in enumerate(ids)
-    ]
-    called = redis.hgetall("beside:called")
-    assert {key.decode(): value.decode() for key, value in called.items()} == {
-        id: id for id in ids
-    }
-    assert [job.refresh() or job.meta["text"] for job in jobs] == list(
-        map(str, range(20))
-    )
-    assert [[line for _, line in job.logs()] for job in jobs] == [
-        [f"line of {id}"] for id in ids
-    ]
-
-
-async def flaky_async(failures):
-    await asyncio.sleep(0.001)
-    return flaky(failures)
-
-
-async def fail_async(message="boom"):
-    await asyncio.sleep(0.001)
-    fail(message)
-
-
-async def return_retry_up_to_async(times):
-    await asyncio.sleep(0)
-    return return_retry_up_to(times)
-
-
-async def dependency_results_async():
-    return dependency_results()
-
-
-def test_options_of_jobs_hold_beside_others(
-    redis, queue, beside, run_beside, webhook_server, callback_log
-):
-    """Retries, repeats, callbacks, webhooks, dependencies: the same for functions and
-    coroutines."""
-    url, requests = webhook_server
-    retry = Retry(max=2)
-    retried = [queue.enqueue(func, 2, retry=retry) for func in (flaky, flaky_async)]
-    asked = [
-        queue.enqueue(f, 2) for f in (return_retry_up_to, return_retry_up_to_async)
-    ]
-    repeated = [
-        queue.enqueue(func, 1, 2, repeat=Repeat(times=2)) for func in (add, add_later)
-    ]
-    failing = [
-        queue.enqueue(func, on_failure=Callback(log_failure), retry=Retry(max=1))
-        for func in (fail, fail_async)
-    ]
-    hooked = [
-        queue.enqueue(
-            func, 1, 2, webhooks=[Webhook(f"{url}/{func.__name__}", "finished")]
-        )
-        for func in (add, add_later)
-    ]
-    dependent = [
-        queue.enqueue(func, depends_on=hooked)
-        for func in (dependency_results, dependency_results_async)
-    ]
-    wrong = [queue.enqueue(func, 1, 2, 3) for func in (add, add_later)]
-    run_beside(8)
-    assert [job.return_value() for job in retried] == ["done", "done"]
-    assert [job.return_value() for job in asked] == ["enough", "enough"]
-    assert [len(job.results()) for job in repeated] == [3, 3]
-    assert [job.return_value() for job in repeated] == [3, 3]
-    assert statuses(*failing, *wrong) == ["failed"] * 4
-    assert [len(job.results()) for job in failing] == [2, 2]
-    lines = [f"failure {job.id} ValueError boom" for job in failing]
-    assert sorted(callback_log()) == sorted(2 * lines)
-    assert sorted(request[1] for request in requests) == ["/add", "/add_later"]
-    assert [job.return_value() for job in dependent] == [[3, 3], [3, 3]]
-    assert all("TypeError" in job.exc_info for job in wrong)
-
-
-def test_a_rate_limit_holds_beside_others(queue, beside, run_beside):
-    limit = RateLimit("k", concurrency=2)
-    jobs = [queue.enqueue(f, 2, rate_limit=limit) for f in (meet, meet_async) * 3]
-    run_beside(6)
-    assert all(job.is_finished for job in jobs)
-    assert beside.most()[0] == 2
-
-
-NOTED_THREADS = []
-
-
-async def wait_for_all_and_note_threads(count):
-    NOTED_THREADS.append(threading.active_count())
-    while len(NOTED_THREADS) < count:
-        await asyncio.sleep(0.05)
-
-
-def test_a_thousand_coroutines_that_wait_need_few_threads(redis, queue):
-    NOTED_THREADS.clear()
-    jobs = enqueue_many(queue, wait_for_all_and_note_threads, (1000,), 1000)
-    before = threading.active_count()
-    work(SimpleWorker(queue, concurrency=1000))
-    assert max(NOTED_THREADS) - before < 20
-    assert queue.finished_job_registry.count == len(jobs) == 1000
-
-
-def test_threads_and_files_of_a_worker_end_with_it(queue):
-    """An application may make many workers, one after the other."""
-
-    def files():
-        return len(os.listdir("/proc/self/fd"))
-
-    def use_a_worker():
-        for func in (meet_in_this_process, add_later_in_this_process):
-            enqueue_many(queue, func, (), 4)
-        with Worker(queue, concurrency=4):
-            pass
-
-    use_a_worker()  # connections of the queue's own stay
-    threads, before = set(threading.enumerate()), files()
-    for _ in range(3):
-        use_a_worker()
-    wait_until(lambda: set(threading.enumerate()) <= threads)
-    gc.collect()
-    assert files() <= before
-
-
-def meet_in_this_process():
-    time.sleep(0.01)
-
-
-async def add_later_in_this_process():
-    await asyncio.sleep(0.01)
-
-
-def test_jobs_that_end_together_are_settled_together(redis, queue, go_on):
-    jobs = [queue.enqueue(wait_to_go_on_async) for _ in range(100)]
-    with Worker(queue, concurrency=100) as worker:
-        wait_until(lambda: len(queue.started_job_registry) == 100)
-        wait_until(lambda: blocked_clients(redis) == 1)  # the loop: it has no slot free
-        before = socket_reads(redis)
-        go_on.set()
-        wait_until(lambda: worker.successful_job_count == 100)
-        assert socket_reads(redis) - before < 25  # with heartbeats
-    assert all(job.is_finished for job in jobs)
-
-
-LET_GO: set[int] = set()
-
-
-async def wait_to_be_let_go(number):
-    while number not in LET_GO:
-        await asyncio.sleep(0.005)
-
-
-def ids_of_blocked_clients(redis):
-    return {each["id"] for each in redis.client_list() if each["cmd"] == "blpop"}
-
-
-def test_the_end_of_a_job_does_not_cut_the_wait_for_work(redis, queue):
-    """An idle worker waits by a blocking connection, also while jobs run; a hundred
-    ends don't cost it a reconnect each."""
-    LET_GO.clear()
-    with Worker(queue, concurrency=102) as worker:
-        jobs = [queue.enqueue(wait_to_be_let_go, number) for number in range(101)]
-        wait_until(lambda: len(queue.started_job_registry) == 101)
-        wait_until(lambda: len(ids_of_blocked_clients(redis)) == 2)
-        before = ids_of_blocked_clients(redis)
-        for number in range(100):
-            LET_GO.add(number)
-            wait_until(lambda: worker.successful_job_count > number)  # noqa: B023
-        wait_until(lambda: jobs[99].is_finished)
-        assert ids_of_blocked_clients(redis) == before
-        assert jobs[100].is_started
-        LET_GO.add(100)
-    assert all(job.is_finished for job in jobs)
-
-
-def test_an_end_that_is_taken_before_its_wake_up_leaves_no_busy_loop(monkeypatch):
-    """A thread may lose the processor between the two steps by which it ends a run."""
-    runner = microq._ConcurrentRunner("bee", None)
-    set_wakeup = runner.wakeup.set
-    taken = []
-
-    def take_and_set():
-        taken.extend(runner.collect())
-        set_wakeup()
-
-    monkeypatch.setattr(runner.wakeup, "set", take_and_set)
-    runner._end("run", None)
-    assert taken == [("run", None)]
-    assert runner.collect() == []
-    assert not runner.wakeup.wait(0)
-    runner.close()
-    runner.event_loop.close()
-
-
-def time_of_heartbeat(redis, name):
-    return float(redis.hget(f"{Q}workers", name).split()[0])
-
-
-def test_a_stop_does_not_hit_the_next_job_of_a_slot(queue):
-    """The supervisor may look at a slot just before its job ends."""
-    instance = Worker(queue, concurrency=2)._begin("bee")
-    [slot, _] = instance.shared.slots
-    runs = [microq.Execution(queue.create_job(add), f"bee.{n} 1.0") for n in (1, 2)]
-    slot.fill(0, runs[0], 60)
-    [first] = instance.shared.current_jobs()
-    slot.state = microq._SlotState.EMPTY
-    slot.fill(0, runs[1], 60)
-    [second] = instance.shared.current_jobs()
-    child = microq._Child(instance, instance.wakeup, instance.new_connection())
-    child.pid = os.getpid()
-    child.stop_job(first, 0)
-    assert not slot.stop_requested()
-    child.stop_job(second, 0)
-    assert slot.stop_requested()
-
-
-def test_a_claim_that_waits_while_a_run_ends_keeps_its_jobs(
-    redis, queue, beside, start_worker
-):
-    """Also in a process that is frozen for longer than a lease, while its supervisor
-    looks after the lease: else the jobs run twice."""
-    worker = start_worker("--name", "bee", "--concurrency", "2", "--lease", "1")
-    queue.enqueue(stay)
-    beside.wait_for(1)
-    wait_until(lambda: blocked_clients(redis) == 2)
-    beside.go()
-    read_log_until(worker, "job OK")
-    [child] = children_of(worker.pid)
-    os.kill(child, signal.SIGSTOP)
-    job = queue.enqueue(arrive)
-    wait_until(lambda: job.is_started)
-    began = time.time()
-    wait_until(lambda: time_of_heartbeat(redis, "bee") > began + 2)
-    assert job.is_started
-    os.kill(child, signal.SIGCONT)
-    wait_until(lambda: job.is_finished)
-    stop_and_read_log(worker)
-    assert redis.get("beside:arrived") == b"2"
-
-
-def test_jobs_run_though_the_supervisor_is_frozen(redis, queue, start_worker):
-    """Its lease has ended.  A claim that waits gets nothing then; the loop claims
-    without waiting, which renews the lease."""
-    worker = start_worker("--name", "bee", "--concurrency", "4", "--lease", "0.5")
-    wait_until(lambda: blocked_clients(redis) == 2)
-    worker.send_signal(signal.SIGSTOP)
-    wait_until(lambda: time_of_heartbeat(redis, "bee") < time.time() - 1)
-    job = queue.enqueue(add)
-    wait_until(lambda: job.is_finished)
-    worker.send_signal(signal.SIGCONT)
-    stop_and_read_log(worker)
-
-
-def test_high_jobs_overtake_low_ones(redis, beside, run_beside):
-    """Of what waits, those of an earlier queue begin first, as soon as a slot is
-    free."""
-    high, low = Queue("high", redis), Queue("low", redis)
-    low_jobs = [low.enqueue(meet_and_enqueue_high, 2) for _ in range(2)]
-    low_jobs += [low.enqueue(meet, 2) for _ in range(4)]
-    run_beside(2, [high, low])
-    order = beside.order()
-    high_ids = high.finished_job_registry.get_job_ids()
-    assert len(high_ids) == 2
-    assert set(order[:2]) == {job.id for job in low_jobs[:2]}
-    assert set(order[2:4]) == set(high_ids)
-    assert len(order) == 8
-
-
-def meet_and_enqueue_high(count):
-    meet(count)
-    Queue("high", get_current_job().connection).enqueue(meet, count)
-
-
-def grow(depth):
-    """Enqueue two jobs that do the same, down to this depth."""
-    arrive()
-    if depth:
-        for _ in range(2):
-            get_current_job().queue.enqueue(grow_async, depth - 1)
-    leave()
-
-
-async def grow_async(depth):
-    arrive()
-    if depth:
-        for _ in range(2):
-            get_current_job().queue.enqueue(grow, depth - 1)
-    await asyncio.sleep(0.001)
-    leave()
-
-
-def test_a_burst_runs_what_its_jobs_enqueue(queue, beside, run_beside):
-    queue.enqueue(grow, 4)
-    run_beside(3)
-    assert len(queue.finished_job_registry) == 2**5 - 1
-    assert beside.most()[0] <= 3
-
-
-def test_no_more_jobs_than_max_jobs_begin(queue, beside, run_beside):
-    jobs = [queue.enqueue(f, 3) for f in (meet, meet_async) * 5]
-    run_beside(4, limits={"max_jobs": 6})
-    assert len(beside.order()) == 6
-    assert len([job for job in jobs if job.is_queued]) == 4
-    run_beside(4, limits={"max_jobs": 3})
-    assert len(queue.finished_job_registry) == 9
-
-
-@pytest.mark.parametrize("fork", [True, False], ids=["fork", "in-process"])
-def test_a_worker_ends_with_the_last_of_its_max_jobs(queue, monkeypatch, fork):
-    """It does not wait once more for work, which it may not claim."""
-    monkeypatch.setattr(microq._BlockingConnection, "BLPOP_TIMEOUT", 60)
-    jobs = [queue.enqueue(func, 0.1) for func in (sleep, sleep_async)]
-    began = time.monotonic()
-    worker = Worker(queue, fork=fork, concurrency=2)
-    assert worker.work(max_jobs=2, logging_level=None)
-    assert time.monotonic() - began < 50
-    assert statuses(*jobs) == ["finished"] * 2
-
-
-def test_the_idle_time_begins_when_the_last_job_has_ended(queue, beside):
-    jobs = [queue.enqueue(f, 0.5) for f in (sleep, sleep_async)]
-    worker = SimpleWorker(queue, concurrency=4)
-    began = time.monotonic()
-    assert worker.work(max_idle_time=0.2, logging_level=None)
-    assert time.monotonic() - began > 0.7
-    assert all(job.is_finished for job in jobs)
-
-
-def pid_after_meeting(count):
-    meet(count)
-    return os.getpid()
-
-
-def test_jobs_per_fork_counts_the_jobs_of_many_at_once(queue, beside):
-    jobs = [queue.enqueue(pid_after_meeting, 2) for _ in range(12)]
-    work(Worker(queue, concurrency=2, jobs_per_fork=4))
-    pids = Counter(job.return_value() for job in jobs)
-    assert sorted(pids.values()) == [4, 4, 4]
-
-
-def pid_of_this_process():
-    return os.getpid()
-
-
-def test_a_process_with_many_jobs_is_not_replaced_after_a_number_of_them(queue):
-    jobs = enqueue_many(queue, pid_of_this_process, (), 1100)
-    work(Worker(queue, concurrency=4))
-    queue_jobs = Job.fetch_many([job.id for job in jobs], queue.connection)
-    assert len({job.return_value() for job in queue_jobs}) == 1
-
-
-@pytest.mark.parametrize("strategy", ["round_robin", "random"])
-def test_strategies_serve_all_queues_with_many_at_once(
-    redis, beside, run_beside, strategy
-):
-    queues = [Queue(name, redis) for name in "abc"]
-    jobs = [queue.enqueue(meet_async, 3) for queue in queues for _ in range(4)]
-    run_beside(3, queues, {"dequeue_strategy": strategy})
-    assert all(job.is_finished for job in jobs)
-    assert beside.most()[0] == 3
-
-
-def test_scheduled_jobs_run_beside_others(redis, queue, go_on):
-    """A job that becomes due begins on time, though others run."""
-    with Worker(queue, concurrency=2):
-        running = queue.enqueue(wait_to_go_on)
-        wait_until(lambda: running.is_started)
-        due = queue.enqueue_in(0.3, add, 1)
-        wait_until(lambda: due.is_finished)
-        assert running.is_started
-        go_on.set()
-    assert running.is_finished
-
-
-def test_suspended_worker_finishes_what_runs(redis, queue, go_on):
-    with Worker(queue, concurrency=4):
-        running = [queue.enqueue(f) for f in (wait_to_go_on, wait_to_go_on_async)]
-        wait_until(lambda: all(job.is_started for job in running))
-        before = wait_until(
-            lambda: len(ids := ids_of_blocked_clients(redis)) == 2 and ids
-        )
-        suspend(redis)
-        # Until the loop's one is closed.
-        wait_until(lambda: before - {each["id"] for each in redis.client_list()})
-        waits = queue.enqueue(add)
-        go_on.set()
-        wait_until(lambda: all(job.is_finished for job in running))
-        assert waits.is_queued
-        resume(redis)
-        wait_until(lambda: waits.is_finished)
-
-
-# ---- 17. Many jobs at once: timeouts and blocked loops -------------------------------
-
-
-async def clean_up_async(path):
-    try:
-        await asyncio.sleep(60)
-    finally:
-        await asyncio.sleep(0.05)
-        append(path)
-
-
-async def raise_own_timeout():
-    raise TimeoutError("of my own")
-
-
-async def raise_own_timeout_of_a_wait():
-    await asyncio.wait_for(asyncio.sleep(60), 0.01)
-
-
-async def raise_own_cancel():
-    raise asyncio.CancelledError("of my own")
-
-
-async def swallow_cancel():
-    with contextlib.suppress(asyncio.CancelledError):
-        await asyncio.sleep(60)
-    return "swallowed"
-
-
-def swallow_timeout():
-    with contextlib.suppress(JobTimeoutException):
-        while True:
-            time.sleep(0.01)
-    return "swallowed"
-
-
-def spin_or_sleep(seconds):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        time.sleep(0.01)
-
-
-def test_a_timeout_ends_one_job_beside_others(queue, beside, run_beside, tmp_path):
-    path = tmp_path / "log"
-    other = [queue.enqueue(spin_or_sleep, 0.6), queue.enqueue(sleep_async, 0.6)]
-    late = [
-        queue.enqueue(clean_up_async, str(path), job_timeout=0.2),
-        queue.enqueue(sleep_async, 60, job_timeout=0.2),
-        queue.enqueue(spin_or_sleep, 60, job_timeout=0.2),
-        queue.enqueue(spin, 60, job_timeout=0.2),
-    ]
-    own = [
-        queue.enqueue(func, job_timeout=20)
-        for func in (raise_own_timeout, raise_own_timeout_of_a_wait, raise_own_cancel)
-    ]
-    swallowed = [
-        queue.enqueue(func, job_timeout=0.2)
-        for func in (swallow_cancel, swallow_timeout)
-    ]
-    after = queue.enqueue(add_later, 1, 2)
-    run_beside(12)
-    assert all("timeout of 0.2 s" in job.exc_info for job in late)
-    assert path.read_text() == "x\n"
-    assert statuses(*own) == ["failed"] * 3
-    for job, name in zip(own, ["Timeout", "Timeout", "Cancelled"], strict=True):
-        assert f"{name}Error" in job.exc_info
-        assert "JobTimeoutException" not in job.exc_info
-    assert [job.return_value() for job in swallowed] == ["swallowed"] * 2
-    assert all(job.is_finished and len(job.results()) == 1 for job in (*other, after))
-
-
-def test_a_timeout_of_a_coroutine_holds_from_its_second_run_on(queue, run_beside):
-    """The first run of a function begins in a thread, later ones on the event loop."""
-    jobs = [queue.enqueue(sleep_async, 0.001)]
-    jobs += [queue.enqueue(sleep_async, 60, job_timeout=0.2) for _ in range(5)]
-    run_beside(1 + 1)
-    assert statuses(*jobs) == ["finished"] + ["failed"] * 5
-    assert all("timeout of 0.2 s" in job.exc_info for job in jobs[1:])
-
-
-def hang_in_callback_of_many(job, connection, *details):
-    spin_or_sleep(60)
-
-
-async def hang_in_async_callback(job, connection, *details):
-    await asyncio.sleep(60)
-
-
-def test_callbacks_of_many_jobs_have_a_timeout(queue, run_beside):
-    callbacks = [hang_in_callback_of_many, hang_in_async_callback]
-    jobs = [
-        queue.enqueue(func, 1, 2, on_success=Callback(callback, timeout=0.2))
-        for func in (add, add_later)
-        for callback in callbacks
-    ]
-    run_beside(4)
-    assert all(job.is_finished for job in jobs)
-    for job in jobs:
-        [result] = job.results()
-        assert "JobTimeoutException" in result.callback_error
-
-
-@pytest.fixture
-def short_kill_rule(monkeypatch):
-    monkeypatch.setattr(microq, "KILL_GRACE", 0.3)
-    monkeypatch.setattr(microq, "DRAIN_TIME", 0.6)
-
-
-def stay_in_the_first_run():
-    """Stay for long, but only in the first run, which a kill ends."""
-    job = get_current_job()
-    if job.connection.hincrby("beside:runs", job.id) == 1:
-        arrive()
-        spin_or_sleep(60)
-    return "ran again"
-
-
-async def stay_in_the_first_run_async():
-    job = get_current_job()
-    if job.connection.hincrby("beside:runs", job.id) == 1:
-        arrive()
-        await asyncio.sleep(60)
-    return "ran again"
-
-
-def hold_the_gil_when_all_are_here(count):
-    arrive()
-    wait_until(lambda: number_of_arrived() >= count)
-    hold_the_gil()
-
-
-def ignore_exceptions_when_all_are_here(count):
-    arrive()
-    wait_until(lambda: number_of_arrived() >= count)
-    ignore_exceptions(60)
-
-
-async def ignore_cancel_when_all_are_here(count):
-    arrive()
-    while True:
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.sleep(0.01)
-
-
-@pytest.mark.parametrize(
-    "func",
-    [
-        hold_the_gil_when_all_are_here,
-        ignore_exceptions_when_all_are_here,
-        ignore_cancel_when_all_are_here,
-    ],
-)
-def test_a_job_that_ignores_its_timeout_costs_the_others_one_run(
-    redis, queue, beside, short_kill_rule, func
-):
-    """The process is killed: the job has failed, the others run again, uncounted."""
-    functions = [stay_in_the_first_run, stay_in_the_first_run_async]
-    others = [queue.enqueue(functions[i % 2], max_crashes=1) for i in range(4)]
-    stuck = queue.enqueue(func, 5, job_timeout=1)
-    later = queue.enqueue(add, 1)
-    work(Worker(queue, concurrency=5))
-    assert stuck.is_failed
-    assert "killed, 0.3 s after its timeout had no effect" in stuck.exc_info
-    assert [job.return_value() for job in others] == ["ran again"] * 4
-    assert set(redis.hvals("beside:runs")) == {b"2"}
-    assert [crashes_of(job) for job in others] == [0] * 4
-    assert later.is_finished
-
-
-def test_others_may_end_before_the_process_of_a_stuck_job_is_killed(
-    redis, queue, beside, monkeypatch
-):
-    """Meanwhile nothing begins there."""
-    monkeypatch.setattr(microq, "KILL_GRACE", 0.2)
-    monkeypatch.setattr(microq, "DRAIN_TIME", 60)
-    others = [queue.enqueue(meet_then_sleep, 3, 1.0, job_timeout=20)]
-    others += [queue.enqueue(meet_then_sleep_async, 3, 1.0, job_timeout=20)]
-    stuck = queue.enqueue(ignore_exceptions_when_all_are_here, 3, job_timeout=0.5)
-    later = [queue.enqueue(pid_of_this_process) for _ in range(2)]
-    work(Worker(queue, concurrency=3))
-    assert "killed" in stuck.exc_info
-    pids = {job.return_value() for job in others}
-    assert len(pids) == 1
-    assert [len(job.results()) for job in others] == [1, 1]
-    assert pids.isdisjoint(job.return_value() for job in later)
-
-
-def enqueue_when_no_claim_waits(count):
-    """Return the pid of this process, and the id of a job."""
-    meet(count)
-    job = get_current_job()
-    for blocked in (2, 1):  # the supervisor is one of them
-        wait_until(lambda: blocked_clients(job.connection) == blocked)  # noqa: B023
-    return os.getpid(), job.queue.enqueue(pid_of_this_process).id
-
-
-def test_a_claim_that_waits_is_taken_back_when_a_job_is_overdue(
-    queue, beside, monkeypatch
-):
-    """Else the job that it brings would begin in a process that is to be killed."""
-    monkeypatch.setattr(microq, "KILL_GRACE", 0.2)
-    monkeypatch.setattr(microq, "DRAIN_TIME", 60)
-    # Else the claim ends by itself after ten seconds.
-    monkeypatch.setattr(microq._BlockingConnection, "BLPOP_TIMEOUT", 60)
-    stuck = queue.enqueue(ignore_exceptions_when_all_are_here, 2, job_timeout=0.5)
-    job = queue.enqueue(enqueue_when_no_claim_waits, 2, job_timeout=40)
-    work(Worker(queue, concurrency=4))
-    assert "killed" in stuck.exc_info
-    pid, later_id = job.return_value()
-    assert queue.fetch_job(later_id).return_value() != pid
-
-
-def meet_then_sleep(count, seconds):
-    meet(count)
-    time.sleep(seconds)
-    return os.getpid()
-
-
-async def meet_then_sleep_async(count, seconds):
-    await meet_async(count)
-    await asyncio.sleep(seconds)
-    return os.getpid()
-
-
-IGNORED: list[str] = []
-
-
-def ignore_timeout_until_told():
-    while not GO_ON.is_set():
-        try:
-            time.sleep(0.01)
-        except JobTimeoutException:
-            IGNORED.append("function")
-
-
-async def ignore_timeout_until_told_async():
-    while not GO_ON.is_set():
-        try:
-            await asyncio.sleep(0.01)
-        except asyncio.CancelledError:
-            IGNORED.append("coroutine")
-
-
-def test_a_job_that_ignores_its_timeout_in_process_costs_its_slot(
-    queue, go_on, monkeypatch
-):
-    """Nobody can kill it; others run beside it, and it is interrupted once."""
-    monkeypatch.setattr(microq, "KILL_GRACE", 0.1)
-    IGNORED.clear()
-    functions = [ignore_timeout_until_told, ignore_timeout_until_told_async]
-    with Worker(queue, concurrency=3):
-        stuck = [queue.enqueue(func, job_timeout=0.2) for func in functions]
-        wait_until(lambda: len(IGNORED) == 2)
-        time.sleep(0.2)
-        for number in range(5):
-            job = queue.enqueue(add, number)
-            wait_until(lambda: job.is_finished)  # noqa: B023
-        assert statuses(*stuck) == ["started"] * 2
-        go_on.set()
-    assert sorted(IGNORED) == ["coroutine", "function"]
-
-
-BLOCKED_RUNS: list[str] = []
-
-
-async def block_the_event_loop(seconds):
-    BLOCKED_RUNS.append(get_current_job().id)
-    await asyncio.sleep(0.01)
-    time.sleep(seconds)
-
-
-def test_a_blocked_event_loop_loses_no_job(queue, monkeypatch, caplog):
-    """A coroutine that blocks for three leases is not run by others, too; what waits on
-    the loop goes on afterwards, functions go on meanwhile.  The log names the job."""
-    monkeypatch.setattr(microq, "_BLOCKED_AFTER", 0.3)
-    BLOCKED_RUNS.clear()
-    options = {"lease": 0.5, "concurrency": 4}
-    with Worker(queue, **options), Worker(queue, **options):
-        waits = queue.enqueue(sleep_async, 0.2)
-        job = queue.enqueue(block_the_event_loop, 2.6)
-        wait_until(lambda: BLOCKED_RUNS)
-        meanwhile = [queue.enqueue(add, i) for i in range(8)]
-        wait_until(lambda: all(each.is_finished for each in meanwhile))
-        assert job.is_started
-        wait_until(lambda: job.is_finished and waits.is_finished)
-    assert [job.id] == BLOCKED_RUNS
-    assert len(job.results()) == 1
-    warnings = [line for line in caplog.messages if "event loop is blocked" in line]
-    assert len(warnings) == 1
-    assert job.id in warnings[0]
-
-
-# ---- 17. Many jobs at once: crashes --------------------------------------------------
-
-
-def poison(count):
-    """Kill the process; in the first run when so many jobs run there."""
-    job = get_current_job()
-    if job.connection.hincrby("beside:runs", job.id) == 1:
-        arrive()
-        wait_until(lambda: number_of_arrived() >= count)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_of_ten_jobs_only_the_guilty_one_is_failed(redis, queue, beside):
-    """All ten are blamed for the first death; from then on each of them runs alone."""
-    functions = [stay_in_the_first_run, stay_in_the_first_run_async]
-    innocents = [queue.enqueue(functions[i % 2]) for i in range(9)]
-    guilty = queue.enqueue(poison, 10)
-    last = queue.enqueue(add, 1)
-    work(Worker(queue, concurrency=10))
-    assert guilty.is_failed
-    assert "was killed by signal 9" in guilty.exc_info
-    assert [job.return_value() for job in innocents] == ["ran again"] * 9
-    assert [crashes_of(job) for job in innocents] == [1] * 9
-    runs = {id.decode(): int(n) for id, n in redis.hgetall("beside:runs").items()}
-    assert runs == {guilty.id: 3} | {job.id: 2 for job in innocents}
-    assert last.is_finished
-
-
-def test_jobs_that_must_not_run_twice_overlap(redis, queue, beside, run_beside):
-    jobs = [queue.enqueue(f, 3, max_crashes=0) for f in (meet, meet_async) * 3]
-    run_beside(3)
-    assert all(job.is_finished and len(job.results()) == 1 for job in jobs)
-
-
-def test_jobs_that_must_not_run_twice_do_not_after_a_crash(redis, queue, beside):
-    functions = [stay_in_the_first_run, stay_in_the_first_run_async]
-    innocents = [queue.enqueue(functions[i % 2], max_crashes=0) for i in range(4)]
-    guilty = queue.enqueue(poison, 5, max_crashes=0)
-    work(Worker(queue, concurrency=5))
-    assert statuses(*innocents, guilty) == ["failed"] * 5
-    assert all("was killed by signal 9" in job.exc_info for job in innocents)
-    assert set(redis.hvals("beside:runs")) == {b"1"}
-
-
-def test_a_job_that_has_crashed_runs_alone(redis, queue):
-    """It waits until nothing runs, nothing is claimed beside it, and the worker does
-    not ask again and again meanwhile."""
-    LET_GO.clear()
-    running = queue.enqueue(wait_to_be_let_go, 1)
-    suspect, last = [queue.enqueue(wait_to_be_let_go, number) for number in (2, 3)]
-    redis.hset(suspect.key, "crashes", 1)
-    with Worker(queue, concurrency=4, lease=60) as worker:
-        wait_until(lambda: running.is_started)
-        wait_until(lambda: len(ids_of_blocked_clients(redis)) == 1)  # the supervisor
-        assert_no_busy_loop(redis, worker)
-        assert statuses(suspect, last) == ["queued", "queued"]
-        LET_GO.add(1)
-        wait_until(lambda: suspect.is_started)
-        assert_no_busy_loop(redis, worker)
-        assert running.is_finished
-        assert last.is_queued
-        LET_GO.add(2)
-        wait_until(lambda: last.is_started)
-        LET_GO.add(3)
-    assert statuses(running, suspect, last) == ["finished"] * 3
-
-
-def assert_no_busy_loop(redis, worker):
-    """Check that a worker sends little more than its heartbeats, one a second."""
-
-    def count():
-        stats = redis.info("commandstats")
-        return sum(stats[key]["calls"] for key in stats if "evalsha" in key)
-
-    before = count()
-    wait_for_heartbeats(redis, worker.name, 1)
-    assert count() - before < 10
-
-
-def test_an_application_may_ask_for_the_concurrency_of_workers(redis, queue):
-    with Worker(queue, name="bee", concurrency=7):
-        [worker] = wait_until(lambda: Worker.all(redis))
-        assert (worker.name, worker.concurrency) == ("bee", 7)
-        assert Worker.find_by_key("bee", redis).concurrency == 7
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"concurrency": 0},
-        {"concurrency": -1},
-        {"concurrency": True},
-        {"concurrency": 2.0},
-        {"concurrency": "2"},
-        {"concurrency": 2, "jobs_per_fork": 1},
-        {"max_memory": 100, "fork": False},
-        {"max_memory": 0},
-        {"grace": -1},
-        {"around": 3},
-        {"lifespan": ["no_such_module.f"]},
-    ],
-    ids=str,
-)
-def test_bad_options_of_many_jobs_at_once_are_refused(queue, options):
-    with pytest.raises((ValueError, TypeError, ImportError)):
-        Worker(queue, **options)
-
-
-def test_a_process_for_each_job_has_no_concurrency(queue):
-    with pytest.raises(ValueError, match="concurrency=2 needs jobs_per_fork > 1"):
-        microq.SpawnWorker(queue, concurrency=2)
-
-
-# ---- 17. Many jobs at once: stops and signals ----------------------------------------
-
-
-@pytest.fixture(params=["fork", "in-process"])
-def start_beside(request, start_worker):
-    """Start a worker of ten jobs at once in a process of its own, in either place."""
-
-    def start(*options):
-        place = ["--in-process"] if request.param == "in-process" else []
-        options = ("--concurrency", "10", "--name", "bee", *options, *place)
-        return start_worker(*options)
-
-    return start
-
-
-def enqueue_ten(queue, **options):
-    """Enqueue five functions and five coroutines that stay until they are told to
-    go."""
-    functions = [stay, stay_async] * 5
-    return [queue.enqueue(func, **options) for func in functions]
-
-
-def test_stopping_one_of_ten_leaves_the_others_alone(
-    redis, queue, beside, start_beside, callback_log
-):
-    jobs = enqueue_ten(queue, on_stopped=Callback(log_stopped))
-    worker = start_beside()
-    beside.wait_for(10)
-    for stopped in jobs[2:4]:
-        send_stop_job_command(redis, stopped.id)
-        wait_until(lambda: stopped.is_stopped)  # noqa: B023
-    assert sorted(callback_log()) == sorted(f"stopped {job.id}" for job in jobs[2:4])
-    assert beside.ends() == {jobs[2].id: "StopRequested", jobs[3].id: "CancelledError"}
-    assert [job.is_started for job in jobs].count(True) == 8
-    later = [queue.enqueue(f, 1, 2) for f in (add, add_later)]  # in the free slots
-    wait_until(lambda: all(job.is_finished for job in later))
-    beside.go()
-    others = jobs[:2] + jobs[4:]
-    wait_until(lambda: all(job.is_finished for job in others))
-    stop_and_read_log(worker)
-    assert worker.returncode == 0
-
-
-def test_a_stop_reaches_a_coroutine_that_has_not_begun(redis, queue):
-    """It may wait for the event loop, which another one blocks."""
-    BLOCKED_RUNS.clear()
-    queue.enqueue(sleep_async, 0.001)
-    with Worker(queue, concurrency=4):
-        wait_until(lambda: len(queue) == 0 and not queue.started_job_registry.count)
-        queue.enqueue(block_the_event_loop, 1.0)
-        wait_until(lambda: BLOCKED_RUNS)
-        waits = queue.enqueue(sleep_async, 60)
-        wait_until(lambda: waits.is_started)
-        send_stop_job_command(redis, waits.id)
-        wait_until(lambda: waits.is_stopped)
-
-
-def test_kill_horse_fails_all_jobs_of_the_process(redis, queue, beside, start_worker):
-    jobs = enqueue_ten(queue)
-    start_worker("--concurrency", "10", "--name", "bee")
-    beside.wait_for(10)
-    waits = queue.enqueue(add)
-    assert waits.is_queued
-    send_kill_horse_command(redis, "bee")
-    wait_until(lambda: all(job.is_failed for job in jobs))
-    assert {job.latest_result().exc_string for job in jobs} == {"killed by a command"}
-    wait_until(lambda: waits.is_finished)
-
-
-def test_sigterm_finishes_all_that_runs(redis, queue, beside, start_beside):
-    jobs = enqueue_ten(queue)
-    worker = start_beside()
-    beside.wait_for(10)
-    waits = [queue.enqueue(add) for _ in range(3)]
-    worker.terminate()
-    read_log_until(worker, "finishing the current job")
-    assert [job.is_started for job in jobs] == [True] * 10
-    beside.go()
-    assert worker.wait(30) == 0
-    assert statuses(*jobs) == ["finished"] * 10
-    assert statuses(*waits) == ["queued"] * 3
-    assert Worker.count(redis) == 0
-
-
-def test_what_was_claimed_when_a_worker_is_told_to_stop_is_left_to_others(
-    queue, beside, start_worker
-):
-    """At once, not when what runs has ended."""
-    running = queue.enqueue(stay)
-    worker = start_worker("--in-process", "--concurrency", "4")
-    beside.wait_for(1)
-    wait_until(lambda: blocked_clients(queue.connection) == 2)
-    worker.send_signal(signal.SIGSTOP)
-    waits = [queue.enqueue(add) for _ in range(2)]
-    wait_until(lambda: waits[0].is_started)  # the claim was sent along with BLPOP
-    worker.terminate()
-    worker.send_signal(signal.SIGCONT)
-    wait_until(lambda: waits[0].is_queued)
-    assert running.is_started
-    beside.go()
-    assert worker.wait(30) == 0
-    assert statuses(running, *waits) == ["finished", "queued", "queued"]
-
-
-def test_sigterm_of_an_idle_worker_ends_it(queue, start_beside):
-    worker = start_beside()
-    job = queue.enqueue(add_later, 1, 2)
-    wait_until(lambda: job.is_finished)
-    stop_and_read_log(worker)
-    assert worker.returncode == 0
-
-
-def check_given_up(queue, beside, jobs, others, worker):
-    """The jobs of stay() have cleaned up, and all will run again, uncounted."""
-    assert worker.returncode == 1
-    assert statuses(*jobs, *others) == ["queued"] * (len(jobs) + len(others))
-    ends = beside.ends()
-    assert len(ends) == 10
-    assert [ends[job.id] for job in jobs[1::2]] == ["CancelledError"] * 5
-    assert sum(map(crashes_of, [*jobs, *others])) == 0
-    assert Worker.count(queue.connection) == 0
-    beside.go()
-    for job in others:
-        job.delete()
-    work(SimpleWorker(queue, concurrency=10))
-    assert statuses(*jobs) == ["finished"] * 10
-
-
-def test_a_second_sigterm_gives_up_all_that_runs(queue, beside, start_beside):
-    jobs = enqueue_ten(queue)
-    worker = start_beside()
-    beside.wait_for(10)
-    terminate_twice(worker)
-    check_given_up(queue, beside, jobs, [], worker)
-
-
-def test_what_runs_is_given_up_after_the_grace(queue, beside, start_beside):
-    jobs = enqueue_ten(queue)
-    worker = start_beside("--grace", "0.3")
-    beside.wait_for(10)
-    stop_and_read_log(worker)
-    check_given_up(queue, beside, jobs, [], worker)
-
-
-def ignore_exceptions_of_many(seconds):
-    arrive()
-    ignore_exceptions(seconds)
-
-
-async def ignore_cancel_of_many(seconds):
-    arrive()
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.sleep(0.01)
-
-
-def test_what_ignores_that_it_is_given_up_runs_again(queue, beside, start_worker):
-    stuck = [
-        queue.enqueue(func, 60)
-        for func in (ignore_exceptions_of_many, ignore_cancel_of_many)
-    ]
-    worker = start_worker("--concurrency", "4", "--grace", "0.1")
-    beside.wait_for(2)
-    stop_and_read_log(worker)
-    assert worker.returncode == 1
-    assert statuses(*stuck) == ["queued"] * 2
-    assert sum(map(crashes_of, stuck)) == 0
-
-
-def test_jobs_that_end_while_they_are_given_up_are_settled_once(server, queue):
-    """They have no time here, and end at the moment when the worker gives them up."""
-    code = f"""
-import redis, microq
-microq.GIVE_UP_TIME = 0
-connection = redis.Redis.from_url({server.url!r})
-worker = microq.SimpleWorker("default", connection=connection, concurrency=500,
-                             grace=0.1)
-worker.work()
-"""
-    jobs = enqueue_many(queue, sleep_async, (60,), 500)
-    worker = start_script(code, stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: queue.started_job_registry.count == 500, 60)
-    log = stop_and_read_log(worker)
-    assert worker.returncode == 1
-    assert "Traceback" not in log
-    assert len(queue) == 500
-    assert sum(map(crashes_of, jobs)) == 0
-
-
-def test_a_worker_that_gives_up_does_not_wait_for_webhooks(queue, start_worker):
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        hook = Webhook(
-            f"http://127.0.0.1:{listener.getsockname()[1]}", "finished", timeout=300
-        )
-        worker = start_worker("--in-process", "--concurrency", "4", "--grace", "0.1")
-        job = queue.enqueue(add, webhooks=[hook])
-        connection, _ = listener.accept()
-        with connection:
-            stop_and_read_log(worker)
-    assert job.is_finished
-    assert worker.returncode == 1
-
-
-def test_a_shutdown_command_finishes_all_that_runs(redis, queue, beside, start_beside):
-    jobs = enqueue_ten(queue)
-    worker = start_beside()
-    beside.wait_for(10)
-    send_shutdown_command(redis, "bee")
-    read_log_until(worker, "shutdown")
-    beside.go()
-    assert worker.wait(30) == 0
-    assert statuses(*jobs) == ["finished"] * 10
-
-
-def test_the_death_of_a_worker_with_many_jobs_costs_a_run_of_each(
-    redis, queue, beside, start_worker
-):
-    """SIGKILL of the parent, which takes the child along; another worker reaps all."""
-    functions = [stay_in_the_first_run, stay_in_the_first_run_async] * 3
-    jobs = [queue.enqueue(func) for func in functions]
-    worker = start_worker("--concurrency", "6", "--lease", "0.5")
-    beside.wait_for(6)
-    worker.kill()
-    worker.wait(30)
-    with Worker(queue, concurrency=6, lease=0.5):
-        wait_until(lambda: all(job.is_finished for job in jobs))
-    assert set(redis.hvals("beside:runs")) == {b"2"}
-
-
-def test_the_server_may_pause_while_many_jobs_run(redis, queue, go_on):
-    with Worker(queue, concurrency=10, lease=2):
-        functions = [wait_to_go_on, wait_to_go_on_async] * 4
-        jobs = [queue.enqueue(func) for func in functions]
-        wait_until(lambda: all(job.is_started for job in jobs))
-        redis.client_pause(1500)
-        go_on.set()
-        wait_until(lambda: all(job.is_finished for job in jobs))
-    assert [len(job.results()) for job in jobs] == [1] * 8
-
-
-@pytest.mark.parametrize("fork", [True, False], ids=["fork", "in-process"])
-def test_the_server_may_restart_while_many_jobs_run(tmp_path, fork):
-    """With its data: outcomes that could not be stored are stored afterwards."""
-    options = ["--port", "0", "--appendonly", "yes", "--appendfsync", "always"]
-    server = Server(tmp_path, *options)
-    try:
-        redis = redis_py.Redis.from_url(server.url)
-        queue = Queue(connection=redis)
-        functions = [wait_for_file_beside, wait_for_file_beside_async]
-        jobs = [queue.enqueue(functions[i % 2], str(tmp_path)) for i in range(6)]
-        code = f"""
-import redis, microq
-connection = redis.Redis.from_url({server.url!r})
-worker = microq.Worker("default", connection=connection, concurrency=6, fork={fork})
-worker.work(burst=True, logging_level=None)
-"""
-        worker = start_script(code)
-        wait_until(lambda: len(list(tmp_path.glob("*.here"))) == 6)
-        server.stop()
-        (tmp_path / "go").touch()
-        time.sleep(0.2)  # so that the jobs end while the server is away
-        server.start()
-        assert worker.wait(60) == 0
-        assert [job.return_value() for job in jobs] == ["gone on"] * 6
-        assert [len(job.results()) for job in jobs] == [1] * 6
-        check_invariants(redis)
-    finally:
-        server.stop()
-
-
-def wait_for_file_beside(folder):
-    Path(folder, f"{get_current_job().id}.here").touch()
-    wait_until(Path(folder, "go").exists)
-    return "gone on"
-
-
-async def wait_for_file_beside_async(folder):
-    Path(folder, f"{get_current_job().id}.here").touch()
-    while not Path(folder, "go").exists():
-        await asyncio.sleep(0.01)
-    return "gone on"
-
-
-# ---- 17. Many jobs at once: in an application ----------------------------------------
-
-
-async def loop_of_job():
-    await asyncio.sleep(0.001)
-    return id(asyncio.get_running_loop()), threading.current_thread().name
-
-
-async def exit_in_coroutine():
-    await asyncio.sleep(0.001)
-    sys.exit(4)
-
-
-def has_ended(job):
-    return job.is_finished or job.is_failed
-
-
-async def wait_until_async(condition):
-    await asyncio.to_thread(wait_until, condition)
-
-
-@pytest.mark.parametrize("concurrency", [1, 5])
-def test_async_with_runs_coroutines_on_the_loop_of_the_block(queue, concurrency):
-    """A SystemExit of a job does not end that loop; leaving the block leaves what is
-    queued to others."""
-
-    async def application():
-        async with Worker(queue, concurrency=concurrency):
-            jobs = [queue.enqueue(loop_of_job) for _ in range(5)]
-            exiting = [queue.enqueue(exit_in_coroutine) for _ in range(2)]
-            function = queue.enqueue(add, 1)
-            ends = [*jobs, *exiting, function]
-            await wait_until_async(lambda: all(has_ended(job) for job in ends))
-        return id(asyncio.get_running_loop()), jobs, exiting, function
-
-    loop_id, jobs, exiting, function = asyncio.run(application())
-    name = threading.current_thread().name
-    assert [job.return_value() for job in jobs] == [(loop_id, name)] * 5
-    assert statuses(*exiting) == ["failed"] * 2
-    assert all("SystemExit" in job.exc_info for job in exiting)
-    assert function.is_finished
-
-
-def test_leaving_async_with_waits_for_what_runs_only(redis, queue, beside):
-    async def application():
-        async with Worker(queue, concurrency=2):
-            jobs = [queue.enqueue(sleep_async, 0.3) for _ in range(2)]
-            await wait_until_async(lambda: all(job.is_started for job in jobs))
-            waits = [queue.enqueue(sleep_async, 0.3) for _ in range(2)]
-        return jobs, waits
-
-    jobs, waits = asyncio.run(application())
-    assert statuses(*jobs, *waits) == ["finished"] * 2 + ["queued"] * 2
-    assert [len(job.results()) for job in jobs] == [1, 1]
-
-
-def test_async_with_may_be_left_by_an_error_or_a_cancel(queue):
-    async def application():
-        with pytest.raises(ZeroDivisionError):
-            async with Worker(queue, concurrency=2):
-                job = queue.enqueue(sleep_async, 0.1)
-                await wait_until_async(lambda: job.is_started)
-                raise ZeroDivisionError
-        return job
-
-    assert asyncio.run(application()).is_finished
-
-
-def test_leaving_with_waits_until_nothing_is_queued(queue):
-    with Worker(queue, concurrency=3):
-        jobs = [queue.enqueue(f, 0.02) for f in (sleep, sleep_async) * 10]
-    assert statuses(*jobs) == ["finished"] * 20
-
-
-async def exit_or_interrupt(kind):
-    await asyncio.sleep(0)
-    raise kind
-
-
-def exit_or_interrupt_in_function(kind):
-    raise kind
-
-
-@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, GeneratorExit])
-def test_an_exit_of_a_job_only_fails_it(queue, run, kind):
-    functions = [exit_or_interrupt, exit_or_interrupt_in_function]
-    jobs = [queue.enqueue(func, kind) for func in functions]
-    after = queue.enqueue(add, 1)
-    run()
-    assert statuses(*jobs, after) == ["failed", "failed", "finished"]
-    assert all(kind.__name__ in job.exc_info for job in jobs)
-
-
-def test_a_job_cannot_end_the_process_of_others_by_an_exit(queue, run_beside):
-    functions = [exit_or_interrupt, exit_or_interrupt_in_function] * 2
-    jobs = [
-        queue.enqueue(func, kind)
-        for func in functions
-        for kind in (SystemExit, KeyboardInterrupt, GeneratorExit)
-    ]
-    others = [queue.enqueue(f, 0.01) for f in (sleep, sleep_async) * 5]
-    run_beside(4)
-    assert statuses(*jobs) == ["failed"] * 12
-    assert statuses(*others) == ["finished"] * 10
-    assert [len(job.results()) for job in others] == [1] * 10
-
-
-def test_a_garbled_webhook_costs_no_slot(redis, queue, beside, run_beside):
-    jobs = [
-        queue.enqueue(f, 1, 2, webhooks=[Webhook("http://127.0.0.1:1", "finished")])
-        for f in (add, add_later) * 2
-    ]
-    for job in jobs:
-        redis.hset(job.key, "webhooks", "{")
-    others = [queue.enqueue(meet, 2) for _ in range(2)]
-    run_beside(2)
-    assert statuses(*jobs, *others) == ["finished"] * 6
-
-
-def fork_in_a_thread():
-    return os.fork() == 0
-
-
-async def fork_in_a_coroutine():
-    await asyncio.sleep(0)
-    return os.fork() == 0
-
-
-def test_a_job_beside_others_that_forks_ends_once(queue, run_beside):
-    """The copy of the process ends where the job returns there."""
-    jobs = [queue.enqueue(f) for f in (fork_in_a_thread, fork_in_a_coroutine) * 2]
-    run_beside(2)
-    assert [job.return_value() for job in jobs] == [False] * 4
-    assert [len(job.results()) for job in jobs] == [1] * 4
-
-
-# ---- 17. Many jobs at once: memory ---------------------------------------------------
-
-HOARD: list[bytearray] = []
-
-
-def take_memory(megabytes):
-    """Take memory for as long as this process lives; return its pid when the log of the
-    worker, or a second run, says so."""
-    HOARD.append(bytearray(b"x" * (megabytes << 20)))
-    return os.getpid()
-
-
-def test_a_child_beyond_its_memory_is_replaced_after_its_jobs(queue, beside, caplog):
-    limit = microq._resident_memory(os.getpid()) // (1 << 20) + 60
-    first = queue.enqueue(take_memory_and_stay, 100)
-    beside_it = queue.enqueue(stay_async)
-    later = []
-
-    def go_on_when_seen():
-        wait_until(lambda: "MB, and is replaced" in caplog.text)
-        later.extend(queue.enqueue(pid_of_this_process) for _ in range(2))
-        beside.go()
-
-    thread = threading.Thread(target=go_on_when_seen)
-    thread.start()
-    work(Worker(queue, concurrency=2, max_memory=limit))
-    thread.join()
-    assert first.is_finished
-    assert beside_it.return_value() == "gone on"
-    pids = {job.return_value() for job in later}
-    assert len(pids) == 1 and first.return_value() not in pids
-    assert [len(job.results()) for job in (first, beside_it)] == [1, 1]
-
-
-def take_memory_and_stay(megabytes):
-    pid = take_memory(megabytes)
-    stay()
-    return pid
-
-
-def test_a_child_of_twice_its_memory_is_killed_as_a_crash(queue, beside):
-    used = microq._resident_memory(os.getpid()) // (1 << 20)
-    hungry = queue.enqueue(take_memory_and_stay, used + 200, max_crashes=0)
-    innocent = queue.enqueue(stay_in_the_first_run_async)
-    work(Worker(queue, concurrency=2, max_memory=used + 50))
-    assert hungry.is_failed
-    assert "used more than twice" in hungry.exc_info
-    assert innocent.return_value() == "ran again"
-    assert crashes_of(innocent) == 1
-
-
-def test_a_pool_runs_many_jobs_in_each_of_its_processes(queue, beside):
-    jobs = [queue.enqueue(meet_async, 4) for _ in range(4)]
-    pool = WorkerPool(queue, num_workers=2, concurrency=2)
-    pool.start(burst=True, logging_level=None)
-    assert all(job.is_finished for job in jobs)
-    assert beside.most()[0] == 4
-
-
-async def leave_a_task_behind(path):
-    async def forever():
-        try:
-            await asyncio.sleep(1000)
-        finally:
-            append(path, "cancelled")
-
-    asyncio.get_running_loop().task = asyncio.create_task(forever())
-    await asyncio.sleep(0)
-
-
-def test_a_task_that_a_job_leaves_behind_is_cancelled_at_the_end(queue, tmp_path):
-    path = tmp_path / "log"
-    job = queue.enqueue(leave_a_task_behind, str(path))
-    work(SimpleWorker(queue, concurrency=2))
-    assert job.is_finished
-    wait_until(path.exists)
-
-
-# ---- 17. Hooks -----------------------------------------------------------------------
+# ---- Hooks: around a run, and for the life of a process ------------------------------
 
 
 @contextlib.contextmanager
@@ -15679,6 +15552,133 @@ def test_a_lifespan_that_raises_runs_no_job(queue, concurrency):
     with pytest.raises(RuntimeError, match="no database"):
         work(SimpleWorker(queue, concurrency=concurrency, lifespan=raise_in_lifespan))
     assert job.is_queued
+
+
+# ---- Hooks: the recipes of the README ------------------------------------------------
+
+
+@pytest.fixture
+def recipe(monkeypatch):
+    """Run a block of the README's code that begins with this comment; its hooks are
+    taken away after the test."""
+    monkeypatch.setattr(Worker, "around", [])
+    monkeypatch.setattr(Worker, "lifespan", [])
+    monkeypatch.setattr(Queue, "before_enqueue", [])
+
+    def run(comment, **names):
+        [code] = re.findall(rf"```python\n(# {comment}.*?)```", README, re.S)
+        namespace = {
+            "contextmanager": contextlib.contextmanager,
+            **vars(microq),
+            **names,
+        }
+        exec(code, namespace)
+
+    return run
+
+
+def work_both_kinds(queue):
+    """Run what is queued by a worker that runs one job at a time, or many."""
+    concurrency = 4 if len(queue) > 1 else 1
+    work(SimpleWorker(queue, concurrency=concurrency))
+
+
+def span_name():
+    from opentelemetry import trace
+
+    return trace.get_current_span().name
+
+
+async def span_name_of_coroutine():
+    return span_name()
+
+
+def test_docs_opentelemetry(queue, recipe):
+    from opentelemetry import propagate
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import (
+        InMemorySpanExporter,
+    )
+    from opentelemetry.trace import SpanKind
+
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    tracer = provider.get_tracer("test")
+    recipe(
+        "OpenTelemetry", tracer=tracer, extract=propagate.extract,
+        inject=propagate.inject, SpanKind=SpanKind,
+    )  # fmt: skip
+    with tracer.start_as_current_span("request") as request:
+        jobs = [queue.enqueue(span_name), queue.enqueue(span_name_of_coroutine)]
+        failing = queue.enqueue(fail)
+    work_both_kinds(queue)
+    assert [job.return_value() for job in jobs] == [job.func_name for job in jobs]
+    spans = {span.attributes.get("messaging.message.id"): span for span in
+             exporter.get_finished_spans()}  # fmt: skip
+    for job in (*jobs, failing):
+        assert spans[job.id].parent.span_id == request.get_span_context().span_id
+        assert spans[job.id].kind == SpanKind.CONSUMER
+    assert [event.name for event in spans[failing.id].events] == ["exception"]
+
+
+def test_docs_sentry(queue, recipe):
+    import sentry_sdk
+    from sentry_sdk.transport import Transport
+
+    events = []
+
+    class FakeTransport(Transport):
+        def capture_envelope(self, envelope):
+            events.append(envelope.get_event())
+
+        def flush(self, timeout, callback=None):
+            events.append("flushed")
+
+    options = {"default_integrations": False, "auto_enabling_integrations": False}
+    sentry_sdk.init("http://a@127.0.0.1/1", transport=FakeTransport, **options)
+    try:
+        recipe("Sentry", sentry_sdk=sentry_sdk)
+        job = queue.enqueue(fail, "no paper")
+        queue.enqueue(add)
+        work_both_kinds(queue)
+    finally:
+        sentry_sdk.init()
+    event, end = events[:2]
+    assert event["tags"] == {"job_id": job.id}
+    assert event["transaction"] == "test_microq.fail"
+    assert event["exception"]["values"][0]["value"] == "no paper"
+    assert end == "flushed"
+
+
+def log_with_structlog():
+    import structlog
+
+    return structlog.contextvars.get_contextvars()
+
+
+async def log_with_structlog_in_coroutine():
+    await asyncio.sleep(0.01)
+    return log_with_structlog()
+
+
+def test_docs_structlog(queue, recipe):
+    import structlog
+
+    recipe("structlog", structlog=structlog)
+    functions = [log_with_structlog, log_with_structlog_in_coroutine] * 2
+    jobs = [queue.enqueue(function) for function in functions]
+    work_both_kinds(queue)
+    assert [job.return_value() for job in jobs] == [{"job_id": job.id} for job in jobs]
+
+
+def test_docs_django(queue, recipe):
+    calls = []
+    recipe("Django", close_old_connections=lambda: calls.append("closed"))
+    queue.enqueue(fail)
+    work_both_kinds(queue)
+    assert calls == ["closed", "closed"]
 
 
 # ---- Properties of cost --------------------------------------------------------------
