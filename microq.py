@@ -83,7 +83,7 @@ time, and the container is its status.
     cron_store  scheduled   (gone)                the entry of cron changes, and these
                                                   jobs of it are not due yet
     fetch       any         the same              (it reads)
-    where       any         the same              (it reads)
+    where       any         the same              (it reads, or asks for a message)
     count       any         the same              (it reads)
     list        any         the same              (it reads)
     cron_read   any         the same              (it reads the entries of cron)
@@ -157,7 +157,7 @@ Fields of a job's hash; only what differs from the default is stored
     result                              the serialized return value, or the traceback
     call_id, last_move                  tell a second enqueue or transition from one
                                         that is sent again
-    has_waiter                          a client waits for the first result
+    has_waiter                          a client waits for the end of the next run
     has_log                             it has lines in its log
     depends_on                          "<prefix><id> .. <allow>", allow: none, failed,
                                         any
@@ -275,7 +275,15 @@ import traceback
 import weakref
 import zoneinfo
 from collections import Counter, deque
-from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Generator,
+    Iterable,
+    Iterator,
+    Sequence,
+)
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
@@ -334,8 +342,9 @@ __all__ = [
     "DefaultSerializer", "DeferredJobRegistry", "Dependency", "DequeueStrategy",
     "DeserializationError", "DuplicateJobError", "EnqueueData", "Execution",
     "FailedJobRegistry", "FinishedJobRegistry", "Group", "InvalidJobDependency",
-    "InvalidJobOperation", "JSONSerializer", "Job", "JobStatus", "JobTimeoutException",
-    "LogHandler", "MicroqError", "NoSuchGroupError", "NoSuchJobError", "NotDurable",
+    "InvalidJobOperation", "JSONSerializer", "Job", "JobFailedError", "JobStatus",
+    "JobTimeoutException", "LogHandler", "MicroqError", "NoSuchGroupError",
+    "NoSuchJobError", "NotDurable",
     "PickleSerializer", "Queue", "RandomWorker", "RateLimit", "RateLimitRegistry",
     "RateLimitedJobRegistry", "Registry", "Repeat", "Result", "Retry",
     "RoundRobinWorker", "ScheduledJobRegistry", "SchedulerNotFound",
@@ -436,6 +445,16 @@ class InvalidJobOperation(MicroqError):
     """The job's status does not allow this; the message names the status."""
 
 
+class JobFailedError(MicroqError):
+    """A job whose value was asked for failed, or was stopped or canceled.
+
+    The text has the traceback.  `status` is that of the job."""
+
+    def __init__(self, text: str, status: JobStatus | None = None) -> None:
+        super().__init__(text)
+        self.status = status
+
+
 class DeserializationError(MicroqError):
     """A stored call, option or result can't be read back."""
 
@@ -507,6 +526,9 @@ class JobStatus(str, enum.Enum):
     READY_TO_ENQUEUE = "ready_to_enqueue"
 
     __str__ = str.__str__
+
+
+_FINAL_STATUSES = [*map(JobStatus, _FINAL_CONTAINERS), JobStatus.STOPPED]
 
 
 class WorkerStatus(str, enum.Enum):
@@ -2188,22 +2210,23 @@ class _Sleep(_Step):
 
 
 class _Listen(_Step):
-    """Subscribe to a channel, and return the _Listener."""
+    """Subscribe to channels, and return the _Listener."""
 
-    def __init__(self, channel: str) -> None:
-        self.channel = channel
+    def __init__(self, channels: Sequence[str]) -> None:
+        self.channels = channels
 
     def run(self, connection: Any) -> _Listener:
-        return _Listener(connection, self.channel)
+        return _Listener(connection, self.channels)
 
     async def run_async(self, connections: Any) -> Any:
-        return connections.listener(self.channel)
+        return connections.listener(self.channels)
 
 
 class _WaitForMessage(_Step):
-    """Wait for a message up to some seconds, and return whether one has come.
+    """Wait for messages up to some seconds, and return the channels on which some have
+    come.
 
-    Returns False at once when the subscription has just begun, since what was
+    Returns no channels at once when the subscription has just begun, since what was
     published before is lost."""
 
     def __init__(self, listener: Any, seconds: float) -> None:
@@ -2218,22 +2241,45 @@ class _WaitForMessage(_Step):
 
 
 class _Listener:
-    """Waits for the messages on one channel, over a connection of its own.
+    """Waits for the messages on channels, over a connection of its own.
 
-    redis-py repeats the subscription when it connects again."""
+    redis-py repeats the subscriptions when it connects again."""
 
-    def __init__(self, client: Any, channel: str) -> None:
+    def __init__(self, client: Any, channels: Sequence[str]) -> None:
+        self._channels = channels
+        self._unconfirmed = set(channels)  # the server has not answered for these yet
         self._subscription = client.pubsub()
         try:
-            self._subscription.subscribe(channel)
+            self._subscription.subscribe(*channels)
         except BaseException:
             self.close()
             raise
 
-    def wait(self, seconds: float) -> bool:
-        """Wait for a message; see _WaitForMessage."""
-        message = self._subscription.get_message(timeout=seconds)
-        return bool(message) and message["type"] == "message"
+    def wait(self, seconds: float) -> list[str]:
+        """Wait for messages; see _WaitForMessage."""
+        deadline = time.monotonic() + seconds
+        channels: set[str] = set()
+        while len(channels) < MAX_JOBS_PER_CALL:
+            # After the first message, take only what is there already.
+            left = 0.0 if channels else max(0.0, deadline - time.monotonic())
+            message = self._subscription.get_message(timeout=left)
+            if message is None:
+                break
+            channel = message["channel"]
+            if isinstance(channel, bytes):
+                channel = channel.decode()
+            if message["type"] == "message":
+                channels.add(channel)
+            elif self._on_subscribed(channel):
+                return []
+        return [*channels]
+
+    def _on_subscribed(self, channel: str) -> bool:
+        """Note that a subscription has begun, and return whether all have."""
+        if channel not in self._unconfirmed:  # the connection is a new one
+            self._unconfirmed = set(self._channels)
+        self._unconfirmed.discard(channel)
+        return not self._unconfirmed
 
     def close(self) -> None:
         self._subscription.close()
@@ -4295,23 +4341,27 @@ WHERE = Script(
     "where",
     """
 -- Tell where jobs are.
--- KEYS  prefix of the queue        ARGV  ids
+-- KEYS  prefix of the queue        ARGV  watch, ids ..
+-- watch  '1': have the end of the next run of each job published that has not ended
 -- Returns {containers, groups}, with '' where there is no such job, or it has no group.
-local q, containers, groups = KEYS[1], {}, {}
-for i, id in ipairs(ARGV) do
-  local status = status_of(q, id)
+local q, watch, containers, groups = KEYS[1], ARGV[1] == '1', {}, {}
+for i, id in ipairs({unpack(ARGV, 2)}) do
+  local status, job = status_of(q, id), q .. 'job:' .. id
   containers[i] = status or ''
-  groups[i] = status and call('HGET', q .. 'job:' .. id, 'group_id') or ''
+  groups[i] = status and call('HGET', job, 'group_id') or ''
+  if watch and status and not FINAL[status] then call('HSET', job, 'has_waiter', 1) end
 end
 return {containers, groups}
 """,
-    uses="status_of",
+    uses="FINAL status_of",
 )
 
 
-def _where_command(prefix: str, ids: Iterable[str]) -> Command:
-    """Ask for [containers, groups] of jobs, b"" where there is none."""
-    return WHERE(prefix, *ids)
+def _where_command(prefix: str, ids: Iterable[str], watch: bool = False) -> Command:
+    """Ask for [containers, groups] of jobs, b"" where there is none.
+
+    `watch`: have the end of the next run of those published that have not ended."""
+    return WHERE(prefix, int(watch), *ids)
 
 
 COUNT = Script(
@@ -5186,7 +5236,9 @@ class _BaseJob:
         but over another connection, which the waits of an AsyncJob share."""
         results = yield from self._results()
         if not results and timeout > 0:
-            results = yield from self._wait_for(timeout, self._results)
+            with contextlib.closing(_Watch([self], timeout)) as watch:
+                yield from watch.until(self._has_run)
+            results = yield from self._results()
         return results[0] if results else None
 
     def _return_value(self, refresh: bool = True) -> Steps[Any]:
@@ -5194,40 +5246,57 @@ class _BaseJob:
         result = yield from self._latest_result()
         return None if result is None else result.return_value
 
-    def _wait_for(self, timeout: float, ask: Callable[[], Steps[R]]) -> Steps[R]:
-        """Wait for the answer of the steps ask() to be true, and return it.
+    def _wait(self, timeout: float | None = None) -> Steps[bool]:
+        """Wait until the job has ended, and return whether it has; then the attributes
+        say how.
 
-        Also returns it when the job was moved or is gone, and at the timeout.  A
-        message may be lost with its connection, and a record that expires publishes
-        nothing.  So the job is asked again after RECHECK seconds without a message, and
-        after each subscription.  An outage is waited out, until the timeout."""
-        deadline = time.monotonic() + timeout
-        backoff = _Backoff(1.0)
-        while deadline > time.monotonic():
-            try:
-                with contextlib.closing((yield _Listen(self.key))) as listener:
-                    while (left := deadline - time.monotonic()) > 0:
-                        if (yield _WaitForMessage(listener, min(left, RECHECK))):
-                            return (yield from ask())
-                        may_come = yield from self._announce_waiter()
-                        answer = yield from ask()
-                        if answer or not may_come:
-                            return answer
-                        backoff = _Backoff(1.0)
-            except _TRANSIENT_ERRORS as error:
-                pause = backoff.next_pause(error, f"waiting for job {self.id}")
-                yield _Sleep(max(0.0, min(pause, deadline - time.monotonic())))
-        return (yield from ask())
+        timeout - seconds to wait at most; None: for as long as it takes
 
-    def _announce_waiter(self) -> Steps[bool]:
-        """Have the end of the next run published, and return whether a run may come.
+        A job that is to be retried or repeated has not ended; one that is gone has.
+        Waits without polling, but over another connection, which the waits of an
+        AsyncJob share."""
+        with contextlib.closing(_Watch([self], timeout)) as watch:
+            return (yield from watch.until(self._has_ended))
 
-        None comes for a job that is gone or canceled.  One round trip."""
-        exists, canceled_until = yield [
-            _set_field_command(self.queue.prefix, self.id, "has_waiter", 1),
-            ("ZSCORE", f"{self.queue.prefix}canceled", self.id),
-        ]
-        return bool(exists) and canceled_until is None
+    def _get(self, timeout: float | None = None) -> Steps[Any]:
+        """Wait until the job has ended, as wait() does, and return its value.
+
+        Raises JobFailedError, with the traceback in its text, if the job failed, was
+        stopped or canceled; TimeoutError if it has not ended after `timeout` seconds;
+        NoSuchJobError if it is gone."""
+        has_ended = yield from self._wait(timeout)
+        if not has_ended:
+            raise TimeoutError(f"job {self.id!r} has not ended within {timeout:g} s")
+        if self._status not in _FINAL_STATUSES:
+            yield from self._refresh()  # it is gone: this raises
+        status = self._status
+        result = self._last_result
+        if status is JobStatus.FINISHED:
+            return None if result is None else result.return_value
+        text = f"job {self.id!r} ({self._text('func').removesuffix('()')})"
+        text += " failed" if status is JobStatus.FAILED else f" was {status}"
+        if result and result.exc_string and status is not JobStatus.CANCELED:
+            text += f":\n{result.exc_string.rstrip()}"
+        raise JobFailedError(text, status)
+
+    def _has_run(self, moved: Any) -> Steps[bool]:
+        """Return whether a run has ended, or none is to come; for _Watch."""
+        [(container, _)] = yield from _where([self], watch=True)
+        if container in (b"", b"canceled"):
+            return True
+        [has_ended] = yield [("HEXISTS", self.key, "ended")]
+        return bool(has_ended)
+
+    def _has_ended(self, moved: Any) -> Steps[bool]:
+        """Read the job if it has ended, and return whether it has; for _Watch."""
+        [(container, _)] = yield from _where([self], watch=True)
+        if container and container.decode() not in _FINAL_CONTAINERS:
+            return False
+        try:
+            yield from self._refresh()
+        except NoSuchJobError:
+            return True
+        return self._status in _FINAL_STATUSES
 
     # Meta.
 
@@ -5450,6 +5519,8 @@ class Job(_BaseJob):
     return_value = _blocking(_BaseJob._return_value)
     get_meta = _blocking(_BaseJob._get_meta)
     save_meta = _blocking(_BaseJob._save_meta)
+    wait = _blocking(_BaseJob._wait)
+    get = _blocking(_BaseJob._get)
     log = _blocking(_BaseJob._log)
     logs = _blocking(_BaseJob._logs)
     cancel = _blocking(_BaseJob._cancel)
@@ -5590,16 +5661,77 @@ def _fetch_jobs(jobs: Sequence[J]) -> Steps[list[J]]:
     return existing
 
 
+class _Watch(Generic[J]):
+    """Waits for jobs that have not ended, over one subscription to the channels of all.
+    Its owner closes it.
+
+    A job's channel is its key.  A message may be lost with its connection, and a record
+    that expires publishes nothing.  So all jobs are looked at after each subscription,
+    and after RECHECK seconds without a message.  An outage is waited out, until the
+    deadline.
+
+    jobs - those that are waited for, by their keys; its owner removes some"""
+
+    def __init__(self, jobs: Iterable[J], timeout: float | None) -> None:
+        self.jobs = {job.key: job for job in jobs}
+        self.deadline = time.monotonic() + (math.inf if timeout is None else timeout)
+        self._listener: Any = None
+        self._has_looked = False  # before that, no subscription is needed
+        self._backoff = _Backoff(1.0)
+
+    def until(self, look: Callable[[list[J]], Steps[R]]) -> Steps[R]:
+        """Return the first answer of the steps look(jobs) that is true; its last one at
+        the deadline.
+
+        It is given the jobs that may have moved, and has to ask with _where(.., True):
+        else the ends of their next runs are not published."""
+        while (left := self.deadline - time.monotonic()) > 0:
+            try:
+                moved = yield from self._moved(left)
+                answer = yield from look(moved)
+                if answer:
+                    return answer
+                self._backoff = _Backoff(1.0)
+            except _TRANSIENT_ERRORS as error:
+                self.close()
+                pause = self._backoff.next_pause(error, "waiting for jobs")
+                yield _Sleep(max(0.0, min(pause, self.deadline - time.monotonic())))
+        return (yield from look([*self.jobs.values()]))
+
+    def _moved(self, seconds: float) -> Steps[list[J]]:
+        """Return the jobs that have moved, as soon as there are some; all of them if
+        that is not known."""
+        channels = []
+        if self._has_looked:
+            if self._listener is None:
+                self._listener = yield _Listen([*self.jobs])
+            seconds = min(seconds, RECHECK)
+            channels = yield _WaitForMessage(self._listener, seconds)
+        self._has_looked = True
+        if not channels:
+            return [*self.jobs.values()]
+        return [self.jobs[key] for key in channels if key in self.jobs]
+
+    def close(self) -> None:
+        """Give up the subscription; the next wait begins another one."""
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+
+
 def _chunks(items: Sequence[Any]) -> Iterator[Any]:
     """Yield slices of the items, each of as many as one call of a script takes."""
     for start in range(0, len(items), MAX_JOBS_PER_CALL):
         yield items[start : start + MAX_JOBS_PER_CALL]
 
 
-def _where(jobs: Sequence[_BaseJob]) -> Steps[list[tuple[bytes, bytes]]]:
+def _where(
+    jobs: Sequence[_BaseJob], watch: bool = False
+) -> Steps[list[tuple[bytes, bytes]]]:
     """Return the container and the group of each job of one connection, b"" for none.
 
-    One round trip, in which no arguments and results travel."""
+    One round trip, in which no arguments and results travel.  `watch` is for
+    _Watch."""
     by_queue: dict[str, list[_BaseJob]] = {}
     for job in jobs:
         by_queue.setdefault(job.queue.prefix, []).append(job)
@@ -5610,7 +5742,7 @@ def _where(jobs: Sequence[_BaseJob]) -> Steps[list[tuple[bytes, bytes]]]:
         return []
     places = {}
     replies = yield [
-        _where_command(chunk[0].queue.prefix, [job.id for job in chunk])
+        _where_command(chunk[0].queue.prefix, [job.id for job in chunk], watch)
         for chunk in chunks
     ]
     for chunk, (containers, groups) in zip(chunks, replies, strict=True):
@@ -11575,9 +11707,23 @@ class _BaseGroup(Generic[J]):
             seconds = deadline - time.monotonic()
             if seconds <= 0:
                 return False
-            last = unended[-1]
-            yield from last._wait_for(seconds, functools.partial(self._has_ended, last))
+            with contextlib.closing(_Watch([unended[-1]], seconds)) as watch:
+                yield from watch.until(self._ended)
         return True
+
+    def _next_ended(self, watch: _Watch[J]) -> Steps[list[J]]:
+        """Return jobs that have ended, as soon as there are some, and take them out of
+        the watch; none if none is left.  Raises TimeoutError at the deadline."""
+        if not watch.jobs:
+            return []
+        ended = yield from watch.until(self._ended)
+        if not ended:
+            text = f"jobs of group {self.name!r} that have not ended in time: "
+            raise TimeoutError(f"{text}{len(watch.jobs)}")
+        for job in ended:
+            del watch.jobs[job.key]
+        yield from _fetch_jobs(ended)
+        return ended
 
     def _delete_job(self, job_id: str) -> Steps[None]:
         """Take a job out of the group; it lives on."""
@@ -11609,11 +11755,13 @@ class _BaseGroup(Generic[J]):
             jobs.append(queues[name]._job(id))
         return jobs
 
-    def _containers_of(self, jobs: Sequence[J]) -> Steps[list[str]]:
+    def _containers_of(
+        self, jobs: Sequence[J], watch: bool = False
+    ) -> Steps[list[str]]:
         """Return the container of each job; "" for a job that does not exist, or has
         begun a new life outside of the group.  One round trip."""
         containers = []
-        for container, group in (yield from _where(jobs)):
+        for container, group in (yield from _where(jobs, watch)):
             is_member = group.decode() == self.name
             containers.append(container.decode() if is_member else "")
         return containers
@@ -11627,10 +11775,12 @@ class _BaseGroup(Generic[J]):
                 unended.append(job)
         return unended
 
-    def _has_ended(self, job: J) -> Steps[bool]:
-        """Return whether a job has ended, for _wait_for().  One round trip."""
-        unended = yield from self._unended([job])
-        return not unended
+    def _ended(self, jobs: Sequence[J]) -> Steps[list[J]]:
+        """Return those of the jobs that have ended; for _Watch.  One round trip."""
+        containers = yield from self._containers_of(jobs, watch=True)
+        pairs = zip(jobs, containers, strict=True)
+        ended = ("", *_FINAL_CONTAINERS)
+        return [job for job, container in pairs if container in ended]
 
     def _remove(self, jobs: Sequence[J], age: float) -> Steps[None]:
         """Take out of the group those of the jobs that joined `age` seconds ago."""
@@ -11708,6 +11858,18 @@ class Group(_BaseGroup[Job]):
         """Clean up all groups; see cleanup()."""
         for group in cls.all(connection):
             group.cleanup()
+
+    def as_completed(self, timeout: float | None = None) -> Iterator[Job]:
+        """Yield the jobs of the group as they end, those first that have ended already;
+        the attributes of each say how it ended.
+
+        A job that is gone has ended, and can't be read.  Raises TimeoutError if some
+        have not ended after `timeout` seconds.  Waits as wait() does, but subscribes to
+        a channel for each job."""
+        members = _follow(self.connection, self._read_members())
+        with contextlib.closing(_Watch(members, timeout)) as watch:
+            while ended := _follow(self.connection, self._next_ended(watch)):
+                yield from ended
 
     enqueue_many = _blocking(_BaseGroup[Job]._enqueue_many)
     enqueue_callback = _blocking(_BaseGroup[Job]._enqueue_callback)
@@ -14264,35 +14426,40 @@ class _Subscriptions:
         self.wire = _SharedWire(
             client, {"protocol": 2}, on_message=self._on_message, on_lost=self._on_lost
         )
-        self._listeners: dict[bytes, set[_AsyncListener]] = {}
+        self._listeners: dict[str, set[_AsyncListener]] = {}
 
     async def add(self, listener: _AsyncListener) -> None:
-        """Begin to give the messages of its channel to a listener."""
-        self._listeners.setdefault(listener.channel, set()).add(listener)
+        """Begin to give the messages of its channels to a listener."""
+        for channel in listener.channels:
+            self._listeners.setdefault(channel, set()).add(listener)
         wire = await self.wire.ready()
-        await wire.call([("SUBSCRIBE", listener.channel)])
+        await wire.call([("SUBSCRIBE", channel) for channel in listener.channels])
 
     def check(self, listener: _AsyncListener) -> None:
         """Find out whether the server still answers: if not, the wire gets lost."""
-        self._send("SUBSCRIBE", listener.channel)
+        self._send([("SUBSCRIBE", listener.channels[0])])
 
     def discard(self, listener: _AsyncListener) -> None:
         """Give no more messages to a listener."""
-        listeners = self._listeners.get(listener.channel, set())
-        listeners.discard(listener)
-        if not listeners:
-            self._listeners.pop(listener.channel, None)
-            self._send("UNSUBSCRIBE", listener.channel)
+        unused = []
+        for channel in listener.channels:
+            listeners = self._listeners.get(channel, set())
+            listeners.discard(listener)
+            if not listeners:
+                self._listeners.pop(channel, None)
+                unused.append(("UNSUBSCRIBE", channel))
+        self._send(unused)
 
-    def _send(self, *command: Any) -> None:
-        """Send a command whose reply nobody needs, if there is a connection."""
+    def _send(self, commands: Sequence[Command]) -> None:
+        """Send commands whose replies nobody needs, if there is a connection."""
         wire = self.wire.current()
-        if wire is not None:
-            wire.send([command]).cancel()
+        if wire is not None and commands:
+            wire.send(commands).cancel()
 
     def _on_message(self, channel: bytes) -> None:
-        for listener in self._listeners.get(channel, ()):
-            listener.on_message()
+        name = channel.decode()
+        for listener in self._listeners.get(name, ()):
+            listener.on_message(name)
 
     def _on_lost(self) -> None:
         for listeners in self._listeners.values():
@@ -14301,47 +14468,50 @@ class _Subscriptions:
 
 
 class _AsyncListener:
-    """Waits for the messages on one channel, for one task; see _Listener."""
+    """Waits for the messages on channels, for one task; see _Listener."""
 
-    def __init__(self, subscriptions: _Subscriptions, channel: str) -> None:
-        self.channel = channel.encode()
+    def __init__(self, subscriptions: _Subscriptions, channels: Sequence[str]) -> None:
+        self.channels = channels
         self._subscriptions = subscriptions
-        self._has_message = False
+        self._messages: set[str] = set()  # channels on which some have come
         self._is_lost = False
         self._event = asyncio.Event()  # something has happened, or a time is over
         self._subscribing: asyncio.Task[None] | None
         self._subscribing = asyncio.ensure_future(subscriptions.add(self))
         self._subscribing.add_done_callback(self._on_subscribed)
 
-    async def wait(self, seconds: float) -> bool:
-        """Wait for a message up to some seconds, and return whether one has come.
+    async def wait(self, seconds: float) -> list[str]:
+        """Wait for messages up to some seconds, and return their channels.
 
-        Returns False at once when the subscription has begun.  Raises the error of a
+        Returns none at once when the subscription has begun.  Raises the error of a
         connection that could not be made or was lost."""
-        if not self._has_message and not self._is_lost:
+        if not self._messages and not self._is_lost:
             timer = asyncio.get_running_loop().call_later(seconds, self._event.set)
             try:
                 await self._event.wait()
             finally:
                 timer.cancel()
-            self._event.clear()
+        self._event.clear()
         if self._subscribing is not None:
             if self._subscribing.done():
                 self._subscribing.result()  # raises its error
                 self._subscribing = None
-            return False
+            self._messages.clear()
+            return []
         if self._is_lost:
             raise exceptions.ConnectionError("the connection for messages was lost")
-        if not self._has_message:
+        if not self._messages:
             self._subscriptions.check(self)
-        return self._has_message
+        channels = [*self._messages]
+        self._messages.clear()
+        return channels
 
     def _on_subscribed(self, subscribing: asyncio.Task[None]) -> None:
         _retrieve_error(subscribing)
         self._event.set()
 
-    def on_message(self) -> None:
-        self._has_message = True
+    def on_message(self, channel: str) -> None:
+        self._messages.add(channel)
         self._event.set()
 
     def on_lost(self) -> None:
@@ -14439,9 +14609,9 @@ class _LoopConnections:
                     raise
                 await asyncio.sleep(0.1)
 
-    def listener(self, channel: str) -> _AsyncListener:
-        """Return a listener for a channel; its owner closes it."""
-        return _AsyncListener(self._subscriptions, channel)
+    def listener(self, channels: Sequence[str]) -> _AsyncListener:
+        """Return a listener for channels; its owner closes it."""
+        return _AsyncListener(self._subscriptions, channels)
 
     def open_ahead(self) -> _AsyncAhead:
         """Return what sends commands ahead; its owner closes it."""
@@ -14613,6 +14783,8 @@ class AsyncJob(_BaseJob):
     return_value = _awaited(_BaseJob._return_value)
     get_meta = _awaited(_BaseJob._get_meta)
     save_meta = _awaited(_BaseJob._save_meta)
+    wait = _awaited(_BaseJob._wait)
+    get = _awaited(_BaseJob._get)
     log = _awaited(_BaseJob._log)
     logs = _awaited(_BaseJob._logs)
     cancel = _awaited(_BaseJob._cancel)
@@ -14811,6 +14983,18 @@ class AsyncGroup(_BaseGroup[AsyncJob]):
         Two round trips: the set of names may hold groups that are empty by now."""
         client = _connect_async(connection)
         return await _follow_async(client, cls._all(client))
+
+    async def as_completed(
+        self, timeout: float | None = None
+    ) -> AsyncIterator[AsyncJob]:
+        """Yield the jobs of the group as they end; see Group.as_completed()."""
+        members = await _follow_async(self.connection, self._read_members())
+        with contextlib.closing(_Watch(members, timeout)) as watch:
+            while ended := await _follow_async(
+                self.connection, self._next_ended(watch)
+            ):
+                for job in ended:
+                    yield job
 
     enqueue_many = _awaited(_BaseGroup[AsyncJob]._enqueue_many)
     enqueue_callback = _awaited(_BaseGroup[AsyncJob]._enqueue_callback)

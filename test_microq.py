@@ -4207,6 +4207,65 @@ def test_a_wait_ends_when_the_job_is_canceled_or_unknown(redis, queue):
     assert time.monotonic() - began < 30
 
 
+def test_a_job_is_awaited_until_its_last_retry_has_ended(redis, queue):
+    job = queue.enqueue(flaky, 2, retry=Retry(2))
+    assert job.wait(0.01) is False
+    ended = []
+    waiter = threading.Thread(target=lambda: ended.append(job.wait(60)))
+    waiter.start()
+    wait_until(lambda: job.key.encode() in redis.pubsub_channels())
+    work(queue)
+    waiter.join(60)
+    assert ended == [True]
+    assert job.ended_at
+    assert job.number_of_retries == 2
+    assert job.wait() is True
+
+
+def test_the_value_of_a_job_comes_as_soon_as_it_has_ended(server, queue):
+    job = queue.enqueue_in(0.3, add, 1, 2)
+    with Worker(queue), MonitoredCommands(server) as seen:
+        assert job.get() == 3
+    asked = [line for line in seen if job.key in line and "PUBLISH" not in line]
+    assert len(asked) < 20, asked
+
+
+def test_get_raises_the_traceback_of_a_job_that_failed(queue):
+    job = queue.enqueue(fail, "ouch")
+    work(queue)
+    with pytest.raises(microq.JobFailedError) as error:
+        job.get(60)
+    text = str(error.value)
+    first, second, *_ = text.splitlines()
+    assert first == f"job {job.id!r} (test_microq.fail) failed:"
+    assert second == "Traceback (most recent call last):"
+    assert text.endswith("ValueError: ouch")
+    assert error.value.status is JobStatus.FAILED
+    copy = pickle.loads(pickle.dumps(error.value))
+    assert (str(copy), copy.status) == (text, JobStatus.FAILED)
+
+
+def test_get_tells_that_a_job_was_canceled_or_stopped_or_is_gone(redis, queue):
+    canceled, stopped, gone = (queue.enqueue(add) for _ in range(3))
+    with pytest.raises(TimeoutError, match=r"has not ended within 0\.01 s"):
+        canceled.get(0.01)
+    canceled.cancel()
+    with pytest.raises(microq.JobFailedError, match=r"was canceled$") as error:
+        canceled.get()
+    assert error.value.status is JobStatus.CANCELED
+    [(id, token)] = claim(queue)
+    settle(queue, id, token, result_type="stopped")
+    with pytest.raises(microq.JobFailedError, match=r"was stopped$") as error:
+        stopped.get()
+    assert error.value.status is JobStatus.STOPPED
+    waiter = futures.ThreadPoolExecutor().submit(gone.get)
+    wait_until(lambda: gone.key.encode() in redis.pubsub_channels())
+    gone.delete()
+    with pytest.raises(NoSuchJobError):
+        waiter.result(60)
+    assert gone.wait() is True
+
+
 def test_meta_is_saved_by_the_job_and_by_others(redis, queue):
     job = queue.enqueue(save_in_meta, "from", "inside", meta={"a": 1})
     work(queue)
@@ -9864,6 +9923,47 @@ def test_the_wait_of_a_group_carries_no_arguments_or_results(redis, queue):
     assert redis.info("stats")["total_net_output_bytes"] - before < 100_000
 
 
+def test_jobs_of_a_group_are_yielded_as_they_end(redis, queue):
+    """Also one that is retried, one that was deleted, and after a cut connection."""
+    other = Queue("other", redis)
+    group = microq.Group(redis)
+    data = [Queue.prepare_data(add, (i,), job_id=f"a{i}") for i in range(3)]
+    group.enqueue_many(queue, data)
+    flaky_data = Queue.prepare_data(flaky, (1,), retry=Retry(1), job_id="flaky")
+    [deleted, _] = group.enqueue_many(
+        other, [Queue.prepare_data(add, job_id="deleted"), flaky_data]
+    )
+    jobs = group.as_completed(60)
+    first = futures.ThreadPoolExecutor().submit(next, jobs)
+    wait_until(lambda: len(redis.pubsub_channels()) == 5)
+    [(id, token)] = claim(queue)
+    settle(queue, id, token)
+    assert first.result(60).id == "a0"
+    redis.client_kill_filter(_type="pubsub")
+    deleted.delete()
+    assert next(jobs).id == "deleted"
+    work(queue)
+    assert {next(jobs).id, next(jobs).id} == {"a1", "a2"}
+    work(other)
+    [last] = jobs
+    assert (last.id, last.get_status(refresh=False)) == ("flaky", "finished")
+    assert last.number_of_retries == 1
+    assert not redis.pubsub_channels()
+    ids = [job.id for job in group.as_completed()]
+    assert ids == ["a0", "a1", "a2", "deleted", "flaky"]
+
+
+def test_jobs_of_a_group_that_have_not_ended_in_time_are_said(redis, queue):
+    group = microq.Group(redis)
+    group.enqueue_many(queue, [Queue.prepare_data(add), Queue.prepare_data(add)])
+    work(queue, max_jobs=1)
+    jobs = group.as_completed(0.2)
+    assert next(jobs).is_finished
+    with pytest.raises(TimeoutError, match="have not ended in time: 1"):
+        next(jobs)
+    queue.empty()
+
+
 def test_as_many_jobs_of_a_limit_are_queued_as_it_allows(redis, queue):
     limit = RateLimit("api", concurrency=2)
     queues = [queue, Queue("other", redis)]
@@ -12314,6 +12414,9 @@ class Blocking(Twin):
     def count(self, container):
         return container.count
 
+    def list(self, jobs):
+        return [*jobs]
+
     def close(self):
         self.connection.close()
 
@@ -12331,6 +12434,12 @@ class Awaiting(Twin):
 
     def count(self, container):
         return container.count()
+
+    def list(self, jobs):
+        async def collect():
+            return [job async for job in jobs]
+
+        return self(collect())
 
     def close(self):
         self(AsyncQueue(connection=self.connection).aclose())
@@ -12414,7 +12523,13 @@ def scenario_results(do, queue):
     good = do(queue.enqueue(add, 1, 2, job_id="good"))
     bad = do(queue.enqueue(fail, job_id="bad"))
     yield do(good.latest_result()), do(good.return_value()), do(good.get_executions())
+    yield do(good.wait(0))
+    with pytest.raises(TimeoutError):
+        do(good.get(timeout=0))
     do.work("default")
+    yield do(good.wait(60)), do(good.get()), good.ended_at is None
+    with pytest.raises(microq.JobFailedError, match="boom"):
+        do(bad.get(60))
     yield (
         do(good.return_value()),
         do(good.latest_result()).type,
@@ -12469,6 +12584,7 @@ def scenario_groups(do, queue):
     yield do(group.wait(timeout=0))
     do.work("default")
     yield do(group.wait(timeout=10)), do(group.counts())
+    yield sorted(job.id for job in do.list(group.as_completed(timeout=10)))
     yield do(do(do.Job.fetch("last", do.connection)).return_value())
     do(group.delete_job("1"))
     do(group.cleanup())
