@@ -1008,7 +1008,7 @@ class _Option:
         self.no_flag = no_flag
 
     def __get__(self, job: Any, owner: Any = None) -> Any:
-        return self if job is None else job._option(self.name)
+        return self if job is None else job.read_option(self.name)
 
     def check(self, value: Any) -> Any:
         """Return the value to be used, or raise TypeError or ValueError."""
@@ -4471,9 +4471,7 @@ class Result:
         """What the function returned; None if it failed."""
         if self.type is not ResultType.SUCCESSFUL or not self.payload:
             return None
-        context = self.job._signed_context("result", self.execution_id)
-        what = f"the result of job {self.job_id}"
-        return _deserialize(self.job.serializer, self.payload, what, *context)
+        return self.job.load_result(self.payload, self.execution_id)
 
     @property
     def exc_string(self) -> str | None:
@@ -4485,7 +4483,7 @@ class Result:
     @property
     def callback_error(self) -> str | None:
         """The traceback of a callback that failed after this run, or None."""
-        execution_id, _, text = self.job._text("callback_error").partition("\n")
+        execution_id, _, text = self.job.field("callback_error").partition("\n")
         return text if execution_id == self.execution_id else None
 
     # RQ's other names.
@@ -4571,11 +4569,11 @@ class _BaseJob:
         connection: Any = None, serializer: Any = None,
     ) -> None:  # fmt: skip
         self.id = id
-        self._fields = {} if fields is None else fields  # its hash, as last read
-        self._request = request
+        self.record = {} if fields is None else fields
+        self.enqueue_request = request
         # CREATED: not stored, as far as this object knows.  None: has to be read.
         self._status: JobStatus | None = JobStatus.CREATED
-        self._execution: Execution | None = None  # the one in progress
+        self.execution: Execution | None = None
         self._meta: dict[str, Any] | None = None  # decoded, once it was asked for
         self._call_cache: tuple[Any, ...] | None = None  # _decoded_call, once asked for
         if queue is None:
@@ -4641,31 +4639,36 @@ class _BaseJob:
         if not jobs:
             raise NoSuchJobError(f"job {self.id!r} is no longer in {self.origin!r}")
 
-    def _load(self, reply: list[Any]) -> bool:
+    def on_fetched(self, reply: list[Any]) -> bool:
         """Take the reply of the script `fetch`; False if there is no such job."""
         fetched = _FetchReply(*reply)
         if not fetched.status:
             return False
-        self._fields = _hash_to_dict(fetched.fields)
+        self.record = _hash_to_dict(fetched.fields)
         self._meta = None
         self._call_cache = None
-        self._request = self._request.renewed()
+        self.enqueue_request = self.enqueue_request.renewed()
         self._status = JobStatus(fetched.status.decode())
-        if fetched.status == b"failed" and self._text("ended").endswith(" stopped"):
+        if fetched.status == b"failed" and self.field("ended").endswith(" stopped"):
             self._status = JobStatus.STOPPED
-        self._execution = None
+        self.execution = None
         if fetched.token:
             last_heartbeat = None
             if fetched.heartbeat_at:
                 last_heartbeat = _from_timestamp(float(fetched.heartbeat_at))
-            self._execution = Execution(
-                cast("Job", self), fetched.token.decode(), last_heartbeat
-            )
+            self.on_claimed(fetched.token.decode(), last_heartbeat)
         return True
+
+    def on_claimed(self: Any, token: str, last_heartbeat: datetime | None) -> Execution:
+        """Note that a worker has claimed the job, and return the execution, which says
+        what the arguments are."""
+        self._status = JobStatus.STARTED
+        execution = self.execution = Execution(self, token, last_heartbeat)
+        return execution
 
     # Being stored, by a Queue.
 
-    def _prepare_for(self, queue: Any, at_front: bool, unique: bool) -> None:
+    def prepare_for(self, queue: Any, at_front: bool, unique: bool) -> None:
         """Make this a job of `queue`, unless it is stored already, and add options.
 
         Raises InvalidJobOperation if it is in another queue, TypeError if that has
@@ -4678,31 +4681,32 @@ class _BaseJob:
                 text = f"was made with another serializer than that of {queue!r}"
                 raise TypeError(f"{self!r} {text}")
             self._bind(queue)
-            self._sign()
+            self.sign()
             if queue.default_timeout != DEFAULT_TIMEOUT:
                 timeout = f"{queue.default_timeout:.15g}".encode()
-                self._fields.setdefault("timeout", timeout)
+                self.record.setdefault("timeout", timeout)
         if self.queue != queue:
             text = f"{self!r} is in a queue already, which is not {queue!r}"
             raise InvalidJobOperation(text)
-        self._request = self._request.with_options(bool(at_front), bool(unique))
+        request = self.enqueue_request.with_options(bool(at_front), bool(unique))
+        self.enqueue_request = request
 
-    def _set_dependency_keys(self, keys: Iterable[str], allow: str) -> None:
+    def set_dependency_keys(self, keys: Iterable[str], allow: str) -> None:
         """Note the jobs that it is to depend on, each as "<prefix of the queue><id>",
         and which of their ends are good enough; see the field `depends_on`."""
-        self._fields["depends_on"] = " ".join([*keys, allow]).encode()
+        self.record["depends_on"] = " ".join([*keys, allow]).encode()
 
-    def _new_job(self, delay: float | str) -> _NewJob:
+    def as_new_job(self, delay: float | str) -> _NewJob:
         """Return what the script `enqueue` stores of the job; for the delay see
         _EnqueueCall."""
-        request = self._request
+        request = self.enqueue_request
         if request.call_id is None:
             # Kept in the job: if this call raises, since its reply was lost, and the
             # user enqueues the job again, the server takes that for the same call.
-            request = self._request = request.with_call_id()
+            request = self.enqueue_request = request.with_call_id()
         fields = {
             name: value
-            for name, value in self._fields.items()
+            for name, value in self.record.items()
             if name in _INITIAL_FIELDS
         }
         if self._meta is not None:  # the user has asked for it, and may have changed it
@@ -4727,24 +4731,24 @@ class _BaseJob:
         call_id = request.call_id or ""
         return _NewJob(self.id, call_id, " ".join(flags), ttl, fields)
 
-    def _on_stored(self, status: JobStatus, created_at: bytes | None) -> None:
+    def on_stored(self, status: JobStatus, created_at: bytes | None) -> None:
         """Note that the job was stored; created_at is None if its time is not known."""
         if created_at is not None:
-            self._fields["created_at"] = created_at
+            self.record["created_at"] = created_at
         self._status = status
-        if "depends_on" in self._fields or "rate_limit" in self._fields:
+        if "depends_on" in self.record or "rate_limit" in self.record:
             self._status = None  # only the server knows whether it has to wait
-        self._request = self._request.renewed()
+        self.enqueue_request = self.enqueue_request.renewed()
 
     # Fields of the hash, as last read.  A garbled one raises DeserializationError.
 
-    def _text(self, name: str) -> str:
+    def field(self, name: str) -> str:
         """Return a field of the hash as text, "" without it."""
-        return self._fields.get(name, b"").decode(errors="replace")
+        return self.record.get(name, b"").decode(errors="replace")
 
     def _number(self, name: str) -> float | None:
         """Return a field as a number; None if it is missing or empty."""
-        text = self._text(name)
+        text = self.field(name)
         if not text:
             return None
         try:
@@ -4763,7 +4767,7 @@ class _BaseJob:
 
     def _corrupt(self, name: str) -> DeserializationError:
         """Return the error for a field that can't be decoded."""
-        value = _truncated_repr(self._fields[name])
+        value = _truncated_repr(self.record[name])
         return DeserializationError(
             f"field {name!r} of job {self.id} is garbled: {value}"
         )
@@ -4773,9 +4777,9 @@ class _BaseJob:
     @property
     def func_name(self) -> str:
         """The dotted name of the function; ".name" for a method of `instance`."""
-        if "func" not in self._fields:
+        if "func" not in self.record:
             raise DeserializationError(f"job {self.id} has lost its field 'func'")
-        name = self._text("func").removesuffix("()")
+        name = self.field("func").removesuffix("()")
         if "." not in name:
             raise self._corrupt("func")
         return name
@@ -4810,9 +4814,9 @@ class _BaseJob:
         """The call as (args, kwargs, instance or None)."""
         if self._call_cache is None:
             call: Any = ((), {})
-            if "args" in self._fields:
+            if "args" in self.record:
                 call = self._load_field("args", f"the call of job {self.id}")
-            elif self._signs or not self._fields.get("func", b"").endswith(b"()"):
+            elif self._signs or not self.record.get("func", b"").endswith(b"()"):
                 raise DeserializationError(f"job {self.id} has lost its field 'args'")
             if not isinstance(call, list | tuple) or len(call) not in (2, 3):
                 raise DeserializationError(
@@ -4830,7 +4834,7 @@ class _BaseJob:
         value = self.func(*args, **kwargs)
         return _run_coroutine(value) if isinstance(value, CoroutineType) else value
 
-    def _call_function(self) -> Any:
+    def call_function(self) -> Any:
         """Call the function, as a worker does: a coroutine is returned, not run.  If a
         subclass has a perform() of its own, that is called."""
         if type(self).perform is not Job.perform:
@@ -4863,41 +4867,58 @@ class _BaseJob:
         context = [kind.encode(), key.encode(), execution_id.encode()]
         if kind == "args":
             for name in _SIGNED_FIELDS:
-                if name in self._fields:
-                    context += [name.encode(), self._fields[name]]
+                if name in self.record:
+                    context += [name.encode(), self.record[name]]
         return context
 
-    def _sign(self, entry: str = "") -> None:
+    def sign(self, entry: str = "") -> None:
         """Sign the 'args' and 'meta' made here, for this job or a cron entry."""
         if not self._signs:
             return
         for name in ("args", "meta"):
-            if name in self._fields:
+            if name in self.record:
                 context = self._signed_context(name, entry=entry)
                 # The serializer has signed it for no context, or for another queue.
-                data = self._fields[name][_SIGNATURE_SIZE:]
-                self._fields[name] = self.serializer.sign(data, *context)
+                data = self.record[name][_SIGNATURE_SIZE:]
+                self.record[name] = self.serializer.sign(data, *context)
 
-    def _signed_fields(self, entry: str) -> dict[str, bytes]:
+    def signed_fields(self, entry: str) -> dict[str, bytes]:
         """Return the fields of the hash, signed for an entry of cron."""
-        self._sign(entry)
-        return self._fields
+        self.sign(entry)
+        return self.record
+
+    def dump_result(self, value: Any, execution_id: str) -> bytes:
+        """Return the bytes to store for what an execution returned, b"" for None.
+        Raises TypeError if it can't be stored."""
+        if value is None:
+            return b""
+        context = self._signed_context("result", execution_id)
+        payload = _serialize(self.serializer, value, "the result", *context)
+        if len(payload) > MAX_RESULT:
+            raise TypeError(f"its result of {len(payload)} bytes is too large to store")
+        return payload
+
+    def load_result(self, payload: bytes, execution_id: str) -> Any:
+        """Return what an execution returned, by the bytes that were stored for it."""
+        context = self._signed_context("result", execution_id)
+        what = f"the result of job {self.id}"
+        return _deserialize(self.serializer, payload, what, *context)
 
     def _context_of(self, name: str) -> list[bytes]:
         """Return the context for which 'args' or 'meta' was signed.
 
         That is this job, or else the cron entry that its id names: "<slug>-<tick>"."""
         context = self._signed_context(name)
-        if self.serializer.is_signed(self._fields.get(name, b""), *context):
+        if self.serializer.is_signed(self.record.get(name, b""), *context):
             return context
         return self._signed_context(name, entry=self.id.rpartition("-")[0])
 
     def _load_field(self, name: str, what: str) -> Any:
         """Deserialize 'args' or 'meta'."""
         context = self._context_of(name) if self._signs else []
-        return _deserialize(self.serializer, self._fields[name], what, *context)
+        return _deserialize(self.serializer, self.record[name], what, *context)
 
-    def _check_before_run(self) -> None:
+    def check_before_run(self) -> None:
         """Raise DeserializationError if the job must not run.
 
         It is not as it was signed, or its policies are garbled, so that nobody could
@@ -4905,19 +4926,19 @@ class _BaseJob:
         if self._signs:
             self._check_signature()
         for name in ("retry", "repeat"):
-            if name in self._fields:
-                self._option(name)
+            if name in self.record:
+                self.read_option(name)
 
     def _check_signature(self) -> None:
         """Raise DeserializationError if the signature of the call does not match.
 
         Its callbacks and webhooks are removed then, so that nobody calls them."""
-        signed = self._fields.get("args", b"")
+        signed = self.record.get("args", b"")
         if self.serializer.is_signed(signed, *self._context_of("args")):
             return
         for name in _SIGNED_FIELDS:
             if name != "func":
-                self._fields.pop(name, None)
+                self.record.pop(name, None)
         text = f"the call of job {self.id} can't be read: {_NOT_SIGNED}"
         raise DeserializationError(text)
 
@@ -4931,12 +4952,12 @@ class _BaseJob:
     group_id = _OPTIONS["group_id"]
     enqueue_at_front = _OPTIONS["at_front"]
 
-    def _option(self, name: str) -> Any:
+    def read_option(self, name: str) -> Any:
         """Return the value of an option, or its default."""
         option = _OPTIONS[name]
-        if not self._fields.get(name):
+        if not self.record.get(name):
             return option.default
-        text = self._text(name)
+        text = self.field(name)
         try:
             return option.decode(text)
         except (ValueError, TypeError):
@@ -4945,12 +4966,12 @@ class _BaseJob:
     @property
     def description(self) -> str:
         """Text for people; by default the call."""
-        return self._option("description") or self.get_call_string()
+        return self.read_option("description") or self.get_call_string()
 
     @property
     def webhooks(self) -> list[Webhook]:
         """The requests to be made when the job has ended."""
-        return self._option("webhooks") or []
+        return self.read_option("webhooks") or []
 
     @property
     def success_callback(self) -> Any:
@@ -4984,29 +5005,29 @@ class _BaseJob:
 
     def _callback_function(self, name: str) -> Any:
         """Return the function of a Callback, imported; None without one."""
-        callback = self._option(name)
+        callback = self.read_option(name)
         return None if callback is None else _import_object(callback.func)
 
     def _callback_timeout(self, name: str) -> float | None:
         """Return the seconds of a Callback; None without one."""
-        callback = self._option(name)
+        callback = self.read_option(name)
         return None if callback is None else callback.timeout
 
     @property
     def has_rate_limit(self) -> bool:
         """Whether the job has a RateLimit."""
-        return "rate_limit" in self._fields
+        return "rate_limit" in self.record
 
     @property
     def rate_limit_key(self) -> str | None:
         """The key of its RateLimit, or None."""
-        limit = self._option("rate_limit")
+        limit = self.read_option("rate_limit")
         return None if limit is None else limit.key
 
     @property
     def rate_limit_concurrency(self) -> int | None:
         """How many jobs of its RateLimit may run at a time; None for no limit."""
-        limit = self._option("rate_limit")
+        limit = self.read_option("rate_limit")
         return None if limit is None else limit.concurrency
 
     @property
@@ -5017,31 +5038,31 @@ class _BaseJob:
     @property
     def retries_left(self) -> int | None:
         """How often the job may still be retried; None without a Retry."""
-        retry = self._option("retry")
+        retry = self.read_option("retry")
         return None if retry is None else retry.max - self._count("retries")
 
     @property
     def retry_intervals(self) -> list[float] | None:
         """The intervals of its Retry in seconds; None without a Retry."""
-        retry = self._option("retry")
+        retry = self.read_option("retry")
         return None if retry is None else list(retry.interval)
 
     @property
     def enqueue_at_front_on_retry(self) -> bool:
         """Whether a retry overtakes the jobs that wait."""
-        retry = self._option("retry")
+        retry = self.read_option("retry")
         return retry is not None and bool(retry.enqueue_at_front)
 
     @property
     def repeats_left(self) -> int | None:
         """How often the job is still to be repeated; None without a Repeat."""
-        repeat = self._option("repeat")
+        repeat = self.read_option("repeat")
         return None if repeat is None else repeat.times - self._count("repeats")
 
     @property
     def repeat_intervals(self) -> list[float] | None:
         """The intervals of its Repeat in seconds; None without a Repeat."""
-        repeat = self._option("repeat")
+        repeat = self.read_option("repeat")
         return None if repeat is None else list(repeat.interval)
 
     # Status and times, by the server's clock.
@@ -5111,7 +5132,7 @@ class _BaseJob:
     @property
     def enqueued_at(self) -> datetime | None:
         """When it was last put into the queue; None while it never was."""
-        if "enqueued_at" in self._fields:
+        if "enqueued_at" in self.record:
             return self._time("enqueued_at")
         return self.created_at
 
@@ -5130,7 +5151,7 @@ class _BaseJob:
     @property
     def last_heartbeat(self) -> datetime | None:
         """The last heartbeat of the worker that runs it, or None."""
-        return None if self._execution is None else self._execution.last_heartbeat
+        return None if self.execution is None else self.execution.last_heartbeat
 
     @property
     def worker_name(self) -> str | None:
@@ -5141,27 +5162,27 @@ class _BaseJob:
     @property
     def _last_result(self) -> Result | None:
         """How its last run ended, or None."""
-        ended = self._text("ended")
+        ended = self.field("ended")
         if not ended:
             return None
-        return Result(cast("Job", self), ended, self._fields.get("result", b""))
+        return Result(cast("Job", self), ended, self.record.get("result", b""))
 
     @property
     def _latest_run(self) -> Execution | Result | None:
         """The current run, or else the last one, or None."""
-        return self._execution or self._last_result
+        return self.execution or self._last_result
 
     def _get_executions(self) -> Steps[list[Execution]]:
         """Return a list of the run in progress; empty if there is none."""
         yield from self._refresh()
-        return [self._execution] if self._execution else []
+        return [self.execution] if self.execution else []
 
     # Jobs that this one depends on, and that depend on it.
 
     @property
     def _dependency_keys(self) -> list[str]:
         """The jobs that it depends on, as "<prefix of the queue><id>"."""
-        return self._text("depends_on").split()[:-1]
+        return self.field("depends_on").split()[:-1]
 
     @property
     def dependency_ids(self) -> list[str]:
@@ -5171,7 +5192,7 @@ class _BaseJob:
     @property
     def allow_dependency_failures(self) -> bool:
         """Whether it runs even if a job that it depends on fails."""
-        return not self._text("depends_on").endswith("none")
+        return not self.field("depends_on").endswith("none")
 
     def _fetch_dependencies(self: J) -> Steps[list[J]]:
         """Return the jobs that it depends on and that exist.  One round trip."""
@@ -5220,7 +5241,7 @@ class _BaseJob:
             ("HMGET", self.key, "ended", "result", "callback_error"),
         ]
         if callback_error:
-            self._fields["callback_error"] = callback_error
+            self.record["callback_error"] = callback_error
         results = []
         if ended:
             results.append(Result(cast("Job", self), ended.decode(), payload or b""))
@@ -5273,7 +5294,7 @@ class _BaseJob:
         result = self._last_result
         if status is JobStatus.FINISHED:
             return None if result is None else result.return_value
-        text = f"job {self.id!r} ({self._text('func').removesuffix('()')})"
+        text = f"job {self.id!r} ({self.field('func').removesuffix('()')})"
         text += " failed" if status is JobStatus.FAILED else f" was {status}"
         if result and result.exc_string and status is not JobStatus.CANCELED:
             text += f":\n{result.exc_string.rstrip()}"
@@ -5305,7 +5326,7 @@ class _BaseJob:
         """A dict of your own that travels with the job; save_meta() stores it."""
         if self._meta is None:
             self._meta = {}
-            if "meta" in self._fields:
+            if "meta" in self.record:
                 self._meta = self._load_field("meta", f"meta of {self.id}")
         return self._meta
 
@@ -5360,8 +5381,8 @@ class _BaseJob:
         ended already, but not with a pipeline."""
         allowed = [each for each in _CONTAINERS if each not in _FINAL_CONTAINERS]
         status = "finished" if enqueue_dependents else "canceled"
-        yield from self._transition(
-            allowed, "canceled", tell_dependents=status, pipeline=pipeline
+        yield from _transition_job(
+            self, allowed, "canceled", tell_dependents=status, pipeline=pipeline
         )
 
     def _requeue(self: J, at_front: bool = False) -> Steps[J]:
@@ -5369,7 +5390,7 @@ class _BaseJob:
 
         Its results are kept.  One round trip.  Raises InvalidJobOperation if it has not
         ended."""
-        yield from self._transition(_FINAL_CONTAINERS, "queued", at_front)
+        yield from _transition_job(self, _FINAL_CONTAINERS, "queued", at_front)
         return self
 
     def _delete(
@@ -5386,33 +5407,7 @@ class _BaseJob:
             for job in (yield from self._read_dependents()):
                 yield from job._delete()
         with contextlib.suppress(NoSuchJobError):
-            yield from self._transition(_CONTAINERS, "gone", pipeline=pipeline)
-
-    def _transition(
-        self, allowed: Sequence[str], to: str, at_front: bool = False,
-        tell_dependents: str = "gone", pipeline: Any = None,
-    ) -> Steps[None]:  # fmt: skip
-        """Move the job from one of the containers `allowed` to 'queued', 'canceled' or
-        'gone'.  One round trip, none with a pipeline.
-
-        Raises NoSuchJobError, or InvalidJobOperation if the job was elsewhere, but not
-        with a pipeline."""
-        command = _transition_command(
-            self.queue.prefix, self.id, " ".join(allowed), to, secrets.token_hex(4),
-            at_front=at_front, tell_dependents=tell_dependents,
-        )  # fmt: skip
-        if pipeline is not None:
-            _add_to_pipeline(pipeline, [command], self.queue.awaits)
-            return
-        replies = yield [command]
-        reply = _TransitionReply.parse(replies[0])
-        yield from _relay_steps(reply.messages)
-        if not reply.was:
-            text = f"there is no job {self.id!r} in queue {self.origin!r}"
-            raise NoSuchJobError(text)
-        if reply.was not in allowed:
-            text = f"job {self.id!r} is {reply.was}; to become {to}, it must be one of"
-            raise InvalidJobOperation(f"{text}: {' '.join(allowed)}")
+            yield from _transition_job(self, _CONTAINERS, "gone", pipeline=pipeline)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _BaseJob) and self.key == other.key
@@ -5422,14 +5417,14 @@ class _BaseJob:
 
     def __repr__(self) -> str:
         kind = type(self).__name__
-        return f"<{kind} {self.id} {self._text('func')} in {self.origin!r}>"
+        return f"<{kind} {self.id} {self.field('func')} in {self.origin!r}>"
 
     # RQ's other names.
 
     @property
     def data(self) -> bytes:
         """The call, serialized."""
-        return self._fields.get("args", b"")
+        return self.record.get("args", b"")
 
     def get_ttl(self, default: Any = None) -> Any:
         """Return `ttl`, or a default."""
@@ -5472,7 +5467,9 @@ class Job(_BaseJob):
     origin     - the name of that queue
     key        - the key of its hash in Redis
     connection - the redis.Redis over which it is read
-    serializer - of its call, its meta and its results: that of the queue"""
+    serializer - of its call, its meta and its results: that of the queue
+    record     - its hash as it was last read, with values as they are stored
+    execution  - the run in progress when it was last read, or None"""
 
     queue: Queue
 
@@ -5626,7 +5623,7 @@ class Execution:
     @staticmethod
     def fetch(id: str, job_id: str, connection: Redis | None = None) -> Execution:
         """Return the execution of this id, or raise ValueError if it has ended."""
-        execution = Job.fetch(job_id, connection)._execution
+        execution = Job.fetch(job_id, connection).execution
         if not execution or execution.id != id:
             raise ValueError(f"execution {id!r} of job {job_id!r} has ended")
         return execution
@@ -5656,7 +5653,7 @@ def _fetch_jobs(jobs: Sequence[J]) -> Steps[list[J]]:
     replies = yield [_fetch_command(job.queue.prefix, job.id) for job in jobs]
     existing = []
     for job, reply in zip(jobs, replies, strict=True):
-        if job._load(reply):
+        if job.on_fetched(reply):
             existing.append(job)
     return existing
 
@@ -5717,6 +5714,33 @@ class _Watch(Generic[J]):
         if self._listener is not None:
             self._listener.close()
             self._listener = None
+
+
+def _transition_job(
+    job: _BaseJob, allowed: Sequence[str], to: str, at_front: bool = False,
+    tell_dependents: str = "gone", pipeline: Any = None,
+) -> Steps[None]:  # fmt: skip
+    """Move a job from one of the containers `allowed` to 'queued', 'canceled' or
+    'gone'.  One round trip, none with a pipeline.
+
+    Raises NoSuchJobError, or InvalidJobOperation if the job was elsewhere, but not with
+    a pipeline."""
+    command = _transition_command(
+        job.queue.prefix, job.id, " ".join(allowed), to, secrets.token_hex(4),
+        at_front=at_front, tell_dependents=tell_dependents,
+    )  # fmt: skip
+    if pipeline is not None:
+        _add_to_pipeline(pipeline, [command], job.queue.awaits)
+        return
+    replies = yield [command]
+    reply = _TransitionReply.parse(replies[0])
+    yield from _relay_steps(reply.messages)
+    if not reply.was:
+        text = f"there is no job {job.id!r} in queue {job.origin!r}"
+        raise NoSuchJobError(text)
+    if reply.was not in allowed:
+        text = f"job {job.id!r} is {reply.was}; to become {to}, it must be one of"
+        raise InvalidJobOperation(f"{text}: {' '.join(allowed)}")
 
 
 def _chunks(items: Sequence[Any]) -> Iterator[Any]:
@@ -5866,11 +5890,11 @@ class _JobContainer(Generic[J]):
         """The key of the container in Redis."""
         return f"{self.prefix}{self.container}"
 
-    def _job(self, job: _BaseJob | str) -> J:
+    def unread_job(self, job: _BaseJob | str) -> J:
         """Return a job of the queue by its id, not read yet."""
         raise NotImplementedError
 
-    def _size_command(self) -> Command:
+    def size_command(self) -> Command:
         """Return the command whose reply is the number of jobs."""
         if self.container == "queued":
             return ("LLEN", self.key)
@@ -5880,7 +5904,7 @@ class _JobContainer(Generic[J]):
             return _count_command(self.prefix, self.container)
         return ("ZCARD", self.key)
 
-    def _ids_command(self, start: int, end: int, desc: bool) -> Command:
+    def ids_command(self, start: int, end: int, desc: bool) -> Command:
         """Return the command whose reply is the ids from `start` to `end`, both
         included; from the last id on if `desc`."""
         if self.container == "queued":
@@ -5892,35 +5916,24 @@ class _JobContainer(Generic[J]):
             return _list_command(self.key, start, count, desc)
         return ("ZREVRANGE" if desc else "ZRANGE", self.key, start, end)
 
-    def _read_ids(
-        self, start: int = 0, end: int = -1, desc: bool = False
-    ) -> Steps[list[str]]:
-        """Return the ids from `start` to `end`, as _ids_command().  One round trip."""
-        [reply] = yield [self._ids_command(start, end, desc)]
-        ids = [id.decode() for id in reply]
-        if self.container != "started":
-            return ids
-        ids.sort(reverse=desc)
-        return _slice(ids, start, end)
-
     def _read_jobs(
         self, start: int = 0, end: int = -1, desc: bool = False
     ) -> Steps[list[J]]:
         """Return the jobs of _read_ids().  Two round trips."""
-        ids = yield from self._read_ids(start, end, desc)
-        return (yield from _fetch_jobs([self._job(id) for id in ids]))
+        ids = yield from _read_ids(self, start, end, desc)
+        return (yield from _fetch_jobs([self.unread_job(id) for id in ids]))
 
     def __bool__(self) -> bool:
         return True
 
     def _count(self) -> Steps[int]:
         """Return how many jobs there are.  One round trip."""
-        [size] = yield [self._size_command()]
+        [size] = yield [self.size_command()]
         return int(size)
 
     def _has(self, job: _BaseJob | str) -> Steps[bool]:
         """Return whether a job is here.  One round trip."""
-        [(container, _)] = yield from _where([self._job(job)])
+        [(container, _)] = yield from _where([self.unread_job(job)])
         found: bytes = container
         return found.decode() == self.container
 
@@ -5933,13 +5946,14 @@ class _JobContainer(Generic[J]):
         RQ would only take it out with delete_job=False; here it can't be in none.
         Raises InvalidJobOperation if it is elsewhere, NoSuchJobError if there is no
         such job."""
-        return self._job(job)._transition([self.container], "gone", pipeline=pipeline)
+        removed = self.unread_job(job)
+        return _transition_job(removed, [self.container], "gone", pipeline=pipeline)
 
     def _empty(self) -> Steps[int]:
         """Delete the jobs that are here, a thousand in a round trip, and return how
         many they were."""
         count = 0
-        for ids in _chunks((yield from self._read_ids())):
+        for ids in _chunks((yield from _read_ids(self))):
             count += yield from self._delete_jobs(ids)
         return count
 
@@ -5958,6 +5972,24 @@ class _JobContainer(Generic[J]):
                 count += 1
         yield from _relay_steps(messages)
         return count
+
+
+def _read_ids(
+    container: _JobContainer[Any], start: int = 0, end: int = -1, desc: bool = False
+) -> Steps[list[str]]:
+    """Return the ids from `start` to `end` in a container, both included; an end of -1
+    is the last.  From the last id on if `desc`.  One round trip."""
+    [reply] = yield [container.ids_command(start, end, desc)]
+    ids = [id.decode() for id in reply]
+    if container.container != "started":
+        return ids
+    ids.sort(reverse=desc)
+    return _slice(ids, start, end)
+
+
+def _slice(ids: list[str], start: int, end: int) -> list[str]:
+    """Return ids `start` to `end`, both included; an end of -1 is the last."""
+    return ids[start:] if end == -1 else ids[start : end + 1]
 
 
 class _BlockingContainer(_JobContainer[Job]):
@@ -5998,8 +6030,8 @@ class _BaseRegistry(_JobContainer[J]):
         self.prefix = queue.prefix
         self.connection = queue.connection
 
-    def _job(self, job: _BaseJob | str) -> J:
-        return self.queue._job(job)
+    def unread_job(self, job: _BaseJob | str) -> J:
+        return self.queue.unread_job(job)
 
     def _get_job_ids(
         self, start: int = 0, end: int = -1, desc: bool = False, cleanup: bool = True
@@ -6007,7 +6039,7 @@ class _BaseRegistry(_JobContainer[J]):
         """Return ids `start` to `end`, both included and from 0; an end of -1 is the
         last.  Scheduled jobs are in the order of their times, ended ones in that of
         their expiry.  One round trip."""
-        return self._read_ids(start, end, desc)
+        return _read_ids(self, start, end, desc)
 
     def _get_jobs(
         self, start: int = 0, end: int = -1, desc: bool = False, cleanup: bool = True
@@ -6019,9 +6051,9 @@ class _BaseRegistry(_JobContainer[J]):
         """Put a job of this registry into the queue again, and return it.  Raises
         InvalidJobOperation if it is elsewhere, NoSuchJobError if there is no such job.
         """
-        requeued = self._job(job)
+        requeued = self.unread_job(job)
         # Not by Job.requeue(), which takes a job that has ended in any way.
-        yield from requeued._transition([self.container], "queued", at_front)
+        yield from _transition_job(requeued, [self.container], "queued", at_front)
         yield from requeued._refresh()
         return requeued
 
@@ -6039,7 +6071,7 @@ class _BaseRegistry(_JobContainer[J]):
         """Return (job id, execution id) pairs of the jobs that run.  Two round
         trips."""
         jobs = yield from self._read_jobs()
-        executions = [job._execution for job in jobs]
+        executions = [job.execution for job in jobs]
         return [(run.job_id, run.id) for run in executions if run is not None]
 
     def _cleanup(
@@ -6095,11 +6127,6 @@ class Registry(_BaseRegistry[Job], _BlockingContainer):
     def get_scheduled_time(self, job: Job | str) -> datetime | None:
         """Return get_expiration_time()."""
         return self.get_expiration_time(job)
-
-
-def _slice(ids: list[str], start: int, end: int) -> list[str]:
-    """Return ids `start` to `end`, both included; an end of -1 is the last."""
-    return ids[start:] if end == -1 else ids[start : end + 1]
 
 
 class StartedJobRegistry(Registry):
@@ -6211,16 +6238,16 @@ class _BaseQueue(_JobContainer[J]):
         tag_with_name, name = match.groups()
         return cls(name or tag_with_name, *args, **kwargs)
 
-    def _job(self, job: _BaseJob | str) -> J:
+    def unread_job(self, job: _BaseJob | str) -> J:
         return self.job_class(_job_id(job), self, {})
 
-    def _registries(self) -> list[_BaseRegistry[J]]:
+    def registries(self) -> list[_BaseRegistry[J]]:
         """Return the registries of the queue, in the order of _CONTAINERS."""
         raise NotImplementedError
 
-    def _containers(self) -> list[_JobContainer[J]]:
+    def containers(self) -> list[_JobContainer[J]]:
         """Return all containers of the queue, in the order of _CONTAINERS."""
-        return [self, *self._registries()]
+        return [self, *self.registries()]
 
     def _enqueue(self, f: Func, *args: Any, **kwargs: Any) -> Steps[J]:
         """Store a call of `f` for a worker to run, and return the job.
@@ -6409,7 +6436,7 @@ class _BaseQueue(_JobContainer[J]):
             if id[0] == "-":  # a command line would take it for an option
                 id = "_" + id[1:]
         job = self.job_class(id, self, fields, request)
-        job._sign()
+        job.sign()
         return job
 
     def _encode_call(self, func: Any, args: Any, kwargs: Any) -> dict[str, bytes]:
@@ -6449,7 +6476,7 @@ class _BaseQueue(_JobContainer[J]):
         One that has ended begins a new life.  The options are those of enqueue().
         Raises InvalidJobOperation for a job that is in another queue, and as
         enqueue()."""
-        job._prepare_for(self, at_front, unique)
+        job.prepare_for(self, at_front, unique)
         yield from self._store([job], pipeline)
         return job
 
@@ -6458,7 +6485,7 @@ class _BaseQueue(_JobContainer[J]):
     ) -> Steps[J]:
         """Store a job made by create_job(), to be run at `datetime`; see
         enqueue_job()."""
-        job._prepare_for(self, False, unique)
+        job.prepare_for(self, False, unique)
         yield from self._store([job], pipeline, _delay_until(datetime))
         return job
 
@@ -6471,7 +6498,7 @@ class _BaseQueue(_JobContainer[J]):
         dependencies that are given by ids."""
         if pipeline is not None and not self.is_async:
             raise TypeError("is_async=False runs jobs at once; it can't use a pipeline")
-        if any([job._request.dependency for job in jobs]):
+        if any([job.enqueue_request.dependency for job in jobs]):
             yield from self._resolve_dependencies(jobs)
         call = self._prepare_call(jobs, delay)
         if pipeline is not None:
@@ -6519,7 +6546,7 @@ class _BaseQueue(_JobContainer[J]):
         for call_hook in (*self.before_enqueue, *self._before_enqueue):
             for job in jobs:
                 call_hook(job)
-        new_jobs = [job._new_job(delay) for job in jobs]
+        new_jobs = [job.as_new_job(delay) for job in jobs]
         command = _enqueue_command(self.prefix, new_jobs, delay)
         commands: tuple[Command, ...] = (command,)
         if not self._registered:  # by no script, since it is in another slot
@@ -6571,7 +6598,7 @@ class _BaseQueue(_JobContainer[J]):
         created_at is None if a pipeline stores them: the time is not known yet."""
         status = JobStatus.QUEUED if call.delay == -1 else JobStatus.SCHEDULED
         for job in call.jobs:
-            job._on_stored(status, created_at)
+            job.on_stored(status, created_at)
 
     def _resolve_dependencies(self, jobs: Sequence[J]) -> Steps[None]:
         """Write the keys of the jobs on which these jobs depend into their fields.
@@ -6580,7 +6607,7 @@ class _BaseQueue(_JobContainer[J]):
         all; one that is not found may be stored by this very call."""
         dependencies: dict[J, Dependency] = {}
         for job in jobs:
-            dependency = job._request.dependency
+            dependency = job.enqueue_request.dependency
             if dependency is not None:
                 dependencies[job] = dependency
         parent_ids: set[str] = set()
@@ -6595,7 +6622,7 @@ class _BaseQueue(_JobContainer[J]):
                     parents[parent.id] = parent
         for job, dependency in dependencies.items():
             keys = self._dependency_keys(job.id, dependency, parents)
-            job._set_dependency_keys(keys, dependency.allowed_status)
+            job.set_dependency_keys(keys, dependency.allowed_status)
 
     def _dependency_keys(
         self, dependent_id: str, dependency: Dependency, parents: dict[str, _BaseJob]
@@ -6607,7 +6634,7 @@ class _BaseQueue(_JobContainer[J]):
         keys: list[str] = []
         for parent in dependency.jobs:
             if isinstance(parent, str):
-                parent = parents.get(parent) or self._job(parent)
+                parent = parents.get(parent) or self.unread_job(parent)
             if parent.id == dependent_id:
                 text = f"job {dependent_id!r} can't depend on itself"
                 raise InvalidJobDependency(text)
@@ -6620,12 +6647,12 @@ class _BaseQueue(_JobContainer[J]):
         if length == 0:
             return []
         last = offset + length - 1 if length > 0 else -1
-        return (yield from self._read_ids(offset, last))
+        return (yield from _read_ids(self, offset, last))
 
     def _get_jobs(self, offset: int = 0, length: int = -1) -> Steps[list[J]]:
         """Return the jobs of get_job_ids().  Two round trips, however many they are."""
         ids = yield from self._get_job_ids(offset, length)
-        return (yield from _fetch_jobs([self._job(id) for id in ids]))
+        return (yield from _fetch_jobs([self.unread_job(id) for id in ids]))
 
     def _is_empty(self) -> Steps[bool]:
         """Tell whether no job waits.  One round trip."""
@@ -6634,7 +6661,7 @@ class _BaseQueue(_JobContainer[J]):
     def _fetch_job(self, job_id: str) -> Steps[J | None]:
         """Return the job of this id if it is of this queue, else None.  One round
         trip."""
-        jobs = yield from _fetch_jobs([self._job(job_id)])
+        jobs = yield from _fetch_jobs([self.unread_job(job_id)])
         return jobs[0] if jobs else None
 
     def _get_job_position(self, job: _BaseJob | str) -> Steps[int | None]:
@@ -6650,11 +6677,11 @@ class _BaseQueue(_JobContainer[J]):
         With delete_jobs=False it must be empty: raises InvalidJobOperation if not."""
         # A job that is deleted frees its dependents, and the slot of its limit.  Jobs
         # that would move on then are deleted first; so hardly any of them comes to run.
-        by_name = {each.container: each for each in self._containers()}
+        by_name = {each.container: each for each in self.containers()}
         waiting = [by_name[name] for name in ("deferred", "rate_limited", "scheduled")]
         containers = [*waiting, *by_name.values()]
         if not delete_jobs:
-            sizes = yield self._size_commands()
+            sizes = yield self.size_commands()
             if any(sizes):
                 text = f"queue {self.name!r} still has jobs; empty it first"
                 raise InvalidJobOperation(text)
@@ -6663,16 +6690,16 @@ class _BaseQueue(_JobContainer[J]):
             deleted = 0
             for container in containers:
                 deleted += yield from container._empty()
-        for registry in self._registries():
+        for registry in self.registries():
             yield from registry._cleanup()
         names = ("wake", "stats", "cron", "ticks", "schedulers")
         keys = [f"{self.prefix}{name}" for name in names]
         yield [("SREM", _QUEUES_KEY, self.name), ("DEL", *keys)]
         self._registered = False
 
-    def _size_commands(self) -> list[Command]:
-        """Return the commands whose replies are the sizes of _containers()."""
-        return [container._size_command() for container in self._containers()]
+    def size_commands(self) -> list[Command]:
+        """Return the commands whose replies are the sizes of containers()."""
+        return [container.size_command() for container in self.containers()]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _BaseQueue) and self.name == other.name
@@ -6769,7 +6796,7 @@ class Queue(_BaseQueue[Job], _BlockingContainer):
             with _nested_worker():
                 work()
 
-    def _registries(self) -> list[_BaseRegistry[Job]]:
+    def registries(self) -> list[_BaseRegistry[Job]]:
         return [
             self.started_job_registry,
             self.scheduled_job_registry,
@@ -6815,13 +6842,6 @@ class Queue(_BaseQueue[Job], _BlockingContainer):
         """The jobs that were canceled."""
         return CanceledJobRegistry(queue=self)
 
-    def _read_all_ids(self) -> list[str]:
-        """Return the ids of the jobs in all containers.  One round trip for each."""
-        ids = []
-        for container in self._containers():
-            ids += _follow(self.connection, container._read_ids())
-        return ids
-
     # RQ's other names.
 
     @property
@@ -6833,6 +6853,14 @@ class Queue(_BaseQueue[Job], _BlockingContainer):
     def jobs(self) -> list[Job]:
         """The jobs that wait, the next one first.  Two round trips."""
         return self.get_jobs()
+
+
+def _all_job_ids(queue: Queue) -> list[str]:
+    """Return the ids of the jobs in all containers.  One round trip for each."""
+    ids = []
+    for container in queue.containers():
+        ids += _follow(queue.connection, _read_ids(container))
+    return ids
 
 
 def _new_request(options: dict[str, Any]) -> _EnqueueRequest:
@@ -6967,7 +6995,7 @@ def _run_steps(execution: Execution, options: _RunOptions) -> _RunSteps:
     started = time.perf_counter()
     try:
         outcome, value_or_error = yield from _run_function(execution, options, started)
-        if _CALLBACK_FIELDS.get(outcome.type) in execution.job._fields:
+        if _CALLBACK_FIELDS.get(outcome.type) in execution.job.record:
             yield from _run_callback(execution, outcome, value_or_error)
     except _ColdShutdown:
         outcome = _INTERRUPTED.lasting(time.perf_counter() - started)
@@ -6988,16 +7016,16 @@ def _run_function(
     """Have the job's function called; return the outcome, and the value or error."""
     job = execution.job
     try:
-        job._check_before_run()
+        job.check_before_run()
         is_logged = log.isEnabledFor(logging.INFO)
         if is_logged:
             _log_start(execution, options.shown.calls)
-        if "pending_end" in job._fields:
+        if "pending_end" in job.record:
             return _outcome_from_outside(job)
         if options.around:
             value = yield from _run_surrounded(job, options.around)
         else:
-            value = yield job.timeout, job._call_function
+            value = yield job.timeout, job.call_function
         seconds = time.perf_counter() - started
         outcome, value = _outcome_of_value(execution, value, seconds)
         if is_logged and options.shown.results:
@@ -7025,7 +7053,7 @@ def _run_surrounded(
     with contextlib.ExitStack() as stack:
         for hook in around:
             stack.enter_context(hook(job))
-        return (yield job.timeout, job._call_function)
+        return (yield job.timeout, job.call_function)
 
 
 def _log_start(execution: Execution, show_call: bool) -> None:
@@ -7048,7 +7076,7 @@ def _log_fields(
     job = execution.job
     fields = {
         "event": event, "job_id": job.id, "queue": job.origin,
-        "func": job._text("func").removesuffix("()"), "worker": execution.worker_name,
+        "func": job.field("func").removesuffix("()"), "worker": execution.worker_name,
     }  # fmt: skip
     return fields if seconds is None else {**fields, "seconds": round(seconds, 6)}
 
@@ -7068,7 +7096,7 @@ def _outcome_from_outside(job: Job) -> tuple[Outcome, Any]:
 
     The job does not run again. It was claimed only so that its callback is called. The
     field is not signed, so it can't make a job that has not run a successful one."""
-    kind, _, reason = job._text("pending_end").partition(" ")
+    kind, _, reason = job.field("pending_end").partition(" ")
     if kind not in (ResultType.FAILED, ResultType.STOPPED):
         raise DeserializationError(f"the end of job {job.id} can't be read back")
     return Outcome(ResultType(kind), reason.encode()), AbandonedJobError(reason)
@@ -7084,24 +7112,11 @@ def _outcome_of_value(
         policy = value.to_field()
         return Outcome(ResultType.RETRIED, b"", seconds, "retry", policy), None
     try:
-        payload = _serialize_result(execution, value)
+        payload = execution.job.dump_result(value, execution.id)
     except TypeError as error:
         text = f"result: {_truncated_repr(value)}\nthe job ran, but {error}\n"
         return Outcome(ResultType.FAILED, text.encode(), seconds), error
     return Outcome(ResultType.SUCCESSFUL, payload, seconds, "repeat"), value
-
-
-def _serialize_result(execution: Execution, value: Any) -> bytes:
-    """Return the bytes to store for a return value, b"" for None.  Raises TypeError if
-    it can't be stored."""
-    if value is None:
-        return b""
-    job = execution.job
-    context = job._signed_context("result", execution.id)
-    payload = _serialize(job.serializer, value, "the result", *context)
-    if len(payload) > MAX_RESULT:
-        raise TypeError(f"its result of {len(payload)} bytes is too large to store")
-    return payload
 
 
 def _outcome_of_error(job: Job, error: BaseException, seconds: float) -> Outcome:
@@ -7171,7 +7186,7 @@ def _run_callback(
         error = value_or_error
         arguments += [type(error), error, error.__traceback__]
     try:
-        func_name, _, seconds = job._text(name).partition(" ")
+        func_name, _, seconds = job.field(name).partition(" ")
         yield float(seconds), functools.partial(_import_and_call, func_name, arguments)
     except _ColdShutdown:
         raise
@@ -7210,7 +7225,7 @@ def _settle_args(execution: Execution, outcome: Outcome) -> list[Any]:
     rerun = outcome.rerun
     # The supervisor, which settles for a child that died, has not read the job's
     # fields.  Then the script finds out whether the job has a policy.
-    if job._fields and not outcome.policy and rerun not in job._fields:
+    if job.record and not outcome.policy and rerun not in job.record:
         rerun = ""  # the job has no such policy
     if outcome.type is ResultType.SUCCESSFUL:
         result_type = ""
@@ -7649,9 +7664,9 @@ class _Wakeup:
     _all: ClassVar[weakref.WeakSet[_Wakeup]] = weakref.WeakSet()
 
     def __init__(self) -> None:
-        self._writer, self._reader = socket.socketpair()
-        self._writer.setblocking(False)
-        self._reader.setblocking(False)
+        self.writer, self.reader = socket.socketpair()
+        self.writer.setblocking(False)
+        self.reader.setblocking(False)
         self._all.add(self)
 
     @classmethod
@@ -7662,24 +7677,24 @@ class _Wakeup:
         the wait ends."""
         for wakeup in list(cls._all):
             if wakeup is not setting:
-                wakeup._writer.close()
+                wakeup.writer.close()
             if wakeup not in waiting:
-                wakeup._reader.close()
+                wakeup.reader.close()
 
     def set(self) -> None:
         """End the wait of now, or the next one."""
         with contextlib.suppress(OSError):  # it is full, so it is set already
-            self._writer.send(b"!")
+            self.writer.send(b"!")
 
     def set_by_signals(self) -> None:
         """Have each signal that this process handles set it."""
-        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
 
     def clear(self) -> bool:
         """Forget that it was set; False at end-of-file: no process is left that could
         set it."""
         with contextlib.suppress(BlockingIOError):
-            return self._reader.recv(4096) != b""
+            return self.reader.recv(4096) != b""
         return True
 
     def wait(self, timeout: float, *sockets: Any) -> bool:
@@ -7691,15 +7706,15 @@ class _Wakeup:
     def wait_for_any(wakeups: Sequence[_Wakeup], timeout: float, *sockets: Any) -> bool:
         """Wait until one of the wake-ups is set, one of the sockets can be read, or
         `timeout` seconds have passed.  Return whether one of the wake-ups is set."""
-        readers = [wakeup._reader for wakeup in wakeups]
+        readers = [wakeup.reader for wakeup in wakeups]
         # Callers may wait for infinity, which poll() does not take; they loop.
         ready = _wait_readable([*readers, *sockets], max(0.0, min(timeout, 3600)))
         return any(reader in ready for reader in readers)
 
     def close(self) -> None:
         """Close both sockets; set() and wait() must not be called any more."""
-        self._writer.close()
-        self._reader.close()
+        self.writer.close()
+        self.reader.close()
 
 
 def _wait_readable(sockets: list[Any], timeout: float) -> list[Any]:
@@ -8151,7 +8166,7 @@ class _WorkLoop(_Loop):
         """Note the webhooks of runs that are settled."""
         for run in settled:
             execution, outcome, _ = run
-            has_webhooks = "webhooks" in execution.job._fields
+            has_webhooks = "webhooks" in execution.job.record
             if has_webhooks and outcome.type is not ResultType.STOPPED:
                 self.pending_webhooks.append(run)
 
@@ -8212,9 +8227,7 @@ class _WorkLoop(_Loop):
         for index, job_id, fields in reply.jobs:
             queue = self.queue_order[index]
             job = queue.job_class(job_id, queue, fields)
-            job._status = JobStatus.STARTED
-            execution = job._execution = Execution(job, reply.token, heartbeat_at)
-            self.claimed.append(execution)
+            self.claimed.append(job.on_claimed(reply.token, heartbeat_at))
         if self.instance.limits.strategy == "round_robin" and reply.jobs:
             last_index, _, _ = reply.jobs[-1]  # the only one: the claim was for one job
             behind = last_index + 1
@@ -8699,8 +8712,8 @@ def _kill_limit(job: Job) -> float:
             return math.inf
         # Callbacks run in the same process after the function.
         for name in _CALLBACK_FIELDS.values():
-            if name in job._fields:
-                limit += float(job._text(name).rpartition(" ")[2])
+            if name in job.record:
+                limit += float(job.field(name).rpartition(" ")[2])
     except (DeserializationError, ValueError):  # perform() reports that
         limit = DEFAULT_TIMEOUT
     return limit + KILL_GRACE
@@ -9171,7 +9184,7 @@ class Worker:
         executions: list[Execution] = []
         for queue in self.queues:
             for job in queue.started_job_registry.get_jobs():
-                execution = job._execution
+                execution = job.execution
                 if execution and execution.worker_name == self.name:
                     executions.append(execution)
         return executions
@@ -9241,20 +9254,20 @@ class Worker:
         SIGINT or SIGTERM finishes the current job; a second one, at least a second
         later, gives it up, and it will run again.  Raises ServerUnavailable if no
         server answers for a lease at the start; later it waits for one to come back."""
-        instance = self._begin(
+        instance = self.begin_instance(
             self.name, burst, max_jobs, max_idle_time, dequeue_strategy
         )
         supervisor = _Supervisor(self.name, [instance], with_scheduler)
         return supervisor.run(logging_level, date_format, log_format)
 
-    def _begin(
+    def begin_instance(
         self, inbox: str, burst: bool = False, max_jobs: int | None = None,
         max_idle_time: float | None = None, dequeue_strategy: str = "default",
         prefixes: list[str] | None = None,
     ) -> _Instance:  # fmt: skip
-        """Return what its supervisor and loop have in common, from now on: a sign-on
-        with its limits.  `inbox` is the name under which commands come.  `prefixes` are
-        those of the queues in which it has a lease; None: its own queues."""
+        """Return a new instance of the worker, with its limits, for a supervisor and a
+        loop: work() makes one.  `inbox` is the name under which commands come.
+        `prefixes` are those of the queues in which it has a lease; None: its own."""
         strategies = [each.value for each in DequeueStrategy]
         if dequeue_strategy == "default":
             dequeue_strategy = self.dequeue_strategy
@@ -9285,7 +9298,7 @@ class Worker:
     def __enter__(self) -> Worker:
         self.fork = False  # a process must not fork beside running threads
         len(self.queues[0])  # raises here, not in the thread, if there is no server
-        self._supervisor = _Supervisor(self.name, [self._begin(self.name)])
+        self._supervisor = _Supervisor(self.name, [self.begin_instance(self.name)])
         self._thread = threading.Thread(
             target=self._supervisor.run, args=(None,), name=f"worker {self.name}"
         )
@@ -9580,7 +9593,7 @@ class _Child:
         """Return the runs that ended by the death of the child, by their queues."""
         runs = []
         for lost in self.lost_jobs:
-            job = self.instance.queues[lost.queue_index]._job(lost.job_id)
+            job = self.instance.queues[lost.queue_index].unread_job(lost.job_id)
             runs.append((Execution(job, lost.token), lost.outcome))
         return _group_by_queue(runs)
 
@@ -10632,7 +10645,9 @@ class WorkerPool:
         worker."""
         # The pool's own name may be that of a worker, since nothing holds it.
         inbox = self._workers[0].name
-        instances = [each._begin(inbox, burst, **limits) for each in self._workers]
+        instances = [
+            each.begin_instance(inbox, burst, **limits) for each in self._workers
+        ]
         self._supervisor = _Supervisor(self.name, instances, with_scheduler)
         return self._supervisor.run(logging_level, date_format, log_format)
 
@@ -11752,7 +11767,7 @@ class _BaseGroup(Generic[J]):
                 queues[name] = self._queue_class()(
                     name, self.connection, serializer=self._serializer
                 )
-            jobs.append(queues[name]._job(id))
+            jobs.append(queues[name].unread_job(id))
         return jobs
 
     def _containers_of(
@@ -12298,7 +12313,7 @@ class CronJob:
         self.owner = ""
         self.missed = missed
         self.at_front = bool(at_front)
-        self._sign()
+        self.sign()
         self._set_schedule(interval, cron, timezone)
         self.set_ticks(b"")
         _job_id(self._new_id())  # ValueError if the ids would be too long
@@ -12316,9 +12331,9 @@ class CronJob:
             self.timezone = str(timezone or _local_zone_name())
             _cron_expression(cron, self.timezone)  # ValueError if it makes no sense
 
-    def _sign(self) -> None:
+    def sign(self) -> None:
         """Take the fields of the call, signed for this entry."""
-        fields = self._job._signed_fields(self.slug)
+        fields = self._job.signed_fields(self.slug)
         # JSON has no bytes, so they are stored as the characters of the same numbers.
         self.fields = {name: value.decode("latin-1") for name, value in fields.items()}
 
@@ -12368,7 +12383,7 @@ class CronJob:
         """Return the ids, <name>-<tick>, of its jobs that still exist, `start` to
         `end`, the latest first.  O(n) in the jobs of the queue."""
         ticks: list[tuple[int, str]] = []
-        for id in Queue(self.queue_name, connection)._read_all_ids():
+        for id in _all_job_ids(Queue(self.queue_name, connection)):
             slug, _, tick = id.rpartition("-")
             if slug == self.slug and tick.isdecimal():
                 ticks.append((int(tick), id))
@@ -12455,7 +12470,7 @@ class CronJob:
         commands = []
         ticks = self._ticks
         for tick in self._due_ticks(now, ahead):
-            job = self._make_job(f"{self.slug}-{int(tick)}", queue)._new_job(0)
+            job = self._make_job(f"{self.slug}-{int(tick)}", queue).as_new_job(0)
             commands.append(_tick_command(queue.prefix, self.slug, ticks, tick, job))
             # As this command leaves them, for the next one to compare.
             ticks = _Ticks(tick, ticks.registered_at)
@@ -12621,7 +12636,7 @@ class CronScheduler:
         numbers = itertools.count(2)
         while job.slug in taken:
             job.name = f"{job.func_name}-{next(numbers)}"
-            job._sign()
+            job.sign()
         self._jobs.append(job)
 
     def get_jobs(self) -> list[CronJob]:
@@ -12693,7 +12708,7 @@ class CronScheduler:
             raise ValueError("nothing is registered, so there is nothing to run")
         worker = SimpleWorker(self._queues(), self.name)
         # Without prefixes, it has no lease in these queues, and is no worker of theirs.
-        instance = worker._begin(self.name, prefixes=[])
+        instance = worker.begin_instance(self.name, prefixes=[])
         supervisor = _Supervisor(
             self.name, [instance], True, cron=self, loop=_CronOnlyLoop(instance)
         )
@@ -13203,7 +13218,7 @@ def _take_snapshot(connection: Redis, names: Sequence[str]) -> _Snapshot:
     queues = [Queue(name, connection) for name in names] or Queue.all(connection)
     commands: list[Command] = []
     for queue in queues:
-        commands += queue._size_commands()
+        commands += queue.size_commands()
         commands.append(("HKEYS", f"{queue.prefix}workers"))
         commands.append(("HGETALL", f"{queue.prefix}started"))
         commands.append(("LRANGE", queue.key, 0, 0))
@@ -13686,14 +13701,14 @@ class _ConcurrentRunner:
         """Note that the job's function is a coroutine function, if it is one, and not a
         callback of the job was called."""
         _, call = step
-        if call == job._call_function and type(job).perform is Job.perform:
-            name = job._text("func").removesuffix("()")
+        if call == job.call_function and type(job).perform is Job.perform:
+            name = job.field("func").removesuffix("()")
             if "." in name and inspect.iscoroutinefunction(job.func):
                 self._coroutine_functions.add((type(job), name))
 
     def _is_coroutine_function(self, job: Job) -> bool:
         """Return whether the job's function is known to be a coroutine function."""
-        name = job._text("func").removesuffix("()")
+        name = job.field("func").removesuffix("()")
         return (type(job), name) in self._coroutine_functions
 
     def _end(self, run: _ConcurrentRun, outcome: Outcome | None) -> None:
@@ -13723,7 +13738,7 @@ class _ConcurrentRunner:
         for run in runs:
             step = run.begin()
             job = run.execution.job
-            if isinstance(step, Outcome) or step[1] != job._call_function:
+            if isinstance(step, Outcome) or step[1] != job.call_function:
                 self._go_on(run, step)
                 continue
             seconds, call = step
@@ -13942,7 +13957,7 @@ class _ConcurrentLoop(_WorkLoop):
         with_webhooks = [
             execution
             for execution, _ in self.unsettled
-            if "webhooks" in execution.job._fields
+            if "webhooks" in execution.job.record
         ]
         free = len(shared.slots) - taken - len(with_webhooks)
         left = min(limits.max_jobs, shared.run_limit) - shared.runs - taken
@@ -13954,7 +13969,7 @@ class _ConcurrentLoop(_WorkLoop):
         the only one then."""
         runs = self.runner.runs.values()
         held = [*(run.execution for run in runs), *self.claimed]
-        return len(held) == 1 and "crashes" in held[0].job._fields
+        return len(held) == 1 and "crashes" in held[0].job.record
 
     def _must_drain(self) -> bool:
         """Return whether this process is to be killed, since a job goes on though its
@@ -14910,7 +14925,7 @@ class AsyncQueue(_BaseQueue[AsyncJob], _AsyncContainer):
     is_empty = _awaited(_BaseQueue[AsyncJob]._is_empty)
     delete = _awaited(_BaseQueue[AsyncJob]._delete)
 
-    def _registries(self) -> list[_BaseRegistry[AsyncJob]]:
+    def registries(self) -> list[_BaseRegistry[AsyncJob]]:
         return [AsyncRegistry(name, self) for name in _CONTAINERS if name != "queued"]
 
     @property
@@ -15582,7 +15597,7 @@ class _Site:
         if state not in _CONTAINERS:
             raise _NotFound(f"there is no state {state}")
         index = _CONTAINERS.index(state)
-        return self.queue(queue_name)._containers()[index]
+        return self.queue(queue_name).containers()[index]
 
     def find_job(self, id: str, queue_name: str = "") -> _JobOutline | None:
         """Return a job by its id, from the queue if it is named.  One round trip or
@@ -15618,7 +15633,7 @@ _NEXT_FIRST = ("queued", "scheduled")
 def _ids_command(container: _JobContainer[Any], offset: int, count: int) -> Command:
     """Return the command that reads ids, in the order of a list on the page."""
     desc = container.container not in _NEXT_FIRST
-    return container._ids_command(offset, offset + count - 1, desc)
+    return container.ids_command(offset, offset + count - 1, desc)
 
 
 def _read_page(
@@ -15627,7 +15642,7 @@ def _read_page(
     """Return how many jobs there are, and those of a page.  Two round trips."""
     offset = (page - 1) * _PAGE_SIZE
     ids_command = _ids_command(container, offset, _PAGE_SIZE)
-    total, ids = _execute(site.connection, container._size_command(), ids_command)
+    total, ids = _execute(site.connection, container.size_command(), ids_command)
     if container.container == "started":  # a hash: all ids come, in no order
         ids = sorted(ids)[offset : offset + _PAGE_SIZE]
     queue = Queue(container.name, site.connection)
@@ -15861,7 +15876,7 @@ def _read_limits(site: _Site, queues: Sequence[Queue]) -> list[_LimitState]:
     They are found by the jobs: of each queue, those that wait longest."""
     commands: list[Command] = []
     for queue in queues:
-        commands.append(queue.rate_limited_job_registry._ids_command(0, 99, False))
+        commands.append(queue.rate_limited_job_registry.ids_command(0, 99, False))
     found = _execute(site.connection, *commands)
     keys = [
         f"{queue.prefix}job:{id.decode()}"
@@ -15956,13 +15971,13 @@ def _containers_searched(
     if queue and state:
         return [site.container(queue, state)]
     queues = [site.queue(queue)] if queue else site.queues()
-    return [container for each in queues for container in each._containers()]
+    return [container for each in queues for container in each.containers()]
 
 
 def _state_links(site: _Site, queue: str, state: str) -> _Markup:
     """Return the links to the other states of a queue, with their counts."""
-    containers = site.queue(queue)._containers()
-    commands = [container._size_command() for container in containers]
+    containers = site.queue(queue).containers()
+    commands = [container.size_command() for container in containers]
     links = []
     counts = _execute(site.connection, *commands)
     for container, count in zip(containers, counts, strict=True):
@@ -16431,7 +16446,7 @@ def _describe_all(site: _Site, action: str, where: dict[str, str]) -> str:
     container = site.container(where["queue"], where["state"])
     if action not in _actions_of_list(where["state"]):
         raise _NotFound("There is no such question.")
-    count: int = _execute_one(site.connection, *container._size_command())
+    count: int = _execute_one(site.connection, *container.size_command())
     if where["find"]:
         count = len(_search(site, [container], where["find"]))
     state = where["state"].replace("_", " ")
@@ -16483,7 +16498,7 @@ def _act_on_list(site: _Site, fields: dict[str, str]) -> dict[str, str]:
     if where["find"]:
         ids = [id for _, id in _search(site, [container], where["find"])]
     else:
-        ids = _follow(site.connection, container._read_ids())
+        ids = _follow(site.connection, _read_ids(container))
     to = "gone" if action == "delete" else "queued"
     for chunk in _chunks(ids):
         _move_jobs(site, container, chunk, to)
@@ -17403,7 +17418,7 @@ def _unlisted(queue: Queue, ids: Sequence[str]) -> list[str]:
     """Return those of the ids whose record is in no container of the queue."""
     if not ids:
         return []
-    places = _follow(queue.connection, _where([queue._job(id) for id in ids]))
+    places = _follow(queue.connection, _where([queue.unread_job(id) for id in ids]))
     # A record that is in no other container counts as queued.
     queued = [
         id for id, (place, _) in zip(ids, places, strict=True) if place == b"queued"
@@ -17434,7 +17449,7 @@ def _check_failures(patient: _Patient) -> Iterator[_Trouble]:
 def _sizes(connection: Any, queues: Sequence[Queue]) -> Iterator[str]:
     """Yield about how many bytes each queue takes, by a sample of its records."""
     for queue in queues:
-        counts = _execute(connection, *queue._size_commands())
+        counts = _execute(connection, *queue.size_commands())
         keys = _sample_keys(queue)[:50]
         if not keys:
             continue

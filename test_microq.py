@@ -6420,7 +6420,7 @@ def test_a_wakeup_that_is_set_very_often_is_set_once():
     assert wakeup.wait(0)
     while wakeup.wait(0):
         assert wakeup.clear()
-    wakeup._writer.close()
+    wakeup.writer.close()
     assert not wakeup.clear()  # nobody is left that could set it
     wakeup.close()
 
@@ -7961,7 +7961,7 @@ def test_jobs_claimed_behind_a_killed_job_are_released(queue):
     assert killer.is_failed
     assert len(killer.results()) == 3
     assert all(job.is_finished for job in jobs)
-    assert not any(job._fields.get("crashes") for job in jobs)
+    assert not any(job.record.get("crashes") for job in jobs)
 
 
 def test_late_claim_of_a_dead_child_takes_nothing(redis, queue):
@@ -11291,7 +11291,7 @@ def time_of_heartbeat(redis, name):
 
 def test_a_stop_does_not_hit_the_next_job_of_a_slot(queue):
     """The supervisor may look at a slot just before its job ends."""
-    instance = Worker(queue, concurrency=2)._begin("bee")
+    instance = Worker(queue, concurrency=2).begin_instance("bee")
     [slot, _] = instance.shared.slots
     runs = [microq.Execution(queue.create_job(add), f"bee.{n} 1.0") for n in (1, 2)]
     slot.fill(0, runs[0], 60)
@@ -13787,7 +13787,7 @@ def test_no_markup_of_a_user_reaches_the_page(app, redis):
     record |= {"name": MARKUP, "queues": [MARKUP], "hostname": MARKUP, "pid": MARKUP}
     redis.set("microq:worker:w", json.dumps(record), ex=60)
     heartbeat(queue, "w")
-    for container in queue._containers():
+    for container in queue.containers():
         name = urllib.parse.quote(queue.name)
         get(app, f"?queue={name}&state={container.container}")
     queries = ["", *crawl(lambda query: get(app, query))]
