@@ -3466,11 +3466,11 @@ function run_again(batch, run, again)
     status = 'scheduled ' .. format_time(now + again.delay)
   elseif limit then hooks().dispatch(q, id, now)
   else push_queued(q, id, again.at_front, now) end
+  -- Last: if the user may not run one of the commands above, the call comes again.
+  if again.counter then call('HSET', job, again.counter, again.count) end
   local finished = batch.containers.finished
   if has_failed then batch.retried = batch.retried + 1
   else finished.count = finished.count + 1 end
-  -- Last: if the user may not run one of the commands above, the call comes again.
-  if again.counter then call('HSET', job, again.counter, again.count) end
   return status
 end
 """,
@@ -3553,19 +3553,19 @@ function finish(batch, run)
     store_result(job, ended, run.result, option)
   local has_dependents = (has_flag or slot) and tell_of_end(batch, run, status)
   local container = batch.containers[status]
-  container.count = container.count + 1
   local retention = retention_of(container, ttl_field, now)
   if retention.ttl == 0 then
     if has_dependents then hooks().notify_dependents(q, id, 'gone', now) end
     delete_record(job)
-    return status
+  else
+    if has_dependents then expire_job(job, -1)
+    elseif has_parts then expire_job(job, retention.ttl)
+    else expire_key(job, retention.milliseconds) end
+    local entries = container.entries
+    entries[#entries + 1] = retention.expires_at
+    entries[#entries + 1] = id
   end
-  if has_dependents then expire_job(job, -1)
-  elseif has_parts then expire_job(job, retention.ttl)
-  else expire_key(job, retention.milliseconds) end
-  local entries = container.entries
-  entries[#entries + 1] = retention.expires_at
-  entries[#entries + 1] = id
+  container.count = container.count + 1  -- not before: a command may be denied
   return status
 end
 """,
@@ -3659,6 +3659,7 @@ function hold_again(batch, runs, first)
         redis.pcall('ZREM', q .. 'rate_limited', run.id)
       end
       call('HSET', q .. 'started', run.id, run.token)
+      batch.owned_count = batch.owned_count - 1
     end
   end
 end
@@ -3678,6 +3679,8 @@ function write_containers(batch)
     for i = 2, added and 0 or #entries, 2 do
       local id = entries[i]
       call('HSET', batch.q .. 'started', id, batch.owned[id].token)
+      container.count = container.count - 1
+      batch.owned_count = batch.owned_count - 1
     end
   end
 end
@@ -3710,7 +3713,7 @@ function count_runs(batch, seconds)
     end
   end
   if #fields > 0 then redis.pcall('HSET', key, unpack(fields)) end
-  if not before[1] and not before[2] then forget_minutes(key, minute) end
+  if not before[1] and not before[2] then pcall(forget_minutes, key, minute) end
 end
 """,
     uses="forget_minutes",
@@ -3745,7 +3748,8 @@ _lua(
 function settle(q, runs, ttls, now, seconds)
   local owned, owned_count = take_owned(q, runs)
   local batch = {
-    q = q, now = now, owned = owned, denial = nil, retried = 0,
+    q = q, now = now, owned = owned, owned_count = owned_count, denial = nil,
+    retried = 0,
     containers = {
       finished = {ttl = ttls.finished, retentions = {}, entries = {}, count = 0},
       failed = {ttl = ttls.failed, retentions = {}, entries = {}, count = 0},
@@ -3765,8 +3769,10 @@ function settle(q, runs, ttls, now, seconds)
     if text then statuses[#statuses + 1] = refuse(batch, run, text) end
   end
   write_containers(batch)
+  -- Those that are held again will be counted when they are settled.
+  local settled = batch.owned_count
+  if settled > 0 then count_runs(batch, seconds * settled / #runs) end
   if batch.denial then error(batch.denial, 0) end
-  if owned_count > 0 then count_runs(batch, seconds * owned_count / #runs) end
   return statuses
 end
 """,

@@ -13484,6 +13484,35 @@ def test_runs_are_counted_once_though_settle_is_sent_twice(redis, queue):
     assert by_minute == {b"f": 2, b"x": 1}
 
 
+@pytest.mark.parametrize(
+    ("denial", "counted"),
+    [("-rpush", (1, 0, 0)), ("-zadd", (0, 0, 1)), ("-pexpire", (0, 0, 0))],
+)
+def test_runs_are_counted_though_another_one_of_the_call_was_denied(
+    server, redis, queue, permit, denial, counted
+):
+    """What was settled is counted then, and what was not when it is settled."""
+    jobs = Queue(connection=redis_py.Redis.from_url(jobs_url(server)))
+    queue.enqueue(add)
+    queue.enqueue(add, retry=Retry(1))
+    [plain, retried] = claim(queue, n=2)
+    runs = [
+        settlement(*plain),
+        settlement(*retried, result_type="failed", rule="retry"),
+    ]
+    command = microq._settle_command(jobs.prefix, runs, seconds=10)
+    permit(denial)
+    for _ in range(2):
+        with pytest.raises(redis_py.exceptions.ResponseError):
+            microq._execute(jobs.connection, command)
+        assert stats_of(redis) == counted
+        assert float(redis.hget(f"{Q}stats", "seconds") or 0) == 5 * sum(counted)
+    permit("+@all")
+    microq._execute(jobs.connection, command)
+    assert stats_of(redis) == (1, 0, 1)
+    assert float(redis.hget(f"{Q}stats", "seconds")) == 10
+
+
 def test_figures_of_a_queue_do_not_grow(redis, queue):
     """The first run of a minute forgets all minutes but those of an hour."""
     minute = int(server_time(redis) // 60)
