@@ -7578,8 +7578,6 @@ class _Slot(ctypes.Structure):
 
     def request_stop(self, job: _CurrentJob) -> None:
         """Have the loop end this job by StopRequested, if it still runs here."""
-        if self.state != _SlotState.RUNNING:
-            return
         started_at = self.started_at
         current = self.current_job()  # after that: the time is not that of a later job
         if current and current.key == job.key:
@@ -7608,7 +7606,7 @@ class _SharedState(ctypes.Structure):
         ("oldest_held_claim", ctypes.c_uint64),  # no job of an earlier claim is held
         ("batch_size", ctypes.c_uint64),  # how many jobs to claim at once
         ("turns", ctypes.c_uint64),  # grows while it makes progress outside of jobs
-        ("webhook_deadline", ctypes.c_double),  # of the request; 0: it makes none
+        ("webhook_deadline", ctypes.c_double),  # of its last request
         ("runs", ctypes.c_uint64),  # how many jobs it has run
         ("succeeded", ctypes.c_uint64),
         ("failed", ctypes.c_uint64),
@@ -8031,16 +8029,13 @@ class _WorkLoop(_Loop):
 
     def _release_rest(self) -> None:
         """Release what was claimed, and is not run since the loop ends."""
-        if self.claimed:
-            self._release_claimed()
-            self._settle_and_claim(claim=False)
-            self._send_webhooks_due()
-            self._relay_messages()
+        self._release_claimed()
+        self._settle_and_claim(claim=False)
+        self._send_webhooks_due()
+        self._relay_messages()
 
     def _phase_after(self) -> _Phase:
         """Return the phase after the end of the loop: whether a new process goes on."""
-        if self._job_limit_reached():
-            return _Phase.ENDED
         return _Phase.REPLACE if self._process_limit_reached() else _Phase.ENDED
 
     def leave_when_idle(self) -> None:
@@ -8301,7 +8296,7 @@ class _WorkLoop(_Loop):
     def _send_webhooks_due(self) -> None:
         """Send webhooks.  They may take long, so first release what is claimed, and
         wait for the reply to the request, which may bring more jobs and webhooks."""
-        while self.pending_webhooks and (self.claimed or self.request):
+        while self.pending_webhooks and self.claimed:
             self._release_claimed()
             self._settle_and_claim(claim=False)
         webhooks = self.pending_webhooks
@@ -8327,8 +8322,6 @@ class _WorkLoop(_Loop):
             if hook.job_status == status:
                 self.shared.webhook_deadline = time.monotonic() + hook.timeout
                 _send_webhook(hook, execution, payload)
-                self.shared.make_progress()
-                self.shared.webhook_deadline = 0
 
     # The end
 
@@ -8340,8 +8333,8 @@ class _WorkLoop(_Loop):
         nothing.  A job that still runs will run again."""
         runs = [run for group in self._requested_runs() for run in group]
         runs += self.unsettled
-        ended = {id(execution) for execution, _ in runs}
-        runs += [run for run in self._interrupted_runs() if id(run[0]) not in ended]
+        # Last: of two outcomes of a run, the server takes the first one.
+        runs += self._interrupted_runs()
         self.claimed.clear()
         self.unsettled = []
         self.to_release = []
@@ -8392,7 +8385,7 @@ class _SerialLoop(_WorkLoop):
             # run.
             if not self.claimed:
                 self._send_request(claim)
-                next_due = min(next_due, self._read_reply())
+                next_due = self._read_reply()
             if self.claimed:
                 self._send_request(claim)
             self._publish_what_is_held()
@@ -8460,10 +8453,7 @@ class _SerialLoop(_WorkLoop):
         while self.claimed and not shared.stop_requested:
             if shared.runs >= shared.run_limit:
                 break
-            execution = self._next_execution()
-            if execution is None:
-                break
-            run = self._run_job(execution)
+            run = self._run_job(self._next_execution())
             self._on_ended(run)
             _, outcome = run
             if outcome.seconds > longest:
@@ -8478,11 +8468,11 @@ class _SerialLoop(_WorkLoop):
         if shared.runs + STANDBY_BEFORE >= shared.run_limit and not shared.has_standby:
             self.supervisor_wakeup.set()  # so that it forks the standby child now
 
-    def _next_execution(self) -> Execution | None:
-        """Return what is to run now; None if the batch watchdog has released it."""
+    def _next_execution(self) -> Execution:
+        """Return what is to run now, and tell the supervisor."""
+        # With the lock: the batch watchdog must not take the job for one that has been
+        # running since the job before it began.
         with self.lock:
-            if not self.claimed:
-                return None
             self.running = self.claimed.popleft()
             self._publish(self.running, self.slot)
             if self.instance.forking and self.shared.batch_size == 1:
@@ -8521,10 +8511,6 @@ class _SerialLoop(_WorkLoop):
             shared.batch_size = max(1, size // 2)
         elif size >= shared.batch_size and seconds < SETTLE_AFTER / 2:
             shared.batch_size = min(2 * size, MAX_BATCH)
-
-    def _release_claimed(self) -> None:
-        with self.lock:
-            super()._release_claimed()
 
     def stop_job(self, job: _CurrentJob, grace: float) -> None:
         """Stop a job that runs; for another thread."""
@@ -8586,7 +8572,7 @@ class _SerialLoop(_WorkLoop):
 
     def _holds_others(self) -> bool:
         """Return whether anything is held beside the job that runs."""
-        return bool(self.claimed or self.to_release or self.unsettled or self.request)
+        return bool(self.claimed or self.unsettled or self.request)
 
     def _batches_are_over(self, now: float) -> bool:
         """Return whether the watchdog has nothing to do, and the last job began a
@@ -8641,11 +8627,10 @@ class _SerialLoop(_WorkLoop):
         return self.blocking_connection.pop(seconds, [self.wakeup], *commands)
 
     def _take_back_claim(self) -> None:
-        """If the loop is to pause or stop, release what a claim that was sent along
-        with BLPOP, and not answered, may hold: by a request in its place, which the
-        next _read_reply() sends."""
-        stopped = self.shared.stop_requested or self.shared.suspended
-        if stopped and self.request and self.request.claim_limit:
+        """If the loop is to pause, release what a claim that was sent along with BLPOP,
+        and not answered, may hold: by a request in its place, which the next
+        _read_reply() sends."""
+        if self.shared.suspended and self.request:
             self.request = _Request((self.instance.release_all_command(),), [], [])
 
     # The end
@@ -8768,13 +8753,12 @@ def _log_settled(execution: Execution, outcome: Outcome, status: str) -> None:
         log.warning(text, job.origin, job.id, extra=fields)
         return
     level = logging.ERROR if outcome.type is ResultType.FAILED else logging.INFO
-    if log.isEnabledFor(level):
-        text = _describe_outcome(execution, outcome, status)
-        event = _EVENTS[outcome.type]
-        if status == "failed" and event == "retried":
-            event = "failed"  # it has no retries left
-        fields = _log_fields(execution, event, outcome.seconds)
-        log.log(level, text, extra=fields)
+    text = _describe_outcome(execution, outcome, status)
+    event = _EVENTS[outcome.type]
+    if status == "failed" and event == "retried":
+        event = "failed"  # it has no retries left
+    fields = _log_fields(execution, event, outcome.seconds)
+    log.log(level, text, extra=fields)
 
 
 _OUTCOME_PHRASES = {

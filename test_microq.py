@@ -874,6 +874,10 @@ def jobs_held():
     return len(queue.started_job_registry), queue.job_ids
 
 
+def status_of_this_job():
+    return str(get_current_job().get_status(refresh=False))
+
+
 def status_of(id):
     return str(get_current_job().queue.fetch_job(id).get_status())
 
@@ -895,6 +899,10 @@ def finished_count():
     return len(get_current_job().queue.finished_job_registry)
 
 
+def sleep_as_long_as_said(job, *details):
+    time.sleep(job.meta["seconds"])
+
+
 def sleep_15_ms(*details):
     time.sleep(0.015)
 
@@ -905,6 +913,13 @@ RUN_ORDER: list[int] = []
 def append_to_run_order(number):
     RUN_ORDER.append(number)
     time.sleep(5e-5)
+
+
+EVENTS: list[str] = []
+
+
+def note_run():
+    EVENTS.append("run")
 
 
 SENT: Counter = Counter()
@@ -924,6 +939,13 @@ def wait_to_go_on():
 BEFORE_END = []
 
 
+IS_NEEDED, GO_BACK = threading.Event(), threading.Event()
+
+
+def wait_until_needed():
+    assert IS_NEEDED.wait(30)
+
+
 def wait_for_event():
     """Wait for the event of the test, in the same process."""
     [event] = BEFORE_END
@@ -933,6 +955,14 @@ def wait_for_event():
 def wait_for_file(path):
     Path(path).write_text(str(os.getpid()))
     wait_until(Path(f"{path}.go").exists, 60)
+    return "gone on"
+
+
+def wait_in_turn(folder):
+    """Wait for a file of this run's number, in the sight of the test."""
+    number = len(list(Path(folder).glob("*.here")))
+    Path(folder, f"{number}.here").touch()
+    wait_until(Path(folder, f"{number}.go").exists, 60)
     return "gone on"
 
 
@@ -1187,6 +1217,18 @@ def pause_server(milliseconds):
 def spoil_results():
     job = get_current_job()
     job.connection.set(f"{job.key}:results", "x")
+
+
+def lose_the_job():
+    job = get_current_job()
+    job.connection.hdel(f"{job.queue.prefix}started", job.id)
+
+
+def enqueue_first_and_sleep(name, number, seconds):
+    """Enqueue in another queue a job that notes its number, and sleep."""
+    queue = get_current_job().queue
+    Queue(name, queue.connection).enqueue(append_to_run_order, number)
+    time.sleep(seconds)
 
 
 def spoil_record():
@@ -4996,6 +5038,12 @@ def test_the_current_job_is_known_inside_a_job_only(queue, run):
     assert job.get_meta() == {"k": "v"}
 
 
+def test_a_job_knows_without_a_look_that_it_runs(queue, run):
+    job = queue.enqueue(status_of_this_job)
+    run()
+    assert job.return_value() == "started"
+
+
 def test_a_job_that_exits_fails_and_its_worker_lives(queue, run):
     jobs = [queue.enqueue(sys_exit), queue.enqueue(add, 1)]
     run()
@@ -5079,6 +5127,14 @@ def test_a_run_whose_large_result_is_dropped_is_held_until_it_is_settled(
         redis.config_set("client-query-buffer-limit", 1 << 30)
     assert job.is_failed
     assert held == [True, True]
+
+
+def test_a_lost_run_is_not_counted(redis, queue):
+    worker = SimpleWorker(queue)
+    job = queue.enqueue(lose_the_job)
+    work(worker)
+    assert worker.successful_job_count == 0
+    redis.delete(job.key)
 
 
 def test_a_result_that_cannot_be_stored_may_be_one_without_a_repr(queue, run):
@@ -5863,7 +5919,20 @@ def test_a_worker_of_several_queues_keeps_their_order(redis, monkeypatch):
     low.delete()
 
 
-def test_a_worker_stops_after_its_limits(redis, queue):
+def test_a_job_of_an_earlier_queue_runs_before_the_rest_of_a_batch(redis, monkeypatch):
+    monkeypatch.setattr(microq, "SETTLE_AFTER", 0.3)
+    monkeypatch.setattr(microq, "SLOW_JOB_AFTER", 5)
+    monkeypatch.setattr(sys.modules[__name__], "RUN_ORDER", [])
+    low = Queue("low", redis)
+    low.enqueue_many([Queue.prepare_data(add)] * 3)  # the next batch has four jobs
+    low.enqueue(enqueue_first_and_sleep, "high", 0, 0.4)
+    low.enqueue_many([Queue.prepare_data(append_to_run_order, (i,)) for i in (1, 2, 3)])
+    work([Queue("high", redis), low])
+    assert RUN_ORDER == [0, 1, 2, 3]
+
+
+def test_a_worker_stops_after_its_limits(redis, queue, monkeypatch):
+    monkeypatch.setattr(microq._BlockingConnection, "BLPOP_TIMEOUT", 600)
     jobs = [queue.enqueue(add) for _ in range(3)]
     assert SimpleWorker(queue).work(max_jobs=2, logging_level=None)
     assert len(queue) == 1
@@ -5976,6 +6045,41 @@ def test_a_worker_that_ends_tells_of_jobs_that_it_settles_last(
     assert {str(each.get_status()) for each in behind} == {"queued"}
 
 
+@pytest.mark.parametrize("before", [0, 3])
+def test_a_worker_that_is_to_end_runs_and_claims_no_more(queue, monkeypatch, before):
+    """SIGTERM comes in the only job that is held, or in the middle of a batch."""
+    stopping = []
+    claim_command = microq._Instance.claim_command
+
+    def note(instance, *details):
+        stopping.append(instance.shared.stop_requested)
+        return claim_command(instance, *details)
+
+    monkeypatch.setattr(microq._Instance, "claim_command", note)
+    monkeypatch.setattr(microq, "SETTLE_AFTER", 5)
+    for _ in range(before):
+        queue.enqueue(add)
+    job = queue.enqueue(kill_self, signal.SIGTERM)
+    behind = [queue.enqueue(add) for _ in range(8)]
+    SimpleWorker(queue).work(logging_level=None)
+    assert job.is_finished
+    assert queue.job_ids == [each.id for each in behind]
+    assert stopping and not any(stopping)
+
+
+def test_a_worker_that_is_to_end_waits_for_no_more_work(queue, monkeypatch):
+    """Though it is told so just before it waits."""
+    block = microq._SerialLoop._block
+
+    def stop_and_block(loop, seconds):
+        loop.shared.stop_requested = True
+        loop.wakeup.set()
+        return block(loop, seconds)
+
+    monkeypatch.setattr(microq._SerialLoop, "_block", stop_and_block)
+    assert not SimpleWorker(queue).work(logging_level=None)
+
+
 def test_a_worker_works_more_than_once(queue):
     worker = Worker(queue)
     seconds = 0.0
@@ -6000,6 +6104,80 @@ def test_tiny_jobs_are_claimed_ahead_of_a_batch_that_runs(queue, monkeypatch):
     claimed = Counter(execution for execution, _ in runs)
     assert any(count > claimed[execution] for execution, count in runs)
     assert all(count <= 2 * microq.MAX_BATCH for _, count in runs)
+
+
+def test_the_next_batch_is_claimed_while_jobs_run(queue, monkeypatch):
+    """The reply to this claim is read when these have ended."""
+    monkeypatch.setattr(microq, "SETTLE_AFTER", 5)
+    monkeypatch.setattr(microq, "SLOW_JOB_AFTER", 5)
+    monkeypatch.setattr(sys.modules[__name__], "EVENTS", [])
+    send_packed, read_replies = microq._send_packed, microq._read_replies
+
+    def send(wire, commands):
+        EVENTS.append("send")
+        send_packed(wire, commands)
+
+    def read(raw, count):
+        EVENTS.append("read")
+        return read_replies(raw, count)
+
+    queue.enqueue_many([Queue.prepare_data(note_run)] * 100)
+    monkeypatch.setattr(microq, "_send_packed", send)
+    monkeypatch.setattr(microq, "_read_replies", read)
+    work(queue)
+    assert "send run" in " ".join(EVENTS)
+
+
+def test_no_claim_is_sent_ahead_once_one_has_found_too_few_jobs(queue, monkeypatch):
+    claims = []
+    claim_command = microq._Instance.claim_command
+
+    def note(instance, queues, limit, mode):
+        claims.append(f"{mode or 'idle'} {limit}")
+        return claim_command(instance, queues, limit, mode)
+
+    monkeypatch.setattr(microq._Instance, "claim_command", note)
+    monkeypatch.setattr(microq, "SETTLE_AFTER", 5)
+    monkeypatch.setattr(microq, "SLOW_JOB_AFTER", 5)
+    queue.enqueue_many([Queue.prepare_data(add)] * 18)
+    work(queue)
+    assert claims == ["idle 1", "idle 2", "idle 4", "idle 8", "busy 8", "idle 16"]
+
+
+def test_a_claim_is_held_until_the_reply_to_what_settles_it(queue, monkeypatch):
+    """A heartbeat that comes before would have its jobs run again."""
+    monkeypatch.setattr(microq, "SETTLE_AFTER", 5)
+    monkeypatch.setattr(microq, "SLOW_JOB_AFTER", 5)
+    unanswered = []
+    publish = microq._SerialLoop._publish_what_is_held
+
+    def check(loop):
+        publish(loop)
+        for runs in loop.request.runs if loop.request else []:
+            claims = [execution.claim for execution, _ in runs]
+            unanswered.append(min(claims) - loop.shared.oldest_held_claim)
+
+    monkeypatch.setattr(microq._SerialLoop, "_publish_what_is_held", check)
+    queue.enqueue_many([Queue.prepare_data(add)] * 100)
+    work(queue)
+    assert unanswered and min(unanswered) >= 0
+
+
+@pytest.mark.parametrize(
+    ("in_callback", "in_job", "size"),
+    [(0, 0, 8), (0.28, 0, 4), (0.85, 0, 2), (0, 0.45, 1)],
+)
+def test_the_size_of_a_batch_follows_the_time_of_the_one_before(
+    queue, monkeypatch, in_callback, in_job, size
+):
+    monkeypatch.setattr(microq, "SETTLE_AFTER", 0.4)
+    monkeypatch.setattr(microq, "SLOW_JOB_AFTER", 5)
+    queue.enqueue_many([Queue.prepare_data(add)] * 6)  # 1, 2, and 3 of a batch of 4
+    callback = Callback(sleep_as_long_as_said)
+    queue.enqueue(sleep, in_job, meta={"seconds": in_callback}, on_success=callback)
+    jobs = queue.enqueue_many([Queue.prepare_data(jobs_held)] * 8)
+    work(queue)
+    assert jobs[0].return_value()[0] == size
 
 
 def test_a_few_jobs_leave_the_size_of_the_next_batch_as_it_is(queue, monkeypatch):
@@ -6110,6 +6288,106 @@ def test_batch_watchdog_tries_again_after_a_cut_connection(queue, monkeypatch):
     assert all(len(job.results()) == 1 for job in [*jobs, slow, *behind])
 
 
+@pytest.mark.parametrize("held", ["claimed", "unsettled", "requested"])
+def test_a_slow_job_holds_nothing_up(queue, monkeypatch, tmp_path, held):
+    """Neither what was claimed behind it, nor what ran before it, nor what a claim
+    brings that was sent ahead of it."""
+    monkeypatch.setattr(microq, "SETTLE_AFTER", 0.4)
+    monkeypatch.setattr(microq, "SLOW_JOB_AFTER", 0.8 if held == "requested" else 0.05)
+    path = tmp_path / "slow"
+    add_data = Queue.prepare_data(add)
+    slow_data = Queue.prepare_data(wait_for_file, (str(path),))
+    # It is the first or the last of a batch of four jobs, or, behind one that takes
+    # long to call back, the last of a batch of eight.
+    if held == "requested":
+        callback = {"on_success": Callback(sleep_as_long_as_said)}
+        late_data = Queue.prepare_data(add, meta={"seconds": 0.5}, **callback)
+        data = [*[add_data] * 13, late_data, slow_data, *[add_data] * 8]
+    elif held == "unsettled":
+        data = [*[add_data] * 6, slow_data]
+    else:
+        data = [*[add_data] * 3, slow_data, *[add_data] * 3]
+    jobs = queue.enqueue_many(data)
+    slow = data.index(slow_data)
+    with Worker(queue):
+        wait_until(path.exists)
+        wait_until(lambda: all(job.is_finished for job in jobs[:slow]))
+        wait_until(lambda: queue.job_ids == [job.id for job in jobs[slow + 1 :]])
+        assert jobs[slow].is_started
+        Path(f"{path}.go").touch()
+    assert all(len(job.results()) == 1 for job in jobs)
+
+
+def test_a_long_batch_of_short_jobs_is_kept_and_its_watchdog_too(queue, monkeypatch):
+    """The next batch needs no other one."""
+    monkeypatch.setattr(microq, "SETTLE_AFTER", 5)
+    monkeypatch.setattr(microq, "SLOW_JOB_AFTER", 0.4)
+    wait_until(lambda: count_watchdogs() == 0)  # of other tests
+    released = []
+    monkeypatch.setattr(microq._SerialLoop, "_settle_and_release", released.append)
+    data = [Queue.prepare_data(sleep, (seconds,)) for seconds in (0, 0, 0, *[0.15] * 4)]
+    jobs = queue.enqueue_many(data)[3:]
+    with Worker(queue):
+        wait_until(lambda: jobs[-1].is_finished)
+        time.sleep(0.6)
+        assert count_watchdogs() == 1
+    assert released == []
+    assert len({job.results()[0].execution_id for job in jobs}) == 1
+
+
+def test_a_job_that_begins_is_not_taken_for_slow(queue, monkeypatch):
+    """By the time at which the job before it began."""
+    monkeypatch.setattr(microq, "SETTLE_AFTER", 5)
+    monkeypatch.setattr(microq, "SLOW_JOB_AFTER", 0.3)
+    publish = microq._SerialLoop._publish
+
+    def publish_late(loop, execution, slot):
+        if execution.job.id == "first":
+            time.sleep(0.7)
+        publish(loop, execution, slot)
+
+    monkeypatch.setattr(microq._SerialLoop, "_publish", publish_late)
+    queue.enqueue_many([Queue.prepare_data(add)] * 3)
+    jobs = [queue.enqueue(add, job_id="first"), *(queue.enqueue(add) for _ in "234")]
+    work(queue)
+    assert len({job.results()[0].execution_id for job in jobs}) == 1
+
+
+def test_a_single_job_has_no_batch_watchdog(queue):
+    wait_until(lambda: count_watchdogs() == 0)  # of other tests
+    job = queue.enqueue(count_watchdogs)
+    work(queue)
+    assert job.return_value() == 0
+
+
+def test_a_batch_that_comes_when_its_watchdog_ends_has_another_one(
+    queue, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(microq, "SETTLE_AFTER", 5)
+    monkeypatch.setattr(microq, "SLOW_JOB_AFTER", 0.01)
+    path = tmp_path / "slow"
+    is_over = threading.Event()
+    batches_are_over = microq._SerialLoop._batches_are_over
+
+    def end_slowly(loop, now):
+        over = batches_are_over(loop, now)
+        if over and not is_over.is_set():
+            is_over.set()
+            time.sleep(0.5)
+        return over
+
+    monkeypatch.setattr(microq._SerialLoop, "_batches_are_over", end_slowly)
+    with Worker(queue):
+        queue.enqueue_many([Queue.prepare_data(add)] * 15)
+        assert is_over.wait(30)
+        data = [Queue.prepare_data(wait_for_file, (str(path),))]
+        behind = queue.enqueue_many(data + [Queue.prepare_data(add)] * 3)[1:]
+        wait_until(path.exists)
+        wait_until(lambda: queue.job_ids == [job.id for job in behind])
+        Path(f"{path}.go").touch()
+    assert all(job.is_finished for job in behind)
+
+
 def test_a_batch_watchdog_tries_until_the_server_is_there(queue, monkeypatch, tmp_path):
     """Even for longer than it waits for another batch, after pauses that grow."""
     failures = []
@@ -6136,6 +6414,33 @@ def test_a_batch_watchdog_tries_until_the_server_is_there(queue, monkeypatch, tm
         Path(f"{path}.go").touch()
     assert failures[-1] - failures[0] > 0.3
     assert all(len(job.results()) == 1 for job in [slow, *behind])
+
+
+def test_a_batch_watchdog_that_was_successful_tries_at_once_again(
+    queue, monkeypatch, caplog
+):
+    """Its pauses grow from one failure to the next only."""
+    monkeypatch.setattr(microq, "SETTLE_AFTER", 5)
+    monkeypatch.setattr(microq, "SLOW_JOB_AFTER", 0.01)
+    settle_and_release = microq._SerialLoop._settle_and_release
+    failures = iter([True, True, False, True, False])
+
+    def fail_at_times(loop):
+        if next(failures, False):
+            raise redis_py.exceptions.ConnectionError("cut")
+        settle_and_release(loop)
+
+    monkeypatch.setattr(microq._SerialLoop, "_settle_and_release", fail_at_times)
+    for _ in range(2):
+        IS_NEEDED.clear()
+        queue.enqueue_many([Queue.prepare_data(add)] * 3)
+        queue.enqueue(wait_until_needed)
+        behind = [queue.enqueue(add) for _ in range(3)]
+        with Worker(queue):
+            wait_until(lambda: queue.job_ids == [job.id for job in behind])  # noqa: B023
+            IS_NEEDED.set()
+    assert next(failures, None) is None
+    assert caplog.text.count("batch watchdog of") == 1
 
 
 def test_a_batch_is_settled_once_by_its_only_watchdog(queue, monkeypatch):
@@ -6241,6 +6546,51 @@ def test_a_job_that_finds_a_worker_idle_costs_it_no_round_trip_before_it_runs(
         assert job.latest_result(timeout=30).return_value == before > 0
 
 
+def test_an_idle_worker_works_on_though_the_server_has_lost_the_scripts(
+    redis, queue, caplog
+):
+    with Worker(queue):
+        wait_until(lambda: blocked_clients(redis) == 2)
+        redis.script_flush()
+        assert queue.enqueue(add, 1).latest_result(timeout=30).return_value == 1
+    assert "waiting for work" not in caplog.text
+
+
+def test_a_worker_that_may_not_wait_pauses_between_its_claims(server, queue, permit):
+    permit("-blpop")
+    connection = redis_py.Redis.from_url(jobs_url(server))
+    claims = []
+
+    class Loop(microq._SerialLoop):
+        def _claim_limit(self):
+            claims.append(1)
+            return super()._claim_limit()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(microq, "_SerialLoop", Loop)
+        with Worker("default", connection=connection):
+            time.sleep(1)
+            assert len(claims) < 30
+            assert queue.enqueue(add, 1).latest_result(timeout=30).return_value == 1
+
+
+def test_a_claim_that_waited_in_vain_is_not_taken_back(queue, monkeypatch):
+    """That would cost a round trip each time."""
+    monkeypatch.setattr(microq._BlockingConnection, "BLPOP_TIMEOUT", 0.02)
+    blocks, taken_back = [], []
+    block = microq._SerialLoop._block
+
+    def count(loop, seconds):
+        blocks.append(1)
+        return block(loop, seconds)
+
+    monkeypatch.setattr(microq._SerialLoop, "_block", count)
+    monkeypatch.setattr(microq._Instance, "release_all_command", taken_back.append)
+    with Worker(queue):
+        wait_until(lambda: len(blocks) > 5)
+    assert not taken_back
+
+
 def test_a_frozen_idle_worker_takes_no_job_from_others(queue, start_worker):
     frozen = start_worker("--lease", "0.5")
     wait_until(lambda: Worker.count(queue.connection) == 1)
@@ -6267,6 +6617,7 @@ def test_an_idle_worker_in_either_place_takes_delayed_jobs_on_time(
     for fork in (True, False):
         code = f"""
 import redis, microq
+microq._BlockingConnection.BLPOP_TIMEOUT = 600
 connection = redis.Redis.from_url({server.url!r})
 worker = microq.Worker("default", connection=connection, fork={fork}, lease=600)
 worker.work(max_jobs=3, with_scheduler=True)
@@ -6326,6 +6677,41 @@ def test_connections_that_are_cut_do_not_stop_a_worker(redis, queue):
             time.sleep(0.1)
             redis.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
             assert queue.enqueue(add, 1).latest_result(timeout=30).return_value == 1
+
+
+@pytest.mark.parametrize("trouble", ["cut", "away", "refuses"])
+def test_a_large_result_is_not_given_up_for_trouble_that_passes(
+    queue, monkeypatch, trouble
+):
+    """It is given up only if its connection was cut five times, while others work."""
+    loops = []
+    on_ended, read_replies = microq._SerialLoop._on_ended, microq._read_replies
+    left = {"cut": 4, "away": 14, "refuses": 7}
+    began = time.monotonic()
+
+    def note(loop, run):
+        loops.append(threading.current_thread())
+        on_ended(loop, run)
+
+    def fail(raw, count):
+        # The loop settles a run and claims by two commands, and sends a PING alone.
+        is_of_loop = threading.current_thread() in loops
+        if is_of_loop and left[trouble] and (count == 2 or trouble == "away"):
+            left[trouble] -= 1
+            raw.disconnect()
+            if trouble == "refuses":
+                raise redis_py.exceptions.ResponseError("refused")
+            raise redis_py.exceptions.ConnectionError("cut")
+        return read_replies(raw, count)
+
+    monkeypatch.setattr(microq._SerialLoop, "_on_ended", note)
+    monkeypatch.setattr(microq, "_read_replies", fail)
+    job = queue.enqueue(return_large)
+    with Worker(queue, lease=0.9):
+        wait_until(lambda: not left[trouble] and not job.is_started)
+    assert left[trouble] == 0
+    assert job.is_finished
+    assert time.monotonic() - began > 0.3
 
 
 def test_a_server_that_pauses_is_waited_for(redis, queue, start_worker):
@@ -8561,6 +8947,98 @@ def test_second_sigterm_requeues_the_current_job(
     assert 1 < seconds < 60
 
 
+def test_a_second_signal_while_no_job_runs_is_no_error(
+    server, redis, queue, start_worker, permit, tmp_path
+):
+    """Here it comes while the outcome of the last job is refused."""
+    path = tmp_path / "log"
+    worker = start_worker("--url", jobs_url(server), "--in-process")
+    queue.enqueue(append_twice, str(path), 0.2)
+    wait_until(path.exists)
+    permit("-eval", "-evalsha")
+    wait_for_refusals(redis, 3)
+    worker.terminate()
+    read_log_until(worker, "finishing the current job")
+    time.sleep(1.1)
+    worker.terminate()
+    log = worker.communicate(timeout=30)[1]
+    assert worker.returncode == 1
+    assert "cold shutdown" in log and "Traceback" not in log
+    permit("+@all")
+
+
+def interrupt_loop(monkeypatch, name, condition):
+    """Have a method of the work loop raise what a second signal raises, once, before
+    the call for which the condition holds."""
+    method = getattr(microq._SerialLoop, name)
+    raised = []
+
+    def raise_once(loop, *args):
+        if not raised and condition(loop, *args):
+            raised.append(1)
+            raise microq._ColdShutdown
+        return method(loop, *args)
+
+    monkeypatch.setattr(microq._SerialLoop, name, raise_once)
+
+
+@pytest.mark.parametrize(
+    ("method", "condition"),
+    [
+        ("_next_execution", lambda loop: loop.unsettled),
+        ("_execute_until_answered", lambda loop, request: request.runs),
+    ],
+    ids=["between jobs", "while it is settled"],
+)
+def test_a_job_that_has_ended_is_settled_at_a_second_signal(
+    queue, monkeypatch, method, condition
+):
+    interrupt_loop(monkeypatch, method, condition)
+    monkeypatch.setattr(microq, "SETTLE_AFTER", 5)
+    jobs = [queue.enqueue(add) for _ in range(3)]
+    work(queue)
+    ended = [job for job in jobs if job.is_finished]
+    assert [job.is_queued for job in jobs if job not in ended] == [True] * (
+        3 - len(ended)
+    )
+    assert len(ended) == (2 if method == "_next_execution" else 1)
+
+
+def test_a_job_whose_end_is_not_noted_counts_as_begun(queue, monkeypatch):
+    interrupt_loop(monkeypatch, "_on_ended", lambda loop, run: True)
+    job = queue.enqueue(add, max_crashes=0)
+    work(queue)
+    assert job.is_failed
+    assert "shut down" in job.exc_info
+
+
+@pytest.mark.parametrize("is_at_work", [True, False])
+def test_the_batch_watchdog_does_nothing_after_the_sign_off(
+    redis, queue, monkeypatch, is_at_work
+):
+    """It ends what it does before that; a release by it would be a new lease."""
+    monkeypatch.setattr(microq, "SETTLE_AFTER", 5)
+    monkeypatch.setattr(microq, "SLOW_JOB_AFTER", 0.1)
+    interrupt_loop(monkeypatch, "_on_ended", lambda loop, run: run[0].job.id == "last")
+    settle_and_release = microq._SerialLoop._settle_and_release
+
+    def release_slowly(loop):
+        IS_NEEDED.set()
+        time.sleep(0.5)
+        settle_and_release(loop)
+
+    if is_at_work:
+        monkeypatch.setattr(microq._SerialLoop, "_settle_and_release", release_slowly)
+    IS_NEEDED.clear()
+    queue.enqueue_many([Queue.prepare_data(add)] * 3)
+    last = queue.enqueue(wait_until_needed if is_at_work else add, job_id="last")
+    behind = [queue.enqueue(add) for _ in range(3)]
+    work(queue)
+    wait_until(lambda: count_watchdogs() == 0)
+    assert sorted(queue.job_ids) == sorted(job.id for job in [last, *behind])
+    assert not redis.exists(Q + "workers")
+
+
 def test_a_third_signal_leaves_the_sign_off_alone(redis, queue, start_worker, tmp_path):
     """What an impatient user sends must not break off the settling of the job."""
     worker = start_worker("--in-process")
@@ -9094,6 +9572,7 @@ def test_suspended_workers_start_no_jobs(redis, queue, start_worker, place):
         read_log_until(worker, "suspended")
         wait_until(lambda: blocked_clients(redis) == 1)
         time.sleep(0.1)
+        assert blocked_clients(redis) == 1  # it takes no wake token
         job = queue.enqueue(add, 1)
         assert job.latest_result(timeout=0.5) is None
         assert job.is_queued
@@ -9104,6 +9583,31 @@ def test_suspended_workers_start_no_jobs(redis, queue, start_worker, place):
         assert not is_suspended(redis)
         wait_until(lambda: blocked_clients(redis) == 2)
     assert "trying again" not in stop_and_read_log(worker)
+
+
+def test_a_job_that_comes_while_a_worker_is_being_suspended_waits(
+    redis, queue, monkeypatch
+):
+    """The claim that waited for work would take it, if it were sent again."""
+    jobs, blocks = [], []
+    block = microq._SerialLoop._block_or_log
+
+    def block_then_enqueue(loop, until):
+        blocks.append(1)
+        replies = block(loop, until)
+        if loop.shared.suspended and not jobs:
+            jobs.append(queue.enqueue(add))
+            blocks.clear()
+        return replies
+
+    monkeypatch.setattr(microq._SerialLoop, "_block_or_log", block_then_enqueue)
+    with Worker(queue):
+        wait_until(lambda: blocked_clients(redis) == 2)
+        suspend(redis)
+        wait_until(lambda: jobs and blocks)
+        assert jobs[0].is_queued
+        resume(redis)
+        wait_until(lambda: jobs[0].is_finished)
 
 
 def test_work_is_suspended_though_a_worker_has_just_died(redis, queue):
