@@ -263,6 +263,7 @@ import random
 import re
 import secrets
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -640,6 +641,11 @@ def _make_printable(record: logging.LogRecord) -> bool:
 log.addFilter(_make_printable)
 
 
+def _plural(count: int, noun: str) -> str:
+    """Return a count with its noun, as in "1 job" and "2,000 jobs"."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 # Times and durations.
 
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}  # in seconds
@@ -991,7 +997,7 @@ class _Option:
                 the job's _EnqueueRequest, or is its id
     flag      - of the command `enqueue`, as in "--ttl S"; without a metavar: True
     repeated  - whether the flag may be given several times, for a list of values, no
-    flag_help - for --help, `doc`
+    flag_help - for --help, made of `doc`
     no_flag   - the reason, if it has no flag
 
     As an attribute of Job an option reads its value from the job's hash."""
@@ -1014,7 +1020,8 @@ class _Option:
         self.stored = stored
         self.flag = flag
         self.repeated = repeated
-        self.flag_help = flag_help or doc
+        text, _, shown_default = doc.rpartition(", ")
+        self.flag_help = flag_help or f"{text}; default: {shown_default}"
         self.no_flag = no_flag
 
     def __get__(self, job: Any, owner: Any = None) -> Any:
@@ -1127,7 +1134,7 @@ _OPTIONS = {
             'seconds it may run, or "5m"; -1 for no limit, the queue\'s default',
             default=DEFAULT_TIMEOUT,
             keyword="job_timeout", flag="--job-timeout --timeout S",
-            flag_help="seconds it may run, or 5m, 2h, 1d; -1 for no limit, 180",
+            flag_help="seconds it may run, or 5m, 2h, 1d; -1: no limit; default: 180",
         ),
         _DurationOption(
             "result_ttl", (-1, 0),
@@ -1172,6 +1179,8 @@ _OPTIONS = {
             "max_crashes", int,
             "how often to run it again after its worker died, 2; 0: at most once",
             at_least=0, default=MAX_CRASHES, flag="--max-crashes N",
+            flag_help="how often to run it again after its worker died; 0: at most "
+            "once; default: 2",
         ),
         _Option(
             "depends_on", Dependency,
@@ -15745,14 +15754,14 @@ def _ids_command(container: _JobContainer[Any], offset: int, count: int) -> Comm
 
 
 def _read_page(
-    site: _Site, container: _JobContainer[Any], page: int
+    site: _Site, container: _JobContainer[Any], page: int, size: int = _PAGE_SIZE
 ) -> tuple[int, list[_JobOutline]]:
     """Return how many jobs there are, and those of a page.  Two round trips."""
-    offset = (page - 1) * _PAGE_SIZE
-    ids_command = _ids_command(container, offset, _PAGE_SIZE)
+    offset = (page - 1) * size
+    ids_command = _ids_command(container, offset, size)
     total, ids = _execute(site.connection, container.size_command(), ids_command)
     if container.container == "started":  # a hash: all ids come, in no order
-        ids = sorted(ids)[offset : offset + _PAGE_SIZE]
+        ids = sorted(ids)[offset : offset + size]
     queue = Queue(container.name, site.connection)
     return total, site.outlines([(queue, id.decode()) for id in ids])
 
@@ -16123,7 +16132,7 @@ def _jobs_table(
         return _tag("p", "There are no jobs here.", class_="empty")
     rows = []
     for job in jobs:
-        cells = [_job_cell(job), _when_cell(job, now), _took_cell(job, now)]
+        cells = [_job_cell(job), _moment(_main_time(job), now), _took_cell(job, now)]
         if not (where["queue"] and where["state"]):
             cells.insert(1, _join(_badge(job.status), _tag("small", job.queue)))
         if not site.read_only:
@@ -16161,16 +16170,16 @@ def _call(job: _JobOutline, room: int) -> _Markup:
     return _tag("code", parts)
 
 
-def _when_cell(job: _JobOutline, now: float) -> Any:
-    """Return the time that tells most in a state."""
+def _main_time(job: _JobOutline) -> float | None:
+    """Return the time that tells most in a state; None if it is not known."""
     run = job.last_run()
     if job.status == "scheduled":
-        return _moment(job.score, now)
-    if job.status == "started":
-        return _moment(float(job.claimed_at or now), now)
+        return job.score
+    if job.status == "started" and job.claimed_at:
+        return float(job.claimed_at)
     if job.status in _FINAL_CONTAINERS and run:
-        return _moment(run.started_at + run.seconds, now)
-    return _moment(job.enqueued_at, now)
+        return run.started_at + run.seconds
+    return job.enqueued_at
 
 
 def _took_cell(job: _JobOutline, now: float) -> Any:
@@ -16558,7 +16567,7 @@ def _describe_all(site: _Site, action: str, where: dict[str, str]) -> str:
     if where["find"]:
         count = len(_search(site, [container], where["find"]))
     state = where["state"].replace("_", " ")
-    text = f"all {count:,} {state} jobs of {where['queue']}"
+    text = f"all {_plural(count, f'{state} job')} of {where['queue']}"
     if where["find"]:
         text += f" with “{where['find']}” in the name"
     return text
@@ -16615,18 +16624,19 @@ def _act_on_list(site: _Site, fields: dict[str, str]) -> dict[str, str]:
 
 def _move_jobs(
     site: _Site, container: _JobContainer[Any], ids: Sequence[str], to: str
-) -> None:
-    """Move those of the jobs that are still in the container."""
+) -> int:
+    """Move those of the jobs that are still in the container; return how many."""
     commands = []
     for id in ids:
         call_id = secrets.token_hex(4)
         commands.append(
             _transition_command(container.prefix, id, container.container, to, call_id)
         )
-    messages: list[Message] = []
-    for reply in _execute(site.connection, *commands):
-        messages += _TransitionReply.parse(reply).messages
-    _relay(site.connection, messages)
+    replies = [
+        _TransitionReply.parse(reply) for reply in _execute(site.connection, *commands)
+    ]
+    _relay(site.connection, [each for reply in replies for each in reply.messages])
+    return [reply.was for reply in replies].count(container.container)
 
 
 # The frame of a page.
@@ -17439,7 +17449,8 @@ def _check_workers(patient: _Patient) -> Iterator[_Trouble]:
     for state in snapshot.queues:
         waiting = state.counts["queued"] + state.counts["scheduled"]
         if waiting and state.name not in served:
-            text = f"{waiting:,} jobs of {state.name} wait, and no worker serves it"
+            jobs = _plural(waiting, "job")
+            text = f"no worker serves {state.name}, which has {jobs} waiting"
             yield _Trouble(text, f"{_PROGRAM} worker {state.name}")
     if snapshot.suspended:
         yield _Trouble("workers are suspended", f"{_PROGRAM} resume")
@@ -17465,7 +17476,8 @@ def _check_schedules(patient: _Patient) -> Iterator[_Trouble]:
     counts = _execute(patient.connection, *commands) if commands else []
     for queue, count in zip(patient.queues, counts, strict=True):
         if count:
-            text = f"{count:,} scheduled jobs of {queue.name} are a minute late"
+            jobs = _plural(count, "scheduled job")
+            text = f"a minute late in {queue.name}: {jobs}"
             yield _Trouble(text, f"{_PROGRAM} worker {queue.name} --with-scheduler")
 
 
@@ -17473,8 +17485,8 @@ def _check_cron(patient: _Patient) -> Iterator[_Trouble]:
     for stored in _read_cron(patient.connection, patient.queues):
         latest = max(stored.schedulers.values(), default=0.0)
         if stored.entries and stored.now - latest > 60:
-            text = f"nobody runs the {len(stored.entries)} cron entries of "
-            text += stored.queue.name
+            text = f"nobody runs the cron entries of {stored.queue.name}"
+            text += f" ({len(stored.entries)})"
             remedy = f"{_PROGRAM} worker {stored.queue.name} --with-scheduler"
             yield _Trouble(text, remedy)
 
@@ -17493,7 +17505,8 @@ def _check_started(patient: _Patient) -> Iterator[_Trouble]:
             if token.partition(b" ")[0].rpartition(b".")[0] not in names
         ]
         if lost:
-            text = f"{len(lost):,} started jobs of {queue.name} have no worker, as "
+            jobs = _plural(len(lost), "started job")
+            text = f"{jobs} of {queue.name} without a worker, as "
             yield _Trouble(text + lost[0], f"{_PROGRAM} job {lost[0]}, and delete it")
 
 
@@ -17549,7 +17562,7 @@ def _check_failures(patient: _Patient) -> Iterator[_Trouble]:
             func.decode(errors="replace").removesuffix("()") for func in funcs if func
         )
         most = [f"{count:,} {name}" for name, count in names.most_common(5)]
-        text = f"{state.counts['failed']:,} jobs of {queue.name} failed"
+        text = f"{_plural(state.counts['failed'], 'job')} of {queue.name} failed"
         remedy = f"{_PROGRAM} requeue --queue {queue.name} --all"
         yield _Trouble(f"{text}: {', '.join(most)}", remedy)
 
@@ -17567,7 +17580,8 @@ def _sizes(connection: Any, queues: Sequence[Queue]) -> Iterator[str]:
             return
         each = sum(filter(None, sizes)) / len(keys)
         total = each * sum(counts)
-        yield f"{queue.name}: {sum(counts):,} jobs, about {total / 1e6:,.1f} MB"
+        jobs = _plural(sum(counts), "job")
+        yield f"{queue.name}: {jobs}, about {total / 1e6:,.1f} MB"
 
 
 # ---- 21. Command line ----------------------------------------------------------------
@@ -17579,7 +17593,7 @@ def _sizes(connection: Any, queues: Sequence[Queue]) -> Iterator[str]:
 #
 # Invariants: flags beat the environment, which beats the config module.  An error is
 # one line on stderr.  Text that comes from Redis is printed through _printable(), since
-# it may hold codes that control the terminal.  Uses sections 1 to 16.
+# it may hold codes that control the terminal.  Uses sections 1 to 16, 19 and 20.
 
 # Options of redis.Redis, which the config module or the environment gives as REDIS_HOST
 # and so on; and keys that the dict SENTINEL of the config module may have.  Both as in
@@ -17673,13 +17687,48 @@ def _queue_of(options: argparse.Namespace, name: str) -> Queue:
     return queue_class(name, **_given(options, "connection", "serializer", "job_class"))
 
 
+# What the commands print.
+
+
+def _server_flags(options: argparse.Namespace) -> str:
+    """Return the flags that have named the server, for _hint(); without a password."""
+    flags = []
+    if options.url:
+        flags += ["--url", re.sub(r"(//[^/@]*:)[^/@]*@", r"\1***@", options.url)]
+    if options.cluster:
+        flags.append("--cluster")
+    if options.embedded is not None:
+        flags.append(f"--embedded={options.embedded}".rstrip("="))
+    if options.config:
+        flags += ["--config", options.config]
+    return "".join(f" {shlex.quote(flag)}" for flag in flags)
+
+
+def _hint(text: str, options: argparse.Namespace) -> str:
+    """Return text in which the commands name the server that was given, so that they
+    can be copied."""
+    command = re.compile(rf"{re.escape(_PROGRAM)} [\w-]+")
+    return command.sub(lambda match: match[0] + options.server_flags, text)
+
+
+def _check_queues_exist(options: argparse.Namespace) -> list[str]:
+    """Return the names of all queues, or raise ValueError if one that is named is none
+    of them."""
+    existing = [queue.name for queue in Queue.all(options.connection)]
+    if unknown := sorted({*options.queues} - {*existing}):
+        names = ", ".join(existing) or "none"
+        raise ValueError(f"no queue {', '.join(unknown)}; there are: {names}")
+    return existing
+
+
 # What the commands do.  Each returns its exit status, or None for 0.
 
 
 def _cmd_worker(options: argparse.Namespace) -> None:
     """Run a worker; with --num-workers, a pool of them."""
     if is_suspended(options.connection):
-        raise MicroqError(f"workers are suspended; to go on: {_PROGRAM} resume")
+        text = f"workers are suspended; to go on: {_PROGRAM} resume"
+        raise MicroqError(_hint(text, options))
     if options.num_workers not in (None, 1):
         _cmd_worker_pool(options)
     else:
@@ -17803,10 +17852,122 @@ def _cmd_enqueue(options: argparse.Namespace) -> None:
 
 
 def _cmd_cron(options: argparse.Namespace) -> None:
-    """Run cron for the entries of a config file, until a signal."""
+    """Run cron for the entries of a config file, until a signal; or list entries."""
+    if options.list:
+        _list_cron(options)
+        return
+    if not options.config_path:
+        raise ValueError("name a config file, or give --list")
     scheduler = CronScheduler(**_given(options, "connection", "logging_level", "name"))
     scheduler.load_config_from_file(options.config_path)
     scheduler.start()
+
+
+def _list_cron(options: argparse.Namespace) -> None:
+    """Print the entries of cron that are stored, by name."""
+    queues = Queue.all(options.connection)
+    stored = _read_cron(options.connection, queues)
+    entries = [entry for each in stored for entry in each.load_all()]
+    rows: list[Sequence[Any]] = []
+    for entry in sorted(entries, key=lambda entry: entry.name):
+        when = entry.cron or f"every {entry.interval:g} s"
+        next_tick = _shown_time(entry.next_enqueue_time.timestamp())
+        rows.append([entry.name, entry.queue_name, when, next_tick, entry.func_name])
+    _print_rows(["entry", "queue", "when", "next tick (UTC)", "function"], rows)
+    if not rows:
+        print("no entries of cron")
+
+
+def _shown_time(at: float | None) -> str:
+    """Return a time for a table."""
+    return "" if at is None else f"{_from_timestamp(at):%Y-%m-%d %H:%M:%S}"
+
+
+def _print_rows(titles: Sequence[str], rows: list[Sequence[Any]]) -> None:
+    """Print a table, if it has rows; no cell is cut, since ids are copied from it."""
+    if rows:
+        cells = [[_printable(str(cell)) for cell in row] for row in rows]
+        table = _Table(titles, [*cells])
+        print("\n".join(_format_table(table, len(rows), _Layout())))
+
+
+def _cmd_jobs(options: argparse.Namespace) -> None:
+    """List jobs: up to a limit of each queue and status, those first that come next or
+    came last."""
+    _check_integer("--limit", options.limit, 1, 10**9)
+    _check_queues_exist(options)
+    site = _Site(options.connection, options.queues, read_only=True)
+    statuses = [options.status] if options.status else _CONTAINERS
+    containers = [
+        container
+        for queue in site.queues()
+        for container in queue.containers()
+        if container.container in statuses
+    ]
+    rows: list[Sequence[Any]] = []
+    more = 0
+    for container in containers:
+        total, jobs = _read_page(site, container, 1, options.limit)
+        rows += [_job_row(job) for job in jobs]
+        more += max(0, total - options.limit)
+    _print_rows(["id", "queue", "status", "time (UTC)", "call", "error"], rows)
+    if more:
+        print(f"{more} more; see --limit")
+    if not rows:
+        print(f"no {options.status} jobs" if options.status else "no jobs")
+
+
+def _job_row(job: _JobOutline) -> Sequence[str]:
+    """Return what the command jobs shows of a job."""
+    run = job.last_run()
+    error = "" if run is None or run.has_succeeded else run.last_line()
+    status = job.status
+    if status == "failed" and run and run.type == ResultType.STOPPED.value:
+        status = "stopped"
+    call = f"{job.func}({job.arguments(60)})"
+    return [job.id, job.queue, status, _shown_time(_main_time(job)), call, error]
+
+
+def _for_each_job(
+    options: argparse.Namespace, act: Callable[[Job], Any], done: str
+) -> int:
+    """Call act(job) for the jobs of the ids that were given, and print how many are
+    done; the status is 1 if one of them could not be."""
+    count = 0
+    for id in options.ids:
+        try:
+            act(Job.fetch(id, options.connection))
+            count += 1
+        except (MicroqError, ValueError) as error:
+            print(f"microq: {_error_line(error)}", file=sys.stderr)
+    total = len(options.ids)
+    of_all = "" if count == total else f"{count} of "
+    print(f"{of_all}{_plural(total, 'job')} {done}")
+    return 0 if count == total else 1
+
+
+def _cmd_cancel(options: argparse.Namespace) -> int:
+    """Cancel jobs."""
+
+    def cancel(job: Job) -> None:
+        job.cancel(enqueue_dependents=options.enqueue_dependents)
+
+    return _for_each_job(options, cancel, "canceled")
+
+
+def _cmd_stop(options: argparse.Namespace) -> int:
+    """Stop jobs that run."""
+    grace = _parse_seconds(options.grace, "--grace", (0,))
+
+    def stop(job: Job) -> None:
+        _send_stop(job, grace)
+
+    return _for_each_job(options, stop, "told to stop")
+
+
+def _cmd_delete(options: argparse.Namespace) -> int:
+    """Delete jobs."""
+    return _for_each_job(options, Job.delete, "deleted")
 
 
 def _cmd_empty(options: argparse.Namespace) -> None:
@@ -17816,27 +17977,42 @@ def _cmd_empty(options: argparse.Namespace) -> None:
         names = [queue.name for queue in Queue.all(options.connection)]
     for name in names:
         count = _queue_of(options, name).empty()
-        print(f"{count} jobs removed from {name}")
+        print(f"{_plural(count, 'job')} removed from {name}")
     if not names:
         print("nothing to do; name queues, or give --all")
 
 
 def _cmd_requeue(options: argparse.Namespace) -> int:
-    """Requeue failed jobs of a queue; the status is 1 if one of them could not be."""
-    registry = _queue_of(options, options.queue).failed_job_registry
-    ids = registry.get_job_ids() if options.all else options.ids
-    if not ids:
-        print("nothing to do; name jobs, or --all")
+    """Requeue failed jobs; the status is 1 if one that is named could not be."""
+    if options.ids and options.all:
+        raise ValueError("give ids or --all, not both")
+    if options.all:
+        options.queues = [options.queue] if options.queue else []
+        _requeue_all(options)
         return 0
+    if not options.ids:
+        print("nothing to do; name jobs, or give --all")
+        return 0
+
+    def requeue(job: Job) -> None:
+        if options.queue and options.queue != job.origin:
+            raise NoSuchJobError(f"job {job.id!r} is not there, but in {job.origin!r}")
+        job.failed_job_registry.requeue(job)
+
+    return _for_each_job(options, requeue, "requeued")
+
+
+def _requeue_all(options: argparse.Namespace) -> None:
+    """Requeue all failed jobs of the queues, a thousand in a round trip."""
+    _check_queues_exist(options)
+    site = _Site(options.connection, options.queues, read_only=False)
     count = 0
-    for id in ids:
-        try:
-            registry.requeue(id)
-            count += 1
-        except (NoSuchJobError, InvalidJobOperation, ValueError) as error:
-            print(f"microq: {_printable(str(error))}", file=sys.stderr)
-    print(f"{count} of {len(ids)} jobs requeued")
-    return 0 if count == len(ids) else 1
+    for queue in site.queues():
+        registry = queue.failed_job_registry
+        for ids in _chunks(registry.get_job_ids()):
+            count += _move_jobs(site, registry, ids, "queued")
+    where = "".join(f" in {name}" for name in options.queues)
+    print(f"{_plural(count, 'job')} requeued" if count else f"no failed jobs{where}")
 
 
 def _cmd_web(options: argparse.Namespace) -> int:
@@ -17910,7 +18086,7 @@ def _cmd_doctor(options: argparse.Namespace) -> int:
     connection, names = options.connection, options.queues
     count = 0
     for trouble in _examine(connection, names):
-        print(_printable(f"! {trouble.text}; {trouble.remedy}"))
+        print(_printable(_hint(f"! {trouble.text}; {trouble.remedy}", options)))
         count += 1
     queues = [Queue(name, connection) for name in names] or Queue.all(connection)
     for line in _sizes(connection, queues):
@@ -17923,7 +18099,8 @@ def _cmd_doctor(options: argparse.Namespace) -> int:
 def _cmd_suspend(options: argparse.Namespace) -> None:
     """Have all workers pause."""
     suspend(options.connection, options.duration)
-    print(f"workers start no more jobs; to go on: {_PROGRAM} resume")
+    text = f"workers start no more jobs; to go on: {_PROGRAM} resume"
+    print(_hint(text, options))
 
 
 def _cmd_resume(options: argparse.Namespace) -> None:
@@ -17961,7 +18138,8 @@ def _cmd_demo(options: argparse.Namespace) -> None:
         results = job.results()
         value = results[0].return_value or str(results[0].exc_string).splitlines()[-1]
         text = _printable(str(value))
-        print(f"  {job.get_status():9} {len(results)} run(s)  {text:46} {description}")
+        runs = _plural(len(results), "run")
+        print(f"  {job.get_status():9} {runs:6}  {text:46} {description}")
 
 
 # What the commands take.  Each _add_.. declares one command to argparse.
@@ -18001,10 +18179,10 @@ def _add_worker(commands: Any) -> None:
         "--processes",
         type=int,
         metavar="N",
-        help="how many run at a time, 1",
+        help="how many run at a time; default: 1",
     )
     _add_worker_options(parser)
-    _add_common_options(parser)
+    _add_common_options(parser, [*_CLASS_OPTIONS])
 
 
 def _add_worker_pool(commands: Any) -> None:
@@ -18020,16 +18198,16 @@ def _add_worker_pool(commands: Any) -> None:
         "--processes",
         type=int,
         metavar="N",
-        help="how many at a time, 1",
+        help="how many at a time; default: 1",
     )
     _add_worker_options(parser)
-    _add_common_options(parser)
+    _add_common_options(parser, [*_CLASS_OPTIONS])
 
 
 def _add_worker_options(parser: argparse.ArgumentParser) -> None:
     """Add what worker and worker-pool have in common."""
     add = parser.add_argument
-    add("queues", nargs="*", help="in order of priority; by default 'default'")
+    add("queues", nargs="*", help="in order of priority; default: default")
     add("-b", "--burst", action="store_true", help="stop when the queues are empty")
     add(
         "-s",
@@ -18044,10 +18222,10 @@ def _add_worker_options(parser: argparse.ArgumentParser) -> None:
         "-ds",
         "--dequeue-strategy",
         metavar="WORD",
-        help="default, round_robin or random",
+        help="round_robin or random; default: default, by priority",
     )
     result_ttl = ("--default-result-ttl", "--results-ttl")
-    add(*result_ttl, metavar="S", help="how long to keep results, 500")
+    add(*result_ttl, metavar="S", help="seconds to keep results; default: 500")
     add("--pid", metavar="FILE", help="write the process id there")
     add("--web", metavar="[HOST:]PORT", help="serve the page, too; see the command web")
     _add_log_options(parser)
@@ -18062,36 +18240,41 @@ def _add_limit_options(parser: argparse.ArgumentParser) -> None:
         "--concurrency",
         type=int,
         metavar="N",
-        help="jobs that run at once in each process, 1",
+        help="jobs that run at once in each process; default: 1",
     )
     add(
         "--jobs-per-fork",
         type=int,
         metavar="N",
-        help="replace a process after so many jobs, 1000",
+        help="replace a process after so many jobs; default: 1000",
     )
     add(
         "--lease",
         metavar="S",
-        help="silence after which a worker's jobs are given to others, 15",
+        help="silence after which a worker's jobs are given to others; default: 15",
     )
-    add("--max-jobs", type=int, metavar="N", help="stop after so many")
+    add(
+        "--max-jobs",
+        type=int,
+        metavar="N",
+        help="stop after so many; default: no limit",
+    )
     add(
         "--max-idle-time",
         type=float,
         metavar="SEC",
-        help="stop after so long without any",
+        help="stop after so long without any; default: no limit",
     )
     add(
         "--grace",
         metavar="S",
-        help="give up what still runs so long after SIGTERM; no limit",
+        help="give up what still runs so long after SIGTERM; default: no limit",
     )
     add(
         "--max-memory",
         type=float,
         metavar="MB",
-        help="replace a process that has grown beyond it",
+        help="replace a process that has grown beyond it; default: no limit",
     )
 
 
@@ -18122,9 +18305,9 @@ def _add_log_options(parser: argparse.ArgumentParser) -> None:
     add(
         "-q", "--quiet", action="store_true", help="the same as --logging-level WARNING"
     )
-    formats = "%%(asctime)s %%(message)s; json: an object for each record"
+    formats = "json: an object for each record; default: %%(asctime)s %%(message)s"
     add("--log-format", metavar="FORMAT", help=formats)
-    add("--date-format", metavar="FORMAT", help="%%H:%%M:%%S")
+    add("--date-format", metavar="FORMAT", help="default: %%H:%%M:%%S")
     add(
         "--disable-job-desc-logging",
         action="store_true",
@@ -18136,7 +18319,7 @@ def _add_log_options(parser: argparse.ArgumentParser) -> None:
 def _add_logging_level(parser: argparse.ArgumentParser) -> None:
     """Add the level of the log, in RQ's spellings."""
     names = ("-l", "--logging-level", "--logging_level")
-    parser.add_argument(*names, type=str.upper, metavar="LEVEL", help="INFO")
+    parser.add_argument(*names, type=str.upper, metavar="LEVEL", help="default: INFO")
 
 
 def _add_enqueue(commands: Any) -> None:
@@ -18153,7 +18336,7 @@ def _add_enqueue(commands: Any) -> None:
     by_position = "value, :json, %%literal"
     by_name = "name=value, name:=json, name%%=literal"
     add("arguments", nargs="*", help=f"{by_position}; {by_name}; @file as value")
-    add("-q", "--queue", metavar="NAME", help="default")
+    add("-q", "--queue", metavar="NAME", help="default: default")
     add("--schedule-in", metavar="S", help="run it after so long")
     add(
         "--schedule-at",
@@ -18174,7 +18357,7 @@ def _add_enqueue(commands: Any) -> None:
     )
     add("--durable", action="store_true", help="wait until it is on the server's disk")
     add("--quiet", action="store_true", help="don't print the id")
-    _add_common_options(parser)
+    _add_common_options(parser, ["job_class", "queue_class", "serializer"])
 
 
 def _add_option_flag(parser: argparse.ArgumentParser, option: _Option) -> None:
@@ -18229,9 +18412,9 @@ def _add_web(commands: Any) -> None:
     )  # fmt: skip
     add = parser.add_argument
     add("queues", nargs="*", help="these only; /health tells whether they are served")
-    need = "127.0.0.1; another one needs $MICROQ_WEB_PASSWORD, or --read-only"
-    add("--host", default="127.0.0.1", help=need)
-    add("--port", type=int, default=9181, metavar="N", help="9181")
+    need = "any but the default needs $MICROQ_WEB_PASSWORD, or --read-only; "
+    add("--host", default="127.0.0.1", help=f"{need}default: 127.0.0.1")
+    add("--port", type=int, default=9181, metavar="N", help="default: 9181")
     add("--read-only", action="store_true", help="show all, change nothing")
     _add_common_options(parser)
 
@@ -18259,23 +18442,64 @@ def _add_empty(commands: Any) -> None:
     _add_common_options(parser)
 
 
+def _add_jobs(commands: Any) -> None:
+    parser = _add_command(
+        commands, "jobs", _cmd_jobs, "list jobs", "", "mail low --status failed"
+    )
+    add = parser.add_argument
+    add("queues", nargs="*", help="these only")
+    add("--status", choices=_CONTAINERS, help="of the jobs; default: any")
+    limit = "how many of each queue and status; default: 20"
+    add("--limit", type=int, metavar="N", default=20, help=limit)
+    _add_common_options(parser)
+
+
+def _add_job_action(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], Any], help: str
+) -> argparse.ArgumentParser:
+    """Add a command that does something with the jobs of ids."""
+    parser = _add_command(commands, name, run, help, "5wJ2bQx0TnGh9mYkVd3s1A")
+    parser.add_argument("ids", nargs="+", metavar="ID", help="in whatever queue")
+    return parser
+
+
+def _add_cancel(commands: Any) -> None:
+    help = "have jobs not run, or end if they run"
+    parser = _add_job_action(commands, "cancel", _cmd_cancel, help)
+    what = "run the jobs that depend on them"
+    parser.add_argument("--enqueue-dependents", action="store_true", help=what)
+    _add_common_options(parser)
+
+
+def _add_stop(commands: Any) -> None:
+    help = "have jobs end that run, as stopped"
+    parser = _add_job_action(commands, "stop", _cmd_stop, help)
+    grace = "seconds from the exception in a job to its kill; default: 0, kill at once"
+    parser.add_argument("--grace", metavar="S", default=0, help=grace)
+    _add_common_options(parser)
+
+
+def _add_delete(commands: Any) -> None:
+    help = "delete jobs and their results"
+    _add_common_options(_add_job_action(commands, "delete", _cmd_delete, help))
+
+
 def _add_requeue(commands: Any) -> None:
-    examples = ("--queue mail x7 x8", "--queue mail -a")
+    examples = ("x7 x8", "--queue mail --all", "--all")
     parser = _add_command(
         commands, "requeue", _cmd_requeue, "run failed jobs again", *examples
     )
-    parser.add_argument("ids", nargs="*", help="of failed jobs")
-    parser.add_argument(
-        "-a", "--all", action="store_true", help="all failed jobs of the queue"
-    )
-    parser.add_argument("--queue", metavar="NAME", required=True, help="of the jobs")
+    add = parser.add_argument
+    add("ids", nargs="*", metavar="ID", help="of failed jobs, in whatever queue")
+    add("-a", "--all", action="store_true", help="all failed jobs")
+    add("--queue", metavar="NAME", help="only jobs of this queue; default: any")
     _add_common_options(parser)
 
 
 def _add_suspend(commands: Any) -> None:
     help = "have all workers pause"
     parser = _add_command(commands, "suspend", _cmd_suspend, help, "--duration 5m")
-    parser.add_argument("--duration", metavar="S", help="no limit")
+    parser.add_argument("--duration", metavar="S", help="default: no limit")
     _add_common_options(parser)
 
 
@@ -18286,10 +18510,12 @@ def _add_resume(commands: Any) -> None:
 
 def _add_cron(commands: Any) -> None:
     help = "store the entries of a config file, and run cron, no jobs"
-    parser = _add_command(commands, "cron", _cmd_cron, help, "cron_config.py")
+    parser = _add_command(commands, "cron", _cmd_cron, help, "cron_config.py", "--list")
     module = "a file, or a dotted name, of a module that calls microq.register()"
-    parser.add_argument("config_path", help=module)
-    name = "of the scheduler, and the owner of the entries; by default config_path"
+    parser.add_argument("config_path", nargs="?", help=module)
+    list_help = "list the entries that are stored, and run nothing"
+    parser.add_argument("--list", action="store_true", help=list_help)
+    name = "of the scheduler, and the owner of the entries; default: config_path"
     parser.add_argument("--name", help=name)
     _add_logging_level(parser)
     _add_common_options(parser)
@@ -18299,11 +18525,32 @@ def _add_demo(commands: Any) -> None:
     _add_command(commands, "demo", _cmd_demo, "see it work, on a private server", "")
 
 
-def _add_common_options(parser: argparse.ArgumentParser) -> None:
-    """Add what all commands but demo take."""
-    add = parser.add_argument_group("server").add_argument
-    sources = "$MICROQ_URL, the config module, $REDIS_URL, $REDIS_HOST, localhost"
-    add("-u", "--url", help=f"redis://..; or {sources}")
+# Options that name a class, or the serializer; with what they say.
+_CLASS_OPTIONS = {
+    "worker_class": (("-w", "--worker-class"), "default: Worker"),
+    "job_class": (("-j", "--job-class"), "default: Job"),
+    "queue_class": (("--queue-class",), "default: Queue"),
+    "serializer": (
+        ("-S", "--serializer"),
+        "json, pickle or a dotted name; default: pickle",
+    ),
+}
+
+
+def _add_common_options(
+    parser: argparse.ArgumentParser, classes: Sequence[str] = ()
+) -> None:
+    """Add what all commands but demo take, and the options of the classes that the
+    command uses.  Like RQ's, a command takes the others, too; --help does not name
+    them."""
+    add = parser.add_argument_group("classes, by dotted names").add_argument
+    for name, (flags, help) in _CLASS_OPTIONS.items():
+        shown = help if name in classes else argparse.SUPPRESS
+        add(*flags, metavar="NAME", help=shown)
+
+    add = parser.add_argument_group("common to all commands").add_argument
+    default = "$MICROQ_URL, the config module, $REDIS_URL, $REDIS_HOST, localhost"
+    add("-u", "--url", help=f"redis://..; default: {default}")
     add(
         "--cluster",
         action="store_true",
@@ -18313,19 +18560,14 @@ def _add_common_options(parser: argparse.ArgumentParser) -> None:
     add("--embedded", nargs="?", const="", metavar="DIR", help=private)
     names = "with REDIS_URL or SENTINEL; QUEUES, NAME and DICT_CONFIG for workers"
     add("-c", "--config", metavar="MODULE", help=names)
-
-    add = parser.add_argument_group("classes, by dotted names").add_argument
-    add("-w", "--worker-class", metavar="NAME", help="Worker, or another")
-    add("-j", "--job-class", metavar="NAME", help="Job, or another")
-    add("--queue-class", metavar="NAME", help="Queue, or another")
-    add("--connection-class", metavar="NAME", help="redis.Redis, or another")
-    add("-S", "--serializer", metavar="NAME", help="pickle, json, or another")
+    connection_help = "dotted; default: redis.Redis"
+    add("--connection-class", metavar="NAME", help=connection_help)
     add(
         "-P",
         "--path",
         action="append",
         metavar="DIR",
-        help="where to import from, .; repeatable",
+        help="where to import from; may be given again; default: .",
     )
 
 
@@ -18339,7 +18581,11 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     _add_enqueue(commands)
     _add_info(commands)
     _add_web(commands)
+    _add_jobs(commands)
     _add_job(commands)
+    _add_cancel(commands)
+    _add_stop(commands)
+    _add_delete(commands)
     _add_doctor(commands)
     _add_empty(commands)
     _add_requeue(commands)
@@ -18353,7 +18599,9 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 def _configure(options: argparse.Namespace) -> None:
     """Complete the options from the environment, and import what they name.
 
-    Adds `settings`, the names of the config module, and `connection`."""
+    Adds `settings`, the names of the config module, `connection`, and what _hint()
+    needs."""
+    options.server_flags = _server_flags(options)
     sys.path[:0] = options.path or ["."]
     if options.embedded is not None and (options.url or options.cluster):
         raise ValueError("--embedded is a server of its own: no --url, no --cluster")
@@ -18560,9 +18808,9 @@ def _summary(old: _Snapshot, new: _Snapshot) -> str:
     """Return the first line of a page: how much there is of everything, and how many
     jobs ended per second between two snapshots; no rates if both are the same one."""
     busy = new.busy()
-    text = f"{len(new.queues)} queues"
+    text = _plural(len(new.queues), "queue")
     text += f", {new.count('queued')} queued, {new.count('started')} started"
-    text += f"; {len(new.workers)} workers, {busy} busy"
+    text += f"; {_plural(len(new.workers), 'worker')}, {busy} busy"
     if new is not old:
         seconds = new.taken_at - old.taken_at
         before = {worker.name: worker for worker in old.workers}
@@ -18668,11 +18916,8 @@ def _print_page(
 
 def _cmd_info(options: argparse.Namespace) -> None:
     """Show queues and workers, once or again and again."""
-    known = [queue.name for queue in Queue.all(options.connection)]
-    if unknown := sorted({*options.queues} - {*known}):
-        existing = ", ".join(known) or "none"
-        raise ValueError(f"no queue {', '.join(unknown)}; there are: {existing}")
-    warning = [] if options.raw else _eviction_line(options, options.queues or known)
+    existing = _check_queues_exist(options)
+    warning = [] if options.raw else _eviction_line(options, options.queues or existing)
     if options.interval:
         _poll_info(options, _parse_seconds(options.interval, "--interval"), warning)
     else:

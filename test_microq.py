@@ -14788,7 +14788,7 @@ def test_page_metrics_and_doctor_work_on_a_cluster(cluster_ports):
     samples = samples_of(get(app, path="/metrics")[2])
     assert samples["microq_jobs_failed_total", "b"] == 1
     text = "\n".join(troubles(client))
-    assert "1 jobs of b failed" in text and "may not" not in text
+    assert "1 job of b failed" in text and "may not" not in text
 
 
 def test_page_tells_that_the_server_is_away(tmp_path):
@@ -15068,7 +15068,7 @@ def test_doctor_finds_nothing_where_nothing_is_wrong(tmp_path, cli):
         status, out, error = cli("doctor", url=server.url)
         assert (status, error) == (0, "")
         assert out.splitlines()[-1] == "nothing is wrong"
-        assert re.search(r"default: 1 jobs, about 0\.0 MB", out)
+        assert re.search(r"default: 1 job, about 0\.0 MB", out)
     finally:
         server.stop()
 
@@ -15145,7 +15145,7 @@ def test_doctor_tries_all_commands_of_the_scripts():
 def test_doctor_names_queues_that_nobody_serves(redis, queue):
     queue.enqueue(add)
     queue.enqueue_in(60, add)
-    assert has_trouble(redis, "^2 jobs of default wait, and no worker serves it")
+    assert has_trouble(redis, "^no worker serves default, which has 2 jobs waiting")
     redis.set("microq:worker:w", record_of_another_container(Worker(queue, "w")), ex=60)
     heartbeat(queue, "w")
     assert not has_trouble(redis, "no worker serves")
@@ -15170,12 +15170,12 @@ def test_doctor_names_schedules_that_are_late(redis, queue):
     queue.enqueue_in(1, add)
     assert not has_trouble(redis, "a minute late")
     redis.zadd(f"{Q}scheduled", dict.fromkeys(scheduled_ids(queue), 1))
-    assert has_trouble(redis, "1 scheduled jobs of default are a minute late")
+    assert has_trouble(redis, "a minute late in default: 1 scheduled job;")
 
 
 def test_doctor_names_cron_that_nobody_runs(redis, queue):
     scheduler_with(redis).save()
-    assert has_trouble(redis, "nobody runs the 1 cron entries of default")
+    assert has_trouble(redis, r"nobody runs the cron entries of default \(1\)")
     microq._read_cron(redis, [queue], "me")
     assert not has_trouble(redis, "nobody runs")
 
@@ -15183,9 +15183,9 @@ def test_doctor_names_cron_that_nobody_runs(redis, queue):
 def test_doctor_names_started_jobs_without_a_worker(redis, queue):
     job = queue.enqueue(add)
     claim(queue)
-    assert not has_trouble(redis, "have no worker")
+    assert not has_trouble(redis, "without a worker")
     redis.hdel(f"{Q}workers", "w")
-    assert has_trouble(redis, f"1 started jobs of default have no worker, as {job.id}")
+    assert has_trouble(redis, f"1 started job of default without a worker, as {job.id}")
 
 
 def test_doctor_names_records_that_are_in_no_container(redis, queue):
@@ -15552,7 +15552,7 @@ def test_every_command_explains_itself(cli, name):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["wroker"], ["worker", "--foo"], ["requeue"], ["enqueue"]]
+    "arguments", [[], ["wroker"], ["worker", "--foo"], ["cancel"], ["enqueue"]]
 )
 def test_wrong_arguments_are_answered_with_help(cli, arguments):
     status, shown, error = cli(*arguments, url=None)
@@ -15720,28 +15720,137 @@ def test_requeue_command_requeues_the_failed_jobs_it_finds(redis, queue, cli):
     assert (status, shown) == (1, "2 of 5 jobs requeued\n")
     assert error.count("\n") == 3
     assert set(queue.job_ids) == {"a", "b", "d"}
-    assert cli("requeue", "--queue", "default", "--all") == (
-        0,
-        "1 of 1 jobs requeued\n",
-        "",
+    assert cli("requeue", "--queue", "default", "--all") == (0, "1 job requeued\n", "")
+    for none, shown in (
+        (["--queue", "default", "-a"], "no failed jobs in default\n"),
+        (["--all"], "no failed jobs\n"),
+        ([], "nothing to do; name jobs, or give --all\n"),
+    ):
+        assert cli("requeue", *none) == (0, shown, "")
+    status, _, error = cli("requeue", "--queue", "nope", "--all")
+    assert (status, error) == (1, "microq: no queue nope; there are: default\n")
+    assert cli("requeue", "a", "--all")[0] == 1
+
+
+def test_requeue_command_finds_the_queues_of_the_jobs(redis, queue, cli):
+    queues = [queue, Queue("low", redis)]
+    for each in queues:
+        each.enqueue(fail, job_id=f"a{each.name}")
+        each.enqueue(fail, job_id=f"b{each.name}")
+    work(queues)
+    shown = "2 jobs requeued\n"
+    assert cli("requeue", "adefault", "alow") == (0, shown, "")
+    assert [each.job_ids for each in queues] == [["adefault"], ["alow"]]
+    status, _, error = cli("requeue", "--queue", "low", "bdefault")
+    assert (status, error) == (
+        1,
+        "microq: job 'bdefault' is not there, but in 'default'\n",
     )
-    assert cli("requeue", "--queue", "default", "-a")[:2] == (
-        0,
-        "nothing to do; name jobs, or --all\n",
+    assert cli("requeue", "--all") == (0, shown, "")
+    assert [len(each) for each in queues] == [2, 2]
+
+
+def test_jobs_command_lists_jobs_with_the_last_line_of_the_error(redis, queue, cli):
+    assert cli("jobs") == (0, "no jobs\n", "")
+    good = queue.enqueue(add, 1, b=2)
+    bad = [queue.enqueue(fail, "a\x1b[31m") for _ in range(3)]
+    work(queue)
+    low = Queue("low", redis)
+    later = low.enqueue_at(datetime(2100, 1, 2, 3, 4, 5, tzinfo=timezone.utc), add)
+    status, shown, error = cli("jobs", "--status", "failed", "--limit", "2")
+    assert (status, error) == (0, "")
+    title, newest, _, more = shown.splitlines()
+    assert title.split() == ["id", "queue", "status", "time", "(UTC)", "call", "error"]
+    assert newest.startswith(f"{bad[-1].id} default failed ")
+    assert newest.endswith(r"ValueError: a\x1b[31m")
+    assert f"{bad[-1].ended_at or later.created_at:%Y-%m-%d}" in newest
+    assert more == "1 more; see --limit"
+    status, shown, _ = cli("jobs")
+    assert len(shown.splitlines()) == 6
+    assert f"{good.id} default finished" in shown
+    assert "test_microq.add(1, b=2)" in shown
+    [_, line] = cli("jobs", "low")[1].splitlines()
+    assert line.split() == [
+        later.id, "low", "scheduled", "2100-01-02", "03:04:05", "test_microq.add()",
+    ]  # fmt: skip
+    assert cli("jobs", "low", "--status", "failed") == (0, "no failed jobs\n", "")
+    assert cli("jobs", "nope")[0] == cli("jobs", "--limit", "0")[0] == 1
+
+
+def test_jobs_are_canceled_and_deleted_by_their_ids(redis, queue, cli):
+    first, second = queue.enqueue(add), Queue("low", redis).enqueue(add)
+    child = queue.enqueue(add, depends_on=first)
+    shown = "1 of 2 jobs canceled\n"
+    status, out, error = cli("cancel", "--enqueue-dependents", first.id, "none")
+    assert (status, out) == (1, shown)
+    assert error.startswith("microq: no job 'none' in any queue")
+    assert statuses(first, child) == ["canceled", "queued"]
+    assert cli("delete", first.id, second.id) == (0, "2 jobs deleted\n", "")
+    assert not Job.exists(second.id, redis)
+    status, out, error = cli("stop", child.id)
+    assert (status, out) == (1, "0 of 1 job told to stop\n")
+    assert "only a started one" in error
+
+
+def test_a_job_that_runs_is_stopped_by_its_id(queue, cli, start_worker):
+    start_worker()
+    job = queue.enqueue(sleep, 60)
+    wait_until(lambda: job.is_started)
+    assert cli("stop", job.id, "--grace", "5") == (0, "1 job told to stop\n", "")
+    assert job.wait(60)
+    assert job.is_stopped
+
+
+def test_cron_command_lists_the_stored_entries(redis, queue, cli):
+    assert cli("cron", "--list") == (0, "no entries of cron\n", "")
+    scheduler = CronScheduler(redis)
+    scheduler.register(add, "default", interval=90)
+    scheduler.register(add, "default", cron="5 4 * * *", name="nightly")
+    scheduler.save()
+    shown = cli("cron", "--list")[1].splitlines()
+    assert shown[0].split()[:3] == ["entry", "queue", "when"]
+    assert shown[1].startswith("nightly")
+    assert "5 4 * * *" in shown[1]
+    assert "every 90 s" in shown[2]
+    assert cli("cron")[0] == 1
+
+
+def test_hints_name_the_server_that_was_given(redis, cli, server):
+    url = server.url
+    shown = cli("suspend")[1]
+    assert shown.endswith(f"to go on: python -m microq resume --url {url}\n")
+    assert cli("worker")[2].endswith(f"python -m microq resume --url {url}\n")
+    shown = cli("doctor")[1]
+    assert f"workers are suspended; python -m microq resume --url {url}\n" in shown
+    cli("resume")
+    given = microq._parser()[1]["info"].parse_args(
+        ["-u", "redis://me:secret@h/0", "--embedded", "my dir", "-c", "m"]
     )
-    status, _, error = cli("requeue", "a")
-    assert status == 2
-    assert "--queue" in error
+    flags = " --url 'redis://me:***@h/0' '--embedded=my dir' --config m"
+    assert microq._server_flags(given) == flags
+
+
+@pytest.mark.parametrize("name", sorted(microq._parser()[1].keys() - {"demo"}))
+def test_help_names_the_options_that_a_command_uses(cli, name):
+    shown = cli(name, "--help", url=None)[1]
+    uses = {
+        "worker": 4, "worker-pool": 4, "enqueue": 3,
+    }.get(name, 0)  # fmt: skip
+    flags = ("--queue-class", "--job-class", "--serializer", "--worker-class")
+    assert sum(flag in shown for flag in flags) == uses
+    parts = re.split(r"\n\n(?=\S)", shown)
+    assert parts[-2].startswith("common to all commands:\n  -u URL")
+    assert parts[-1].startswith("examples:")
 
 
 def test_empty_command_deletes_queued_jobs(redis, queue, cli):
     high = Queue("high", redis)
     for each in (queue, queue, high):
         each.enqueue(add)
-    assert cli("empty", "high") == (0, "1 jobs removed from high\n", "")
+    assert cli("empty", "high") == (0, "1 job removed from high\n", "")
     high.enqueue(add)
     assert cli("empty") == (0, "nothing to do; name queues, or give --all\n", "")
-    shown = "2 jobs removed from default\n1 jobs removed from high\n"
+    shown = "2 jobs removed from default\n1 job removed from high\n"
     assert cli("empty", "--all") == (0, shown, "")
     assert len(queue) == len(high) == 0
 
@@ -15830,10 +15939,10 @@ def test_classes_are_named_by_flag_or_environment(redis, queue, cli, monkeypatch
     name = "test_microq.QueueWithOffset"
     assert (
         cli("empty", "--queue-class", name, "default")[1]
-        == "1001 jobs removed from default\n"
+        == "1001 job removed from default\n"
     )
     monkeypatch.setenv("MICROQ_QUEUE_CLASS", name)
-    assert cli("empty", "default")[1] == "1000 jobs removed from default\n"
+    assert cli("empty", "default")[1] == "1,000 jobs removed from default\n"
     monkeypatch.delenv("MICROQ_QUEUE_CLASS")
     seen = []
     monkeypatch.setattr(
@@ -15992,7 +16101,7 @@ def test_info_shows_queues_and_workers(server, redis, queue, cli, start_worker):
     wait_until(lambda: job.is_started)
     wait_until(lambda: json.loads(redis.get("microq:worker:bee"))["good"] == 1)
     shown = cli("info")[1]
-    assert shown.startswith("3 queues, 0 queued, 1 started; 1 workers, 1 busy\n")
+    assert shown.startswith("3 queues, 0 queued, 1 started; 1 worker, 1 busy\n")
     assert re.search(r"^default +0 +1 +0 +0 +0 +0 +0 +0$", shown, re.M), shown
     assert re.search(
         r"^bee +busy +\d +0 low,default,high test_microq.sleep dreams$", shown, re.M
