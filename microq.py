@@ -197,6 +197,9 @@ Processes and connections of a worker
 
     in-process: the loop runs in the main thread, and the supervisor in another thread
 
+    page of `worker --web`: a program of its own, which the supervisor starts again when
+    it has ended
+
     with concurrency, in the process that runs the jobs: the loop's thread, one with an
     event loop for coroutines, one for each other job, and one that watches the
     deadlines; a wake-up is set when a job has ended
@@ -9040,6 +9043,7 @@ class Worker:
     dequeue_strategy = "default"
     job_class: Any = None
     queue_class: Any = Queue
+    companion: _Companion | None = None  # of `worker --web`
     _default_jobs_per_fork: int | None = None
 
     def __init__(
@@ -9898,6 +9902,64 @@ class _Child:
         self.start_signal.close()
 
 
+class _Companion:
+    """A program that runs beside a worker, for its supervisor: started with it, again
+    whenever it has ended, after a pause that grows while it does not last, and killed
+    when the worker ends.
+
+    It is a new program, not a fork of this process, which may have threads, and has
+    connections that another process must not keep open."""
+
+    FIRST_PAUSE = 0.5
+    LAST_PAUSE = 60.0
+
+    def __init__(
+        self, title: str, start: Callable[[], subprocess.Popen[bytes]]
+    ) -> None:
+        self.title = title
+        self.start = start
+        self.process: subprocess.Popen[bytes] | None = None
+        self.started_at = 0.0
+        self.pause = self.FIRST_PAUSE
+
+    @property
+    def pid(self) -> int:
+        """The number of its process; 0 if it has none."""
+        return self.process.pid if self.process else 0
+
+    def check(self) -> float:
+        """Start it if it does not run; return when to look again."""
+        now = time.monotonic()
+        if self.process:
+            status = self.process.poll()
+            if status is None:
+                return math.inf
+            self.process = None
+            self._on_end(f"ended with status {status}", now)
+        start_at = self.started_at + self.pause
+        if self.started_at and now < start_at:
+            return start_at
+        self.started_at = now
+        try:
+            self.process = self.start()
+        except OSError as error:  # too many processes, or too little memory
+            self._on_end(str(error), now)
+        return now
+
+    def _on_end(self, how: str, now: float) -> None:
+        """Lengthen the pause, unless the process has lasted."""
+        self.pause = min(2 * self.pause, self.LAST_PAUSE)
+        if now - self.started_at > self.LAST_PAUSE:
+            self.pause = self.FIRST_PAUSE
+        log.error("the %s %s; it is started again", self.title, how)
+
+    def end(self) -> None:
+        """Kill it."""
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+
+
 def _child_main(
     instance: _Instance, parent: int, start_signal: _Wakeup, connection: _Connection,
     supervisor_wakeup: _Wakeup,
@@ -10103,6 +10165,7 @@ class _Supervisor:
         self.must_register_queues = True  # in the set of all queues
         self.must_save_cron = True  # at the start, and if the server lost the entries
         self.reaps_orphans = self.forking and _inherits_orphans()
+        self.companion = first.worker.companion
 
     def _set_connections(self, instance: _Instance) -> None:
         """Make the connections; the one for commands of users waits at the inbox."""
@@ -10207,6 +10270,8 @@ class _Supervisor:
             for child in self.children:
                 wake_at = min(wake_at, self._try(self._check_child, child))
             self._try(self._reap_orphans)
+            if self.companion:
+                wake_at = min(wake_at, self._try(self.companion.check))
             if self.children and all(child.finished for child in self.children):
                 self.finished = True
             wake_at = min(wake_at, self._try(self._give_up_if_due))
@@ -10545,6 +10610,8 @@ class _Supervisor:
         if not self.reaps_orphans:
             return
         own = {pid for child in self.children for pid in child.pids()}
+        if self.companion:
+            own.add(self.companion.pid)
         for pid in _child_pids():
             with contextlib.suppress(ProcessLookupError):
                 if pid not in own and os.getpgid(pid) != os.getpgrp():
@@ -10646,6 +10713,8 @@ class _Supervisor:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
                 self._try(_wait_for_exit, pid)
+        if self.companion:
+            self.companion.end()
         commands = self._sign_off_commands()
         for unit in self._units():
             unit.close()
@@ -17200,94 +17269,114 @@ def web(
 
 # A server of our own.
 
+_MAX_CONNECTIONS = 64  # at a time; each has a thread
+_MAX_REQUEST_TIME = 60.0  # seconds after which a connection is cut
 
-def _make_server(host: str, port: int, app: _WebApp) -> Any:
-    """Return a server of WSGI that listens, with a thread for each request."""
+
+def _listen(host: str, port: int, read_only: bool) -> socket.socket:
+    """Return a socket that listens for browsers.  Raises ValueError if everybody could
+    change jobs there."""
+    password = os.environ.get("MICROQ_WEB_PASSWORD")
+    if not (_is_loopback(host) or password or read_only):
+        text = f"--host {host}: others could change jobs; set $MICROQ_WEB_PASSWORD"
+        raise ValueError(f"{text}, or give --read-only")
+    if ":" not in host:
+        return socket.create_server((host, port))
+    # "::" is for IPv4, too, where the system can do that.
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6
+    return socket.create_server((host, port), family=family, dualstack_ipv6=dual)
+
+
+def _url_of(listener: socket.socket) -> str:
+    """Return the address at which a browser finds what listens."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
+
+
+class _OpenConnections:
+    """The connections of a server, each of which has a thread.  Slow or silent clients
+    get _MAX_CONNECTIONS at most, each for _MAX_REQUEST_TIME."""
+
+    def __init__(self) -> None:
+        self.since: dict[socket.socket, float] = {}
+
+    def add(self, connection: socket.socket) -> bool:
+        """Note a new connection; False if there are too many."""
+        if len(self.since) >= _MAX_CONNECTIONS:
+            return False
+        self.since[connection] = time.monotonic()
+        return True
+
+    def remove(self, connection: socket.socket) -> None:
+        """Forget a connection, which is closed."""
+        self.since.pop(connection, None)
+
+    def cut_old(self) -> None:
+        """Cut those that have been open for too long, so that their threads end."""
+        too_old = time.monotonic() - _MAX_REQUEST_TIME
+        for connection, since in list(self.since.items()):
+            if since < too_old:
+                with contextlib.suppress(OSError):  # it was closed just now
+                    connection.shutdown(socket.SHUT_RDWR)
+
+
+def _serve(listener: socket.socket, app: _WebApp, worker_pid: int = 0) -> None:
+    """Serve an application of WSGI at a socket that listens, until a signal raises; or
+    until this process is no child of `worker_pid` any more, then exit."""
     import socketserver
     import wsgiref.simple_server
 
+    connections = _OpenConnections()
+
     class Handler(wsgiref.simple_server.WSGIRequestHandler):
-        timeout = 30  # seconds that a client may be silent
+        timeout = 10  # seconds that a client may be silent
 
         def log_message(self, *args: Any) -> None:
             pass
 
     class Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
         daemon_threads = True
-        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        parent = 0  # whose end is the end of this process; 0: nobody's
 
-        def server_bind(self) -> None:
-            socketserver.TCPServer.server_bind(self)  # HTTPServer asks the DNS here
-            self.server_name = host
-            self.server_port = self.server_address[1]
-            self.setup_environ()
+        def process_request(self, request: Any, client_address: Any) -> None:
+            if connections.add(request):
+                super().process_request(request, client_address)
+            else:
+                self.shutdown_request(request)
 
-        def service_actions(self) -> None:
-            if self.parent and os.getppid() != self.parent:
+        def shutdown_request(self, request: Any) -> None:
+            connections.remove(request)
+            super().shutdown_request(request)
+
+        def service_actions(self) -> None:  # twice a second
+            connections.cut_old()
+            if worker_pid and os.getppid() != worker_pid:
                 os._exit(0)
 
         def handle_error(self, request: Any, client_address: Any) -> None:
             log.debug("page: a request of %s broke off", client_address)
 
-    def named_app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
-        """Call the app; the header Server does not tell which Python this is."""
-
-        def start(status: str, headers: list[tuple[str, str]]) -> Any:
-            return start_response(status, [*headers, ("Server", "microq")])
-
-        answer: list[bytes] = app(environ, start)
-        return answer
-
-    server = Server((host, port), Handler)
-    server.set_app(named_app)
-    return server
+    address = listener.getsockname()[:2]
+    with Server(address, Handler, bind_and_activate=False) as server:
+        server.socket.close()
+        server.socket = listener
+        server.server_name, server.server_port = address
+        server.setup_environ()
+        server.set_app(functools.partial(_call_named, app))
+        server.serve_forever()
 
 
-def _may_serve(host: str, password: str | None, read_only: bool) -> None:
-    """Raise ValueError if everybody could change jobs."""
-    if not (_is_loopback(host) or password or read_only):
-        text = f"--host {host}: others could change jobs; set $MICROQ_WEB_PASSWORD"
-        raise ValueError(f"{text}, or give --read-only")
+def _call_named(
+    app: _WebApp, environ: dict[str, Any], start_response: Any
+) -> list[bytes]:
+    """Call an application of WSGI; the header Server does not tell which Python this
+    is."""
 
+    def start(status: str, headers: list[tuple[str, str]]) -> Any:
+        return start_response(status, [*headers, ("Server", "microq")])
 
-@contextlib.contextmanager
-def _served_beside(server: Any) -> Iterator[None]:
-    """Serve the page in a process of its own while the block runs."""
-    parent = os.getpid()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            _keep_serving(server, parent)
-        finally:
-            os._exit(0)
-    server.server_close()
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)
-        _wait_for(pid, block=True)
-
-
-def _keep_serving(server: Any, parent: int) -> None:
-    """Fork a process that serves, and another one whenever that has died, until the
-    parent of this process ends, or sends SIGTERM."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the worker
-    if _PRCTL:
-        _PRCTL(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    host, port = server.server_address[:2]
-    _set_process_title(f"microq web {host}:{port}")
-    while os.getppid() == parent:
-        pid = os.fork()
-        if pid == 0:
-            if _PRCTL:
-                _PRCTL(1, signal.SIGKILL)
-            server.parent = os.getppid()
-            server.serve_forever()
-        while os.getppid() == parent and not _wait_for(pid):
-            time.sleep(0.5)
-        time.sleep(1)
+    answer: list[bytes] = app(environ, start)
+    return answer
 
 
 # ---- 20. Doctor ----------------------------------------------------------------------
@@ -17734,7 +17823,7 @@ def _cmd_worker(options: argparse.Namespace) -> None:
     else:
         worker_class = options.worker_class or Worker
         worker = worker_class(**_worker_options(options))
-        _run_worker(options, worker.work)
+        _run_worker(options, worker, worker.work)
 
 
 def _cmd_worker_pool(options: argparse.Namespace) -> None:
@@ -17749,7 +17838,8 @@ def _cmd_worker_pool(options: argparse.Namespace) -> None:
         worker_class=options.worker_class or Worker,
         **_worker_options(options),
     )
-    _run_worker(options, pool.start)
+    first, *_ = pool.worker_dict.values()
+    _run_worker(options, first, pool.start)
 
 
 def _worker_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -17771,9 +17861,12 @@ def _worker_options(options: argparse.Namespace) -> dict[str, Any]:
     return _given(options, *inspect.signature(Worker).parameters)
 
 
-def _run_worker(options: argparse.Namespace, run: Callable[..., Any]) -> None:
+def _run_worker(
+    options: argparse.Namespace, first: Worker, run: Callable[..., Any]
+) -> None:
     """Run workers by Worker.work() or WorkerPool.start(), which take the same
-    options, and set up the log."""
+    options, and set up the log.  The page, if there is to be one, runs beside the
+    first of them."""
     if options.pid:
         Path(options.pid).write_text(f"{os.getpid()}\n")
     if options.verbose:
@@ -17784,15 +17877,53 @@ def _run_worker(options: argparse.Namespace, run: Callable[..., Any]) -> None:
         options.logging_level = "INFO"
     run_options = _given(options, *inspect.signature(Worker.work).parameters)
     run_options.setdefault("logging_level", None)  # DICT_CONFIG has set up the log
-    if not options.web:
-        run(**run_options)
-        return
+    if options.web:
+        first.companion = _page_beside_worker(options)
+    run(**run_options)
+
+
+def _page_beside_worker(options: argparse.Namespace) -> _Companion:
+    """Return the page that `worker --web` wants.  Its socket listens from now on, and
+    stays open while the process of the page is started again."""
     host, _, port = options.web.rpartition(":")
     if not port.isdecimal():
         raise ValueError(f"--web {options.web}: give [HOST:]PORT")
-    host = host.strip("[]") or "127.0.0.1"
-    with _served_beside(_page_server(options, host, int(port), read_only=False)):
-        run(**run_options)
+    listener = _listen(host.strip("[]") or "127.0.0.1", int(port), read_only=False)
+    title = f"page at {_url_of(listener)}"
+    return _Companion(title, functools.partial(_start_page, options, listener))
+
+
+def _start_page(
+    options: argparse.Namespace, listener: socket.socket
+) -> subprocess.Popen[bytes]:
+    """Start the command web as a process of its own, with a socket that listens.
+
+    It is in a session of its own, since Ctrl-C is for the worker.  The server is named
+    by the environment: others can see the arguments of a process, not that."""
+    command = [sys.executable, "-m", __name__, "web"]
+    command += ["--beside", str(os.getpid()), str(listener.fileno())]
+    if options.cluster:
+        command.append("--cluster")
+    for directory in options.path or []:
+        command += ["--path", directory]
+    environ = dict(os.environ)
+    kind = options.connection_class
+    values = {
+        "URL": options.url,
+        "CONFIG": options.config,
+        "CONNECTION_CLASS": kind and f"{kind.__module__}.{kind.__qualname__}",
+    }
+    if options.embedded is not None:
+        values["URL"] = _socket_url(options.connection)
+    environ |= {f"MICROQ_{name}": value for name, value in values.items() if value}
+    return subprocess.Popen(
+        command, env=environ, pass_fds=[listener.fileno()], start_new_session=True
+    )
+
+
+def _socket_url(connection: Redis) -> str:
+    """Return the URL of an embedded server."""
+    return f"unix://{connection.connection_pool.connection_kwargs['path']}"
 
 
 def _parse_argument(text: str) -> tuple[str, Any]:
@@ -18016,33 +18147,30 @@ def _requeue_all(options: argparse.Namespace) -> None:
 
 
 def _cmd_web(options: argparse.Namespace) -> int:
+    """Serve the page, until a signal, or the end of the worker beside which it runs."""
     password = os.environ.get("MICROQ_WEB_PASSWORD") or None
     if isinstance(options.connection, Redis):
         options.connection.set_retry(_NO_RETRIES)  # whoever looks, looks again
-    server = _page_server(options, options.host, options.port, options.read_only)
+    worker_pid = 0
+    if options.beside:
+        worker_pid, number = options.beside
+        listener = socket.socket(fileno=number)
+    else:
+        listener = _listen(options.host, options.port, options.read_only)
+    url = _url_of(listener)
+    host = listener.getsockname()[0]
+    site = _Site(options.connection, options.queues, options.read_only)
+    app = _WebApp(site, password, loopback_only=_is_loopback(host) and not password)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     log.setLevel("INFO")
-    host, port = server.server_address[:2]
-    shown = f"[{host}]" if ":" in host else host
     who = "with the password" if password else "without a password"
-    log.info("page at http://%s:%d/, %s; Ctrl-C ends it", shown, port, who)
+    end = "" if worker_pid else "; Ctrl-C ends it"
+    log.info("page at %s, %s%s", url, who, end)
+    _set_process_title(f"microq web {url}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):
-        server.serve_forever()
-    server.server_close()
+        _serve(listener, app, worker_pid)
     return 0
-
-
-def _page_server(
-    options: argparse.Namespace, host: str, port: int, read_only: bool
-) -> Any:
-    """Return a server of the page that listens."""
-    password = os.environ.get("MICROQ_WEB_PASSWORD") or None
-    _may_serve(host, password, read_only)
-    names = options.queues if options.command == "web" else []
-    site = _Site(options.connection, names, read_only)
-    app = _WebApp(site, password, loopback_only=_is_loopback(host) and not password)
-    return _make_server(host, port, app)
 
 
 def _cmd_job(options: argparse.Namespace) -> int:
@@ -18416,6 +18544,8 @@ def _add_web(commands: Any) -> None:
     add("--host", default="127.0.0.1", help=f"{need}default: 127.0.0.1")
     add("--port", type=int, default=9181, metavar="N", help="default: 9181")
     add("--read-only", action="store_true", help="show all, change nothing")
+    # By the command worker: its process, and the number of a socket that listens.
+    add("--beside", type=int, nargs=2, help=argparse.SUPPRESS)
     _add_common_options(parser)
 
 

@@ -19,6 +19,7 @@ import functools
 import gc
 import hashlib
 import html.parser
+import http.client
 import http.server
 import importlib.util
 import inspect
@@ -14858,17 +14859,45 @@ def test_worker_serves_the_page_beside_itself(
     port = free_port()
     worker = start_worker("--web", port, *place)
     url = f"http://127.0.0.1:{port}/"
-    wait_until(lambda: can_connect(port))
+    [first] = wait_until(lambda: pages_of(worker))
+    assert server.url not in title_of(first)  # it may have a password
     assert fetch_page(url)[0] == 200
-    [keeper] = [pid for pid in children_of(worker.pid) if "web" in title_of(pid)]
-    [first] = children_of(keeper)
     os.kill(first, signal.SIGKILL)
-    [second] = wait_until(lambda: [p for p in children_of(keeper) if p != first])
+    [second] = wait_until(lambda: [p for p in pages_of(worker) if p != first], 30)
     assert fetch_page(url)[0] == 200
     assert queue.enqueue(add, 1).latest_result(timeout=60).return_value == 1
     worker.send_signal(signal.SIGKILL if place else signal.SIGTERM)
     worker.wait(30)
-    wait_until(lambda: not is_alive(keeper) and not is_alive(second))
+    wait_until(lambda: not is_alive(second))
+
+
+def pages_of(worker):
+    """Return the numbers of the processes that serve the page beside a worker."""
+    pages = []
+    for path in Path(f"/proc/{worker.pid}/task").glob("*/children"):
+        for pid in path.read_text().split():
+            if re.search("microq[\0 ]web", title_of(pid)):
+                pages.append(int(pid))
+    return pages
+
+
+def test_a_page_that_always_ends_is_started_ever_more_rarely(monkeypatch):
+    started = []
+
+    def start():
+        started.append(time.monotonic())
+        return subprocess.Popen([sys.executable, "-S", "-c", "raise SystemExit(3)"])
+
+    monkeypatch.setattr(microq._Companion, "FIRST_PAUSE", 0.02)
+    monkeypatch.setattr(microq._Companion, "LAST_PAUSE", 0.3)
+    companion = microq._Companion("page", start)
+    while len(started) < 5:
+        due = companion.check()
+        time.sleep(min(0.01, max(0, due - time.monotonic())))
+    pauses = [later - earlier for earlier, later in itertools.pairwise(started)]
+    assert pauses[1] >= 0.08 and pauses[3] >= 0.3
+    companion.end()
+    assert companion.process.returncode is not None
 
 
 def can_connect(port):
@@ -14878,6 +14907,48 @@ def can_connect(port):
 
 def title_of(pid):
     return Path(f"/proc/{pid}/cmdline").read_text()
+
+
+def test_silent_clients_take_so_many_threads_and_no_more(server, redis):
+    process, url = start_page(server)
+    address = ("127.0.0.1", int(url.split(":")[2].strip("/")))
+    most = microq._MAX_CONNECTIONS
+    with contextlib.ExitStack() as stack:
+        for _ in range(most):
+            stack.enter_context(socket.create_connection(address))
+        wait_until(lambda: threads_of(process) > most)
+        one_more = stack.enter_context(socket.create_connection(address))
+        one_more.settimeout(60)
+        assert one_more.recv(1) == b""
+        assert threads_of(process) == most + 1
+    assert wait_until(lambda: answers(url))
+    end_process(process)
+
+
+def threads_of(process):
+    return len(os.listdir(f"/proc/{process.pid}/task"))
+
+
+def answers(url):
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        return fetch_page(url)[0] == 200
+
+
+def test_a_connection_is_cut_after_a_while(monkeypatch):
+    """However slowly its client goes on."""
+    connections = microq._OpenConnections()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert connections.add(ours)
+        connections.cut_old()
+        theirs.send(b"GET")
+        assert ours.recv(9) == b"GET"
+        monkeypatch.setattr(microq, "_MAX_REQUEST_TIME", -1)
+        connections.cut_old()
+        assert ours.recv(9) == b""
+    connections.cut_old()  # it was closed meanwhile
+    connections.remove(ours)
+    assert not connections.since
 
 
 def test_worker_tells_of_a_port_that_is_in_use(server, redis, cli):
