@@ -5620,6 +5620,9 @@ class _RunState:
 
     The thread that runs the job writes it, and other threads read it.
 
+    run_key     - "<number of the queue> <job id> <token>", which tells the run from all
+                  others of its worker: the runs of one claim have the same token, and
+                  jobs of several queues may have the same id
     started_at  - seconds since the epoch, by the server's clock
     call        - of the call that is under way, or the last one: its deadline by
                   time.monotonic(), and what raises an exception of the given class in
@@ -5627,6 +5630,7 @@ class _RunState:
                   before the first call
     result_text - what the log will show of the return value, "" for nothing"""
 
+    run_key: str
     started_at: float
     call: tuple[float, Callable[[type[BaseException]], bool]] | None = None
     result_text: str = ""
@@ -7373,6 +7377,12 @@ def _settle_args(execution: Execution, outcome: Outcome) -> list[Any]:
     return args
 
 
+def _deadline_after(seconds: float) -> float:
+    """Return until when, by time.monotonic(), a call may take that begins now; -1: for
+    ever."""
+    return time.monotonic() + seconds if seconds > 0 else math.inf
+
+
 class _Interrupter:
     """Ends a call in one thread by raising an exception in it.
 
@@ -7395,7 +7405,7 @@ class _Interrupter:
 
         Returns what interrupts this call."""
         self.run_number += 1
-        self.deadline = time.monotonic() + seconds if seconds > 0 else math.inf
+        self.deadline = _deadline_after(seconds)
         interrupt = functools.partial(self.interrupt, self.run_number)
         self._start_timer(seconds, interrupt)
         return interrupt
@@ -7560,16 +7570,23 @@ def _cancel_tasks(loop: asyncio.AbstractEventLoop, tasks: set[Any]) -> None:
         loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
 
 
-def _close_event_loop() -> None:
+def _close_event_loop(loop: asyncio.AbstractEventLoop) -> None:
+    """End what is left on a loop that does not run any more, and close it: tasks are
+    cancelled, calls in threads are waited for."""
+    _cancel_tasks(loop, asyncio.all_tasks(loop))
+    loop.run_until_complete(loop.shutdown_asyncgens())
+    loop.run_until_complete(loop.shutdown_default_executor())
+    loop.close()
+
+
+def _close_own_event_loop() -> None:
     """Close the event loop of this thread, if this process has made one."""
     if _thread_state.loop_pid != os.getpid():
         return
     loop: Any = _thread_state.event_loop
     _thread_state.event_loop = None
     _thread_state.loop_pid = 0
-    loop.run_until_complete(loop.shutdown_asyncgens())
-    loop.run_until_complete(loop.shutdown_default_executor())
-    loop.close()
+    _close_event_loop(loop)
 
 
 class _ThreadState(threading.local):
@@ -7645,14 +7662,10 @@ class _CurrentJob(NamedTuple):
     for its supervisor."""
 
     slot: _Slot
+    run_key: str  # see _RunState
     queue_index: int  # among the queues of the worker
     job_id: str
     token: str  # "<execution> <started_at>"
-
-    @property
-    def key(self) -> tuple[int, str, str]:
-        """What tells it from all others: those of one claim have the same token."""
-        return self.queue_index, self.job_id, self.token
 
 
 class _SlotState:
@@ -7667,23 +7680,22 @@ class _Slot(ctypes.Structure):
     """The place of one running job in memory that a loop and its supervisor share.
 
     Times are those of time.monotonic().  A reader may still see fields of the job
-    before, so whoever acts on a job names it by its token."""
+    before, so whoever acts on a job names it by the key of its run."""
 
     _fields_ = (
         # Written by the loop.
         ("state", ctypes.c_uint8),  # a number of _SlotState
         ("started_at", ctypes.c_double),
         ("kill_deadline", ctypes.c_double),  # its process is killed; infinity: never
-        ("_job", ctypes.c_char * 1000),  # see fill()
+        ("_run_key", ctypes.c_char * 1000),  # see _RunState
         # Written by the supervisor: `started_at` of the run that is to be stopped.
         ("stop_run", ctypes.c_double),
     )
 
-    def fill(self, queue_index: int, execution: Execution, limit: float) -> None:
+    def fill(self, run_key: str, limit: float) -> None:
         """Tell that a job begins now, which is killed after `limit` seconds."""
         now = time.monotonic()
-        text = f"{queue_index} {execution.job.id} {execution.token}"
-        self._job = text.encode()
+        self._run_key = run_key.encode()
         self.started_at = now
         self.kill_deadline = now + limit
         self.state = _SlotState.RUNNING
@@ -7692,17 +7704,18 @@ class _Slot(ctypes.Structure):
         """Return the job that it holds; None if there is none."""
         if self.state == _SlotState.EMPTY:
             return None
+        run_key = self._run_key.decode()
         try:
-            index, job_id, token = self._job.decode().split(" ", 2)
+            index, job_id, token = run_key.split(" ", 2)
         except ValueError:  # it is being written
             return None
-        return _CurrentJob(self, int(index), job_id, token)
+        return _CurrentJob(self, run_key, int(index), job_id, token)
 
     def request_stop(self, job: _CurrentJob) -> None:
         """Have the loop end this job by StopRequested, if it still runs here."""
         started_at = self.started_at
         current = self.current_job()  # after that: the time is not that of a later job
-        if current and current.key == job.key:
+        if current and current.run_key == job.run_key:
             self.stop_run = started_at
 
     def stop_requested(self) -> bool:
@@ -8383,9 +8396,10 @@ class _WorkLoop(_Loop):
         """Tell the supervisor that a job runs from now on, and when to kill it."""
         job = execution.job
         index = self.instance.prefixes.index(job.queue.prefix)
-        slot.fill(index, execution, _kill_limit(job))
+        run_key = f"{index} {job.id} {execution.token}"
+        slot.fill(run_key, _kill_limit(job))
         started_at = slot.started_at + self.clock_offset  # the server's time
-        execution.run_state = _RunState(started_at)
+        execution.run_state = _RunState(run_key, started_at)
 
     def _release_claimed(self) -> None:
         """Run nothing more of what is claimed; the next request releases it."""
@@ -8637,10 +8651,9 @@ class _SerialLoop(_WorkLoop):
     def stop_job(self, job: _CurrentJob, grace: float) -> None:
         """Stop a job that runs; for another thread."""
         running = self.running
-        if not running or (running.job.id, running.token) != (job.job_id, job.token):
-            return
-        if running.run_state:
-            running.run_state.interrupt(StopRequested)
+        state = running.run_state if running else None
+        if state and state.run_key == job.run_key:
+            state.interrupt(StopRequested)
 
     def give_up(self) -> None:
         """Interrupt the job that runs; for another thread."""
@@ -8935,13 +8948,15 @@ def _describe_outcome(execution: Execution, outcome: Outcome, status: str) -> st
 # map of the file names.
 
 
-# The keys of a worker's record, which is JSON.  They are stored, and workers of other
-# versions read them, so they keep their names: "beat" is the time of the last
-# heartbeat, "seconds" those spent in jobs, "good" and "bad" count jobs.
-_RECORD_KEYS = {
-    "name", "instance", "inbox", "queues", "hostname", "pid", "pid_namespace",
-    "version", "python_version", "birth", "beat", "lease", "fork", "concurrency",
-    "good", "bad", "seconds",
+# The keys of a worker's record, which is JSON, and the types of their values.  Records
+# are stored, and workers of other versions read them, so the keys keep their names:
+# "beat" is the time of the last heartbeat, "seconds" those spent in jobs, "good" and
+# "bad" count jobs.
+_RECORD_TYPES: dict[str, Any] = {
+    "name": str, "instance": str, "inbox": str, "queues": list, "hostname": str,
+    "pid": int, "pid_namespace": str, "version": str, "python_version": str,
+    "birth": float, "beat": float, "lease": float, "fork": bool, "concurrency": int,
+    "good": int, "bad": int, "seconds": float,
 }  # fmt: skip
 
 
@@ -8951,9 +8966,14 @@ def _parse_record(record: bytes | None) -> dict[str, Any]:
         info = json.loads(record or b"null")
     except ValueError:
         return {}
-    if not isinstance(info, dict) or not info.keys() >= _RECORD_KEYS:
+    if not isinstance(info, dict):
         return {}
-    return info if isinstance(info["pid"], int) else {}
+    for key, type in _RECORD_TYPES.items():
+        if not isinstance(info.get(key), type):
+            return {}
+    if not all(isinstance(name, str) for name in info["queues"]):
+        return {}
+    return info
 
 
 def _default_name() -> str:
@@ -9078,7 +9098,7 @@ class Worker:
         self._set_hooks(exception_handlers, work_horse_killed_handler, around, lifespan)
         self.log_job_description = log_job_description
         self.log_results = log_results
-        self._info = self._new_info()  # the record of a worker, see _RECORD_KEYS
+        self._info = self._new_info()  # the record of a worker, see _RECORD_TYPES
         self._instance: _Instance | None = None  # of its latest work() here
         self._supervisor: _Supervisor | None = None  # these two as a context manager
         self._thread: threading.Thread | None = None
@@ -9483,17 +9503,17 @@ BaseDeathPenalty = UnixSignalDeathPenalty = TimerDeathPenalty = object
 class _Kill(NamedTuple):
     """A kill of a child by the supervisor, and what it means for the jobs there.
 
-    outcome - that of the jobs for whose sake the child is killed
-    keys    - which jobs these are, by _CurrentJob.key; all other jobs that the child
-              runs are interrupted, and run again"""
+    outcome  - that of the jobs for whose sake the child is killed
+    run_keys - which jobs these are; all other jobs that the child runs are interrupted,
+               and run again"""
 
     outcome: Outcome
-    keys: frozenset[tuple[int, str, str]]
+    run_keys: frozenset[str]
 
     @classmethod
     def of(cls, outcome: Outcome, jobs: Iterable[_CurrentJob]) -> _Kill:
         """Return a kill for the sake of these jobs."""
-        return cls(outcome, frozenset(job.key for job in jobs))
+        return cls(outcome, frozenset(job.run_key for job in jobs))
 
 
 class _LostJob(NamedTuple):
@@ -9522,7 +9542,7 @@ class _Death(NamedTuple):
 
     def outcome(self, worker_name: str, job: _CurrentJob) -> Outcome:
         """Return the outcome of a job that it held."""
-        if self.kill and job.key in self.kill.keys:
+        if self.kill and job.run_key in self.kill.run_keys:
             return self.kill.outcome
         if self.kill:
             return _INTERRUPTED
@@ -9610,10 +9630,7 @@ class _Child:
             start_signal.close()
             return False
         if not pid:
-            self.inherited.close()
-            _child_main(
-                self.instance, parent, start_signal, connection, self.supervisor_wakeup
-            )
+            _child_main(self, parent, start_signal, connection)
         self.start_signal.close()
         self.start_signal = start_signal
         self.standby_pid = pid
@@ -9799,8 +9816,8 @@ class _Child:
         if not self.stop_kill or now < self.stop_deadline:
             return False
         self.stop_deadline = math.inf
-        running = {job.key for job in self.shared.current_jobs()}
-        return bool(running & self.stop_kill.keys)
+        running = {job.run_key for job in self.shared.current_jobs()}
+        return bool(running & self.stop_kill.run_keys)
 
     def why_to_kill(self, now: float, healthy_since: float) -> _Kill | None:
         """Return the kill that is due; None if all is well.  The reasons are: a job is
@@ -9961,14 +9978,17 @@ class _Companion:
 
 
 def _child_main(
-    instance: _Instance, parent: int, start_signal: _Wakeup, connection: _Connection,
-    supervisor_wakeup: _Wakeup,
-) -> None:  # fmt: skip
-    """Wait for the start signal, run the loop of a worker, and exit."""
+    child: _Child, parent: int, start_signal: _Wakeup, connection: _Connection
+) -> None:
+    """In the forked process: wait for the start signal, run the loop of a worker, and
+    exit, whatever happens."""
+    instance = child.instance
+    supervisor_wakeup = child.supervisor_wakeup
     shared = instance.shared
     status = 1
     try:
         _set_up_child(parent)
+        child.inherited.close()
         _set_process_title(f"microq {instance.name}: standby")
         _Wakeup.keep_only(
             waiting=(instance.wakeup, start_signal), setting=supervisor_wakeup
@@ -9981,7 +10001,7 @@ def _child_main(
             socket_before = connection.socket
             phase = loop.run()
             loop.blocking_connection.close()
-            _close_event_loop()
+            _close_own_event_loop()
             _flush_output()
             # The parent has the socket that it connected before the fork.  If the loop
             # has connected again, that one is of no use.
@@ -10257,7 +10277,7 @@ class _Supervisor:
             self.finished = True
             self.wakeup.set()
             thread.join()  # a heartbeat after the sign-off would sign it on again
-            _close_event_loop()
+            _close_own_event_loop()
 
     def supervise(self) -> None:
         """Keep the workers until all have ended."""
@@ -13347,7 +13367,7 @@ class _QueueState(NamedTuple):
 class _WorkerState(NamedTuple):
     """What a snapshot has of a worker."""
 
-    record: dict[str, Any]  # see _RECORD_KEYS
+    record: dict[str, Any]  # see _RECORD_TYPES
     name: str
     state: str  # busy, suspended, idle
     finished: int
@@ -13367,7 +13387,7 @@ class _WorkerState(NamedTuple):
     @property
     def slots(self) -> int:
         """How many jobs it runs at a time."""
-        return int(self.record.get("concurrency", 1))
+        return int(self.record["concurrency"])
 
     @property
     def load(self) -> str:
@@ -13488,17 +13508,15 @@ def _worker_state(
     record: bytes | None, held: list[_HeldJob], suspended: bool
 ) -> _WorkerState | None:
     """Return the state of a worker, None if its record is missing or garbled."""
+    info = _parse_record(record)
+    if not info:
+        return None
     state = "suspended" if suspended else "idle"
     if held:
         state = "busy"
-    try:
-        info = json.loads(record or b"")
-        name = _printable(info["name"])
-        queues = [_printable(queue) for queue in info["queues"]]
-        finished, failed = int(info["good"]), int(info["bad"])
-    except (KeyError, TypeError, ValueError):
-        return None
-    return _WorkerState(info, name, state, finished, failed, queues, held)
+    name = _printable(info["name"])
+    queues = [_printable(queue) for queue in info["queues"]]
+    return _WorkerState(info, name, state, info["good"], info["bad"], queues, held)
 
 
 # Metrics, in the text format of Prometheus, and health.
@@ -13683,12 +13701,6 @@ def _leave_to_event_loop(coroutine: Any) -> Any:
     return coroutine
 
 
-def _key_of_run(execution: Execution) -> tuple[str, str]:
-    """Return what tells a run from all others of its worker: those of one claim have
-    the same token, and jobs of several queues may have the same id."""
-    return execution.token, execution.job.key
-
-
 class _ConcurrentRun:
     """A job that runs beside others.
 
@@ -13708,9 +13720,11 @@ class _ConcurrentRun:
         self.told_to_stop = False
 
     @property
-    def key(self) -> tuple[str, str]:
-        """What tells it from all other runs of this worker."""
-        return _key_of_run(self.execution)
+    def state(self) -> _RunState:
+        """What is known of the run in this process."""
+        state = self.execution.run_state
+        assert state
+        return state
 
     @property
     def is_running(self) -> bool:
@@ -13736,13 +13750,11 @@ class _ConcurrentRun:
     def interrupt(self, reason: type[BaseException]) -> bool:
         """Raise `reason` in the call that is under way, from any thread; return whether
         there is one."""
-        state = self.execution.run_state
-        return state is not None and state.interrupt(reason)
+        return self.state.interrupt(reason)
 
     def interrupt_if_late(self, now: float) -> None:
         """Interrupt the call that is under way, once, if it is over its time."""
-        state = self.execution.run_state
-        call = state.call if state else None
+        call = self.state.call
         if call and call is not self.interrupted_call and call[0] <= now:
             self.interrupted_call = call
             _, interrupt = call
@@ -13758,9 +13770,11 @@ class _ConcurrentRunner:
 
     def __init__(self, name: str, event_loop: asyncio.AbstractEventLoop | None) -> None:
         self.wakeup = _Wakeup()
-        self.runs: dict[tuple[str, str], _ConcurrentRun] = {}  # in the order of claims
+        # By the keys of the runs, in the order of claims.
+        self.runs: dict[str, _ConcurrentRun] = {}
         self._threads = _Threads(f"job of {name}")
-        self._ended: deque[tuple[_ConcurrentRun, Outcome | None]] = deque()
+        self._ended: deque[tuple[_ConcurrentRun, Outcome]] = deque()
+        self._submitted_ended: deque[_ConcurrentRun] = deque()
         self._is_awake = False  # the wake-up is set, or about to be
         self._pid = os.getpid()
         self._to_stop: deque[_ConcurrentRun] = deque()
@@ -13809,7 +13823,7 @@ class _ConcurrentRunner:
         """Have these jobs run from now on."""
         for_event_loop = []
         for run in runs:
-            self.runs[run.key] = run
+            self.runs[run.state.run_key] = run
             if self._is_coroutine_function(run.execution.job):
                 for_event_loop.append(run)
             else:
@@ -13819,13 +13833,15 @@ class _ConcurrentRunner:
         self._has_runs.set()
 
     def submit(self, run: _ConcurrentRun, call: Callable[[], None]) -> None:
-        """Make a call in a thread; collect() returns the run when it has ended."""
+        """Make a call for a run in a thread; collect_submitted() returns the run when
+        the call has ended."""
 
         def call_and_end() -> None:
             try:
                 call()
             finally:
-                self._end(run, None)
+                self._submitted_ended.append(run)
+                self._wake()
 
         self._threads.submit(call_and_end)
 
@@ -13834,20 +13850,29 @@ class _ConcurrentRunner:
         still wait for the event loop."""
         self._to_stop.append(run)
 
-    def collect(self) -> list[tuple[_ConcurrentRun, Outcome | None]]:
-        """Return the runs that have ended since the last call, with their outcomes;
-        None: the call of submit() has ended."""
-        # In any case: _end() may set it after this has taken the run.
+    def collect(self) -> list[tuple[_ConcurrentRun, Outcome]]:
+        """Return the runs that have ended since the last call, with their outcomes."""
+        # In any case: _wake() may set it after this has taken the run.
         self.wakeup.clear()
         self._is_awake = False
         # What ends from here on sets the wake-up again.
         return [self._ended.popleft() for _ in range(len(self._ended))]
 
+    def collect_submitted(self) -> list[_ConcurrentRun]:
+        """Return the runs whose call of submit() has ended; after collect()."""
+        ended = self._submitted_ended
+        return [ended.popleft() for _ in range(len(ended))]
+
     def forget(self, run: _ConcurrentRun) -> None:
         """Forget a run, which has ended and is settled."""
-        del self.runs[run.key]
+        del self.runs[run.state.run_key]
         if not self.runs:
             self._has_runs.clear()
+
+    def run_of(self, execution: Execution) -> _ConcurrentRun:
+        """Return the run of an execution that was started here."""
+        assert execution.run_state
+        return self.runs[execution.run_state.run_key]
 
     def running(self) -> list[_ConcurrentRun]:
         """Return the runs that have not ended; for any thread."""
@@ -13874,8 +13899,11 @@ class _ConcurrentRunner:
                 value = run.call(step)
                 if isinstance(value, CoroutineType):
                     self._learn(run.execution.job, step)
-                    start = self._start_task
-                    self.event_loop.call_soon_threadsafe(start, run, value)
+                    assert run.state.call
+                    deadline, _ = run.state.call
+                    self.event_loop.call_soon_threadsafe(
+                        self._start_task, run, value, deadline
+                    )
                     return
             except BaseException as error:
                 step = run.throw(error)
@@ -13897,11 +13925,15 @@ class _ConcurrentRunner:
         name = job.field("func").removesuffix("()")
         return (type(job), name) in self._coroutine_functions
 
-    def _end(self, run: _ConcurrentRun, outcome: Outcome | None) -> None:
+    def _end(self, run: _ConcurrentRun, outcome: Outcome) -> None:
         """Have collect() return a run; in any thread."""
         if os.getpid() != self._pid:
             os._exit(0)  # the job has forked, and its child has returned from it, too
         self._ended.append((run, outcome))
+        self._wake()
+
+    def _wake(self) -> None:
+        """Have the work loop call collect(); in any thread."""
         if not self._is_awake:  # else collect() is still to come, and finds it
             self._is_awake = True
             self.wakeup.set()
@@ -13915,9 +13947,7 @@ class _ConcurrentRunner:
             # A SystemExit of a task ends run_forever(), too.
             with contextlib.suppress(SystemExit, KeyboardInterrupt):
                 self.event_loop.run_forever()
-        _cancel_tasks(self.event_loop, asyncio.all_tasks(self.event_loop))
-        self.event_loop.run_until_complete(self.event_loop.shutdown_asyncgens())
-        self.event_loop.close()
+        _close_event_loop(self.event_loop)
 
     def _begin_tasks(self, runs: Sequence[_ConcurrentRun]) -> None:
         """Start the coroutines of runs whose functions are known to be such."""
@@ -13933,26 +13963,16 @@ class _ConcurrentRunner:
             except BaseException as error:  # its arguments can't be read, or don't fit
                 self._go_on(run, run.throw(error))
                 continue
-            self._start_task(run, coroutine, seconds)
+            self._start_task(run, coroutine, _deadline_after(seconds))
 
-    def _start_task(
-        self, run: _ConcurrentRun, coroutine: Any, seconds: float | None = None
-    ) -> None:
-        """Run a coroutine as a task, which is cancelled after so many seconds; None: at
-        the deadline of the call that has returned it."""
+    def _start_task(self, run: _ConcurrentRun, coroutine: Any, deadline: float) -> None:
+        """Run a coroutine as a task, which is cancelled at the deadline."""
         if self._given_loop:
             coroutine = _contain_exits(coroutine)
         task = run.context.run(self.event_loop.create_task, coroutine)
         run.task = task
         run.cancelled_for = None
-        state = run.execution.run_state
-        assert state
-        if seconds is None:
-            assert state.call
-            deadline = state.call[0]
-        else:
-            deadline = time.monotonic() + seconds if seconds > 0 else math.inf
-        state.call = (deadline, functools.partial(self._cancel_soon, run, task))
+        run.state.call = (deadline, functools.partial(self._cancel_soon, run, task))
         task.add_done_callback(functools.partial(self._on_task_done, run))
 
     def _cancel_soon(
@@ -14013,7 +14033,7 @@ class _ConcurrentRunner:
         looked at again."""
         for _ in range(len(self._to_stop)):
             run = self._to_stop.popleft()
-            is_held = run.is_running and run.key in self.runs
+            is_held = run.is_running and run.state.run_key in self.runs
             if is_held and not run.interrupt(StopRequested):
                 self._to_stop.append(run)
 
@@ -14123,10 +14143,9 @@ class _ConcurrentLoop(_WorkLoop):
         ended = self.runner.collect()
         if ended and self.instance.forking and _reopen_standard_files():
             self.shared.run_limit = 0  # replace this process
+        for run in self.runner.collect_submitted():
+            self._free(run)
         for run, outcome in ended:
-            if outcome is None:
-                self._free(run)
-                continue
             if not run.is_running:  # it was given up meanwhile
                 continue
             run.slot.state = _SlotState.ENDED
@@ -14233,8 +14252,7 @@ class _ConcurrentLoop(_WorkLoop):
         with_webhooks = self.pending_webhooks
         self.pending_webhooks = []
         for settled_run in settled:
-            execution = settled_run[0]
-            run = self.runner.runs[_key_of_run(execution)]
+            run = self.runner.run_of(settled_run[0])
             if settled_run not in with_webhooks:
                 self._free(run)
                 continue
@@ -15999,11 +16017,8 @@ def _workers_table(snapshot: _Snapshot) -> _Markup:
         return _tag("p", text, class_="empty")
     rows = []
     for worker in snapshot.workers:
-        where = (
-            f"{worker.record.get('hostname', '?')}, pid {worker.record.get('pid', '?')}"
-        )
-        birth = worker.record.get("birth")
-        since = _moment(birth, snapshot.now) if isinstance(birth, float) else "-"
+        where = f"{worker.record['hostname']}, pid {worker.record['pid']}"
+        since = _moment(worker.record["birth"], snapshot.now)
         rows.append([
             _join(worker.name, _tag("small", where)), _badge(worker.state),
             _running(worker, snapshot.now), ", ".join(worker.queues),

@@ -3457,7 +3457,7 @@ def test_enqueue_sent_twice_stores_one_job(redis, queue):
     """An enqueue whose reply was lost is sent again."""
     for number, id in enumerate((None, "mine"), 1):
         job = queue.create_job(add, (1,), job_id=id)
-        command = microq._enqueue_command(queue.prefix, [job._new_job(-1)])
+        command = microq._enqueue_command(queue.prefix, [job.as_new_job(-1)])
         for reply in microq._execute(redis, command, command):
             assert microq._EnqueueReply.parse(reply).created_at
         assert redis.lrange(Q + "queued", 0, -1).count(job.id.encode()) == 1
@@ -4673,7 +4673,7 @@ def test_unique_refuses_an_id_of_which_there_is_any_record(redis, queue):
     with pytest.raises(ValueError):
         queue.enqueue(add, unique=True)
     job = queue.create_job(add, job_id="b", unique=True)
-    command = microq._enqueue_command(queue.prefix, [job._new_job(-1)])
+    command = microq._enqueue_command(queue.prefix, [job.as_new_job(-1)])
     for _ in range(2):  # sent twice
         reply = microq._execute_one(redis, *command)
         assert not microq._EnqueueReply.parse(reply).taken_id
@@ -7187,8 +7187,10 @@ def test_workers_are_found_and_show_what_they_do(redis, queue, busy_worker):
         lambda record: json.dumps(list(record)),
         lambda record: json.dumps({"pid": 7}),
         lambda record: json.dumps(record | {"pid": "7"}),
+        lambda record: json.dumps(record | {"beat": None}),
+        lambda record: json.dumps(record | {"queues": [7]}),
     ],
-    ids=["no JSON", "number", "list", "keys", "pid"],
+    ids=["no JSON", "number", "list", "keys", "pid", "time", "queues"],
 )
 def test_a_garbled_record_is_that_of_no_worker(redis, queue, change):
     worker = Worker(queue, "bee")
@@ -11900,10 +11902,10 @@ def test_a_stop_does_not_hit_the_next_job_of_a_slot(queue):
     instance = Worker(queue, concurrency=2).begin_instance("bee")
     [slot, _] = instance.shared.slots
     runs = [microq.Execution(queue.create_job(add), f"bee.{n} 1.0") for n in (1, 2)]
-    slot.fill(0, runs[0], 60)
+    slot.fill(f"0 a {runs[0].token}", 60)
     [first] = instance.shared.current_jobs()
     slot.state = microq._SlotState.EMPTY
-    slot.fill(0, runs[1], 60)
+    slot.fill(f"0 b {runs[1].token}", 60)
     [second] = instance.shared.current_jobs()
     child = microq._Child(instance, instance.wakeup, instance.new_connection())
     child.pid = os.getpid()
@@ -14419,7 +14421,7 @@ def test_no_markup_of_a_user_reaches_the_page(app, redis):
     scheduler.register(lost, queue.name, name=MARKUP, interval=100)
     scheduler.save()
     record = json.loads(record_of_another_container(Worker(queue, "w")))
-    record |= {"name": MARKUP, "queues": [MARKUP], "hostname": MARKUP, "pid": MARKUP}
+    record |= {"name": MARKUP, "queues": [MARKUP], "hostname": MARKUP}
     redis.set("microq:worker:w", json.dumps(record), ex=60)
     heartbeat(queue, "w")
     for container in queue.containers():
@@ -16211,13 +16213,9 @@ def test_info_shows_how_many_slots_are_taken(redis, queue, cli, start_worker):
 def test_no_control_character_reaches_the_terminal(redis, queue, cli):
     """Who writes to the server does not command the terminal of who looks at it."""
     attack = "\x1b]0;title\x07\x9b2J\u202e"
-    record = {
-        "name": f"w{attack}",
-        "good": 0,
-        "bad": 0,
-        "queues": [f"q{attack}", "default"],
-    }
-    redis.set("microq:worker:w", json.dumps(record), ex=60)
+    names = {"name": f"w{attack}", "queues": [f"q{attack}", "default"]}
+    record = record_of_another_container(Worker(queue, "w"), **names)
+    redis.set("microq:worker:w", record, ex=60)
     queue.enqueue(add, job_id="a")
     claim(queue)
     redis.hset(f"{Q}job:a", "func", f"f{attack}")
@@ -16257,10 +16255,8 @@ def test_info_takes_two_round_trips_whatever_there_is_in_the_queues(redis, monke
     for i in range(20):
         Queue(f"q{i}", redis).enqueue(add)
         claim(Queue(f"q{i}", redis), worker=f"w{i}")
-        redis.set(
-            f"microq:worker:w{i}",
-            json.dumps({"name": f"w{i}", "good": 0, "bad": 0, "queues": []}),
-        )
+        record = record_of_another_container(Worker(Queue(f"q{i}", redis), f"w{i}"))
+        redis.set(f"microq:worker:w{i}", record)
     trips = []
     send = microq._execute
     monkeypatch.setattr(
@@ -16277,8 +16273,13 @@ def test_info_takes_two_round_trips_whatever_there_is_in_the_queues(redis, monke
 
 
 def test_info_leaves_out_a_worker_whose_record_is_garbled(redis, queue, cli):
-    good = {"name": "good", "good": 1, "bad": 0, "queues": ["default"]}
-    records = [json.dumps(good), "{", "{}", json.dumps(good | {"good": "x"}), "3"]
+    good = Worker(queue, "good")._new_info() | {"good": 1}
+    changed = [
+        good | {"good": "x"},
+        good | {"queues": [1]},
+        good | {"concurrency": None},
+    ]
+    records = [json.dumps(good), "{", "{}", "3", *map(json.dumps, changed)]
     for number, record in enumerate(records):
         redis.set(f"microq:worker:w{number}", record, ex=60)
         redis.hset(f"{Q}workers", f"w{number}", "1 1")
@@ -16327,8 +16328,8 @@ def test_many_queues_and_workers_share_a_small_screen(redis, terminal):
         queue = Queue(f"queue{i:02}", redis)
         queue.enqueue(add)
         claim(queue, worker=f"w{i:02}")
-        about = {"name": f"w{i:02}", "good": i, "bad": 0, "queues": [queue.name]}
-        redis.set(f"microq:worker:w{i:02}", json.dumps(about), ex=60)
+        record = record_of_another_container(Worker(queue, f"w{i:02}"), good=i)
+        redis.set(f"microq:worker:w{i:02}", record, ex=60)
     live = terminal("--interval", "0.2", columns=80, lines=20)
     wait_until(lambda: sum("more" in line for line in live.screen()) == 2)
     screen = live.screen()
