@@ -206,7 +206,8 @@ Processes and connections of a worker
 
 Map of the file.  Who has read Part I knows everything that runs a job.  Part I names of
 Part II only these hooks of Python: _relay, _relay_steps, _join_group_commands,
-CronScheduler, _StoredCron, _cron_read_command, _enqueue_ticks, _ConcurrentLoop.
+CronScheduler, _StoredCron, _cron_read_command, _enqueue_ticks, _ConcurrentLoop,
+AsyncJob.
 
 Part I, the queue
 
