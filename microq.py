@@ -708,6 +708,13 @@ def _delay_until(moment: datetime) -> str:
     return f"@{moment.timestamp():.6f}"
 
 
+def _moment_of(delay: float | str) -> datetime:
+    """Return the time of a delay: seconds, or what _delay_until() returned."""
+    if isinstance(delay, str):
+        return _from_timestamp(float(delay[1:]))
+    return datetime.now(timezone.utc) + timedelta(seconds=delay)
+
+
 # Records that a user passes as options.  They are dataclasses that can't be changed; so
 # __post_init__() replaces a value that was given in another form by __setattr__() of
 # object.
@@ -744,6 +751,11 @@ class _RerunPolicy:
         if not seconds:
             raise ValueError("interval is empty; leave it out for no delay")
         object.__setattr__(self, "interval", seconds)
+
+    @property
+    def intervals(self) -> list[float]:
+        """The seconds of `interval`, as a list."""
+        return list(self.interval)
 
     def to_field(self) -> bytes:
         """Return this as JSON, without values that are 0, as they are by default."""
@@ -826,6 +838,28 @@ class Dependency:
             raise ValueError(
                 f"allow_failure={self.allow_failure!r}: give True, False or 'any'"
             )
+
+    @classmethod
+    def merge(cls, items: Any) -> Dependency:
+        """Return one Dependency for a job, an id, a Dependency, or several of these;
+        what one of them allows is allowed for all."""
+        jobs: list[Any] = []
+        failures: set[bool | str] = set()
+        at_front = False
+        for item in [items] if isinstance(items, cls | _BaseJob | str) else items:
+            if isinstance(item, cls):
+                jobs += item.jobs
+                failures.add(item.allow_failure)
+                at_front = at_front or item.enqueue_at_front
+            else:
+                jobs.append(item)
+        allow_failure = "any" if "any" in failures else True in failures
+        return cls(jobs, allow_failure, at_front)
+
+    @property
+    def dependencies(self) -> list[Any]:
+        """The jobs: their name in RQ."""
+        return list(self.jobs)
 
     @property
     def allowed_status(self) -> str:
@@ -975,6 +1009,13 @@ def _job_id(job: Any) -> str:
     return id
 
 
+def _random_id() -> str:
+    """Return an id that no other job has."""
+    id = secrets.token_urlsafe(16)
+    # A command line would take "-" for the beginning of an option.
+    return "_" + id[1:] if id[0] == "-" else id
+
+
 def _parse_number(text: str) -> float:
     """Return a number of a job's hash, or raise ValueError.
 
@@ -1004,7 +1045,8 @@ class _Option:
     flag_help - for --help, made of `doc`
     no_flag   - the reason, if it has no flag
 
-    As an attribute of Job an option reads its value from the job's hash."""
+    As an attribute of Job an option reads its value from the job's hash, or changes it
+    for a job that is not stored yet."""
 
     def __init__(
         self, name: str, kind: type, doc: str, *, default: Any = None,
@@ -1030,6 +1072,9 @@ class _Option:
 
     def __get__(self, job: Any, owner: Any = None) -> Any:
         return self if job is None else job.read_option(self.name)
+
+    def __set__(self, job: Any, value: Any) -> None:
+        job.set_option(self, value)
 
     def check(self, value: Any) -> Any:
         """Return the value to be used, or raise TypeError or ValueError."""
@@ -1115,10 +1160,9 @@ def _to_callback(value: Any) -> Callback:
 
 
 def _to_dependency(value: Any) -> Dependency | None:
-    """Return a Dependency for a job, an id, or several; None for no jobs."""
-    if isinstance(value, Dependency):
-        return value
-    return Dependency(value) if value else None
+    """Return a Dependency for a job, an id, or a list, in which a Dependency may stand,
+    too; None for no jobs."""
+    return Dependency.merge(value) if value else None
 
 
 def _check_unique(value: Any) -> Any:
@@ -2363,6 +2407,19 @@ class _Receive(_Step):
 
     async def run_async(self, connections: Any) -> Any:
         return await self.ahead.receive()
+
+
+class _CallMethod(_Step):
+    """Call a method of the public interface, which a subclass has overridden."""
+
+    def __init__(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        self.call = functools.partial(method, *args, **kwargs)
+
+    def run(self, connection: Any) -> Any:
+        return self.call()
+
+    async def run_async(self, connections: Any) -> Any:
+        return await self.call()
 
 
 class _CanReach(_Step):
@@ -4590,12 +4647,16 @@ class _EnqueueRequest(NamedTuple):
                  is random, so nobody else has it; None: one is made when it is sent
     unique     - whether to refuse an id of which there is any record
     at_front   - whether to overtake the jobs that wait
-    dependency - the jobs that it depends on, as the user gave them; None for none"""
+    dependency - the jobs that it depends on, as the user gave them; None for none
+    delay      - when it is to run, if enqueue_job() was not told; see _EnqueueCall
+    durable    - whether to wait until the server has it on disk"""
 
     call_id: str | None = None
     unique: bool = False
     at_front: bool = False
     dependency: Dependency | None = None
+    delay: float | str = -1
+    durable: bool = False
 
     def with_options(self, at_front: bool, unique: bool) -> _EnqueueRequest:
         """Return the request with options of enqueue_job() added."""
@@ -4611,7 +4672,7 @@ class _EnqueueRequest(NamedTuple):
         """Return the request for the next life of the job, once this one is stored."""
         if not self.unique and self.dependency is None:
             return _DEFAULT_REQUEST
-        return self._replace(call_id=None, at_front=False)
+        return self._replace(call_id=None, at_front=False, delay=-1, durable=False)
 
 
 # Most jobs share one of these two: the first is that of a job which was read or has a
@@ -4626,23 +4687,44 @@ class _BaseJob:
 
     queue: Any
 
+    # Whether its queue is not known, since only the id was given.
+    _is_anywhere = False
+
     def __init__(
-        self, id: str, queue: Any = None, fields: dict[str, bytes] | None = None,
-        request: _EnqueueRequest = _DEFAULT_REQUEST,
-        connection: Any = None, serializer: Any = None,
-    ) -> None:  # fmt: skip
-        self.id = id
-        self.record = {} if fields is None else fields
-        self.enqueue_request = request
+        self, id: str | None = None, connection: Any = None, serializer: Any = None
+    ) -> None:
+        # A queue passes itself as the connection: a subclass may have this signature,
+        # which is that of RQ.
+        self.id = _random_id() if id is None else id
+        self.record: dict[str, bytes] = {}
+        self.enqueue_request = _DEFAULT_REQUEST
         # CREATED: not stored, as far as this object knows.  None: has to be read.
         self._status: JobStatus | None = JobStatus.CREATED
         self.execution: Execution | None = None
         self._meta: dict[str, Any] | None = None  # decoded, once it was asked for
         self._call_cache: tuple[Any, ...] | None = None  # _decoded_call, once asked for
-        if queue is None:
+        if isinstance(connection, _BaseQueue):
+            self._bind(connection)
+        else:
+            _job_id(self.id)
             make_queue = self._queue_class()
-            queue = make_queue("default", connection, serializer=serializer)
-        self._bind(queue)
+            self._bind(make_queue("default", connection, serializer=serializer))
+            self._is_anywhere = True
+
+    @classmethod
+    def of_queue(
+        cls: type[J], id: str, queue: Any, fields: dict[str, bytes] | None = None,
+        request: _EnqueueRequest = _DEFAULT_REQUEST,
+    ) -> J:  # fmt: skip
+        """Return a job of `queue`, unread; or with these fields."""
+        job = cls(id, queue)
+        if job.queue is not queue:  # a subclass has passed on another connection
+            job._bind(queue)
+            job._is_anywhere = False
+        if fields is not None:
+            job.record = fields
+            job.enqueue_request = request
+        return job
 
     @staticmethod
     def _queue_class() -> Any:
@@ -4691,16 +4773,29 @@ class _BaseJob:
         ids = [_job_id(id) for id in job_ids]
         queues = yield from cls._queue_class()._all(connection, cls, serializer)
         jobs = yield from _fetch_jobs(
-            [cls(id, queue, {}) for id in ids for queue in queues]
+            [cls.of_queue(id, queue) for id in ids for queue in queues]
         )
         by_id = {job.id: job for job in jobs}
         return [by_id.get(id) for id in ids]
 
     def _refresh(self) -> Steps[None]:
-        """Read the job again.  One round trip; raises NoSuchJobError if it is gone."""
+        """Read the job again.  One round trip; raises NoSuchJobError if it is gone.
+
+        A job that was made of its id is first looked for, two more round trips."""
+        yield from self.find_queue()
         jobs = yield from _fetch_jobs([self])
         if not jobs:
             raise NoSuchJobError(f"job {self.id!r} is no longer in {self.origin!r}")
+
+    def find_queue(self) -> Steps[None]:
+        """Make a job that was made of its id a job of the queue that has this id.  Two
+        round trips; none if the queue is known."""
+        if not self._is_anywhere:
+            return
+        found = yield from self._fetch_many([self.id], self.connection, self.serializer)
+        if found[0] is not None:
+            self._bind(found[0].queue)
+            self._is_anywhere = False
 
     def on_fetched(self, reply: list[Any]) -> bool:
         """Take the reply of the script `fetch`; False if there is no such job."""
@@ -5023,10 +5118,26 @@ class _BaseJob:
         except (ValueError, TypeError):
             raise self._corrupt(name) from None
 
+    def set_option(self, option: _Option, value: Any) -> None:
+        """Change an option of a job that is not stored yet; None: to its default."""
+        if self._status is not JobStatus.CREATED:
+            text = f"job {self.id} is stored already; give {option.name} to enqueue()"
+            raise AttributeError(text)
+        if option.name == "at_front":
+            self.enqueue_request = self.enqueue_request._replace(at_front=bool(value))
+        elif value is None:
+            self.record.pop(option.name, None)
+        else:
+            self.record[option.name] = option.encode(value, self.serializer)
+
     @property
     def description(self) -> str:
         """Text for people; by default the call."""
         return self.read_option("description") or self.get_call_string()
+
+    @description.setter
+    def description(self, value: str | None) -> None:
+        self.set_option(_OPTIONS["description"], value)
 
     @property
     def webhooks(self) -> list[Webhook]:
@@ -5129,7 +5240,8 @@ class _BaseJob:
 
     def _get_status(self, refresh: bool = True) -> Steps[JobStatus]:
         """Return where the job stands.  One round trip, none with refresh=False."""
-        if self._status is None or (refresh and self._status is not JobStatus.CREATED):
+        is_stored = self._status is not JobStatus.CREATED or self._is_anywhere
+        if self._status is None or (refresh and is_stored):
             yield from self._refresh()
         return self._status  # type: ignore[return-value]  # _refresh() has set it
 
@@ -5290,7 +5402,7 @@ class _BaseJob:
         queue = self._queue_class().from_queue_key(
             f"{prefix}queued", self.connection, serializer=self.serializer
         )
-        return type(self)(id, queue, {})
+        return self.of_queue(id, queue)
 
     # Results.
 
@@ -5402,11 +5514,15 @@ class _BaseJob:
 
     def _save_meta(self) -> Steps[None]:
         """Store `meta`.  One round trip; raises NoSuchJobError if the job is gone."""
-        context = self._signed_context("meta")
-        data = _serialize(self.serializer, self.meta, "meta", *context)
-        [exists] = yield [_set_field_command(self.queue.prefix, self.id, "meta", data)]
+        [exists] = yield [self._save_meta_command()]
         if not exists:
             raise NoSuchJobError(f"job {self.id!r} is gone; its meta was not saved")
+
+    def _save_meta_command(self) -> Command:
+        """Return the command that stores `meta`."""
+        context = self._signed_context("meta")
+        data = _serialize(self.serializer, self.meta, "meta", *context)
+        return _set_field_command(self.queue.prefix, self.id, "meta", data)
 
     # Its log.
 
@@ -5601,7 +5717,18 @@ class Job(_BaseJob):
 
     # RQ's other names.
 
-    save = save_meta  # all but meta stays as it was enqueued
+    def save(
+        self, pipeline: Any = None, include_meta: bool = True,
+        include_result: bool = True,
+    ) -> None:  # fmt: skip
+        """Store `meta`, as save_meta(): nothing else of a job changes once it is
+        stored.  A new job is stored by Queue.enqueue_job(), with all that was set."""
+        if self._status is JobStatus.CREATED and self.record:
+            return
+        if pipeline is None:
+            self.save_meta()
+        else:
+            _add_to_pipeline(pipeline, [self._save_meta_command()], self.queue.awaits)
 
     @property
     def result(self) -> Any:
@@ -5789,6 +5916,7 @@ def _transition_job(
 
     Raises NoSuchJobError, or InvalidJobOperation if the job was elsewhere, but not with
     a pipeline."""
+    yield from job.find_queue()
     command = _transition_command(
         job.queue.prefix, job.id, " ".join(allowed), to, secrets.token_hex(4),
         at_front=at_front, tell_dependents=tell_dependents,
@@ -5925,6 +6053,14 @@ class EnqueueData(NamedTuple):
 
     call: tuple[Func, Any, Any]
     options: dict[str, Any]
+
+    def __getattr__(self, name: str) -> Any:
+        """Return func, args, kwargs, or an option by its name; None: not given."""
+        names = ("func", "args", "kwargs")
+        values = dict(zip(names, self.call, strict=True)) | self.options
+        if name not in values and name not in _OPTIONS:
+            raise AttributeError(f"EnqueueData has no {name!r}")
+        return values.get(name)
 
 
 class _EnqueueCall(NamedTuple):
@@ -6093,6 +6229,14 @@ class _BaseRegistry(_JobContainer[J]):
         self.name = queue.name
         self.prefix = queue.prefix
         self.connection = queue.connection
+        self.job_class = queue.job_class
+        self.serializer = queue.serializer
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BaseRegistry) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
 
     def unread_job(self, job: _BaseJob | str) -> J:
         return self.queue.unread_job(job)
@@ -6162,6 +6306,8 @@ class Registry(_BaseRegistry[Job], _BlockingContainer):
 
     queue - the Queue; else one is made of the other arguments, as Queue takes them
 
+    Registries of the same state of the same queue are equal.
+
     The argument `cleanup` of methods is RQ's and changes nothing: ended jobs whose
     record has expired are never counted or listed."""
 
@@ -6170,6 +6316,7 @@ class Registry(_BaseRegistry[Job], _BlockingContainer):
     def __init__(
         self, name: str = "default", connection: Redis | None = None,
         job_class: Any = None, queue: Queue | None = None, serializer: Any = None,
+        death_penalty_class: Any = None,
     ) -> None:  # fmt: skip
         if queue is None:
             queue = Queue(name, connection, job_class=job_class, serializer=serializer)
@@ -6254,6 +6401,7 @@ class _BaseQueue(_JobContainer[J]):
 
     container = "queued"
     job_class: type[J]
+    DEFAULT_TIMEOUT: Any = DEFAULT_TIMEOUT  # of queues without a default_timeout
     before_enqueue: ClassVar[list[Callable[[Any], Any]]] = []
 
     def __init__(
@@ -6266,7 +6414,7 @@ class _BaseQueue(_JobContainer[J]):
         self.connection = self._connect(connection)
         self.serializer = resolve_serializer(serializer)
         self.job_class = _resolve_class(job_class, self.job_class)
-        timeout = DEFAULT_TIMEOUT if default_timeout is None else default_timeout
+        timeout = self.DEFAULT_TIMEOUT if default_timeout is None else default_timeout
         self.default_timeout = _parse_seconds(timeout, "default_timeout", (-1,))
         self.is_async = is_async
         self._before_enqueue = _resolve_functions(before_enqueue)
@@ -6291,7 +6439,10 @@ class _BaseQueue(_JobContainer[J]):
         ]
 
     @classmethod
-    def from_queue_key(cls: type[Q], queue_key: str, *args: Any, **kwargs: Any) -> Q:
+    def from_queue_key(
+        cls: type[Q], queue_key: str, connection: Any = None, job_class: Any = None,
+        serializer: Any = None, **options: Any,
+    ) -> Q:  # fmt: skip
         """Return the queue whose `key` this is, as in "microq:{mail}:queued".
 
         More arguments are for its constructor.  Raises ValueError for another key."""
@@ -6300,10 +6451,11 @@ class _BaseQueue(_JobContainer[J]):
             example = "'microq:{mail}:queued'"
             raise ValueError(f"{queue_key!r} is no queue's key, such as {example}")
         tag_with_name, name = match.groups()
-        return cls(name or tag_with_name, *args, **kwargs)
+        options |= {"job_class": job_class, "serializer": serializer}
+        return cls(name or tag_with_name, connection, **options)
 
     def unread_job(self, job: _BaseJob | str) -> J:
-        return self.job_class(_job_id(job), self, {})
+        return self.job_class.of_queue(_job_id(job), self)
 
     def registries(self) -> list[_BaseRegistry[J]]:
         """Return the registries of the queue, in the order of _CONTAINERS."""
@@ -6385,27 +6537,77 @@ class _BaseQueue(_JobContainer[J]):
         else:
             call_args = args
             call_kwargs = kwargs
+        kind: Any = type(self)
+        if kind.enqueue_call is not kind._own_enqueue_call and delay == -1:
+            if pipeline is not None:
+                options["pipeline"] = pipeline
+            if durable:
+                options["durable"] = True
+            called: J = yield _CallMethod(
+                kind.enqueue_call, self, f, call_args, call_kwargs, **options
+            )
+            return called
         job = self.create_job(f, call_args, call_kwargs, **options)
-        if durable:
-            yield from self._store_durably([job], pipeline, delay)
-        else:
-            yield from self._store([job], pipeline, delay)
+        if delay != -1 or durable or kind.enqueue_job is not kind._own_enqueue_job:
+            job.enqueue_request = job.enqueue_request._replace(
+                delay=delay, durable=durable
+            )
+            return (yield from self._store_by_method(job, pipeline))
+        yield from self._store([job], pipeline)
         return job
 
+    def _store_by_method(self, job: J, pipeline: Any) -> Steps[J]:
+        """Store a job by schedule_job() or enqueue_job(), if a subclass has overridden
+        that, or somebody has replaced it, as tools for tracing do; else without it."""
+        kind: Any = type(self)
+        request = job.enqueue_request
+        if request.delay == -1 or kind.schedule_job is kind._own_schedule_job:
+            return (yield from self._store_by_enqueue_job(job, pipeline))
+        moment = _moment_of(request.delay)
+        options = {"pipeline": pipeline, "unique": request.unique}
+        scheduled: J = yield _CallMethod(
+            kind.schedule_job, self, job, moment, **options
+        )
+        return scheduled
+
+    def _store_by_enqueue_job(self, job: J, pipeline: Any) -> Steps[J]:
+        """Store a job by enqueue_job(), if that is not microq's own."""
+        kind: Any = type(self)
+        if kind.enqueue_job is kind._own_enqueue_job:
+            return (yield from self._enqueue_job(job, pipeline))
+        options = {
+            "at_front": job.enqueue_request.at_front,
+            "unique": job.enqueue_request.unique,
+        }
+        stored: J = yield _CallMethod(
+            kind.enqueue_job, self, job, pipeline=pipeline, **options
+        )
+        return stored
+
     def _enqueue_call(
-        self, func: Func, args: Any = None, kwargs: Any = None, **options: Any
-    ) -> Steps[J]:
-        """Store a call; the options are `pipeline` and those of create_job()."""
+        self, func: Func, args: Any = None, kwargs: Any = None, *positional: Any,
+        **options: Any,
+    ) -> Steps[J]:  # fmt: skip
+        """Store a call; the options are `pipeline`, `durable` and those of
+        create_job()."""
+        if positional:
+            _name_options(_ENQUEUE_CALL_ORDER, positional, options)
         pipeline = options.pop("pipeline", None)
+        durable = options.pop("durable", False)
         job = self.create_job(func, args, kwargs, **options)
-        return self._enqueue_job(job, pipeline)
+        if durable:
+            job.enqueue_request = job.enqueue_request._replace(durable=True)
+        return self._store_by_method(job, pipeline)
 
     @staticmethod
     def prepare_data(
-        func: Func, args: Any = None, kwargs: Any = None, **options: Any
-    ) -> EnqueueData:
+        func: Func, args: Any = None, kwargs: Any = None, *positional: Any,
+        **options: Any,
+    ) -> EnqueueData:  # fmt: skip
         """Return a call with the options of create_job(), for enqueue_many(), which
         checks them."""
+        if positional:
+            _name_options(_PREPARE_DATA_ORDER, positional, options)
         return EnqueueData((func, args, kwargs), options)
 
     def _enqueue_many(
@@ -6423,7 +6625,11 @@ class _BaseQueue(_JobContainer[J]):
         One round trip per 1,000 jobs, during which the next 1,000 are prepared; two for
         a group, which is told first: a member that was not stored does no harm, a job
         that its group does not know would be missed.  A call that raises may have
-        stored earlier thousands."""
+        stored earlier thousands.  With an enqueue_job() of a subclass, each job is
+        stored by that."""
+        kind: Any = type(self)
+        if kind.enqueue_job is not kind._own_enqueue_job:
+            return (yield from self._enqueue_each(job_datas, pipeline, group_id))
         remaining = iter(job_datas)
         all_jobs: list[J] = []
         in_flight: _EnqueueCall | None = None  # sent, but the reply is still to be read
@@ -6447,6 +6653,18 @@ class _BaseQueue(_JobContainer[J]):
                 yield from self._receive_enqueued(ahead, in_flight)
         return all_jobs
 
+    def _enqueue_each(
+        self, job_datas: Iterable[EnqueueData], pipeline: Any, group_id: str | None
+    ) -> Steps[list[J]]:
+        """Store many calls, each by enqueue_job()."""
+        jobs = self._create_jobs(job_datas, group_id)
+        if group_id:
+            yield from self._join_group(group_id, jobs, pipeline)
+        stored = []
+        for job in jobs:
+            stored.append((yield from self._store_by_method(job, pipeline)))
+        return stored
+
     def _join_group(
         self, group_id: str, jobs: Sequence[J], pipeline: Any
     ) -> Steps[None]:
@@ -6469,8 +6687,9 @@ class _BaseQueue(_JobContainer[J]):
         return jobs
 
     def create_job(
-        self, func: Func, args: Any = None, kwargs: Any = None, **options: Any
-    ) -> J:
+        self, func: Func, args: Any = None, kwargs: Any = None, *positional: Any,
+        **options: Any,
+    ) -> J:  # fmt: skip
         """Return a job for enqueue_job(), which is not stored yet.
 
         func    - a function, a method, a callable object or a dotted name
@@ -6479,12 +6698,16 @@ class _BaseQueue(_JobContainer[J]):
         options - those of enqueue() but `pipeline`; `timeout` in place of job_timeout
 
         Raises as enqueue(); an option of None counts as not given."""
+        if positional:
+            _name_options(_CREATE_JOB_ORDER, positional, options)
         fields = self._encode_call(func, args, kwargs)
         if options.get("timeout") is None and self.default_timeout != DEFAULT_TIMEOUT:
             options["timeout"] = self.default_timeout
         unstored = {}
         for name, value in options.items():
             option = _OPTIONS.get(name)
+            if option is None and name == "status":  # RQ's; here it follows
+                continue
             if option is None:
                 text = f"{name!r} is no option; there are: {', '.join(_OPTIONS)}"
                 raise TypeError(text)
@@ -6497,10 +6720,8 @@ class _BaseQueue(_JobContainer[J]):
         request = _new_request(unstored)
         id = unstored.get("job_id")
         if id is None:
-            id = secrets.token_urlsafe(16)
-            if id[0] == "-":  # a command line would take it for an option
-                id = "_" + id[1:]
-        job = self.job_class(id, self, fields, request)
+            id = _random_id()
+        job = self.job_class.of_queue(id, self, fields, request)
         job.sign()
         return job
 
@@ -6548,9 +6769,13 @@ class _BaseQueue(_JobContainer[J]):
 
         One that has ended begins a new life.  The options are those of enqueue().
         Raises InvalidJobOperation for a job that is in another queue, and as
-        enqueue()."""
+        enqueue().  All that store jobs go through a subclass's own enqueue_job()."""
         job.prepare_for(self, at_front, unique)
-        yield from self._store([job], pipeline)
+        request = job.enqueue_request
+        if request.durable:
+            yield from self._store_durably([job], pipeline, request.delay)
+        else:
+            yield from self._store([job], pipeline, request.delay)
         return job
 
     def _schedule_job(
@@ -6559,8 +6784,9 @@ class _BaseQueue(_JobContainer[J]):
         """Store a job made by create_job(), to be run at `datetime`; see
         enqueue_job()."""
         job.prepare_for(self, False, unique)
-        yield from self._store([job], pipeline, _delay_until(datetime))
-        return job
+        delay = _delay_until(datetime)
+        job.enqueue_request = job.enqueue_request._replace(delay=delay)
+        return self._store_by_enqueue_job(job, pipeline)
 
     def _store(
         self, jobs: Sequence[J], pipeline: Any, delay: float | str = -1
@@ -6789,6 +7015,35 @@ class _BaseQueue(_JobContainer[J]):
 
 Q = TypeVar("Q", bound=_BaseQueue[Any])
 
+# The order of options that are given by position, which is RQ's.
+_ENQUEUE_CALL_ORDER = (
+    "timeout result_ttl ttl failure_ttl description depends_on job_id at_front meta "
+    "retry repeat on_success on_failure on_stopped rate_limit pipeline unique webhooks"
+)
+_PREPARE_DATA_ORDER = (
+    "timeout result_ttl ttl failure_ttl description depends_on job_id at_front meta "
+    "retry on_success on_failure on_stopped repeat webhooks"
+)
+_CREATE_JOB_ORDER = (
+    "timeout result_ttl ttl failure_ttl description depends_on job_id meta status "
+    "retry repeat"
+)
+_DECORATOR_ORDER = "timeout result_ttl ttl"
+
+
+def _name_options(
+    order: str, positional: Sequence[Any], options: dict[str, Any]
+) -> None:
+    """Add the options that were given by position to `options`, by their names."""
+    names = order.split()
+    if len(positional) > len(names):
+        text = f"{len(positional)} options by position; there are: {', '.join(names)}"
+        raise TypeError(text)
+    for name, value in zip(names, positional, strict=False):
+        if name in options:
+            raise TypeError(f"{name} is given twice, by position and by keyword")
+        options[name] = value
+
 
 class Queue(_BaseQueue[Job], _BlockingContainer):
     """A named queue of jobs: those that wait in it, and by its registries all others.
@@ -6831,6 +7086,7 @@ class Queue(_BaseQueue[Job], _BlockingContainer):
         connection: Redis | None = None,
         job_class: Any = None,
         serializer: Any = None,
+        death_penalty_class: Any = None,
     ) -> list[Queue]:
         """Return every queue that was used and not deleted, by name.  One round
         trip."""
@@ -6845,6 +7101,10 @@ class Queue(_BaseQueue[Job], _BlockingContainer):
     enqueue_many = _blocking(_BaseQueue[Job]._enqueue_many)
     enqueue_job = _blocking(_BaseQueue[Job]._enqueue_job)
     schedule_job = _blocking(_BaseQueue[Job]._schedule_job)
+    # By these, methods of a subclass are recognized.
+    _own_enqueue_call = enqueue_call
+    _own_enqueue_job = enqueue_job
+    _own_schedule_job = schedule_job
     fetch_job = _blocking(_BaseQueue[Job]._fetch_job)
     get_job_ids = _blocking(_BaseQueue[Job]._get_job_ids)
     get_jobs = _blocking(_BaseQueue[Job]._get_jobs)
@@ -7013,8 +7273,8 @@ class _JobFunction(Protocol[P, R_co]):
 
 
 def job(
-    queue: _BaseQueue[Any] | str, connection: Any = None, *, queue_class: Any = None,
-    serializer: Any = None, **options: Any,
+    queue: _BaseQueue[Any] | str, connection: Any = None, *positional: Any,
+    queue_class: Any = None, serializer: Any = None, **options: Any,
 ) -> Callable[[Callable[P, R]], _JobFunction[P, R]]:  # fmt: skip
     """Decorate a function with .delay() and .enqueue(), which store a call of it.  For
     an AsyncQueue, decorate it with .adelay(), which is to be awaited.
@@ -7025,6 +7285,7 @@ def job(
 
     These methods take the arguments of the function and return the job; job_id,
     at_front and depends_on may stand in each call, too."""
+    _name_options(_DECORATOR_ORDER, positional, options)
     make_queue = _resolve_class(queue_class, Queue)
 
     @functools.cache
@@ -8363,7 +8624,7 @@ class _WorkLoop(_Loop):
         heartbeat_at = _from_timestamp(reply.now)
         for index, job_id, fields in reply.jobs:
             queue = self.queue_order[index]
-            job = queue.job_class(job_id, queue, fields)
+            job = queue.job_class.of_queue(job_id, queue, fields)
             self.claimed.append(job.on_claimed(reply.token, heartbeat_at))
         if self.instance.limits.strategy == "round_robin" and reply.jobs:
             last_index, _, _ = reply.jobs[-1]  # the only one: the claim was for one job
@@ -9255,11 +9516,13 @@ class Worker:
 
     @classmethod
     def all(
-        cls, connection: Redis | None = None, queue: Queue | None = None, **options: Any
-    ) -> list[Worker]:
+        cls, connection: Redis | None = None, job_class: Any = None,
+        queue_class: Any = None, queue: Queue | None = None, **options: Any,
+    ) -> list[Worker]:  # fmt: skip
         """Return the workers that are alive, those of `queue` only if it is given, by
-        name; further options are for the constructor."""
+        name; the other options are for the constructor."""
         connection = queue.connection if queue else _connect(connection)
+        options |= {"job_class": job_class, "queue_class": queue_class}
         return cls._fetch(cls.all_keys(connection, queue), connection, options)
 
     @classmethod
@@ -9279,14 +9542,16 @@ class Worker:
     @classmethod
     def count(cls, connection: Redis | None = None, queue: Queue | None = None) -> int:
         """Return how many workers are alive."""
-        return len(cls.all(connection, queue))
+        return len(cls.all(connection, queue=queue))
 
     @classmethod
     def find_by_key(
-        cls, key: str, connection: Redis | None = None, **options: Any
-    ) -> Worker | None:
+        cls, key: str, connection: Redis | None = None, job_class: Any = None,
+        queue_class: Any = None, **options: Any,
+    ) -> Worker | None:  # fmt: skip
         """Return the worker of this name, or key; None if it is not alive.  Its counts
         are those of its last heartbeat, up to a second old while it is busy."""
+        options |= {"job_class": job_class, "queue_class": queue_class}
         keys = [f"microq:worker:{key.removeprefix('microq:worker:')}"]
         workers = cls._fetch(keys, _connect(connection), options)
         return workers[0] if workers else None
@@ -12700,7 +12965,8 @@ class CronJob:
     def _make_job(self, id: str, queue: Queue) -> Job:
         """Return a job of the entry, not stored yet; its signature is the entry's."""
         fields = {name: value.encode("latin-1") for name, value in self.fields.items()}
-        return Job(id, queue, fields, _EnqueueRequest("", at_front=self.at_front))
+        request = _EnqueueRequest("", at_front=self.at_front)
+        return Job.of_queue(id, queue, fields, request)
 
 
 class _StoredCron(NamedTuple):
@@ -15123,6 +15389,10 @@ class AsyncQueue(_BaseQueue[AsyncJob], _AsyncContainer):
     enqueue_many = _awaited(_BaseQueue[AsyncJob]._enqueue_many)
     enqueue_job = _awaited(_BaseQueue[AsyncJob]._enqueue_job)
     schedule_job = _awaited(_BaseQueue[AsyncJob]._schedule_job)
+    # By these, methods of a subclass are recognized.
+    _own_enqueue_call = enqueue_call
+    _own_enqueue_job = enqueue_job
+    _own_schedule_job = schedule_job
     fetch_job = _awaited(_BaseQueue[AsyncJob]._fetch_job)
     get_job_ids = _awaited(_BaseQueue[AsyncJob]._get_job_ids)
     get_jobs = _awaited(_BaseQueue[AsyncJob]._get_jobs)
@@ -16427,7 +16697,7 @@ def _read_relatives(site: _Site, job: _JobOutline) -> _Relatives:
 
 def _other_job(site: _Site, prefix: str, id: str) -> Job:
     """Return a job by the prefix of its queue, not read yet."""
-    return Job(id, Queue.from_queue_key(f"{prefix}queued", site.connection), {})
+    return Job(id, Queue.from_queue_key(f"{prefix}queued", site.connection))
 
 
 def _progress(job: _JobOutline) -> _Markup | None:
@@ -16674,7 +16944,7 @@ def _act(site: _Site, fields: dict[str, str]) -> dict[str, str]:
     if action in ("requeue_all", "delete_all"):
         return _act_on_list(site, fields)
     job = _existing_job(site, fields)
-    handle = Job(job.id, site.queue(job.queue), {})
+    handle = Job(job.id, site.queue(job.queue))
     if action == "requeue":
         handle.requeue()
     elif action == "delete":

@@ -2686,6 +2686,21 @@ def test_options_are_given_on_the_command_line(redis, queue, cli):
     assert job.enqueue_at_front
 
 
+def test_intervals_are_listed_and_dependencies_merged(redis, queue):
+    """RQ has Retry.intervals, and a list in which a Dependency may stand."""
+    assert Retry(max=3, interval=[1, "2m"]).intervals == [1, 120]
+    assert Repeat(times=2).intervals == [0]
+    first, second, third = [queue.enqueue(add) for _ in range(3)]
+    tolerant = Dependency(jobs=[first], allow_failure=True, enqueue_at_front=True)
+    assert tolerant.dependencies == [first]
+    job = queue.enqueue(add, depends_on=[tolerant, second, third.id])
+    assert job.dependency_ids == [first.id, second.id, third.id]
+    assert job.allow_dependency_failures
+    any_end = Dependency.merge([tolerant, Dependency(second, allow_failure="any")])
+    assert any_end == Dependency([first, second], "any", enqueue_at_front=True)
+    assert Dependency.merge(first) == Dependency(first)
+
+
 # ---- 3. Serializers and names of functions -------------------------------------------
 
 
@@ -4516,6 +4531,88 @@ def test_log_handler_that_fails_does_not_fail_the_job(
     assert "is not held by this worker any more" in caplog.text
 
 
+def test_options_may_be_set_before_a_job_is_stored(redis, queue):
+    job = queue.create_job(add, (1,))
+    job.timeout = "5m"
+    job.result_ttl = 60
+    job.failure_ttl = 70
+    job.ttl = 80
+    job.max_crashes = 0
+    job.description = "a sum"
+    job.meta = {"user": 7}
+    waiting = queue.enqueue(add)
+    job.enqueue_at_front = True
+    job.save()  # stores nothing, as the job is in no queue
+    assert not Job.exists(job.id, redis)
+    queue.enqueue_job(job)
+    stored = Job.fetch(job.id, redis)
+    assert queue.job_ids == [job.id, waiting.id]
+    assert (stored.timeout, stored.result_ttl, stored.failure_ttl) == (300, 60, 70)
+    assert (stored.ttl, stored.max_crashes) == (80, 0)
+    assert (stored.description, stored.meta) == ("a sum", {"user": 7})
+    plain = queue.create_job(add)
+    plain.timeout = 9
+    plain.timeout = None
+    assert queue.enqueue_job(plain).timeout == microq.DEFAULT_TIMEOUT
+
+
+@pytest.mark.parametrize("name", ["timeout", "description", "enqueue_at_front"])
+def test_options_of_a_stored_job_do_not_change(redis, queue, name):
+    job = queue.enqueue(add)
+    with pytest.raises(AttributeError, match="is stored already; give"):
+        setattr(job, name, 5)
+    with pytest.raises(ValueError, match="timeout"):
+        queue.create_job(add).timeout = "soon"
+
+
+def test_a_job_is_found_by_its_id_alone(redis, queue):
+    """Its queue is not known, so it is looked for in all of them."""
+    other = Queue("other", redis)
+    id = other.enqueue(add, 1).id
+    job = Job(id, connection=redis)
+    job.refresh()
+    assert (job.origin, job.args) == ("other", (1,))
+    assert Job(id, redis).get_status() == "queued"
+    Job(id, redis).cancel()
+    assert job.is_canceled
+    Job(id, redis).delete()
+    assert not Job.exists(id, redis)
+    with pytest.raises(NoSuchJobError):
+        Job(id, redis).refresh()
+    assert len(Job(connection=redis).id) == 22
+    with pytest.raises(ValueError, match="job id"):
+        Job("no blanks", redis)
+
+
+def test_a_job_saves_its_meta_by_a_pipeline(redis, queue):
+    job = queue.enqueue(add)
+    job.meta["step"] = 1
+    with redis.pipeline() as pipeline:
+        job.save(pipeline=pipeline)
+        assert Job.fetch(job.id, redis).meta == {}
+        pipeline.execute()
+    assert Job.fetch(job.id, redis).meta == {"step": 1}
+
+
+class OwnConnectionJob(Job):
+    """A job whose constructor has RQ's signature, and chooses the connection."""
+
+    def __init__(self, id=None, connection=None, serializer=None):
+        self.given = connection
+        connection = redis_py.Redis.from_url(os.environ["MICROQ_URL"])
+        super().__init__(id, connection, serializer)
+
+
+def test_a_job_class_may_have_the_constructor_of_rq(redis, server, monkeypatch):
+    monkeypatch.setenv("MICROQ_URL", server.url)
+    queue = Queue("mine", redis, job_class=OwnConnectionJob)
+    job = queue.enqueue(add, 2)
+    assert (job.queue, job.given) == (queue, queue)
+    work(queue)
+    assert queue.fetch_job(job.id).return_value() == 2
+    assert OwnConnectionJob.fetch(job.id, redis).return_value() == 2
+
+
 # ---- 7. Queue and registries ---------------------------------------------------------
 
 
@@ -5099,6 +5196,132 @@ def test_is_async_false_runs_dependents_and_callbacks_too(redis, callback_log):
     child = queue.enqueue(dependency_results, depends_on=parent)
     assert child.return_value() == [1]
     assert callback_log() == ["success a 1"]
+
+
+def add_decorated(x=0):
+    """Be decorated, since a decorator leaves its methods at the function."""
+    return x
+
+
+def calls_of(method, log):
+    """Return an override of a method of Queue that logs its calls."""
+
+    def override(self, *args, **kwargs):
+        log.append((method.__name__, getattr(args[0], "id", None)))
+        return method(self, *args, **kwargs)
+
+    return override
+
+
+def enqueue_in_each_way(queue):
+    """Return jobs stored in all the ways of a Queue."""
+    data = [Queue.prepare_data(add, (3,)), Queue.prepare_data(add, (4,))]
+    later = datetime.now(timezone.utc) + timedelta(hours=1)
+    return [
+        queue.enqueue(add, 1, at_front=True),
+        queue.enqueue_call(add, (2,)),
+        *queue.enqueue_many(data),
+        microq.job(queue)(add_decorated).delay(5),
+        queue.enqueue_in(3600, add, 6),
+        queue.enqueue_at(later, add, 7),
+        queue.schedule_job(queue.create_job(add, (8,)), later),
+    ]
+
+
+@pytest.mark.parametrize("how", ["overridden", "replaced"])
+def test_all_ways_to_enqueue_go_through_enqueue_job(redis, monkeypatch, how):
+    """A subclass counts jobs there; tools for tracing replace the method itself."""
+    log = []
+    override = calls_of(Queue.enqueue_job, log)
+    kind = type("CountingQueue", (Queue,), {"enqueue_job": override})
+    if how == "replaced":
+        kind = Queue
+        monkeypatch.setattr(Queue, "enqueue_job", override)
+    queue = kind("mine", redis)
+    jobs = enqueue_in_each_way(queue)
+    assert log == [("enqueue_job", job.id) for job in jobs]
+    assert [job.args[0] for job in jobs] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert queue.job_ids == [job.id for job in jobs[:5]]
+    assert set(queue.scheduled_job_registry.get_job_ids()) == {
+        job.id for job in jobs[5:]
+    }
+    with pytest.raises(DuplicateJobError):
+        queue.enqueue(add, job_id=jobs[0].id)
+    with redis.pipeline() as pipeline:
+        queue.enqueue(add, pipeline=pipeline)
+        assert len(queue) == 5
+        pipeline.execute()
+    assert len(queue) == 6
+
+
+def test_methods_between_are_called_as_by_rq(redis):
+    """enqueue() calls enqueue_call(), enqueue_at() calls schedule_job()."""
+    log = []
+    kind = type(
+        "LoggingQueue",
+        (Queue,),
+        {
+            "enqueue_call": calls_of(Queue.enqueue_call, log),
+            "schedule_job": calls_of(Queue.schedule_job, log),
+        },
+    )
+    queue = kind("mine", redis)
+    job = queue.enqueue(add, 1, result_ttl=0, job_id="mine")
+    assert (job.id, job.result_ttl, job.args) == ("mine", 0, (1,))
+    soon = queue.enqueue_in(timedelta(minutes=1), add)
+    due = queue.scheduled_job_registry.get_scheduled_time(soon)
+    left = due - datetime.now(timezone.utc)
+    assert timedelta(seconds=20) < left <= timedelta(seconds=61)
+    assert log == [("enqueue_call", None), ("schedule_job", soon.id)]
+
+
+def test_options_are_taken_by_position_as_in_rq(redis, queue):
+    job = queue.enqueue_call(add, (1,), {}, 5, 60, 70, 80, "text", None, "an-id", True)
+    assert (job.timeout, job.result_ttl, job.ttl) == (5, 60, 70)
+    assert (job.failure_ttl, job.description, job.id) == (80, "text", "an-id")
+    made = queue.create_job(
+        add, None, None, 6, 60, 70, 80, "b", None, "b", {"a": 1}, JobStatus.QUEUED
+    )
+    assert (made.timeout, made.id, made.meta) == (6, "b", {"a": 1})
+    data = Queue.prepare_data(add, (1,), {"y": 2}, 7, job_id="c")
+    assert (data.func, data.args, data.kwargs) == (add, (1,), {"y": 2})
+    assert (data.timeout, data.job_id, data.ttl) == (7, "c", None)
+    with pytest.raises(AttributeError, match="tll"):
+        assert data.tll
+    assert microq.job("low", redis, 8, 60)(add_decorated).delay().timeout == 8
+    with pytest.raises(TypeError, match="timeout is given twice"):
+        queue.enqueue_call(add, None, None, 5, timeout=5)
+    with pytest.raises(TypeError, match="by position; there are: timeout, result_ttl"):
+        microq.job("low", redis, 1, 2, 3, 4)
+
+
+def test_a_class_of_queues_has_its_own_timeout(redis):
+    kind = type("PatientQueue", (Queue,), {"DEFAULT_TIMEOUT": 900})
+    assert Queue.DEFAULT_TIMEOUT == 180
+    assert kind("mine", redis).enqueue(add).timeout == 900
+    assert kind("mine", redis, default_timeout=5).enqueue(add).timeout == 5
+
+
+def test_registries_are_equal_and_say_what_they_are_made_of(redis):
+    queue = Queue("mine", redis, serializer="json")
+    registry = microq.FailedJobRegistry("mine", redis, serializer="json")
+    assert registry == queue.failed_job_registry
+    assert registry != queue.finished_job_registry
+    assert registry != microq.FailedJobRegistry("other", redis)
+    assert len({registry, queue.failed_job_registry}) == 1
+    assert (registry.job_class, registry.serializer) == (
+        Job,
+        microq.JSONSerializer,
+    )
+
+
+def test_a_scheduled_time_is_read_as_it_was_given(redis, queue):
+    for moment in (
+        datetime(2030, 1, 2, 3, 4, 5, tzinfo=timezone.utc),
+        datetime(2031, 5, 27, 21, 45, 0, 123457, tzinfo=timezone.utc),
+    ):
+        job = queue.enqueue_at(moment, add)
+        assert queue.scheduled_job_registry.get_scheduled_time(job) == moment
 
 
 # ---- 8. Running a job: outcomes ------------------------------------------------------
