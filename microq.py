@@ -8693,8 +8693,9 @@ class _WorkLoop(_Loop):
 
     def _send_webhooks_due(self) -> None:
         """Send webhooks.  They may take long, so first release what is claimed, and
-        wait for the reply to the request, which may bring more jobs and webhooks."""
-        while self.pending_webhooks and self.claimed:
+        what the reply to the request brings; it may bring more webhooks, too."""
+        if self.pending_webhooks and self.claimed:
+            self._read_reply()
             self._release_claimed()
             self._settle_and_claim(claim=False)
         webhooks = self.pending_webhooks
@@ -8755,7 +8756,8 @@ class _WorkLoop(_Loop):
 class _SerialLoop(_WorkLoop):
     """Runs jobs one after the other, in its own thread.
 
-    Beside that thread only the batch watchdog touches what it holds, under the lock."""
+    Beside that thread only the batch watchdog touches what it holds: under the lock,
+    and while a job runs."""
 
     def __init__(
         self, instance: _Instance, command_connection: _Connection,
@@ -8776,17 +8778,15 @@ class _SerialLoop(_WorkLoop):
 
         While there are jobs to run, the reply is read by the next call, after they ran.
         Return when the next scheduled job is due; infinity if that is not known."""
-        with self.lock:
-            next_due = self._read_reply()  # to the request sent before these jobs ran
-            # At most two requests, of which the reply to the first one is read here: it
-            # brings the jobs to run.  The server works on the second one while they
-            # run.
-            if not self.claimed:
-                self._send_request(claim)
-                next_due = self._read_reply()
-            if self.claimed:
-                self._send_request(claim)
-            self._publish_what_is_held()
+        next_due = self._read_reply()  # to the request sent before these jobs ran
+        # At most two requests, of which the reply to the first one is read here: it
+        # brings the jobs to run.  The server works on the second one while they run.
+        if not self.claimed:
+            self._send_request(claim)
+            next_due = self._read_reply()
+        if self.claimed:
+            self._send_request(claim)
+        self._publish_what_is_held()
         return next_due
 
     def _claim_mode(self, mode: str) -> str:
@@ -8938,11 +8938,12 @@ class _SerialLoop(_WorkLoop):
 
     def _start_batch_watchdog(self) -> None:
         """Start the watchdog, unless it is there from an earlier batch."""
-        if self.batch_watchdog is None:
-            self.batch_watchdog = threading.Thread(
-                target=self._watch_batch, name="batch watchdog", daemon=True
-            )
-            self.batch_watchdog.start()
+        with self.lock:  # else it might be just about to end
+            if self.batch_watchdog is None:
+                self.batch_watchdog = threading.Thread(
+                    target=self._watch_batch, name="batch watchdog", daemon=True
+                )
+                self.batch_watchdog.start()
 
     def _watch_batch(self) -> None:
         """While there are batches: when a job turns out to be slow, settle what ran
@@ -8986,11 +8987,11 @@ class _SerialLoop(_WorkLoop):
         return self.running is not None and is_slow and self._holds_others()
 
     def _settle_and_release(self) -> None:
-        """Settle and release all but the job that runs.  It is tried once."""
+        """Settle and release all but the job that runs.  It is tried once; the next
+        call reads the reply."""
         self._read_reply(patient=False)  # this may bring more jobs, to be released, too
         self._release_claimed()
         self._send_request(claim=False)
-        self._read_reply(patient=False)
 
     # Waits
 

@@ -1039,6 +1039,17 @@ async def leave_a_call_in_a_thread(path):
     return 1
 
 
+async def leave_a_task(path):
+    async def wait():
+        try:
+            await asyncio.sleep(100)
+        finally:
+            append(path, "cleaned")
+
+    get_current_job().task = asyncio.create_task(wait())
+    await asyncio.sleep(0)
+
+
 async def leave_a_task_that_raises():
     async def task():
         try:
@@ -5452,6 +5463,48 @@ def test_a_lost_run_is_not_counted(redis, queue):
     redis.delete(job.key)
 
 
+def test_a_run_is_timed_by_the_clock_of_the_server(redis, queue, run, wrong_clock):
+    before = server_time(redis)
+    job = queue.enqueue(add)
+    run()
+    job.refresh()
+    assert before <= job.ended_at.timestamp() <= server_time(redis)
+
+
+def test_the_time_of_the_server_is_known_within_the_bounds_of_a_reply(queue):
+    """Whatever was taken for it before: its clock may have been set."""
+    worker = Worker(queue, fork=False)
+    loop = microq._Supervisor(worker.name, [worker.begin_instance(worker.name)]).loop
+    sent_at = time.monotonic() - 5
+    for offset, bound in ((-1e9, "lowest"), (1e9, "highest"), (7.0, "")):
+        loop.clock_offset = offset
+        server_time = sent_at + 4 + 7.0
+        loop._set_clock_offset(
+            microq._Request((), [], [], sent_at=sent_at), server_time
+        )
+        if bound == "lowest":
+            assert loop.clock_offset == pytest.approx(server_time - sent_at - 5, abs=4)
+        elif bound == "highest":
+            assert loop.clock_offset == server_time - sent_at
+        else:
+            assert loop.clock_offset == 7.0
+    loop.close()
+
+
+def test_a_job_that_reappears_in_an_idle_worker_is_released(redis, queue):
+    """The server has lost newer data, by a fail-over: the job had ended there."""
+    with Worker(queue, "bee", lease=0.5):
+        assert queue.enqueue(add, 1).latest_result(timeout=30).return_value == 1
+        since = server_time(redis) - 60
+        job = queue.enqueue(add, 2)
+        assert job.latest_result(timeout=30).return_value == 2
+        # Back to a time before that: an earlier claim holds it.
+        redis.zrem(Q + "finished", job.id)
+        redis.hdel(job.key, "result", "ended")
+        redis.hset(Q + "started", job.id, f"bee.1 {since:.6f}")
+        wait_until(lambda: job.is_finished)
+
+
 def test_a_result_that_cannot_be_stored_may_be_one_without_a_repr(queue, run):
     job = queue.enqueue(return_unprintable, retry=Retry(3))
     run()
@@ -5559,6 +5612,16 @@ def test_coroutines_share_an_event_loop_and_leave_no_tasks(queue, run):
     assert first.return_value() == second.return_value()
     assert first.return_value()[1] == 2
     assert "timeout" in slow.latest_result().exc_string
+
+
+def test_a_task_that_a_coroutine_leaves_cleans_up_before_the_next_job(
+    queue, run, tmp_path
+):
+    path = tmp_path / "log"
+    queue.enqueue(leave_a_task, str(path))
+    job = queue.enqueue(lines_of, path)
+    run()
+    assert job.return_value() == {"cleaned": 1}
 
 
 @pytest.mark.parametrize("func", [add, add_in_executor])
@@ -5796,6 +5859,42 @@ def test_interrupt_hits_only_its_own_run():
         signal.signal(signal.SIGALRM, before)
 
 
+def test_an_interrupt_that_arrives_after_its_call_is_forgotten():
+    """Another alarm, in a later call, does not raise it."""
+    interrupter = microq._make_interrupter()
+    before = signal.getsignal(signal.SIGALRM)
+    try:
+        interrupt = interrupter.arm(-1)
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+        assert interrupt(StopRequested)
+        interrupter.disarm()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+        interrupter.arm(60)
+        signal.raise_signal(signal.SIGALRM)
+        interrupter.disarm()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"job_timeout": -1},
+        {"job_timeout": 0.5, "on_success": Callback(sleep_as_long_as_said, 30)},
+    ],
+    ids=["no limit", "callback"],
+)
+def test_a_job_is_not_killed_before_all_its_time_is_over(queue, monkeypatch, options):
+    """None, or that of its function and its callback."""
+    monkeypatch.setattr(microq, "KILL_GRACE", 0.01)
+    seconds = 0 if "on_success" in options else 1.4
+    job = queue.enqueue(sleep, seconds, meta={"seconds": 1.4}, **options)
+    work(Worker(queue))
+    assert job.is_finished
+    assert len(job.results()) == 1
+
+
 @pytest.mark.parametrize("seconds", [-1, 60])
 def test_an_alarm_before_its_time_ends_no_job(queue, run, seconds):
     """It may be that of an earlier job, or by the job itself."""
@@ -5840,7 +5939,9 @@ def test_a_late_interrupt_of_a_thread_does_not_hit_what_comes_after_the_call():
 def test_a_job_in_a_thread_leaves_no_timer(queue):
     with Worker(queue):
         jobs = [queue.enqueue(add, job_timeout=seconds) for seconds in (-1, 60)]
+        failed = queue.enqueue(fail, job_timeout=60)
     assert all(job.is_finished for job in jobs)
+    assert failed.is_failed
 
     def has_timer():
         return any(isinstance(each, threading.Timer) for each in threading.enumerate())
@@ -6141,6 +6242,42 @@ def test_jobs_claimed_behind_a_webhook_are_released(queue, redis, webhook_server
     assert all(job.is_finished for job in jobs)
 
 
+@pytest.mark.parametrize("behind", [4, 16])
+def test_a_webhook_that_takes_long_holds_nothing_up(queue, monkeypatch, behind):
+    """Neither the next batch, nor what a claim brings that was sent ahead."""
+    monkeypatch.setattr(microq, "SETTLE_AFTER", 5)
+    monkeypatch.setattr(microq, "SLOW_JOB_AFTER", 5)
+    IS_NEEDED.clear()
+    GO_BACK.clear()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            IS_NEEDED.set()
+            GO_BACK.wait(30)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    with http_server(Handler) as url:
+        # The hook is sent after the first of two, or of four jobs, and then four or
+        # eight are claimed.
+        size = behind // 4 if behind > 4 else 2
+        data = [Queue.prepare_data(add)] * (size - 1)
+        data.append(Queue.prepare_data(add, webhooks=[Webhook(url, "finished")]))
+        data += [Queue.prepare_data(add)] * (size - 1 + behind)
+        jobs = queue.enqueue_many(data)
+        with Worker(queue):
+            assert IS_NEEDED.wait(30)
+            try:
+                ids = [job.id for job in jobs[-behind:]]
+                wait_until(lambda: queue.job_ids == ids)
+            finally:
+                GO_BACK.set()
+    assert all(job.is_finished for job in jobs)
+
+
 def test_a_killed_job_sends_its_webhook(queue, webhook_server):
     url, requests = webhook_server
     queue.enqueue(kill_self, max_crashes=0, webhooks=[Webhook(url, "failed")])
@@ -6372,6 +6509,7 @@ def test_a_worker_that_is_to_end_runs_and_claims_no_more(queue, monkeypatch, bef
 
     monkeypatch.setattr(microq._Instance, "claim_command", note)
     monkeypatch.setattr(microq, "SETTLE_AFTER", 5)
+    monkeypatch.setattr(microq, "SLOW_JOB_AFTER", 5)
     for _ in range(before):
         queue.enqueue(add)
     job = queue.enqueue(kill_self, signal.SIGTERM)
@@ -6428,19 +6566,27 @@ def test_the_next_batch_is_claimed_while_jobs_run(queue, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "EVENTS", [])
     send_packed, read_replies = microq._send_packed, microq._read_replies
 
+    def note(event):
+        if threading.current_thread() is threading.main_thread():
+            EVENTS.append(event)
+
     def send(wire, commands):
-        EVENTS.append("send")
+        note("send")
         send_packed(wire, commands)
 
     def read(raw, count):
-        EVENTS.append("read")
+        note("read")
         return read_replies(raw, count)
 
-    queue.enqueue_many([Queue.prepare_data(note_run)] * 100)
+    monkeypatch.setattr(microq, "MAX_BATCH", 8)
+    queue.enqueue_many([Queue.prepare_data(note_run)] * 400)
     monkeypatch.setattr(microq, "_send_packed", send)
     monkeypatch.setattr(microq, "_read_replies", read)
     work(queue)
-    assert "send run" in " ".join(EVENTS)
+    text = " ".join(EVENTS)
+    assert text.count("send run") > 40
+    _, _, text = text.partition("run")
+    assert text.count("send read") < 10  # before batches are large, and at the end
 
 
 def test_no_claim_is_sent_ahead_once_one_has_found_too_few_jobs(queue, monkeypatch):
@@ -6604,30 +6750,32 @@ def test_batch_watchdog_tries_again_after_a_cut_connection(queue, monkeypatch):
 
 
 @pytest.mark.parametrize("held", ["claimed", "unsettled", "requested"])
-def test_a_slow_job_holds_nothing_up(queue, monkeypatch, tmp_path, held):
-    """Neither what was claimed behind it, nor what ran before it, nor what a claim
-    brings that was sent ahead of it."""
+def test_a_slow_job_holds_nothing_up(queue, monkeypatch, caplog, tmp_path, held):
+    """Neither what was claimed behind it, nor what ran before it, nor the reply to what
+    settles that."""
     monkeypatch.setattr(microq, "SETTLE_AFTER", 0.4)
     monkeypatch.setattr(microq, "SLOW_JOB_AFTER", 0.8 if held == "requested" else 0.05)
     path = tmp_path / "slow"
     add_data = Queue.prepare_data(add)
     slow_data = Queue.prepare_data(wait_for_file, (str(path),))
-    # It is the first or the last of a batch of four jobs, or, behind one that takes
-    # long to call back, the last of a batch of eight.
+    # It is the first or the last of a batch of four jobs, or the last one behind a job
+    # that takes long to call back, so that all before it is being settled.
     if held == "requested":
         callback = {"on_success": Callback(sleep_as_long_as_said)}
         late_data = Queue.prepare_data(add, meta={"seconds": 0.5}, **callback)
-        data = [*[add_data] * 13, late_data, slow_data, *[add_data] * 8]
+        data = [*[add_data] * 5, late_data, slow_data]
     elif held == "unsettled":
         data = [*[add_data] * 6, slow_data]
     else:
         data = [*[add_data] * 3, slow_data, *[add_data] * 3]
     jobs = queue.enqueue_many(data)
     slow = data.index(slow_data)
+    caplog.set_level("INFO", "microq")
     with Worker(queue):
         wait_until(path.exists)
         wait_until(lambda: all(job.is_finished for job in jobs[:slow]))
         wait_until(lambda: queue.job_ids == [job.id for job in jobs[slow + 1 :]])
+        wait_until(lambda: caplog.text.count("job OK") == slow)
         assert jobs[slow].is_started
         Path(f"{path}.go").touch()
     assert all(len(job.results()) == 1 for job in jobs)
@@ -6639,7 +6787,9 @@ def test_a_long_batch_of_short_jobs_is_kept_and_its_watchdog_too(queue, monkeypa
     monkeypatch.setattr(microq, "SLOW_JOB_AFTER", 0.4)
     wait_until(lambda: count_watchdogs() == 0)  # of other tests
     released = []
-    monkeypatch.setattr(microq._SerialLoop, "_settle_and_release", released.append)
+    monkeypatch.setattr(
+        microq._SerialLoop, "_settle_and_release", lambda loop: released.append(loop)
+    )
     data = [Queue.prepare_data(sleep, (seconds,)) for seconds in (0, 0, 0, *[0.15] * 4)]
     jobs = queue.enqueue_many(data)[3:]
     with Worker(queue):
@@ -6686,13 +6836,13 @@ def test_a_batch_that_comes_when_its_watchdog_ends_has_another_one(
 
     def end_slowly(loop, now):
         over = batches_are_over(loop, now)
-        if over and not is_over.is_set():
+        if over and loop.instance.name == "bee" and not is_over.is_set():
             is_over.set()
             time.sleep(0.5)
         return over
 
     monkeypatch.setattr(microq._SerialLoop, "_batches_are_over", end_slowly)
-    with Worker(queue):
+    with Worker(queue, "bee"):
         queue.enqueue_many([Queue.prepare_data(add)] * 15)
         assert is_over.wait(30)
         data = [Queue.prepare_data(wait_for_file, (str(path),))]
@@ -6900,7 +7050,12 @@ def test_a_claim_that_waited_in_vain_is_not_taken_back(queue, monkeypatch):
         return block(loop, seconds)
 
     monkeypatch.setattr(microq._SerialLoop, "_block", count)
-    monkeypatch.setattr(microq._Instance, "release_all_command", taken_back.append)
+    release_all = microq._Instance.release_all_command
+    monkeypatch.setattr(
+        microq._Instance,
+        "release_all_command",
+        lambda instance: taken_back.append(1) or release_all(instance),
+    )
     with Worker(queue):
         wait_until(lambda: len(blocks) > 5)
     assert not taken_back
@@ -7126,6 +7281,31 @@ def test_a_wakeup_that_is_set_very_often_is_set_once():
     wakeup.close()
 
 
+def test_a_wakeup_takes_any_number_of_signals(monkeypatch):
+    reports = []
+    monkeypatch.setattr(sys, "unraisablehook", reports.append)
+    wakeup = microq._Wakeup()
+    handler = signal.signal(signal.SIGUSR1, lambda number, frame: None)
+    wakeup_fd = signal.set_wakeup_fd(-1)
+    try:
+        wakeup.set_by_signals()
+        for _ in range(10_000):  # more than the socket takes
+            signal.raise_signal(signal.SIGUSR1)
+    finally:
+        signal.set_wakeup_fd(wakeup_fd)
+        signal.signal(signal.SIGUSR1, handler)
+        wakeup.close()
+    assert reports == []
+
+
+def test_a_slot_that_is_being_written_shows_no_job():
+    shared = microq._SharedState.create()
+    [slot] = shared.slots
+    slot.state = microq._SlotState.RUNNING
+    slot._job = b"0 half-"
+    assert shared.current_jobs() == []
+
+
 def test_a_wait_until_a_time_that_has_passed_ends_at_once():
     wakeup = microq._Wakeup()
     timer = threading.Timer(30, wakeup.set)
@@ -7150,14 +7330,16 @@ def test_a_worker_waits_for_sockets_of_any_number():
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
-def test_workers_do_not_all_come_back_at_the_same_time():
+def test_workers_do_not_all_come_back_at_the_same_time(caplog):
     """Attempts to reach a server: at once, then after pauses that grow up to a cap, by
     chance."""
-    error = OSError("gone")
+    error = ServerUnavailable("no answer")
+    error.__cause__ = OSError("gone")
     pauses = []
     for _ in range(20):
         backoff = microq._Backoff(1.0)
         pauses.append([backoff.next_pause(error, "test") for _ in range(7)])
+    assert caplog.text.count("gone; trying again in") == 20 * 6  # not the first time
     longest = [0, 0.1, 0.2, 0.4, 0.8, 1, 1]
     for one, most in zip(zip(*pauses, strict=True), longest, strict=True):
         assert all(most / 2 <= pause <= most for pause in one)
@@ -8755,6 +8937,14 @@ def test_a_job_that_closes_a_standard_file_is_the_last_one_in_its_process(queue)
     assert all(job.is_finished for job in behind)
 
 
+def test_a_job_that_closes_a_standard_file_ends_no_worker_in_process(
+    queue, start_worker
+):
+    start_worker("--in-process")
+    queue.enqueue(close_stdin)
+    assert queue.enqueue(add, 1).latest_result(timeout=30).return_value == 1
+
+
 def test_a_job_that_returns_twice_is_recorded_once(queue):
     """A fork of the job that goes on in the worker's code must not settle it."""
     jobs = [
@@ -9077,6 +9267,29 @@ def test_children_of_a_killed_parent_end(server, redis, queue, start_worker, tmp
     assert other.poll() is None
 
 
+def test_children_of_a_killed_parent_end_where_the_kernel_does_not_help(
+    server, redis, queue
+):
+    """As on macOS: an idle child, and its standby child, see the end of a wake-up."""
+    code = f"""
+import redis, microq
+microq._PRCTL = None
+connection = redis.Redis.from_url({server.url!r})
+worker = microq.Worker("default", connection=connection, jobs_per_fork=1)
+worker.work(logging_level=None)
+"""
+    worker = start_script(code)
+    try:
+        wait_until(lambda: len(children_of(worker.pid)) == 2, 60)
+        wait_until(lambda: blocked_clients(redis) == 2)
+        children = children_of(worker.pid)
+    finally:
+        worker.kill()
+        worker.wait(30)
+    wait_until(lambda: not any(map(is_alive, children)))
+    redis.delete(Q + "workers")
+
+
 def test_the_jobs_of_a_killed_worker_run_again(server, redis, queue, tmp_path):
     """SIGKILL of the whole worker, in-process: within two leases another one runs its
     job."""
@@ -9347,15 +9560,16 @@ def test_the_batch_watchdog_does_nothing_after_the_sign_off(
     monkeypatch.setattr(microq, "SETTLE_AFTER", 5)
     monkeypatch.setattr(microq, "SLOW_JOB_AFTER", 0.1)
     interrupt_loop(monkeypatch, "_on_ended", lambda loop, run: run[0].job.id == "last")
-    settle_and_release = microq._SerialLoop._settle_and_release
+    prepare = microq._SerialLoop._prepare_request
 
-    def release_slowly(loop):
-        IS_NEEDED.set()
-        time.sleep(0.5)
-        settle_and_release(loop)
+    def prepare_slowly(loop, *args, **options):
+        request = prepare(loop, *args, **options)
+        if threading.current_thread().name == "batch watchdog":
+            IS_NEEDED.set()
+            time.sleep(0.5)
+        return request
 
-    if is_at_work:
-        monkeypatch.setattr(microq._SerialLoop, "_settle_and_release", release_slowly)
+    monkeypatch.setattr(microq._SerialLoop, "_prepare_request", prepare_slowly)
     IS_NEEDED.clear()
     queue.enqueue_many([Queue.prepare_data(add)] * 3)
     last = queue.enqueue(wait_until_needed if is_at_work else add, job_id="last")
@@ -9689,6 +9903,28 @@ def test_a_job_is_stopped_with_a_grace(redis, queue, start_worker, tmp_path, ign
     assert queue.enqueue(add, 1).latest_result(timeout=30).return_value == 1
 
 
+def note_interruptions(path, seconds):
+    append(path, "began")
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        try:
+            time.sleep(max(0, until - time.monotonic()))
+        except (StopRequested, JobTimeoutException) as error:
+            append(path, type(error).__name__)
+
+
+def test_a_job_is_told_once_to_stop(redis, queue, start_worker, tmp_path):
+    """When its timeout comes while it cleans up, it learns of that."""
+    start_worker()
+    path = tmp_path / "log"
+    job = queue.enqueue(note_interruptions, str(path), 2, job_timeout=1.5)
+    wait_until(path.exists)
+    send_stop_job_command(redis, job.id, grace=60)
+    wait_until(lambda: not job.is_started)
+    noted = path.read_text().split()
+    assert noted == ["began", "StopRequested", "JobTimeoutException"]
+
+
 @in_both_places
 def test_a_worker_is_shut_down_by_command(redis, queue, start_worker, tmp_path, place):
     worker = start_worker("--name", "bee", *place)
@@ -9771,6 +10007,60 @@ def test_a_job_is_stopped_only_if_the_command_names_it(
     read_log_until(worker, "ignored: no such command")
     Path(f"{path}.go").touch()
     assert job.latest_result(timeout=30).return_value == "gone on"
+
+
+def test_commands_for_a_job_that_has_ended_end_nothing(redis, queue, start_worker):
+    worker = start_worker("--name", "bee")
+    first = queue.enqueue(os.getpid)
+    pid = first.latest_result(timeout=30).return_value
+    wait_until(lambda: blocked_clients(redis) == 2)
+    send_command(redis, "bee", "stop-job", job_id=first.id, queue="default")
+    send_kill_horse_command(redis, "bee")
+    send_command(redis, "bee", "dance")
+    log = read_log_until(worker, "ignored: no such command")
+    assert queue.enqueue(os.getpid).latest_result(timeout=30).return_value == pid
+    assert "process" not in (log or "")
+
+
+@pytest.mark.parametrize("then", ["the same job", "another job", "nothing"])
+def test_a_stop_that_comes_late_stops_no_other_run(
+    redis, queue, monkeypatch, tmp_path, then
+):
+    """In-process: the job ends while its supervisor is about to interrupt it."""
+    errors, is_over = [], threading.Event()
+    stop_job = microq._SerialLoop.stop_job
+
+    def other_runs(loop):
+        if then == "nothing":
+            return not loop.running
+        return Path(tmp_path, "1.here").exists()
+
+    def stop_late(loop, job, grace):
+        Path(tmp_path, "0.go").touch()
+        wait_until(lambda: other_runs(loop))
+        try:
+            stop_job(loop, job, grace)
+        except Exception as error:
+            errors.append(error)
+        is_over.set()
+
+    monkeypatch.setattr(microq, "SETTLE_AFTER", 5)
+    # It would release the other job of the claim.
+    monkeypatch.setattr(microq._SerialLoop, "_start_batch_watchdog", lambda loop: None)
+    monkeypatch.setattr(microq._SerialLoop, "stop_job", stop_late)
+    queue.enqueue(add)  # so that two jobs are claimed together
+    repeat = Repeat(1) if then == "the same job" else None
+    jobs = [queue.enqueue(wait_in_turn, str(tmp_path), repeat=repeat)]
+    if then == "another job":
+        jobs.append(queue.enqueue(wait_in_turn, str(tmp_path)))
+    with Worker(queue):
+        wait_until(Path(tmp_path, "0.here").exists)
+        send_stop_job_command(redis, jobs[0].id)
+        assert is_over.wait(30)
+        Path(tmp_path, "1.go").touch()
+    assert not errors
+    results = [result.type for job in jobs for result in job.results()]
+    assert results == ["successful"] * (1 if then == "nothing" else 2)
 
 
 def test_commands_arrive_after_the_connection_was_cut(redis, queue, start_worker):
