@@ -5756,12 +5756,14 @@ class _RunState:
                   time.monotonic(), and what raises an exception of the given class in
                   it, from any thread, and returns whether it was still under way; None
                   before the first call
-    result_text - what the log will show of the return value, "" for nothing"""
+    result_text - what the log will show of the return value, "" for nothing
+    error       - that the log will show, until the run is settled; or None"""
 
     run_key: str
     started_at: float
     call: tuple[float, Callable[[type[BaseException]], bool]] | None = None
     result_text: str = ""
+    error: BaseException | None = None
 
     def interrupt(self, reason: type[BaseException]) -> bool:
         """Raise `reason` in the call that is under way, from any thread; return whether
@@ -7337,6 +7339,7 @@ class _Shown(NamedTuple):
 
     calls: bool = True
     results: bool = True
+    tracebacks: bool = True
 
 
 class _RunOptions(NamedTuple):
@@ -7432,6 +7435,8 @@ def _run_function(
         return Outcome(ResultType.STOPPED, _STOPPED_REASON, seconds), None
     except BaseException as error:  # SystemExit too: a job must not end its worker
         outcome = _outcome_of_error(job, error, time.perf_counter() - started)
+        if options.shown.tracebacks and execution.run_state:
+            execution.run_state.error = error
         if options.handlers:
             call = functools.partial(
                 _call_exception_handlers, options.handlers, job, error
@@ -7523,9 +7528,18 @@ def _outcome_of_error(job: Job, error: BaseException, seconds: float) -> Outcome
     return Outcome(ResultType.FAILED, _format_error(error), seconds, rerun)
 
 
+def _error_info(error: BaseException) -> tuple[Any, ...]:
+    """Return (type, error, traceback) without the frames of microq that have called the
+    function; with them if there are no others."""
+    frames = error.__traceback__
+    while frames is not None and frames.tb_frame.f_code.co_filename == __file__:
+        frames = frames.tb_next
+    return type(error), error, frames or error.__traceback__
+
+
 def _format_error(error: BaseException) -> bytes:
     """Return the end of the traceback of an error, which tells most."""
-    text = "".join(traceback.format_exception(error))
+    text = "".join(traceback.format_exception(*_error_info(error)))
     return text[-MAX_TRACEBACK:].encode(errors="replace")
 
 
@@ -9140,6 +9154,8 @@ def _on_settled(
     for execution, outcome, status in settled:
         if logs_all or status != "finished":
             _log_settled(execution, outcome, status)
+            if execution.run_state:
+                execution.run_state.error = None  # and all that its frames hold
     return settled, messages
 
 
@@ -9156,7 +9172,11 @@ def _log_settled(execution: Execution, outcome: Outcome, status: str) -> None:
     if status == "failed" and event == "retried":
         event = "failed"  # it has no retries left
     fields = _log_fields(execution, event, outcome.seconds)
-    log.log(level, text, extra=fields)
+    error = None  # whose traceback is shown, unless the job runs again
+    if status == "failed" and execution.run_state:
+        error = execution.run_state.error
+    exc_info = error and _error_info(error)
+    log.log(level, text, extra=fields, exc_info=exc_info)
 
 
 _OUTCOME_PHRASES = {
@@ -9312,6 +9332,8 @@ class Worker:
     log_job_description       - whether the log shows the calls, yes
     log_results               - whether the log shows the return values, cut to 75
                                 characters, yes
+    log_tracebacks            - whether the log shows the traceback of a job that failed
+                                for good, yes
 
     The other parameters are taken for RQ's sake, and have no effect.
 
@@ -9338,7 +9360,7 @@ class Worker:
         serializer: Any = None, lease: Any = LEASE,
         work_horse_killed_handler: Func | None = None, job_class: Any = None,
         queue_class: Any = None, log_job_description: bool = True,
-        log_results: bool = True,
+        log_results: bool = True, log_tracebacks: bool = True,
         maintenance_interval: Any = None, job_monitoring_interval: Any = None,
         worker_ttl: Any = None, default_worker_ttl: Any = None,
         prepare_for_work: Any = None, disable_default_exception_handler: Any = None,
@@ -9361,6 +9383,7 @@ class Worker:
         self._set_hooks(exception_handlers, work_horse_killed_handler, around, lifespan)
         self.log_job_description = log_job_description
         self.log_results = log_results
+        self.log_tracebacks = log_tracebacks
         self._info = self._new_info()  # the record of a worker, see _RECORD_TYPES
         self._instance: _Instance | None = None  # of its latest work() here
         self._supervisor: _Supervisor | None = None  # these two as a context manager
@@ -9696,7 +9719,7 @@ class Worker:
             [*type(self).around, *self._around],
             [*type(self).lifespan, *self._lifespan],
             self._killed_handler,
-            _Shown(self.log_job_description, self.log_results),
+            _Shown(self.log_job_description, self.log_results, self.log_tracebacks),
         )
         self._instance = _Instance(
             self, limits, inbox, self._info, prefixes, run_options, self._event_loop
@@ -18145,6 +18168,8 @@ def _worker_options(options: argparse.Namespace) -> dict[str, Any]:
         options.log_job_description = False
     if options.disable_result_logging:
         options.log_results = False
+    if options.no_traceback:
+        options.log_tracebacks = False
     return _given(options, *inspect.signature(Worker).parameters)
 
 
@@ -18729,6 +18754,8 @@ def _add_log_options(parser: argparse.ArgumentParser) -> None:
         help="log no more than the id of a job",
     )
     add("--disable-result-logging", action="store_true", help="log no return values")
+    no_traceback = "log only the last line of an error"
+    add("--no-traceback", action="store_true", help=no_traceback)
 
 
 def _add_logging_level(parser: argparse.ArgumentParser) -> None:

@@ -7437,6 +7437,45 @@ def test_the_log_shows_results_unless_told_not_to(redis, queue, cli, caplog, pla
     assert log_of_run("--quiet")[1] == ""
 
 
+@pytest.mark.parametrize("concurrency", ["1", "2"])
+@in_both_places
+def test_the_log_has_the_traceback_of_a_failure_that_is_not_retried(
+    redis, queue, place, concurrency
+):
+    """From the first frame of the user's code on, and with control characters
+    escaped."""
+
+    def log_of_run(*arguments):
+        queue.enqueue(flaky, 1, retry=Retry(1))
+        queue.enqueue(fail, "a\x1bb")
+        arguments = ["--concurrency", concurrency, *place, *arguments]
+        url = redis_url(redis)
+        status, _, log = microq_command("worker", "--burst", "--url", url, *arguments)
+        assert status == 0
+        assert log.count("job FAILED") == 2
+        return log
+
+    log = log_of_run()
+    lines = re.search(
+        r"ValueError: a\\x1bb\nTraceback .*\n  (File .*)\n    raise .*\n( +\^+\n)?"
+        r"ValueError: a\\x1bb\n",
+        log,
+    )
+    assert "in fail" in lines[1]
+    assert log.count("Traceback") == 1
+    assert "Traceback" not in log_of_run("--no-traceback")
+
+
+def test_the_record_of_a_failure_has_the_error_and_the_fields_of_the_job(queue, caplog):
+    job = queue.enqueue(fail, "ouch")
+    with caplog.at_level("INFO", "microq"):
+        work(queue)
+    [record] = [each for each in caplog.records if each.levelname == "ERROR"]
+    kind, error, _ = record.exc_info
+    assert (kind, str(error)) == (ValueError, "ouch")
+    assert (record.event, record.job_id, record.queue) == ("failed", job.id, "default")
+
+
 def test_the_log_shows_the_size_of_a_large_result(queue, caplog):
     job = queue.enqueue(return_large)
     with caplog.at_level("INFO", "microq"):
