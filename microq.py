@@ -989,9 +989,11 @@ class RateLimit:
     def from_field(cls, text: str) -> RateLimit:
         """Return the record that to_field() stored, or raise if it is garbled."""
         prefix, concurrency, rate, per = text.split()
-        key = prefix.removeprefix("microq:limit:{").removesuffix("}:")
         return cls(
-            key, int(concurrency) or None, rate=int(rate) or None, per=float(per)
+            key=prefix.removeprefix("microq:limit:{").removesuffix("}:"),
+            concurrency=int(concurrency) or None,
+            rate=int(rate) or None,
+            per=float(per),
         )
 
 
@@ -1138,7 +1140,8 @@ class _WebhooksOption(_Option):
         return value
 
     def encode(self, value: Any, serializer: Any) -> bytes:
-        return json.dumps([vars(hook) for hook in self.check(value)]).encode()
+        hooks = [vars(hook) for hook in self.check(value)]
+        return json.dumps(hooks).encode()
 
     def decode(self, text: str) -> Any:
         return [Webhook(**parts) for parts in json.loads(text)]
@@ -1903,7 +1906,7 @@ class _Connection:
     def connect(self) -> Any:
         """Return redis-py's connection, and connect it if need be."""
         raw = self._ready()
-        if not raw._sock:
+        if not self.socket:
             raw.connect()
         return raw
 
@@ -2532,7 +2535,8 @@ LUA_LIBRARY: dict[str, _LuaPiece] = {}
 
 def _lua(name: str, text: str, uses: str = "", hooks: str = "") -> None:
     """Define a piece of the library; `uses` and `hooks` are names, with blanks."""
-    LUA_LIBRARY[name] = _LuaPiece(text.strip("\n"), uses.split(), hooks.split())
+    piece = _LuaPiece(text.strip("\n"), uses.split(), hooks.split())
+    LUA_LIBRARY[name] = piece
 
 
 def _reachable(names: Iterable[str], follow_hooks: bool) -> list[str]:
@@ -3173,7 +3177,8 @@ class _EnqueueReply(NamedTuple):
         if isinstance(reply, bytes):
             return cls(reply, [])
         if reply[0] == b"taken":
-            return cls(b"", [], reply[1].decode(), reply[2].decode())
+            _, id, status = reply
+            return cls(b"", [], id.decode(), status.decode())
         created_at, messages = reply
         return cls(created_at, _as_messages(messages))
 
@@ -3187,6 +3192,7 @@ _lua(
 -- suspect, which is claimed alone, since if a worker dies, each job that it holds
 -- counts a crash: it has crashed; or it has max_crashes, and might be counted one
 -- before it has even begun (with concurrency, jobs begin at once).
+-- What this script can't see, that a suspect runs already, _ConcurrentLoop looks at.
 -- Returns nil if the id is not that of a job which is to be run:
 --   its record has expired or was evicted, or its key holds another type (hash.err);
 --   the id stands here twice (seen);
@@ -3502,9 +3508,9 @@ _lua(
     """
 -- Store a result; the one before joins the list, which keeps nine.  Returns what the
 -- hash held: ttl (the field `option`), ended or has_log (whether there may be keys
--- beside the hash), has_dependents, slot; no table, as that would cost each job a tenth
--- of its settling.  PUBLISH is by pcall: a user who may not publish still settles, and
--- who waits asks again (RECHECK).
+-- beside the hash), has_dependents (whether there may be some), slot; no table, as that
+-- would cost each job a tenth of its settling.  PUBLISH is by pcall: a user who may not
+-- publish still settles, and who waits asks again (RECHECK).
 function store_result(job, ended, result, option)
   local old_ended, has_waiter, ttl, has_log, has_dependents, slot =
     unpack(call('HMGET', job, 'ended', 'has_waiter', option, 'has_log',
@@ -3596,9 +3602,9 @@ function run_again(batch, run, again)
   if run.rerun == 'repeat' then call('HDEL', job, 'retries', 'crashes') end
   if again.at_front then call('HSET', job, 'at_front', 1) end
   local ended = run.ended .. (has_failed and ' retried' or '')
-  local _, _, has_flag, slot = store_result(job, ended, run.result, 'ttl')
+  local _, _, may_be_parent, slot = store_result(job, ended, run.result, 'ttl')
   local limit = call('HGET', job, 'rate_limit')
-  if has_flag and not has_failed then
+  if may_be_parent and not has_failed then
     hooks().notify_dependents(q, id, 'finished', now)
   end
   if slot then hooks().release_before_rerun(q, id, slot, limit, again.delay, now) end
@@ -3691,9 +3697,9 @@ function finish(batch, run)
   if run.result_type ~= '' then
     status, option, ended = 'failed', 'failure_ttl', run.ended .. ' ' .. run.result_type
   end
-  local ttl_field, has_parts, has_flag, slot =
+  local ttl_field, has_other_keys, may_be_parent, slot =
     store_result(job, ended, run.result, option)
-  local has_dependents = (has_flag or slot) and tell_of_end(batch, run, status)
+  local has_dependents = (may_be_parent or slot) and tell_of_end(batch, run, status)
   local container = batch.containers[status]
   local retention = retention_of(container, ttl_field, now)
   if retention.ttl == 0 then
@@ -3701,7 +3707,7 @@ function finish(batch, run)
     delete_record(job)
   else
     if has_dependents then expire_job(job, -1)
-    elseif has_parts then expire_job(job, retention.ttl)
+    elseif has_other_keys then expire_job(job, retention.ttl)
     else expire_key(job, retention.milliseconds) end
     local entries = container.entries
     entries[#entries + 1] = retention.expires_at
@@ -3726,7 +3732,8 @@ function try_again(batch, run)
   if is_valid and again then return run_again(batch, run, again) end
   local reason = run.rerun
   local from_outside = reason == 'crash' or reason == 'killed' or reason == 'stopped'
-  return from_outside and requeue_for_callbacks(batch, run) and 'callbacks_pending'
+  if not from_outside then return false end  -- its own process has called them
+  return requeue_for_callbacks(batch, run) and 'callbacks_pending'
 end
 """,
     uses="next_run run_again requeue_for_callbacks",
@@ -4104,9 +4111,10 @@ local heartbeat = {
 }
 for _, q in ipairs(KEYS) do
   local held = read_lease(q, worker)
-  local is_other = held and held.instance ~= instance
-  if mode == 'start' and is_other then is_other = held.instance ~= displaced end
-  if is_other and held.ends_at >= heartbeat.now then return 'taken' end
+  if held and held.ends_at >= heartbeat.now then
+    local may_displace = mode == 'start' and held.instance == displaced
+    if held.instance ~= instance and not may_displace then return 'taken' end
+  end
 end
 for _, q in ipairs(KEYS) do
   reap(heartbeat, q, find_expired(heartbeat, q))
@@ -4396,7 +4404,8 @@ def _register_command(
 
     The reply is b"", or the record of another instance, which has the name, unless that
     is `dead`."""
-    return REGISTER.on_key(key, instance, record, max(1, int(lease * 1000)), dead)
+    milliseconds = max(1, int(lease * 1000))
+    return REGISTER.on_key(key, instance, record, milliseconds, dead)
 
 
 def _unregister_command(key: str, instance: str) -> Command:
@@ -4961,11 +4970,16 @@ class _BaseJob:
     # The call.
 
     @property
+    def stored_func_name(self) -> str:
+        """`func_name` as it is stored, not checked; "" without it."""
+        return self.field("func").removesuffix("()")
+
+    @property
     def func_name(self) -> str:
         """The dotted name of the function; ".name" for a method of `instance`."""
         if "func" not in self.record:
             raise DeserializationError(f"job {self.id} has lost its field 'func'")
-        name = self.field("func").removesuffix("()")
+        name = self.stored_func_name
         if "." not in name:
             raise self._corrupt("func")
         return name
@@ -5499,7 +5513,7 @@ class _BaseJob:
         result = self._last_result
         if status is JobStatus.FINISHED:
             return None if result is None else result.return_value
-        text = f"job {self.id!r} ({self.field('func').removesuffix('()')})"
+        text = f"job {self.id!r} ({self.stored_func_name})"
         text += " failed" if status is JobStatus.FAILED else f" was {status}"
         if result and result.exc_string and status is not JobStatus.CANCELED:
             text += f":\n{result.exc_string.rstrip()}"
@@ -7521,7 +7535,7 @@ def _log_fields(
     job = execution.job
     fields = {
         "event": event, "job_id": job.id, "queue": job.origin,
-        "func": job.field("func").removesuffix("()"), "worker": execution.worker_name,
+        "func": job.stored_func_name, "worker": execution.worker_name,
     }  # fmt: skip
     return fields if seconds is None else {**fields, "seconds": round(seconds, 6)}
 
@@ -7937,6 +7951,12 @@ _thread_state = _ThreadState()
 # queues.  _WorkLoop has what all loops do; _SerialLoop runs one job at a time, and
 # _ConcurrentLoop (section 17) many.
 #
+# The way of an execution through a loop, by the attributes that hold it:
+#
+#     claimed --> (it runs) --> unsettled --> request, until its reply --> (settled)
+#        |                                       ^                           |
+#        `--> to_release, it is not run here ----'    pending_webhooks <-----'
+#
 # Invariants: a request is sent again until it is answered, and nothing else is sent
 # meanwhile, but for a claim that waits for work.  Nothing waits behind a slow job: in a
 # _SerialLoop a watchdog looks every SLOW_JOB_AFTER seconds, releases what was claimed
@@ -8174,7 +8194,8 @@ class _Wakeup:
         `timeout` seconds have passed.  Return whether one of the wake-ups is set."""
         readers = [wakeup.reader for wakeup in wakeups]
         # Callers may wait for infinity, which poll() does not take; they loop.
-        ready = _wait_readable([*readers, *sockets], max(0.0, min(timeout, 3600)))
+        seconds = max(0.0, min(timeout, 3600))
+        ready = _wait_readable([*readers, *sockets], seconds)
         return any(reader in ready for reader in readers)
 
     def close(self) -> None:
@@ -9286,11 +9307,12 @@ def _describe_outcome(execution: Execution, outcome: Outcome, status: str) -> st
 # are stored, and workers of other versions read them, so the keys keep their names:
 # "beat" is the time of the last heartbeat, "seconds" those spent in jobs, "good" and
 # "bad" count jobs.
+_NUMBER = (int, float)
 _RECORD_TYPES: dict[str, Any] = {
     "name": str, "instance": str, "inbox": str, "queues": list, "hostname": str,
     "pid": int, "pid_namespace": str, "version": str, "python_version": str,
-    "birth": float, "beat": float, "lease": float, "fork": bool, "concurrency": int,
-    "good": int, "bad": int, "seconds": float,
+    "birth": _NUMBER, "beat": _NUMBER, "lease": _NUMBER, "fork": bool,
+    "concurrency": int, "good": int, "bad": int, "seconds": _NUMBER,
 }  # fmt: skip
 
 
@@ -9609,10 +9631,11 @@ class Worker:
         if not queues:
             return []
         commands = [("HKEYS", f"{each.prefix}workers") for each in queues]
-        names = set[bytes]().union(*_execute(queues[0].connection, *commands))
-        return sorted(
-            f"microq:worker:{name.decode(errors='replace')}" for name in names
-        )
+        keys = set()
+        for names in _execute(queues[0].connection, *commands):
+            for name in names:
+                keys.add(f"microq:worker:{name.decode(errors='replace')}")
+        return sorted(keys)
 
     @classmethod
     def count(cls, connection: Redis | None = None, queue: Queue | None = None) -> int:
@@ -9907,7 +9930,16 @@ class _Child:
 
     Shortly before a child has run as many jobs as it may, the next one, the standby
     child, is forked.  It waits for its start signal, so a replacement costs the worker
-    no time."""
+    no time.  The life of a child, by the methods that see a change:
+
+        fork()           standby_pid   waits for its start signal
+        start()          pid           runs the loop; phase RUNNING
+        poll(), REPLACE  exiting_pids  holds nothing, and only has to exit; start() may
+                                       have the next one run meanwhile
+        poll(), ENDED    (none)        holds nothing; no other one follows
+        poll(), a death  (none)        unreported, with lost_jobs, until on_reported();
+                                       no other one starts before
+        reap()           (none)        has exited, or died in standby"""
 
     def __init__(
         self, instance: _Instance, supervisor_wakeup: _Wakeup, inherited: _Connection
@@ -10337,19 +10369,7 @@ def _child_main(
         while not start_signal.wait(math.inf):
             pass  # a wait ends after an hour at the latest
         if start_signal.clear():  # else the parent died
-            loop = _make_loop(instance, connection, supervisor_wakeup)
-            loop.accept_stop_requests()
-            socket_before = connection.socket
-            phase = loop.run()
-            loop.blocking_connection.close()
-            _close_own_event_loop()
-            _flush_output()
-            # The parent has the socket that it connected before the fork.  If the loop
-            # has connected again, that one is of no use.
-            shared.connection_reusable = (
-                socket_before is not None and connection.socket is socket_before
-            )
-            shared.phase = phase
+            shared.phase = _run_in_child(child, connection)
             status = 0
             supervisor_wakeup.set()
     except ServerUnavailable as error:  # told to stop, it did not wait longer
@@ -10360,6 +10380,23 @@ def _child_main(
     finally:
         _flush_output()
         os._exit(status)  # whatever threads the jobs have left
+
+
+def _run_in_child(child: _Child, connection: _Connection) -> _Phase:
+    """Run the loop of a worker in this process; return what is to follow."""
+    loop = _make_loop(child.instance, connection, child.supervisor_wakeup)
+    loop.accept_stop_requests()
+    socket_before = connection.socket
+    phase = loop.run()
+    loop.blocking_connection.close()
+    _close_own_event_loop()
+    _flush_output()
+    # The parent has the socket that it connected before the fork.  If the loop has
+    # connected again, that one is of no use.
+    child.shared.connection_reusable = (
+        socket_before is not None and connection.socket is socket_before
+    )
+    return phase
 
 
 def _set_up_child(parent: int) -> None:
@@ -13170,10 +13207,10 @@ class CronScheduler:
         """Add an entry, which start(), save() and enqueue_jobs() store; see
         register()."""
         job = CronJob(func, queue_name, *args, **options)
-        self._add(job)
+        self.add_job(job)
         return job
 
-    def _add(self, job: CronJob) -> None:
+    def add_job(self, job: CronJob) -> None:
         """Add an entry; one that is named after its function gets a number if there are
         several."""
         taken = {other.slug for other in self._jobs}
@@ -13274,7 +13311,7 @@ class CronScheduler:
         _registered_entries.clear()
         importlib.import_module(name)
         for job in _registered_entries:
-            self._add(job)
+            self.add_job(job)
         self.owner = self.owner or config_path
 
     def heartbeat(self) -> None:
@@ -13340,7 +13377,7 @@ def create_cron(connection: Redis | None = None) -> CronScheduler:
     """Return a scheduler with what was added by register()."""
     scheduler = CronScheduler(connection)
     for job in _registered_entries:
-        scheduler._add(job)
+        scheduler.add_job(job)
     return scheduler
 
 
@@ -14258,13 +14295,13 @@ class _ConcurrentRunner:
         callback of the job was called."""
         _, call = step
         if call == job.call_function and type(job).perform is Job.perform:
-            name = job.field("func").removesuffix("()")
+            name = job.stored_func_name
             if "." in name and inspect.iscoroutinefunction(job.func):
                 self._coroutine_functions.add((type(job), name))
 
     def _is_coroutine_function(self, job: Job) -> bool:
         """Return whether the job's function is known to be a coroutine function."""
-        name = job.field("func").removesuffix("()")
+        name = job.stored_func_name
         return (type(job), name) in self._coroutine_functions
 
     def _end(self, run: _ConcurrentRun, outcome: Outcome) -> None:
