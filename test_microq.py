@@ -2425,7 +2425,7 @@ def test_the_map_of_the_file_names_its_sections():
     sections = re.findall(r"^# ---- (\d+\. [\w, ]+?) -+$", text, re.M)
     shown = re.findall(r"^ +(\d+\. [\w, ]+?)(?:  .*)?$", microq.__doc__, re.M)
     assert sections == shown
-    assert len(sections) == 21
+    assert len(sections) == 22
 
 
 def test_part_one_names_of_part_two_only_its_hooks():
@@ -17847,6 +17847,151 @@ def test_every_block_of_the_readme_has_a_test():
 
 def test_the_first_page_of_the_readme_is_short():
     assert len(README.partition("# Reference")[0].split()) <= 2000
+
+
+# ---- 22. Names of RQ -----------------------------------------------------------------
+
+
+RQ_IMPORTS = {
+    "callbacks": "Callback",
+    "command": "send_shutdown_command send_stop_job_command",
+    "cron": "CronJob CronScheduler create_cron register",
+    "decorators": "job",
+    "defaults": "DEFAULT_RESULT_TTL DEFAULT_WORKER_TTL",
+    "exceptions": "InvalidJobOperation NoSuchJobError",
+    "executions": "Execution",
+    "group": "Group",
+    "job": "Callback Dependency Job JobStatus Retry cancel_job get_current_job",
+    "logutils": "setup_loghandlers",
+    "queue": "EnqueueData Queue",
+    "rate_limit": "RateLimit RateLimitRegistry",
+    "registry": "BaseRegistry FailedJobRegistry StartedJobRegistry clean_registries",
+    "repeat": "Repeat",
+    "results": "Result",
+    "serializers": "DefaultSerializer JSONSerializer resolve_serializer",
+    "suspension": "is_suspended resume suspend",
+    "timeouts": "JobTimeoutException TimerDeathPenalty",
+    "utils": "parse_timeout",
+    "version": "VERSION",
+    "webhook": "Webhook",
+    "worker": "BaseWorker DequeueStrategy SimpleWorker Worker WorkerStatus",
+    "worker_pool": "WorkerPool",
+}
+
+
+@pytest.mark.parametrize("name", ["microq", "vendor.jobs"])
+def test_modules_of_rq_are_found_under_any_name(tmp_path, name):
+    """A program for RQ is ported by a search and replace, also to a vendored copy."""
+    path = tmp_path.joinpath(*name.split(".")).with_suffix(".py")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(MICROQ_CODE)
+    lines = [
+        f"from {name}.{module} import {', '.join(names.split())}"
+        for module, names in RQ_IMPORTS.items()
+    ]
+    lines += [
+        "import importlib",
+        f"import {name} as rq",
+        f"import {name}.job, {name}.registry",
+        f"assert importlib.import_module('{name}.worker').Worker is rq.Worker",
+        "assert rq.registry.FailedJobRegistry is rq.FailedJobRegistry",
+        "assert rq.exceptions.NoSuchJobError is rq.NoSuchJobError",
+        "assert rq.job.Job is rq.Job and rq.job.get_current_job() is None",
+        "assert rq.worker_pool.WorkerPool is rq.WorkerPool",
+        "assert callable(rq.job) and callable(rq.decorators.job)",
+        f"serializer = rq.resolve_serializer('{name}.serializers.JSONSerializer')",
+        "assert serializer is rq.JSONSerializer",
+        f"assert rq.Queue('q', job_class='{name}.job.Job').job_class is rq.Job",
+    ]
+    environment = child_env() | {"PYTHONPATH": str(tmp_path)}
+    subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], env=environment, check=True
+    )
+
+
+def test_all_modules_of_the_readme_are_there():
+    named = set(re.findall(r"`rq\.(\w+)`", README))
+    assert named - {"registry", "job"} <= set(microq._RQ_MODULES) | {"Queue"}
+    assert set(RQ_IMPORTS) <= set(microq._RQ_MODULES)
+
+
+def test_names_left_out_raise_and_say_what_to_use():
+    """Whoever comes from RQ sees at once what is missing, and what to do."""
+    missing = []
+    for names, fate in rows_of_rq_names():
+        owner = ""
+        for name in names if fate == "left out" else []:
+            if re.fullmatch(r"[A-Z]\w+", name) and hasattr(microq, name):
+                owner = name
+            elif re.fullmatch(r"\.?\w+", name) and not name.startswith("rq"):
+                kind = getattr(microq, owner) if name.startswith(".") else microq
+                try:
+                    getattr(kind, name.lstrip("."))
+                    missing.append((owner, name))
+                except AttributeError as error:
+                    if "; use " not in str(error):
+                        missing.append((owner, name, error))
+    assert missing == []
+    with pytest.raises(ImportError, match="no HerokuWorker; use Worker: at SIGTERM"):
+        exec("from microq.worker import HerokuWorker")
+    with pytest.raises(AttributeError, match="no RQScheduler; use nothing: any worker"):
+        assert microq.RQScheduler
+    with pytest.raises(AttributeError, match="has no attribute 'Quue'"):
+        assert microq.Quue
+    with pytest.raises(ImportError, match="cannot import name 'Quue'"):
+        exec("from microq import Quue")
+    assert getattr(microq, "HerokuWorker", None) is None
+
+
+def test_an_attribute_left_out_raises_at_objects_too(redis, queue):
+    job = queue.enqueue(add)
+    with pytest.raises(AttributeError, match="Job has no get_id; use id"):
+        job.get_id()
+    with pytest.raises(AttributeError, match="has no push_job_id; use enqueue_job"):
+        queue.push_job_id(job.id)
+    with pytest.raises(AttributeError, match="has no perform_job; use around="):
+        assert microq.SimpleWorker.perform_job
+    assert not hasattr(Worker, "is_horse")
+
+
+@pytest.mark.parametrize(
+    ("base", "name"),
+    [
+        (base, name)
+        for base, names in microq._METHODS_RQ_CALLS.items()
+        for name in names
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_a_subclass_that_overrides_what_only_rq_calls_is_refused(base, name):
+    """Nobody would call the method, and nobody would notice."""
+    with pytest.raises(TypeError, match=rf"Mine defines {name}\(\), .* does not; use "):
+        type("Mine", (base,), {name: add})
+    mixin = type("Mixin", (), {name: add})
+    with pytest.raises(TypeError, match=name):
+        type("Mine", (mixin, type("Other", (base,), {})), {})
+
+
+def test_a_subclass_may_have_other_names(redis):
+    registered = []
+
+    class Plugin:
+        def __init_subclass__(cls, label="", **options):
+            registered.append(label)
+
+    class Mine(Worker, Plugin, label="mine"):
+        def compact(self):
+            return "compact"
+
+    assert registered == ["mine"]
+    assert Mine(["default"], connection=redis).compact() == "compact"
+
+
+def test_names_of_redis_do_not_hide_those_of_rq():
+    """`exceptions` is a module of RQ, and a module of redis-py."""
+    assert microq.exceptions.NoSuchJobError is microq.NoSuchJobError
+    assert {"Redis", "redis_errors", "argparse", "Sentinel"}.isdisjoint(dir(microq))
+    assert set(microq.__all__) <= set(dir(microq))
 
 
 # ---- Properties of cost --------------------------------------------------------------
