@@ -59,6 +59,7 @@ time, and the container is its status.
     enqueue_checked  (new)  queued, scheduled     the id is free, else 'taken'
                 (new)       deferred              jobs that it depends on have not ended
                 (new)       rate_limited          its limit is used up
+                waits       as if it were new     the call is to replace it (unique)
     tick        (new)       scheduled             cron's last tick is the one that was
                                                   read before
     deliver     deferred    as if it were new     no job that it waits for is left
@@ -364,7 +365,7 @@ __all__ = [
     "StartedJobRegistry", "StopRequested", "TimeoutFormatError", "TimerDeathPenalty",
     "UnixSignalDeathPenalty", "Webhook", "Worker", "WorkerPool", "WorkerStatus",
     "__version__", "cancel_job", "clean_registries", "create_cron", "cron", "embedded",
-    "get_cron_job_ids", "get_current_job", "is_suspended", "job", "main",
+    "get_cron_job_ids", "get_current_job", "is_suspended", "job", "key", "main",
     "parse_timeout", "register", "requeue_job", "resolve_serializer", "resume",
     "send_command", "send_kill_horse_command", "send_shutdown_command",
     "send_stop_job_command", "suspend", "web",
@@ -1173,8 +1174,9 @@ def _to_dependency(value: Any) -> Dependency | None:
 
 def _check_unique(value: Any) -> Any:
     """Return the value of `unique`; RQ's "pending" is accepted, and changes nothing."""
-    if value not in (True, False, "pending"):
-        raise ValueError(f"unique={value!r}: give True or 'pending'")
+    if value not in (True, False, "pending", "keep", "replace"):
+        values = "True, 'pending', 'keep' or 'replace'"
+        raise ValueError(f"unique={value!r}: give {values}")
     return value
 
 
@@ -1274,7 +1276,8 @@ _OPTIONS = {
         _Option(
             "unique", bool,
             'True: refuse a job_id of which there is any record; "pending": one that '
-            "has not ended, as is done in any case",
+            'has not ended, as is done in any case; "keep": return that one instead; '
+            '"replace": give it the new call and time, if it has not begun',
             convert=_check_unique, attribute="", stored=False, flag="--unique",
             flag_help="refuse a --job-id of which there is any record",
         ),
@@ -1505,6 +1508,35 @@ def _dotted_name(func: Any) -> str:
         f"a worker can't import {name}; {remedy} (no lambda, no local function), "
         "or give its dotted name"
     )
+
+
+def key(f: Func, *args: Any, **kwargs: Any) -> str:
+    """Return an id for a call, for job_id=: the same call has the same one everywhere.
+
+    Arguments are the same if their repr() is.  The order of sets and dicts does not
+    matter, and a list is the same as a tuple.  Raises TypeError for an argument whose
+    repr() is its address, and as enqueue() for a function that a worker can't find."""
+    name = _dotted_name(f)
+    call = _canonical_text([name, args, kwargs])
+    digest = hashlib.sha256(call.encode()).digest()[:16]
+    suffix = base64.urlsafe_b64encode(digest).decode().rstrip("=")
+    function_name = re.sub(r"\W", "_", name.rpartition(".")[2], flags=re.ASCII)
+    return f"{function_name[:100]}-{suffix}"
+
+
+def _canonical_text(value: Any) -> str:
+    """Return a text that is the same for the same value in any process; see key()."""
+    if isinstance(value, dict):
+        pairs = [(_canonical_text(k), _canonical_text(v)) for k, v in value.items()]
+        return f"dict{sorted(pairs)}"
+    if isinstance(value, set | frozenset):
+        return f"set{sorted(map(_canonical_text, value))}"
+    if isinstance(value, list | tuple):
+        return f"list{[*map(_canonical_text, value)]}"
+    text = repr(value)
+    if f"{id(value):x}" in text.lower():
+        raise TypeError(f"{text}: its repr() does not tell its value; choose an id")
+    return text
 
 
 def _import_object(name: str) -> Any:
@@ -3049,21 +3081,43 @@ _lua(
     """
 -- Mark the jobs that are to be stored by `is_new`.  Returns {'taken', id, status} for
 -- one whose id belongs to a job that has not ended, or to any job if the flag 'unique'
--- is given.  A job that has the call_id of this call was stored by it, when it was sent
--- before: it is neither new nor taken.
+-- is given.  With the flag 'keep', a job that has not ended is left alone (is_kept).
+-- With 'replace', one that waits makes room (replaced: the container that it is in).
+-- A job that has the call_id of this call was stored by it, when it was sent before: it
+-- is neither new nor taken.
 function find_taken(q, jobs)
   for _, job in ipairs(jobs) do
-    local status = status_of(q, job.id)
+    local status, flags = status_of(q, job.id), job.flags
     job.is_new = not status
     local is_chosen = status and job.call_id ~= ''
     if is_chosen and call('HGET', job.key, 'call_id') ~= job.call_id then
-      job.is_new = FINAL[status] and not string.find(job.flags, 'unique')
-      if not job.is_new then return {'taken', job.id, status} end
+      if FINAL[status] then job.is_new = not string.find(flags, 'unique')
+      elseif string.find(flags, 'keep') then job.is_kept = true
+      elseif string.find(flags, 'replace') and status ~= 'started' then
+        job.is_new, job.replaced = true, status
+      end
+      if not job.is_new and not job.is_kept then return {'taken', job.id, status} end
     end
   end
 end
 """,
     uses="status_of FINAL",
+)
+
+_lua(
+    "make_room",
+    """
+-- Take a job that waits out of its container, and let its limit have its slot back.
+-- Who waits for its end looks at it again.
+function make_room(q, job, now)
+  take_out(q, job.id, job.replaced)
+  call('DEL', job.key .. ':waits')
+  hooks().on_final(q, job.id, nil, now)
+  redis.pcall('PUBLISH', job.key, 'replaced')
+end
+""",
+    uses="take_out",
+    hooks="on_final",
 )
 
 _lua(
@@ -3091,6 +3145,7 @@ function store_new_jobs(q, jobs, due, now)
   local created_at, at_back = format_time(now), {}
   for _, job in ipairs(jobs) do
     if job.is_new then
+      if job.replaced then make_room(q, job, now) end
       if job.call_id ~= '' then forget_last_life(q, job) end
       store_job(q, job, due, created_at, at_back)
     end
@@ -3104,7 +3159,7 @@ function store_new_jobs(q, jobs, due, now)
   end
 end
 """,
-    uses="format_time forget_last_life store_job wake",
+    uses="format_time make_room forget_last_life store_job wake",
     hooks="store_blocked",
 )
 
@@ -3114,18 +3169,22 @@ ENQUEUE_CHECKED = Script(
 -- new -> queued, scheduled, deferred or rate_limited, for any jobs.
 -- KEYS  prefix of the queue
 -- ARGV  when (see parse_due), then for each job those of parse_new_jobs
--- Returns {created_at, outgoing}, or {'taken', id, status} if one of the jobs has not
--- ended: then none is stored.
+-- Returns {created_at, outgoing, kept}, or {'taken', id, status} if one of the jobs has
+-- not ended: then none is stored.  kept: {id, what read_job returns} of each job that
+-- was left alone.
 local q, when = KEYS[1], ARGV[1]
-local now = server_time()
+local now, kept = server_time(), {}
 local jobs = parse_new_jobs(q, 2)
 local taken = find_taken(q, jobs)
 if taken then return taken end
 store_new_jobs(q, jobs, parse_due(when, now), now)
-return {format_time(now), outgoing}
+for _, job in ipairs(jobs) do
+  if job.is_kept then kept[#kept + 1] = {job.id, read_job(q, job.id)} end
+end
+return {format_time(now), outgoing, kept}
 """,
     uses="server_time parse_due format_time parse_new_jobs find_taken store_new_jobs"
-    " outgoing",
+    " outgoing read_job",
 )
 
 
@@ -3134,7 +3193,7 @@ class _NewJob(NamedTuple):
 
     id: str
     call_id: str  # tells this call from another for the same id; '' for an id made here
-    flags: str  # of 'at_front', 'blocked', 'unique', with blanks between
+    flags: str  # of 'at_front', 'blocked', and one of 'unique', 'keep', 'replace'
     ttl: bytes  # seconds in the queue; b"" for no limit
     fields: dict[str, bytes]  # of its hash
 
@@ -3172,6 +3231,7 @@ class _EnqueueReply(NamedTuple):
 
     created_at: bytes  # b"" if nothing was stored, since an id is taken
     messages: list[Message]
+    kept: Sequence[tuple[bytes, list[Any]]] = ()  # ids, and what FETCH returns for them
     taken_id: str = ""  # the id of a job that has not ended
     taken_status: str = ""  # and its status
 
@@ -3181,9 +3241,9 @@ class _EnqueueReply(NamedTuple):
             return cls(reply, [])
         if reply[0] == b"taken":
             _, id, status = reply
-            return cls(b"", [], id.decode(), status.decode())
-        created_at, messages = reply
-        return cls(created_at, _as_messages(messages))
+            return cls(b"", [], (), id.decode(), status.decode())
+        created_at, messages, kept = reply
+        return cls(created_at, _as_messages(messages), kept)
 
 
 # Claim.  The table `claim` has the arguments of the call, and what was claimed so far.
@@ -4463,23 +4523,33 @@ def _append_log_command(prefix: str, id: str, text: str) -> Command:
     return APPEND_LOG(prefix, id, secrets.token_urlsafe(6), line)
 
 
+_lua(
+    "read_job",
+    """
+-- {status, token or '', heartbeat_at of its worker or '', hash} of a job; the status is
+-- '' if there is no such job.
+function read_job(q, id)
+  local status = status_of(q, id)
+  if not status then return {'', '', '', {}} end
+  local text = call('HGET', q .. 'started', id) or ''
+  local token = parse_token(text)
+  local lease = token and read_lease(q, token.worker)
+  local heartbeat_at = lease and lease.heartbeat_at or ''
+  return {status, text, heartbeat_at, call('HGETALL', q .. 'job:' .. id)}
+end
+""",
+    uses="status_of parse_token read_lease",
+)
+
 FETCH = Script(
     "fetch",
     """
 -- Read a job.
 -- KEYS  prefix of the queue        ARGV  id
--- Returns {status, token or '', heartbeat_at of its worker or '', hash}; the status is
--- '' if there is no such job.
-local q, id = KEYS[1], ARGV[1]
-local status = status_of(q, id)
-if not status then return {'', '', '', {}} end
-local text = call('HGET', q .. 'started', id) or ''
-local token = parse_token(text)
-local lease = token and read_lease(q, token.worker)
-local heartbeat_at = lease and lease.heartbeat_at or ''
-return {status, text, heartbeat_at, call('HGETALL', q .. 'job:' .. id)}
+-- Returns what read_job returns.
+return read_job(KEYS[1], ARGV[1])
 """,
-    uses="status_of parse_token read_lease",
+    uses="read_job",
 )
 
 
@@ -4685,23 +4755,26 @@ class _EnqueueRequest(NamedTuple):
 
     call_id    - tells a second life of an id from a call that is sent again; "": the id
                  is random, so nobody else has it; None: one is made when it is sent
-    unique     - whether to refuse an id of which there is any record
+    unique     - True: refuse an id of which there is any record; "keep", "replace":
+                 what to do with a job that has not ended
     at_front   - whether to overtake the jobs that wait
     dependency - the jobs that it depends on, as the user gave them; None for none
     delay      - when it is to run, if enqueue_job() was not told; see _EnqueueCall
     durable    - whether to wait until the server has it on disk"""
 
     call_id: str | None = None
-    unique: bool = False
+    unique: bool | str = False
     at_front: bool = False
     dependency: Dependency | None = None
     delay: float | str = -1
     durable: bool = False
 
-    def with_options(self, at_front: bool, unique: bool) -> _EnqueueRequest:
+    def with_options(self, at_front: bool, unique: bool | str) -> _EnqueueRequest:
         """Return the request with options of enqueue_job() added."""
+        if _check_unique(unique) == "pending":
+            unique = False
         return self._replace(
-            at_front=self.at_front or at_front, unique=self.unique or unique
+            at_front=self.at_front or at_front, unique=unique or self.unique
         )
 
     def with_call_id(self) -> _EnqueueRequest:
@@ -4866,7 +4939,7 @@ class _BaseJob:
 
     # Being stored, by a Queue.
 
-    def prepare_for(self, queue: Any, at_front: bool, unique: bool) -> None:
+    def prepare_for(self, queue: Any, at_front: bool, unique: bool | str) -> None:
         """Make this a job of `queue`, unless it is stored already, and add options.
 
         Raises InvalidJobOperation if it is in another queue, TypeError if that has
@@ -4886,7 +4959,7 @@ class _BaseJob:
         if self.queue != queue:
             text = f"{self!r} is in a queue already, which is not {queue!r}"
             raise InvalidJobOperation(text)
-        request = self.enqueue_request.with_options(bool(at_front), bool(unique))
+        request = self.enqueue_request.with_options(bool(at_front), unique)
         self.enqueue_request = request
 
     def set_dependency_keys(self, keys: Iterable[str], allow: str) -> None:
@@ -4922,7 +4995,8 @@ class _BaseJob:
         if at_front:
             flags.append("at_front")
         if request.unique:
-            flags.append("unique")
+            named = isinstance(request.unique, str)
+            flags.append(str(request.unique) if named else "unique")
         if is_blocked:
             flags.append("blocked")
         ttl = fields.get("ttl", b"")
@@ -6556,7 +6630,9 @@ class _BaseQueue(_JobContainer[J]):
         webhooks    - a list of Webhooks, none
         rate_limit  - a RateLimit, none
         unique      - True: refuse a job_id of which there is any record; "pending": one
-                      that has not ended, as is done in any case
+                      that has not ended, as is done in any case; "keep": return that
+                      one instead; "replace": give it the new call and time, if it has
+                      not begun
         pipeline    - a redis-py pipeline to carry the command, which you execute, none
         durable     - whether to wait until the server has it in its append-only file
                       on disk, no; raises NotDurable if not
@@ -6827,7 +6903,7 @@ class _BaseQueue(_JobContainer[J]):
         job: J,
         pipeline: Any = None,
         at_front: bool = False,
-        unique: bool = False,
+        unique: bool | str = False,
     ) -> Steps[J]:
         """Store a job made by create_job() or Job.create(), and return it.
 
@@ -6843,8 +6919,9 @@ class _BaseQueue(_JobContainer[J]):
         return job
 
     def _schedule_job(
-        self, job: J, datetime: datetime, pipeline: Any = None, unique: bool = False
-    ) -> Steps[J]:
+        self, job: J, datetime: datetime, pipeline: Any = None,
+        unique: bool | str = False,
+    ) -> Steps[J]:  # fmt: skip
         """Store a job made by create_job(), to be run at `datetime`; see
         enqueue_job()."""
         job.prepare_for(self, False, unique)
@@ -6926,6 +7003,10 @@ class _BaseQueue(_JobContainer[J]):
             text = f"job {enqueued.taken_id!r} is {enqueued.taken_status}; "
             raise DuplicateJobError(text + "choose another id, or delete it")
         self._note_stored(call, enqueued.created_at)
+        if enqueued.kept:
+            jobs = {job.id.encode(): job for job in call.jobs}
+            for id, fetched in enqueued.kept:
+                jobs[id].on_fetched(fetched)
         return enqueued.messages
 
     def _after_enqueued(
@@ -7311,7 +7392,7 @@ def _new_request(options: dict[str, Any]) -> _EnqueueRequest:
         raise ValueError(f"unique={unique!r}: give a job_id, too")
     return _EnqueueRequest(
         call_id="" if id is None else None,
-        unique=unique is True,
+        unique=False if unique == "pending" else unique,
         at_front=options.get("at_front", False),
         dependency=options.get("depends_on"),
     )

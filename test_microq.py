@@ -4788,6 +4788,107 @@ def test_unique_refuses_an_id_of_which_there_is_any_record(redis, queue):
         assert not microq._EnqueueReply.parse(reply).taken_id
 
 
+def test_unique_keep_returns_the_job_that_is_there(redis, queue):
+    first = queue.enqueue(add, 1, job_id="a", unique="keep", meta={"x": 1})
+    trips = round_trips_of(
+        redis, lambda: queue.enqueue(add, 2, job_id="a", unique="keep")
+    )
+    assert trips == 1
+    again = queue.enqueue_in(60, add, 2, job_id="a", unique="keep", meta={"y": 1})
+    assert (again, again.args, again.meta) == (first, (1,), {"x": 1})
+    assert again.get_status(refresh=False) == "queued"
+    data = [queue.prepare_data(add, (i,), job_id=id) for i, id in enumerate("bac")]
+    for each in data:
+        each.options["unique"] = "keep"
+    jobs = queue.enqueue_many(data)
+    assert [job.args for job in jobs] == [(0,), (1,), (2,)]
+    assert queue.get_job_ids() == ["a", "b", "c"]
+    [(id, execution), *_] = claim(queue)
+    running = queue.enqueue(add, 3, job_id="a", unique="keep")
+    assert running.get_status(refresh=False) == "started"
+    assert settle(queue, id, execution) == "finished"
+    assert queue.enqueue(add, 4, job_id="a", unique="keep").args == (4,)  # it has ended
+
+
+def test_unique_replace_gives_a_job_that_waits_the_new_call(redis, queue):
+    queue.enqueue_in(60, add, 1, job_id="a", unique="replace", meta={"x": 1})
+    for i in (2, 3):
+        job = queue.enqueue_in(60 * i, add, i, job_id="a", unique="replace")
+    due = redis.zscore(f"{Q}scheduled", "a")
+    assert 170 < due - server_time(redis) <= 180
+    assert Job.fetch("a", redis).args == (3,) and job.get_meta() == {}
+    queue.enqueue(add, 4, job_id="a", unique="replace")
+    queue.enqueue(add, 5, job_id="b")
+    queue.enqueue_job(queue.create_job(add, (6,), job_id="a"), unique="replace")
+    assert queue.get_job_ids() == ["b", "a"]
+    assert not redis.exists(f"{Q}scheduled")
+    assert len(claim(queue, n=2)) == 2
+    with pytest.raises(DuplicateJobError, match="is started"):
+        queue.enqueue(add, 7, job_id="a", unique="replace")
+
+
+def test_a_replacement_that_is_sent_again_changes_nothing(redis, queue):
+    queue.enqueue(add, 1, job_id="a")
+    job = queue.create_job(add, (2,), job_id="a", unique="replace")
+    command = microq._enqueue_command(queue.prefix, [job.as_new_job(-1)])
+    microq._execute_one(redis, *command)
+    claim(queue)
+    assert microq._execute_one(redis, *command)[2] == []
+    assert Job.fetch("a", redis).is_started
+
+
+def test_a_job_that_waits_for_others_or_a_slot_is_replaced(redis, queue):
+    parent = queue.enqueue(add, job_id="p")
+    queue.enqueue(add, 1, job_id="a", depends_on=parent)
+    child = queue.enqueue(add, 9, job_id="c", depends_on="a")
+    assert queue.enqueue(add, 2, job_id="a", unique="replace").get_status() == "queued"
+    limit = RateLimit("k", 1)
+    holder = queue.enqueue(add, 3, job_id="h", rate_limit=limit)
+    waiting = queue.enqueue(add, 4, job_id="w", rate_limit=limit)
+    assert waiting.get_status() == "rate_limited"
+    queue.enqueue(add, 5, job_id="h", unique="replace")  # it gives its slot back
+    assert waiting.get_status() == "queued"
+    queue.enqueue(add, 6, job_id="w", unique="replace", depends_on=holder)
+    assert waiting.get_status() == "deferred"
+    work(queue)
+    assert child.return_value() == 9
+    assert [waiting.return_value(), holder.return_value()] == [6, 5]
+    assert not redis.keys("microq:limit:*")
+
+
+def test_who_waits_for_a_job_gets_the_result_of_its_replacement(redis, queue):
+    job = queue.enqueue_in(60, add, 1, job_id="a")
+    results = []
+    waiter = threading.Thread(target=lambda: results.append(job.latest_result(60)))
+    waiter.start()
+    wait_until(lambda: redis.hexists(job.key, "has_waiter"))
+    wait_until(redis.pubsub_channels)
+    queue.enqueue_in(60, add, 2, job_id="a", unique="replace")
+    wait_until(lambda: redis.hexists(job.key, "has_waiter"), 5)  # it has looked again
+    queue.enqueue(add, 3, job_id="a", unique="replace")
+    work(queue)
+    waiter.join(30)
+    assert results[0].return_value == 3
+
+
+def test_the_key_of_a_call_is_the_same_in_each_process(server):
+    calls = ["add", "add, 1, b={'x', 'yy', 'zzz'}", "add, [1, 2.5], c={'k': None}"]
+    source = "import microq; from test_microq import add\nprint({})"
+    keys = [eval(f"microq.key({call})") for call in calls]
+    assert len({*keys}) == 3
+    for seed in "12":
+        program = source.format(", ".join(f"microq.key({call})" for call in calls))
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, cwd=HERE,
+            env=os.environ | {"PYTHONHASHSEED": seed},
+        )  # fmt: skip
+        assert done.stdout.split() == keys
+    assert microq.key(add, a=1, b=2) == microq.key("test_microq.add", b=2, a=1)
+    assert microq.key(add, (1,)) == microq.key(add, [1]) != microq.key(add, 1)
+    with pytest.raises(TypeError, match="choose an id"):
+        microq.key(add, object())
+
+
 def test_job_that_expires_in_the_queue_is_dropped(redis, queue):
     job = queue.enqueue(add, ttl=0.05)
     kept = queue.enqueue(add, 1, ttl=60)
@@ -13630,6 +13731,19 @@ def scenario_options(do, queue):
         do(queue.enqueue(add, job_id="a"))
 
 
+def scenario_duplicates(do, queue):
+    do(queue.enqueue(add, 1, job_id="a"))
+    kept = do(queue.enqueue(add, 2, job_id="a", unique="keep"))
+    yield kept.args, kept.created_at is not None
+    replaced = do(queue.enqueue_in(60, add, 3, job_id="a", unique="replace"))
+    yield replaced.args, do(replaced.get_status())
+    yield do(do.Job.fetch("a", do.connection)).args
+    yield do(queue.enqueue(add, 4, job_id=microq.key(add, 4), unique="keep")).id
+    for _ in range(2):
+        do(queue.enqueue(add, job_id="b", unique="keep"))
+    yield do(queue.get_job_ids())
+
+
 def scenario_ways_to_enqueue(do, queue):
     do(queue.enqueue_call(add, (1, 2), {}, job_id="call"))
     do(queue.enqueue_in(60, add, job_id="in"))
@@ -13760,8 +13874,8 @@ def scenario_groups(do, queue):
 
 
 SCENARIOS = [
-    scenario_options, scenario_ways_to_enqueue, scenario_many, scenario_reading,
-    scenario_results, scenario_dependencies, scenario_groups,
+    scenario_options, scenario_duplicates, scenario_ways_to_enqueue, scenario_many,
+    scenario_reading, scenario_results, scenario_dependencies, scenario_groups,
 ]  # fmt: skip
 
 
