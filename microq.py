@@ -60,7 +60,7 @@ time, and the container is its status.
                 (new)       deferred              jobs that it depends on have not ended
                 (new)       rate_limited          its limit is used up
                 waits       as if it were new     the call is to replace it (unique)
-    tick        (new)       scheduled             cron's last tick is the one that was
+    tick        (new)       queued, scheduled     cron's last tick is the one that was
                                                   read before
     deliver     deferred    as if it were new     no job that it waits for is left
                 rate_limited  queued, scheduled   its limit has granted a slot
@@ -12598,8 +12598,8 @@ class Group(_BaseGroup[Job]):
 # ---- 14. Cron ------------------------------------------------------------------------
 # Jobs that are enqueued by the clock.  An entry of cron is stored in its queue, beside
 # its last tick: the time for which a job was enqueued last.  A supervisor with a
-# scheduler reads both with each heartbeat, and enqueues a scheduled job for each tick
-# that comes up to a lease ahead.
+# scheduler reads both with each heartbeat, and enqueues a job for each tick that is due
+# or comes up to a lease ahead.
 #
 # The one idea is compare-and-set: the script tick takes a tick only if the last tick is
 # still the one that was read.  So any number of schedulers may run, and each of them
@@ -12619,7 +12619,7 @@ class Group(_BaseGroup[Job]):
 TICK = Script(
     "tick",
     """
--- new -> scheduled, for a tick of cron.
+-- new -> queued or scheduled, for a tick of cron.
 -- KEYS  prefix of the queue
 -- ARGV  slug, last ('<last_tick> <registered_at>'), tick, then the job's as for
 --       parse_new_jobs
@@ -12629,8 +12629,13 @@ local q, slug, last, tick = KEYS[1], unpack(ARGV)
 local now, ticks = server_time(), q .. 'ticks'
 if call('HGET', ticks, slug) ~= last then return '' end
 call('HSET', ticks, slug, tick .. string.match(last, ' .*'))
-local jobs = parse_new_jobs(q, 4)
-if not find_taken(q, jobs) then store_new_jobs(q, jobs, math.max(now, tick), now) end
+local jobs, due = parse_new_jobs(q, 4), tonumber(tick)
+if find_taken(q, jobs) then return format_time(now) end
+if due <= now then due = nil end
+store_new_jobs(q, jobs, due, now)
+if not due and not string.find(jobs[1].flags, 'blocked') then
+  call('HSET', jobs[1].key, 'enqueued_at', format_time(now))
+end
 return format_time(now)
 """,
     uses="server_time parse_new_jobs find_taken store_new_jobs format_time",
@@ -19685,6 +19690,9 @@ def _print_page(
         lines = _raw_lines(options, snapshot)
     else:
         lines = _render(options, layout, heading, snapshot)
+        if not live:  # as RQ's last line, which scripts may read
+            queued = snapshot.count("queued")
+            lines += ["", f"{len(snapshot.queues)} queues, {queued} jobs total"]
     text = "\n".join(lines)
     print(f"{_CLEAR_SCREEN}{text}" if live else text, flush=True)
 

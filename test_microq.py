@@ -28,6 +28,7 @@ import itertools
 import json
 import logging
 import math
+import multiprocessing
 import os
 import pickle
 import pty
@@ -9998,6 +9999,37 @@ def test_a_pool_and_a_worker_may_have_the_same_name(redis, queue, start_worker):
     assert "ignored" not in pool.communicate(timeout=30)[1]
 
 
+def run_in_a_process(work):
+    """Run a method of a worker or a pool in a process of multiprocessing."""
+    process = multiprocessing.get_context("fork").Process(target=work, args=(True,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+
+
+def test_a_pool_says_what_it_does(redis, queue):
+    jobs = [queue.enqueue(add, number) for number in range(4)]
+    pool = WorkerPool([queue], redis, 2, Worker, "pickle", Job, Queue, [])
+    assert pool.queues == [queue]
+    assert pool.status is WorkerPool.Status.IDLE
+    assert WorkerPool(["a", "b"], redis).queues == [
+        Queue("a", redis),
+        Queue("b", redis),
+    ]
+    pool.start(burst=True, logging_level=None)
+    assert pool.status is WorkerPool.Status.STOPPED
+    assert [job.return_value() for job in jobs] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("kind", [Worker, SimpleWorker, WorkerPool])
+def test_workers_run_in_a_process_of_multiprocessing(redis, queue, kind):
+    """Programs start several workers so."""
+    job = queue.enqueue(add, 1)
+    worker = kind([queue], connection=redis)
+    run_in_a_process(worker.work if kind is not WorkerPool else worker.start)
+    assert job.return_value() == 1
+
+
 # ---- 11. Commands --------------------------------------------------------------------
 
 
@@ -11830,6 +11862,25 @@ def test_each_tick_runs_once_though_schedulers_die(
     for letter in "abc":
         came = sorted(int(id[2:]) for id in ran if id[0] == letter)
         assert came == list(range(came[0], came[0] + len(came)))
+
+
+def test_a_tick_that_is_due_is_queued_at_once(redis, queue):
+    """It need not wait for a worker that promotes it."""
+    scheduler = CronScheduler(redis)
+    scheduler.register(add, queue.name, (1,), interval=3600, name="hourly")
+    scheduler.register(add, queue.name, (2,), cron="0 0 29 2 *", name="rarely")
+    limit = RateLimit("one", concurrency=1)
+    scheduler.register(add, queue.name, (3,), interval=60, name="l", rate_limit=limit)
+    before = time.time()
+    assert len(scheduler.enqueue_jobs()) == 2
+    assert len(queue) == 1
+    assert queue.rate_limited_job_registry.count == 1
+    assert queue.scheduled_job_registry.count == 0
+    [hourly] = queue.jobs
+    assert abs(hourly.enqueued_at.timestamp() - before) < 60
+    assert scheduler.enqueue_jobs() == []
+    wait_until(lambda: work(queue) or len(queue.finished_job_registry) == 2)
+    assert hourly.return_value() == 1
 
 
 # ---- 15. Embedded server -------------------------------------------------------------
@@ -19506,6 +19557,13 @@ def test_docs_shell_info_polls(redis, server, queue):
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=30)
     assert seen == 3
+
+
+def test_docs_shell_info_ends_with_a_total(redis, server, queue, capsys):
+    queue.enqueue(say_hello)
+    Queue("low", redis).enqueue(say_hello)
+    assert microq.main(["info", "--url", server.url]) == 0
+    assert capsys.readouterr().out.endswith("\n2 queues, 2 jobs total\n")
 
 
 def test_docs_supervisor_ends_workers_by_sigterm(redis, queue, start_worker, tmp_path):
