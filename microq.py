@@ -10123,7 +10123,6 @@ class _Child:
         self.exiting_pids = [pid for pid in self.exiting_pids if not _wait_for(pid)]
         if self.standby_pid and _wait_for(self.standby_pid):
             self.standby_pid = 0
-            self.shared.has_standby = False
             self.restart_at = time.monotonic() + 1
             if self.standby_connection:
                 self.standby_connection.close()
@@ -10155,7 +10154,6 @@ class _Child:
         self.unreported = death
         if self.connection:
             self.connection.close()  # it may hold unread replies
-        self.restart_at = 0.0
         if death and not self.lost_jobs:
             # It was idle: perhaps no child can start here now, so don't fork at once.
             self.restart_at = time.monotonic() + 1
@@ -10472,7 +10470,6 @@ def _run_in_child(child: _Child, connection: _Connection) -> _Phase:
     loop.accept_stop_requests()
     socket_before = connection.socket
     phase = loop.run()
-    loop.blocking_connection.close()
     _close_own_event_loop()
     _flush_output()
     # The parent has the socket that it connected before the fork.  If the loop has
@@ -10828,11 +10825,9 @@ class _Supervisor:
 
     def _load_scripts(self) -> None:
         """Load all scripts into the server: a request with a script that the server
-        does not know is sent twice.  Not in a Cluster, where any node may be replaced
-        at any time, so that loading saves nothing for sure."""
-        if not isinstance(self.instances[0].client, RedisCluster):
-            texts = [script.lua for script in SCRIPTS]
-            _execute(self.connection, *[("SCRIPT", "LOAD", text) for text in texts])
+        does not know is sent twice."""
+        texts = [script.lua for script in SCRIPTS]
+        _execute(self.connection, *[("SCRIPT", "LOAD", text) for text in texts])
 
     def _take_name(self, instance: _Instance) -> None:
         """Hold the name of a worker from now on.  A process of that name which has died

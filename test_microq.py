@@ -7258,33 +7258,31 @@ def test_a_large_result_is_not_given_up_for_trouble_that_passes(
 ):
     """It is given up only if its connection was cut five times, while others work."""
     loops = []
-    on_ended, read_replies = microq._SerialLoop._on_ended, microq._read_replies
-    left = {"cut": 4, "away": 14, "refuses": 7}
+    on_ended, send_packed = microq._SerialLoop._on_ended, microq._send_packed
+    left = {"cut": 3, "away": 20, "refuses": 10}
     began = time.monotonic()
 
     def note(loop, run):
         loops.append(threading.current_thread())
         on_ended(loop, run)
 
-    def fail(raw, count):
+    def send(wire, commands):
         # The loop settles a run and claims by two commands, and sends a PING alone.
         is_of_loop = threading.current_thread() in loops
-        if is_of_loop and left[trouble] and (count == 2 or trouble == "away"):
+        if is_of_loop and left[trouble] and (len(commands) == 2 or trouble == "away"):
             left[trouble] -= 1
-            raw.disconnect()
-            if trouble == "refuses":
-                raise redis_py.exceptions.ResponseError("refused")
-            raise redis_py.exceptions.ConnectionError("cut")
-        return read_replies(raw, count)
+            if trouble != "refuses":
+                raise redis_py.exceptions.ConnectionError("cut")
+            commands = [("REFUSED",)] * 2
+        send_packed(wire, commands)
 
     monkeypatch.setattr(microq._SerialLoop, "_on_ended", note)
-    monkeypatch.setattr(microq, "_read_replies", fail)
+    monkeypatch.setattr(microq, "_send_packed", send)
     job = queue.enqueue(return_large)
     with Worker(queue, lease=0.9):
         wait_until(lambda: not left[trouble] and not job.is_started)
-    assert left[trouble] == 0
     assert job.is_finished
-    assert time.monotonic() - began > 0.3
+    assert time.monotonic() - began > 0.3 or trouble == "cut"
 
 
 def test_a_server_that_pauses_is_waited_for(redis, queue, start_worker):
@@ -8813,8 +8811,9 @@ def test_a_child_is_replaced_after_its_jobs(queue):
     pids = [job.return_value()[0] for job in jobs]
     assert [pids.count(pid) for pid in dict.fromkeys(pids)] == [2, 2, 1]
     assert {job.return_value()[1] for job in jobs} == {os.getpid()}
-    with pytest.raises(ValueError, match="jobs_per_fork"):
-        Worker(queue, jobs_per_fork=0)
+    for wrong in (0, 1.5):
+        with pytest.raises(ValueError, match="jobs_per_fork"):
+            Worker(queue, jobs_per_fork=wrong)
 
 
 @pytest.mark.parametrize("exactly", [True, False])
@@ -8845,6 +8844,63 @@ def test_standby_child_is_forked_before_its_predecessor_ends(
     both = children_of(parent)
     worker.kill()
     wait_until(lambda: not any(map(is_alive, both)))
+
+
+def test_a_child_asks_once_for_a_standby_child_and_so_does_the_next(
+    queue, monkeypatch, tmp_path
+):
+    """Here nothing but that ends the waits of the supervisor."""
+    paths = [tmp_path / name for name in "ab"]
+    looks = []
+    wait, check = microq._Supervisor._wait_for_commands, microq._Supervisor._check_child
+    fork = microq._Child.fork
+    forks = []
+
+    def fork_and_tell(child):
+        forks.append(bool(child.pid))  # True: a child runs, so this is a standby child
+        for path in paths[: sum(forks)]:
+            Path(f"{path}.go").touch()
+        return fork(child)
+
+    def look(supervisor, child):
+        looks.append(1)
+        return check(supervisor, child)
+
+    monkeypatch.setattr(microq, "SETTLE_AFTER", 0)  # each job is a batch
+    monkeypatch.setattr(microq._Child, "fork", fork_and_tell)
+    monkeypatch.setattr(microq._Supervisor, "_check_child", look)
+    monkeypatch.setattr(
+        microq._Supervisor, "_wait_for_commands", lambda self, until: wait(self, 1e9)
+    )
+    data = [Queue.prepare_data(add)] * 3
+    first = Queue.prepare_data(wait_for_file, (str(paths[0]),))
+    second = Queue.prepare_data(wait_for_file, (str(paths[1]),))
+    rest = [Queue.prepare_data(add)] * 254
+    jobs = queue.enqueue_many([*data, first, *rest, *data, second])
+    work(Worker(queue, jobs_per_fork=258, lease=3000))
+    assert all(job.is_finished for job in jobs)
+    assert forks[:3] == [False, True, True]
+    assert len(looks) < 60
+
+
+def test_a_child_that_runs_one_job_has_a_standby_child_from_its_start(
+    queue, monkeypatch, tmp_path
+):
+    path = tmp_path / "log"
+    wait, fork = microq._Supervisor._wait_for_commands, microq._Child.fork
+
+    def fork_and_tell(child):
+        if child.pid:
+            Path(f"{path}.go").touch()
+        return fork(child)
+
+    monkeypatch.setattr(microq._Child, "fork", fork_and_tell)
+    monkeypatch.setattr(
+        microq._Supervisor, "_wait_for_commands", lambda self, until: wait(self, 1e9)
+    )
+    job = queue.enqueue(wait_for_file, str(path))
+    work(Worker(queue, jobs_per_fork=1, lease=3000))
+    assert job.is_finished
 
 
 def test_the_standby_child_runs_the_next_job_and_is_the_one_that_is_stopped(
@@ -8896,6 +8952,14 @@ def test_standby_child_that_dies_is_replaced(queue, start_worker, tmp_path):
         lambda: set(children_of(worker.pid)) - {pid, standby} and not is_alive(standby)
     )
     worker.kill()
+
+
+def test_a_worker_leaves_no_child(queue):
+    """Its standby child has ended, and is no zombie."""
+    before = children_of(os.getpid())
+    queue.enqueue(add)
+    work(Worker(queue, jobs_per_fork=2))
+    assert children_of(os.getpid()) == before
 
 
 def test_standby_child_that_cannot_be_forked_is_not_tried_for_each_job(
@@ -8955,6 +9019,142 @@ def test_children_that_die_idle_are_not_forked_in_a_loop(queue, monkeypatch):
     work(Worker(queue))
     assert job.is_finished
     assert time.monotonic() - began > 2.5  # a second before each of three
+
+
+@contextlib.contextmanager
+def supervisor_of(worker, **options):
+    """The supervisor of a worker in this process that has signed on, and does no more
+    by itself."""
+    instance = worker.begin_instance(worker.name)
+    supervisor = microq._Supervisor(worker.name, [instance], **options)
+    supervisor.sign_on()
+    try:
+        yield supervisor, instance
+    finally:
+        supervisor.sign_off()
+
+
+def test_heartbeats_are_sent_when_there_is_something_to_tell(
+    redis, queue, monkeypatch, caplog
+):
+    """Three in a lease; while a job runs, each second, and when a job is due."""
+    caplog.set_level("INFO", "microq")
+    worker = SimpleWorker(queue, lease=60)
+    queue.enqueue_in(0.4, add)
+    with supervisor_of(worker, with_scheduler=True) as (supervisor, instance):
+        shared, slot = instance.shared, instance.shared.slots[0]
+        due = shared.next_scheduled
+
+        def pause():
+            return supervisor._next_heartbeat() - supervisor.last_heartbeat
+
+        assert 0 < due - supervisor.last_heartbeat <= 0.4
+        assert pause() == pytest.approx(20)
+        slot.state = microq._SlotState.RUNNING
+        assert supervisor._next_heartbeat() == due
+        supervisor.with_scheduler = False
+        assert pause() == pytest.approx(1)
+        supervisor.with_scheduler = True
+        wait_until(lambda: time.monotonic() > due)
+        supervisor.heartbeat("")  # this promotes it
+        assert queue.job_ids and math.isinf(shared.next_scheduled)
+        assert pause() == pytest.approx(1)
+        slot.state = microq._SlotState.EMPTY
+        supervisor.retry_at = supervisor.last_heartbeat + 1000  # after an error
+        assert pause() == pytest.approx(1000)
+        supervisor.retry_at = 0.0
+        # What it has done while the heartbeat was under way is told soon.
+        groups = microq._execute_groups
+
+        def work_meanwhile(*args):
+            shared.busy_seconds += 1
+            return groups(*args)
+
+        monkeypatch.setattr(microq, "_execute_groups", work_meanwhile)
+        supervisor.heartbeat("")
+        assert pause() == pytest.approx(1)
+        monkeypatch.undo()
+        supervisor.heartbeat("")
+        assert pause() == pytest.approx(20)
+        suspend(redis, ttl=3600)
+        supervisor.heartbeat("")
+        assert pause() == pytest.approx(20)
+        resume(redis)
+        supervisor.heartbeat("")
+        supervisor.heartbeat("")
+    told = [text for text in caplog.messages if text in ("suspended", "resumed")]
+    assert told == ["suspended", "resumed"]
+
+
+def test_a_heartbeat_enters_the_queues_once_and_again_if_they_are_lost(redis):
+    queue = Queue("new", redis)
+    with supervisor_of(SimpleWorker(queue)) as (supervisor, _):
+        assert Queue.all(redis) == [queue]
+        assert supervisor._heartbeat_commands("")["others"] == []
+        redis.flushall()
+        for _ in range(2):
+            supervisor.heartbeat("")
+        assert Queue.all(redis) == [queue]
+
+
+def test_a_heartbeat_does_the_rest_though_a_message_does_not_arrive(
+    redis, queue, monkeypatch
+):
+    def no_answer(*args):
+        raise ServerUnavailable("of the other node")
+
+    with supervisor_of(SimpleWorker(queue)) as (supervisor, instance):
+        suspend(redis)
+        monkeypatch.setattr(microq, "_relay", no_answer)
+        supervisor.heartbeat("")
+        assert instance.shared.suspended
+    resume(redis)
+
+
+def test_pauses_of_a_supervisor_grow_only_until_it_succeeds(queue):
+    def fail():
+        raise ServerUnavailable("no answer")
+
+    with supervisor_of(SimpleWorker(queue)) as (supervisor, _):
+        for _ in range(4):
+            supervisor._try(fail)
+        assert supervisor.retry_at > time.monotonic()
+        supervisor.heartbeat("")
+        supervisor._try(fail)
+        assert supervisor.retry_at <= time.monotonic()
+
+
+def test_the_time_of_a_stop_is_that_of_its_first_request(queue):
+    with supervisor_of(SimpleWorker(queue)) as (supervisor, _):
+        supervisor.request_stop()
+        since = supervisor.stopping_since
+        supervisor.request_stop()
+        assert supervisor.stopping_since == since
+
+
+def test_a_server_has_the_scripts_before_a_worker_needs_them(redis, queue):
+    queue.enqueue(add)
+    redis.script_flush()
+    redis.config_resetstat()
+    with supervisor_of(SimpleWorker(queue)) as (supervisor, _):
+        redis.config_resetstat()  # but for those of the sign-on
+        supervisor.heartbeat("")
+    assert "errorstat_NOSCRIPT" not in redis.info("errorstats")
+
+
+def test_the_first_process_of_a_container_inherits_orphans(monkeypatch):
+    assert not microq._inherits_orphans()
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    assert microq._inherits_orphans()
+
+
+def test_a_job_that_has_just_ended_is_no_current_execution(queue, monkeypatch):
+    job = queue.enqueue(add)
+    worker = SimpleWorker(queue)
+    work(worker)
+    job.refresh()
+    monkeypatch.setattr(microq.Registry, "get_jobs", lambda registry: [job])
+    assert worker.get_current_executions() == []
 
 
 def test_a_fork_that_fails_is_tried_again_while_the_others_are_kept(
@@ -9227,6 +9427,42 @@ microq.Worker("default", lease=1, connection=connection).work()
         worker.wait(30)
 
 
+def test_a_death_that_was_not_reported_is_settled_at_the_sign_off(
+    server, redis, queue, permit, tmp_path
+):
+    """Here the server takes commands again just then."""
+    log, signing = tmp_path / "log", tmp_path / "signing"
+    code = f"""
+import redis, microq, test_microq
+sign_off = microq._Supervisor.sign_off
+
+def sign_off_late(self):
+    test_microq.wait_for_file({str(signing)!r})
+    sign_off(self)
+
+microq._Supervisor.sign_off = sign_off_late
+connection = redis.Redis.from_url({jobs_url(server)!r})
+microq.Worker("default", lease=1, connection=connection).work()
+"""
+    worker = start_script(code)
+    try:
+        job = queue.enqueue(sleep_and_record_pid, str(log))
+        pid, _ = pids_of_run(log)
+        permit("-eval", "-evalsha")
+        os.kill(pid, signal.SIGKILL)
+        wait_for_refusals(redis, 2)
+        worker.terminate()
+        wait_until(signing.exists, 60)
+        permit("+@all")
+        Path(f"{signing}.go").touch()
+        assert worker.wait(30) == 0
+    finally:
+        worker.kill()
+        worker.wait(30)
+    assert job.is_queued
+    assert redis.hget(job.key, "crashes") == b"1"
+
+
 def test_a_flood_of_tiny_jobs_survives_kills(redis, queue, start_worker):
     """Batches are held, under way and ahead, when the child or the whole worker is
     killed."""
@@ -9389,6 +9625,79 @@ def test_work_horse_killed_handler_is_called(queue):
     assert usage.ru_maxrss > 0
 
 
+def test_a_killed_handler_may_raise_and_is_called_for_crashes_only(
+    queue, monkeypatch, caplog
+):
+    calls = []
+
+    def handler(job, *details):
+        calls.append(job)
+        raise ValueError("in the handler")
+
+    monkeypatch.setattr(microq, "KILL_GRACE", 0.1)
+    crash = queue.enqueue(kill_self, max_crashes=0)
+    late = queue.enqueue(ignore_exceptions, 60, job_timeout=0.2)
+    after = queue.enqueue(add)
+    work(Worker(queue, work_horse_killed_handler=handler))
+    assert calls == [crash]
+    assert "ValueError: in the handler" in caplog.text
+    assert late.is_failed and after.is_finished
+
+
+def test_a_crash_after_a_kill_is_a_crash(redis, queue, start_worker, tmp_path):
+    """The kill by a command was that of the child before."""
+    start_worker()
+    log = tmp_path / "log"
+    job = queue.enqueue(sleep_and_record_pid, str(log))
+    crash = queue.enqueue(kill_self, max_crashes=0)
+    pids_of_run(log)
+    send_stop_job_command(redis, job.id)
+    wait_until(lambda: crash.is_failed)
+    assert "killed by signal 9" in crash.exc_info
+
+
+def leave_the_group_and_sleep(path):
+    os.setpgid(0, os.getpgid(os.getppid()))
+    append(path, "left")
+    time.sleep(60)
+
+
+def test_a_job_that_has_left_its_process_group_is_stopped(
+    redis, queue, start_worker, tmp_path
+):
+    start_worker()
+    path = tmp_path / "log"
+    job = queue.enqueue(leave_the_group_and_sleep, str(path))
+    wait_until(path.exists)
+    send_stop_job_command(redis, job.id)
+    wait_until(lambda: job.is_stopped)
+    assert queue.enqueue(add, 1).latest_result(timeout=30).return_value == 1
+
+
+def test_a_hang_is_what_a_child_does_for_long_while_its_supervisor_looks(queue):
+    """Not while a job runs, while the supervisor was frozen itself, or without
+    answers from the server."""
+    worker = Worker(queue)
+    instance = worker.begin_instance(worker.name)
+    child = microq._Child(instance, microq._Wakeup(), instance.new_connection())
+    slot = instance.shared.slots[0]
+    patience = 2 * (microq._BlockingConnection.BLPOP_TIMEOUT + worker.lease)
+
+    def hangs_after(seconds, since=0.0, step=1):
+        """Look each second, from a sign of life on."""
+        instance.shared.make_progress()
+        looks = range(0, seconds + 1, step)
+        return [child._hangs(1000.0 + now, since) for now in looks][-1]
+
+    assert not hangs_after(int(patience) - 1)
+    assert hangs_after(int(patience) + 2)
+    assert not hangs_after(int(patience) + 2, since=1000.0 + patience)
+    assert not hangs_after(1000, step=100)
+    slot.state = microq._SlotState.RUNNING
+    assert not hangs_after(int(patience) + 2)
+    child.close()
+
+
 def test_children_of_a_killed_parent_end(server, redis, queue, start_worker, tmp_path):
     """SIGKILL of the whole worker, forking: within two leases another one runs its
     job."""
@@ -9430,6 +9739,31 @@ worker.work(logging_level=None)
         worker.wait(30)
     wait_until(lambda: not any(map(is_alive, children)))
     redis.delete(Q + "workers")
+
+
+def test_a_standby_child_whose_parent_has_died_runs_nothing(
+    server, redis, queue, tmp_path
+):
+    code = f"""
+import redis, microq
+microq._PRCTL = None
+connection = redis.Redis.from_url({server.url!r})
+worker = microq.Worker("default", connection=connection, jobs_per_fork=1)
+worker.work(logging_level=None)
+"""
+    worker = start_script(code)
+    try:
+        queue.enqueue(sleep_and_record_pid, str(tmp_path / "log"), 100)
+        pid, _ = pids_of_run(tmp_path / "log")
+        wait_until(lambda: len(children_of(worker.pid)) == 2)
+        [standby] = [each for each in children_of(worker.pid) if each != pid]
+        waits = queue.enqueue(add)
+    finally:
+        worker.kill()
+        worker.wait(30)
+    wait_until(lambda: not is_alive(standby))
+    os.kill(pid, signal.SIGKILL)
+    assert waits.is_queued
 
 
 def test_the_jobs_of_a_killed_worker_run_again(server, redis, queue, tmp_path):
@@ -9698,24 +10032,23 @@ def test_a_job_whose_end_is_not_noted_counts_as_begun(queue, monkeypatch):
 def test_the_batch_watchdog_does_nothing_after_the_sign_off(
     redis, queue, monkeypatch, is_at_work
 ):
-    """It ends what it does before that; a release by it would be a new lease."""
+    """It ends what it does before that; a claim by it would be a new lease."""
     monkeypatch.setattr(microq, "SETTLE_AFTER", 5)
     monkeypatch.setattr(microq, "SLOW_JOB_AFTER", 0.1)
     interrupt_loop(monkeypatch, "_on_ended", lambda loop, run: run[0].job.id == "last")
-    prepare = microq._SerialLoop._prepare_request
+    exchange = microq._SerialLoop._exchange
 
-    def prepare_slowly(loop, *args, **options):
-        request = prepare(loop, *args, **options)
+    def exchange_slowly(loop, request):
         if threading.current_thread().name == "batch watchdog":
             IS_NEEDED.set()
             time.sleep(0.5)
-        return request
+        return exchange(loop, request)
 
-    monkeypatch.setattr(microq._SerialLoop, "_prepare_request", prepare_slowly)
+    monkeypatch.setattr(microq._SerialLoop, "_exchange", exchange_slowly)
     IS_NEEDED.clear()
-    queue.enqueue_many([Queue.prepare_data(add)] * 3)
+    queue.enqueue_many([Queue.prepare_data(add)] * 15)
     last = queue.enqueue(wait_until_needed if is_at_work else add, job_id="last")
-    behind = [queue.enqueue(add) for _ in range(3)]
+    behind = queue.enqueue_many([Queue.prepare_data(add)] * 30)  # claimed ahead
     work(queue)
     wait_until(lambda: count_watchdogs() == 0)
     assert sorted(queue.job_ids) == sorted(job.id for job in [last, *behind])
@@ -9898,12 +10231,15 @@ def test_a_pool_starts_from_a_program(redis, queue):
     pool = WorkerPool([queue], redis, num_workers=2)
     assert len(pool.worker_dict) == 2
     assert pool.number_of_active_workers == 0
+    pool.stop_workers()  # nothing to stop yet
+    assert list(WorkerPool([queue], redis, name="hive").worker_dict) == ["hive"]
     assert pool.start(burst=True, logging_level=None)
     assert all(job.is_finished for job in jobs)
     assert sum(worker.successful_job_count for worker in pool.worker_dict.values()) == 4
     assert not pool.start(burst=True, logging_level=None)
-    with pytest.raises(ValueError, match="num_workers"):
-        WorkerPool([queue], redis, 0)
+    for wrong in (0, 1.5):
+        with pytest.raises(ValueError, match="num_workers"):
+            WorkerPool([queue], redis, wrong)
 
 
 def test_a_pool_that_another_thread_stops_gives_up_when_its_grace_is_over(
