@@ -293,7 +293,7 @@ from collections.abc import (
     Sequence,
 )
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from opcode import opmap
 from pathlib import Path
@@ -8705,11 +8705,12 @@ class _WorkLoop(_Loop):
             return math.inf
         if not patient:
             return self._on_reply(request, self._exchange(request))
-        answer = self._execute_until_answered(request)
-        if answer is None:
-            self._drop_large_results(request)
-            return 0.0
-        return self._on_reply(request, answer)
+        replies = self._execute_until_answered(request)
+        if replies is None:
+            request = self.request = self._without_large_results(request)
+            replies = self._execute_until_answered(request)
+        assert replies is not None
+        return self._on_reply(request, replies)
 
     def _exchange(self, request: _Request) -> list[Any]:
         """Return the replies to a request, of which the commands may have been sent."""
@@ -8738,15 +8739,16 @@ class _WorkLoop(_Loop):
             if has_webhooks and outcome.type is not ResultType.STOPPED:
                 self.pending_webhooks.append(run)
 
-    def _drop_large_results(self, request: _Request) -> None:
-        """Settle by another request, in which errors replace the results that are too
-        large.  Its claim was not answered, and is not sent again: jobs that it may hold
-        are released by a heartbeat, a lease later; see oldest_held_claim."""
-        runs = [run for group in request.runs for run in group]
-        replaced = [(each, _replace_oversized(outcome)) for each, outcome in runs]
-        self.unsettled = replaced + self.unsettled
-        self.to_release = request.releases + self.to_release
-        self.request = None
+    def _without_large_results(self, request: _Request) -> _Request:
+        """Return the same request, with errors in place of results that are too
+        large."""
+        groups = [
+            [(execution, _replace_oversized(outcome)) for execution, outcome in runs]
+            for runs in request.runs
+        ]
+        settles = [_settle_runs_command(runs, self.result_ttl) for runs in groups]
+        others = request.commands[len(settles) :]
+        return replace(request, commands=(*settles, *others), runs=groups)
 
     def _execute_until_answered(self, request: _Request) -> list[Any] | None:
         """Return the replies to a request, sent as often as it takes: until the server
