@@ -9891,10 +9891,15 @@ class Worker:
         len(self.queues[0])  # raises here, not in the thread, if there is no server
         self._supervisor = _Supervisor(self.name, [self.begin_instance(self.name)])
         self._thread = threading.Thread(
-            target=self._supervisor.run, args=(None,), name=f"worker {self.name}"
+            target=self._work_in_thread, name=f"worker {self.name}"
         )
         self._thread.start()
         return self
+
+    def _work_in_thread(self) -> None:
+        assert self._supervisor
+        with contextlib.suppress(SystemExit):  # after a cold shutdown
+            self._supervisor.run(None)
 
     def __exit__(self, kind: type[BaseException] | None, *details: Any) -> None:
         assert self._supervisor and self._thread
@@ -9910,8 +9915,14 @@ class Worker:
     async def __aexit__(self, *details: Any) -> None:
         assert self._supervisor and self._thread
         self._supervisor.request_stop()
-        await asyncio.to_thread(self._thread.join)
-        self._event_loop = None
+        try:
+            await asyncio.to_thread(self._thread.join)
+        except asyncio.CancelledError:  # the application waits no longer
+            self._supervisor.give_up()
+            await asyncio.to_thread(self._thread.join)
+            raise
+        finally:
+            self._event_loop = None
 
     # RQ's other names.
 
@@ -14120,6 +14131,9 @@ def _health(connection: Redis, names: Sequence[str]) -> str:
 # crashes again, no other job counts a crash.  Uses sections 4, 5 and 8 to 10.
 
 _WATCH_INTERVAL = 0.05  # seconds between two looks at the deadlines of calls
+# Seconds after which a loop that claims less than it might, since a job is to run alone
+# or the system has refused a thread, claims again.
+_CHECK_AFTER = 2.0
 _BLOCKED_AFTER = 5.0  # seconds after which a blocked event loop is reported
 # Seconds after which a thread that computes lets others run.  With Python's 5 ms, one
 # job that computes would hold up the loop for so long at each step.
@@ -14127,47 +14141,108 @@ _SWITCH_INTERVAL = 0.001
 
 
 class _Threads:
-    """Threads that call what is submitted, each one call at a time.
+    """Threads that make calls for runs, each thread one call at a time.
 
-    A thread is started if no idle one is left.  A call never waits for another one, so
-    who submits bounds their number.  They are daemons: one that is stuck does not hold
-    up the end of the process."""
+    A thread that takes a call, while more calls are pending, first wakes the next
+    thread, or starts it if none is idle.  So one thread makes many short calls in a
+    row, and no call waits for a long one.  Who submits bounds the number of threads.
+    They are daemons: one that is stuck does not hold up the end of the process.
 
-    def __init__(self, name: str) -> None:
+    If the system refuses a thread, a pending call waits for a thread that ends its
+    call; withdraw() takes back those of runs that have not begun.  `on_all_taken` is
+    called, in any thread, when no call is pending any more, or a thread is refused."""
+
+    def __init__(self, name: str, on_all_taken: Callable[[], None]) -> None:
         self._name = name
-        self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._on_all_taken = on_all_taken
+        self._pending: deque[tuple[_ConcurrentRun, Callable[[], None]]] = deque()
         self._lock = threading.Lock()
-        self._idle = 0  # threads that wait, and that no call is meant for yet
+        self._wakeups: SimpleQueue[None] = SimpleQueue()  # each is for one idle thread
+        self._idle = 0  # threads that wait, and that no wake-up is meant for yet
+        self._one_is_coming = False  # a woken thread, which has not taken a call yet
         self._closed = False
+        self.refusal: RuntimeError | None = None  # why there was no further thread
 
-    def submit(self, call: Callable[[], None]) -> None:
+    def submit(self, run: _ConcurrentRun, call: Callable[[], None]) -> None:
         """Have a thread make a call, which must not raise."""
+        self._pending.append((run, call))
+        self._wake_one()
+
+    def has_pending(self) -> bool:
+        """Return whether calls wait for a thread."""
+        return bool(self._pending)
+
+    def withdraw(self) -> list[_ConcurrentRun]:
+        """Forget the calls of runs that have not begun; return these runs."""
         with self._lock:
+            self.refusal = None
+            withdrawn = [run for run, _ in self._pending if not run.has_begun]
+            kept = [pair for pair in self._pending if pair[0].has_begun]
+            self._pending.clear()
+            self._pending.extend(kept)
+        return withdrawn
+
+    def _wake_one(self) -> None:
+        """Have one more thread take a call, unless one is coming already."""
+        with self._lock:
+            if self._one_is_coming or not self._pending:
+                return
+            self._one_is_coming = True
             has_idle = self._idle > 0
             if has_idle:
                 self._idle -= 1
-        if not has_idle:
+        if has_idle:
+            self._wakeups.put(None)
+            return
+        try:
             threading.Thread(target=self._work, name=self._name, daemon=True).start()
-        self._calls.put(call)
+        except RuntimeError as error:
+            self._on_refused(error)
+
+    def _on_refused(self, error: RuntimeError) -> None:
+        """Go on with the threads that are there."""
+        with self._lock:
+            self._one_is_coming = False
+            self.refusal = error
+            has_idle = self._idle > 0  # since another thread has just ended its call
+        if has_idle:
+            self._wake_one()
+        self._on_all_taken()
 
     def _work(self) -> None:
         """Make calls, in a thread, until close() is called."""
         _thread_state.interrupter = _WatchedInterrupter()
         _thread_state.run_coroutine = _leave_to_event_loop
-        while call := self._calls.get():
-            call()
-            del call  # it holds the job, and the next call may be long in coming
-            with self._lock:
-                if self._closed:
-                    return
+        while not self._closed:
+            call = self._take(was_woken=True)
+            while call:
+                call()
+                del call  # it holds the job, and the next call may be long in coming
+                call = self._take(was_woken=False)
+            self._wakeups.get()
+        self._wakeups.put(None)  # for the next thread, so that all of them end
+
+    def _take(self, was_woken: bool) -> Callable[[], None] | None:
+        """Return a call to be made; None: there is none, and this thread is idle."""
+        with self._lock:
+            if was_woken:
+                self._one_is_coming = False
+            if not self._pending:
                 self._idle += 1
+                return None
+            _, call = self._pending.popleft()
+            is_last = not self._pending
+        if is_last:
+            self._on_all_taken()
+        else:
+            self._wake_one()
+        return call
 
     def close(self) -> None:
         """End the threads, each of them when its call has ended."""
-        with self._lock:
-            self._closed = True
-            for _ in range(self._idle):
-                self._calls.put(None)
+        self._closed = True
+        self._pending.clear()
+        self._wakeups.put(None)
 
 
 class _WatchedInterrupter(_Interrupter):
@@ -14197,6 +14272,7 @@ class _ConcurrentRun:
         self.context = contextvars.copy_context()
         self.context.run(_current_job.set, execution.job)
         self._steps = _run_steps(execution, options)
+        self.has_begun = False
         self.task: asyncio.Task[Any] | None = None  # of its coroutine
         self.cancelled_for: type[BaseException] | None = None  # why the task was
         self.interrupted_call: Any = None  # that was over its time
@@ -14216,6 +14292,7 @@ class _ConcurrentRun:
 
     def begin(self) -> _Call | Outcome:
         """Return the first step."""
+        self.has_begun = True
         return self.send(None)
 
     def send(self, value: Any) -> _Call | Outcome:
@@ -14251,26 +14328,26 @@ class _ConcurrentRunner:
     `wakeup` is set when something has ended.  A coroutine function is known as such
     once it was called: from then on its jobs go straight to the event loop."""
 
-    def __init__(self, name: str, event_loop: asyncio.AbstractEventLoop | None) -> None:
+    def __init__(self, instance: _Instance) -> None:
+        self._instance = instance
         self.wakeup = _Wakeup()
         # By the keys of the runs, in the order of claims.
         self.runs: dict[str, _ConcurrentRun] = {}
-        self._threads = _Threads(f"job of {name}")
+        self._threads = _Threads(f"job of {instance.name}", self._wake_work_loop)
         self._ended: deque[tuple[_ConcurrentRun, Outcome]] = deque()
         self._submitted_ended: deque[_ConcurrentRun] = deque()
         self._is_awake = False  # the wake-up is set, or about to be
         self._pid = os.getpid()
-        self._to_stop: deque[_ConcurrentRun] = deque()
+        self._to_interrupt: deque[tuple[_ConcurrentRun, type[BaseException]]] = deque()
         self._coroutine_functions: set[tuple[type[Job], str]] = set()
-        self._given_loop = event_loop  # that of an application, which runs it
-        self.event_loop = event_loop or asyncio.new_event_loop()
+        self._given_loop = instance.event_loop  # of an application, which runs it
+        self.event_loop = self._given_loop or asyncio.new_event_loop()
         self._loop_thread: threading.Thread | None = None
         self._has_runs = threading.Event()
         self._closed = False
         self._saw_overdue = False  # what has_overdue() has told the watch last
         self._tick_sent_at = 0.0  # when the event loop was asked for a sign of life
         self._tick_answered = True
-        self._name = name
 
     def open(self, owns_process: bool) -> None:
         """Start the threads, in the process that runs the jobs."""
@@ -14279,14 +14356,14 @@ class _ConcurrentRunner:
             # What was there before the fork is never looked at by the garbage collector
             # here: that would copy all of it, and take 8 MB more.
             gc.freeze()
+        name = self._instance.name
         if not self._given_loop:
             self._loop_thread = threading.Thread(
-                target=self._run_event_loop, name=f"event loop of {self._name}",
-                daemon=True,
-            )  # fmt: skip
+                target=self._run_event_loop, name=f"event loop of {name}", daemon=True
+            )
             self._loop_thread.start()
         threading.Thread(
-            target=self._watch, name=f"deadlines of {self._name}", daemon=True
+            target=self._watch, name=f"deadlines of {name}", daemon=True
         ).start()
 
     def close(self) -> None:
@@ -14295,8 +14372,7 @@ class _ConcurrentRunner:
         self._has_runs.set()
         self._threads.close()
         if self._loop_thread:
-            with contextlib.suppress(RuntimeError):  # its thread has closed it already
-                self.event_loop.call_soon_threadsafe(self.event_loop.stop)
+            self._call_on_event_loop(self.event_loop.stop)
             self._loop_thread.join(1)  # a coroutine may block it
         self.wakeup.close()
 
@@ -14310,10 +14386,17 @@ class _ConcurrentRunner:
             if self._is_coroutine_function(run.execution.job):
                 for_event_loop.append(run)
             else:
-                self._threads.submit(functools.partial(self._begin_in_thread, run))
+                begin = functools.partial(self._begin_in_thread, run)
+                self._threads.submit(run, begin)
         if for_event_loop:
-            self.event_loop.call_soon_threadsafe(self._begin_tasks, for_event_loop)
+            self._call_on_event_loop(self._begin_tasks, for_event_loop)
         self._has_runs.set()
+
+    def take_back(self) -> tuple[list[_ConcurrentRun], RuntimeError | None]:
+        """Return the runs that have not begun, since the system refuses a thread, and
+        its error; they are to be forgotten."""
+        refusal = self._threads.refusal
+        return (self._threads.withdraw(), refusal) if refusal else ([], None)
 
     def submit(self, run: _ConcurrentRun, call: Callable[[], None]) -> None:
         """Make a call for a run in a thread; collect_submitted() returns the run when
@@ -14324,18 +14407,18 @@ class _ConcurrentRunner:
                 call()
             finally:
                 self._submitted_ended.append(run)
-                self._wake()
+                self._wake_work_loop()
 
-        self._threads.submit(call_and_end)
+        self._threads.submit(run, call_and_end)
 
-    def stop(self, run: _ConcurrentRun) -> None:
-        """Raise StopRequested in a run, as soon as it makes a call: a coroutine may
-        still wait for the event loop."""
-        self._to_stop.append(run)
+    def interrupt(self, run: _ConcurrentRun, reason: type[BaseException]) -> None:
+        """Raise `reason` in a run, as soon as it makes a call: a coroutine may still
+        wait for the event loop."""
+        self._to_interrupt.append((run, reason))
 
     def collect(self) -> list[tuple[_ConcurrentRun, Outcome]]:
         """Return the runs that have ended since the last call, with their outcomes."""
-        # In any case: _wake() may set it after this has taken the run.
+        # In any case: it may be set after this has taken the run.
         self.wakeup.clear()
         self._is_awake = False
         # What ends from here on sets the wake-up again.
@@ -14347,7 +14430,7 @@ class _ConcurrentRunner:
         return [ended.popleft() for _ in range(len(ended))]
 
     def forget(self, run: _ConcurrentRun) -> None:
-        """Forget a run, which has ended and is settled."""
+        """Forget a run, which has ended and is settled, or was taken back."""
         del self.runs[run.state.run_key]
         if not self.runs:
             self._has_runs.clear()
@@ -14379,20 +14462,32 @@ class _ConcurrentRunner:
         """Take the steps of a run, until it has ended, or a coroutine is to be run."""
         while not isinstance(step, Outcome):
             try:
-                value = run.call(step)
+                value = self._call(run, step)
                 if isinstance(value, CoroutineType):
                     self._learn(run.execution.job, step)
                     assert run.state.call
                     deadline, _ = run.state.call
-                    self.event_loop.call_soon_threadsafe(
-                        self._start_task, run, value, deadline
-                    )
+                    start = self._start_task
+                    self._call_on_event_loop(start, run, value, deadline)
                     return
             except BaseException as error:
                 step = run.throw(error)
             else:
                 step = run.send(value)
         self._end(run, step)
+
+    def _call(self, run: _ConcurrentRun, step: _Call) -> Any:
+        """Make a call of a run; return its value, or a coroutine to be run."""
+        try:
+            return run.call(step)
+        finally:
+            self._end_copy()
+
+    def _end_copy(self) -> None:
+        """End this process if it is a copy: a job has forked, and its child, too, has
+        returned from the call."""
+        if os.getpid() != self._pid:
+            os._exit(0)
 
     def _learn(self, job: Job, step: _Call) -> None:
         """Note that the job's function is a coroutine function, if it is one, and not a
@@ -14410,18 +14505,26 @@ class _ConcurrentRunner:
 
     def _end(self, run: _ConcurrentRun, outcome: Outcome) -> None:
         """Have collect() return a run; in any thread."""
-        if os.getpid() != self._pid:
-            os._exit(0)  # the job has forked, and its child has returned from it, too
         self._ended.append((run, outcome))
-        self._wake()
+        # Pending calls may end soon, too, and be settled by the same request: the
+        # thread that takes the last one wakes the work loop.
+        if not self._threads.has_pending():
+            self._wake_work_loop()
 
-    def _wake(self) -> None:
-        """Have the work loop call collect(); in any thread."""
-        if not self._is_awake:  # else collect() is still to come, and finds it
+    def _wake_work_loop(self) -> None:
+        """Wake the work loop if it has anything to collect or to take back."""
+        has_news = self._ended or self._submitted_ended or self._threads.refusal
+        if has_news and not self._is_awake:  # else collect() is still to come
             self._is_awake = True
             self.wakeup.set()
 
     # On the event loop
+
+    def _call_on_event_loop(self, call: Callable[..., Any], *args: Any) -> None:
+        """Have the event loop make a call; for any thread.  If an application has
+        closed its loop, nothing is called, and the watch gives up what runs."""
+        with contextlib.suppress(RuntimeError):
+            self.event_loop.call_soon_threadsafe(call, *args)
 
     def _run_event_loop(self) -> None:
         """Run the event loop, in a thread of its own, until close() is called."""
@@ -14450,9 +14553,14 @@ class _ConcurrentRunner:
 
     def _start_task(self, run: _ConcurrentRun, coroutine: Any, deadline: float) -> None:
         """Run a coroutine as a task, which is cancelled at the deadline."""
-        if self._given_loop:
-            coroutine = _contain_exits(coroutine)
-        task = run.context.run(self.event_loop.create_task, coroutine)
+        contained = _contain_exits(coroutine) if self._given_loop else coroutine
+        try:
+            task = run.context.run(self.event_loop.create_task, contained)
+        except BaseException as error:  # by the task factory of an application
+            contained.close()
+            coroutine.close()
+            self._go_on(run, run.throw(error))
+            return
         run.task = task
         run.cancelled_for = None
         run.state.call = (deadline, functools.partial(self._cancel_soon, run, task))
@@ -14462,7 +14570,7 @@ class _ConcurrentRunner:
         self, run: _ConcurrentRun, task: Any, reason: type[BaseException]
     ) -> bool:
         """Cancel a task; for any thread."""
-        self.event_loop.call_soon_threadsafe(self._cancel, run, task, reason)
+        self._call_on_event_loop(self._cancel, run, task, reason)
         return True
 
     def _cancel(
@@ -14475,13 +14583,17 @@ class _ConcurrentRunner:
 
     def _on_task_done(self, run: _ConcurrentRun, task: asyncio.Task[Any]) -> None:
         """Go on with a run, whose coroutine has ended."""
+        self._end_copy()
         run.task = None
         try:
             value = task.result()
         except asyncio.CancelledError as error:
             cause: BaseException = error
-            if run.cancelled_for:
-                cause = run.cancelled_for().with_traceback(error.__traceback__)
+            reason = run.cancelled_for
+            if not reason and self._given_loop and self._instance.shared.stop_requested:
+                reason = _ColdShutdown  # the application cancels all its tasks
+            if reason:
+                cause = reason().with_traceback(error.__traceback__)
             step = run.throw(cause)
         except BaseException as error:
             step = run.throw(error)
@@ -14494,31 +14606,45 @@ class _ConcurrentRunner:
         if isinstance(step, Outcome):
             self._end(run, step)
         else:
-            self._threads.submit(functools.partial(self._go_on_in_thread, run, step))
+            call = functools.partial(self._go_on_in_thread, run, step)
+            self._threads.submit(run, call)
 
     # The watch
 
     def _watch(self) -> None:
-        """Interrupt calls that are over their time, or to be stopped, and report what
-        blocks the event loop, while anything runs."""
-        while not self._closed:
+        """Interrupt calls that are over their time, or to be interrupted, and report
+        what blocks the event loop, while anything runs."""
+        while True:
             self._has_runs.wait()
             time.sleep(_WATCH_INTERVAL)
+            if self._closed:
+                return
             now = time.monotonic()
             for run in list(self.runs.values()):
                 run.interrupt_if_late(now)
-            self._stop_runs()
+            self._interrupt_runs()
             self._check_overdue(now)
-            self._check_event_loop(now)
+            self._wake_work_loop()  # in case that no thread takes what is pending
+            if self.event_loop.is_closed():
+                self._give_up()
+            else:
+                self._check_event_loop(now)
 
-    def _stop_runs(self) -> None:
-        """Interrupt the runs that are to be stopped; those that make no call now are
-        looked at again."""
-        for _ in range(len(self._to_stop)):
-            run = self._to_stop.popleft()
+    def _interrupt_runs(self) -> None:
+        """Interrupt the runs that are to be interrupted; those that make no call now
+        are looked at again."""
+        for _ in range(len(self._to_interrupt)):
+            run, reason = self._to_interrupt.popleft()
             is_held = run.is_running and run.state.run_key in self.runs
-            if is_held and not run.interrupt(StopRequested):
-                self._to_stop.append(run)
+            if is_held and not run.interrupt(reason):
+                self._to_interrupt.append((run, reason))
+
+    def _give_up(self) -> None:
+        """Have the worker end, since the application has closed its event loop: what
+        runs will run again, elsewhere."""
+        self._instance.shared.stop_requested = True
+        self._instance.shared.give_up = True
+        self._instance.wakeup.set()
 
     def _check_overdue(self, now: float) -> None:
         """Wake the work loop if a job has become overdue: a claim may wait."""
@@ -14534,7 +14660,7 @@ class _ConcurrentRunner:
         if self._tick_answered and tasks and now - self._tick_sent_at > 1:
             self._tick_answered = False
             self._tick_sent_at = now
-            self.event_loop.call_soon_threadsafe(self._answer_tick)
+            self._call_on_event_loop(self._answer_tick)
         if self._tick_answered or now - self._tick_sent_at < _BLOCKED_AFTER:
             return
         self._tick_sent_at = math.inf  # reported; the answer is still to come
@@ -14570,13 +14696,15 @@ class _ConcurrentLoop(_WorkLoop):
         supervisor_wakeup: _Wakeup, before_wait: Callable[[], None] | None = None,
     ) -> None:  # fmt: skip
         super().__init__(instance, command_connection, supervisor_wakeup, before_wait)
-        self.runner = _ConcurrentRunner(instance.name, instance.event_loop)
+        self.runner = _ConcurrentRunner(instance)
         self.free_slots = list(self.shared.slots)
+        self.usable_slots = len(self.free_slots)  # fewer if a thread was refused
+        self.suspect_waits = False  # a job that is to run alone, until nothing runs
+        self.check_at = math.inf  # when to forget these two, and claim again
         # A claim that was sent along with BLPOP and is not answered yet.  Until it is,
         # there is no other claim; but runs are settled meanwhile.
         self.waiting_claim: _Request | None = None
         self.next_due = 0.0  # when a claim is due, even without a wake token
-        self.suspect_waits = False  # a job that is to run alone, until nothing runs
         self.seen_stop_requests = int(self.shared.stop_requests)
 
     def run(self) -> _Phase:
@@ -14597,24 +14725,32 @@ class _ConcurrentLoop(_WorkLoop):
         """Settle what has ended and claim for the free slots, in one round trip.
 
         Return when a claim is due: when a scheduled job is; infinity if nothing can be
-        claimed now.  After a claim that found less than it asked for, the next one goes
-        along with BLPOP, since whoever adds jobs leaves a wake token."""
+        claimed now.  What becomes of claims, by what is the case:
+
+        a claim waits  no claim is wanted, or no slot is free  it is taken back
+        with BLPOP     a claim is due                          it is sent at once
+                       else                                    it goes on waiting
+        none waits     claimed jobs are still to begin         no claim
+                       the last claim was full, the loop ends
+                       when idle, or a claim is due            a claim is sent
+                       else, as jobs leave a wake token        _block() sends a claim
+
+        Runs are settled in each of these cases."""
         self._collect()
         is_due = self.next_due <= time.monotonic()
-        if self.waiting_claim and (not claim or self._must_end_waiting()):
-            self._end_waiting_claim()
+        if self.waiting_claim and (not claim or self._must_take_back()):
+            self._take_back_claim()
         elif self.waiting_claim and is_due:
-            self._stop_waiting()
+            self._send_waiting_claim()
         due = self._read_reply()
         is_wanted = self.last_claim_full or self.ends_when_idle or is_due
-        # What is claimed already begins first, and occupies its slots.
         may_claim = not self.waiting_claim and not self.claimed
         self._send_request(claim and is_wanted and may_claim)
         due = min(due, self._read_reply())
         self._publish_oldest_claim(self._oldest_held())
-        if claim and self._claim_limit():
-            due = min(due, self.next_due)
-        return due
+        if not claim:
+            return due
+        return min(due, self.next_due if self._claim_limit() else self.check_at)
 
     def _taken_count(self) -> int:
         """Return how many slots are taken by what runs, or is claimed to run next."""
@@ -14623,6 +14759,7 @@ class _ConcurrentLoop(_WorkLoop):
 
     def _collect(self) -> None:
         """Take over what has ended, and mend what it has done to this process."""
+        self._release_refused()
         ended = self.runner.collect()
         if ended and self.instance.forking and _reopen_standard_files():
             self.shared.run_limit = 0  # replace this process
@@ -14634,6 +14771,27 @@ class _ConcurrentLoop(_WorkLoop):
             run.slot.state = _SlotState.ENDED
             self.unsettled.append((run.execution, outcome))
             self.shared.runs += 1
+
+    def _release_refused(self) -> None:
+        """Release the jobs for which the system has refused a thread.  For a while, run
+        no more at once than run now."""
+        if time.monotonic() >= self.check_at:
+            self.check_at = math.inf
+            self.usable_slots = len(self.shared.slots)
+            self.suspect_waits = False
+            self.next_due = 0.0
+        refused, error = self.runner.take_back()
+        if not refused:
+            return
+        for run in refused:
+            self.to_release.append(run.execution)
+            self._free(run)
+        self.usable_slots = len(self.runner.runs)
+        self.check_at = time.monotonic() + _CHECK_AFTER
+        log.warning(
+            "worker %s: %s; %d jobs are released, and for %.0f s it runs only %d",
+            self.instance.name, error, len(refused), _CHECK_AFTER, self.usable_slots,
+        )  # fmt: skip
 
     def _claim_limit(self) -> int:
         shared, limits = self.shared, self.instance.limits
@@ -14647,17 +14805,19 @@ class _ConcurrentLoop(_WorkLoop):
             for execution, _ in self.unsettled
             if "webhooks" in execution.job.record
         ]
-        free = len(shared.slots) - taken - len(with_webhooks)
+        free = self.usable_slots - taken - len(with_webhooks)
         left = min(limits.max_jobs, shared.run_limit) - shared.runs - taken
         batch_size = shared.batch_size if limits.strategy == "default" else 1
         return max(0, int(min(free, left, batch_size)))
 
     def _runs_suspect(self) -> bool:
-        """Return whether a job that has crashed before runs, or is to run next; it is
-        the only one then."""
-        runs = self.runner.runs.values()
-        held = [*(run.execution for run in runs), *self.claimed]
-        return len(held) == 1 and "crashes" in held[0].job.record
+        """Return whether a job that has crashed before is held.  It is claimed alone,
+        so it is the newest one; those before it have only webhooks to be sent."""
+        if self.claimed:
+            newest = self.claimed[-1]
+        else:
+            newest = next(reversed(self.runner.runs.values())).execution
+        return "crashes" in newest.job.record
 
     def _must_drain(self) -> bool:
         """Return whether this process is to be killed, since a job goes on though its
@@ -14672,35 +14832,39 @@ class _ConcurrentLoop(_WorkLoop):
 
     def _on_claimed(self, request: _Request, reply: _ClaimReply) -> float:
         self.next_due = super()._on_claimed(request, reply)
-        self.suspect_waits = reply.suspect_waits
+        if reply.suspect_waits:  # another worker may take it, which nobody tells
+            self.suspect_waits = True
+            self.check_at = min(self.check_at, time.monotonic() + _CHECK_AFTER)
         if self.last_claim_full:
             self.shared.batch_size = min(2 * self.shared.batch_size, MAX_BATCH)
         elif not reply.jobs:
             self.shared.batch_size = 1
         return math.inf  # _settle_and_claim() looks at next_due
 
-    def _must_end_waiting(self) -> bool:
-        """Return whether to give up the claim that waits for work."""
+    def _must_take_back(self) -> bool:
+        """Return whether to take back the claim that waits for work.  It may claim too
+        much when slots have become unusable: then there are jobs to release."""
         leaves = self.ends_when_idle and not self._taken_count()
-        return leaves or self._claim_limit() == 0
+        return bool(leaves or self.to_release or self._claim_limit() == 0)
 
-    def _end_waiting_claim(self) -> None:
+    def _take_back_claim(self) -> None:
         """Take back the claim that waits for work, and read what it may have brought:
         the same claim, sent again, claims nothing that it does not hold already."""
-        self._stop_waiting()
+        self._send_waiting_claim()
         command = self.instance.repeat_claim_command(self.queue_order)
         self.request = _Request((command,), [], [], 1, time.monotonic())
         self._read_reply()
 
-    def _stop_waiting(self) -> None:
-        """Have the claim that waits for work sent over the other connection."""
+    def _send_waiting_claim(self) -> None:
+        """Have the next _read_reply() send the claim that waits for work, over the
+        other connection."""
         self.blocking_connection.close()
         self.request = self.waiting_claim
         self.waiting_claim = None
 
     def _release_rest(self) -> None:
         if self.waiting_claim:
-            self._end_waiting_claim()
+            self._take_back_claim()
         super()._release_rest()
 
     def _first_open_claim(self) -> int:
@@ -14726,8 +14890,10 @@ class _ConcurrentLoop(_WorkLoop):
         self.runner.start(runs)
 
     def _is_busy(self) -> bool:
-        # What was given up is settled; webhooks may still be under way.
-        return bool(self.runner.runs) and not self.shared.give_up
+        if self.shared.give_up:
+            return False  # all is settled; webhooks may still be under way
+        is_held_up = self.check_at < math.inf and not self.shared.stop_requested
+        return is_held_up or bool(self.runner.runs)
 
     def _on_stored(self, settled: Sequence[_SettledRun]) -> None:
         """Free the slots of runs that are settled, but first send their webhooks."""
@@ -14739,7 +14905,8 @@ class _ConcurrentLoop(_WorkLoop):
             if settled_run not in with_webhooks:
                 self._free(run)
                 continue
-            run.slot.state = _SlotState.EMPTY  # the job needs its process no more
+            # For the supervisor: whatever it kills, this job has ended.
+            run.slot.state = _SlotState.EMPTY
             send = functools.partial(self._try_webhooks, settled_run)
             self.runner.submit(run, send)
 
@@ -14757,7 +14924,7 @@ class _ConcurrentLoop(_WorkLoop):
         for run in self.runner.runs.values():
             if run.slot.stop_requested() and not run.told_to_stop:
                 run.told_to_stop = True
-                self.runner.stop(run)
+                self.runner.interrupt(run, StopRequested)
 
     def stop_job(self, job: _CurrentJob, grace: float) -> None:
         job.slot.request_stop(job)
@@ -14784,7 +14951,7 @@ class _ConcurrentLoop(_WorkLoop):
                 # that does not wait renews it.
                 self.next_due = 0.0
         elif self.waiting_claim and not self.blocking_connection.is_waiting:
-            self._stop_waiting()  # by an error
+            self._send_waiting_claim()  # there was an error
         if not self.wakeup.clear():  # the parent died
             self.shared.stop_requested = True
         self._handle_stop_requests()
@@ -14819,7 +14986,7 @@ class _ConcurrentLoop(_WorkLoop):
         Then the loop ends."""
         until = time.monotonic() + GIVE_UP_TIME
         for run in self.runner.running():
-            run.interrupt(_ColdShutdown)
+            self.runner.interrupt(run, _ColdShutdown)
         while self.runner.running() and time.monotonic() < until:
             self.runner.wakeup.wait(until - time.monotonic())
             self._collect()

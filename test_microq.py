@@ -12786,7 +12786,8 @@ def test_options_of_jobs_hold_beside_others(
         queue.enqueue(func, depends_on=hooked)
         for func in (dependency_results, dependency_results_async)
     ]
-    wrong = [queue.enqueue(func, 1, 2, 3) for func in (add, add_later)]
+    names = ("test_microq.add", "test_microq.add_later")
+    wrong = [queue.enqueue(name, 1, 2, 3) for name in names]
     run_beside(8)
     assert [job.return_value() for job in retried] == ["done", "done"]
     assert [job.return_value() for job in asked] == ["enough", "enough"]
@@ -12827,6 +12828,51 @@ def test_a_claim_whose_reply_is_lost_beside_a_large_result_is_not_lost(
         LET_GO.add(1)
     assert statuses(older, large) == ["finished"] * 2
     assert [len(job.results()) for job in (older, large, next_job)] == [1] * 3
+
+
+@contextlib.contextmanager
+def few_threads(worker):
+    """Let the system have room for three threads more, or fewer."""
+    threading.stack_size(256 << 20)
+    limit_memory(os.getpid(), 800 << 20)
+    yield
+
+
+@contextlib.contextmanager
+def no_threads(worker):
+    threading.stack_size(256 << 20)
+    limit_memory(os.getpid(), 100 << 20)
+    yield
+
+
+def limit_memory(pid, room):
+    """Let a process have so many bytes of address space more."""
+    with open(f"/proc/{pid}/statm") as file:
+        pages = int(file.read().split()[0])
+    limit = pages * os.sysconf("SC_PAGE_SIZE") + room
+    resource.prlimit(pid, resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+
+
+def test_a_worker_goes_on_with_the_threads_that_it_gets(queue, beside, start_beside):
+    """The other jobs are released, not failed, and run later."""
+    worker = start_beside("--lifespan", "test_microq.few_threads")
+    jobs = enqueue_many(queue, sleep, (0.05,), 30)
+    wait_until(lambda: all(job.is_finished for job in jobs), 60)
+    assert [len(job.results()) for job in jobs] == [1] * 30
+    assert "can't start new thread" in stop_and_read_log(worker)
+    assert worker.returncode == 0
+
+
+def test_a_worker_waits_until_it_gets_a_thread(redis, queue, start_worker):
+    options = ("--in-process", "--burst", "--concurrency", "3", "--name", "bee")
+    job = queue.enqueue(add, 1)
+    worker = start_worker(*options, "--lifespan", "test_microq.no_threads")
+    wait_until(lambda: int(redis.hget(Q + "workers", "bee").split()[2]) >= 3)
+    assert job.is_queued
+    limit_memory(worker.pid, 2 << 30)
+    assert worker.wait(30) == 0
+    assert job.is_finished
+    assert "can't start new thread" in worker.stderr.read()
 
 
 NOTED_THREADS = []
@@ -13495,6 +13541,60 @@ def test_a_job_that_has_crashed_runs_alone(redis, queue):
     assert statuses(running, suspect, last) == ["finished"] * 3
 
 
+@pytest.fixture
+def held_webhook():
+    """The URL of a web server that answers once GO_ON is set, and an event that is set
+    when it was asked."""
+    asked = threading.Event()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.set()
+            GO_ON.wait(30)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    with http_server(Handler) as url:
+        yield url, asked
+
+
+def test_nothing_is_claimed_beside_a_suspect_while_a_webhook_is_sent(
+    redis, queue, go_on, held_webhook
+):
+    LET_GO.clear()
+    url, asked = held_webhook
+    queue.enqueue(add, 1, webhooks=[Webhook(url, "finished")])
+    suspect, last = [queue.enqueue(wait_to_be_let_go, number) for number in (1, 2)]
+    redis.hset(suspect.key, "crashes", 1)
+    with Worker(queue, concurrency=4) as worker:
+        assert asked.wait(30)
+        wait_until(lambda: suspect.is_started)
+        wait_for_heartbeats(redis, worker.name, 1)
+        assert last.is_queued
+        go_on.set()
+        LET_GO.update((1, 2))
+    assert statuses(suspect, last) == ["finished"] * 2
+
+
+def test_a_worker_goes_on_when_another_one_has_taken_the_suspect(redis, queue):
+    """It need not wait until nothing runs."""
+    LET_GO.clear()
+    running = queue.enqueue(wait_to_be_let_go, 1)
+    suspect = queue.enqueue(add, 1)
+    redis.hset(suspect.key, "crashes", 1)
+    with Worker(queue, concurrency=4):
+        wait_until(lambda: running.is_started)
+        work(queue)
+        assert suspect.is_finished
+        last = queue.enqueue(add, 1)
+        wait_until(lambda: last.is_finished)
+        assert running.is_started
+        LET_GO.add(1)
+
+
 def assert_no_busy_loop(redis, worker):
     """Check that a worker sends little more than its heartbeats, one a second."""
 
@@ -13893,6 +13993,93 @@ def test_async_with_may_be_left_by_an_error_or_a_cancel(queue):
     assert asyncio.run(application()).is_finished
 
 
+def test_coroutines_that_an_application_cancels_at_its_end_run_again(queue, beside):
+    """asyncio.run() cancels all tasks when its coroutine has returned."""
+    jobs = [queue.enqueue(stay_async) for _ in range(2)]
+
+    async def serve():
+        async with Worker(queue, concurrency=2):
+            await asyncio.sleep(60)
+
+    async def application():
+        application.task = asyncio.create_task(serve())
+        await asyncio.to_thread(beside.wait_for, 2)
+
+    asyncio.run(application())
+    assert statuses(*jobs) == ["queued"] * 2
+    assert [crashes_of(job) for job in jobs] == [0, 0]
+    assert beside.ends() == {job.id: "CancelledError" for job in jobs}
+
+
+def test_an_application_that_waits_no_longer_gives_up_what_runs(queue, beside):
+    """It is cancelled while it leaves the block."""
+    jobs = [queue.enqueue(func) for func in (stay, stay_async)]
+
+    async def serve(leaves):
+        async with Worker(queue, concurrency=2):
+            await asyncio.to_thread(beside.wait_for, 2)
+            leaves.set()
+
+    async def application():
+        leaves = asyncio.Event()
+        task = asyncio.create_task(serve(leaves))
+        await leaves.wait()
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert statuses(*jobs) == ["queued"] * 2
+
+    try:
+        asyncio.run(application())
+    finally:
+        beside.go()
+    assert [crashes_of(job) for job in jobs] == [0, 0]
+
+
+def test_a_worker_whose_application_has_closed_its_loop_ends(queue):
+    loop = asyncio.new_event_loop()
+    worker = Worker(queue, concurrency=2)
+    loop.run_until_complete(worker.__aenter__())
+    job = queue.enqueue(sleep_async, 60)
+    loop.run_until_complete(wait_until_async(lambda: job.is_started))
+    loop.close()
+    names = (f"worker {worker.name}", f"supervisor {worker.name}")
+    wait_until(lambda: not [t for t in threading.enumerate() if t.name in names])
+    assert job.is_queued
+    assert crashes_of(job) == 0
+
+
+def test_a_task_that_cannot_be_made_only_fails_its_job(queue):
+    """By the task factory of an application, in the first run of a function, which
+    begins in a thread, and in later ones."""
+
+    def refuse_some(loop, coroutine, **options):
+        if loop.refused < 0 and coroutine.__name__ == "_contain_exits":
+            loop.refused += 1
+            coroutine.close()
+            raise RuntimeError("no task for you")
+        return asyncio.Task(coroutine, loop=loop, **options)
+
+    async def application():
+        loop = asyncio.get_running_loop()
+        loop.refused = 0
+        loop.set_task_factory(refuse_some)
+        jobs = []
+        async with Worker(queue, concurrency=2):
+            for refused in (-3, 0, -3):
+                loop.refused = refused
+                jobs.append(enqueue_many(queue, add_later, (1, 2), 6))
+                await wait_until_async(lambda: all(map(has_ended, jobs[-1])))
+        return jobs
+
+    for batch, failed in zip(asyncio.run(application()), (3, 0, 3), strict=True):
+        assert statuses(*batch).count("failed") == failed
+        assert statuses(*batch).count("finished") == 6 - failed
+        errors = [job.exc_info for job in batch if job.is_failed]
+        assert all("no task for you" in text for text in errors)
+
+
 def test_leaving_with_waits_until_nothing_is_queued(queue):
     with Worker(queue, concurrency=3):
         jobs = [queue.enqueue(f, 0.02) for f in (sleep, sleep_async) * 10]
@@ -13945,20 +14132,26 @@ def test_a_garbled_webhook_costs_no_slot(redis, queue, beside, run_beside):
 
 
 def fork_in_a_thread():
-    return os.fork() == 0
+    return os.fork()
 
 
 async def fork_in_a_coroutine():
     await asyncio.sleep(0)
-    return os.fork() == 0
+    return os.fork()
 
 
-def test_a_job_beside_others_that_forks_ends_once(queue, run_beside):
-    """The copy of the process ends where the job returns there."""
-    jobs = [queue.enqueue(f) for f in (fork_in_a_thread, fork_in_a_coroutine) * 2]
+def test_a_job_beside_others_that_forks_ends_once(queue, run_beside, callback_log):
+    """The copy of the process ends where the job returns there, before the callback."""
+    callback = Callback(log_success)
+    functions = (fork_in_a_thread, fork_in_a_coroutine) * 2
+    jobs = [queue.enqueue(func, on_success=callback) for func in functions]
     run_beside(2)
-    assert [job.return_value() for job in jobs] == [False] * 4
+    pids = [job.return_value() for job in jobs]
+    assert 0 not in pids
+    wait_until(lambda: not any(microq._process_exists(pid) for pid in pids))
     assert [len(job.results()) for job in jobs] == [1] * 4
+    lines = [f"success {job.id} {pid}" for job, pid in zip(jobs, pids, strict=True)]
+    assert sorted(callback_log()) == sorted(lines)
 
 
 # ---- 17. Many jobs at once: memory ---------------------------------------------------
