@@ -5106,7 +5106,8 @@ class _BaseJob:
         """Call the function here and now, and return its value.
 
         Without time limit, callbacks and any change of the job's record.  A coroutine
-        is run to its end."""
+        is run to its end.  A worker calls this method if a subclass overrides it, or if
+        somebody has replaced it, as tools for tracing do."""
         args, kwargs, _ = self._decoded_call
         value = self.func(*args, **kwargs)
         return _run_coroutine(value) if isinstance(value, CoroutineType) else value
@@ -5114,7 +5115,7 @@ class _BaseJob:
     def call_function(self) -> Any:
         """Call the function, as a worker does: a coroutine is returned, not run.  If a
         subclass has a perform() of its own, that is called."""
-        if type(self).perform is not Job.perform:
+        if type(self).perform is not _BaseJob.perform:
             return self.perform()
         args, kwargs, _ = self._decoded_call
         return self.func(*args, **kwargs)
@@ -6572,7 +6573,12 @@ class _BaseQueue(_JobContainer[J]):
         """Return every queue that was used and not deleted, by name."""
         [members] = yield [("SMEMBERS", _QUEUES_KEY)]
         return [
-            cls(name, connection, job_class=job_class, serializer=serializer)
+            cls(
+                name,
+                connection=connection,
+                job_class=job_class,
+                serializer=serializer,
+            )
             for name in sorted(member.decode() for member in members)
         ]
 
@@ -6590,7 +6596,7 @@ class _BaseQueue(_JobContainer[J]):
             raise ValueError(f"{queue_key!r} is no queue's key, such as {example}")
         tag_with_name, name = match.groups()
         options |= {"job_class": job_class, "serializer": serializer}
-        return cls(name or tag_with_name, connection, **options)
+        return cls(name or tag_with_name, connection=connection, **options)
 
     def unread_job(self, job: _BaseJob | str) -> J:
         return self.job_class.of_queue(_job_id(job), self)
@@ -7439,7 +7445,7 @@ def job(
         """Return the queue; one given by its name is made when it is first needed."""
         if isinstance(queue, _BaseQueue):
             return queue
-        return make_queue(queue, connection, serializer=serializer)
+        return make_queue(queue, connection=connection, serializer=serializer)
 
     def decorate(func: Any) -> Any:
         """Return the function itself, which remains callable as it was."""
@@ -9579,7 +9585,7 @@ class Worker:
         self.queues: list[Queue] = []
         for queue in queues:
             if not isinstance(queue, Queue):
-                queue = self.queue_class(queue, self.connection, **options)
+                queue = self.queue_class(queue, connection=self.connection, **options)
             elif self.job_class:
                 queue.job_class = self.job_class
             self.queues.append(queue)
@@ -9700,12 +9706,14 @@ class Worker:
     @classmethod
     def all(
         cls, connection: Redis | None = None, job_class: Any = None,
-        queue_class: Any = None, queue: Queue | None = None, **options: Any,
+        queue_class: Any = None, queue: Queue | None = None, serializer: Any = None,
+        **options: Any,
     ) -> list[Worker]:  # fmt: skip
         """Return the workers that are alive, those of `queue` only if it is given, by
         name; the other options are for the constructor."""
         connection = queue.connection if queue else _connect(connection)
         options |= {"job_class": job_class, "queue_class": queue_class}
+        options["serializer"] = serializer
         return cls._fetch(cls.all_keys(connection, queue), connection, options)
 
     @classmethod

@@ -48,6 +48,7 @@ import termios
 import textwrap
 import threading
 import time
+import typing
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -20139,3 +20140,740 @@ def test_every_public_name_is_in_the_readme():
     assert [
         name for name in microq.__all__ if not re.search(rf"\b{name}\b", README)
     ] == []
+
+
+# ---- Usages of RQ in public code -----------------------------------------------------
+# Each is condensed from the file that the comment names, in our own words, with nothing
+# changed but the import line.  36 run; the four at the end raise, and say what to use.
+
+
+class CountingQueueMixin:
+    """redash: redash/tasks/worker.py, which counts the jobs that are created."""
+
+    created: typing.ClassVar[list[str]] = []
+
+    def enqueue_job(self, *args, **kwargs):
+        job = super().enqueue_job(*args, **kwargs)
+        self.created.append(self.name)
+        return job
+
+
+class CancellableJob(microq.job.Job):
+    """redash: redash/tasks/worker.py, which notes who was canceled."""
+
+    def cancel(self, pipeline=None):
+        self.meta["cancelled"] = True
+        self.save_meta()
+        super().cancel(pipeline=pipeline)
+
+    @property
+    def is_cancelled(self):
+        return self.meta.get("cancelled", False)
+
+
+class CancellableQueue(CountingQueueMixin, microq.Queue):
+    job_class = CancellableJob
+
+
+def test_usage_redash_counts_jobs_in_enqueue_job(redis):
+    # redash: redash/tasks/worker.py
+    CountingQueueMixin.created.clear()
+    queue = CancellableQueue("queries", connection=redis)
+    assert isinstance(queue.enqueue(add), CancellableJob)
+    queue.enqueue_call(func=add, args=(1,))
+    queue.enqueue_in(timedelta(seconds=5), add)
+    assert CountingQueueMixin.created == ["queries"] * 3
+
+
+def test_usage_redash_overrides_cancel(redis):
+    # redash: redash/tasks/worker.py
+    queue = CancellableQueue("queries", connection=redis)
+    queue.enqueue(add, job_id="one").cancel()
+    job = CancellableJob.fetch("one", connection=redis)
+    assert job.is_cancelled and job.is_canceled
+
+
+def test_usage_redash_reports_queues(redis, queue):
+    # redash: redash/monitor.py
+    from microq.job import Job
+    from microq.registry import StartedJobRegistry
+
+    from microq import Queue
+
+    job = queue.enqueue(add)
+    started = queue.enqueue(sleep, 0, at_front=True)
+    claim(queue)
+    status = {}
+    for q in Queue.all(connection=redis):
+        running = StartedJobRegistry(queue=q).get_job_ids()
+        jobs = Job.fetch_many(running, connection=redis)
+        status[q.name] = (
+            [(each.id, each.func_name, each.started_at) for each in jobs if each],
+            q.job_ids,
+            len(q),
+        )
+    [(id, name, since)], queued, size = status["default"]
+    assert (id, name, queued, size) == (started.id, "test_microq.sleep", [job.id], 1)
+    assert since <= datetime.now(timezone.utc) + timedelta(minutes=1)
+
+
+def test_usage_redash_reports_workers(redis, queue):
+    # redash: redash/monitor.py
+    from microq import Worker
+
+    with SimpleWorker(queue, name="w"):
+        [w] = wait_until(lambda: Worker.all(connection=redis))
+        assert (w.name, w.state, [q.name for q in w.queues]) == (
+            "w", "idle", ["default"],
+        )  # fmt: skip
+        assert w.hostname == socket.gethostname() and w.pid == os.getpid()
+        assert w.birth_date <= w.last_heartbeat
+        assert (w.successful_job_count, w.failed_job_count) == (0, 0)
+        assert w.total_working_time == 0 and w.get_current_job() is None
+
+
+def test_usage_redash_binds_the_decorator(redis):
+    # redash: redash/worker.py
+    from microq.decorators import job as rq_job
+
+    job = functools.partial(rq_job, queue_class=CancellableQueue, connection=redis)
+    task = job("schemas", at_front=True, timeout=300, ttl=90)(add_decorated)
+    stored = task.delay(4)
+    assert (stored.timeout, stored.ttl, stored.origin) == (300, 90, "schemas")
+
+
+def ckan_enqueue(redis, title):
+    queue = microq.Queue("ckan:default:default", connection=redis)
+    job = queue.enqueue_call(func=add, args=[1], kwargs={}, timeout=180)
+    if not job.meta:
+        job.meta = {}
+    job.meta["title"] = title
+    job.save()
+    return job
+
+
+def test_usage_ckan_enqueues_with_a_title(redis):
+    # ckan: ckan/lib/jobs.py
+    from microq.job import Job
+
+    job = ckan_enqueue(redis, "a title")
+    assert Job.fetch(job.id, connection=redis).meta == {"title": "a title"}
+
+
+def test_usage_ckan_lists_and_finds_jobs(redis):
+    # ckan: ckan/lib/jobs.py
+    from microq.exceptions import NoSuchJobError
+    from microq.job import Job
+
+    import microq as rq
+
+    job = ckan_enqueue(redis, "")
+    names = [q.name for q in rq.Queue.all(connection=redis)]
+    assert [name for name in names if name.startswith("ckan:default:")]
+    assert re.match(r"20\d\d-", job.created_at.strftime("%Y-%m-%dT%H:%M:%S"))
+    with pytest.raises(NoSuchJobError):
+        Job.fetch("nobody", connection=redis)
+
+
+def test_usage_ckan_works_off_in_tests(redis):
+    # ckan: ckan/tests/helpers.py
+    import microq as rq
+
+    job = ckan_enqueue(redis, "")
+    queues = [rq.Queue("ckan:default:default", connection=redis)]
+    rq.SimpleWorker(queues, connection=redis).work(burst=True)
+    assert job.result == 1
+
+
+def test_usage_sentry_adds_headers_to_each_job(redis, monkeypatch):
+    # sentry-python: sentry_sdk/integrations/rq.py
+    from microq.queue import Queue
+    from microq.timeouts import JobTimeoutException
+    from microq.version import VERSION
+
+    old_enqueue_job = Queue.enqueue_job
+
+    def patched(self, job, **kwargs):
+        job.meta["_sentry_trace_headers"] = {"sentry-trace": "1"}
+        return old_enqueue_job(self, job, **kwargs)
+
+    monkeypatch.setattr(Queue, "enqueue_job", patched)
+    job = Queue(connection=redis).enqueue(add)
+    stored = Job.fetch(job.id, redis)
+    assert stored.meta == {"_sentry_trace_headers": {"sentry-trace": "1"}}
+    assert [int(part) for part in VERSION.split(".")]
+    assert issubclass(JobTimeoutException, BaseException)
+
+
+def test_usage_datadog_wraps_perform_and_fetch(redis, queue, monkeypatch):
+    # dd-trace-py: ddtrace/contrib/rq/__init__.py
+    import microq as rq
+
+    traced = []
+    perform, fetch_job = rq.job.Job.perform, rq.queue.Queue.fetch_job
+
+    def traced_perform(self):
+        traced.append(self.func_name)
+        return perform(self)
+
+    def traced_fetch_job(self, job_id):
+        traced.append(job_id)
+        return fetch_job(self, job_id)
+
+    monkeypatch.setattr(rq.job.Job, "perform", traced_perform)
+    monkeypatch.setattr(rq.queue.Queue, "fetch_job", traced_fetch_job)
+    job = queue.enqueue(add, 5, job_id="a")
+    work(queue)
+    assert queue.fetch_job("a").return_value() == 5 == job.return_value()
+    assert traced == ["test_microq.add", "a"]
+
+
+FRAPPE_ENDS = []
+
+
+def frappe_success(job, connection, result):
+    FRAPPE_ENDS.append((job.kwargs["a"], result))
+
+
+def frappe_failure(job, connection, type, value, traceback):
+    ids = microq.Queue(job.origin, connection).failed_job_registry.get_job_ids(0, 9)
+    FRAPPE_ENDS.append((type.__name__, len(ids)))
+
+
+def test_usage_frappe_enqueues_with_callbacks(redis):
+    # frappe: frappe/utils/background_jobs.py
+    from microq import Callback, Queue
+
+    FRAPPE_ENDS.clear()
+    q = Queue("site:short", connection=redis, is_async=True)
+    for id, func in (("site::1", add), ("site::2", div_by_zero)):
+        q.enqueue_call(
+            func,
+            on_success=Callback(func=frappe_success),
+            on_failure=Callback(func=frappe_failure),
+            timeout=300,
+            kwargs={"a": 2} if func is add else {"x": 0},
+            at_front=False,
+            failure_ttl=86400,
+            result_ttl=600,
+            job_id=id.replace("::", "--"),
+        )
+    work(q)
+    assert FRAPPE_ENDS == [(2, 2), ("ZeroDivisionError", 0)]
+
+
+def test_usage_frappe_asks_whether_a_job_is_enqueued(redis, queue):
+    # frappe: frappe/utils/background_jobs.py
+    from microq.exceptions import NoSuchJobError
+    from microq.job import Job, JobStatus
+
+    queue.enqueue(add, job_id="mine")
+
+    def is_enqueued(id):
+        try:
+            status = Job.fetch(id, connection=redis).get_status()
+        except NoSuchJobError:
+            return False
+        return status in (JobStatus.QUEUED, JobStatus.STARTED)
+
+    assert is_enqueued("mine") and not is_enqueued("other")
+    work(queue)
+    assert not is_enqueued("mine")
+
+
+def test_usage_frappe_starts_a_worker(redis):
+    # frappe: frappe/utils/background_jobs.py
+    from microq.defaults import DEFAULT_WORKER_TTL
+    from microq.logutils import setup_loghandlers
+    from microq.worker import DequeueStrategy
+
+    from microq import Queue, Worker
+
+    queues = [Queue(f"site:{name}", connection=redis) for name in ("short", "long")]
+    jobs = [queue.enqueue(add, 1) for queue in queues]
+    setup_loghandlers("ERROR")
+    worker = Worker(
+        queues, name="uuid.host.1.short", connection=redis,
+        default_worker_ttl=DEFAULT_WORKER_TTL,
+    )  # fmt: skip
+    assert worker.work(
+        logging_level="WARNING", burst=True, date_format="%Y-%m-%d %H:%M:%S",
+        log_format="%(asctime)s,%(msecs)03d %(message)s",
+        dequeue_strategy=DequeueStrategy.ROUND_ROBIN,
+    )  # fmt: skip
+    assert [job.return_value() for job in jobs] == [1, 1]
+
+
+def test_usage_frappe_lists_jobs_by_status(redis, queue):
+    # frappe: frappe/core/doctype/rq_job/rq_job.py
+    from microq.queue import Queue
+
+    done = queue.enqueue(add, b=3)
+    work(queue)
+    waiting = queue.enqueue(add)
+    registries = {
+        "queued": queue,
+        "started": queue.started_job_registry,
+        "finished": queue.finished_job_registry,
+        "scheduled": queue.scheduled_job_registry,
+    }
+    ids = {}
+    for status, registry in registries.items():
+        if isinstance(registry, Queue):
+            ids[status] = registry.get_job_ids()
+        else:
+            ids[status] = registry.get_job_ids(cleanup=False)
+    assert ids == {
+        "queued": [waiting.id], "started": [], "finished": [done.id], "scheduled": [],
+    }  # fmt: skip
+    done.refresh()
+    assert done.last_heartbeat or done.ended_at or done.started_at or done.created_at
+    assert done.latest_result().exc_string is None
+    assert (done.ended_at - done.started_at).total_seconds() >= 0
+
+
+def test_usage_frappe_removes_failed_jobs(redis, queue):
+    # frappe: frappe/core/doctype/rq_job/rq_job.py
+    from microq.job import Job
+
+    for _ in range(3):
+        queue.enqueue(fail)
+    work(queue)
+    registry = queue.failed_job_registry
+    ids = registry.get_job_ids(cleanup=False)
+    for job in Job.fetch_many(job_ids=ids, connection=redis):
+        _ = job and registry.remove(job, delete_job=True)
+    assert len(registry) == 0
+
+
+def test_usage_frappe_stops_a_job_that_does_not_run(redis, queue):
+    # frappe: frappe/core/doctype/rq_job/rq_job.py
+    from microq.command import send_stop_job_command
+    from microq.exceptions import InvalidJobOperation
+
+    job = queue.enqueue(add)
+    with pytest.raises(InvalidJobOperation):
+        send_stop_job_command(connection=redis, job_id=job.id)
+
+
+def test_usage_rq_exporter_counts(redis, queue):
+    # rq-exporter: rq_exporter/utils.py
+    from microq.job import JobStatus
+
+    from microq import Queue, Worker
+
+    queue.enqueue(fail)
+    work(queue)
+    queue.enqueue(add)
+    counts = {}
+    for q in Queue.all(redis):
+        counts[q.name] = {
+            JobStatus.QUEUED: q.count,
+            JobStatus.STARTED: q.started_job_registry.count,
+            JobStatus.FINISHED: q.finished_job_registry.count,
+            JobStatus.FAILED: q.failed_job_registry.count,
+            JobStatus.DEFERRED: q.deferred_job_registry.count,
+            JobStatus.SCHEDULED: q.scheduled_job_registry.count,
+        }
+    assert [*counts["default"].values()] == [1, 0, 0, 1, 0, 0]
+    with SimpleWorker(queue, name="w"):
+        [w] = wait_until(lambda: Worker.all(redis))
+        assert w.queue_names() == ["default"]
+        assert w.get_state() in ("idle", "busy")
+
+
+def test_usage_rq_dashboard_pages_through_a_registry(redis, queue):
+    # rq-dashboard: rq_dashboard/web.py
+    from microq.registry import FailedJobRegistry
+
+    for number in range(5):
+        queue.enqueue(div_by_zero, 0, description=f"job {number}")
+    work(queue)
+    registry = FailedJobRegistry("default", redis)
+    jobs = [queue.fetch_job(id) for id in registry.get_job_ids(2, 3)]
+    assert (registry.count, len(jobs)) == (5, 2)
+    assert all("ZeroDivisionError" in str(job.exc_info) for job in jobs)
+    assert all(job.description.startswith("job ") for job in jobs)
+
+
+def test_usage_rq_dashboard_cancels_and_requeues(redis, queue):
+    # rq-dashboard: rq_dashboard/web.py
+    from microq.job import Job
+
+    from microq import cancel_job, requeue_job
+
+    failed = queue.enqueue(div_by_zero, 0)
+    work(queue)
+    for id in queue.failed_job_registry.get_job_ids():
+        requeue_job(id, connection=redis)
+    job = Job.fetch(failed.id, redis)
+    assert job.is_queued
+    cancel_job(job.id, redis)
+    assert job.is_canceled
+    job.delete()
+    assert Job.fetch_many([job.id], redis) == [None]
+
+
+def test_usage_rq_dashboard_lists_workers(redis, queue):
+    # rq-dashboard: rq_dashboard/web.py
+    from microq import Worker
+
+    with SimpleWorker(queue, name="w"):
+        wait_until(lambda: Worker.all(redis))
+        rows = sorted(
+            (str(worker.get_state()), [q.name for q in worker.queues], worker.name)
+            for worker in Worker.all(redis)
+        )
+    assert rows[0][1:] == (["default"], "w")
+
+
+def test_usage_django_rq_reads_statistics(redis, queue):
+    # django-rq: django_rq/utils.py
+    from microq.registry import (
+        DeferredJobRegistry,
+        FinishedJobRegistry,
+        ScheduledJobRegistry,
+        clean_registries,
+    )
+    from microq.worker import Worker
+
+    job = queue.enqueue(add)
+    queue.enqueue(add, depends_on=job)
+    queue.enqueue_in(timedelta(hours=1), add)
+    clean_registries(queue)
+    oldest = queue.fetch_job(queue.connection.lindex(queue.key, 0).decode("utf-8"))
+    assert oldest.enqueued_at.strftime("%Y").startswith("20")
+    sizes = [
+        len(kind(queue.name, redis))
+        for kind in (FinishedJobRegistry, DeferredJobRegistry, ScheduledJobRegistry)
+    ]
+    assert (queue.count, sizes, Worker.count(queue=queue)) == (1, [0, 1, 1], 0)
+
+
+def test_usage_django_rq_reads_executions(redis, queue):
+    # django-rq: django_rq/utils.py
+    from microq.executions import Execution
+
+    job = queue.enqueue(add)
+    claim(queue)
+    executions = []
+    for job_id, id in queue.started_job_registry.get_job_and_execution_ids():
+        executions.append(Execution.fetch(id=id, job_id=job_id, connection=redis))
+    with pytest.raises(ValueError):
+        Execution.fetch(id="gone", job_id=job.id, connection=redis)
+    assert [each.job_id for each in executions] == [job.id]
+
+
+def test_usage_django_rq_stops_jobs(redis, queue):
+    # django-rq: django_rq/utils.py
+    from microq.command import send_stop_job_command
+
+    stopped, failed = [], []
+    for job_id in (queue.enqueue(add).id, "nobody"):
+        try:
+            send_stop_job_command(queue.connection, job_id)
+        except Exception:
+            failed.append(job_id)
+            continue
+        stopped.append(job_id)
+    assert (len(stopped), len(failed)) == (0, 2)
+
+
+def test_usage_django_rq_has_a_scheduler_of_its_own(redis, queue):
+    # django-rq: django_rq/cron.py
+    from microq.cron import CronScheduler
+
+    class DjangoCronScheduler(CronScheduler):
+        def __init__(self, logging_level=logging.INFO, name=""):
+            super().__init__(redis, logging_level, name)
+
+        def register(self, func, queue_name, args=None, kwargs=None, **options):
+            return super().register(
+                func=func, queue_name=queue_name, args=args, kwargs=kwargs, **options
+            )
+
+    scheduler = DjangoCronScheduler()
+    scheduler.register(add, "default", (1,), interval=60, job_timeout=5)
+    assert len(scheduler.enqueue_jobs()) == 1
+    assert [job.timeout for job in queue.jobs] == [5]
+
+
+def test_usage_cvat_replaces_an_earlier_request(redis, queue):
+    # cvat: cvat/apps/redis_handler/background.py
+    from microq.job import JobStatus as RQJobStatus
+
+    def request(id, depends_on=None):
+        job = queue.fetch_job(id)
+        if job:
+            status = job.get_status(refresh=False)
+            if status in {RQJobStatus.STARTED, RQJobStatus.QUEUED}:
+                return 409
+            if status == RQJobStatus.DEFERRED:
+                job.cancel(enqueue_dependents=True)
+            job.delete()
+        queue.enqueue_call(
+            func=add, args=(1,), kwargs=None, job_id=id, meta={"user": {"id": 7}},
+            depends_on=depends_on, result_ttl=60, failure_ttl=None,
+        )  # fmt: skip
+        return 202
+
+    assert (request("first"), request("first")) == (202, 409)
+    assert request("second", depends_on="first") == 202
+    assert request("second") == 202  # it was deferred
+    work(queue)
+    assert request("first") == 202
+    assert queue.fetch_job("second").meta["user"] == {"id": 7}
+
+
+def cvat_export():
+    job = microq.get_current_job()
+    job.meta["progress"] = 0.5
+    job.save_meta()
+    return job.get_meta(refresh=True)["progress"]
+
+
+def test_usage_cvat_shows_progress_in_meta(redis, queue):
+    # cvat: cvat/apps/engine/rq.py
+    job = queue.enqueue_call(func=cvat_export)
+    work(queue)
+    assert job.return_value() == 0.5
+    assert job.get_meta() == {"progress": 0.5}
+
+
+class EdaJob(microq.job.Job):
+    """eda-server: its jobs are JSON by default."""
+
+    def __init__(self, id=None, connection=None, serializer=None):
+        super().__init__(id, connection, serializer or microq.JSONSerializer)
+
+
+class EdaQueue(microq.queue.Queue):
+    def __init__(
+        self, name="default", default_timeout=-1, connection=None, is_async=True,
+        job_class=None, serializer=None, **kwargs,
+    ):  # fmt: skip
+        super().__init__(
+            name=name, default_timeout=default_timeout, connection=connection,
+            is_async=is_async, job_class=job_class,
+            serializer=serializer or microq.JSONSerializer, **kwargs,
+        )  # fmt: skip
+
+
+def test_usage_eda_server_has_classes_of_its_own(redis):
+    # eda-server: src/aap_eda/core/tasking/__init__.py
+    from microq.defaults import (
+        DEFAULT_JOB_MONITORING_INTERVAL,
+        DEFAULT_RESULT_TTL,
+        DEFAULT_WORKER_TTL,
+    )
+
+    from microq import Worker
+
+    queue = EdaQueue("eda", connection=redis, job_class=EdaJob)
+    job = queue.enqueue(add, 4, b=1)
+    assert isinstance(job, EdaJob) and job.timeout == -1
+    worker = Worker(
+        queues=[queue], name="default", default_result_ttl=DEFAULT_RESULT_TTL,
+        connection=redis, exception_handlers=None,
+        default_worker_ttl=DEFAULT_WORKER_TTL, job_class=EdaJob, queue_class=EdaQueue,
+        log_job_description=True, disable_default_exception_handler=False,
+        job_monitoring_interval=DEFAULT_JOB_MONITORING_INTERVAL,
+        prepare_for_work=True, serializer=microq.JSONSerializer,
+    )  # fmt: skip
+    worker.work(burst=True, logging_level=None)
+    assert EdaJob.fetch(job.id, redis, microq.JSONSerializer).return_value() == 5
+
+
+def test_usage_eda_server_asks_for_workers_by_position(redis):
+    # eda-server: src/aap_eda/core/tasking/__init__.py
+    queue = EdaQueue("eda", connection=redis)
+    with SimpleWorker(queue, name="w"):
+        wait_until(lambda: microq.worker.Worker.all(redis))
+        [found] = microq.worker.Worker.all(None, EdaJob, EdaQueue, queue, None)
+    assert [type(each) for each in found.queues] == [EdaQueue]
+
+
+def test_usage_netbox_retries_by_configuration(redis, queue):
+    # netbox: netbox/utilities/rqworker.py
+    from microq import Retry, Worker
+
+    def rq_retry(retry_max=2, retry_interval=0):
+        return Retry(max=retry_max, interval=retry_interval) if retry_max else None
+
+    assert Worker.count(redis) == 0
+    job = queue.enqueue(fail, retry=rq_retry())
+    queue.enqueue(add, retry=rq_retry(0))
+    work(queue)
+    assert len(job.results()) == 3
+
+
+def test_usage_netbox_requeues_with_the_queues_serializer(redis):
+    # netbox: netbox/core/utils.py
+    from microq.registry import FailedJobRegistry
+
+    from microq import requeue_job
+
+    queue = Queue("high", redis, serializer="json")
+    job = queue.enqueue(fail)
+    work(queue)
+    [id] = FailedJobRegistry(queue.name, queue.connection).get_job_ids()
+    requeue_job(id, connection=queue.connection, serializer=queue.serializer)
+    assert queue.job_ids == [job.id]
+
+
+def test_usage_mergify_adds_a_handler_in_the_constructor(redis):
+    # mergify-engine: mergify_engine/worker.py
+    import microq as rq
+
+    class MergifyWorker(rq.Worker):
+        fork = False
+
+        def __init__(self, fqdn, worker_id):
+            self.seen = []
+            name = f"{fqdn}-{worker_id:03d}"
+            super().__init__([f"{name}-high", "incoming-events"], connection=redis)
+            self.push_exc_handler(self._retry_handler)
+
+        def _retry_handler(self, job, exc_type, exc_value, traceback):
+            self.seen.append((job.origin, exc_type, str(exc_value)))
+            return True
+
+    worker = MergifyWorker("host", 1)
+    rq.Queue("incoming-events", connection=redis).enqueue(fail, "bad")
+    worker.work(burst=True, logging_level=None)
+    assert worker.seen == [("incoming-events", microq_error_of(fail), "bad")]
+
+
+def microq_error_of(func):
+    """Return the class of the exception that a function raises."""
+    try:
+        func()
+    except Exception as error:
+        return type(error)
+
+
+def test_usage_wepppy_cancels_jobs_with_their_children(redis, queue):
+    # wepppy: wepppy/rq/cancel_job.py
+    from microq.command import send_stop_job_command
+    from microq.exceptions import InvalidJobOperation, NoSuchJobError
+    from microq.job import Job
+
+    def cancel(job):
+        try:
+            if job.get_status() == "started":
+                send_stop_job_command(redis, job.id)
+            else:
+                job.cancel()
+        except (NoSuchJobError, InvalidJobOperation):
+            pass
+        for key, id in job.meta.items():
+            if key.startswith("jobs:"):
+                cancel(Job.fetch(id, connection=redis))
+
+    child = queue.enqueue(add)
+    parent = queue.enqueue(add, meta={"jobs:0": child.id})
+    cancel(Job.fetch(parent.id, connection=redis))
+    cancel(parent)  # again: nothing happens
+    assert child.is_canceled and parent.is_canceled
+
+
+def test_usage_pychunkedgraph_enqueues_in_batches(redis):
+    # PyChunkedGraph: pychunkedgraph/ingest/cluster.py
+    from microq import Queue as RQueue
+
+    q = RQueue("l2", connection=redis)
+    job_datas = []
+    for x in range(4):
+        job_datas.append(
+            RQueue.prepare_data(
+                add, args=((x, 0, 0),), timeout="3m", result_ttl=0, job_id=f"2_{x}"
+            )
+        )
+        if len(job_datas) % 2 == 0:
+            q.enqueue_many(job_datas)
+            job_datas = []
+    assert q.job_ids == ["2_0", "2_1", "2_2", "2_3"]
+    assert {job.timeout for job in q.jobs} == {180}
+    q.empty()
+    assert len(q) == 0
+
+
+def test_usage_taranis_registers_cron_jobs(redis):
+    # taranis-ai: src/worker/start_cron_scheduler.py
+    from microq.cron import CronScheduler
+
+    scheduler = CronScheduler(connection=redis, logging_level="INFO")
+    job = scheduler.register(
+        func=add, queue_name="collectors", args=(1, True), cron="0 */8 * * *"
+    )
+    assert [each.cron for each in scheduler.get_jobs()] == ["0 */8 * * *"]
+    assert job.next_enqueue_time > datetime.now(timezone.utc) - timedelta(minutes=1)
+
+
+def test_usage_extralit_starts_a_pool(redis):
+    # extralit: extralit_server/cli/worker.py
+    from microq.worker_pool import WorkerPool
+
+    from microq import Worker
+
+    jobs = [microq.Queue(name, redis).enqueue(add, 1) for name in ("high", "ocr")]
+    pool = WorkerPool(
+        connection=redis, queues=["high", "ocr"], num_workers=2, worker_class=Worker
+    )
+    pool.start(burst=True, logging_level="WARNING")
+    assert [job.return_value() for job in jobs] == [1, 1]
+
+
+def test_usage_rq_tests_use_a_timer(redis, queue):
+    # rq: tests/test_timeouts.py
+    from microq.timeouts import TimerDeathPenalty
+
+    from microq import SimpleWorker
+
+    class TimerBasedWorker(SimpleWorker):
+        death_penalty_class = TimerDeathPenalty
+
+    job = queue.enqueue(spin, 30, job_timeout=0.2)
+    TimerBasedWorker([queue], connection=redis).work(burst=True, logging_level=None)
+    assert job.is_failed and "JobTimeoutException" in job.latest_result().exc_string
+
+
+# These four raise at once, and the message says what to use.
+
+
+def test_usage_ckan_wraps_the_work_of_a_job():
+    # ckan: ckan/lib/jobs.py
+    import microq as rq
+
+    with pytest.raises(
+        TypeError, match=r"execute_job.*use around=.*surrounds each run"
+    ):
+
+        class CkanWorker(rq.Worker):
+            def execute_job(self, job, *args, **kwargs):
+                return super().execute_job(job, *args, **kwargs)
+
+
+def test_usage_redash_builds_on_a_heroku_worker():
+    # redash: redash/tasks/worker.py
+    with pytest.raises(ImportError, match="no HerokuWorker; use Worker: at SIGTERM"):
+        from microq.worker import HerokuWorker  # noqa: F401
+
+
+def test_usage_sentry_replaces_perform_job():
+    # sentry-python: sentry_sdk/integrations/rq.py
+    from microq.worker import Worker
+
+    with pytest.raises(AttributeError, match="no perform_job; use around="):
+        assert Worker.perform_job
+
+
+def test_usage_django_rq_cleans_the_registry_of_workers():
+    # django-rq: django_rq/utils.py
+    with pytest.raises(ImportError, match="clean_worker_registry; use nothing: a work"):
+        from microq.worker_registration import clean_worker_registry  # noqa: F401
+
+
+def test_forty_usages_are_shown():
+    usages = re.findall(r"(?m)^def test_usage_\w+", Path(__file__).read_text())
+    assert len(usages) == 40
