@@ -13932,7 +13932,7 @@ def _take_snapshot(connection: Redis, names: Sequence[str]) -> _Snapshot:
         commands.append(("LRANGE", queue.key, 0, 0))
         commands.append(("HGETALL", f"{queue.prefix}stats"))
     replies = _execute(connection, *commands, ("TIME",), ("EXISTS", _SUSPENDED_KEY))
-    *replies, (seconds, microseconds), suspended = replies
+    *replies, time_reply, suspended = replies
     remaining = iter(replies)
     states: list[_QueueState] = []
     held: dict[bytes, list[_HeldJob]] = {}  # by worker
@@ -13948,9 +13948,15 @@ def _take_snapshot(connection: Redis, names: Sequence[str]) -> _Snapshot:
         waiting = tuple(next(remaining))
         stats = _parse_stats(next(remaining))
         states.append(_QueueState(queue.name, by_container, stats, waiting))
-    now = int(seconds) + int(microseconds) / 1e6
+    now = _time_of(time_reply)
     states, workers = _read_details(connection, states, held, bool(suspended))
     return _Snapshot(time.monotonic(), now, states, workers, bool(suspended))
+
+
+def _time_of(reply: Any) -> float:
+    """Return what TIME replies, as seconds since the epoch."""
+    seconds, microseconds = reply
+    return int(seconds) + int(microseconds) / 1e6
 
 
 def _field_pairs(reply: Any) -> Iterable[tuple[bytes, bytes]]:
@@ -14108,18 +14114,21 @@ def _unserved(connection: Redis, names: Sequence[str]) -> list[str]:
     return [name for name in names if name not in served]
 
 
-def _health(connection: Redis, names: Sequence[str]) -> str:
-    """Return why microq does not do its work, '' if it does.
+def _health(connection: Redis, names: Sequence[str]) -> tuple[str, str]:
+    """Return why microq does not do its work, and details, which have names; ("", "")
+    if it does.
 
     It does while Redis answers, and a worker serves each of the queues named."""
     try:
         if not names:
             _execute_one(connection, "PING")
-            return ""
+            return "", ""
         unserved = _unserved(connection, names)
     except ServerUnavailable as error:
-        return str(error)
-    return f"no worker serves {', '.join(unserved)}" if unserved else ""
+        return "no answer from Redis", str(error)
+    if not unserved:
+        return "", ""
+    return "no worker serves some queues", ", ".join(unserved)
 
 
 # ---- 17. Many jobs at once -----------------------------------------------------------
@@ -16033,11 +16042,29 @@ class AsyncGroup(_BaseGroup[AsyncJob]):
 # so it works wherever it is mounted.  It is complete without JavaScript; with it, the
 # page reads itself again every two seconds.
 #
-# Invariants.  All text goes through _tag(), which escapes it.  Nothing that a job
-# carries is unpickled: _describe_pickle() reads the opcodes, and makes no object.  Jobs
-# are changed by POST only, and only if the request comes from the page itself.  A page
-# takes the same few round trips however many jobs there are, and reads at most
-# _MAX_VALUE bytes of a value.  Uses sections 2 to 14 and 16.
+# The way of a request: _WebApp.answer() refuses it, or routes it to a view (_overview,
+# _list_view, _job_view, _question_view).  A view reads through a _Site, and returns
+# markup; _frame() makes a whole page of that.  A POST goes to _act(), and its answer
+# leads to the page to show then.
+#
+# Invariants
+#   Escaping     _tag() and _join() escape all text but _Markup, which only they, and
+#                the constants of the frame, make.  No other function writes HTML.
+#   Pickles      Nothing that a job carries is unpickled: _PickleReader reads the
+#                opcodes, and makes no object.
+#   Changes      Jobs are changed by POST only, and only if the request comes from the
+#                page itself (_is_same_origin) and the page is not read-only.
+#   Hidden       Of queues that are not shown, a page shows no numbers and no jobs, and
+#                has no links to them.
+#   Cost         However many jobs there are, a page takes the same round trips, and
+#                reads at most 50 jobs, and of each value at most _MAX_VALUE bytes:
+#                  overview     4, one less if queues are named, 3 more for limits
+#                  list         3; to search 3, and one per 1,000 jobs searched
+#                  job          4 at most, one less if queues are named
+#
+# Map: HTML; times; what a job carries, as text; reading jobs; overview; lists; a job;
+# actions; the frame; requests and answers; a server of our own.  Uses sections 2 to 14
+# and 16.
 
 _PROGRAM = f"python -m {__name__}"
 _PAGE_SIZE = 50  # jobs of a list
@@ -16080,14 +16107,20 @@ HISTORY = Script(
 -- Read the results of a job that are older than the last one, the latest first, each
 -- cut to its last bytes.
 -- KEYS  prefix of the queue        ARGV  id, limit
+-- Returns {bytes of memory that they take, results}.  If that is more than 1 MB, there
+-- are no results: a part of an element can't be read, and the page asks each two
+-- seconds.  The bytes are -1 if the user may not ask for them.
 local q, id, limit = KEYS[1], ARGV[1], ARGV[2]
-local results = call('LRANGE', q .. 'job:' .. id .. ':results', 0, -1)
-local cut = {}
+local key, cut = q .. 'job:' .. id .. ':results', {}
+if call('EXISTS', key) == 0 then return {0, cut} end
+local bytes = redis.pcall('MEMORY', 'USAGE', key, 'SAMPLES', 0)
+if type(bytes) == 'table' then return {-1, cut} end
+local results = bytes <= 1000000 and call('LRANGE', key, 0, -1) or {}
 for i = #results, 1, -1 do
   local ended, payload = string.match(results[i], '^([^\\n]*)\\n?(.*)$')
   cut[#cut + 1] = {ended, #payload, string.sub(payload, -limit)}
 end
-return cut
+return {bytes, cut}
 """,
 )
 
@@ -16149,24 +16182,33 @@ def _link(text: Any, _class: str | None = None, **query: Any) -> _Markup:
 
 
 def _table(
-    titles: Sequence[Any], rows: Sequence[Sequence[Any]], kind: str = ""
-) -> _Markup:
-    """Return a table.  A title that ends with "#" is that of a column of numbers."""
-    names = [str(title).rstrip("#") for title in titles]
-    classes = ["number" if str(title).endswith("#") else None for title in titles]
-    heads = [
-        _tag("th", name or _hidden("actions"), scope="col", class_=class_)
-        for name, class_ in zip(names, classes, strict=True)
-    ]
+    titles: Sequence[str], rows: Sequence[Sequence[Any]], kind: str = ""
+) -> _Markup | None:
+    """Return a table, None if it has no rows.  A title that ends with "#" is that of a
+    column of numbers, and "" that of the buttons."""
+    if not rows:
+        return None
+    classes = ["number" if title.endswith("#") else None for title in titles]
+    heads = []
+    for title, class_ in zip(titles, classes, strict=True):
+        name = title.rstrip("#") or _hidden("actions")
+        heads.append(_tag("th", name, scope="col", class_=class_))
     lines = []
     for row in rows:
-        cells = [
-            _tag("td", cell, class_=class_)
-            for cell, class_ in zip(row, classes, strict=True)
-        ]
+        cells = []
+        for cell, class_ in zip(row, classes, strict=True):
+            cells.append(_tag("td", cell, class_=class_))
         lines.append(_tag("tr", cells))
     table = _tag("table", _tag("thead", _tag("tr", heads)), _tag("tbody", lines))
     return _tag("div", table, class_=f"scroll {kind}".strip())
+
+
+def _pairs_list(pairs: Iterable[tuple[str, str]]) -> _Markup | None:
+    """Return a list of names and texts, None if there are none."""
+    rows = []
+    for name, text in pairs:
+        rows.append(_tag("div", _tag("dt", name), _tag("dd", text[:2000])))
+    return _tag("dl", rows, class_="pairs") if rows else None
 
 
 def _hidden(text: str) -> _Markup:
@@ -16174,19 +16216,35 @@ def _hidden(text: str) -> _Markup:
     return _tag("span", text, class_="hidden")
 
 
-def _section(title: Any, *parts: Any) -> _Markup:
+def _empty(text: str) -> _Markup:
+    """Return what stands in the place of a table without rows."""
+    return _tag("p", text, class_="empty")
+
+
+def _section(title: str, *parts: Any) -> _Markup | None:
+    """Return a part of a page under a title, None if there is nothing in it."""
+    if all(part is None for part in parts):
+        return None
     return _tag("section", _tag("h2", title), *parts)
 
 
+def _spaced(state: str) -> str:
+    """Return the name of a state as people write it."""
+    return state.replace("_", " ")
+
+
 def _badge(state: str) -> _Markup:
-    return _tag("span", state.replace("_", " "), class_=f"badge {state}")
+    return _tag("span", _spaced(state), class_=f"badge {state}")
 
 
 # Times.
 
+_UNIT_PAIRS = (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1))
+
 
 def _duration(seconds: float) -> str:
-    """Return a duration in the two units that tell most: "41 ms", "3 min 20 s"."""
+    """Return a duration in the one or two units that tell most: "41 ms", "3 min 20 s",
+    "14 d"."""
     seconds = max(0.0, seconds)
     if seconds < 1:
         return f"{seconds * 1000:.0f} ms"
@@ -16201,13 +16259,6 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-_UNIT_PAIRS = (
-    ("d", 86400, "h", 3600),
-    ("h", 3600, "min", 60),
-    ("min", 60, "s", 1),
-)
-
-
 def _moment(at: float | None, now: float) -> Any:
     """Return a time as how long ago it was, or how soon it comes."""
     if at is None:
@@ -16218,7 +16269,10 @@ def _moment(at: float | None, now: float) -> Any:
     return _tag("time", text, datetime=when.isoformat(), title=exact)
 
 
-# What a job carries, as text.
+# What a job carries, as text.  It is read in two steps: _read_plain() makes numbers,
+# texts, None and _Groups of it; _text_pieces() writes these as Python would.  The data
+# may be hostile: endless, or small with a text of gigabytes.  So the text comes in
+# pieces, of which as many are taken as there is room for.
 
 
 class _Group(NamedTuple):
@@ -16238,18 +16292,16 @@ class _Name(str):
     """The name of a class or function, which stands in a text as it is."""
 
 
-_MARK = object()
-_BINARY_SCALARS = {
+_MARK = object()  # on the stack of a pickle: where a group begins
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+# Opcodes whose argument is the value.
+_SCALARS = {
     "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT",
     "BINFLOAT", "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE",
     "BINUNICODE8",
     "SHORT_BINUNICODE", "BINBYTES", "BINBYTES8", "SHORT_BINBYTES", "BYTEARRAY8",
 }  # fmt: skip
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_BRACKETS = {
-    "LIST": ("[", "]"), "TUPLE": ("(", ")"), "DICT": ("{", "}"), "SET": ("{", "}"),
-    "FROZENSET": ("{", "}"),
-}  # fmt: skip
+_BRACKETS = {"LIST": "[]", "TUPLE": "()", "DICT": "{}", "SET": "{}", "FROZENSET": "{}"}
 
 
 class _PickleReader:
@@ -16272,9 +16324,10 @@ class _PickleReader:
         raise ValueError("it has no end")
 
     def _take(self, name: str, argument: Any) -> None:
+        """Do what an opcode says, as far as it makes plain values."""
         stack = self.stack
         kind = name.removeprefix("EMPTY_").rstrip("123")
-        if name in _BINARY_SCALARS:
+        if name in _SCALARS:
             stack.append(argument)
         elif name in _CONSTANTS:
             stack.append(_CONSTANTS[name])
@@ -16305,8 +16358,9 @@ class _PickleReader:
             items = self._pop(int(name[-1]))
         elif not name.startswith("EMPTY_"):
             items = self._pop_to_mark()
-        opening, closing = _BRACKETS[kind]
-        self.stack.append(_Group(opening, items, closing, kind == "DICT"))
+        brackets = _BRACKETS[kind]
+        group = _Group(brackets[0], items, brackets[1], kind == "DICT")
+        self.stack.append(group)
 
     def _take_object(self, name: str, argument: Any) -> None:
         """Push a name, or what stands for an object: its class with arguments."""
@@ -16374,73 +16428,65 @@ def _read_plain(data: bytes) -> Any:
     raise ValueError("unknown data")
 
 
-class _TextWriter:
-    """Writes values as text, up to `room` characters; more is cut off.
-
-    A value may hold another one many times over, and be endless: hence the limits."""
-
-    def __init__(self, room: int) -> None:
-        self.room = room
-        self.parts: list[str] = []
-
-    def write(self, value: Any, depth: int = 0) -> None:
-        if self.room <= 0:
-            return
-        if not isinstance(value, _Group):
-            self._add(_scalar_text(value, self.room))
-            return
-        self._add(value.opening)
-        if depth > 20:
-            self._add("…")
-        elif value.is_dict:
-            self._write_pairs(value, depth)
-        else:
-            self._write_items(value.items, depth)
-        if value.opening == "(" and len(value.items) == 1:
-            self._add(",")
-        self._add(value.closing)
-
-    def _add(self, text: str) -> None:
-        if len(text) > self.room:
-            text = f"{text[: max(0, self.room - 1)]}…"
-        self.room -= len(text)
-        if text:
-            self.parts.append(text)
-
-    def _write_items(self, items: list[Any], depth: int) -> None:
-        for number, item in enumerate(items):
-            if self.room <= 0:
-                return
-            if number:
-                self._add(", ")
-            self.write(item, depth + 1)
-
-    def _write_pairs(self, group: _Group, depth: int) -> None:
-        for number, (key, item) in enumerate(group.pairs()):
-            if self.room <= 0:
-                return
-            if number:
-                self._add(", ")
-            self.write(key, depth + 1)
-            self._add(": ")
-            self.write(item, depth + 1)
-
-    def write_call(self, args: list[Any], kwargs: _Group) -> None:
-        """Write the arguments of a call, without parentheses."""
-        self._write_items(args, 0)
-        for number, (name, value) in enumerate(kwargs.pairs()):
-            if args or number:
-                self._add(", ")
-            self._add(f"{_plain_label(name)}=")
-            self.write(value, 1)
+def _text_pieces(value: Any, depth: int = 0) -> Iterator[str]:
+    """Yield the text of a value in pieces, of which there may be no end."""
+    if not isinstance(value, _Group):
+        yield _scalar_text(value)
+        return
+    yield value.opening
+    if depth > 20:
+        yield "…"
+    elif value.is_dict:
+        for number, (key, item) in enumerate(value.pairs()):
+            yield ", " if number else ""
+            yield from _text_pieces(key, depth + 1)
+            yield ": "
+            yield from _text_pieces(item, depth + 1)
+    else:
+        yield from _item_pieces(value.items, depth)
+    if value.opening == "(" and len(value.items) == 1:
+        yield ","
+    yield value.closing
 
 
-def _scalar_text(value: Any, room: int) -> str:
+def _item_pieces(items: list[Any], depth: int = 0) -> Iterator[str]:
+    for number, item in enumerate(items):
+        yield ", " if number else ""
+        yield from _text_pieces(item, depth + 1)
+
+
+def _call_pieces(args: list[Any], kwargs: _Group) -> Iterator[str]:
+    """Yield the arguments of a call, without parentheses."""
+    yield from _item_pieces(args)
+    for number, (name, value) in enumerate(kwargs.pairs()):
+        yield ", " if args or number else ""
+        yield f"{_plain_label(name)}="
+        yield from _text_pieces(value, 1)
+
+
+def _scalar_text(value: Any) -> str:
     if isinstance(value, str | bytes | bytearray) and not isinstance(value, _Name):
-        return repr(value[:room])
+        return repr(value)
     if isinstance(value, int) and value.bit_length() > 2000:
         return f"an integer of {value.bit_length()} bits"
     return str(value)
+
+
+def _take_text(pieces: Iterable[str], room: int) -> str:
+    """Return the text of pieces, up to `room` characters; what was cut off is "…"."""
+    taken = []
+    size = 0
+    for piece in pieces:
+        taken.append(piece)
+        size += len(piece)
+        if size > room:
+            return f"{''.join(taken)[: room - 1]}…"
+    return "".join(taken)
+
+
+def _plain_text(value: Any, room: int) -> str:
+    """Return a value as text, up to `room` characters."""
+    return _take_text(_text_pieces(value), room)
 
 
 def _plain_label(value: Any) -> str:
@@ -16448,17 +16494,12 @@ def _plain_label(value: Any) -> str:
     return value[:200] if isinstance(value, str) else _plain_text(value, 200)
 
 
-def _plain_text(value: Any, room: int) -> str:
-    writer = _TextWriter(room)
-    writer.write(value)
-    return "".join(writer.parts)
-
-
 # Reading jobs.
 
 
 class _JobOutline:
-    """A job as the script outline returns it."""
+    """A job as the script outline returns it.  All its texts are those of users, and
+    any field may be missing or garbled."""
 
     def __init__(self, queue: Queue, id: str, reply: Any) -> None:
         status, token, score, pairs, sizes = reply
@@ -16500,23 +16541,21 @@ class _JobOutline:
 
     def last_run(self) -> _RunOutline | None:
         """How its last run ended; None if none has."""
-        size = self.sizes.get("result", len(self.fields.get("result", b"")))
         payload = self.fields.get("result", b"")
+        size = self.sizes.get("result", len(payload))
         return _RunOutline.parse(self.text("ended"), size, payload)
 
     def arguments(self, room: int) -> str:
-        """Return the arguments as source text, up to `room` characters."""
-        if "args" in self.sizes:
-            return f"… {self.sizes['args']:,} bytes"
-        if "args" not in self.fields:
+        """Return the arguments as source text, up to `room` characters; data that can't
+        be read, or is too large, as its size."""
+        data = self.fields.get("args", b"")
+        size = self.sizes.get("args", len(data))
+        if not size:
             return ""
-        try:
-            args, kwargs, *instance = _read_plain(self.fields["args"]).items
-            writer = _TextWriter(room)
-            writer.write_call([*instance, *args.items], kwargs)
-        except (ValueError, AttributeError, TypeError):
-            return f"… {len(self.fields['args']):,} bytes"
-        return "".join(writer.parts)
+        with contextlib.suppress(ValueError, AttributeError, TypeError):
+            args, kwargs, *instance = _read_plain(data).items
+            return _take_text(_call_pieces([*instance, *args.items], kwargs), room)
+        return f"… {size:,} bytes"
 
     def meta(self) -> list[tuple[Any, Any]]:
         """Return the (key, value) pairs of meta."""
@@ -16547,9 +16586,19 @@ class _RunOutline(NamedTuple):
         return cls(worker, float(started_at), float(seconds), kind, size, payload)
 
     @property
+    def ended_at(self) -> float:
+        """When it ended."""
+        return self.started_at + self.seconds
+
+    @property
     def has_succeeded(self) -> bool:
         """Whether the payload is a return value, not a traceback."""
         return self.type == ResultType.SUCCESSFUL.value
+
+    @property
+    def outcome(self) -> str:
+        """How it ended, as a title: "Successful", "Failed", .."""
+        return _spaced(self.type).capitalize()
 
     def text(self, room: int = _MAX_VALUE) -> str:
         """Return what it returned as text, or the end of the traceback."""
@@ -16566,6 +16615,10 @@ class _RunOutline(NamedTuple):
         """Return the last line of a traceback."""
         lines = self.text().strip().splitlines()
         return lines[-1][:300] if lines else ""
+
+
+class _NotFound(MicroqError):
+    """There is no page of this address."""
 
 
 class _Site:
@@ -16585,14 +16638,13 @@ class _Site:
             return [Queue(name, self.connection) for name in self.names]
         return Queue.all(self.connection)
 
-    def now(self) -> float:
-        """Return the time of the server.  One round trip."""
-        seconds, microseconds = _execute_one(self.connection, "TIME")
-        return int(seconds) + int(microseconds) / 1e6
+    def shows(self, name: str) -> bool:
+        """Return whether the page shows a queue."""
+        return not self.names or name in self.names
 
     def queue(self, name: str) -> Queue:
         """Return a queue, or raise _NotFound."""
-        if self.names and name not in self.names:
+        if not self.shows(name):
             raise _NotFound(f"queue {name} is not shown here")
         try:
             return Queue(name, self.connection)
@@ -16621,16 +16673,17 @@ class _Site:
         """Return those of the jobs that exist.  One round trip."""
         commands = [OUTLINE(queue.prefix, id, limit) for queue, id in pairs]
         jobs = []
-        if commands:
-            replies = _execute(self.connection, *commands)
-            for (queue, id), reply in zip(pairs, replies, strict=True):
-                if reply[0]:
-                    jobs.append(_JobOutline(queue, id, reply))
+        replies = _execute(self.connection, *commands) if commands else []
+        for (queue, id), reply in zip(pairs, replies, strict=True):
+            if reply[0]:
+                jobs.append(_JobOutline(queue, id, reply))
         return jobs
 
-
-class _NotFound(MicroqError):
-    """There is no page of this address."""
+    def job_link(self, text: Any, id: str, queue_name: str) -> _Markup:
+        """Return a link to a job; the text alone if its queue is not shown."""
+        if not self.shows(queue_name):
+            return _join(text)
+        return _link(text, job=id, queue=queue_name)
 
 
 # From the first one on: these states show what comes next, the others what came last.
@@ -16682,53 +16735,45 @@ def _search(
 
 
 def _overview(site: _Site) -> _Markup:
-    """Return the main part of the overview.  Four round trips, two more for limits."""
+    """Return the main part of the overview."""
     snapshot = _take_snapshot(site.connection, site.names)
     queues = [Queue(queue.name, site.connection) for queue in snapshot.queues]
-    entries = [
-        e for stored in _read_cron(site.connection, queues) for e in stored.load_all()
-    ]
+    entries: list[CronJob] = []
+    for stored in _read_cron(site.connection, queues):
+        entries += stored.load_all()
     limits = _read_limits(site, queues) if snapshot.count("rate_limited") else []
+    notice = None
+    if snapshot.suspended:
+        text = "Workers are suspended: they start no jobs."
+        notice = _tag("p", text, class_="notice")
     return _join(
         _tag("h1", "Overview", class_="hidden"),
-        _notices(snapshot),
+        notice,
         _numbers(snapshot),
         _section("Last hour", _history_picture(snapshot)),
         _section("Queues", _queues_table(snapshot)),
         _section("Workers", _workers_table(snapshot)),
-        _section("Cron", _cron_table(entries, snapshot.now)) if entries else None,
-        _section("Limits", _limits_table(limits)) if limits else None,
+        _section("Cron", _cron_table(entries, snapshot.now)),
+        _section("Limits", _limits_table(site, limits)),
     )
-
-
-def _notices(snapshot: _Snapshot) -> list[_Markup]:
-    """Return what has to be known before all else."""
-    notices = []
-    if snapshot.suspended:
-        text = "Workers are suspended: they start no jobs."
-        notices.append(_tag("p", text, class_="notice"))
-    return notices
 
 
 def _numbers(snapshot: _Snapshot) -> _Markup:
     """Return the row of large numbers."""
-    finished, failed = _rates(snapshot)
-    waits = [q.waiting_since for q in snapshot.queues if q.waiting_since is not None]
-    oldest = _duration(snapshot.now - min(waits)) if waits else "-"
-    numbers = [
-        (name, f"{snapshot.count(name):,}")
+    numbers = {
+        name: f"{snapshot.count(name):,}"
         for name in ("queued", "started", "scheduled", "failed")
-    ]
-    numbers += [
-        ("jobs/s", _rate_text(finished)),
-        ("failures/s", _rate_text(failed)),
-        ("busy workers", f"{snapshot.busy()} / {len(snapshot.workers)}"),
-        ("oldest waits", oldest),
-    ]
-    cards = [
-        _tag("div", _tag("dt", name), _tag("dd", value), class_=name.partition(" ")[0])
-        for name, value in numbers
-    ]
+    }
+    finished, failed = _rates(snapshot)
+    numbers["jobs/s"] = _rate_text(finished)
+    numbers["failures/s"] = _rate_text(failed)
+    numbers["busy workers"] = f"{snapshot.busy()} / {len(snapshot.workers)}"
+    waits = [q.waiting_since for q in snapshot.queues if q.waiting_since is not None]
+    numbers["oldest waits"] = _duration(snapshot.now - min(waits)) if waits else "-"
+    cards = []
+    for name, value in numbers.items():
+        kind = "bad" if name in ("failed", "failures/s") else None
+        cards.append(_tag("div", _tag("dt", name), _tag("dd", value), class_=kind))
     return _tag("dl", cards, class_="numbers")
 
 
@@ -16755,13 +16800,13 @@ def _rates(snapshot: _Snapshot) -> tuple[float, float]:
 
 def _history_picture(snapshot: _Snapshot) -> _Markup:
     """Return a picture of the last hour: a bar for each minute."""
-    finished, failed = _history(snapshot, "f"), _history(snapshot, "x")
+    finished = _history(snapshot, "f")
+    failed = _history(snapshot, "x")
     most = max(map(sum, zip(finished, failed, strict=True)))
     bars = []
     for index, (good, bad) in enumerate(zip(finished, failed, strict=True)):
         label = f"{59 - index} min ago: {good:,.0f} finished, {bad:,.0f} failed"
-        title = _tag("title", label)
-        bars.append(_tag("g", title, _bar(index, good, bad, most)))
+        bars.append(_tag("g", _tag("title", label), _bar(index, good, bad, most)))
     total = f"{sum(finished):,.0f} finished, {sum(failed):,.0f} failed"
     picture = _tag(
         "svg", bars, viewBox="0 0 600 100", preserveAspectRatio="none", role="img",
@@ -16776,29 +16821,26 @@ def _history_picture(snapshot: _Snapshot) -> _Markup:
 
 def _bar(index: int, good: float, bad: float, most: float) -> list[_Markup]:
     """Return the rectangles of a minute: what failed stands on what succeeded."""
-    scale = 98 / max(1, most)
     left = 10 * index + 1
-    base = _tag("rect", x=left, y=0, width=8, height=100, class_="base")
-    heights = [max(2.0, count * scale) if count else 0.0 for count in (good, bad)]
-    parts = [base]
+    parts = [_tag("rect", x=left, y=0, width=8, height=100, class_="base")]
     top = 100.0
-    for kind, height in zip(("good", "bad"), heights, strict=True):
-        top -= height
-        if height:
-            box = {"x": left, "y": f"{top:.1f}", "width": 8, "height": f"{height:.1f}"}
-            parts.append(_tag("rect", class_=kind, **box))
+    for kind, count in (("good", good), ("bad", bad)):
+        if count:
+            height = max(2.0, count * 98 / most)
+            top -= height
+            box = {"y": f"{top:.1f}", "height": f"{height:.1f}"}
+            parts.append(_tag("rect", x=left, width=8, class_=kind, **box))
     return parts
 
 
+_ALWAYS_SHOWN = ("queued", "started", "scheduled", "failed", "finished")
+
+
 def _queues_table(snapshot: _Snapshot) -> _Markup:
-    if not snapshot.queues:
-        text = "There is no queue yet. One appears with its first job or worker."
-        return _tag("p", text, class_="empty")
+    """Return the table of queues by state; the rarer states where a job is in one."""
     shown = [
-        name for name in _CONTAINERS
-        if name in ("queued", "started", "scheduled", "failed", "finished")
-        or snapshot.count(name)
-    ]  # fmt: skip
+        name for name in _CONTAINERS if name in _ALWAYS_SHOWN or snapshot.count(name)
+    ]
     rows = []
     for queue in snapshot.queues:
         row: list[Any] = [_link(queue.name, queue=queue.name, state="queued")]
@@ -16806,29 +16848,32 @@ def _queues_table(snapshot: _Snapshot) -> _Markup:
             count = queue.counts[name]
             kind = name if count else "dim"
             row.append(_link(f"{count:,}", kind, queue=queue.name, state=name))
-        waited = "-"
-        if queue.waiting_since is not None:
-            waited = _duration(snapshot.now - queue.waiting_since)
-        rows.append([*row, waited])
-    titles = [f"{name.replace('_', ' ')}#" for name in shown]
-    return _table(["queue", *titles, "next waits#"], rows)
+        since = queue.waiting_since
+        row.append("-" if since is None else _duration(snapshot.now - since))
+        rows.append(row)
+    titles = [f"{_spaced(name)}#" for name in shown]
+    table = _table(["queue", *titles, "next waits#"], rows)
+    text = "There is no queue yet. One appears with its first job or worker."
+    return table or _empty(text)
 
 
 def _workers_table(snapshot: _Snapshot) -> _Markup:
-    if not snapshot.workers:
-        text = f"No worker is alive. To start one: {_PROGRAM} worker"
-        return _tag("p", text, class_="empty")
     rows = []
     for worker in snapshot.workers:
-        where = f"{worker.record['hostname']}, pid {worker.record['pid']}"
-        since = _moment(worker.record["birth"], snapshot.now)
+        record = worker.record
+        where = f"{record['hostname']}, pid {record['pid']}"
         rows.append([
-            _join(worker.name, _tag("small", where)), _badge(worker.state),
-            _running(worker, snapshot.now), ", ".join(worker.queues),
-            f"{worker.finished:,}", f"{worker.failed:,}", since,
+            _join(worker.name, _tag("small", where)),
+            _badge(worker.state),
+            _running(worker, snapshot.now),
+            ", ".join(worker.queues),
+            f"{worker.finished:,}",
+            f"{worker.failed:,}",
+            _moment(record["birth"], snapshot.now),
         ])  # fmt: skip
     titles = ["worker", "state", "runs", "queues", "finished#", "failed#", "started"]
-    return _table(titles, rows)
+    text = f"No worker is alive. To start one: {_PROGRAM} worker"
+    return _table(titles, rows) or _empty(text)
 
 
 def _running(worker: _WorkerState, now: float) -> _Markup:
@@ -16837,32 +16882,31 @@ def _running(worker: _WorkerState, now: float) -> _Markup:
     running = worker.held[: min(worker.slots, _MAX_SLOTS_SHOWN)]
     for job in running:
         name = job.func.decode(errors="replace").removesuffix("()") or "?"
-        link = _link(name, job=job.id, queue=job.queue)
-        lines.append(
-            _tag("div", link, _tag("small", f"for {_duration(now - job.since)}"))
-        )
+        since = _tag("small", f"for {_duration(now - job.since)}")
+        lines.append(_tag("div", _link(name, job=job.id, queue=job.queue), since))
     more = len(worker.held) - len(running)
     if more:
         lines.append(_tag("small", f"and {more} more"))
     return _join(lines)
 
 
-def _cron_table(entries: Sequence[CronJob], now: float) -> _Markup:
+def _cron_table(entries: Sequence[CronJob], now: float) -> _Markup | None:
     rows = []
     for entry in sorted(entries, key=lambda each: each.name):
-        when = entry.cron or f"every {_duration(entry.interval or 0)}"
+        when: Any = f"every {_duration(entry.interval or 0)}"
         if entry.cron:
-            when = _join(when, _tag("small", entry.timezone))
+            when = _join(entry.cron, _tag("small", entry.timezone))
         last = entry.latest_enqueue_time
         rows.append([
-            entry.name, _tag("code", entry.func_name), when,
+            entry.name,
+            _tag("code", entry.func_name),
+            when,
             _link(entry.queue_name, queue=entry.queue_name, state="scheduled"),
             _moment(last.timestamp() if last else None, now),
             _moment(entry.next_enqueue_time.timestamp(), now),
         ])  # fmt: skip
-    return _table(
-        ["entry", "function", "when", "queue", "last tick", "next tick"], rows
-    )
+    titles = ["entry", "function", "when", "queue", "last tick", "next tick"]
+    return _table(titles, rows)
 
 
 class _LimitState(NamedTuple):
@@ -16875,37 +16919,37 @@ class _LimitState(NamedTuple):
 
 
 def _read_limits(site: _Site, queues: Sequence[Queue]) -> list[_LimitState]:
-    """Return the limits for which jobs of the queues wait.  Three round trips.
-
-    They are found by the jobs: of each queue, those that wait longest."""
+    """Return the limits for which jobs of the queues wait.  Three round trips."""
+    limits = _find_limits(site, queues)
     commands: list[Command] = []
-    for queue in queues:
-        commands.append(queue.rate_limited_job_registry.ids_command(0, 99, False))
-    found = _execute(site.connection, *commands)
-    keys = [
-        f"{queue.prefix}job:{id.decode()}"
-        for queue, ids in zip(queues, found, strict=True) for id in ids
-    ]  # fmt: skip
-    fields = set(
-        _execute(site.connection, *[("HGET", key, "rate_limit") for key in keys])
-    )
-    prefixes: dict[str, RateLimit] = {}
-    for field_text in filter(None, fields):
-        with contextlib.suppress(ValueError, TypeError):
-            text = field_text.decode()
-            prefixes[text.partition(" ")[0]] = RateLimit.from_field(text)
-    commands = []
-    for prefix in prefixes:
+    for prefix in limits:
         commands.append(("ZCARD", f"{prefix}holders"))
         commands.append(("ZCARD", f"{prefix}waiting"))
         commands.append(("ZRANGE", f"{prefix}waiting", 0, 4))
     replies = iter(_execute(site.connection, *commands) if commands else [])
     states = []
-    for limit in prefixes.values():
-        holders, waiting, members = next(replies), next(replies), next(replies)
-        first = [_job_of_member(site, member) for member in members]
+    for limit in limits.values():
+        holders = next(replies)
+        waiting = next(replies)
+        first = [_job_of_member(site, member) for member in next(replies)]
         states.append(_LimitState(limit, holders, waiting, first))
     return states
+
+
+def _find_limits(site: _Site, queues: Sequence[Queue]) -> dict[str, RateLimit]:
+    """Return limits by their prefix.  No key lists them, so they are found by their
+    jobs: of each queue, the hundred that wait longest.  Two round trips."""
+    registries = [queue.rate_limited_job_registry for queue in queues]
+    commands = [registry.ids_command(0, 99, False) for registry in registries]
+    keys = []
+    for queue, ids in zip(queues, _execute(site.connection, *commands), strict=True):
+        keys += [f"{queue.prefix}job:{id.decode()}" for id in ids]
+    fields = _execute(site.connection, *[("HGET", key, "rate_limit") for key in keys])
+    limits = {}
+    for text in {each.decode(errors="replace") for each in fields if each}:
+        with contextlib.suppress(ValueError, TypeError):
+            limits[text.partition(" ")[0]] = RateLimit.from_field(text)
+    return limits
 
 
 def _job_of_member(site: _Site, member: bytes) -> tuple[str, str]:
@@ -16914,53 +16958,101 @@ def _job_of_member(site: _Site, member: bytes) -> tuple[str, str]:
     return Queue.from_queue_key(f"{prefix}queued", site.connection).name, id
 
 
-def _limits_table(limits: Sequence[_LimitState]) -> _Markup:
+def _limits_table(site: _Site, limits: Sequence[_LimitState]) -> _Markup | None:
     rows = []
     for state in limits:
-        limit = state.limit
         size = f"{state.holders:,}"
-        if limit.concurrency:
-            size += f" of {limit.concurrency:,}"
-        links = [
-            _tag("div", _link(_tag("code", id), job=id, queue=queue))
+        if state.limit.concurrency:
+            size += f" of {state.limit.concurrency:,}"
+        first = [
+            _tag("div", site.job_link(_tag("code", id), id, queue))
             for queue, id in state.first
         ]
-        rows.append([limit.key, size, f"{state.waiting:,}", links])
+        rows.append([state.limit.key, size, f"{state.waiting:,}", first])
     return _table(["limit", "in use#", "waiting#", "first in line"], rows)
 
 
 # Lists of jobs.
 
 
-def _list_view(site: _Site, query: dict[str, str]) -> tuple[str, _Markup]:
-    """Return the title and the main part of a list, of a state or of a search."""
-    find = query.get("find", "")
-    queue, state = query.get("queue", ""), query.get("state", "")
-    page = _page_number(query)
-    now = site.now()
-    if find:
-        containers = _containers_searched(site, queue, state)
-        pairs = _search(site, containers, find)
-        total = len(pairs)
+class _List(NamedTuple):
+    """Which jobs a list shows: those of a queue in a state, or those that a search
+    finds among these, in a queue, or in all queues."""
+
+    queue: str
+    state: str
+    find: str
+
+    @classmethod
+    def of(cls, query: dict[str, str]) -> _List:
+        """Return the list that a query or a form is about."""
+        find = query.get("find", "").strip()
+        return cls(query.get("queue", ""), query.get("state", ""), find)
+
+    @property
+    def has_state(self) -> bool:
+        """Whether all its jobs are of one queue and in one state."""
+        return bool(self.queue and self.state)
+
+    @property
+    def href(self) -> str:
+        """The address of its page."""
+        return _href(**self._asdict())
+
+    def containers(self, site: _Site) -> list[_JobContainer[Any]]:
+        """Return where its jobs are.  One round trip where no queue is named."""
+        if self.has_state or not self.find:
+            return [site.container(self.queue, self.state)]
+        queues = [site.queue(self.queue)] if self.queue else site.queues()
+        return [container for queue in queues for container in queue.containers()]
+
+
+class _ListPage(NamedTuple):
+    """What a page of a list shows."""
+
+    now: float
+    total: int  # of the list
+    jobs: list[_JobOutline]
+    counts: dict[str, int]  # by state, of the queue; {} for a search in several states
+
+
+def _read_list(site: _Site, where: _List, page: int) -> _ListPage:
+    """Read a page of a list.  Three round trips; for a search two, and those of
+    _search()."""
+    containers = where.containers(site)
+    states = site.queue(where.queue).containers() if where.has_state else []
+    commands = [container.size_command() for container in states]
+    time_reply, *sizes = _execute(site.connection, ("TIME",), *commands)
+    counts = dict(zip(_CONTAINERS, sizes, strict=False))
+    if where.find:
+        found = _search(site, containers, where.find)
+        total = len(found)
         start = (page - 1) * _PAGE_SIZE
-        jobs = site.outlines(pairs[start : start + _PAGE_SIZE])
-        title = f"“{find}”"
+        jobs = site.outlines(found[start : start + _PAGE_SIZE])
     else:
-        container = site.container(queue, state)
-        total, jobs = _read_page(site, container, page)
-        title = f"{queue} {state.replace('_', ' ')}"
-    where = {"queue": queue, "state": state, "find": find}
-    heading = _tag("h1", title, _tag("span", f"{total:,}", class_="count"))
-    parts: list[_Markup | None] = [heading]
-    if queue and state:
-        parts.append(_state_links(site, queue, state))
-        parts.append(_actions_for_all(site, where, total))
-    if find:
-        note = "Jobs whose function has this in its name, among the newest."
-        parts.append(_tag("p", note, class_="dim"))
-    parts.append(_jobs_table(site, jobs, where, now))
-    parts.append(_pages(total, page, where))
-    return title, _join(parts)
+        total, jobs = _read_page(site, containers[0], page)
+    return _ListPage(_time_of(time_reply), total, jobs, counts)
+
+
+def _list_view(site: _Site, query: dict[str, str]) -> tuple[str, _Markup]:
+    """Return the title and the main part of a list."""
+    where = _List.of(query)
+    page = _page_number(query)
+    read = _read_list(site, where, page)
+    title = f"“{where.find}”" if where.find else f"{where.queue} {_spaced(where.state)}"
+    count = _tag("span", f"{read.total:,}", class_="count")
+    note = None
+    if where.find:
+        text = "Jobs whose function has this in its name, among the newest."
+        note = _tag("p", text, class_="dim")
+    return title, _join(
+        _tag("h1", title, count),
+        _state_links(where, read.counts),
+        None if site.read_only else _actions_for_all(where, read.total),
+        note,
+        _jobs_table(site, where, read),
+        _pages(where, page, read.total),
+    )
 
 
 def _page_number(query: dict[str, str]) -> int:
@@ -16968,75 +17060,55 @@ def _page_number(query: dict[str, str]) -> int:
     return max(1, int(text)) if re.fullmatch(r"\d{1,9}", text, re.A) else 1
 
 
-def _containers_searched(
-    site: _Site, queue: str, state: str
-) -> list[_JobContainer[Any]]:
-    """Return where to search: a state of a queue, or all of one or all queues."""
-    if queue and state:
-        return [site.container(queue, state)]
-    queues = [site.queue(queue)] if queue else site.queues()
-    return [container for each in queues for container in each.containers()]
-
-
-def _state_links(site: _Site, queue: str, state: str) -> _Markup:
-    """Return the links to the other states of a queue, with their counts."""
-    containers = site.queue(queue).containers()
-    commands = [container.size_command() for container in containers]
+def _state_links(where: _List, counts: dict[str, int]) -> _Markup | None:
+    """Return the links to the states of a queue, with their counts."""
     links = []
-    counts = _execute(site.connection, *commands)
-    for container, count in zip(containers, counts, strict=True):
-        name = container.container
-        text = _join(name.replace("_", " "), _tag("b", f"{count:,}"))
-        current = "page" if name == state else None
-        href = _href(queue=queue, state=name)
+    for name, count in counts.items():
+        text = _join(_spaced(name), _tag("b", f"{count:,}"))
+        current = "page" if name == where.state else None
+        href = _href(queue=where.queue, state=name)
         links.append(_tag("a", text, href=href, aria_current=current))
+    if not links:
+        return None
     return _tag("nav", links, class_="states", aria_label="states of the queue")
 
 
-def _actions_for_all(site: _Site, where: dict[str, str], total: int) -> _Markup | None:
+def _actions_for_all(where: _List, total: int) -> _Markup | None:
     """Return the links that ask whether to do something with all jobs of a list."""
-    if site.read_only or not total:
+    if not (where.has_state and total):
         return None
     links = []
-    for name in _actions_of_list(where["state"]):
-        text = f"{name.capitalize()} all {total:,}"
-        kind = "button danger" if name == "delete" else "button"
-        links.append(_link(text, kind, ask=name, **where))
-    return _tag("p", links, class_="actions")
+    for action in _actions_of_list(where.state):
+        text = f"{action.capitalize()} all {total:,}"
+        links.append(_link(text, _button_kind(action), ask=action, **where._asdict()))
+    return _tag("p", links, class_="actions") if links else None
 
 
-def _actions_of_list(state: str) -> list[str]:
-    """Return what can be done with the jobs in a state, one or all."""
-    if state in _FINAL_CONTAINERS:
-        return ["requeue", "delete"]
-    return ["delete"] if state != "started" else []
-
-
-def _jobs_table(
-    site: _Site, jobs: Sequence[_JobOutline], where: dict[str, str], now: float
-) -> _Markup:
-    if not jobs:
-        return _tag("p", "There are no jobs here.", class_="empty")
+def _jobs_table(site: _Site, where: _List, read: _ListPage) -> _Markup:
+    """Return the jobs of a page.  In a list of several states there is a column for
+    these, and on a page that may change jobs one for buttons."""
     rows = []
-    for job in jobs:
-        cells = [_job_cell(job), _moment(_main_time(job), now), _took_cell(job, now)]
-        if not (where["queue"] and where["state"]):
-            cells.insert(1, _join(_badge(job.status), _tag("small", job.queue)))
+    for job in read.jobs:
+        row: list[Any] = [_job_cell(job)]
+        if not where.has_state:
+            row.append(_join(_badge(job.status), _tag("small", job.queue)))
+        row += [_moment(_main_time(job), read.now), _took_cell(job)]
         if not site.read_only:
-            cells.append(_row_actions(job, where))
-        rows.append(cells)
+            actions = _actions_of_list(job.status)
+            buttons = [_action_button(each, job, where.href) for each in actions]
+            row.append(_tag("div", buttons, class_="actions"))
+        rows.append(row)
     titles = ["job", "when", "took"]
-    if not (where["queue"] and where["state"]):
+    if not where.has_state:
         titles.insert(1, "state")
     if not site.read_only:
         titles.append("")
-    return _table(titles, rows, kind="jobs")
+    return _table(titles, rows, kind="jobs") or _empty("There are no jobs here.")
 
 
 def _job_cell(job: _JobOutline) -> _Markup:
     """Return the call with a link, the description, and why the job failed."""
-    href = _href(job=job.id, queue=job.queue)
-    parts = [_tag("a", _call(job, 100), href=href)]
+    parts = [_link(_call(job, 100), job=job.id, queue=job.queue)]
     if description := job.text("description"):
         parts.append(_tag("small", description[:200]))
     run = job.last_run()
@@ -17048,13 +17120,8 @@ def _job_cell(job: _JobOutline) -> _Markup:
 def _call(job: _JobOutline, room: int) -> _Markup:
     """Return a call; the name of the function stands out."""
     module, dot, name = job.func.rpartition(".")
-    arguments = job.arguments(room)
-    parts = [
-        _tag("span", module + dot, class_="dim"),
-        _tag("b", name),
-        f"({arguments})",
-    ]
-    return _tag("code", parts)
+    dim = _tag("span", module + dot, class_="dim")
+    return _tag("code", dim, _tag("b", name), f"({job.arguments(room)})")
 
 
 def _main_time(job: _JobOutline) -> float | None:
@@ -17065,11 +17132,11 @@ def _main_time(job: _JobOutline) -> float | None:
     if job.status == "started" and job.claimed_at:
         return float(job.claimed_at)
     if job.status in _FINAL_CONTAINERS and run:
-        return run.started_at + run.seconds
+        return run.ended_at
     return job.enqueued_at
 
 
-def _took_cell(job: _JobOutline, now: float) -> Any:
+def _took_cell(job: _JobOutline) -> Any:
     """Return how long the last run took, or by whom the job runs."""
     run = job.last_run()
     if job.status == "started":
@@ -17077,159 +17144,139 @@ def _took_cell(job: _JobOutline, now: float) -> Any:
     return _duration(run.seconds) if run else "-"
 
 
-def _row_actions(job: _JobOutline, where: dict[str, str]) -> list[_Markup]:
-    parts = []
-    if job.status in _FINAL_CONTAINERS:
-        parts.append(_action_form("requeue", job, where, label="Requeue"))
-    if job.status != "started":
-        query = {"ask": "delete", "job": job.id, "queue": job.queue}
-        back = {f"back_{name}": value for name, value in where.items()}
-        text = _join("Delete", _hidden(f" {job.id}"))
-        parts.append(_link(text, "button danger", **query, **back))
-    return [_tag("div", parts, class_="actions")]
-
-
-def _action_form(
-    action: str, job: _JobOutline, where: dict[str, str], label: str, kind: str = ""
-) -> _Markup:
-    """Return a form with one button, which does something with a job, and then shows
-    the list `where`."""
-    fields = {"action": action, "job": job.id, "queue": job.queue}
-    for name, value in where.items():
-        fields[f"back_{name}"] = value
-    text = _join(label, _hidden(f" {job.id}"))
-    return _form(
-        fields, text, f"button {kind}".strip(), f"{action}-{job.queue}-{job.id}"
-    )
-
-
-def _form(fields: dict[str, str], text: Any, kind: str, id: str) -> _Markup:
-    inputs = [
-        _tag("input", type="hidden", name=name, value=value)
-        for name, value in fields.items() if value
-    ]  # fmt: skip
-    button = _tag("button", text, class_=kind, id=id)
-    return _tag("form", inputs, button, method="post", action="?")
-
-
-def _pages(total: int, page: int, where: dict[str, str]) -> _Markup | None:
+def _pages(where: _List, page: int, total: int) -> _Markup | None:
     """Return the links to the pages before and behind this one."""
     last = max(1, math.ceil(total / _PAGE_SIZE))
     if last == 1 and page == 1:
         return None
-    links: list[_Markup] = []
-    for text, number in (("← newer", page - 1), ("older →", page + 1)):
-        if where["state"] in _NEXT_FIRST:
-            text = text.replace("newer", "sooner").replace("older", "later")
+    before, behind = "← newer", "older →"
+    if where.state in _NEXT_FIRST:
+        before, behind = "← sooner", "later →"
+    parts = [_tag("span", f"page {page:,} of {last:,}", class_="dim")]
+    for text, number in ((before, page - 1), (behind, page + 1)):
         if 1 <= number <= last:
-            links.append(_link(text, page=str(number), **where))
-    here = _tag("span", f"page {page:,} of {last:,}", class_="dim")
-    return _tag("nav", [here, *links], class_="pages", aria_label="pages")
+            parts.append(_link(text, page=str(number), **where._asdict()))
+    return _tag("nav", parts, class_="pages", aria_label="pages")
 
 
 # A job.
 
 
 def _job_view(site: _Site, query: dict[str, str]) -> tuple[str, _Markup]:
-    """Return the title and the main part of the page of a job.  Three round trips."""
-    id = query["job"]
+    """Return the title and the main part of the page of a job."""
     job = _existing_job(site, query)
     relatives = _read_relatives(site, job)
     now = relatives.now
     subtitle = _tag(
         "p", _badge(job.status), _link(job.queue, queue=job.queue, state=job.status),
-        _tag("code", id, class_="dim"), class_="subtitle",
+        _tag("code", job.id, class_="dim"), class_="subtitle",
     )  # fmt: skip
     description = job.text("description")
-    return f"{job.func} {id}", _join(
+    buttons = [_action_button(each, job) for each in _actions_of(job.status)]
+    options = _pairs_list(_shown_options(job)) or _empty("All as by default.")
+    columns = [
+        _section("Life", _timeline(_life(job, relatives), now)),
+        _section("Options", options),
+    ]
+    return f"{job.func} {job.id}", _join(
         _tag("h1", _call(job, 300)),
         subtitle,
         _tag("p", description) if description else None,
         _progress(job),
-        None if site.read_only else _job_actions(job),
-        _tag("div",
-            _section("Life", _timeline(_life(job, relatives), now)),
-            _section("Options", _options_list(job)),
-            class_="columns",
+        None if site.read_only else _tag("div", buttons, class_="actions"),
+        _tag("div", columns, class_="columns"),
+        _section("Results", *_results(job, relatives)),
+        _section("Log", _log_list(relatives)),
+        _section("Meta", _meta_list(job)),
+        _section("Depends on", _others_table(site, relatives.dependencies)),
+        _section(
+            "Depend on it",
+            _others_table(site, relatives.dependents),
+            _more(relatives.dependent_count - len(relatives.dependents)),
         ),
-        _results_view(job, relatives, now),
-        _log_view(relatives, now),
-        _meta_view(job),
-        _relatives_view("Depends on", relatives.dependencies),
-        _relatives_view(
-            "Depend on it", relatives.dependents, relatives.dependent_count
-        ),
-    )  # fmt: skip
+    )
 
 
 def _existing_job(site: _Site, query: dict[str, str]) -> _JobOutline:
     """Return the job that a query names, or raise _NotFound."""
+    id = query.get("job", "")
     try:
-        job = site.find_job(_job_id(query.get("job", "")), query.get("queue", ""))
+        job = site.find_job(_job_id(id), query.get("queue", ""))
     except ValueError as error:
         raise _NotFound(str(error)) from None
     if job is None:
-        text = f"There is no job {query['job']}: it was deleted, or has expired."
-        raise _NotFound(text)
+        raise _NotFound(f"There is no job {id}: it was deleted, or has expired.")
     return job
 
 
+class _OtherJob(NamedTuple):
+    """A job that depends on another one, or on which that depends."""
+
+    queue: str
+    id: str
+    status: str
+
+
 class _Relatives(NamedTuple):
-    """What belongs to a job: earlier runs, log, and other jobs as (queue, id,
-    status)."""
+    """What belongs to a job: earlier runs, log, and other jobs."""
 
     now: float
     older: list[_RunOutline]  # the latest first
+    older_bytes: int  # that they take; see HISTORY
     log: list[tuple[float, str]]
-    dependencies: list[tuple[str, str, str]]
-    dependents: list[tuple[str, str, str]]
+    dependencies: list[_OtherJob]
+    dependents: list[_OtherJob]  # some of them, always the same
     dependent_count: int
 
 
 def _read_relatives(site: _Site, job: _JobOutline) -> _Relatives:
-    """Read what belongs to a job, of its dependents some.  Two round trips."""
-    queue = site.queue(job.queue)
-    key = f"{queue.prefix}job:{job.id}"
+    """Read what belongs to a job.  Two round trips, or three."""
+    prefix = site.queue(job.queue).prefix
+    key = f"{prefix}job:{job.id}"
     sets = [f"{key}:dependents:{allow}" for allow in ("any", "failed", "none")]
     commands: list[Command] = [
         ("TIME",),
-        HISTORY(queue.prefix, job.id, _MAX_VALUE),
+        HISTORY(prefix, job.id, _MAX_VALUE),
         ("ZRANGE", f"{key}:log", 0, -1, "WITHSCORES"),
     ]
     commands += [("SCARD", name) for name in sets]
-    commands += [("SRANDMEMBER", name, 20) for name in sets]
-    time_reply, history, lines, *replies = _execute(site.connection, *commands)
-    members = [text.decode() for reply in replies[3:] for text in reply]
-    dependencies = job.text("depends_on").split()[:-1]
-    names = [name.rpartition(":")[::2] for name in dependencies[:100]]
-    others = [_other_job(site, f"{prefix}:", id) for prefix, id in names]
-    others += [_other_job(site, *text.split()[:2]) for text in members]
-    statuses = [
-        container.decode() or "gone"
-        for container, _ in _follow(site.connection, _where(others))
-    ]
-    triples = [
-        (other.origin, other.id, status)
-        for other, status in zip(others, statuses, strict=True)
-    ]
-    runs = [_RunOutline.parse(e.decode(), int(size), cut) for e, size, cut in history]
-    log_lines = [
-        (at, entry.partition(b" ")[2].decode(errors="replace"))
-        for entry, at in _scored_members(lines)
-    ]
+    commands += [("SSCAN", name, 0, "COUNT", 20) for name in sets]
+    time_reply, (size, history), lines, *replies = _execute(site.connection, *commands)
+    runs = []
+    for ended, length, payload in history:
+        run = _RunOutline.parse(ended.decode(), int(length), payload)
+        if run:
+            runs.append(run)
+    texts = []
+    for at, entry in [(at, entry) for entry, at in _scored_members(lines)]:
+        texts.append((at, entry.partition(b" ")[2].decode(errors="replace")))
+    parents = [name.rpartition(":")[::2] for name in job.text("depends_on").split()]
+    dependents = []
+    for _, members in replies[3:]:
+        dependents += [member.decode().split()[:2] for member in members[:20]]
     return _Relatives(
-        now=int(time_reply[0]) + int(time_reply[1]) / 1e6,
-        older=[run for run in runs if run],
-        log=log_lines,
-        dependencies=triples[: len(names)],
-        dependents=sorted(triples[len(names) :]),
+        now=_time_of(time_reply),
+        older=runs,
+        older_bytes=int(size),
+        log=texts,
+        dependencies=_read_others(site, [(f"{p}:", id) for p, id in parents[:-1]]),
+        dependents=sorted(_read_others(site, dependents)),
         dependent_count=sum(replies[:3]),
     )
 
 
-def _other_job(site: _Site, prefix: str, id: str) -> Job:
-    """Return a job by the prefix of its queue, not read yet."""
-    return Job(id, Queue.from_queue_key(f"{prefix}queued", site.connection))
+def _read_others(site: _Site, names: Sequence[Sequence[str]]) -> list[_OtherJob]:
+    """Return the first hundred of the jobs that have these (prefix of the queue, id).
+    One round trip, or none."""
+    jobs: list[Job] = []
+    for prefix, id in names[:100]:
+        queue = Queue.from_queue_key(f"{prefix}queued", site.connection)
+        jobs.append(Job(id, queue))
+    replies = _follow(site.connection, _where(jobs)) if jobs else []
+    others = []
+    for job, (container, _) in zip(jobs, replies, strict=True):
+        others.append(_OtherJob(job.origin, job.id, container.decode() or "gone"))
+    return others
 
 
 def _progress(job: _JobOutline) -> _Markup | None:
@@ -17239,24 +17286,6 @@ def _progress(job: _JobOutline) -> _Markup | None:
             bar = _tag("progress", max=100, value=f"{value:g}", aria_label="progress")
             return _tag("p", bar, f" {value:g} %", class_="progress")
     return None
-
-
-def _job_actions(job: _JobOutline) -> _Markup:
-    """Return the buttons: what is certain to be meant at once, all else asks first."""
-    parts = []
-    if job.status in _FINAL_CONTAINERS:
-        parts.append(_action_form("requeue", job, {}, label="Requeue", kind="primary"))
-        actions = ["delete"]
-    elif job.status == "started":
-        actions = ["stop", "cancel", "delete"]
-    else:
-        actions = ["cancel", "delete"]
-    for name in actions:
-        kind = "button danger" if name == "delete" else "button"
-        parts.append(
-            _link(name.capitalize(), kind, ask=name, job=job.id, queue=job.queue)
-        )
-    return _tag("div", parts, class_="actions")
 
 
 class _Event(NamedTuple):
@@ -17270,7 +17299,8 @@ class _Event(NamedTuple):
 def _life(job: _JobOutline, relatives: _Relatives) -> list[_Event]:
     """Return what has happened to a job, and is to come, in its order."""
     events = []
-    created_at, enqueued_at = job.time("created_at"), job.enqueued_at
+    created_at = job.time("created_at")
+    enqueued_at = job.enqueued_at
     if created_at:
         events.append(_Event(created_at, "Created"))
     if enqueued_at and enqueued_at != created_at:
@@ -17279,9 +17309,8 @@ def _life(job: _JobOutline, relatives: _Relatives) -> list[_Event]:
         if run:
             events.append(_Event(run.started_at, f"Started by {run.worker}", "started"))
             kind = "finished" if run.has_succeeded else "failed"
-            outcome = run.type.replace("_", " ").capitalize()
-            text = f"{outcome} after {_duration(run.seconds)}"
-            events.append(_Event(run.started_at + run.seconds, text, kind))
+            text = f"{run.outcome} after {_duration(run.seconds)}"
+            events.append(_Event(run.ended_at, text, kind))
     if job.claimed_at:
         text = f"Started by {job.worker}"
         events.append(_Event(float(job.claimed_at), text, "started"))
@@ -17295,10 +17324,10 @@ def _life(job: _JobOutline, relatives: _Relatives) -> list[_Event]:
 
 def _timeline(events: Iterable[_Event], now: float) -> _Markup:
     """Return the life of a job as a list."""
-    items = [
-        _tag("li", _tag("span", event.text), _moment(event.at, now), class_=event.kind)
-        for event in events
-    ]
+    items = []
+    for event in events:
+        what = _tag("span", event.text)
+        items.append(_tag("li", what, _moment(event.at, now), class_=event.kind))
     return _tag("ol", items, class_="timeline")
 
 
@@ -17308,49 +17337,36 @@ _OPTIONS_SHOWN = [
 ] + ["retries", "repeats", "crashes", "callback_error"]  # fmt: skip
 
 
-def _options_list(job: _JobOutline) -> _Markup:
-    """Return the options that differ from the default, and what was counted."""
-    rows = []
+def _shown_options(job: _JobOutline) -> Iterator[tuple[str, str]]:
+    """Yield names and texts of the options that differ from the default, and of what
+    was counted."""
     for name in _OPTIONS_SHOWN:
         text = job.text(name)
-        if not text:
-            continue
-        option = _OPTIONS.get(name)
-        if isinstance(option, _DurationOption):
-            number = job.time(name) or 0
-            text = _duration(number) if number > 0 else text
-        rows.append(
-            _tag("div", _tag("dt", name.replace("_", " ")), _tag("dd", text[:2000]))
-        )
-    if not rows:
-        return _tag("p", "All as by default.", class_="empty")
-    return _tag("dl", rows, class_="pairs")
+        if text and isinstance(_OPTIONS.get(name), _DurationOption):
+            seconds = job.time(name) or 0
+            text = _duration(seconds) if seconds > 0 else text
+        if text:
+            yield _spaced(name), text
 
 
-def _results_view(job: _JobOutline, relatives: _Relatives, now: float) -> list[_Markup]:
+def _results(job: _JobOutline, relatives: _Relatives) -> list[_Markup]:
     """Return how the last ten runs ended, the latest first."""
     parts = []
     for number, run in enumerate([job.last_run(), *relatives.older]):
         if run is None:
             continue
-        name = (
-            "Result" if run.has_succeeded else run.type.replace("_", " ").capitalize()
-        )
-        title = _join(
-            name, " ", _moment(run.started_at + run.seconds, now),
-            _tag("small", f"{run.worker}, {_duration(run.seconds)}"),
-        )  # fmt: skip
+        name = "Result" if run.has_succeeded else run.outcome
+        by = _tag("small", f"{run.worker}, {_duration(run.seconds)}")
+        title = _tag("summary", name, " ", _moment(run.ended_at, relatives.now), by)
         text = _tag("pre", _result_text(run), tabindex="0", aria_label=name)
-        parts.append(
-            _tag(
-                "details",
-                _tag("summary", title),
-                text,
-                open=number == 0,
-                id=f"run{number}",
-            )
-        )
-    return [_section("Results", parts)] if parts else []
+        is_open = number == 0
+        parts.append(_tag("details", title, text, open=is_open, id=f"run{number}"))
+    if relatives.older_bytes and not relatives.older:
+        note = f"Older results take {relatives.older_bytes:,} bytes, and are not shown."
+        if relatives.older_bytes < 0:
+            note = "Older results are not shown: this user may not run MEMORY USAGE."
+        parts.append(_tag("p", note, class_="dim"))
+    return parts
 
 
 def _result_text(run: _RunOutline) -> _Markup:
@@ -17362,45 +17378,37 @@ def _result_text(run: _RunOutline) -> _Markup:
     return _join(before, newline, _tag("b", last, class_="error"))
 
 
-def _log_view(relatives: _Relatives, now: float) -> _Markup | None:
-    if not relatives.log:
-        return None
+def _log_list(relatives: _Relatives) -> _Markup | None:
     rows = []
     for at, text in relatives.log:
         when = _from_timestamp(at)
         shown = _tag("time", f"{when:%H:%M:%S}", title=f"{when:%Y-%m-%d %H:%M:%S} UTC")
         rows.append(_tag("li", shown, _tag("span", text)))
-    return _section("Log", _tag("ol", rows, class_="log"))
+    return _tag("ol", rows, class_="log") if rows else None
 
 
-def _meta_view(job: _JobOutline) -> _Markup | None:
-    if "meta" in job.sizes:
-        return _section("Meta", _tag("p", f"{job.sizes['meta']:,} bytes"))
-    rows = []
+def _meta_list(job: _JobOutline) -> _Markup | None:
+    """Return meta; if it is large or can't be read, its size."""
+    pairs = []
     for name, value in job.meta():
         text = value if isinstance(value, str) else _plain_text(value, 2000)
-        rows.append(
-            _tag("div", _tag("dt", _plain_label(name)), _tag("dd", text[:2000]))
-        )
-    if rows:
-        return _section("Meta", _tag("dl", rows, class_="pairs"))
-    if "meta" in job.fields:
-        return _section("Meta", _tag("p", f"{len(job.fields['meta']):,} bytes"))
-    return None
+        pairs.append((_plain_label(name), text))
+    size = job.sizes.get("meta", len(job.fields.get("meta", b"")))
+    if size and not pairs:
+        return _tag("p", f"{size:,} bytes")
+    return _pairs_list(pairs)
 
 
-def _relatives_view(
-    title: str, jobs: Sequence[tuple[str, str, str]], count: int | None = None
-) -> _Markup | None:
-    if not jobs:
-        return None
-    rows = [
-        [_link(_tag("code", id), job=id, queue=queue), queue, _badge(status)]
-        for queue, id, status in jobs
-    ]
-    more = (count or len(jobs)) - len(jobs)
-    note = _tag("p", f"and {more:,} more", class_="dim") if more > 0 else None
-    return _section(title, _table(["job", "queue", "state"], rows), note)
+def _others_table(site: _Site, jobs: Sequence[_OtherJob]) -> _Markup | None:
+    rows = []
+    for job in jobs:
+        link = site.job_link(_tag("code", job.id), job.id, job.queue)
+        rows.append([link, job.queue, _badge(job.status)])
+    return _table(["job", "queue", "state"], rows)
+
+
+def _more(count: int) -> _Markup | None:
+    return _tag("p", f"and {count:,} more", class_="dim") if count > 0 else None
 
 
 # Actions, and the questions before them.
@@ -17413,6 +17421,46 @@ _EFFECTS = {  # of the actions that ask first
 }
 
 
+def _actions_of(state: str) -> list[str]:
+    """Return what can be done with a job in a state."""
+    if state in _FINAL_CONTAINERS:
+        return ["requeue", "delete"]
+    return ["stop", "cancel", "delete"] if state == "started" else ["cancel", "delete"]
+
+
+def _actions_of_list(state: str) -> list[str]:
+    """Return what can be done in a list with the jobs in a state, one or all."""
+    if state == "started":
+        return []
+    return [each for each in _actions_of(state) if each != "cancel"]
+
+
+def _button_kind(action: str) -> str:
+    return "button danger" if action == "delete" else "button"
+
+
+def _action_button(action: str, job: _JobOutline, back: str = "") -> _Markup:
+    """Return what does something with a job: requeue at once, since that is certain to
+    be meant, all else after a question.  `back` is the list to show then."""
+    text = _join(action.capitalize(), _hidden(f" {job.id}"))
+    names = {"job": job.id, "queue": job.queue, "back": back}
+    if action != "requeue":
+        return _link(text, _button_kind(action), ask=action, **names)
+    kind = "button" if back else "button primary"
+    id = f"{action}-{job.queue}-{job.id}"
+    return _form(text, kind, id, {"action": action, **names})
+
+
+def _form(text: Any, kind: str, id: str, fields: dict[str, str]) -> _Markup:
+    """Return a form with one button.  By its id it keeps the focus."""
+    inputs = []
+    for name, value in fields.items():
+        if value:
+            inputs.append(_tag("input", type="hidden", name=name, value=value))
+    button = _tag("button", text, class_=kind, id=id)
+    return _tag("form", inputs, button, method="post", action="?")
+
+
 def _question_view(site: _Site, query: dict[str, str]) -> tuple[str, _Markup]:
     """Return the title and the main part of a page that asks before an action."""
     action = query["ask"]
@@ -17423,107 +17471,115 @@ def _question_view(site: _Site, query: dict[str, str]) -> tuple[str, _Markup]:
         job = _existing_job(site, query)
         what = f"job {job.id}"
         detail = _tag("p", _call(job, 300))
-        fields = {"action": action, "job": job.id, "queue": job.queue}
-        fields |= {f"back_{name}": value for name, value in _back_of(query).items()}
-        back = _back_of(query) or {"job": job.id, "queue": job.queue}
+        names = {"job": job.id, "queue": job.queue, "back": query.get("back", "")}
+        fields = {"action": action, **names}
+        leave = _address_after(query, _href(job=job.id, queue=job.queue))
     else:
-        back = _list_of(query)
-        what = _describe_all(site, action, back)
-        fields = {"action": f"{action}_all", **back}
+        where = _List.of(query)
+        what = _describe_all(site, action, where)
+        fields = {"action": f"{action}_all", **where._asdict()}
+        leave = where.href
     question = f"{action.capitalize()} {what}?"
     kind = "button danger" if action == "delete" else "button primary"
-    form = _form(fields, action.capitalize(), kind, "sure")
-    leave = _tag("a", "No, go back", href=_href(**back), class_="button")
+    buttons = [
+        _form(action.capitalize(), kind, "sure", fields),
+        _tag("a", "No, go back", href=leave, class_="button"),
+    ]
     return question, _tag(
         "div", _tag("h1", question), detail, _tag("p", _EFFECTS[action], class_="dim"),
-        _tag("div", form, leave, class_="actions"), class_="question",
+        _tag("div", buttons, class_="actions"), class_="question",
     )  # fmt: skip
 
 
-def _list_of(query: dict[str, str]) -> dict[str, str]:
-    """Return the list that a query or a form is about."""
-    return {name: query.get(name, "") for name in ("queue", "state", "find")}
-
-
-def _describe_all(site: _Site, action: str, where: dict[str, str]) -> str:
+def _describe_all(site: _Site, action: str, where: _List) -> str:
     """Return what an action for a whole list is about, or raise _NotFound."""
-    container = site.container(where["queue"], where["state"])
-    if action not in _actions_of_list(where["state"]):
-        raise _NotFound("There is no such question.")
-    count: int = _execute_one(site.connection, *container.size_command())
-    if where["find"]:
-        count = len(_search(site, [container], where["find"]))
-    state = where["state"].replace("_", " ")
-    text = f"all {_plural(count, f'{state} job')} of {where['queue']}"
-    if where["find"]:
-        text += f" with “{where['find']}” in the name"
-    return text
+    container = _container_of_action(site, action, where)
+    if where.find:
+        count = len(_search(site, [container], where.find))
+    else:
+        count = _execute_one(site.connection, *container.size_command())
+    jobs = _plural(count, f"{_spaced(where.state)} job")
+    text = f"all {jobs} of {where.queue}"
+    return f"{text} with “{where.find}” in the name" if where.find else text
 
 
-def _back_of(query: dict[str, str]) -> dict[str, str]:
-    """Return the query of the list to show after an action."""
-    names = ("queue", "state", "find")
-    back = {name: query.get(f"back_{name}", "") for name in names}
-    return {name: value for name, value in back.items() if value}
+def _container_of_action(site: _Site, action: str, where: _List) -> _JobContainer[Any]:
+    """Return the jobs with which to do something, or raise _NotFound."""
+    container = site.container(where.queue, where.state)
+    if action not in _actions_of_list(where.state):
+        raise _NotFound(f"there is no action {action} for a list")
+    return container
 
 
-def _act(site: _Site, fields: dict[str, str]) -> dict[str, str]:
-    """Do what a form says; return the query of the page to show then.
+def _address_after(fields: dict[str, str], default: str) -> str:
+    """Return the address of the list from which an action came, or the default.
+
+    It is made of the parts of `back`, so that it is one of our own."""
+    where = _List.of(_parse_query(fields.get("back", "").removeprefix("?")))
+    return where.href if any(where) else default
+
+
+def _stop(job: Job) -> None:
+    """Stop a job that runs."""
+    job.refresh()
+    _send_stop(job)
+
+
+_CHANGES: dict[str, Callable[[Job], Any]] = {
+    "requeue": Job.requeue, "delete": Job.delete, "cancel": Job.cancel, "stop": _stop,
+}  # fmt: skip
+
+
+def _act(site: _Site, fields: dict[str, str]) -> str:
+    """Do what a form says; return the address of the page to show then.
 
     Raises _NotFound, NoSuchJobError or InvalidJobOperation if that can't be done."""
     action = fields.get("action", "")
-    log.info("page: %s", " ".join(f"{name}={value}" for name, value in fields.items()))
+    text = " ".join(f"{name}={value}" for name, value in fields.items())
+    log.info("page: %s", _printable(text))
     if action in ("requeue_all", "delete_all"):
-        return _act_on_list(site, fields)
+        where = _List.of(fields)
+        _act_on_list(site, action.removesuffix("_all"), where)
+        return where.href
     job = _existing_job(site, fields)
-    handle = Job(job.id, site.queue(job.queue))
-    if action == "requeue":
-        handle.requeue()
-    elif action == "delete":
-        handle.delete()
-        return _back_of(fields) or {"queue": job.queue, "state": job.status}
-    elif action == "cancel":
-        handle.cancel()
-    elif action == "stop":
-        handle.refresh()
-        _send_stop(handle)
-    else:
+    if action not in _CHANGES:
         raise _NotFound(f"there is no action {action}")
-    return _back_of(fields) or {"job": job.id, "queue": job.queue}
+    _CHANGES[action](Job(job.id, site.queue(job.queue)))
+    default = _href(job=job.id, queue=job.queue)
+    if action == "delete":
+        default = _href(queue=job.queue, state=job.status)
+    return _address_after(fields, default)
 
 
-def _act_on_list(site: _Site, fields: dict[str, str]) -> dict[str, str]:
+def _act_on_list(site: _Site, action: str, where: _List) -> None:
     """Requeue or delete the jobs of a list, a thousand in a round trip."""
-    where = _list_of(fields)
-    container = site.container(where["queue"], where["state"])
-    action = fields["action"].removesuffix("_all")
-    if action not in _actions_of_list(where["state"]):
-        raise _NotFound(f"there is no action {action}")
-    if where["find"]:
-        ids = [id for _, id in _search(site, [container], where["find"])]
+    container = _container_of_action(site, action, where)
+    if where.find:
+        ids = [id for _, id in _search(site, [container], where.find)]
     else:
         ids = _follow(site.connection, _read_ids(container))
     to = "gone" if action == "delete" else "queued"
     for chunk in _chunks(ids):
         _move_jobs(site, container, chunk, to)
-    return where
 
 
 def _move_jobs(
     site: _Site, container: _JobContainer[Any], ids: Sequence[str], to: str
 ) -> int:
     """Move those of the jobs that are still in the container; return how many."""
+    state = container.container
     commands = []
     for id in ids:
         call_id = secrets.token_hex(4)
-        commands.append(
-            _transition_command(container.prefix, id, container.container, to, call_id)
-        )
-    replies = [
-        _TransitionReply.parse(reply) for reply in _execute(site.connection, *commands)
-    ]
-    _relay(site.connection, [each for reply in replies for each in reply.messages])
-    return [reply.was for reply in replies].count(container.container)
+        commands.append(_transition_command(container.prefix, id, state, to, call_id))
+    moved = 0
+    messages: list[Message] = []
+    for each in _execute(site.connection, *commands):
+        reply = _TransitionReply.parse(each)
+        messages += reply.messages
+        moved += 1 if reply.was == state else 0
+    _relay(site.connection, messages)
+    return moved
 
 
 # The frame of a page.
@@ -17610,7 +17666,7 @@ dd { margin: 0; overflow-wrap: anywhere; }
 .numbers dd {
   font-size: 1.35rem; font-weight: 600; line-height: 1.3; white-space: nowrap;
 }
-.numbers .failed dd, .numbers .failures dd { color: var(--bad); }
+.numbers .bad dd { color: var(--bad); }
 figure { margin: 0; padding: 1rem 1rem .5rem; }
 svg { display: block; width: 100%; height: 84px; }
 .base { fill: var(--base); } .good { fill: var(--good); } .bad { fill: var(--bad); }
@@ -17832,10 +17888,15 @@ def _security_headers() -> tuple[tuple[str, str], ...]:
 
 class _WebRequest(NamedTuple):
     method: str
-    path: str
+    path: str  # where the application is mounted, it may begin with the prefix
     query: str
     headers: dict[str, str]  # their names in lower case
     body: bytes
+
+    @property
+    def name(self) -> str:
+        """What is asked for: "metrics", "health", or "" for the page."""
+        return self.path.rpartition("/")[2]
 
 
 class _WebAnswer(NamedTuple):
@@ -17854,6 +17915,10 @@ def _plain_answer(status: int, text: str, *headers: tuple[str, str]) -> _WebAnsw
     return _WebAnswer(
         status, f"{text}\n".encode(), "text/plain; charset=utf-8", headers
     )
+
+
+def _redirect(address: str) -> _WebAnswer:
+    return _WebAnswer(303, headers=(("Location", address),))
 
 
 def _parse_query(text: str) -> dict[str, str]:
@@ -17886,10 +17951,7 @@ class _WebApp:
     def answer(self, request: _WebRequest) -> _WebAnswer:
         """Return the answer to a request.  It never raises."""
         try:
-            refusal = self._refuse(request)
-            if refusal is not None:
-                return refusal
-            return self._route(request)
+            return self._refuse(request) or self._route(request)
         except _NotFound as error:
             return self._message(404, "Not found", str(error))
         except (NoSuchJobError, InvalidJobOperation) as error:
@@ -17897,7 +17959,7 @@ class _WebApp:
         except ServerUnavailable as error:
             return self._message(503, "No answer from Redis", str(error))
         except Exception:
-            log.exception("page %s", request.query)
+            log.exception("page %s", _printable(request.query))
             text = "The log of this server says what went wrong."
             return self._message(500, "An error", text)
 
@@ -17907,14 +17969,14 @@ class _WebApp:
         return _WebAnswer(status, _frame(title, main, still=status == 409))
 
     def _refuse(self, request: _WebRequest) -> _WebAnswer | None:
-        """Return the refusal of a request that is not allowed, else None."""
+        """Return the refusal of a request that is not allowed, else None.  /health
+        needs no password, since what restarts or warns may have none."""
         if request.method not in ("GET", "HEAD", "POST"):
             return _plain_answer(405, "use GET or POST", ("Allow", "GET, HEAD, POST"))
-        if self._loopback_only and not _is_loopback(
-            _host_of(request.headers.get("host", ""))
-        ):
+        host = _host_of(request.headers.get("host", ""))
+        if self._loopback_only and not _is_loopback(host):
             return _plain_answer(403, "this page is for a browser on its own machine")
-        if self._password is not None and not self._knows_password(request):
+        if request.name != "health" and not self._may_look(request):
             challenge = ("WWW-Authenticate", 'Basic realm="microq", charset="UTF-8"')
             return _plain_answer(401, "give the password", challenge)
         if request.method == "POST":
@@ -17924,7 +17986,10 @@ class _WebApp:
                 return _plain_answer(403, "this request comes from another site")
         return None
 
-    def _knows_password(self, request: _WebRequest) -> bool:
+    def _may_look(self, request: _WebRequest) -> bool:
+        """Return whether a request has the password, or none is needed."""
+        if self._password is None:
+            return True
         scheme, _, credentials = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "basic":
             return False
@@ -17932,22 +17997,31 @@ class _WebApp:
             _, _, password = base64.b64decode(credentials).partition(b":")
         except ValueError:
             return False
-        return hmac.compare_digest(password, (self._password or "").encode())
+        return hmac.compare_digest(password, self._password.encode())
 
     def _route(self, request: _WebRequest) -> _WebAnswer:
+        """Return the answer to a request that is allowed."""
         site = self._site
-        if request.path.endswith("/metrics"):
+        if request.name == "health":
+            return self._health(request)
+        if request.name == "metrics":
             kind = "text/plain; version=0.0.4; charset=utf-8"
             return _WebAnswer(200, _metrics(site.connection, site.names).encode(), kind)
-        query = _parse_query(request.query)
-        if request.path.endswith("/health"):
-            trouble = _health(site.connection, site.names)
-            return _plain_answer(503 if trouble else 200, trouble or "ok")
+        if request.name:
+            raise _NotFound(f"there is no page {request.name}")
         if request.method == "POST":
             fields = _parse_query(request.body.decode(errors="replace"))
-            location = _href(**_act(site, fields))
-            return _WebAnswer(303, headers=(("Location", location),))
-        return self._show(query)
+            return _redirect(_act(site, fields))
+        return self._show(_parse_query(request.query))
+
+    def _health(self, request: _WebRequest) -> _WebAnswer:
+        """Return whether all is well; no names for those who may not look."""
+        trouble, details = _health(self._site.connection, self._site.names)
+        if not trouble:
+            return _plain_answer(200, "ok")
+        if details and self._may_look(request):
+            trouble += f": {details}"
+        return _plain_answer(503, trouble)
 
     def _show(self, query: dict[str, str]) -> _WebAnswer:
         """Return the page that a query asks for."""
@@ -17962,20 +18036,20 @@ class _WebApp:
             if re.fullmatch(r"[A-Za-z0-9_-]{1,200}", find, re.A):
                 job = site.find_job(find)
                 if job:
-                    location = _href(job=job.id, queue=job.queue)
-                    return _WebAnswer(303, headers=(("Location", location),))
-            title, main = _list_view(site, {**query, "find": find})
+                    return _redirect(_href(job=job.id, queue=job.queue))
+            title, main = _list_view(site, query)
         else:
-            title, main = "Overview", _overview(site)
+            title = "Overview"
+            main = _overview(site)
         return _WebAnswer(200, _frame(title, main, find))
 
     # WSGI and ASGI
 
     def _call_wsgi(self, environ: dict[str, Any], start_response: Any) -> list[bytes]:
-        headers = {
-            name[5:].replace("_", "-").lower(): value
-            for name, value in environ.items() if name.startswith("HTTP_")
-        }  # fmt: skip
+        headers = {}
+        for name, value in environ.items():
+            if name.startswith("HTTP_"):
+                headers[name[5:].replace("_", "-").lower()] = value
         body = b""
         length = environ.get("CONTENT_LENGTH") or "0"
         if length.isdecimal() and int(length) <= _MAX_BODY:
@@ -17996,31 +18070,40 @@ class _WebApp:
             return
         if scope["type"] != "http":
             raise RuntimeError(f"this serves HTTP, not {scope['type']}")
-        headers = {
-            name.decode("latin-1").lower(): value.decode("latin-1")
-            for name, value in scope["headers"]
-        }
-        body = b""
-        has_more = True
-        while has_more and len(body) <= _MAX_BODY:
-            event = await receive()
-            if event["type"] == "http.disconnect":
-                return
-            body += event.get("body", b"")
-            has_more = event.get("more_body", False)
-        if has_more:  # it is too long: a part of it may do more than the whole
-            body = b""
+        body = await _receive_body(receive)
+        if body is None:
+            return
+        headers = {}
+        for name, value in scope["headers"]:
+            headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+        path = scope["path"]
+        prefix = scope.get("root_path", "")  # some servers leave it in the path
+        if prefix and path == prefix:
+            path = ""
         query = scope["query_string"].decode("latin-1")
-        request = _WebRequest(scope["method"], scope["path"], query, headers, body)
+        request = _WebRequest(scope["method"], path, query, headers, body)
         answer = await asyncio.to_thread(self.answer, request)
-        pairs = [
-            (n.lower().encode(), v.encode("latin-1")) for n, v in answer.all_headers()
-        ]
-        await send(
-            {"type": "http.response.start", "status": answer.status, "headers": pairs}
-        )
+        pairs = []
+        for name, value in answer.all_headers():
+            pairs.append((name.lower().encode(), value.encode("latin-1")))
+        start = {"type": "http.response.start", "status": answer.status}
+        await send({**start, "headers": pairs})
         shown = b"" if request.method == "HEAD" else answer.body
         await send({"type": "http.response.body", "body": shown})
+
+
+async def _receive_body(receive: Any) -> bytes | None:
+    """Return the body of a request of ASGI, None if the client went away.  It is empty
+    if it is too long: a part of it may do more than the whole."""
+    body = b""
+    has_more = True
+    while has_more and len(body) <= _MAX_BODY:
+        event = await receive()
+        if event["type"] == "http.disconnect":
+            return None
+        body += event.get("body", b"")
+        has_more = event.get("more_body", False)
+    return b"" if has_more else body
 
 
 async def _answer_lifespan(receive: Any, send: Any) -> None:
@@ -18048,20 +18131,26 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
+_DEFAULT_PORTS = {"http": ":80", "https": ":443"}  # a browser leaves them out
+
+
 def _is_same_origin(headers: dict[str, str]) -> bool:
     """Return whether a request comes from our own page, or from no browser.
 
     A browser sends Sec-Fetch-Site to https and to loopback, and Origin with every POST.
-    A page of another site can't set these, nor X-Forwarded-Host, which a proxy adds."""
+    A page of another site can't set these, nor X-Forwarded-Host, in which a proxy tells
+    what Host was; the first proxy is the first of the list."""
     site = headers.get("sec-fetch-site")
     if site is not None:
         return site == "same-origin"
     origin = headers.get("origin")
     if origin is None:
         return True
-    host = origin.partition("://")[2]
-    ours = (headers.get("host"), headers.get("x-forwarded-host"))
-    return host != "" and host in ours
+    scheme, _, host = origin.lower().partition("://")
+    forwarded = headers.get("x-forwarded-host", "").partition(",")[0]
+    port = _DEFAULT_PORTS.get(scheme, "")
+    ours = [headers.get("host", ""), forwarded.strip()]
+    return host != "" and host in [each.lower().removesuffix(port) for each in ours]
 
 
 def web(
@@ -18076,8 +18165,10 @@ def web(
     queues     - names of those to show, all
 
     It may be mounted anywhere.  Who may look is otherwise up to what it is mounted in.
+    The page is at the path where it is mounted, and at any path that ends with "/";
     `<path>/metrics` is for Prometheus, and `<path>/health` for what restarts or warns:
-    200, or 503 with the reason if Redis does not answer or nobody serves `queues`."""
+    200, or 503 with the reason if Redis does not answer or nobody serves `queues`.
+    /health needs no password, and names no queues to those who do not give it."""
     for name in queues:
         _queue_prefix(name)  # ValueError for a bad name
     if password == "":
@@ -18212,6 +18303,33 @@ class _Trouble(NamedTuple):
     remedy: str
 
 
+class _Holders(NamedTuple):
+    """Which jobs of a queue are held, and by whom."""
+
+    tokens: dict[bytes, bytes]  # by the ids of jobs
+    leases: dict[bytes, bytes]  # by the names of workers
+
+    def unheld(self) -> set[bytes]:
+        """Return the ids of jobs whose worker is none of the queue."""
+        ids = set()
+        for id, token in self.tokens.items():
+            execution = token.partition(b" ")[0]
+            if execution.rpartition(b".")[0] not in self.leases:
+                ids.add(id)
+        return ids
+
+
+def _read_holders(connection: Any, queues: Sequence[Queue]) -> list[_Holders]:
+    """Return the holders of the queues' jobs.  One round trip, or none."""
+    commands: list[Command] = []
+    for queue in queues:
+        commands.append(("HGETALL", f"{queue.prefix}started"))
+        commands.append(("HGETALL", f"{queue.prefix}workers"))
+    replies = _execute(connection, *commands) if commands else []
+    hashes = [dict(_field_pairs(reply)) for reply in replies]
+    return [_Holders(*pair) for pair in zip(hashes[::2], hashes[1::2], strict=True)]
+
+
 class _Patient(NamedTuple):
     """What the checks look at."""
 
@@ -18220,6 +18338,7 @@ class _Patient(NamedTuple):
     info: dict[str, str]  # what INFO says of the server
     snapshot: _Snapshot
     asked_at: float  # by the clock of this process, when the snapshot was taken
+    holders: list[_Holders]  # of each queue
 
 
 def _examine(connection: Any, names: Sequence[str]) -> Iterator[_Trouble]:
@@ -18229,7 +18348,8 @@ def _examine(connection: Any, names: Sequence[str]) -> Iterator[_Trouble]:
     before = time.time()
     snapshot = _take_snapshot(connection, [queue.name for queue in queues])
     asked_at = (before + time.time()) / 2
-    patient = _Patient(connection, queues, info, snapshot, asked_at)
+    holders = _read_holders(connection, queues)
+    patient = _Patient(connection, queues, info, snapshot, asked_at, holders)
     for check in (
         _check_server, _check_persistence, _check_clock, _check_client, _check_rights,
         _check_workers, _check_schedules, _check_cron, _check_started, _check_records,
@@ -18310,43 +18430,58 @@ def _check_client(patient: _Patient) -> Iterator[_Trouble]:
         yield _Trouble(text, "give the client 5 s or more, or none")
 
 
-# Calls of commands that change nothing, by a script: KEYS[1] does not exist, or is
-# deleted at the end.  A test checks that all commands of the scripts are here.
-_HARMLESS_CALLS = {
-    "DEL": (), "EXISTS": (), "EXPIRE": (1,), "GET": (), "HDEL": ("a",),
-    "HEXISTS": ("a",), "HGET": ("a",), "HGETALL": (), "HKEYS": (), "HLEN": (),
-    "HMGET": ("a",), "HSTRLEN": ("a",), "LINDEX": (0,), "LLEN": (), "LPOP": (),
-    "LPOS": ("a",), "LRANGE": (0, 0), "LREM": (0, "a"), "LTRIM": (0, 0),
-    "PERSIST": (), "PEXPIRE": (1,), "PTTL": (), "PUBLISH": ("",), "SCARD": (),
-    "SMEMBERS": (), "SPOP": (1,), "SRANDMEMBER": (1,), "SREM": ("a",),
-    "SUNION": (), "ZADD": ("XX", 1, "a"), "ZCARD": (), "ZCOUNT": (0, 0),
-    "ZRANGE": (0, 0), "ZRANGEBYSCORE": (0, 0), "ZREM": ("a",),
-    "ZREMRANGEBYRANK": (0, 0), "ZREMRANGEBYSCORE": (0, 0),
-    "ZREVRANGEBYSCORE": (0, 0), "ZSCORE": ("a",),
-    # These make the key, each one after it was deleted.
-    "HSET": ("a", 1), "LPUSH": ("a",), "RPUSH": ("a",), "SADD": ("a",), "SET": ("a",),
-}  # fmt: skip
+# Calls of commands that change nothing: `key` does not exist, or is deleted after the
+# call.  A test checks that all commands of the scripts are here.
+_HARMLESS_CALLS = """
+    del key; exists key; expire key 1; get key; hdel key a; hexists key a; hget key a
+    hgetall key; hkeys key; hlen key; hmget key a; hset key a 1; hstrlen key a
+    lindex key 0; llen key; lpop key; lpos key a; lpush key a; lrange key 0 0
+    lrem key 0 a; ltrim key 0 0; memory usage key; persist key; pexpire key 1; pttl key
+    publish key a; rpush key a; sadd key a; scard key; set key 1; smembers key
+    spop key 1; srandmember key 1; srem key a; sunion key; zadd key xx 1 a; zcard key
+    zcount key 0 0; zrange key 0 0; zrangebyscore key 0 0; zrem key a
+    zremrangebyrank key 0 0; zremrangebyscore key 0 0; zrevrangebyscore key 0 0
+    zscore key a
+"""
 _TRY_COMMAND = """
-local reply = redis.pcall(ARGV[1], KEYS[1], unpack(ARGV, 2))
-if ARGV[1] ~= 'DEL' then redis.pcall('DEL', KEYS[1]) end
+-- Call a command; return its error, or '' if there is none.
+-- KEYS  the key        ARGV  words of the command, with 'key' for the key
+local words = {}
+for i, word in ipairs(ARGV) do words[i] = word == 'key' and KEYS[1] or word end
+local reply = redis.pcall(unpack(words))
+if words[1] ~= 'del' then redis.pcall('DEL', KEYS[1]) end
 return type(reply) == 'table' and reply.err or ''
 """
+# Texts of an error by which a server denies a command: in a script of Redis 6 to 7.0,
+# in one of later ones and of Valkey, and outside of scripts.
+_DENIALS = rb"executing the script can't|ACL failure|NOPERM"
 
 
 def _check_rights(patient: _Patient) -> Iterator[_Trouble]:
-    """Try the commands that the scripts call."""
-    key = "microq:{doctor}:try"
+    """Try the commands that the scripts call.  One round trip."""
+    prefix = patient.queues[0].prefix if patient.queues else "microq:{doctor}:"
+    calls = [call.split() for call in re.split(r"[;\n]", _HARMLESS_CALLS.strip())]
+    commands = [("EVAL", _TRY_COMMAND, 1, f"{prefix}try", *call) for call in calls]
+    try:
+        replies = _execute(patient.connection, *commands)
+    except redis_errors.NoPermissionError:
+        yield _Trouble("this user may not run scripts", "allow +eval and +evalsha")
+        return
+    except redis_errors.ResponseError as error:
+        yield _Trouble(f"scripts fail: {error}", "see the server's log")
+        return
     missing = []
-    for name, args in _HARMLESS_CALLS.items():
-        reply = _ask(patient.connection, "EVAL", _TRY_COMMAND, 1, key, name, *args)
-        if reply is None:
-            yield _Trouble("this user may not run scripts", "allow +eval and +evalsha")
-            return
-        if re.search(rb"ACL failure|can't (run|access)|NOPERM", reply):
-            missing.append(name.lower())
+    errors: dict[str, str] = {}  # others than a denial, and a command that has it
+    for call, reply in zip(calls, replies, strict=True):
+        if re.search(_DENIALS, reply):
+            missing.append(call[0])
+        elif reply:
+            errors.setdefault(reply.decode(errors="replace").strip(), call[0])
     if missing:
         text = f"this user may not run {', '.join(missing)}"
         yield _Trouble(text, "see the ACL in the README")
+    for text, name in errors.items():
+        yield _Trouble(f"{name} fails: {text}", "see the server's log")
 
 
 def _check_workers(patient: _Patient) -> Iterator[_Trouble]:
@@ -18361,10 +18496,8 @@ def _check_workers(patient: _Patient) -> Iterator[_Trouble]:
             yield _Trouble(text, f"{_PROGRAM} worker {state.name}")
     if snapshot.suspended:
         yield _Trouble("workers are suspended", f"{_PROGRAM} resume")
-    commands = [("HGETALL", f"{queue.prefix}workers") for queue in patient.queues]
-    replies = _execute(patient.connection, *commands) if commands else []
-    for queue, reply in zip(patient.queues, replies, strict=True):
-        for name, lease in _field_pairs(reply):
+    for queue, holders in zip(patient.queues, patient.holders, strict=True):
+        for name, lease in holders.leases.items():
             beat, seconds, *_ = (*lease.split(), b"0", b"0")
             with contextlib.suppress(ValueError):
                 silent = snapshot.now - float(beat)
@@ -18400,21 +18533,18 @@ def _check_cron(patient: _Patient) -> Iterator[_Trouble]:
 
 def _check_started(patient: _Patient) -> Iterator[_Trouble]:
     """Look for jobs that are held by no worker: nobody would settle them."""
-    for queue in patient.queues:
-        started, names = _execute(
-            patient.connection,
-            ("HGETALL", f"{queue.prefix}started"),
-            ("HKEYS", f"{queue.prefix}workers"),
-        )
-        lost = [
-            id.decode(errors="replace")
-            for id, token in _field_pairs(started)
-            if token.partition(b" ")[0].rpartition(b".")[0] not in names
-        ]
+    suspects = [each.unheld() for each in patient.holders]
+    if not any(suspects):
+        return
+    # Again: a worker may have released a job, and left, between the two replies.
+    confirmed = _read_holders(patient.connection, patient.queues)
+    for queue, before, now in zip(patient.queues, suspects, confirmed, strict=True):
+        lost = sorted(before & now.unheld())
         if lost:
+            id = lost[0].decode(errors="replace")
             jobs = _plural(len(lost), "started job")
-            text = f"{jobs} of {queue.name} without a worker, as "
-            yield _Trouble(text + lost[0], f"{_PROGRAM} job {lost[0]}, and delete it")
+            text = f"{jobs} of {queue.name} without a worker, as {id}"
+            yield _Trouble(text, f"{_PROGRAM} job {id}, and delete it")
 
 
 def _check_records(patient: _Patient) -> Iterator[_Trouble]:
@@ -18475,20 +18605,26 @@ def _check_failures(patient: _Patient) -> Iterator[_Trouble]:
 
 
 def _sizes(connection: Any, queues: Sequence[Queue]) -> Iterator[str]:
-    """Yield about how many bytes each queue takes, by a sample of its records."""
+    """Yield about how many bytes each queue takes, by a sample of its keys: those that
+    it has beside a record, as older results, count as a part of that record."""
     for queue in queues:
         counts = _execute(connection, *queue.size_commands())
-        keys = _sample_keys(queue)[:50]
+        keys = _sample_keys(queue)[:_MAX_SAMPLED]
         if not keys:
             continue
         try:
             sizes = _execute(connection, *[("MEMORY", "USAGE", key) for key in keys])
         except redis_errors.ResponseError:
             return
-        each = sum(filter(None, sizes)) / len(keys)
-        total = each * sum(counts)
-        jobs = _plural(sum(counts), "job")
-        yield f"{queue.name}: {jobs}, about {total / 1e6:,.1f} MB"
+        records = 0
+        for key, size in zip(keys, sizes, strict=True):
+            parts = key.removeprefix(f"{queue.prefix}job:".encode())
+            if size and b":" not in parts:
+                records += 1
+        if records:
+            total = sum(filter(None, sizes)) / records * sum(counts)
+            jobs = _plural(sum(counts), "job")
+            yield f"{queue.name}: {jobs}, about {total / 1e6:,.1f} MB"
 
 
 # ---- 21. Command line ----------------------------------------------------------------

@@ -3263,6 +3263,10 @@ def test_the_commands_in_the_readme_are_enough(server, redis):
             ]
             == 0
         )
+        for query in ("", "?queue=default&state=failed", f"?job={parent.id}"):
+            page = read(microq.web(client), query)
+        assert page.tags["details"] == 2
+        assert "default" in get(microq.web(client), path="/metrics")[2]
         jobs[0].save_meta()
         queue.get_job_position(queue.enqueue(add, pipeline=None))
         with client.pipeline() as pipe:
@@ -12486,7 +12490,7 @@ def test_health_tells_whether_redis_answers_and_queues_are_served(
 ):
     app = microq.web(redis, queues=["default", "low"])
     status, _, text = get(app, path="/health")
-    assert (status, text) == (503, "no worker serves default, low\n")
+    assert (status, text) == (503, "no worker serves some queues: default, low\n")
     start_worker("default", "low")
     assert get(app, path="/health")[::2] == (200, "ok\n")
     assert get(microq.web(redis), path="/a/health")[::2] == (200, "ok\n")
@@ -15846,9 +15850,9 @@ def test_search_is_by_id_then_by_function(app, shop):
 
 def test_page_changes_jobs(app, redis, queue, shop):
     failed = shop["failed"]
-    where = {"back_queue": "default", "back_state": "failed"}
-    answer = post(app, action="requeue", job=failed.id, queue="default", **where)
-    assert answer == (303, "?queue=default&state=failed")
+    where = "?queue=default&state=failed"
+    answer = post(app, action="requeue", job=failed.id, queue="default", back=where)
+    assert answer == (303, where)
     assert failed.is_queued
     answer = post(app, action="cancel", job=failed.id, queue="default")
     assert answer == (303, f"?job={failed.id}&queue=default")
@@ -16133,7 +16137,7 @@ def test_password_is_asked_for(redis, shop):
         basic("ann:wrong"),
         basic("sésame"),
     ):
-        for path in ("/", "/metrics", "/health"):
+        for path in ("/", "/metrics", "/nope"):
             status, headers, text = get(app, path=path, authorization=header)
             assert status == 401 and "default" not in text
             assert headers["WWW-Authenticate"].startswith("Basic ")
@@ -16599,6 +16603,112 @@ def test_the_question_for_a_part_of_a_list_names_it(redis, queue):
     assert "with “ad” in the name?" in text[2]
 
 
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"x_forwarded_host": "jobs.example, 10.0.0.1"}, 303),
+        ({"host": "jobs.example:443"}, 303),
+        ({"host": "JOBS.example"}, 303),
+        ({"host": "jobs.example:80"}, 403),
+        ({"host": "jobs.example:8443"}, 403),
+        ({"x_forwarded_host": "10.0.0.1, jobs.example"}, 403),
+        ({"host": "jobs.example.evil"}, 403),
+    ],
+)
+def test_posts_come_from_the_host_that_the_browser_knows(app, shop, headers, status):
+    """Whatever proxies add to it."""
+    headers = {"host": "10.0.0.9:9181", "origin": "https://jobs.example"} | headers
+    body = f"action=requeue&job={shop['failed'].id}&queue=default"
+    assert get(app, method="POST", body=body, **headers)[0] == status
+
+
+def test_health_needs_no_password_and_names_nothing_without_it(redis, queue):
+    app = microq.web(redis, password="sesame")
+    assert get(app, path="/health")[::2] == (200, "ok\n")
+    app = microq.web(redis, password="sesame", queues=["default"])
+    refused = (503, "no worker serves some queues\n")
+    assert get(app, path="/jobs/health")[::2] == refused
+    login = "Basic " + base64.b64encode(b":sesame").decode()
+    status, _, text = get(app, path="/health", authorization=login)
+    assert (status, text) == (503, "no worker serves some queues: default\n")
+    assert get(app, path="/health/")[0] == get(app, path="/healthy")[0] == 401
+
+
+def test_unknown_paths_are_not_found(app):
+    for path in ("/nope", "/robots.txt", "/metrics/x", "/jobs/healthy"):
+        assert get(app, path=path)[0] == 404, path
+    for path in ("", "/", "/jobs/"):
+        assert get(app, path=path)[0] == 200, path
+
+
+def test_mounted_page_is_at_its_prefix_without_a_slash(app):
+    """Some servers of ASGI leave the prefix in the path."""
+    statuses = []
+
+    async def send(event):
+        statuses.append(event.get("status"))
+
+    async def receive():
+        return {"type": "http.request"}
+
+    for path, prefix in (("/jobs", "/jobs"), ("/jobs", "")):
+        scope = {
+            "type": "http", "method": "GET", "path": path, "root_path": prefix,
+            "query_string": b"", "headers": [],
+        }  # fmt: skip
+        asyncio.run(app(scope, receive, send))
+    assert statuses[::2] == [200, 404]
+
+
+def test_there_are_no_links_to_queues_that_are_not_shown(redis, shop):
+    for name in ("default", "low"):
+        app = microq.web(redis, queues=[name])
+        links = crawl(lambda query, app=app: get(app, query))
+        assert links
+        assert {parse_query(link).get("queue", name) for link in links} == {name}
+    child, parent = shop["child"], shop["parent"]
+    assert parent.id in read(app, f"?job={child.id}").text
+
+
+def test_the_dependents_that_are_shown_stay_the_same(app, redis, queue):
+    parent = queue.enqueue(add)
+    for _ in range(300):
+        queue.enqueue(add, depends_on=parent)
+    pages = [read(app, f"?job={parent.id}") for _ in range(3)]
+    assert pages[0].links == pages[1].links == pages[2].links
+    shown = len([link for link in pages[0].links if "job=" in link])
+    assert 10 < shown < 100
+    assert re.search(r"and 2\d\d more", pages[0].text)
+
+
+def test_large_older_results_are_not_copied(app, redis, queue):
+    """The page asks every two seconds."""
+    job = queue.enqueue(add)
+    for number in range(3):
+        redis.rpush(f"{job.key}:results", f"w.{number} 1.0 1.0\n{'x' * 200_000}")
+    assert read(app, f"?job={job.id}").tags["details"] == 3
+    redis.rpush(f"{job.key}:results", "w.4 1.0 1.0\n" + "x" * 2_000_000)
+    redis.config_resetstat()
+    page = read(app, f"?job={job.id}")
+    assert "cmdstat_lrange" not in redis.info("commandstats")
+    assert re.search("Older results take 2,[67].* bytes, and are not shown", page.text)
+
+
+def test_page_says_what_its_user_may_not_ask(server, redis, queue, permit):
+    job = queue.enqueue(add)
+    redis.rpush(f"{job.key}:results", "w.1 1.0 1.0\nx")
+    permit("-memory")
+    app = microq.web(redis_py.Redis.from_url(jobs_url(server)))
+    assert "may not run MEMORY USAGE" in read(app, f"?job={job.id}").text
+
+
+def test_the_log_of_an_action_is_one_line(app, caplog):
+    caplog.set_level("INFO", "microq")
+    post(app, action="delete", job="x\nforged: line")
+    [record] = caplog.records
+    assert "\n" not in record.getMessage()
+
+
 def test_an_empty_password_is_none(redis):
     with pytest.raises(ValueError, match="password"):
         microq.web(redis, password="")
@@ -16663,7 +16773,7 @@ def test_doctor_names_a_memory_that_is_nearly_full(redis, configure):
 
 def test_doctor_names_an_old_server(redis):
     info = microq._read_info(redis)
-    patient = microq._Patient(redis, [], info, None, 0)
+    patient = microq._Patient(redis, [], info, None, 0, [])
     assert not list(microq._check_server(patient))
     info.pop("valkey_version", None)
     info["redis_version"] = "6.0.16"
@@ -16712,7 +16822,15 @@ def test_doctor_tries_all_commands_of_the_scripts():
     for script in microq.SCRIPTS:
         called.update(re.findall(r"call\('([A-Z]+)'", script.lua))
         called.update(re.findall(r"'([LR]PUSH)'", script.lua))
-    assert called - {"TIME", "RENAME"} <= microq._HARMLESS_CALLS.keys()
+    tried = re.split(r"[;\n]", microq._HARMLESS_CALLS.strip())
+    names = {call.split()[0].upper() for call in tried}
+    assert called - {"TIME", "RENAME"} <= names
+
+
+def test_doctor_tells_a_full_server_from_rights_that_are_missing(redis, configure):
+    configure(maxmemory=1)
+    assert has_trouble(redis, "hset fails: .*OOM.*; see the server's log")
+    assert not has_trouble(redis, "may not run")
 
 
 def test_doctor_names_queues_that_nobody_serves(redis, queue):
@@ -16759,6 +16877,24 @@ def test_doctor_names_started_jobs_without_a_worker(redis, queue):
     assert not has_trouble(redis, "without a worker")
     redis.hdel(f"{Q}workers", "w")
     assert has_trouble(redis, f"1 started job of default without a worker, as {job.id}")
+
+
+def test_doctor_looks_twice_for_the_worker_of_a_started_job(redis, queue):
+    """The worker may have released the job, and left, between two replies."""
+    queue.enqueue(add)
+    claim(queue)
+    [holders] = microq._read_holders(redis, [queue])
+    left = microq._Holders(holders.tokens, {})
+    patient = microq._Patient(redis, [queue], {}, None, 0, [left])
+    assert left.unheld() and not list(microq._check_started(patient))
+
+
+def test_doctor_counts_what_a_job_has_beside_its_record(redis, queue):
+    for _ in range(2):
+        queue.enqueue(add)
+    redis.rpush(f"{queue.enqueue(add).key}:results", "1.0 1.0 w\n" + "x" * 6_000_000)
+    [line] = microq._sizes(redis, [queue])
+    assert re.search(r"3 jobs, about [67]\.\d MB", line)
 
 
 def test_doctor_names_records_that_are_in_no_container(redis, queue):
