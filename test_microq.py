@@ -5555,6 +5555,73 @@ def test_a_lost_run_is_not_counted(redis, queue):
     redis.delete(job.key)
 
 
+def test_the_connections_of_a_worker_are_closed_when_it_has_ended(
+    redis, queue, monkeypatch
+):
+    """Though somebody keeps the worker."""
+    made = []
+    make = microq._Connection._make
+
+    def note(connection):
+        made.append(connection)
+        return make(connection)
+
+    monkeypatch.setattr(microq._Connection, "_make", note)
+    with Worker(queue) as worker:
+        parent = queue.enqueue(add)
+        dependent = Queue("other", redis).enqueue(add, depends_on=parent)
+        wait_until(lambda: dependent.is_queued)
+    assert len(made) >= 4
+    assert all(connection.socket is None for connection in made)
+    assert worker.successful_job_count == 1
+
+
+@pytest.mark.parametrize("trouble", ["denied", "full"])
+def test_a_child_that_the_server_refuses_is_not_taken_for_hung(
+    server, redis, queue, permit, tmp_path, trouble
+):
+    """It may take any time until the server takes an outcome."""
+    url = jobs_url(server)
+    code = f"""
+import redis, microq, test_microq
+microq._BlockingConnection.BLPOP_TIMEOUT = 0.25
+connection = redis.Redis.from_url({url!r})
+microq.Worker("default", lease=0.5, connection=connection).work()
+"""
+    worker = start_script(code, stderr=subprocess.PIPE, text=True)
+    path = tmp_path / "log"
+    try:
+        job = queue.enqueue(append_twice, str(path), 0.2, max_crashes=0)
+        wait_until(path.exists)
+        if trouble == "denied":
+            permit("-evalsha", "-eval")
+        else:
+            redis.config_set("maxmemory", 1)
+        time.sleep(4)
+        permit("+@all")
+        redis.config_set("maxmemory", 0)
+        wait_until(lambda: not job.is_started)
+    finally:
+        permit("+@all")
+        redis.config_set("maxmemory", 0)
+        log = end_process(worker)
+    assert "hangs" not in log
+    assert job.is_finished
+
+
+def test_a_message_that_is_refused_does_not_end_a_worker(server, redis, queue, permit):
+    """It stays in the outbox until the server takes it."""
+    keys = ["~microq:{default}*", "~microq:worker:*", "~microq:inbox:*"]
+    permit("resetkeys", *keys, "~microq:queues", "~microq:suspended")
+    connection = redis_py.Redis.from_url(jobs_url(server))
+    dependent = Queue("other", redis).enqueue(add, depends_on=queue.enqueue(add))
+    with Worker("default", connection=connection, lease=1):
+        assert queue.enqueue(add, 1).latest_result(timeout=30).return_value == 1
+        assert dependent.is_deferred
+        permit("~*")
+        wait_until(lambda: dependent.is_queued)
+
+
 def test_a_run_is_timed_by_the_clock_of_the_server(redis, queue, run, wrong_clock):
     before = server_time(redis)
     job = queue.enqueue(add)
@@ -7961,6 +8028,20 @@ def test_a_worker_waits_for_the_lease_of_one_in_another_container(redis, queue):
     assert errors
 
 
+def test_the_record_of_another_process_of_the_same_number_is_waited_for(
+    redis, queue, caplog
+):
+    """A container that was started again may have the same process number."""
+    caplog.set_level("INFO", "microq")
+    worker = SimpleWorker(queue, "bee", lease=30)
+    record = worker._new_info() | {"instance": "a"}
+    redis.set("microq:worker:bee", json.dumps(record), px=700)
+    job = queue.enqueue(add)
+    work(worker)
+    assert job.is_finished
+    assert caplog.text.count("waiting for its next heartbeat") == 1
+
+
 @in_both_places
 def test_a_frozen_worker_ends_if_another_has_taken_its_name(
     redis, queue, start_worker, tmp_path, place
@@ -8835,6 +8916,12 @@ def test_standby_child_is_forked_before_its_predecessor_ends(
     wait_until(lambda: not any(map(is_alive, both)))
 
 
+def wait_until_reaped(path):
+    """Wait until the process that has noted its number in a file is no zombie, too."""
+    pid = int(Path(path).read_text())
+    wait_until(lambda: not state_of_process(pid))
+
+
 def test_a_child_asks_once_for_a_standby_child_and_so_does_the_next(
     queue, monkeypatch, tmp_path
 ):
@@ -8865,7 +8952,8 @@ def test_a_child_asks_once_for_a_standby_child_and_so_does_the_next(
     first = Queue.prepare_data(wait_for_file, (str(paths[0]),))
     second = Queue.prepare_data(wait_for_file, (str(paths[1]),))
     rest = [Queue.prepare_data(add)] * 254
-    jobs = queue.enqueue_many([*data, first, *rest, *data, second])
+    reaped = Queue.prepare_data(wait_until_reaped, (str(paths[0]),))
+    jobs = queue.enqueue_many([*data, first, *rest, reaped, *data, second])
     work(Worker(queue, jobs_per_fork=258, lease=3000))
     assert all(job.is_finished for job in jobs)
     assert forks[:3] == [False, True, True]
@@ -9176,6 +9264,60 @@ def test_late_reply_is_not_read_by_the_next_child(queue, start_worker):
     assert "Traceback" not in stop_and_read_log(worker)
     assert len({job.return_value() for job in jobs}) == 6
     assert all(len(job.results()) == 1 for job in jobs)
+
+
+class SlowOutput(io.StringIO):
+    """An output whose second flush takes until a file is there."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path = path
+        self.flushes = 0
+
+    def flush(self):
+        self.flushes += 1
+        if self.flushes == 2:
+            wait_until(Path(self.path).exists)
+
+
+def exit_slowly(path):
+    sys.stdout = SlowOutput(path)
+
+
+def test_a_child_that_ends_slowly_holds_nothing_up(queue, monkeypatch, tmp_path):
+    """The next child begins before its exit; here nothing but that ends the waits of
+    the supervisor."""
+    wait = microq._Supervisor._wait_for_commands
+    monkeypatch.setattr(
+        microq._Supervisor, "_wait_for_commands", lambda self, until: wait(self, 1e9)
+    )
+    path = tmp_path / "log"
+    jobs = [queue.enqueue(exit_slowly, str(path)), queue.enqueue(append, str(path))]
+    began = time.monotonic()
+    work(Worker(queue, jobs_per_fork=1, lease=3000))
+    assert all(job.is_finished for job in jobs)
+    assert time.monotonic() - began < 25
+
+
+def test_the_output_of_a_child_is_written_before_its_supervisor_is_told(server, queue):
+    """Which may end then, and kill it."""
+    queue.enqueue(print, "said", end="")
+    code = f"""
+        import os, redis, sys, time, microq
+        parent, wake = os.getpid(), microq._Wakeup.set
+
+        def wake_and_stay(wakeup):
+            wake(wakeup)
+            caller = sys._getframe(1).f_code.co_name
+            if os.getpid() != parent and caller == "_child_main":
+                time.sleep(60)
+
+        microq._Wakeup.set = wake_and_stay
+        connection = redis.Redis.from_url({server.url!r})
+        worker = microq.Worker("default", connection=connection, jobs_per_fork=1)
+        worker.work(max_jobs=1, logging_level=None)
+    """
+    assert run_script(code).stdout == "said"
 
 
 def test_jobs_claimed_behind_a_killed_job_are_released(queue):
@@ -9912,6 +10054,30 @@ def test_a_worker_that_lost_its_name_leaves_the_commands_there(
     worker.communicate(timeout=30)
     assert redis.lrange("microq:inbox:bee", 0, -1) == [b"command"]
     redis.delete("microq:worker:bee", "microq:inbox:bee")
+
+
+def test_a_worker_in_process_that_lost_its_name_ends_after_its_grace(
+    server, redis, queue, tmp_path
+):
+    code = f"""
+import redis, microq
+connection = redis.Redis.from_url({server.url!r})
+options = {{"lease": 1, "grace": 0.3, "connection": connection}}
+microq.SimpleWorker("default", "bee", **options).work()
+"""
+    worker = start_script(code, stderr=subprocess.PIPE, text=True)
+    try:
+        queue.enqueue(sleep_and_record_pid, str(tmp_path / "log"), 100)
+        pids_of_run(tmp_path / "log")
+        redis.set(
+            "microq:worker:bee", record_of_another_container(Worker(queue, "bee"))
+        )
+        log = worker.communicate(timeout=30)[1]
+    finally:
+        worker.kill()
+        worker.wait(30)
+    assert "the grace of 0.3 s is over" in log
+    redis.delete("microq:worker:bee")
 
 
 def test_the_model_in_short():
