@@ -7045,7 +7045,7 @@ def test_a_batch_watchdog_that_was_successful_tries_at_once_again(
 ):
     """Its pauses grow from one failure to the next only."""
     monkeypatch.setattr(microq, "SETTLE_AFTER", 5)
-    monkeypatch.setattr(microq, "SLOW_JOB_AFTER", 0.01)
+    monkeypatch.setattr(microq, "SLOW_JOB_AFTER", 0.1)
     settle_and_release = microq._SerialLoop._settle_and_release
     failures = iter([True, True, False, True, False])
 
@@ -7055,14 +7055,16 @@ def test_a_batch_watchdog_that_was_successful_tries_at_once_again(
         settle_and_release(loop)
 
     monkeypatch.setattr(microq._SerialLoop, "_settle_and_release", fail_at_times)
-    for _ in range(2):
-        IS_NEEDED.clear()
-        queue.enqueue_many([Queue.prepare_data(add)] * 3)
-        queue.enqueue(wait_until_needed)
-        behind = [queue.enqueue(add) for _ in range(3)]
-        with Worker(queue):
-            wait_until(lambda: queue.job_ids == [job.id for job in behind])  # noqa: B023
+    with Worker(queue):
+        queue.enqueue_many([Queue.prepare_data(add)] * 15)[-1].latest_result(30)
+        for _ in range(2):
+            IS_NEEDED.clear()
+            data = [Queue.prepare_data(wait_until_needed)]
+            slow, *behind = queue.enqueue_many(data + [Queue.prepare_data(add)] * 3)
+            ids = [job.id for job in behind]
+            wait_until(lambda: queue.job_ids == ids and slow.is_started)  # noqa: B023
             IS_NEEDED.set()
+            wait_until(lambda: behind[-1].is_finished)  # noqa: B023
     assert next(failures, None) is None
     assert caplog.text.count("batch watchdog of") == 1
 
