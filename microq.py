@@ -8191,6 +8191,7 @@ class _SharedState(ctypes.Structure):
         # Written by the supervisor.
         ("stop_requested", ctypes.c_bool),  # finish the current job, and end
         ("suspended", ctypes.c_bool),  # claim nothing
+        ("is_leaving", ctypes.c_bool),  # end once nothing is queued
         ("has_standby", ctypes.c_bool),  # the next child waits for its start
         ("give_up", ctypes.c_bool),  # interrupt all jobs, and end
         ("stop_requests", ctypes.c_uint64),  # how often _Slot.request_stop() was called
@@ -8467,9 +8468,6 @@ class _Loop:
         """Work until there is a reason to stop; return what is to follow."""
         raise NotImplementedError
 
-    def leave_when_idle(self) -> None:
-        """End once nothing is queued; for another thread."""
-
     def stop_job(self, job: _CurrentJob, grace: float) -> None:
         """Stop a job that runs; for another thread."""
 
@@ -8513,8 +8511,6 @@ class _WorkLoop(_Loop):
             on_data=self.shared.make_progress,
         )  # fmt: skip
         self.queue_order = list(instance.queues)
-        self.ends_when_idle = instance.limits.burst
-        self.is_leaving = False  # the block of a context manager has been left
         self.claimed: deque[Execution] = deque()  # to be run
         self.unsettled: list[_Run] = []  # has run, and is in no request yet
         self.to_release: list[Execution] = []  # is not to be run here
@@ -8546,10 +8542,10 @@ class _WorkLoop(_Loop):
         while True:
             self.shared.make_progress()
             self._extend_run_limit()
-            # Before the claim: leave_when_idle() may be called while the claim is under
-            # way.  A job that was enqueued before that call, but after the claim, has
-            # to run, so one more claim must find nothing.
-            may_end = self.ends_when_idle
+            # Before the claim: is_leaving may be set while the claim is under way.  A
+            # job that was enqueued before that, but after the claim, has to run, so one
+            # more claim must find nothing.
+            may_end = self._ends_when_idle()
             next_due = self._settle_and_claim(claim=True)
             if self.pending_webhooks or self.messages:
                 self._send_webhooks_due()
@@ -8611,11 +8607,9 @@ class _WorkLoop(_Loop):
         """Return the phase after the end of the loop: whether a new process goes on."""
         return _Phase.REPLACE if self._process_limit_reached() else _Phase.ENDED
 
-    def leave_when_idle(self) -> None:
-        """End once nothing is queued; for another thread."""
-        self.ends_when_idle = True
-        self.is_leaving = True
-        self.wakeup.set()
+    def _ends_when_idle(self) -> bool:
+        """Return whether to end once nothing is queued."""
+        return self.instance.limits.burst or self.shared.is_leaving
 
     # What the two kinds of loops do in their ways
 
@@ -8787,7 +8781,7 @@ class _WorkLoop(_Loop):
 
     def _raise_if_leaving(self, began: float, error: Exception) -> None:
         """Raise ServerUnavailable if the worker was told to end a lease ago."""
-        leaving = self.shared.stop_requested or self.is_leaving
+        leaving = self.shared.stop_requested or self.shared.is_leaving
         if leaving and time.monotonic() - began > self.instance.lease:
             text = f"no server takes the outcomes of worker {self.instance.name}"
             raise ServerUnavailable(f"{text}: {error}") from error
@@ -9502,10 +9496,14 @@ class Worker:
 
     The other parameters are taken for RQ's sake, and have no effect.
 
-    As a context manager it works in a thread for the life of the block, in-process;
-    leaving the block waits until nothing is queued.  With `async with`, coroutines run
-    on the event loop of the block; leaving it waits for what runs, and leaves what is
-    queued to other workers."""
+    As a context manager it works beside a program for the life of the block; leaving
+    the block waits until nothing is queued.  By default it works in a thread: then a
+    job that crashes ends the program, and one that blocks outside of Python, as in a
+    query, is interrupted at its timeout only when it returns.  With fork=True its jobs
+    run in a child process, under a supervisor that is forked from the main thread: use
+    it before the program starts threads, whose locks a fork copies as they are.  With
+    `async with`, coroutines run on the event loop of the block; leaving it waits for
+    what runs, and leaves what is queued to other workers."""
 
     around: ClassVar[list[Any]] = []
     lifespan: ClassVar[list[Any]] = []
@@ -9541,6 +9539,7 @@ class Worker:
         self.lease = _parse_seconds(lease, "lease")
         if fork is not None:
             self.fork = fork
+        self._forks_beside = fork is True  # as a context manager: by default a thread
         self._set_concurrency(concurrency)
         self._set_jobs_per_fork(jobs_per_fork)
         self._set_max_memory(max_memory)
@@ -9551,8 +9550,7 @@ class Worker:
         self.log_tracebacks = log_tracebacks
         self._info = self._new_info()  # the record of a worker, see _RECORD_TYPES
         self._instance: _Instance | None = None  # of its latest work() here
-        self._supervisor: _Supervisor | None = None  # these two as a context manager
-        self._thread: threading.Thread | None = None
+        self._background: _Background | None = None  # as a context manager
         self._event_loop: asyncio.AbstractEventLoop | None = None  # in `async with`
 
     def _set_hooks(
@@ -9895,42 +9893,40 @@ class Worker:
         return self._instance
 
     def __enter__(self) -> Worker:
-        self.fork = False  # a process must not fork beside running threads
-        len(self.queues[0])  # raises here, not in the thread, if there is no server
-        self._supervisor = _Supervisor(self.name, [self.begin_instance(self.name)])
-        self._thread = threading.Thread(
-            target=self._work_in_thread, name=f"worker {self.name}"
-        )
-        self._thread.start()
+        len(self.queues[0])  # raises here, not elsewhere, if there is no server
+        if self._forks_beside:
+            self._background = _WorkerProcess(self._make_supervisor)
+        else:
+            self.fork = False  # a process must not fork beside running threads
+            self._background = _WorkerThread(self._make_supervisor())
         return self
 
-    def _work_in_thread(self) -> None:
-        assert self._supervisor
-        with contextlib.suppress(SystemExit):  # after a cold shutdown
-            self._supervisor.run(None)
-
     def __exit__(self, kind: type[BaseException] | None, *details: Any) -> None:
-        assert self._supervisor and self._thread
-        self._supervisor.leave_when_idle()
-        if kind is not None:  # after an error, other workers run what is queued
-            self._supervisor.request_stop()
-        self._thread.join()
+        assert self._background
+        self._background.end(kind)
 
     async def __aenter__(self) -> Worker:
+        if self._forks_beside:
+            text = "async with runs coroutines on the event loop of the block"
+            raise ValueError(f"{text}; give no fork=True, or use with")
         self._event_loop = asyncio.get_running_loop()
         return await asyncio.to_thread(self.__enter__)
 
     async def __aexit__(self, *details: Any) -> None:
-        assert self._supervisor and self._thread
-        self._supervisor.request_stop()
+        assert self._background
+        self._background.request_stop()
         try:
-            await asyncio.to_thread(self._thread.join)
+            await asyncio.to_thread(self._background.wait, math.inf)
         except asyncio.CancelledError:  # the application waits no longer
-            self._supervisor.give_up()
-            await asyncio.to_thread(self._thread.join)
+            self._background.give_up()
+            await asyncio.to_thread(self._background.wait, math.inf)
             raise
         finally:
             self._event_loop = None
+
+    def _make_supervisor(self) -> _Supervisor:
+        """Return the supervisor of this worker beside a program."""
+        return _Supervisor(self.name, [self.begin_instance(self.name)])
 
     # RQ's other names.
 
@@ -10624,6 +10620,16 @@ def _make_loop(
     return loop_class(instance, connection, supervisor_wakeup, before_wait)
 
 
+def _check_fork() -> None:
+    """Raise RuntimeError if there can be no child processes here."""
+    if not hasattr(os, "fork"):
+        raise RuntimeError(
+            "this system can't fork; use SimpleWorker, or give fork=False"
+        )
+    if threading.current_thread() is not threading.main_thread():
+        raise RuntimeError("a worker in a thread can't fork; give it fork=False")
+
+
 class _Supervisor:
     """Keeps workers alive and under control: one whose loop runs in this process, or
     those whose loops run in children.
@@ -10666,6 +10672,8 @@ class _Supervisor:
         self.must_save_cron = True  # at the start, and if the server lost the entries
         self.reaps_orphans = self.forking and _inherits_orphans()
         self.companion = first.worker.companion
+        # The process of the program beside which it works; 0: it is the program.
+        self.program_pid = 0
 
     def _set_connections(self, instance: _Instance) -> None:
         """Make the connections; the one for commands of users waits at the inbox."""
@@ -10695,10 +10703,12 @@ class _Supervisor:
 
     def run(
         self, level: str | int | None, date_format: str | None = None,
-        log_format: str | None = None,
+        log_format: str | None = None, on_ready: Callable[[], None] | None = None,
     ) -> bool:  # fmt: skip
-        """Work until told to stop; return whether there were any jobs."""
-        self._check_fork()
+        """Work until told to stop; return whether there were any jobs.  `on_ready` is
+        called once it is signed on, and handles signals."""
+        if self.forking:
+            _check_fork()
         _set_up_log(level, date_format, log_format)
         _main_module_name()  # enters the main module under the name that jobs have
         self.sign_on()
@@ -10708,6 +10718,8 @@ class _Supervisor:
             try:
                 self.install_signal_handlers()
                 self._log_start()  # whoever reads it may send a signal
+                if on_ready:
+                    on_ready()
                 if self.loop:
                     self._run_in_process(self.loop)
                 else:
@@ -10724,17 +10736,6 @@ class _Supervisor:
             log.warning("cold shutdown: what was running will run again")
             raise SystemExit(1)
         return any(instance.shared.runs for instance in self.instances)
-
-    def _check_fork(self) -> None:
-        """Raise RuntimeError if children are wanted, and can't be had here."""
-        if not self.forking:
-            return
-        if not hasattr(os, "fork"):
-            raise RuntimeError(
-                "this system can't fork; use SimpleWorker, or give fork=False"
-            )
-        if threading.current_thread() is not threading.main_thread():
-            raise RuntimeError("a worker in a thread can't fork; give it fork=False")
 
     def _log_start(self) -> None:
         """Log who works where, and a warning if the server may evict jobs."""
@@ -10772,6 +10773,8 @@ class _Supervisor:
             self._try(self._reap_orphans)
             if self.companion:
                 wake_at = min(wake_at, self._try(self.companion.check))
+            if self.program_pid and os.getppid() != self.program_pid:
+                self.request_stop()  # the program has died
             if self.children and all(child.finished for child in self.children):
                 self.finished = True
             wake_at = min(wake_at, self._try(self._give_up_if_due))
@@ -11051,6 +11054,8 @@ class _Supervisor:
             ignored = [redis_errors.RedisError] if reports_once else []
             with contextlib.suppress(*ignored):
                 self._report_death(child)
+        if child.shared.is_leaving and child.shared.phase == _Phase.NO_ANSWER:
+            self.request_stop()  # it need not wait for a server that is gone
         must_end = child.shared.stop_requested or child.shared.phase == _Phase.ENDED
         if child.pid:
             return self._watch_child(child, now, must_end)
@@ -11130,6 +11135,8 @@ class _Supervisor:
         signals = list(_STOP_SIGNALS)
         if self.forking:
             signals.append(signal.SIGCHLD)
+        if self.program_pid:
+            signals += [_WorkerProcess.LEAVE, _WorkerProcess.GIVE_UP]
         for number in signals:
             signal.signal(number, self.on_signal)
         wakeup = self.wakeup if self.forking else self.instances[0].wakeup
@@ -11137,6 +11144,10 @@ class _Supervisor:
 
     def on_signal(self, number: int, frame: Any) -> None:
         """Finish the current jobs, or give them up; SIGCHLD only wakes."""
+        if self.program_pid and number == _WorkerProcess.LEAVE:
+            self.leave_when_idle()
+        elif self.program_pid and number == _WorkerProcess.GIVE_UP:
+            self.give_up()
         if number not in _STOP_SIGNALS:
             return
         now = time.monotonic()
@@ -11183,9 +11194,10 @@ class _Supervisor:
         self.wakeup.set()
 
     def leave_when_idle(self) -> None:
-        """End the loop in this process once nothing is queued; for another thread."""
-        if self.loop:
-            self.loop.leave_when_idle()
+        """Have the workers end once nothing is queued; for any thread."""
+        for instance in self.instances:
+            instance.shared.is_leaving = True
+            instance.wakeup.set()
 
     def heartbeat_now(self) -> None:
         """Send a heartbeat with the next step."""
@@ -11288,13 +11300,234 @@ class _JSONFormatter(logging.Formatter):
         return json.dumps(parts)
 
 
+class _Interrupted(KeyboardInterrupt, SystemExit):
+    """Ctrl-C in a program beside which workers worked, which have ended now.  It ends
+    the program without a traceback, unless it is caught as KeyboardInterrupt."""
+
+    def __init__(self) -> None:
+        super().__init__("Ctrl-C")
+        self.code = 130
+
+
+class _Background:
+    """Workers that work beside a program, until it leaves a block.
+
+    Subclasses say where: in a thread of the program, or in processes."""
+
+    def __init__(self) -> None:
+        self.interrupted_at = math.inf  # when Ctrl-C came
+        self.gave_up_at = math.inf  # when it came again
+
+    def leave_when_idle(self) -> None:
+        """Have the workers end once nothing is queued."""
+        raise NotImplementedError
+
+    def request_stop(self) -> None:
+        """Have the workers finish their current jobs, and end."""
+        raise NotImplementedError
+
+    def give_up(self) -> None:
+        """Have the workers give up their current jobs, which will run again."""
+        raise NotImplementedError
+
+    def wait(self, seconds: float) -> bool:
+        """Wait up to so many seconds for the end; return whether it has come."""
+        raise NotImplementedError
+
+    def raise_if_died(self) -> None:
+        """Raise MicroqError if the workers have ended before they should."""
+
+    def end(self, error: type[BaseException] | None) -> None:
+        """End the workers: once nothing is queued; after an error in the block, once
+        they have finished their current jobs.  Ctrl-C has these jobs finished, too, and
+        a second one has them given up; then this raises _Interrupted."""
+        with self._interrupts_handled():
+            self.leave_when_idle()
+            if error is not None:  # other workers run what is queued
+                self.request_stop()
+            if error is not None and issubclass(error, KeyboardInterrupt):
+                self._on_interrupt()
+            while not self.wait(0.2):
+                if time.monotonic() > self.gave_up_at + 3 * GIVE_UP_TIME:
+                    log.warning("a job can't be interrupted here; it is left behind")
+                    break
+        if self.interrupted_at != math.inf:
+            raise _Interrupted from None
+        if error is None:
+            self.raise_if_died()
+
+    @contextlib.contextmanager
+    def _interrupts_handled(self) -> Iterator[None]:
+        """Handle Ctrl-C in the block, unless the program does that by itself."""
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        before = signal.getsignal(signal.SIGINT)
+        if not in_main_thread or before is not signal.default_int_handler:
+            yield
+            return
+        signal.signal(signal.SIGINT, self._on_interrupt)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _on_interrupt(self, *details: Any) -> None:
+        """Finish the current jobs; give them up if this comes again, a second later."""
+        now = time.monotonic()
+        if self.interrupted_at == math.inf:
+            self.interrupted_at = now
+            self.request_stop()
+            if not self.wait(0.1):
+                log.warning("Ctrl-C: finishing the current job; again to give it up")
+        elif now - self.interrupted_at >= 1 and self.gave_up_at == math.inf:
+            self.gave_up_at = now
+            log.warning("Ctrl-C: giving up the current job, which will run again")
+            self.give_up()
+
+
+class _WorkerThread(_Background):
+    """A worker in a thread of the program.  The thread is a daemon: a job that can't be
+    interrupted must not keep a program that is to end."""
+
+    def __init__(self, supervisor: _Supervisor) -> None:
+        super().__init__()
+        self.supervisor = supervisor
+        self.thread = threading.Thread(
+            target=self._run, name=f"worker {supervisor.name}", daemon=True
+        )
+        self.thread.start()
+
+    def _run(self) -> None:
+        with contextlib.suppress(SystemExit):  # after a cold shutdown
+            self.supervisor.run(None)
+
+    def leave_when_idle(self) -> None:
+        self.supervisor.leave_when_idle()
+
+    def request_stop(self) -> None:
+        self.supervisor.request_stop()
+
+    def give_up(self) -> None:
+        self.supervisor.give_up()
+
+    def wait(self, seconds: float) -> bool:
+        self.thread.join(None if seconds == math.inf else seconds)
+        return not self.thread.is_alive()
+
+
+class _WorkerProcess(_Background):
+    """Workers whose supervisor is in a process that is forked from the program.
+
+    A fork, not a new program: the functions of a script, its connections and hooks are
+    there as they are, and the script does not run a second time.  The process has a
+    group of its own, so that Ctrl-C reaches the program alone, which passes it on.  If
+    the program dies, the workers finish their current jobs, and end."""
+
+    LEAVE: Any = getattr(signal, "SIGUSR1", None)  # Windows has none
+    GIVE_UP: Any = getattr(signal, "SIGUSR2", None)
+
+    def __init__(self, make_supervisor: Callable[[], _Supervisor]) -> None:
+        super().__init__()
+        _check_fork()
+        self.status: int | None = None  # as of os.wait(); None while it runs
+        self.was_stopped = False
+        program_pid = os.getpid()
+        reader, writer = os.pipe()
+        _flush_output()
+        self.pid = os.fork()
+        if not self.pid:
+            os.close(reader)
+            self._run(make_supervisor, program_pid, writer)
+        os.close(writer)
+        self._wait_until_ready(reader)
+
+    def _run(
+        self, make_supervisor: Callable[[], _Supervisor], program_pid: int, writer: int
+    ) -> NoReturn:
+        """Run the workers in the forked process, and end it.  Write to the program: a
+        byte when they are signed on, or the exception that prevents that."""
+        pipe = open(writer, "wb")  # noqa: SIM115
+
+        def on_ready() -> None:
+            pipe.write(b"!")
+            pipe.close()
+
+        try:
+            signal.set_wakeup_fd(-1)
+            os.setpgid(0, 0)
+            supervisor = make_supervisor()
+            supervisor.program_pid = program_pid
+            supervisor.run(None, on_ready=on_ready)
+            os._exit(0)
+        except SystemExit:
+            pass  # the workers were told to give up
+        except BaseException as error:
+            if pipe.closed:
+                log.exception("workers of the program %d", program_pid)
+            else:
+                pipe.write(pickle.dumps(error))
+                pipe.close()
+        finally:
+            _flush_output()
+            os._exit(1)
+
+    def _wait_until_ready(self, reader: int) -> None:
+        """Wait until the workers are signed on; raise what has prevented that."""
+        try:
+            with open(reader, "rb") as pipe:
+                answer = pipe.read()
+        except BaseException:
+            os.kill(self.pid, signal.SIGKILL)
+            raise
+        if answer == b"!":
+            return
+        self.wait(math.inf)
+        if not answer:
+            raise MicroqError("the process of the workers died when it started")
+        raise pickle.loads(answer)
+
+    def _signal(self, number: int) -> None:
+        if self.status is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def leave_when_idle(self) -> None:
+        self._signal(self.LEAVE)
+
+    def request_stop(self) -> None:
+        self.was_stopped = True
+        self._signal(signal.SIGTERM)
+
+    def give_up(self) -> None:
+        self._signal(self.GIVE_UP)
+
+    def wait(self, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while self.status is None:
+            end = _wait_for(self.pid)
+            if end:
+                self.status = end[1]
+            elif time.monotonic() >= deadline:
+                return False
+            else:
+                time.sleep(0.01)
+        return True
+
+    def raise_if_died(self) -> None:
+        if self.status and not self.was_stopped:
+            how = _Death(self.pid, self.status, None, None).describe()
+            raise MicroqError(f"the process of the workers {how}, before its time")
+
+
 class WorkerPool:
     """Several workers, each in a process of its own, under one parent.
 
     queues, connection - as for Worker, like further options
     num_workers        - how many, 1
     worker_class       - Worker, or a class derived from it
-    name               - of the pool; its workers are <name>-1, <name>-2, .."""
+    name               - of the pool; its workers are <name>-1, <name>-2, ..
+
+    As a context manager it works beside a program for the life of the block, as a
+    Worker with fork=True does."""
 
     def __init__(
         self, queues: Any, connection: Redis | None = None, num_workers: int = 1,
@@ -11315,6 +11548,7 @@ class WorkerPool:
         self._workers = [worker_class(queues, name=name, **options) for name in names]
         self.status = self.Status.IDLE
         self._supervisor: _Supervisor | None = None
+        self._background: _Background | None = None  # as a context manager
 
     class Status(enum.Enum):
         """Whether a pool works: RQ's names."""
@@ -11345,22 +11579,41 @@ class WorkerPool:
     ) -> bool:  # fmt: skip
         """Run jobs until told to stop; see Worker.work().  Limits are for each
         worker."""
-        # The pool's own name may be that of a worker, since nothing holds it.
-        inbox = self._workers[0].name
-        instances = [
-            each.begin_instance(inbox, burst, **limits) for each in self._workers
-        ]
-        self._supervisor = _Supervisor(self.name, instances, with_scheduler)
+        self._supervisor = self._make_supervisor(burst, with_scheduler, **limits)
         self.status = self.Status.STARTED
         try:
             return self._supervisor.run(logging_level, date_format, log_format)
         finally:
             self.status = self.Status.STOPPED
 
+    def _make_supervisor(
+        self, burst: bool = False, with_scheduler: bool = False, **limits: Any
+    ) -> _Supervisor:
+        # The pool's own name may be that of a worker, since nothing holds it.
+        inbox = self._workers[0].name
+        instances = [
+            worker.begin_instance(inbox, burst, **limits) for worker in self._workers
+        ]
+        return _Supervisor(self.name, instances, with_scheduler)
+
     def stop_workers(self) -> None:
         """Have the workers finish their current jobs, and end; for another thread."""
-        if self._supervisor:
-            self._supervisor.request_stop()
+        for each in (self._supervisor, self._background):
+            if each:
+                each.request_stop()
+
+    def __enter__(self) -> WorkerPool:
+        len(self._workers[0].queues[0])  # raises here, if there is no server
+        self._background = _WorkerProcess(self._make_supervisor)
+        self.status = self.Status.STARTED
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *details: Any) -> None:
+        assert self._background
+        try:
+            self._background.end(kind)
+        finally:
+            self.status = self.Status.STOPPED
 
 
 # ---- 11. Commands --------------------------------------------------------------------
@@ -14760,7 +15013,7 @@ class _ConcurrentLoop(_WorkLoop):
         elif self.waiting_claim and is_due:
             self._send_waiting_claim()
         due = self._read_reply()
-        is_wanted = self.last_claim_full or self.ends_when_idle or is_due
+        is_wanted = self.last_claim_full or self._ends_when_idle() or is_due
         may_claim = not self.waiting_claim and not self.claimed
         self._send_request(claim and is_wanted and may_claim)
         due = min(due, self._read_reply())
@@ -14861,7 +15114,7 @@ class _ConcurrentLoop(_WorkLoop):
     def _must_take_back(self) -> bool:
         """Return whether to take back the claim that waits for work.  It may claim too
         much when slots have become unusable: then there are jobs to release."""
-        leaves = self.ends_when_idle and not self._taken_count()
+        leaves = self._ends_when_idle() and not self._taken_count()
         return bool(leaves or self.to_release or self._claim_limit() == 0)
 
     def _take_back_claim(self) -> None:

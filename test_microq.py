@@ -7906,6 +7906,166 @@ def test_a_worker_in_the_background_finishes_what_is_queued(redis, queue):
     queue.empty()
 
 
+def worker_process(queue):
+    return Worker(queue, fork=True)
+
+
+def pool_of_two(queue):
+    return WorkerPool(queue, num_workers=2)
+
+
+in_processes = pytest.mark.parametrize("beside", [worker_process, pool_of_two])
+
+
+@in_processes
+def test_workers_beside_a_program_survive_their_jobs(redis, queue, monkeypatch, beside):
+    monkeypatch.setattr(microq, "KILL_GRACE", 0.1)
+    with beside(queue):
+        assert queue.enqueue(os.getppid).get(timeout=30) != os.getpid()
+        crashed = queue.enqueue(kill_self, max_crashes=0)
+        hanging = queue.enqueue(hold_the_gil, job_timeout=0.1)
+        behind = [queue.enqueue(sleep, 0.01) for _ in range(10)]
+    assert (crashed.is_failed, hanging.is_failed) == (True, True)
+    assert all(job.is_finished for job in behind)
+    assert not redis.hlen(Q + "workers")
+
+
+@in_processes
+def test_an_error_beside_workers_ends_them_after_their_current_jobs(
+    queue, tmp_path, beside
+):
+    paths = [tmp_path / str(number) for number in range(3)]
+    jobs = [queue.enqueue(wait_for_file, str(path)) for path in paths]
+    with pytest.raises(KeyError), beside(queue):
+        wait_until(paths[0].exists)
+        threading.Timer(0.2, Path(f"{paths[0]}.go").touch).start()
+        threading.Timer(0.2, Path(f"{paths[1]}.go").touch).start()
+        raise KeyError
+    assert jobs[0].is_finished
+    assert jobs[2].is_queued
+    queue.empty()
+
+
+def test_workers_beside_a_program_begin_or_raise(queue, tmp_path):
+    enter = worker_process(queue).__enter__
+    with futures.ThreadPoolExecutor(1) as executor, pytest.raises(RuntimeError):
+        executor.submit(enter).result()
+    second = Worker(queue, "bee", fork=True)
+    with Worker(queue, "bee", fork=True), pytest.raises(ValueError, match="is alive"):
+        second.__enter__()
+    nowhere = Queue(connection=redis_py.Redis(unix_socket_path=str(tmp_path / "none")))
+    for make in (worker_process, pool_of_two):
+        with pytest.raises(ServerUnavailable):
+            make(nowhere).__enter__()
+    with pytest.raises(ValueError, match="event loop"):
+        asyncio.run(Worker(queue, fork=True).__aenter__())
+
+
+def test_workers_beside_a_program_that_died_are_an_error(queue):
+    died = pytest.raises(microq.MicroqError, match="killed by signal 9")
+    with died, worker_process(queue):
+        os.kill(queue.enqueue(os.getppid).get(timeout=30), signal.SIGKILL)
+
+
+BESIDE = """
+import sys, redis
+from microq import *
+queue = Queue(connection=redis.Redis.from_url(sys.argv[1]))
+with {beside}:
+    try:
+        queue.enqueue("test_microq.{job}", sys.argv[2]).get(timeout=60)
+    finally:
+        print("left", flush=True)
+print("not reached")
+"""
+in_all_places = pytest.mark.parametrize(
+    "beside",
+    ["Worker(queue)", "Worker(queue, fork=True)", "WorkerPool(queue, num_workers=2)"],
+)
+
+
+def start_script_beside(redis, beside, path, job="wait_for_file"):
+    """Start a script with workers beside it, as the shell does; return it once the job
+    has begun."""
+    code = BESIDE.format(beside=beside, job=job)
+    script = subprocess.Popen(
+        [sys.executable, "-c", code, redis_url(redis), str(path)],
+        cwd=HERE,
+        env=clean_env(),
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_until(path.exists, 60)
+    return script
+
+
+def press_ctrl_c(script):
+    """Send SIGINT to the foreground group of the script's session."""
+    os.killpg(script.pid, signal.SIGINT)
+
+
+@in_all_places
+def test_ctrl_c_in_a_script_finishes_the_job_beside_it(redis, queue, tmp_path, beside):
+    script = start_script_beside(redis, beside, tmp_path / "here")
+    [job] = queue.started_job_registry.get_jobs()
+    press_ctrl_c(script)
+    read_log_until(script, "Ctrl-C: finishing the current job; again to give it up")
+    Path(tmp_path, "here.go").touch()
+    out, error = script.communicate(timeout=60)
+    assert (script.returncode, out, error) == (130, "left\n", "")
+    assert job.is_finished
+    assert not redis.hlen(Q + "workers")
+
+
+@in_all_places
+def test_a_second_ctrl_c_in_a_script_gives_up_the_job_beside_it(
+    redis, queue, tmp_path, beside
+):
+    script = start_script_beside(redis, beside, tmp_path / "here")
+    press_ctrl_c(script)
+    read_log_until(script, "finishing the current job")
+    time.sleep(1.1)
+    press_ctrl_c(script)
+    _, error = script.communicate(timeout=60)
+    assert script.returncode == 130
+    assert "giving up the current job" in error and "Traceback" not in error
+    assert queue.count == 1
+    queue.empty()
+
+
+def test_a_second_ctrl_c_leaves_a_job_behind_that_blocks_its_thread(
+    redis, queue, tmp_path
+):
+    script = start_script_beside(
+        redis, "Worker(queue, lease=1)", tmp_path / "here", "sleep_and_record_pid"
+    )
+    press_ctrl_c(script)
+    read_log_until(script, "finishing the current job")
+    time.sleep(1.1)
+    press_ctrl_c(script)
+    _, error = script.communicate(timeout=60)
+    assert script.returncode == 130
+    assert "it is left behind" in error and "Traceback" not in error
+    time.sleep(1)
+    queue.delete()
+
+
+@pytest.mark.parametrize("beside", ["Worker(queue, fork=True)", "WorkerPool(queue)"])
+def test_workers_whose_program_was_killed_finish_their_jobs(
+    redis, queue, tmp_path, beside
+):
+    script = start_script_beside(redis, beside, tmp_path / "here")
+    [job] = queue.started_job_registry.get_jobs()
+    script.kill()
+    script.wait(30)
+    Path(tmp_path, "here.go").touch()
+    assert job.get(timeout=30) == "gone on"
+    wait_until(lambda: not redis.hlen(Q + "workers"))
+    script.communicate(timeout=30)
+
+
 def test_a_worker_in_a_thread_cannot_fork(queue):
     errors = []
 
