@@ -10849,9 +10849,11 @@ class _Supervisor:
 
     def _load_scripts(self) -> None:
         """Load all scripts into the server: a request with a script that the server
-        does not know is sent twice."""
-        texts = [script.lua for script in SCRIPTS]
-        _execute(self.connection, *[("SCRIPT", "LOAD", text) for text in texts])
+        does not know is sent twice.  Not in a Cluster, where this command has no key
+        that tells the node: a pipeline of redis-py refuses it."""
+        if not _is_cluster(self.connection.client):
+            texts = [script.lua for script in SCRIPTS]
+            _execute(self.connection, *[("SCRIPT", "LOAD", text) for text in texts])
 
     def _take_name(self, instance: _Instance) -> None:
         """Hold the name of a worker from now on.  A process of that name which has died
