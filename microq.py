@@ -6755,11 +6755,9 @@ class _BaseQueue(_JobContainer[J]):
         return EnqueueData((func, args, kwargs), options)
 
     def _enqueue_many(
-        self,
-        job_datas: Iterable[EnqueueData],
-        pipeline: Any = None,
+        self, job_datas: Iterable[EnqueueData], pipeline: Any = None,
         group_id: str | None = None,
-    ) -> Steps[list[J]]:
+    ) -> Steps[list[J]]:  # fmt: skip
         """Store many calls, and return their jobs in the same order.
 
         job_datas - EnqueueData, made by prepare_data(); read a thousand at a time
@@ -7426,15 +7424,15 @@ def job(
     queue: _BaseQueue[Any] | str, connection: Any = None, *positional: Any,
     queue_class: Any = None, serializer: Any = None, **options: Any,
 ) -> Callable[[Callable[P, R]], _JobFunction[P, R]]:  # fmt: skip
-    """Decorate a function with .delay() and .enqueue(), which store a call of it.  For
-    an AsyncQueue, decorate it with .adelay(), which is to be awaited.
+    """Decorate a function with .delay() and .enqueue(), which store a call; for an
+    AsyncQueue, with .adelay(), which is to be awaited.
 
-    queue       - a Queue or an AsyncQueue, or its name: then it is made at the first
-                  call, by queue_class, connection and serializer
-    options     - those of enqueue_call(), for all calls
+    queue   - a Queue, or its name: then it is made at the first call, by queue_class,
+              connection and serializer
+    options - those of enqueue_call(), for all calls
 
-    These methods take the arguments of the function and return the job; job_id,
-    at_front and depends_on may stand in each call, too."""
+    These take the arguments of the function and return the job; job_id, at_front and
+    depends_on may stand in each call."""
     _name_options(_DECORATOR_ORDER, positional, options)
     make_queue = _resolve_class(queue_class, Queue)
 
