@@ -69,13 +69,16 @@ time, and the container is its status.
                                                   told what it holds, if it is the last
                 scheduled   queued                the job is due; heartbeat does it, too
     settle      started     finished, failed      the execution holds the job; or 'lost'
+                started     canceled              it was canceled while it ran
                 started     queued, scheduled     the execution holds the job, and a
                                                   retry or repeat is left
     heartbeat   started     queued, failed        its worker's lease has ended
-    release     started     queued                the worker that holds the job says so
+                started     canceled              and it was canceled while it ran
+    release     started     queued, canceled      the worker that holds the job says so
     transition  not ended   canceled              the job is in one of the containers
                 ended       queued                that the caller names; else the reply
                 any         (gone)                names the one that it is in
+                started     the same              it is to be canceled when its run ends
     sweep       ended       (gone)                the record has expired; settle and
                                                   heartbeat do this too
     set_field   any         the same              the job exists, else 0
@@ -109,7 +112,9 @@ Cluster.  Queues that one worker serves on a Cluster share a slot by naming the 
     microq:{q}:queued           list    ids ready to run, the next one first
     microq:{q}:wake             list    at most one wake token
     microq:{q}:scheduled        zset    ids by the time they are due
-    microq:{q}:started          hash    id -> "<execution> <started_at>"
+    microq:{q}:started          hash    id -> "<execution> <started_at>"; then, perhaps,
+                                        a status: the job is canceled when its run ends,
+                                        and its dependents are told this status
     microq:{q}:workers          hash    worker -> "<heartbeat_at> <lease> <number of its
                                         last claim> <instance>"
     microq:{q}:deferred         zset    ids that wait for other jobs, by the time since
@@ -497,7 +502,11 @@ class JobTimeoutException(BaseException):
 
 
 class StopRequested(BaseException):
-    """Raised in a job that runs in-process, when a command stops it."""
+    """Raised in a job that a command stops, or that is canceled while it runs."""
+
+
+class _CancelRequested(StopRequested):
+    """Raised in a job that is canceled while it runs: none of its callbacks follow."""
 
 
 class _ColdShutdown(BaseException):
@@ -2810,11 +2819,17 @@ end
 _lua(
     "parse_token",
     """
--- '<worker>.<claim> <started_at>', an entry of `started`; nil if it is garbled.
-function parse_token(token)
-  local worker, claim, started_at = string.match(token or '', '^(.*)%.(%d+) (%S+)$')
+-- '<worker>.<claim> <started_at>[ <status>]', an entry of `started`; nil if it is
+-- garbled.  `text` is the token of the run.  With `cancel_as`, the job is canceled when
+-- its run ends, and its dependents are told this status.
+function parse_token(entry)
+  local text, status = string.match(entry or '', '^(%S+ %S+) ?(%S*)$')
+  local worker, claim, started_at = string.match(text or '', '^(.*)%.(%d+) (%S+)$')
   if not worker then return nil end
-  return {worker = worker, claim = tonumber(claim), started_at = tonumber(started_at)}
+  return {
+    worker = worker, claim = tonumber(claim), started_at = tonumber(started_at),
+    text = text, cancel_as = status ~= '' and status or nil,
+  }
 end
 """,
 )
@@ -3347,12 +3362,13 @@ _lua(
     "held_already",
     """
 -- For a claim that is sent again, since its reply was lost: add the jobs of a queue
--- that it holds since it was sent first.
+-- that it holds since it was sent first.  Not those that are to be canceled, whose
+-- entries have a third word: check_own() does that.
 function held_already(claim, index, q)
   local started = call('HGETALL', q .. 'started')
   for i = 1, #started, 2 do
     local id, token = started[i], started[i + 1]
-    if string.match(token, '^%S+') == claim.execution then
+    if string.match(token, '^(%S+) %S+$') == claim.execution then
       claim.token = token
       claim.jobs[#claim.jobs + 1] = {index, id, call('HGETALL', q .. 'job:' .. id)}
     end
@@ -3801,23 +3817,59 @@ end
 )
 
 _lua(
+    "cancel_started",
+    """
+-- started -> canceled.  It leaves `started` last: if a command before that is denied to
+-- the user, the job is still there, and the call comes again.
+function cancel_started(q, id, cancel_as, failure_ttl, now)
+  hooks().on_final(q, id, cancel_as, now)
+  cancel_job(q, id, failure_ttl, now)
+  call('HDEL', q .. 'started', id)
+  redis.pcall('PUBLISH', q .. 'job:' .. id, 'canceled')
+end
+""",
+    uses="cancel_job",
+    hooks="on_final",
+)
+
+_lua(
+    "settle_unowned",
+    """
+-- Settle a run that does not hold its job: the job was canceled meanwhile, or is to be
+-- canceled now; the call was sent again; or the run has lost the job.  Of a job that is
+-- canceled now, a failure is kept, but no value.  Returns where the job is, 'gone', or
+-- 'lost'.
+function settle_unowned(batch, run)
+  local q, id, job = batch.q, run.id, run.key
+  local token = parse_token(call('HGET', q .. 'started', id))
+  if token and token.cancel_as and token.text == run.token then
+    local has_failed = run.result_type == 'failed'
+    local ended = run.ended .. (has_failed and ' failed' or ' stopped')
+    store_result(job, ended, has_failed and run.result or 'canceled', 'ttl')
+    cancel_started(q, id, token.cancel_as, batch.containers.failed.ttl, batch.now)
+    return 'canceled'
+  end
+  local status = status_of(q, id)
+  local ended = call('HGET', job, 'ended') or ''
+  if string.sub(ended, 1, #run.ended) == run.ended then return status or 'gone' end
+  return status == 'canceled' and status or 'lost'
+end
+""",
+    uses="parse_token store_result cancel_started status_of",
+)
+
+_lua(
     "settle_run",
     """
 -- Settle one run, and return where its job is now.
 function settle_run(batch, run)
-  local q = batch.q
-  -- Either the call was sent again, or the run lost its job.
-  if batch.owned[run.id] ~= run then
-    local ended = call('HGET', run.key, 'ended') or ''
-    if string.sub(ended, 1, #run.ended) ~= run.ended then return 'lost' end
-    return status_of(q, run.id) or 'gone'
-  end
+  if batch.owned[run.id] ~= run then return hooks().settle_unowned(batch, run) end
   local status = run.rerun ~= '' and hooks().try_again(batch, run)
   return status or finish(batch, run)
 end
 """,
-    uses="status_of finish",
-    hooks="try_again",
+    uses="finish",
+    hooks="settle_unowned try_again",
 )
 
 _lua(
@@ -4078,8 +4130,8 @@ _lua(
     "crashed_run",
     """
 -- The run of a job that a worker held which was reaped, for settle.
-function crashed_run(heartbeat, q, id, text, token)
-  local seconds = heartbeat.now - (token.started_at or heartbeat.now)
+function crashed_run(heartbeat, q, id, token)
+  local seconds, text = heartbeat.now - (token.started_at or heartbeat.now), token.text
   return {
     id = id, token = text, ended = string.format('%s %.6f', text, seconds),
     result = 'worker ' .. token.worker .. ' died while it ran this job',
@@ -4091,28 +4143,58 @@ end
 )
 
 _lua(
+    "give_back",
+    """
+-- started -> queued, at the front, where no counter changes; or canceled, if it is to
+-- be.
+function give_back(q, id, token, failure_ttl, now)
+  if token.cancel_as then
+    hooks().cancel_started(q, id, token.cancel_as, failure_ttl, now)
+  else requeue_front(q, id) end
+end
+""",
+    uses="requeue_front",
+    hooks="cancel_started",
+)
+
+_lua(
+    "check_own",
+    """
+-- Look at a job that this worker holds.  One that it has held for longer than a lease,
+-- by a claim before `oldest_held_claim`, reappeared because the server lost newer data
+-- (a fail-over), or was canceled before the worker knew of it: it is given back.  One
+-- that is to be canceled is returned, so that the worker ends its run.
+function check_own(heartbeat, q, id, token)
+  local now = heartbeat.now
+  local lease_of_claim = (token.started_at or now) + heartbeat.lease
+  if token.claim < heartbeat.oldest_held_claim and lease_of_claim < now then
+    give_back(q, id, token, heartbeat.ttls.failed, now)
+  elseif token.cancel_as then
+    heartbeat.canceled[#heartbeat.canceled + 1] = {q, id, token.text}
+  end
+end
+""",
+    uses="give_back",
+)
+
+_lua(
     "reap",
     """
 -- Settle, as crashed, the jobs of the workers in `expired`, 400 at a time, since
--- unpack() returns only some thousand values.  A job that this worker has held for
--- longer than a lease, by a claim before `oldest_held_claim`, reappeared because the
--- server lost newer data (a fail-over): it is released.
+-- unpack() returns only some thousand values; look at those of this worker.
 function reap(heartbeat, q, expired)
   local started, crashed = call('HGETALL', q .. 'started'), {}
   -- From the end, so that the first is at the front again.
   for i = #started - 1, 1, -2 do
-    local id, text = started[i], started[i + 1]
-    local token = parse_token(text)
+    local id, token = started[i], parse_token(started[i + 1])
     if token and expired[token.worker] then
-      crashed[#crashed + 1] = crashed_run(heartbeat, q, id, text, token)
+      crashed[#crashed + 1] = crashed_run(heartbeat, q, id, token)
       if #crashed == 400 then
         settle(q, crashed, heartbeat.ttls, heartbeat.now, 0)
         crashed = {}
       end
-    elseif token and token.worker == heartbeat.worker
-      and token.claim < heartbeat.oldest_held_claim
-      and (token.started_at or heartbeat.now) + heartbeat.lease < heartbeat.now then
-      requeue_front(q, id)
+    elseif token and token.worker == heartbeat.worker then
+      check_own(heartbeat, q, id, token)
     end
   end
   if #crashed > 0 then settle(q, crashed, heartbeat.ttls, heartbeat.now, 0) end
@@ -4122,7 +4204,7 @@ function reap(heartbeat, q, expired)
   end
 end
 """,
-    uses="parse_token crashed_run settle requeue_front",
+    uses="parse_token crashed_run settle check_own",
 )
 
 _lua(
@@ -4158,10 +4240,10 @@ HEARTBEAT = Script(
 --                predecessor
 --       'reap'   on time for a whole lease: reap workers whose lease has expired
 --       ''       was late itself: reap nobody, since after an outage everybody is late
--- For `oldest_held_claim` see reap.
+-- For `oldest_held_claim` see check_own.
 -- Returns {names reaped, now, time of the next scheduled job or '', 1 if the lease was
--- intact else 0, outgoing and what is in the outboxes}, or 'taken' if another instance
--- has the name now.
+-- intact else 0, outgoing and what is in the outboxes, jobs of the worker that are to
+-- be canceled as {prefix, id, token}}, or 'taken' if another instance has the name now.
 local holder, lease, mode, oldest_held_claim = unpack(ARGV, 1, 4)
 local policy, failure_ttl, displaced = unpack(ARGV, 5)
 local worker, instance = parse_holder(holder)
@@ -4169,6 +4251,7 @@ local heartbeat = {
   worker = worker, instance = instance, lease = lease, mode = mode, now = server_time(),
   oldest_held_claim = tonumber(oldest_held_claim), policy = policy,
   ttls = {failed = failure_ttl}, reaped = {}, next_due = math.huge, lease_intact = 1,
+  canceled = {},
 }
 for _, q in ipairs(KEYS) do
   local held = read_lease(q, worker)
@@ -4184,7 +4267,9 @@ end
 local next_due = ''
 if heartbeat.next_due < math.huge then next_due = format_time(heartbeat.next_due) end
 local now = format_time(heartbeat.now)
-return {heartbeat.reaped, now, next_due, heartbeat.lease_intact, outgoing}
+return {
+  heartbeat.reaped, now, next_due, heartbeat.lease_intact, outgoing, heartbeat.canceled,
+}
 """,
     uses="parse_holder server_time read_lease reap find_expired look_after format_time"
     " outgoing",
@@ -4216,59 +4301,64 @@ class _HeartbeatReply(NamedTuple):
     next_due: float | None  # when the next scheduled job is due, None: there is none
     lease_intact: bool  # whether the server knew the worker, and it was on time
     messages: list[Message]
+    canceled: list[tuple[str, str, str]]  # (prefix, id, token) of runs to be ended
 
     @classmethod
     def parse(cls, reply: Any) -> _HeartbeatReply:
         if reply == b"taken":
-            return cls(True, [], 0.0, None, False, [])
-        reaped, now, next_due, intact, outgoing = reply
+            return cls(True, [], 0.0, None, False, [], [])
+        reaped, now, next_due, intact, outgoing, entries = reply
         names = [name.decode() for name in reaped]
         due = float(next_due) if next_due else None
         messages = _as_messages(outgoing)
-        return cls(False, names, float(now), due, intact == 1, messages)
+        canceled = [
+            (prefix.decode(), id.decode(), token.decode())
+            for prefix, id, token in entries
+        ]
+        return cls(False, names, float(now), due, intact == 1, messages, canceled)
 
 
 _lua(
     "release_jobs",
     """
--- started -> queued, for those of the jobs `ids` that `worker` holds by claims up to
--- `number` ('': by any claim).  Returns how many.
-function release_jobs(q, ids, worker, number)
-  local count = 0
+-- Give back those of the jobs `ids` that `worker` holds by claims up to `number` ('':
+-- by any claim).  Returns how many.
+function release_jobs(q, ids, worker, number, failure_ttl)
+  local count, now = 0, server_time()
   for i = #ids, 1, -1 do  -- from the end, so that the first is at the front again
     local token = parse_token(call('HGET', q .. 'started', ids[i]))
     local is_own = token and token.worker == worker
     if is_own and (number == '' or token.claim <= tonumber(number)) then
-      requeue_front(q, ids[i])
+      give_back(q, ids[i], token, failure_ttl, now)
       count = count + 1
     end
   end
   return count
 end
 """,
-    uses="parse_token requeue_front",
+    uses="server_time parse_token give_back",
 )
 
 RELEASE = Script(
     "release",
     """
 -- started -> queued, at the front, what `worker` holds by claims up to `number`.  No
--- counter changes.
+-- counter changes.  What is to be canceled -> canceled.
 -- KEYS  prefixes of its queues
--- ARGV  holder ('<worker> <instance>'), lease, number of a claim, ids ..
+-- ARGV  holder ('<worker> <instance>'), lease, number of a claim, failure_ttl, ids ..
 -- With ids, only these jobs.  Without, `number` is the last claim that a dead child of
 -- the worker can have sent.  It becomes the last number of the lease, so that such a
 -- claim, if it arrives later, takes nothing.  '' signs the worker off.  If another
 -- instance has the name now, nothing is released.  Returns how many jobs there were.
-local holder, lease, number = unpack(ARGV)
+local holder, lease, number, failure_ttl = unpack(ARGV)
 local worker, instance = parse_holder(holder)
-local named = #ARGV > 3 and {unpack(ARGV, 4)}
+local named = #ARGV > 4 and {unpack(ARGV, 5)}
 local count = 0
 for _, q in ipairs(KEYS) do
   local last = last_claim(read_lease(q, worker), instance)
   if last then
     local ids = named or call('HKEYS', q .. 'started')
-    count = count + release_jobs(q, ids, worker, number)
+    count = count + release_jobs(q, ids, worker, number, failure_ttl)
     if number == '' then call('HDEL', q .. 'workers', worker)
     elseif not named and last < tonumber(number) then
       renew_lease(q, worker, instance, server_time(), lease, number)
@@ -4285,13 +4375,14 @@ return count
 
 def _release_command(
     prefixes: str | Sequence[str], holder: str, lease: float, number: int | None,
-    ids: Sequence[str] = (),
+    ids: Sequence[str] = (), failure_ttl: float = DEFAULT_FAILURE_TTL,
 ) -> Command:  # fmt: skip
     """Put back what a worker holds by claims up to `number`; the reply is a count.
 
     With `ids`, only these jobs.  A number of None puts back all that the worker holds,
     and signs it off."""
-    return RELEASE(prefixes, holder, lease, "" if number is None else number, *ids)
+    last = "" if number is None else number
+    return RELEASE(prefixes, holder, lease, last, failure_ttl, *ids)
 
 
 _lua(
@@ -4339,18 +4430,36 @@ end
     hooks="delete_job is_parent",
 )
 
+_lua(
+    "cancel_later",
+    """
+-- Have a job canceled when its run ends, by whatever ends it.  Returns false if nobody
+-- would do so, since the lease of its worker has ended.
+function cancel_later(q, id, cancel_as, now)
+  local token = parse_token(call('HGET', q .. 'started', id))
+  local lease = token and read_lease(q, token.worker)
+  if not lease or lease.ends_at < now then return false end
+  call('HSET', q .. 'started', id, token.text .. ' ' .. cancel_as)
+  return true
+end
+""",
+    uses="parse_token read_lease",
+)
+
 TRANSITION = Script(
     "transition",
     """
 -- A job in one of the containers `allowed` -> queued, canceled or gone.
 -- KEYS  prefix of the queue
--- ARGV  id, allowed, to, at_front ('1' or '0'), failure_ttl, call_id, tell_dependents
+-- ARGV  id, allowed, to, at_front ('1' or '0'), failure_ttl, call_id,
+--       tell_dependents, ends_run ('1' or '0')
 -- `call_id` tells that a call was sent before: the field last_move has it.  Then the
 -- reply is the same.  `tell_dependents` is the status that dependents of a canceled job
--- are told.  A run in progress goes on, but its result is refused.
+-- are told.  A run in progress goes on, but its result is refused.  With `ends_run` the
+-- job remains started, and its worker ends the run; then the job is canceled.
 -- Returns {the container it was in or '' if there is no such job, outgoing}.
 local q, id, allowed, to = KEYS[1], unpack(ARGV, 1, 3)
-local at_front, failure_ttl, call_id, tell_dependents = unpack(ARGV, 4)
+local at_front, failure_ttl, call_id, tell_dependents, ends_run = unpack(ARGV, 4)
 local job, now, was = q .. 'job:' .. id, server_time(), status_of(q, id)
 local last_move = was and call('HGET', job, 'last_move') or ''
 local done = string.match(last_move, '^' .. call_id .. ' (.*)')
@@ -4360,8 +4469,10 @@ if not was then
   return {'', outgoing}
 end
 if not string.find(allowed, was, 1, true) then return {was, outgoing} end
-take_out(q, id, was)
 if to ~= 'gone' then call('HSET', job, 'last_move', call_id .. ' ' .. was) end
+if ends_run == '1' and was == 'started'
+  and hooks().cancel_later(q, id, tell_dependents, now) then return {was, outgoing} end
+take_out(q, id, was)
 call('DEL', job .. ':waits')
 if to ~= 'gone' and not FINAL[was] then
   hooks().on_final(q, id, to == 'canceled' and tell_dependents or nil, now)
@@ -4373,22 +4484,22 @@ redis.pcall('PUBLISH', job, to)
 return {was, outgoing}
 """,
     uses="server_time status_of outgoing take_out FINAL requeue_job cancel_job",
-    hooks="add_unsent on_final delete_job",
+    hooks="add_unsent cancel_later on_final delete_job",
 )
 
 
 def _transition_command(
     prefix: str, id: str, allowed: str, to: str, call_id: str, *,
-    at_front: bool = False, tell_dependents: str = "gone",
+    at_front: bool = False, tell_dependents: str = "gone", ends_run: bool = False,
     failure_ttl: float = DEFAULT_FAILURE_TTL,
 ) -> Command:  # fmt: skip
     """Move a job from one of the containers `allowed` (with blanks between) to
     'queued', 'canceled' or 'gone'; the reply is for _TransitionReply.parse().
 
     `call_id` is new for each call, '' for a call that makes no difference if it comes
-    again.  `tell_dependents` is the status that dependents of a canceled job are
-    told."""
-    args = (int(at_front), failure_ttl, call_id, tell_dependents)
+    again.  `tell_dependents` is the status that dependents of a canceled job are told.
+    `ends_run`: a job that runs is canceled when its worker has ended the run."""
+    args = (int(at_front), failure_ttl, call_id, tell_dependents, int(ends_run))
     return TRANSITION(prefix, id, allowed, to, *args)
 
 
@@ -4533,6 +4644,7 @@ function read_job(q, id)
   local token = parse_token(text)
   local lease = token and read_lease(q, token.worker)
   local heartbeat_at = lease and lease.heartbeat_at or ''
+  if token then text = token.text end
   return {status, text, heartbeat_at, call('HGETALL', q .. 'job:' .. id)}
 end
 """,
@@ -5671,9 +5783,14 @@ class _BaseJob:
 
     def _cancel(
         self, pipeline: Any = None, enqueue_dependents: bool = False,
-        remove_from_dependencies: bool = False,
+        remove_from_dependencies: bool = False, *, stop: bool = True,
     ) -> Steps[None]:  # fmt: skip
-        """Have the job not run; the result of a run in progress is not recorded.
+        """Have the job not run, or end if it runs.
+
+        A job that runs remains started until its worker has ended the run, which begins
+        within a second, in the way of send_stop_job_command() with a grace of 5 s; then
+        it is canceled, however the run ended.  With stop=False it is canceled at once,
+        and the run goes on; its result is not recorded.  None of its callbacks follow.
 
         Its dependents stay deferred, unless they are to be enqueued; it no longer
         depends on other jobs.  One round trip.  Raises InvalidJobOperation if it has
@@ -5681,8 +5798,9 @@ class _BaseJob:
         allowed = [each for each in _CONTAINERS if each not in _FINAL_CONTAINERS]
         status = "finished" if enqueue_dependents else "canceled"
         yield from _transition_job(
-            self, allowed, "canceled", tell_dependents=status, pipeline=pipeline
-        )
+            self, allowed, "canceled", tell_dependents=status, ends_run=stop,
+            pipeline=pipeline,
+        )  # fmt: skip
 
     def _requeue(self: J, at_front: bool = False) -> Steps[J]:
         """Put a job that has ended into its queue again, with all its retries left.
@@ -6046,7 +6164,7 @@ class _Watch(Generic[J]):
 
 def _transition_job(
     job: _BaseJob, allowed: Sequence[str], to: str, at_front: bool = False,
-    tell_dependents: str = "gone", pipeline: Any = None,
+    tell_dependents: str = "gone", ends_run: bool = False, pipeline: Any = None,
 ) -> Steps[None]:  # fmt: skip
     """Move a job from one of the containers `allowed` to 'queued', 'canceled' or
     'gone'.  One round trip, none with a pipeline.
@@ -6056,7 +6174,7 @@ def _transition_job(
     yield from job.find_queue()
     command = _transition_command(
         job.queue.prefix, job.id, " ".join(allowed), to, secrets.token_hex(4),
-        at_front=at_front, tell_dependents=tell_dependents,
+        at_front=at_front, tell_dependents=tell_dependents, ends_run=ends_run,
     )  # fmt: skip
     if pipeline is not None:
         _add_to_pipeline(pipeline, [command], job.queue.awaits)
@@ -7474,6 +7592,7 @@ def job(
 # that records it.  Uses sections 1 to 6.
 
 _STOPPED_REASON = b"stopped by a command"
+_CANCELED = Outcome(ResultType.STOPPED, b"canceled")
 _CRASH_POLICY = Retry(MAX_CRASHES, 0, enqueue_at_front=True).to_field()
 _INTERRUPTED = Outcome(
     ResultType.FAILED, b"its worker was shut down", 0, "interrupt", _CRASH_POLICY
@@ -7542,6 +7661,8 @@ def _run_steps(execution: Execution, options: _RunOptions) -> _RunSteps:
             yield from _run_callback(execution, outcome, value_or_error)
     except _ColdShutdown:
         outcome = _INTERRUPTED.lasting(time.perf_counter() - started)
+    except _CancelRequested:
+        outcome = _CANCELED.lasting(time.perf_counter() - started)
     yield outcome
 
 
@@ -7574,7 +7695,7 @@ def _run_function(
         if is_logged and options.shown.results:
             _note_result(execution, outcome, value)
         return outcome, value
-    except _ColdShutdown:
+    except (_ColdShutdown, _CancelRequested):
         raise
     except StopRequested:
         seconds = time.perf_counter() - started
@@ -7617,7 +7738,7 @@ def _log_fields(
 ) -> dict[str, Any]:
     """Return the fields of a log record about a job, for a formatter that shows them.
 
-    event - started, finished, failed, retried, stopped or lost"""
+    event - started, finished, failed, retried, stopped, canceled or lost"""
     job = execution.job
     fields = {
         "event": event, "job_id": job.id, "queue": job.origin,
@@ -7696,7 +7817,7 @@ def _call_exception_handlers(
     for handler in handlers:
         try:
             go_on = handler(job, type(error), error, error.__traceback__)
-        except _ColdShutdown:
+        except (_ColdShutdown, _CancelRequested):
             raise
         except BaseException:
             log.exception("exception handler %r failed for job %s", handler, job.id)
@@ -7742,7 +7863,7 @@ def _run_callback(
     try:
         func_name, _, seconds = job.field(name).partition(" ")
         yield float(seconds), functools.partial(_import_and_call, func_name, arguments)
-    except _ColdShutdown:
+    except (_ColdShutdown, _CancelRequested):
         raise
     except BaseException as error:
         log.exception("%s of job %s failed", name, job.id)
@@ -7881,8 +8002,8 @@ class _AlarmInterrupter(_Interrupter):
         super().__init__()
         # The number of a call, and what is to be raised in this call.
         self.pending: tuple[int, type[BaseException]] | None = None
-        # Tells whether another process wants the call to be stopped.
-        self.take_stop_request: Callable[[], bool] | None = None
+        # Tells what another process wants to be raised in the call, or None.
+        self.take_stop_request: Callable[[], type[BaseException] | None] | None = None
 
     def install_handler(self) -> None:
         """Handle SIGALRM from now on, even if it comes before the first call."""
@@ -7925,8 +8046,9 @@ class _AlarmInterrupter(_Interrupter):
             return
         if self.pending is not None and self._is_pending():
             raise self.pending[1]
-        if self.take_stop_request and self.take_stop_request():
-            raise StopRequested
+        reason = self.take_stop_request() if self.take_stop_request else None
+        if reason:
+            raise reason
         if time.monotonic() >= self.deadline:
             raise JobTimeoutException
 
@@ -7939,9 +8061,11 @@ def _make_interrupter() -> _Interrupter:
     return _Interrupter()
 
 
-def _accept_stop_requests(take_stop_request: Callable[[], bool]) -> None:
-    """In a child: have SIGALRM from the supervisor stop the call of this thread, if
-    `take_stop_request` says so."""
+def _accept_stop_requests(
+    take_stop_request: Callable[[], type[BaseException] | None],
+) -> None:
+    """In a child: have SIGALRM from the supervisor raise in the call of this thread
+    what `take_stop_request` returns, unless that is None."""
     interrupter = _thread_state.interrupter
     if isinstance(interrupter, _AlarmInterrupter):
         interrupter.take_stop_request = take_stop_request
@@ -8123,6 +8247,7 @@ class _Slot(ctypes.Structure):
         ("_run_key", ctypes.c_char * 1000),  # see _RunState
         # Written by the supervisor: `started_at` of the run that is to be stopped.
         ("stop_run", ctypes.c_double),
+        ("stop_cancels", ctypes.c_bool),  # since the job is canceled
     )
 
     def fill(self, run_key: str, limit: float) -> None:
@@ -8144,18 +8269,20 @@ class _Slot(ctypes.Structure):
             return None
         return _CurrentJob(self, run_key, int(index), job_id, token)
 
-    def request_stop(self, job: _CurrentJob) -> None:
-        """Have the loop end this job by StopRequested, if it still runs here."""
+    def request_stop(self, job: _CurrentJob, reason: type[BaseException]) -> None:
+        """Have the loop end this job by StopRequested or _CancelRequested, if it still
+        runs here."""
         started_at = self.started_at
         current = self.current_job()  # after that: the time is not that of a later job
         if current and current.run_key == job.run_key:
+            self.stop_cancels = reason is _CancelRequested
             self.stop_run = started_at
 
-    def stop_requested(self) -> bool:
-        """Return whether the job that runs here is to be stopped."""
-        return bool(
-            self.state == _SlotState.RUNNING and self.stop_run == self.started_at
-        )
+    def stop_reason(self) -> type[BaseException] | None:
+        """Return what is to be raised in the job that runs here; None: nothing."""
+        if self.state != _SlotState.RUNNING or self.stop_run != self.started_at:
+            return None
+        return _CancelRequested if self.stop_cancels else StopRequested
 
 
 class _SharedState(ctypes.Structure):
@@ -8225,7 +8352,11 @@ class _SharedState(ctypes.Structure):
     def count(self, settled: Sequence[_SettledRun]) -> None:
         """Count runs that were settled, unless they had lost their jobs."""
         self.busy_seconds += sum(outcome.seconds for _, outcome, _ in settled)
-        types = [outcome.type for _, outcome, status in settled if status != "lost"]
+        types = [
+            outcome.type
+            for _, outcome, status in settled
+            if status not in ("lost", "canceled")
+        ]
         self.succeeded += types.count(ResultType.SUCCESSFUL)
         self.failed += types.count(ResultType.FAILED)
 
@@ -8464,8 +8595,11 @@ class _Loop:
         """Work until there is a reason to stop; return what is to follow."""
         raise NotImplementedError
 
-    def stop_job(self, job: _CurrentJob, grace: float) -> None:
-        """Stop a job that runs; for another thread."""
+    def stop_job(
+        self, job: _CurrentJob, grace: float,
+        reason: type[BaseException] = StopRequested,
+    ) -> None:  # fmt: skip
+        """Stop a job that runs, by an exception; for another thread."""
 
     def kill_jobs(self, outcome: Outcome) -> None:
         """Kill the process that runs jobs, if it has one of its own."""
@@ -8936,7 +9070,7 @@ class _SerialLoop(_WorkLoop):
         self.pid = os.getpid()
         self.lock = threading.RLock()
         self.running: Execution | None = None
-        self.stopped_run = 0.0  # the last run for which take_stop_request() was true
+        self.stopped_run = 0.0  # the last run to which take_stop_request() was not None
         self.batch_watchdog: threading.Thread | None = None
 
     # Claims
@@ -9078,12 +9212,14 @@ class _SerialLoop(_WorkLoop):
         elif size >= shared.batch_size and seconds < SETTLE_AFTER / 2:
             shared.batch_size = min(2 * size, MAX_BATCH)
 
-    def stop_job(self, job: _CurrentJob, grace: float) -> None:
-        """Stop a job that runs; for another thread."""
+    def stop_job(
+        self, job: _CurrentJob, grace: float,
+        reason: type[BaseException] = StopRequested,
+    ) -> None:  # fmt: skip
         running = self.running
         state = running.run_state if running else None
         if state and state.run_key == job.run_key:
-            state.interrupt(StopRequested)
+            state.interrupt(reason)
 
     def give_up(self) -> None:
         """Interrupt the job that runs; for another thread."""
@@ -9094,13 +9230,14 @@ class _SerialLoop(_WorkLoop):
     def accept_stop_requests(self) -> None:
         _accept_stop_requests(self.take_stop_request)
 
-    def take_stop_request(self) -> bool:
-        """Return whether the job that runs is to be stopped; True once for a run."""
+    def take_stop_request(self) -> type[BaseException] | None:
+        """Return what is to be raised in the job that runs, once for a run; or None."""
         run = self.slot.started_at
-        if not self.slot.stop_requested() or self.stopped_run == run:
-            return False
+        reason = self.slot.stop_reason()
+        if reason is None or self.stopped_run == run:
+            return None
         self.stopped_run = run
-        return True
+        return reason
 
     # The batch watchdog
 
@@ -9321,6 +9458,11 @@ def _log_settled(execution: Execution, outcome: Outcome, status: str) -> None:
         text = "%s: job %s is not held by this worker any more; its result is dropped"
         fields = _log_fields(execution, "lost", outcome.seconds)
         log.warning(text, job.origin, job.id, extra=fields)
+        return
+    if status == "canceled":
+        fields = _log_fields(execution, status, outcome.seconds)
+        text = "%s: job canceled (%s), %.3f s"
+        log.info(text, job.origin, job.id, outcome.seconds, extra=fields)
         return
     level = logging.ERROR if outcome.type is ResultType.FAILED else logging.INFO
     text = _describe_outcome(execution, outcome, status)
@@ -10249,10 +10391,13 @@ class _Child:
         if self.pid:
             self.kill(_Kill.of(outcome, self.shared.current_jobs()))
 
-    def stop_job(self, job: _CurrentJob, grace: float) -> None:
-        """Stop a job that runs.  A job that shares its process with others gets
-        StopRequested.  A job that has the process for itself is killed; with a grace it
-        gets StopRequested first, and is killed after so many seconds."""
+    def stop_job(
+        self, job: _CurrentJob, grace: float,
+        reason: type[BaseException] = StopRequested,
+    ) -> None:  # fmt: skip
+        """Stop a job that runs.  In a job that shares its process with others, an
+        exception is raised.  A job that has the process for itself is killed; with a
+        grace the exception is raised first, and it is killed after so many seconds."""
         if not self.pid:
             return
         outcome = Outcome(ResultType.STOPPED, _STOPPED_REASON, rerun="stopped")
@@ -10261,7 +10406,7 @@ class _Child:
         if not shares_process and grace <= 0:
             self.kill(kill)
             return
-        job.slot.request_stop(job)
+        job.slot.request_stop(job, reason)
         if shares_process:
             self.shared.stop_requests += 1
             self.instance.wakeup.set()
@@ -10661,6 +10806,8 @@ class _Supervisor:
         self.grace = first.worker.grace
         self.gave_up_at = math.inf  # when cold_shutdown was set by give_up()
         self.lost_name = ""  # a name of ours that another worker has taken
+        # Runs of canceled jobs that were told to end, by the names of their workers.
+        self.told_to_end: dict[str, set[str]] = {}
         self.last_heartbeat = 0.0
         self.on_time_since = 0.0  # since when heartbeats have been in time
         self.reported_seconds = 0.0  # of work, by the last heartbeat
@@ -11000,12 +11147,29 @@ class _Supervisor:
             # This worker was late, or the server has lost its data, or is another one.
             self.must_register_queues = mode != "start"
             self.on_time_since = time.monotonic()
+        self._end_canceled(instance, reply.canceled)
         for name in set(reply.reaped):
             log.warning("worker %s is silent; its jobs run again", name)
         with contextlib.suppress(ServerUnavailable):
             _relay(self.connection, reply.messages)
         if len(reply.messages) >= MAX_JOBS_PER_CALL:  # the outbox may hold more
             self.last_heartbeat = 0.0  # so the next heartbeat is due at once
+
+    def _end_canceled(
+        self, instance: _Instance, canceled: Sequence[tuple[str, str, str]]
+    ) -> None:
+        """End the runs of jobs that were canceled meanwhile.  Each heartbeat names them
+        until they have ended; a run is told once."""
+        keys = {
+            f"{instance.prefixes.index(prefix)} {job_id} {token}"  # see _RunState
+            for prefix, job_id, token in canceled
+        }
+        told = self.told_to_end.setdefault(instance.name, set())
+        told &= keys
+        for job in instance.shared.current_jobs():
+            if job.run_key in keys and job.run_key not in told:
+                told.add(job.run_key)
+                self.unit_of(instance).stop_job(job, KILL_GRACE, _CancelRequested)
 
     def _on_suspension(self, ttl: int) -> None:
         """Have the workers pause or go on, by the PTTL of the key of suspend():
@@ -14112,7 +14276,7 @@ class _HeldJob(NamedTuple):
     @classmethod
     def parse(cls, queue: Queue, id: bytes, token: bytes) -> tuple[bytes, _HeldJob]:
         """Return the name of the worker and the job, by an entry of `started`."""
-        execution, _, since = token.partition(b" ")
+        execution, since, *_ = token.split(b" ")
         worker, _, claim = execution.rpartition(b".")
         job = cls(int(claim), id.decode(), queue.name, float(since))
         return worker, job
@@ -15201,12 +15365,16 @@ class _ConcurrentLoop(_WorkLoop):
             return
         self.seen_stop_requests = self.shared.stop_requests
         for run in self.runner.runs.values():
-            if run.slot.stop_requested() and not run.told_to_stop:
+            reason = run.slot.stop_reason()
+            if reason and not run.told_to_stop:
                 run.told_to_stop = True
-                self.runner.interrupt(run, StopRequested)
+                self.runner.interrupt(run, reason)
 
-    def stop_job(self, job: _CurrentJob, grace: float) -> None:
-        job.slot.request_stop(job)
+    def stop_job(
+        self, job: _CurrentJob, grace: float,
+        reason: type[BaseException] = StopRequested,
+    ) -> None:  # fmt: skip
+        job.slot.request_stop(job, reason)
         self.shared.stop_requests += 1
         self.wakeup.set()
 
@@ -16770,7 +16938,8 @@ class _JobOutline:
         self.queue = queue.name
         self.id = id
         self.status = status.decode()
-        self.execution, _, self.claimed_at = token.decode().partition(" ")
+        self.execution, _, times = token.decode().partition(" ")
+        self.claimed_at = times.partition(" ")[0]
         self.score = float(score) if score else None
         self.fields = _hash_to_dict(pairs)
         self.sizes: dict[str, int] = {}  # of the values that are too large

@@ -4402,12 +4402,128 @@ def test_cancel_takes_a_job_out_of_its_queue(redis, queue):
 
 def test_a_running_job_that_is_canceled_is_not_recorded(redis, queue):
     """Who cancels or deletes a job has the last say on it."""
-    for number, method in enumerate((Job.cancel, Job.delete), 1):
+    for number, (method, status) in enumerate(
+        (
+            (functools.partial(Job.cancel, stop=False), "canceled"),
+            (Job.delete, "lost"),
+        ),
+        1,
+    ):
         job = queue.enqueue(add)
         [(_, execution)] = claim(queue, number=number)
         method(job)
-        assert settle(queue, job.id, execution) == "lost"
+        assert holding(redis, job.id) == ([status] if status == "canceled" else [])
+        assert settle(queue, job.id, execution, twice=True) == status
     assert containers(redis)["finished"] == []
+
+
+@pytest.mark.parametrize(
+    "outcome",
+    [
+        {}, {"rule": "repeat"}, {"result_type": "failed"},
+        {"result_type": "failed", "rule": "retry"},
+        {"result_type": "failed", "rule": "crash", "policy": microq._CRASH_POLICY},
+        {"result_type": "failed", "rule": "interrupt", "policy": microq._CRASH_POLICY},
+        {"result_type": "stopped", "rule": "stopped"},
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("enqueues", [False, True])
+def test_a_job_that_runs_is_canceled_however_its_run_ends(
+    redis, queue, outcome, enqueues
+):
+    """Until then it is started, and its dependents wait; it never runs again."""
+    options = {"retry": Retry(3), "repeat": Repeat(3), "on_stopped": report_stopped}
+    job = queue.enqueue(add, rate_limit=RateLimit("k", 1), **options)
+    [(_, execution)] = claim(queue)
+    child = queue.enqueue(add, depends_on=job)
+    undemanding = queue.enqueue(add, depends_on=Dependency(job, "any"))
+    for _ in range(2):
+        job.cancel(enqueue_dependents=enqueues)
+    assert holding(redis, job.id) == ["started"]
+    assert statuses(job, child, undemanding) == ["started", "deferred", "deferred"]
+    [running] = job.get_executions()
+    assert running.token == execution
+    assert not job.wait(0)
+    assert settle(queue, job.id, execution, twice=True, **outcome) == "canceled"
+    assert holding(redis, job.id) == ["canceled"]
+    assert statuses(child, undemanding) == [
+        "queued" if enqueues else "deferred", "queued",
+    ]  # fmt: skip
+    assert job.wait(0)
+    has_failed = outcome.get("result_type") == "failed"
+    assert job.latest_result().type == ("failed" if has_failed else "stopped")
+    needs_its_slot = queue.enqueue(add, rate_limit=RateLimit("k", 1))
+    work(queue)
+    assert needs_its_slot.is_finished
+    job.requeue()
+    assert job.retries_left == 3
+
+
+def test_a_cancel_that_is_sent_again_changes_nothing(redis, queue):
+    job = queue.enqueue(add)
+    [(_, execution)] = claim(queue)
+    arguments = (queue.prefix, job.id, "queued started", "canceled", "abc")
+    command = microq._transition_command(*arguments, ends_run=True)
+
+    def send():
+        reply = microq._execute_one(redis, *command)
+        return microq._TransitionReply.parse(reply).was, holding(redis, job.id)
+
+    assert send() == send() == ("started", ["started"])
+    assert settle(queue, job.id, execution) == "canceled"
+    assert send() == ("started", ["canceled"])
+    with pytest.raises(InvalidJobOperation, match="is canceled"):
+        job.cancel()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_job_is_canceled_though_its_worker_dies(redis, queue, when):
+    """The lease ends before the job is canceled, or after that."""
+    job = queue.enqueue(add, retry=Retry(1))
+    child = queue.enqueue(add, depends_on=job)
+    claim(queue)
+    _, _, *rest = redis.hget(Q + "workers", "w").split()
+    dead = b" ".join([b"1000000000.000000", b"15", *rest])
+    if when == "before":
+        redis.hset(Q + "workers", "w", dead)
+    job.cancel()
+    assert job.is_canceled is (when == "before")
+    redis.hset(Q + "workers", "w", dead)
+    assert heartbeat(queue) == [b"w"]
+    assert statuses(job, child) == ["canceled", "deferred"]
+
+
+def test_a_job_that_is_canceled_before_it_began_is_not_queued_again(redis, queue):
+    """Its worker gives it back, since it leaves, or a slow job runs."""
+    jobs = [queue.enqueue(add) for _ in range(3)]
+    claim(queue, n=3)
+    jobs[0].cancel()
+    jobs[1].cancel(enqueue_dependents=True)
+    assert release(queue, "w", 1, jobs[0].id) == 1
+    assert statuses(*jobs) == ["canceled", "started", "started"]
+    assert release(queue) == 2
+    assert statuses(*jobs) == ["canceled", "canceled", "queued"]
+    queue.empty()
+
+
+def test_a_claim_that_is_sent_again_does_not_return_a_canceled_job(redis, queue):
+    """Its reply was lost, and the worker does not know of the job: a heartbeat cancels
+    it when the lease of the claim has ended."""
+    job = queue.enqueue(add)
+    claim(queue)
+    job.cancel()
+    assert claim(queue) == []
+    reply = microq._execute_one(redis, *heartbeat_command(queue, oldest=1))
+    [canceled] = microq._HeartbeatReply.parse(reply).canceled
+    assert canceled[:2] == (queue.prefix, job.id)
+    assert job.is_started
+    time.sleep(0.01)
+    command = heartbeat_command(queue, lease=0.005, oldest=2)
+    assert not microq._HeartbeatReply.parse(
+        microq._execute_one(redis, *command)
+    ).canceled
+    assert job.is_canceled
 
 
 def test_requeue_runs_an_ended_job_again(redis, queue):
@@ -10729,6 +10845,68 @@ def test_a_job_is_stopped_with_a_grace(redis, queue, start_worker, tmp_path, ign
     assert queue.enqueue(add, 1).latest_result(timeout=30).return_value == 1
 
 
+def test_a_job_that_runs_is_canceled_and_its_worker_goes_on(
+    redis, queue, cli, busy_worker
+):
+    """Until its run has ended, the worker is busy with it."""
+    process, _, job = busy_worker
+    child = queue.enqueue(add, 7, depends_on=job)
+    began = time.monotonic()
+    job.cancel(enqueue_dependents=True)
+    bee = Worker.find_by_key("bee", redis)
+    shown = cli("info")[1] + cli("jobs", "--status", "started")[1]
+    outline = microq._Site(redis, [], read_only=True).find_job(job.id)
+    if job.is_started:  # else it has ended meanwhile
+        assert f"sleep_and_record_pid {job.id}" in shown and shown.count(job.id) == 2
+        assert bee.get_current_job() == job or not job.is_started
+        assert float(outline.claimed_at) > 0
+    assert job.wait(60)
+    assert time.monotonic() - began < 20  # the job sleeps for 30 s
+    assert job.is_canceled
+    assert child.get(60) == 7
+    with pytest.raises(microq.JobFailedError, match="was canceled"):
+        job.get()
+    read_log_until(process, f"job canceled ({job.id})")
+
+
+@pytest.mark.parametrize("ignores", [False, True])
+def test_a_job_that_is_canceled_may_clean_up(queue, tmp_path, monkeypatch, ignores):
+    """If it goes on all the same, it is killed after the grace.  No callback is
+    called."""
+    monkeypatch.setattr(microq, "KILL_GRACE", 0.5 if ignores else 60)
+    path = tmp_path / "log"
+    arguments = (str(path), 60, ignores)
+    callbacks = {"on_stopped": report_stopped, "on_failure": report_stopped}
+    job = queue.enqueue(clean_up_when_stopped, *arguments, retry=Retry(2), **callbacks)
+
+    def cancel():
+        wait_until(path.exists)
+        job.cancel()
+
+    thread = threading.Thread(target=cancel)
+    thread.start()
+    Worker(queue).work(burst=True)
+    thread.join(60)
+    assert job.is_canceled
+    assert path.read_text().split("\n") == ["began", "cleaned up", ""]
+    assert job.get_meta() == {}
+    assert len(job.results()) == 1
+
+
+def test_a_job_that_is_canceled_with_stop_false_goes_on(
+    redis, queue, start_worker, tmp_path
+):
+    worker = start_worker()
+    path = tmp_path / "log"
+    job = queue.enqueue(clean_up_when_stopped, str(path), 2)
+    wait_until(path.exists)
+    job.cancel(stop=False)
+    assert job.is_canceled
+    read_log_until(worker, f"job canceled ({job.id})")
+    assert path.read_text() == "began\n"
+    assert job.latest_result() is None
+
+
 def note_interruptions(path, seconds):
     append(path, "began")
     until = time.monotonic() + seconds
@@ -13321,6 +13499,23 @@ def time_of_heartbeat(redis, name):
     return float(redis.hget(f"{Q}workers", name).split()[0])
 
 
+@pytest.mark.parametrize("place", [[], ["--in-process"]], ids=["fork", "in-process"])
+def test_one_of_many_jobs_is_canceled(queue, beside, start_worker, place):
+    start_worker("--concurrency", "4", *place)
+    kinds = (stay, stay_async)
+    jobs = [queue.enqueue(kind, retry=Retry(1)) for kind in kinds * 2]
+    beside.wait_for(4)
+    for job in jobs[:2]:
+        job.cancel()
+        assert job.wait(60)
+    beside.go()
+    assert [job.wait(60) for job in jobs] == [True] * 4
+    assert statuses(*jobs) == ["canceled", "canceled", "finished", "finished"]
+    assert beside.ends() == {
+        jobs[0].id: "_CancelRequested", jobs[1].id: "CancelledError",
+    }  # fmt: skip
+
+
 def test_a_stop_does_not_hit_the_next_job_of_a_slot(queue):
     """The supervisor may look at a slot just before its job ends."""
     instance = Worker(queue, concurrency=2).begin_instance("bee")
@@ -13334,9 +13529,9 @@ def test_a_stop_does_not_hit_the_next_job_of_a_slot(queue):
     child = microq._Child(instance, instance.wakeup, instance.new_connection())
     child.pid = os.getpid()
     child.stop_job(first, 0)
-    assert not slot.stop_requested()
+    assert slot.stop_reason() is None
     child.stop_job(second, 0)
-    assert slot.stop_requested()
+    assert slot.stop_reason() is StopRequested
 
 
 def test_a_claim_that_waits_while_a_run_ends_keeps_its_jobs(
