@@ -5992,10 +5992,10 @@ class _RunState:
                   others of its worker: the runs of one claim have the same token, and
                   jobs of several queues may have the same id
     started_at  - seconds since the epoch, by the server's clock
-    call        - of the call that is under way, or the last one: its deadline by
-                  time.monotonic(), and what raises an exception of the given class in
-                  it, from any thread, and returns whether it was still under way; None
-                  before the first call
+    call        - the deadline of the call that is under way, or of the last one, by
+                  time.monotonic(); and a function that raises an exception of the given
+                  class in this call, from any thread, and returns whether the call was
+                  still under way.  None before the first call
     result_text - what the log will show of the return value, "" for nothing
     error       - that the log will show, until the run is settled; or None"""
 
@@ -6799,6 +6799,8 @@ class _BaseQueue(_JobContainer[J]):
         else:
             call_args = args
             call_kwargs = kwargs
+        # As in RQ, each way to enqueue goes through enqueue_call() and enqueue_job() of
+        # a subclass; without one, through none of the two, which would cost time.
         kind: Any = type(self)
         if kind.enqueue_call is not kind._own_enqueue_call and delay == -1:
             if pipeline is not None:
@@ -10798,9 +10800,10 @@ class _Supervisor:
         self.children: list[_Child] = []
         self.loop = loop
         self._set_units()
-        self.finished = False
-        self.cold_shutdown = False
-        self.stopping_since: float | None = None
+        # Times here are those of time.monotonic().
+        self.finished = False  # all workers have ended
+        self.cold_shutdown = False  # what runs is given up, not finished
+        self.stopping_since: float | None = None  # when the first order to stop came
         # The records of other workers that had the names at the sign-on, by name.
         self.first_records: dict[str, bytes] = {}
         self.grace = first.worker.grace
@@ -10812,7 +10815,7 @@ class _Supervisor:
         self.on_time_since = 0.0  # since when heartbeats have been in time
         self.reported_seconds = 0.0  # of work, by the last heartbeat
         self.backoff = _Backoff(self.lease / 3)
-        self.retry_at = 0.0
+        self.retry_at = 0.0  # after an error, nothing is sent before
         self.must_register_queues = True  # in the set of all queues
         self.must_save_cron = True  # at the start, and if the server lost the entries
         self.reaps_orphans = self.forking and _inherits_orphans()
@@ -14350,33 +14353,38 @@ def _take_snapshot(connection: Redis, names: Sequence[str]) -> _Snapshot:
     """Read how the queues of these names are, and their workers, in two round trips; or
     of all queues, in three."""
     queues = [Queue(name, connection) for name in names] or Queue.all(connection)
-    commands: list[Command] = []
-    for queue in queues:
-        commands += queue.size_commands()
-        commands.append(("HKEYS", f"{queue.prefix}workers"))
-        commands.append(("HGETALL", f"{queue.prefix}started"))
-        commands.append(("LRANGE", queue.key, 0, 0))
-        commands.append(("HGETALL", f"{queue.prefix}stats"))
-    replies = _execute(connection, *commands, ("TIME",), ("EXISTS", _SUSPENDED_KEY))
-    *replies, time_reply, suspended = replies
-    remaining = iter(replies)
+    commands = {queue.name: _state_commands(queue) for queue in queues}
+    commands[""] = [("TIME",), ("EXISTS", _SUSPENDED_KEY)]  # no queue has this name
+    replies = _execute_groups(connection, commands)
     states: list[_QueueState] = []
     held: dict[bytes, list[_HeldJob]] = {}  # by worker
     for queue in queues:
-        counts = itertools.islice(remaining, len(_CONTAINERS))
-        by_container = dict(zip(_CONTAINERS, counts, strict=True))
-        for name in next(remaining):
+        *sizes, workers_here, started, waiting, stats = replies[queue.name]
+        counts = dict(zip(_CONTAINERS, sizes, strict=True))
+        state = _QueueState(queue.name, counts, _parse_stats(stats), tuple(waiting))
+        states.append(state)
+        for name in workers_here:
             held.setdefault(name, [])
-        for id, token in _field_pairs(next(remaining)):
+        for id, token in _field_pairs(started):
             with contextlib.suppress(ValueError):  # it is garbled
                 name, job = _HeldJob.parse(queue, id, token)
                 held.setdefault(name, []).append(job)
-        waiting = tuple(next(remaining))
-        stats = _parse_stats(next(remaining))
-        states.append(_QueueState(queue.name, by_container, stats, waiting))
+    time_reply, suspended = replies[""]
     now = _time_of(time_reply)
     states, workers = _read_details(connection, states, held, bool(suspended))
     return _Snapshot(time.monotonic(), now, states, workers, bool(suspended))
+
+
+def _state_commands(queue: Queue) -> list[Command]:
+    """Return the commands that read what a snapshot has of a queue: sizes, names of
+    workers, jobs that run, the next job, figures."""
+    return [
+        *queue.size_commands(),
+        ("HKEYS", f"{queue.prefix}workers"),
+        ("HGETALL", f"{queue.prefix}started"),
+        ("LRANGE", queue.key, 0, 0),
+        ("HGETALL", f"{queue.prefix}stats"),
+    ]
 
 
 def _time_of(reply: Any) -> float:
