@@ -4918,7 +4918,7 @@ class _BaseJob:
     ) -> None:
         # A queue passes itself as the connection: a subclass may have this signature,
         # which is that of RQ.
-        self.id = _random_id() if id is None else id
+        self.id: str = _random_id() if id is None else id
         self.record: dict[str, bytes] = {}
         self.enqueue_request = _DEFAULT_REQUEST
         # CREATED: not stored, as far as this object knows.  None: has to be read.

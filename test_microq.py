@@ -16281,7 +16281,7 @@ def test_overview_shows_all_there_is(app, redis, shop):
     record = record_of_another_container(Worker(other, "bee"))
     redis.set("microq:worker:bee", record, ex=60)
     page = read(app)
-    for text in ("queued 2", "started 1", "failed 1", "busy workers 1 / 1"):
+    for text in ("queued 3", "started 1", "failed 1", "busy workers 1 / 1"):
         assert text in page.text
     for text in ("default", "low", "bee", "test_microq.sleep", "a cron entry", "api"):
         assert text in page.text
@@ -18172,7 +18172,7 @@ def test_classes_are_named_by_flag_or_environment(redis, queue, cli, monkeypatch
     name = "test_microq.QueueWithOffset"
     assert (
         cli("empty", "--queue-class", name, "default")[1]
-        == "1001 job removed from default\n"
+        == "1,001 jobs removed from default\n"
     )
     monkeypatch.setenv("MICROQ_QUEUE_CLASS", name)
     assert cli("empty", "default")[1] == "1,000 jobs removed from default\n"
