@@ -16679,7 +16679,11 @@ def _badge(state: str) -> _Markup:
 
 # Times.
 
-_UNIT_PAIRS = (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1))
+_UNIT_PAIRS = [  # a unit, the next smaller one, and their seconds
+    ("d", 86400, "h", 3600),
+    ("h", 3600, "min", 60),
+    ("min", 60, "s", 1),
+]
 
 
 def _duration(seconds: float) -> str:
@@ -17262,15 +17266,15 @@ def _history_picture(snapshot: _Snapshot) -> _Markup:
 
 def _bar(index: int, good: float, bad: float, most: float) -> list[_Markup]:
     """Return the rectangles of a minute: what failed stands on what succeeded."""
-    left = 10 * index + 1
-    parts = [_tag("rect", x=left, y=0, width=8, height=100, class_="base")]
+    place = {"x": 10 * index + 1, "width": 8}
+    parts = [_tag("rect", y=0, height=100, class_="base", **place)]
     top = 100.0
     for kind, count in (("good", good), ("bad", bad)):
         if count:
             height = max(2.0, count * 98 / most)
             top -= height
             box = {"y": f"{top:.1f}", "height": f"{height:.1f}"}
-            parts.append(_tag("rect", x=left, width=8, class_=kind, **box))
+            parts.append(_tag("rect", class_=kind, **place, **box))
     return parts
 
 
@@ -17324,7 +17328,8 @@ def _running(worker: _WorkerState, now: float) -> _Markup:
     for job in running:
         name = job.func.decode(errors="replace").removesuffix("()") or "?"
         since = _tag("small", f"for {_duration(now - job.since)}")
-        lines.append(_tag("div", _link(name, job=job.id, queue=job.queue), since))
+        link = _link(name, job=job.id, queue=job.queue)
+        lines.append(_tag("div", link, since))
     more = len(worker.held) - len(running)
     if more:
         lines.append(_tag("small", f"and {more} more"))
@@ -18160,6 +18165,7 @@ form { margin: 0; }
 .subtitle {
   display: flex; flex-wrap: wrap; gap: .25rem 1rem; align-items: center; margin: 0;
 }
+.progress { display: flex; align-items: center; }
 progress {
   appearance: none; width: 20rem; max-width: 70%; height: .55rem; margin-right: .5rem;
   border: 0; border-radius: 9px; overflow: hidden; background: var(--line);
@@ -18674,16 +18680,32 @@ class _OpenConnections:
 def _serve(listener: socket.socket, app: _WebApp, worker_pid: int = 0) -> None:
     """Serve an application of WSGI at a socket that listens, until a signal raises; or
     until this process is no child of `worker_pid` any more, then exit."""
-    import socketserver
     import wsgiref.simple_server
-
-    connections = _OpenConnections()
 
     class Handler(wsgiref.simple_server.WSGIRequestHandler):
         timeout = 10  # seconds that a client may be silent
 
         def log_message(self, *args: Any) -> None:
             pass
+
+    address = listener.getsockname()[:2]
+    server_class = _server_class(worker_pid)
+    with server_class(address, Handler, bind_and_activate=False) as server:
+        server.socket.close()
+        server.socket = listener
+        server.server_name, server.server_port = address
+        server.setup_environ()
+        server.set_app(functools.partial(_call_named, app))
+        server.serve_forever()
+
+
+def _server_class(worker_pid: int) -> Any:
+    """Return a class of servers with a thread for each connection, of which there are
+    not too many."""
+    import socketserver
+    import wsgiref.simple_server
+
+    connections = _OpenConnections()
 
     class Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
         daemon_threads = True
@@ -18706,14 +18728,7 @@ def _serve(listener: socket.socket, app: _WebApp, worker_pid: int = 0) -> None:
         def handle_error(self, request: Any, client_address: Any) -> None:
             log.debug("page: a request of %s broke off", client_address)
 
-    address = listener.getsockname()[:2]
-    with Server(address, Handler, bind_and_activate=False) as server:
-        server.socket.close()
-        server.socket = listener
-        server.server_name, server.server_port = address
-        server.setup_environ()
-        server.set_app(functools.partial(_call_named, app))
-        server.serve_forever()
+    return Server
 
 
 def _call_named(
@@ -18767,8 +18782,12 @@ def _read_holders(connection: Any, queues: Sequence[Queue]) -> list[_Holders]:
         commands.append(("HGETALL", f"{queue.prefix}started"))
         commands.append(("HGETALL", f"{queue.prefix}workers"))
     replies = _execute(connection, *commands) if commands else []
-    hashes = [dict(_field_pairs(reply)) for reply in replies]
-    return [_Holders(*pair) for pair in zip(hashes[::2], hashes[1::2], strict=True)]
+    hashes = iter([dict(_field_pairs(reply)) for reply in replies])
+    holders = []
+    for tokens in hashes:
+        leases = next(hashes)
+        holders.append(_Holders(tokens, leases))
+    return holders
 
 
 class _Patient(NamedTuple):
