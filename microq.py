@@ -19779,47 +19779,21 @@ def _add_worker_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_limit_options(parser: argparse.ArgumentParser) -> None:
     """Add the numbers of jobs, seconds and megabytes at which something ends."""
-    add = parser.add_argument
-    add(
-        "--concurrency",
-        type=int,
-        metavar="N",
-        help="jobs that run at once in each process; default: 1",
-    )
-    add(
-        "--jobs-per-fork",
-        type=int,
-        metavar="N",
-        help="replace a process after so many jobs; default: 1000",
-    )
-    add(
-        "--lease",
-        metavar="S",
-        help="silence after which a worker's jobs are given to others; default: 15",
-    )
-    add(
-        "--max-jobs",
-        type=int,
-        metavar="N",
-        help="stop after so many; default: no limit",
-    )
-    add(
-        "--max-idle-time",
-        type=float,
-        metavar="SEC",
-        help="stop after so long without any; default: no limit",
-    )
-    add(
-        "--grace",
-        metavar="S",
-        help="give up what still runs so long after SIGTERM; default: no limit",
-    )
-    add(
-        "--max-memory",
-        type=float,
-        metavar="MB",
-        help="replace a process that has grown beyond it; default: no limit",
-    )
+    for flag, kind, metavar, help in (
+        (
+            "--concurrency",
+            int,
+            "N",
+            "jobs that run at once in each process; default: 1",
+        ),
+        ("--jobs-per-fork", int, "N", "replace a process after so many; default: 1000"),
+        ("--lease", str, "S", "silence after which its jobs go to others; default: 15"),
+        ("--max-jobs", int, "N", "stop after so many; default: no limit"),
+        ("--max-idle-time", float, "SEC", "stop after so long idle; default: no limit"),
+        ("--grace", str, "S", "give up so long after SIGTERM; default: no limit"),
+        ("--max-memory", float, "MB", "replace a larger process; default: no limit"),
+    ):
+        parser.add_argument(flag, type=kind, metavar=metavar, help=help)
 
 
 def _add_hook_options(parser: argparse.ArgumentParser) -> None:
