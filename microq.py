@@ -281,6 +281,7 @@ import socket
 import stat
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
@@ -9614,6 +9615,8 @@ class Worker:
     max_memory                - megabytes (2**20 bytes) beyond which a child is replaced
                                 after its current jobs; at twice that it is killed,
                                 which counts as a crash; no limit
+    reload                    - for development: whether the program starts again, after
+                                the current jobs, when one of its files changed; no
     around                    - functions (job) that return context managers; each run
                                 of a job is inside of these; added to Worker.around
     lifespan                  - functions (worker) that return context managers, sync or
@@ -9661,7 +9664,8 @@ class Worker:
         default_result_ttl: Any = DEFAULT_RESULT_TTL, connection: Redis | None = None,
         exception_handlers: Any = (), *, fork: bool | None = None,
         jobs_per_fork: int | None = None, concurrency: int = 1, grace: Any = None,
-        max_memory: float | None = None, around: Any = (), lifespan: Any = (),
+        max_memory: float | None = None, reload: bool = False, around: Any = (),
+        lifespan: Any = (),
         serializer: Any = None, lease: Any = LEASE,
         work_horse_killed_handler: Func | None = None, job_class: Any = None,
         queue_class: Any = None, log_job_description: bool = True,
@@ -9686,6 +9690,7 @@ class Worker:
         self._set_jobs_per_fork(jobs_per_fork)
         self._set_max_memory(max_memory)
         self.grace = math.inf if grace is None else _parse_seconds(grace, "grace", (0,))
+        self.reload = reload
         self._set_hooks(exception_handlers, work_horse_killed_handler, around, lifespan)
         self.log_job_description = log_job_description
         self.log_results = log_results
@@ -10068,6 +10073,8 @@ class Worker:
 
     def _make_supervisor(self) -> _Supervisor:
         """Return the supervisor of this worker beside a program."""
+        if self.reload:
+            raise ValueError("reload=True starts a program again; it needs work()")
         return _Supervisor(self.name, [self.begin_instance(self.name)])
 
     # RQ's other names.
@@ -10822,6 +10829,8 @@ class _Supervisor:
         self.companion = first.worker.companion
         # The process of the program beside which it works; 0: it is the program.
         self.program_pid = 0
+        self.reloader = _Reloader() if first.worker.reload else None
+        self.must_reload = False  # once the current jobs have ended
 
     def _set_connections(self, instance: _Instance) -> None:
         """Make the connections; the one for commands of users waits at the inbox."""
@@ -10883,6 +10892,8 @@ class _Supervisor:
         if self.cold_shutdown:
             log.warning("cold shutdown: what was running will run again")
             raise SystemExit(1)
+        if self.must_reload and self.stopping_since is None:
+            _start_program_again()
         return any(instance.shared.runs for instance in self.instances)
 
     def _log_start(self) -> None:
@@ -10926,6 +10937,7 @@ class _Supervisor:
             if self.children and all(child.finished for child in self.children):
                 self.finished = True
             wake_at = min(wake_at, self._try(self._give_up_if_due))
+            wake_at = min(wake_at, self._try(self._reload_if_changed))
             wake_at = min(wake_at, self._try(self._heartbeat_if_due))
             if not self.finished:
                 self._try(self._wait_for_commands, wake_at)
@@ -11355,10 +11367,25 @@ class _Supervisor:
     def request_stop(self) -> None:
         """Have the workers finish their current jobs, and end; for any thread."""
         self.stopping_since = self.stopping_since or time.monotonic()
+        self._finish_current_jobs()
+
+    def _finish_current_jobs(self) -> None:
         for instance in self.instances:
             instance.shared.stop_requested = True
             instance.wakeup.set()
         self.wakeup.set()
+
+    def _reload_if_changed(self) -> float:
+        """End if code has changed, to start again; return when to look again.  It is no
+        stop: a signal meanwhile is the first one, and ends the worker."""
+        if not self.reloader or self.must_reload:
+            return math.inf
+        file = self.reloader.changed_file()
+        if file:
+            self.must_reload = True
+            self._finish_current_jobs()
+            log.info("%s has changed: starting again after the current job", file)
+        return self.reloader.look_again_at
 
     def leave_when_idle(self) -> None:
         """Have the workers end once nothing is queued; for any thread."""
@@ -11418,6 +11445,80 @@ class _Supervisor:
             commands.append(("DEL", self.inbox))
         commands += [each.unregister_command() for each in self.instances]
         return commands
+
+
+class _Reloader:
+    """Tells when a Python file of the program has changed, or is new or gone.
+
+    Those of the program are all below the directories of sys.path, but for Python's own
+    and those of installed packages.  As long as a changed file can't be compiled, the
+    program is not started again, since it would end by that."""
+
+    SKIPPED = ("__pycache__", "node_modules", "site-packages", "dist-packages")
+
+    def __init__(self) -> None:
+        self.look_again_at = 0.0
+        self.changed: set[str] = set()  # since the start of the program
+        self.files = self._look()
+
+    def changed_file(self) -> str:
+        """Return a file that has changed; "" if none has, or it is not time to look, or
+        one has an error."""
+        if time.monotonic() < self.look_again_at:
+            return ""
+        before = self.files
+        self.files = self._look()
+        changed = {path for path, _ in self.files.items() ^ before.items()}
+        self.changed |= changed
+        for path in sorted(self.changed) if changed else ():
+            try:
+                compile(Path(path).read_bytes(), path, "exec")
+            except FileNotFoundError:
+                pass
+            except (SyntaxError, ValueError) as error:
+                log.error("%s has changed, and has an error: %s", path, error)
+                return ""
+        return min(changed, default="")
+
+    def _look(self) -> dict[str, tuple[int, int]]:
+        """Return the time and the size of each file, by its path."""
+        began = time.monotonic()
+        files: dict[str, tuple[int, int]] = {}
+        for folder in self._folders():
+            for root, names, found in os.walk(folder):
+                names[:] = [name for name in names if self._is_watched(root, name)]
+                for name in found:
+                    if name.endswith(".py"):
+                        path = os.path.join(root, name)
+                        with contextlib.suppress(OSError):  # it is gone again
+                            status = os.stat(path)
+                            files[path] = (status.st_mtime_ns, status.st_size)
+        # At most a twentieth of the time, however many files there are.
+        now = time.monotonic()
+        self.look_again_at = now + max(0.5, 20 * (now - began))
+        return files
+
+    def _folders(self) -> set[str]:
+        """Return the directories from which the program imports its own modules."""
+        standard_library = os.path.realpath(sysconfig.get_path("stdlib"))
+        folders = {os.path.realpath(path) for path in sys.path if os.path.isdir(path)}
+        return {
+            folder
+            for folder in folders | {os.getcwd()}
+            if not f"{folder}/".startswith(f"{standard_library}/")
+            and os.path.basename(folder) not in self.SKIPPED
+        }
+
+    def _is_watched(self, root: str, name: str) -> bool:
+        """Return whether to look into a directory; not into a virtual environment."""
+        is_environment = os.path.exists(os.path.join(root, name, "pyvenv.cfg"))
+        return not (name in self.SKIPPED or name.startswith(".") or is_environment)
+
+
+def _start_program_again() -> NoReturn:
+    """Run the command of this process again, in its place."""
+    _flush_output()
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _wait_for_exit(pid: int) -> None:
@@ -11770,6 +11871,8 @@ class WorkerPool:
                 each.request_stop()
 
     def __enter__(self) -> WorkerPool:
+        if self._workers[0].reload:
+            raise ValueError("reload=True starts a program again; it needs start()")
         len(self._workers[0].queues[0])  # raises here, if there is no server
         self._background = _WorkerProcess(self._make_supervisor)
         self.status = self.Status.STARTED
@@ -19266,6 +19369,8 @@ def _worker_options(options: argparse.Namespace) -> dict[str, Any]:
     options.name = options.name or options.settings.get("NAME")
     options.around = options.around or options.settings.get("AROUND")
     options.lifespan = options.lifespan or options.settings.get("LIFESPAN")
+    if options.django:
+        options.around = [_fresh_django_connections, *(options.around or ())]
     if options.in_process:
         options.fork = False
     if options.disable_job_desc_logging:
@@ -19277,12 +19382,46 @@ def _worker_options(options: argparse.Namespace) -> dict[str, Any]:
     return _given(options, *inspect.signature(Worker).parameters)
 
 
+def _set_up_django(settings: str) -> None:
+    """Set up Django with the settings of this module, as manage.py does."""
+    os.environ["DJANGO_SETTINGS_MODULE"] = settings
+    try:
+        django: Any = importlib.import_module("django")
+    except ModuleNotFoundError:
+        raise MicroqError("--django needs Django: pip install django") from None
+    django.setup()
+
+
+@contextlib.contextmanager
+def _fresh_django_connections(job: Job) -> Iterator[None]:
+    """Close connections to databases that are broken, or older than CONN_MAX_AGE, as
+    Django does before and after each request."""
+    close_old_connections = importlib.import_module("django.db").close_old_connections
+    close_old_connections()
+    try:
+        yield
+    finally:
+        close_old_connections()
+
+
+def _preload(options: argparse.Namespace) -> None:
+    """Import the modules that all processes are to share, before they are forked."""
+    for name in options.preload or options.settings.get("PRELOAD", ()):
+        importlib.import_module(name)
+    if options.django:  # two processes must not use one connection
+        importlib.import_module("django.db").connections.close_all()
+    # Else the garbage collector of each child would write to all these objects, so that
+    # their memory is copied.
+    gc.freeze()
+
+
 def _run_worker(
     options: argparse.Namespace, first: Worker, run: Callable[..., Any]
 ) -> None:
     """Run workers by Worker.work() or WorkerPool.start(), which take the same
     options, and set up the log.  The page, if there is to be one, runs beside the
     first of them."""
+    _preload(options)
     if options.pid:
         Path(options.pid).write_text(f"{os.getpid()}\n")
     if options.verbose:
@@ -19760,6 +19899,12 @@ def _add_worker_options(parser: argparse.ArgumentParser) -> None:
         help="run cron; on time even while busy",
     )
     add("--in-process", action="store_true", help="don't fork: no protection")
+    add(
+        "--reload",
+        action="store_true",
+        default=None,
+        help="for development: start again when code has changed",
+    )
     _add_limit_options(parser)
     _add_hook_options(parser)
     add(
@@ -19805,12 +19950,21 @@ def _add_hook_options(parser: argparse.ArgumentParser) -> None:
     ):
         help = f"of a function, dotted: {what}; may be given again"
         parser.add_argument(*names, action="append", metavar="NAME", help=help)
+    shared = "imported before processes are forked, which share it; may be given again"
+    parser.add_argument("--preload", action="append", metavar="MODULE", help=shared)
+    _add_django(parser)
     parser.add_argument(
         "-d",
         "--disable-default-exception-handler",
         action="store_true",
         help="leave a failure to your handlers",
     )
+
+
+def _add_django(parser: argparse.ArgumentParser) -> None:
+    """Add what a project of Django needs."""
+    settings = "set up Django with these settings, as in mysite.settings"
+    parser.add_argument("--django", metavar="MODULE", help=settings)
 
 
 def _add_log_options(parser: argparse.ArgumentParser) -> None:
@@ -20039,6 +20193,7 @@ def _add_cron(commands: Any) -> None:
     parser.add_argument("--list", action="store_true", help=list_help)
     name = "of the scheduler, and the owner of the entries; default: config_path"
     parser.add_argument("--name", help=name)
+    _add_django(parser)
     _add_logging_level(parser)
     _add_common_options(parser)
 
@@ -20125,6 +20280,8 @@ def _configure(options: argparse.Namespace) -> None:
     needs."""
     options.server_flags = _server_flags(options)
     sys.path[:0] = options.path or ["."]
+    if vars(options).get("django"):
+        _set_up_django(options.django)
     if options.embedded is not None and (options.url or options.cluster):
         raise ValueError("--embedded is a server of its own: no --url, no --cluster")
     for option in _ENVIRONMENT_OPTIONS:

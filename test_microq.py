@@ -8182,6 +8182,78 @@ def test_workers_whose_program_was_killed_finish_their_jobs(
     script.communicate(timeout=30)
 
 
+def write_code(path, code):
+    """Write a module whose compiled file, if there is one, counts as out of date."""
+    path.write_text(code)
+    write_code.now += 10
+    os.utime(path, (write_code.now, write_code.now))
+
+
+write_code.now = time.time() - 10_000
+
+
+@in_both_places
+def test_a_worker_takes_up_edited_code_after_its_current_job(
+    queue, start_worker, tmp_path, place
+):
+    code = "from test_microq import wait_for_file\ndef version(): return {}\n"
+    write_code(tmp_path / "edited.py", code.format(1))
+    worker = start_worker("--reload", "--path", tmp_path, "--path", HERE, *place)
+    assert queue.enqueue("edited.version").get(timeout=30) == 1
+    current = queue.enqueue("edited.wait_for_file", str(tmp_path / "here"))
+    wait_until((tmp_path / "here").exists)
+    write_code(tmp_path / "edited.py", code.format(2))
+    read_log_until(worker, "edited.py has changed")
+    (tmp_path / "here.go").touch()
+    assert current.get(timeout=30) == "gone on"
+    assert queue.enqueue("edited.version").get(timeout=30) == 2
+    read_log_until(worker, "listening")
+    write_code(tmp_path / "edited.py", "def version(: return 3")
+    read_log_until(worker, "edited.py has changed, and has an error")
+    assert queue.enqueue("edited.version").get(timeout=30) == 2
+    (tmp_path / "package").mkdir()
+    write_code(tmp_path / "edited.py", code.format(4))
+    write_code(tmp_path / "package" / "new.py", "def answer(): return 42")
+    read_log_until(worker, "has changed: starting again")
+    assert queue.enqueue("edited.version").get(timeout=30) == 4
+    assert queue.enqueue("package.new.answer").get(timeout=30) == 42
+    stop_and_read_log(worker)
+    assert worker.returncode == 0
+
+
+def test_a_script_that_works_is_started_again_when_it_is_edited(redis, tmp_path):
+    code = """
+import sys, redis
+from microq import Queue, Worker, WorkerPool
+def version(): return {}
+if __name__ == "__main__":
+    queue = Queue(connection=redis.Redis.from_url(sys.argv[1]))
+    {}(queue, reload=True, **eval(sys.argv[2])).{}()
+"""
+    queue = Queue(connection=redis)
+    for kind, method in (("Worker", "work"), ("WorkerPool", "start")):
+        write_code(tmp_path / "main.py", code.format(1, kind, method))
+        command = [sys.executable, tmp_path / "main.py", redis_url(redis), "{}"]
+        script = subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, env=child_env()
+        )
+        try:
+            assert queue.enqueue("main.version").get(timeout=30) == 1
+            write_code(tmp_path / "main.py", code.format(2, kind, method))
+            read_log_until(script, "main.py has changed")
+            assert queue.enqueue("main.version").get(timeout=30) == 2
+        finally:
+            log = end_process(script)
+        assert "stopped" in log
+        assert script.returncode == 0
+
+
+def test_workers_beside_a_program_do_not_start_it_again(queue):
+    for worker in (Worker(queue, reload=True), WorkerPool(queue, reload=True)):
+        with pytest.raises(ValueError, match="reload=True"):
+            worker.__enter__()
+
+
 def test_a_worker_in_a_thread_cannot_fork(queue):
     errors = []
 
@@ -17592,6 +17664,88 @@ def test_options_of_a_worker_that_contradict_each_other_are_refused(
     assert reason in error
 
 
+def test_modules_are_preloaded_before_processes_are_forked(
+    redis, queue, tmp_path, monkeypatch
+):
+    code = "import os\nPID = os.getpid()\ndef pids(): return PID, os.getppid()\n"
+    (tmp_path / "heavy.py").write_text(code)
+    (tmp_path / "my_settings.py").write_text("PRELOAD = ['heavy']\n")
+    worker = ("worker", "--burst", "--url", redis_url(redis), "--jobs-per-fork", "1")
+    for option in (["--preload", "heavy"], ["-c", "my_settings"]):
+        jobs = [queue.enqueue("heavy.pids") for _ in range(2)]
+        status, _, error = microq_command(*worker, *option, cwd=tmp_path)
+        assert status == 0, error
+        for job in jobs:
+            imported_by, parent = job.return_value()
+            assert imported_by == parent
+    status, _, error = microq_command(*worker, "--preload", "no_such_module")
+    assert (status, error.count("\n")) == (1, 1)
+    assert "no_such_module" in error
+
+
+def django_project(folder):
+    """Write a project of Django with an app whose jobs use a database."""
+    (folder / "mysite").mkdir()
+    (folder / "shop").mkdir()
+    settings = f"""
+        SECRET_KEY = "s"
+        INSTALLED_APPS = ["shop"]
+        DATABASES = {{"default": {{
+            "ENGINE": "django.db.backends.sqlite3", "NAME": {str(folder / "db")!r},
+            "CONN_MAX_AGE": 0,
+        }}}}
+        """
+    (folder / "mysite" / "settings.py").write_text(textwrap.dedent(settings))
+    (folder / "shop" / "models.py").write_text(
+        textwrap.dedent("""
+        from django.db import models
+        class Order(models.Model):
+            name = models.CharField(max_length=9)
+            class Meta:
+                app_label = "shop"
+        """)
+    )
+    (folder / "shop" / "tasks.py").write_text(
+        textwrap.dedent("""
+        from django.db import connection
+        from shop.models import Order
+        def create():
+            with connection.schema_editor() as editor:
+                editor.create_model(Order)
+        def order(name):
+            was_closed = connection.connection is None
+            Order.objects.create(name=name)
+            return was_closed, Order.objects.count()
+        """)
+    )
+
+
+@pytest.mark.parametrize("place", [[], ["--in-process"], ["--concurrency", "3"]])
+def test_a_project_of_django_needs_one_option(redis, queue, tmp_path, place):
+    django_project(tmp_path)
+    queue.enqueue("shop.tasks.create")
+    jobs = [queue.enqueue("shop.tasks.order", name) for name in ("a", "b")]
+    command = ("worker", "--burst", "--url", redis_url(redis), "--max-jobs", "1")
+    for _ in range(3):  # one after the other, however many it runs at once
+        status, _, error = microq_command(
+            *command, "--django", "mysite.settings", *place, cwd=tmp_path
+        )
+        assert status == 0, error
+    assert [job.return_value() for job in jobs] == [(True, 1), (True, 2)]
+
+
+def test_connections_of_django_are_closed_between_jobs(redis, queue, tmp_path):
+    django_project(tmp_path)
+    queue.enqueue("shop.tasks.create")
+    jobs = [queue.enqueue("shop.tasks.order", name) for name in ("a", "b")]
+    command = ("worker", "--burst", "--url", redis_url(redis), "--path", tmp_path)
+    for option in (["--django", "mysite.missing"], ["--django", "mysite.settings"]):
+        status, _, error = microq_command(*command, *option)
+        assert status == ("missing" in option[1]), error
+        assert error.count("\n") == 1 or status == 0
+    assert [job.return_value() for job in jobs] == [(True, 1), (True, 2)]
+
+
 USER_OF_TYPES = """
 from microq import AsyncQueue, Job, Queue, Worker, WorkerPool, job
 
@@ -20813,6 +20967,24 @@ def test_the_table_of_rq_names_is_true():
             with pytest.raises(SystemExit, match="0"):
                 microq.main([command, "--help"])
     assert not wrong, wrong
+
+
+def test_every_public_attribute_has_a_docstring():
+    """Its own, or that of what it overrides."""
+    missing = []
+    for name in microq.__all__:
+        public = getattr(microq, name)
+        if not inspect.isclass(public) and not inspect.isfunction(public):
+            continue
+        if not inspect.getdoc(public):
+            missing.append(name)
+        for attribute in vars(public) if inspect.isclass(public) else ():
+            value = vars(public)[attribute]
+            value = getattr(value, "__func__", value)
+            has_doc = isinstance(value, property) or callable(value)
+            if has_doc and attribute[0] != "_" and not inspect.getdoc(value):
+                missing.append(f"{name}.{attribute}")
+    assert not missing
 
 
 def test_every_public_name_is_in_the_readme():
