@@ -19230,6 +19230,40 @@ def test_readme_first_script(tmp_path):
     assert (done.returncode, done.stdout) == (0, "4\n"), done.stderr
 
 
+DJANGO_PROJECT = {
+    "mysite/__init__.py": "",
+    "mysite/settings.py": """
+        SECRET_KEY = "x"
+        ALLOWED_HOSTS = ["*"]
+        ROOT_URLCONF = "mysite.urls"
+        INSTALLED_APPS = ["django.contrib.auth", "django.contrib.contenttypes"]
+        DATABASES = {
+            "default": {"ENGINE": "django.db.backends.sqlite3", "NAME": "db.sqlite3"}
+        }
+    """,
+    "mysite/urls.py": """
+        from django.urls import path
+        from shop.views import sign_up
+        urlpatterns = [path("sign-up", sign_up)]
+    """,
+    "mysite/wsgi.py": """
+        from django.core.management import call_command
+        from django.core.wsgi import get_wsgi_application
+        application = get_wsgi_application()
+        call_command("migrate", verbosity=0)
+    """,
+    "shop/__init__.py": "",
+}
+
+
+def write_django_project(directory):
+    """Write a project with one application, which the README's first page has."""
+    for name, text in DJANGO_PROJECT.items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_text(textwrap.dedent(text))
+    write_files_of_readme(directory, "shop/jobs.py", "shop/views.py")
+
+
 def commands_of_readme():
     """Return the commands of microq in the README, as parameters."""
     lines = [
@@ -19249,6 +19283,7 @@ FOREVER = ("worker ", "worker-pool", "cron cron_config", "web", "info --interval
 def test_readme_command(line, redis, server, tmp_path):
     """It ends with 0, after SIGTERM if it would go on; the doctor may find things."""
     write_files_of_readme(tmp_path, "tasks.py", "cron_config.py")
+    write_django_project(tmp_path)
     with (tmp_path / "tasks.py").open("a") as tasks:
         tasks.write("\nfrom test_microq import echo as bill, echo as poll\n")
         tasks.write("from test_microq import echo as report, echo as send\n")
@@ -19343,6 +19378,33 @@ def test_readme_web_application(application, redis, server, tmp_path):
         assert client.get(f"/count/{job.id}").json()["status"] == job.get_status()
 
 
+def test_readme_django(redis, server, tmp_path):
+    write_django_project(tmp_path)
+    assert "microq worker mail --django mysite.settings" in README
+    port = free_port()
+    environ = clean_env() | {
+        "MICROQ_URL": server.url,
+        "PYTHONPATH": os.pathsep.join([str(HERE), str(tmp_path)]),
+        "DJANGO_SETTINGS_MODULE": "mysite.settings",
+    }
+    bind = ["--bind", f"127.0.0.1:{port}"]
+    commands = [
+        [sys.executable, "-m", "gunicorn", "mysite.wsgi:application", *bind],
+        command_line("worker", "mail", "--django", "mysite.settings"),
+    ]
+    with processes(commands, tmp_path, environ):
+
+        def is_signed_up():
+            with contextlib.suppress(httpx.TransportError):
+                url = f"http://127.0.0.1:{port}/sign-up?name=Ann"
+                return httpx.get(url, timeout=60).status_code == 200
+
+        wait_until(is_signed_up, 60)
+        finished = Queue("mail", redis).finished_job_registry
+        [id] = wait_until(finished.get_job_ids, 60)
+        assert Job.fetch(id, connection=redis).return_value() == "Hello Ann"
+
+
 def test_readme_unit_for_systemd(redis, server, tmp_path):
     [unit] = [text for _, language, text in README_BLOCKS if language == "ini"]
     command = shlex.split(re.search(r"(?m)^ExecStart=(.*)", unit)[1])
@@ -19377,8 +19439,8 @@ def test_readme_dockerfile(redis, server, tmp_path):
 def test_every_block_of_the_readme_has_a_test():
     known = {"python", "console", "sh", "ini", "dockerfile"}  # sh: by .ci/run
     assert {language for _, language, _ in README_BLOCKS} <= known
-    files = {"words.py", "tasks.py", "web_fastapi.py", "web_flask.py"}
-    files |= {"cron_config.py", "reports.py", "app.py"}
+    files = {"words.py", "tasks.py", "web_fastapi.py", "web_flask.py", "shop/jobs.py"}
+    files |= {"shop/views.py", "cron_config.py", "reports.py", "app.py"}
     files |= {"settings.py", "/etc/systemd/system/microq.service"}
     assert set(README_FILES) == files
 
