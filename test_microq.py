@@ -17857,8 +17857,9 @@ def test_a_vendored_copy_works_under_its_own_name(
         from somepackage.vendor.mq import get_current_job
         def copies():
             modules = dict(sys.modules)
-            here = [name for name in modules if hasattr(modules[name], "EnqueueData")]
-            return [get_current_job().func_name, sorted(here)]
+            ours = [each for each in modules.values() if hasattr(each, "EnqueueData")]
+            names = {each.__name__ for each in ours}
+            return [get_current_job().func_name, sorted(names)]
         """)
     )
     start_worker(cwd=tmp_path, module="somepackage.vendor.mq")
