@@ -15628,8 +15628,8 @@ class _Wire(asyncio.Protocol):
         self._on_message = on_message
         self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
-        self._calls: deque[_WireCall] = deque()  # without all replies
-        self._unsent: list[bytes] = []  # the commands of the last ones of them
+        self._calls: deque[_WireCall] = deque()  # the oldest first
+        self._unsent: list[bytes] = []  # packed commands of the latest calls
         self._parser = hiredis.Reader(
             protocolError=redis_errors.InvalidResponse,
             replyError=raw._parser.parse_error,
@@ -15666,7 +15666,7 @@ class _Wire(asyncio.Protocol):
             self._watch_silence()
             self._transport.write(packed)
         else:
-            # Those of all tasks that run now are written at once: by one system call.
+            # The commands of all tasks that run now are written by one system call.
             if not self._unsent:
                 self._loop.call_soon(self._write_unsent)
             self._unsent.append(packed)
@@ -15914,7 +15914,7 @@ class _NodeWires:
         return random.choice(self._client.get_nodes())
 
     def current(self) -> None:
-        """There is no wire for all commands."""
+        """Return None, so that nothing is sent ahead: no wire takes all commands."""
 
     async def execute(self, commands: Sequence[Command]) -> list[Any]:
         """Run the commands in one round trip to each node that they are for.
@@ -15951,16 +15951,17 @@ class _NodeWires:
         """Try once to run the commands, and return their replies, error replies as
         exceptions."""
         await self._client.initialize()
-        groups: dict[_SharedWire, dict[int, Command]] = {}
+        # The numbers of the commands for each wire.
+        groups: dict[_SharedWire, list[int]] = {}
         for number, command in enumerate(commands):
-            wire = self._wire_for(command)
-            groups.setdefault(wire, {})[number] = command
-        calls = [wire.call([*group.values()]) for wire, group in groups.items()]
+            groups.setdefault(self._wire_for(command), []).append(number)
+        calls = []
+        for wire, numbers in groups.items():
+            calls.append(wire.call([commands[number] for number in numbers]))
         replies: dict[int, Any] = {}
-        for group, part in zip(
-            groups.values(), await asyncio.gather(*calls), strict=True
-        ):
-            replies.update(zip(group, part, strict=True))
+        parts = await asyncio.gather(*calls)
+        for numbers, part in zip(groups.values(), parts, strict=True):
+            replies.update(zip(numbers, part, strict=True))
         for number, reply in replies.items():
             if type(reply) is redis_errors.AskError:
                 replies[number] = await self._ask(reply.node_addr, commands[number])
@@ -16013,7 +16014,10 @@ class _Subscriptions:
         _raise_failure(await self.wire.call(commands))
 
     def check(self, listener: _AsyncListener) -> None:
-        """Find out whether the server still answers: if not, the wire gets lost."""
+        """Find out whether the server still answers: if not, the wire gets lost.
+
+        The server replies to a second SUBSCRIBE of a channel, too, and a wire is lost
+        when a reply does not come in time."""
         self._send([("SUBSCRIBE", listener.channels[0])])
 
     def discard(self, listener: _AsyncListener) -> None:
@@ -16050,7 +16054,7 @@ class _AsyncListener:
     def __init__(self, subscriptions: _Subscriptions, channels: Sequence[str]) -> None:
         self.channels = channels
         self._subscriptions = subscriptions
-        self._messages: set[str] = set()  # channels on which some have come
+        self._messages: set[str] = set()  # channels with a message since the last wait
         self._is_lost = False
         self._event = asyncio.Event()  # something has happened, or a time is over
         self._subscribing: asyncio.Task[None] | None
@@ -16060,8 +16064,9 @@ class _AsyncListener:
     async def wait(self, seconds: float) -> list[str]:
         """Wait for messages up to some seconds, and return their channels.
 
-        Returns none at once when the subscription has begun.  Raises the error of a
-        connection that could not be made or was lost."""
+        Returns an empty list as soon as the subscription has begun, so that the caller
+        looks for what happened before.  Raises the error of a connection that could not
+        be made or was lost."""
         if not self._messages and not self._is_lost:
             timer = asyncio.get_running_loop().call_later(seconds, self._event.set)
             try:
@@ -16108,22 +16113,24 @@ class _LoopConnections:
 
     @staticmethod
     def of(client: Any) -> _LoopConnections:
-        """Return those of the running loop.
+        """Return the connections of the running loop.
 
         They are in an attribute of the client's pool, or of the client of a Cluster, so
-        they live as long as that."""
+        they live as long as the pool or the client.  Raises RuntimeError without a loop
+        of asyncio, and for a client of a Cluster that another loop uses."""
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError as error:  # under trio, say
             text = "an AsyncQueue needs an event loop of asyncio"
             raise RuntimeError(text) from error
-        # Each call comes by here, and _is_cluster() takes 2 us.
+        # Only the client of a Cluster has no pool.  Each call comes by here, and to ask
+        # _is_cluster() takes 2 us.
         owner = getattr(client, "connection_pool", client)
         by_loop: dict[Any, _LoopConnections]
         by_loop = vars(owner).setdefault("_microq_loops", {})
-        found = by_loop.get(loop)
-        if found is not None and found.pid == os.getpid():
-            return found
+        stored = by_loop.get(loop)
+        if stored is not None and stored.pid == os.getpid():
+            return stored
         for other in list(by_loop):
             if _is_cluster(client) and other is not loop:
                 raise RuntimeError(
@@ -16134,20 +16141,20 @@ class _LoopConnections:
                 by_loop.pop(other, None)
         # In a forked process, the connections of its parent are kept, since to close
         # them would disturb the parent.
-        by_loop[loop] = _LoopConnections(client, inherited=found)
+        by_loop[loop] = _LoopConnections(client, inherited=stored)
         return by_loop[loop]
 
     def __init__(self, client: Any, inherited: _LoopConnections | None) -> None:
         self.client = client
         self.pid = os.getpid()
         self._inherited = inherited
-        self._calls: _SharedWire | _NodeWires
+        self._wire: _SharedWire | _NodeWires  # for all calls
         if _is_cluster(client):
-            self._calls = _NodeWires(client)
-            find_pool = self._calls.find_node
+            self._wire = _NodeWires(client)
+            find_pool = self._wire.find_node
         else:
             find_pool = self._find_pool
-            self._calls = _SharedWire(find_pool, {})
+            self._wire = _SharedWire(find_pool, {})
         self._subscriptions = _Subscriptions(find_pool)
         self._idle: list[_SharedWire] = []  # wires of execute_alone()
 
@@ -16159,11 +16166,11 @@ class _LoopConnections:
 
         Like _execute(), this sends unknown scripts with their texts, and raises
         ServerUnavailable if there is no usable answer, else what redis-py raises."""
-        return await self._execute_over(self._calls, commands)
+        return await self._execute_over(self._wire, commands)
 
     async def execute_alone(self, commands: Sequence[Command]) -> list[Any]:
-        """Do the same over a connection that no other call uses meanwhile: the server
-        takes its time, and all that comes over the connection afterwards waits.
+        """Run commands for which the server takes its time, as execute() does, but over
+        a connection that no other call uses meanwhile: it would wait, too.
 
         Not for a Cluster."""
         wire = self._idle.pop() if self._idle else _SharedWire(self._find_pool, {})
@@ -16189,11 +16196,11 @@ class _LoopConnections:
 
     def open_ahead(self) -> _AsyncAhead:
         """Return what sends commands ahead; its owner closes it."""
-        return _AsyncAhead(self, self._calls)
+        return _AsyncAhead(self, self._wire)
 
     async def aclose(self) -> None:
         """Close the connections, once no task waits for a reply any more."""
-        await self._calls.aclose()
+        await self._wire.aclose()
         await self._subscriptions.wire.aclose()
         while self._idle:
             await self._idle.pop().aclose()
@@ -16205,16 +16212,16 @@ class _AsyncAhead:
     """Sends commands ahead over the connection of all calls, as a _Connection does."""
 
     def __init__(
-        self, connections: _LoopConnections, calls: _SharedWire | _NodeWires
+        self, connections: _LoopConnections, wire: _SharedWire | _NodeWires
     ) -> None:
         self.sent: Sequence[Command] = ()  # commands whose replies are unread
         self._connections = connections
-        self._calls = calls
+        self._wire = wire
         self._replies: Any = None  # the future of them
 
     def send_ahead(self, commands: Sequence[Command]) -> None:
         """Send commands for receive(), unless there is no connection now."""
-        wire = self._calls.current()
+        wire = self._wire.current()
         if wire is not None:
             self._replies = wire.send(commands)
             self._replies.add_done_callback(_retrieve_error)

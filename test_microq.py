@@ -15463,7 +15463,7 @@ def test_cancelled_calls_do_not_pile_up_while_the_server_is_silent(redis, tmp_pa
             for call in calls:
                 call.cancel()
             await asyncio.wait(calls)
-        wire = microq._LoopConnections.of(connection)._calls.current()
+        wire = microq._LoopConnections.of(connection)._wire.current()
         assert wire._transport.get_write_buffer_size() < 1 << 20
         assert len(wire._calls) < 200
         wire._lose(redis_py.exceptions.ConnectionError("enough"))
