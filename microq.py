@@ -16619,7 +16619,8 @@ class AsyncGroup(_BaseGroup[AsyncJob]):
 _PROGRAM = f"python -m {__name__}"
 _PAGE_SIZE = 50  # jobs of a list
 _MAX_VALUE = 1 << 16  # bytes of an argument, a result or meta that are shown
-_MAX_VALUE_IN_LIST = 2000
+_MAX_VALUE_IN_LIST = 2000  # bytes of a value, in a list of jobs
+_MAX_PAIR_TEXT = 2000  # characters of a value, in a list of names and values
 _MAX_SEARCHED = 20_000  # jobs whose function a search looks at
 _MAX_BODY = 1 << 16  # bytes of a request
 
@@ -16689,7 +16690,7 @@ _VOID_TAGS = {"input", "link", "meta"}
 
 
 def _escape(value: Any) -> str:
-    """Return text as HTML.  This is the one place that escapes."""
+    """Return a value as HTML.  No other function escapes text."""
     if isinstance(value, _Markup):
         return value
     return _printable(str(value), keep="\n\t").translate(_ESCAPES)
@@ -16734,8 +16735,8 @@ def _link(text: Any, _class: str | None = None, **query: Any) -> _Markup:
 def _table(
     titles: Sequence[str], rows: Sequence[Sequence[Any]], kind: str = ""
 ) -> _Markup | None:
-    """Return a table, None if it has no rows.  A title that ends with "#" is that of a
-    column of numbers, and "" that of the buttons."""
+    """Return a table, None if it has no rows.  A column of numbers has a title that
+    ends with "#", and the column of buttons has the title ""."""
     if not rows:
         return None
     classes = ["number" if title.endswith("#") else None for title in titles]
@@ -16757,7 +16758,8 @@ def _pairs_list(pairs: Iterable[tuple[str, str]]) -> _Markup | None:
     """Return a list of names and texts, None if there are none."""
     rows = []
     for name, text in pairs:
-        rows.append(_tag("div", _tag("dt", name), _tag("dd", text[:2000])))
+        value = _tag("dd", text[:_MAX_PAIR_TEXT])
+        rows.append(_tag("div", _tag("dt", name), value))
     return _tag("dl", rows, class_="pairs") if rows else None
 
 
@@ -16806,8 +16808,8 @@ def _duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     for name, size, next_name, next_size in _UNIT_PAIRS:
         if seconds >= size:
-            whole, rest = divmod(seconds, size)
-            count = int(rest // next_size)
+            whole, remainder = divmod(seconds, size)
+            count = int(remainder // next_size)
             tail = f" {count} {next_name}" if count and whole < 10 else ""
             return f"{whole:.0f} {name}{tail}"
     return f"{seconds:.0f} s"
@@ -16954,7 +16956,9 @@ class _PickleReader:
 
 
 def _short_name(value: Any) -> str:
-    return str(value).rpartition(".")[2][:100] if isinstance(value, _Name) else "object"
+    if not isinstance(value, _Name):
+        return "object"
+    return str(value).rpartition(".")[2][:100]
 
 
 def _describe_json(value: Any) -> Any:
@@ -17094,6 +17098,14 @@ class _JobOutline:
         execution: str = self.execution
         return execution.rpartition(".")[0]
 
+    def dependencies(self) -> list[tuple[str, str]]:
+        """Return (prefix of the queue, id) of the jobs on which it depends."""
+        names = []
+        for key in self.text("depends_on").split()[:-1]:  # the last word is `allow`
+            prefix, _, id = key.rpartition(":")
+            names.append((f"{prefix}:", id))
+        return names
+
     def last_run(self) -> _RunOutline | None:
         """How its last run ended; None if none has."""
         payload = self.fields.get("result", b"")
@@ -17225,7 +17237,8 @@ class _Site:
     def outlines(
         self, pairs: Sequence[tuple[Queue, str]], limit: int = _MAX_VALUE_IN_LIST
     ) -> list[_JobOutline]:
-        """Return those of the jobs that exist.  One round trip."""
+        """Return the jobs of these (queue, id), without those that do not exist.  One
+        round trip, or none."""
         commands = [OUTLINE(queue.prefix, id, limit) for queue, id in pairs]
         jobs = []
         replies = _execute(self.connection, *commands) if commands else []
@@ -17241,7 +17254,7 @@ class _Site:
         return _link(text, job=id, queue=queue_name)
 
 
-# From the first one on: these states show what comes next, the others what came last.
+# Lists of these states begin with the job that is next, all others with the latest.
 _NEXT_FIRST = ("queued", "scheduled")
 
 
@@ -17276,14 +17289,14 @@ def _search(
     for container, ids in zip(containers, replies, strict=True):
         queue = Queue(container.name, site.connection)
         pairs += [(queue, id.decode()) for id in ids[:count]]
-    found = []
+    matches = []
     for chunk in _chunks(pairs[:_MAX_SEARCHED]):
         keys = [f"{queue.prefix}job:{id}" for queue, id in chunk]
         funcs = _execute(site.connection, *[("HGET", key, "func") for key in keys])
         for pair, func in zip(chunk, funcs, strict=True):
             if func and text.lower() in func.decode(errors="replace").lower():
-                found.append(pair)
-    return found
+                matches.append(pair)
+    return matches
 
 
 # The overview.
@@ -17337,7 +17350,9 @@ def _rate_text(rate: float) -> str:
 
 
 def _history(snapshot: _Snapshot, letter: str) -> list[float]:
-    """Return how many runs ended in each of the last 60 minutes, the latest last."""
+    """Return how many runs ended in each of the last 60 minutes, the latest last.
+
+    letter - which runs, as in the key `stats`: "f" finished, "x" failed"""
     minute = int(snapshot.now // 60)
     return [
         sum(queue.stats.get(f"{letter}{at}", 0) for queue in snapshot.queues)
@@ -17440,9 +17455,9 @@ def _running(worker: _WorkerState, now: float) -> _Markup:
         since = _tag("small", f"for {_duration(now - job.since)}")
         link = _link(name, job=job.id, queue=job.queue)
         lines.append(_tag("div", link, since))
-    more = len(worker.held) - len(running)
-    if more:
-        lines.append(_tag("small", f"and {more} more"))
+    hidden_count = len(worker.held) - len(running)
+    if hidden_count:
+        lines.append(_tag("small", f"and {hidden_count} more"))
     return _join(lines)
 
 
@@ -17477,17 +17492,20 @@ class _LimitState(NamedTuple):
 def _read_limits(site: _Site, queues: Sequence[Queue]) -> list[_LimitState]:
     """Return the limits for which jobs of the queues wait.  Three round trips."""
     limits = _find_limits(site, queues)
-    commands: list[Command] = []
+    if not limits:
+        return []
+    groups: dict[str, list[Command]] = {}
     for prefix in limits:
-        commands.append(("ZCARD", f"{prefix}holders"))
-        commands.append(("ZCARD", f"{prefix}waiting"))
-        commands.append(("ZRANGE", f"{prefix}waiting", 0, 4))
-    replies = iter(_execute(site.connection, *commands) if commands else [])
+        groups[prefix] = [
+            ("ZCARD", f"{prefix}holders"),
+            ("ZCARD", f"{prefix}waiting"),
+            ("ZRANGE", f"{prefix}waiting", 0, 4),
+        ]
+    replies = _execute_groups(site.connection, groups)
     states = []
-    for limit in limits.values():
-        holders = next(replies)
-        waiting = next(replies)
-        first = [_job_of_member(site, member) for member in next(replies)]
+    for prefix, limit in limits.items():
+        holders, waiting, members = replies[prefix]
+        first = [_job_of_member(site, member) for member in members]
         states.append(_LimitState(limit, holders, waiting, first))
     return states
 
@@ -17531,7 +17549,7 @@ def _limits_table(site: _Site, limits: Sequence[_LimitState]) -> _Markup | None:
 # Lists of jobs.
 
 
-class _List(NamedTuple):
+class _JobList(NamedTuple):
     """Which jobs a list shows: those of a queue in a state, or those that a search
     finds among these, in a queue, or in all queues."""
 
@@ -17540,7 +17558,7 @@ class _List(NamedTuple):
     find: str
 
     @classmethod
-    def of(cls, query: dict[str, str]) -> _List:
+    def of(cls, query: dict[str, str]) -> _JobList:
         """Return the list that a query or a form is about."""
         find = query.get("find", "").strip()
         return cls(query.get("queue", ""), query.get("state", ""), find)
@@ -17556,7 +17574,7 @@ class _List(NamedTuple):
         return _href(**self._asdict())
 
     def containers(self, site: _Site) -> list[_JobContainer[Any]]:
-        """Return where its jobs are.  One round trip where no queue is named."""
+        """Return the containers of its jobs.  One round trip if no queue is named."""
         if self.has_state or not self.find:
             return [site.container(self.queue, self.state)]
         queues = [site.queue(self.queue)] if self.queue else site.queues()
@@ -17572,19 +17590,19 @@ class _ListPage(NamedTuple):
     counts: dict[str, int]  # by state, of the queue; {} for a search in several states
 
 
-def _read_list(site: _Site, where: _List, page: int) -> _ListPage:
+def _read_list(site: _Site, job_list: _JobList, page: int) -> _ListPage:
     """Read a page of a list.  Three round trips; for a search two, and those of
     _search()."""
-    containers = where.containers(site)
-    states = site.queue(where.queue).containers() if where.has_state else []
+    containers = job_list.containers(site)
+    states = site.queue(job_list.queue).containers() if job_list.has_state else []
     commands = [container.size_command() for container in states]
     time_reply, *sizes = _execute(site.connection, ("TIME",), *commands)
     counts = dict(zip(_CONTAINERS, sizes, strict=False))
-    if where.find:
-        found = _search(site, containers, where.find)
-        total = len(found)
+    if job_list.find:
+        matches = _search(site, containers, job_list.find)
+        total = len(matches)
         start = (page - 1) * _PAGE_SIZE
-        jobs = site.outlines(found[start : start + _PAGE_SIZE])
+        jobs = site.outlines(matches[start : start + _PAGE_SIZE])
     else:
         total, jobs = _read_page(site, containers[0], page)
     return _ListPage(_time_of(time_reply), total, jobs, counts)
@@ -17592,70 +17610,75 @@ def _read_list(site: _Site, where: _List, page: int) -> _ListPage:
 
 def _list_view(site: _Site, query: dict[str, str]) -> tuple[str, _Markup]:
     """Return the title and the main part of a list."""
-    where = _List.of(query)
+    job_list = _JobList.of(query)
     page = _page_number(query)
-    read = _read_list(site, where, page)
-    title = f"“{where.find}”" if where.find else f"{where.queue} {_spaced(where.state)}"
+    read = _read_list(site, job_list, page)
     count = _tag("span", f"{read.total:,}", class_="count")
+    title = f"{job_list.queue} {_spaced(job_list.state)}"
     note = None
-    if where.find:
+    if job_list.find:
+        title = f"“{job_list.find}”"
         text = "Jobs whose function has this in its name, among the newest."
         note = _tag("p", text, class_="dim")
     return title, _join(
         _tag("h1", title, count),
-        _state_links(where, read.counts),
-        None if site.read_only else _actions_for_all(where, read.total),
+        _state_links(job_list, read.counts),
+        None if site.read_only else _actions_for_all(job_list, read.total),
         note,
-        _jobs_table(site, where, read),
-        _pages(where, page, read.total),
+        _jobs_table(site, job_list, read),
+        _pages(job_list, page, read.total),
     )
 
 
 def _page_number(query: dict[str, str]) -> int:
     text = query.get("page", "")
-    return max(1, int(text)) if re.fullmatch(r"\d{1,9}", text, re.A) else 1
+    if not re.fullmatch(r"\d{1,9}", text, re.A):
+        return 1
+    return max(1, int(text))
 
 
-def _state_links(where: _List, counts: dict[str, int]) -> _Markup | None:
+def _state_links(job_list: _JobList, counts: dict[str, int]) -> _Markup | None:
     """Return the links to the states of a queue, with their counts."""
     links = []
     for name, count in counts.items():
         text = _join(_spaced(name), _tag("b", f"{count:,}"))
-        current = "page" if name == where.state else None
-        href = _href(queue=where.queue, state=name)
+        current = "page" if name == job_list.state else None
+        href = _href(queue=job_list.queue, state=name)
         links.append(_tag("a", text, href=href, aria_current=current))
     if not links:
         return None
     return _tag("nav", links, class_="states", aria_label="states of the queue")
 
 
-def _actions_for_all(where: _List, total: int) -> _Markup | None:
+def _actions_for_all(job_list: _JobList, total: int) -> _Markup | None:
     """Return the links that ask whether to do something with all jobs of a list."""
-    if not (where.has_state and total):
+    if not (job_list.has_state and total):
         return None
     links = []
-    for action in _actions_of_list(where.state):
+    for action in _actions_of_list(job_list.state):
         text = f"{action.capitalize()} all {total:,}"
-        links.append(_link(text, _button_kind(action), ask=action, **where._asdict()))
+        links.append(
+            _link(text, _button_kind(action), ask=action, **job_list._asdict())
+        )
     return _tag("p", links, class_="actions") if links else None
 
 
-def _jobs_table(site: _Site, where: _List, read: _ListPage) -> _Markup:
+def _jobs_table(site: _Site, job_list: _JobList, read: _ListPage) -> _Markup:
     """Return the jobs of a page.  In a list of several states there is a column for
     these, and on a page that may change jobs one for buttons."""
     rows = []
     for job in read.jobs:
         row: list[Any] = [_job_cell(job)]
-        if not where.has_state:
+        if not job_list.has_state:
             row.append(_join(_badge(job.status), _tag("small", job.queue)))
         row += [_moment(_main_time(job), read.now), _took_cell(job)]
         if not site.read_only:
             actions = _actions_of_list(job.status)
-            buttons = [_action_button(each, job, where.href) for each in actions]
+            buttons = [_action_button(each, job, job_list.href) for each in actions]
             row.append(_tag("div", buttons, class_="actions"))
         rows.append(row)
     titles = ["job", "when", "took"]
-    if not where.has_state:
+    if not job_list.has_state:
         titles.insert(1, "state")
     if not site.read_only:
         titles.append("")
@@ -17700,18 +17723,18 @@ def _took_cell(job: _JobOutline) -> Any:
     return _duration(run.seconds) if run else "-"
 
 
-def _pages(where: _List, page: int, total: int) -> _Markup | None:
+def _pages(job_list: _JobList, page: int, total: int) -> _Markup | None:
     """Return the links to the pages before and behind this one."""
     last = max(1, math.ceil(total / _PAGE_SIZE))
     if last == 1 and page == 1:
         return None
     before, behind = "← newer", "older →"
-    if where.state in _NEXT_FIRST:
+    if job_list.state in _NEXT_FIRST:
         before, behind = "← sooner", "later →"
     parts = [_tag("span", f"page {page:,} of {last:,}", class_="dim")]
     for text, number in ((before, page - 1), (behind, page + 1)):
         if 1 <= number <= last:
-            parts.append(_link(text, page=str(number), **where._asdict()))
+            parts.append(_link(text, page=str(number), **job_list._asdict()))
     return _tag("nav", parts, class_="pages", aria_label="pages")
 
 
@@ -17766,7 +17789,7 @@ def _existing_job(site: _Site, query: dict[str, str]) -> _JobOutline:
 
 
 class _OtherJob(NamedTuple):
-    """A job that depends on another one, or on which that depends."""
+    """A job that depends on the shown job, or on which the shown job depends."""
 
     queue: str
     id: str
@@ -17774,7 +17797,7 @@ class _OtherJob(NamedTuple):
 
 
 class _Relatives(NamedTuple):
-    """What belongs to a job: earlier runs, log, and other jobs."""
+    """What belongs to a job beside its record: earlier runs, log, and other jobs."""
 
     now: float
     older: list[_RunOutline]  # the latest first
@@ -17804,26 +17827,28 @@ def _read_relatives(site: _Site, job: _JobOutline) -> _Relatives:
         if run:
             runs.append(run)
     texts = []
-    for at, entry in [(at, entry) for entry, at in _scored_members(lines)]:
-        texts.append((at, entry.partition(b" ")[2].decode(errors="replace")))
-    parents = [name.rpartition(":")[::2] for name in job.text("depends_on").split()]
-    dependents = []
-    for _, members in replies[3:]:
-        dependents += [member.decode().split()[:2] for member in members[:20]]
+    for entry, at in _scored_members(lines):
+        text = entry.partition(b" ")[2].decode(errors="replace")
+        texts.append((at, text))
+    counts = replies[: len(sets)]
+    dependents: list[Sequence[str]] = []
+    for _, members in replies[len(sets) :]:
+        for member in members[:20]:
+            dependents.append(member.decode().split()[:2])
     return _Relatives(
         now=_time_of(time_reply),
         older=runs,
         older_bytes=int(size),
         log=texts,
-        dependencies=_read_others(site, [(f"{p}:", id) for p, id in parents[:-1]]),
+        dependencies=_read_others(site, job.dependencies()),
         dependents=sorted(_read_others(site, dependents)),
-        dependent_count=sum(replies[:3]),
+        dependent_count=sum(counts),
     )
 
 
 def _read_others(site: _Site, names: Sequence[Sequence[str]]) -> list[_OtherJob]:
-    """Return the first hundred of the jobs that have these (prefix of the queue, id).
-    One round trip, or none."""
+    """Return the jobs of the first hundred (prefix of the queue, id).  One round trip,
+    or none."""
     jobs: list[Job] = []
     for prefix, id in names[:100]:
         queue = Queue.from_queue_key(f"{prefix}queued", site.connection)
@@ -17947,7 +17972,7 @@ def _meta_list(job: _JobOutline) -> _Markup | None:
     """Return meta; if it is large or can't be read, its size."""
     pairs = []
     for name, value in job.meta():
-        text = value if isinstance(value, str) else _plain_text(value, 2000)
+        text = value if isinstance(value, str) else _plain_text(value, _MAX_PAIR_TEXT)
         pairs.append((_plain_label(name), text))
     size = job.sizes.get("meta", len(job.fields.get("meta", b"")))
     if size and not pairs:
@@ -18031,10 +18056,10 @@ def _question_view(site: _Site, query: dict[str, str]) -> tuple[str, _Markup]:
         fields = {"action": action, **names}
         leave = _address_after(query, _href(job=job.id, queue=job.queue))
     else:
-        where = _List.of(query)
-        what = _describe_all(site, action, where)
-        fields = {"action": f"{action}_all", **where._asdict()}
-        leave = where.href
+        job_list = _JobList.of(query)
+        what = _describe_all(site, action, job_list)
+        fields = {"action": f"{action}_all", **job_list._asdict()}
+        leave = job_list.href
     question = f"{action.capitalize()} {what}?"
     kind = "button danger" if action == "delete" else "button primary"
     buttons = [
@@ -18047,22 +18072,24 @@ def _question_view(site: _Site, query: dict[str, str]) -> tuple[str, _Markup]:
     )  # fmt: skip
 
 
-def _describe_all(site: _Site, action: str, where: _List) -> str:
+def _describe_all(site: _Site, action: str, job_list: _JobList) -> str:
     """Return what an action for a whole list is about, or raise _NotFound."""
-    container = _container_of_action(site, action, where)
-    if where.find:
-        count = len(_search(site, [container], where.find))
+    container = _container_of_action(site, action, job_list)
+    if job_list.find:
+        count = len(_search(site, [container], job_list.find))
     else:
         count = _execute_one(site.connection, *container.size_command())
-    jobs = _plural(count, f"{_spaced(where.state)} job")
-    text = f"all {jobs} of {where.queue}"
-    return f"{text} with “{where.find}” in the name" if where.find else text
+    jobs = _plural(count, f"{_spaced(job_list.state)} job")
+    text = f"all {jobs} of {job_list.queue}"
+    return f"{text} with “{job_list.find}” in the name" if job_list.find else text
 
 
-def _container_of_action(site: _Site, action: str, where: _List) -> _JobContainer[Any]:
+def _container_of_action(
+    site: _Site, action: str, job_list: _JobList
+) -> _JobContainer[Any]:
     """Return the jobs with which to do something, or raise _NotFound."""
-    container = site.container(where.queue, where.state)
-    if action not in _actions_of_list(where.state):
+    container = site.container(job_list.queue, job_list.state)
+    if action not in _actions_of_list(job_list.state):
         raise _NotFound(f"there is no action {action} for a list")
     return container
 
@@ -18071,8 +18098,8 @@ def _address_after(fields: dict[str, str], default: str) -> str:
     """Return the address of the list from which an action came, or the default.
 
     It is made of the parts of `back`, so that it is one of our own."""
-    where = _List.of(_parse_query(fields.get("back", "").removeprefix("?")))
-    return where.href if any(where) else default
+    job_list = _JobList.of(_parse_query(fields.get("back", "").removeprefix("?")))
+    return job_list.href if any(job_list) else default
 
 
 def _stop(job: Job) -> None:
@@ -18094,9 +18121,9 @@ def _act(site: _Site, fields: dict[str, str]) -> str:
     text = " ".join(f"{name}={value}" for name, value in fields.items())
     log.info("page: %s", _printable(text))
     if action in ("requeue_all", "delete_all"):
-        where = _List.of(fields)
-        _act_on_list(site, action.removesuffix("_all"), where)
-        return where.href
+        job_list = _JobList.of(fields)
+        _act_on_list(site, action.removesuffix("_all"), job_list)
+        return job_list.href
     job = _existing_job(site, fields)
     if action not in _CHANGES:
         raise _NotFound(f"there is no action {action}")
@@ -18107,11 +18134,11 @@ def _act(site: _Site, fields: dict[str, str]) -> str:
     return _address_after(fields, default)
 
 
-def _act_on_list(site: _Site, action: str, where: _List) -> None:
+def _act_on_list(site: _Site, action: str, job_list: _JobList) -> None:
     """Requeue or delete the jobs of a list, a thousand in a round trip."""
-    container = _container_of_action(site, action, where)
-    if where.find:
-        ids = [id for _, id in _search(site, [container], where.find)]
+    container = _container_of_action(site, action, job_list)
+    if job_list.find:
+        ids = [id for _, id in _search(site, [container], job_list.find)]
     else:
         ids = _follow(site.connection, _read_ids(container))
     to = "gone" if action == "delete" else "queued"
@@ -18419,8 +18446,8 @@ def _frame(title: str, main: _Markup, find: str = "", still: bool = False) -> by
 
 def _hash_source(text: str) -> str:
     """Return what names an inline style or script in a Content-Security-Policy."""
-    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-    return f"'sha256-{digest}'"
+    digest = hashlib.sha256(text.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
 
 
 @functools.cache
@@ -18526,8 +18553,9 @@ class _WebApp:
         return _WebAnswer(status, _frame(title, main, still=status == 409))
 
     def _refuse(self, request: _WebRequest) -> _WebAnswer | None:
-        """Return the refusal of a request that is not allowed, else None.  /health
-        needs no password, since what restarts or warns may have none."""
+        """Return the refusal of a request that is not allowed, else None.
+
+        /health needs no password, since a monitor or an orchestrator may have none."""
         if request.method not in ("GET", "HEAD", "POST"):
             return _plain_answer(405, "use GET or POST", ("Allow", "GET, HEAD, POST"))
         host = _host_of(request.headers.get("host", ""))
@@ -18572,7 +18600,8 @@ class _WebApp:
         return self._show(_parse_query(request.query))
 
     def _health(self, request: _WebRequest) -> _WebAnswer:
-        """Return whether all is well; no names for those who may not look."""
+        """Return 200 if all is well, else 503 with the reason; it names queues only to
+        those who may look."""
         trouble, details = _health(self._site.connection, self._site.names)
         if not trouble:
             return _plain_answer(200, "ok")
@@ -18611,7 +18640,7 @@ class _WebApp:
         length = environ.get("CONTENT_LENGTH") or "0"
         if length.isdecimal() and int(length) <= _MAX_BODY:
             body = environ["wsgi.input"].read(int(length))
-            if len(body) < int(length):  # it was cut off: what is left may do more
+            if len(body) < int(length):  # a part of it may do more than the whole
                 body = b""
         method = environ["REQUEST_METHOD"]
         path = environ.get("PATH_INFO", "")
@@ -18723,7 +18752,7 @@ def web(
 
     It may be mounted anywhere.  Who may look is otherwise up to what it is mounted in.
     The page is at the path where it is mounted, and at any path that ends with "/";
-    `<path>/metrics` is for Prometheus, and `<path>/health` for what restarts or warns:
+    `<path>/metrics` is for Prometheus, `<path>/health` for a monitor or orchestrator:
     200, or 503 with the reason if Redis does not answer or nobody serves `queues`.
     /health needs no password, and names no queues to those who do not give it."""
     for name in queues:
@@ -18844,8 +18873,8 @@ def _server_class(worker_pid: int) -> Any:
 def _call_named(
     app: _WebApp, environ: dict[str, Any], start_response: Any
 ) -> list[bytes]:
-    """Call an application of WSGI; the header Server does not tell which Python this
-    is."""
+    """Call an application of WSGI, and add the header Server: that of wsgiref would
+    tell which Python this is."""
 
     def start(status: str, headers: list[tuple[str, str]]) -> Any:
         return start_response(status, [*headers, ("Server", "microq")])
