@@ -18886,8 +18886,8 @@ def _call_named(
 # ---- 20. Doctor ----------------------------------------------------------------------
 # What is wrong, or will be: `python -m microq doctor` asks the server, the client, the
 # queues and the workers, and names each trouble in one line, with the remedy.  A check
-# is a function that yields the troubles that it finds; what the user may not ask (ACL)
-# is left out, and said.  It changes nothing.  Uses sections 2 to 16.
+# is a function that yields the troubles that it finds.  What the user may not ask (ACL)
+# is left out, and the doctor says so.  It changes nothing.  Uses sections 2 to 16.
 
 _MAX_SAMPLED = 200  # records of a queue that are looked at
 _MAX_LOOKED_THROUGH = 1_000_000  # entries of a queue, for all sampled jobs together
@@ -18899,13 +18899,13 @@ class _Trouble(NamedTuple):
 
 
 class _Holders(NamedTuple):
-    """Which jobs of a queue are held, and by whom."""
+    """Which jobs of a queue are held, and by whom: the keys `started` and `workers`."""
 
     tokens: dict[bytes, bytes]  # by the ids of jobs
     leases: dict[bytes, bytes]  # by the names of workers
 
     def unheld(self) -> set[bytes]:
-        """Return the ids of jobs whose worker is none of the queue."""
+        """Return the ids of started jobs whose worker is not in `leases`."""
         ids = set()
         for id, token in self.tokens.items():
             execution = token.partition(b" ")[0]
@@ -18915,16 +18915,19 @@ class _Holders(NamedTuple):
 
 
 def _read_holders(connection: Any, queues: Sequence[Queue]) -> list[_Holders]:
-    """Return the holders of the queues' jobs.  One round trip, or none."""
-    commands: list[Command] = []
+    """Return the holders of each queue's jobs.  One round trip, or none."""
+    if not queues:
+        return []
+    groups: dict[str, list[Command]] = {}
     for queue in queues:
-        commands.append(("HGETALL", f"{queue.prefix}started"))
-        commands.append(("HGETALL", f"{queue.prefix}workers"))
-    replies = _execute(connection, *commands) if commands else []
-    hashes = iter([dict(_field_pairs(reply)) for reply in replies])
+        groups[queue.prefix] = [
+            ("HGETALL", f"{queue.prefix}started"),
+            ("HGETALL", f"{queue.prefix}workers"),
+        ]
+    replies = _execute_groups(connection, groups)
     holders = []
-    for tokens in hashes:
-        leases = next(hashes)
+    for queue in queues:
+        tokens, leases = [dict(_field_pairs(each)) for each in replies[queue.prefix]]
         holders.append(_Holders(tokens, leases))
     return holders
 
@@ -18985,15 +18988,17 @@ def _check_server(patient: _Patient) -> Iterator[_Trouble]:
     if not info:
         yield _Trouble("this user may not ask INFO", "allow +info, or ask as another")
         return
-    version = tuple(map(int, re.findall(r"\d+", info.get("redis_version", ""))[:2]))
-    if "valkey_version" not in info and version < (6, 2):
-        text = f"the server is Redis {info.get('redis_version')}"
+    version = info.get("redis_version", "unknown")
+    major_minor = [int(number) for number in re.findall(r"\d+", version)[:2]]
+    if "valkey_version" not in info and major_minor < [6, 2]:
+        text = f"the server is Redis {version}"
         yield _Trouble(text, "update it to 6.2 or later")
     policy = info.get("maxmemory_policy", "noeviction")
     if policy != "noeviction":
         text = f"maxmemory-policy is {policy}: a full server deletes jobs"
         yield _Trouble(text, "CONFIG SET maxmemory-policy noeviction")
-    used, limit = int(info.get("used_memory", 0)), int(info.get("maxmemory", 0))
+    used = int(info.get("used_memory", 0))
+    limit = int(info.get("maxmemory", 0))
     if limit and used > 0.9 * limit:
         text = f"{used:,} of {limit:,} bytes of memory are used"
         yield _Trouble(text, "raise maxmemory, or shorten result_ttl and failure_ttl")
@@ -19070,7 +19075,7 @@ def _check_rights(patient: _Patient) -> Iterator[_Trouble]:
         yield _Trouble(f"scripts fail: {error}", "see the server's log")
         return
     missing = []
-    errors: dict[str, str] = {}  # others than a denial, and a command that has it
+    errors: dict[str, str] = {}  # by the text of an error: the first command with it
     for call, reply in zip(calls, replies, strict=True):
         if re.search(_DENIALS, reply):
             missing.append(call[0])
@@ -19097,6 +19102,7 @@ def _check_workers(patient: _Patient) -> Iterator[_Trouble]:
         yield _Trouble("workers are suspended", f"{_PROGRAM} resume")
     for queue, holders in zip(patient.queues, patient.holders, strict=True):
         for name, lease in holders.leases.items():
+            # A lease whose numbers are missing counts as one that ended long ago.
             beat, seconds, *_ = (*lease.split(), b"0", b"0")
             with contextlib.suppress(ValueError):
                 silent = snapshot.now - float(beat)
@@ -19149,16 +19155,19 @@ def _check_started(patient: _Patient) -> Iterator[_Trouble]:
 def _check_records(patient: _Patient) -> Iterator[_Trouble]:
     """Look, among some records, for jobs that are in no container."""
     for queue in patient.queues:
-        ids = [key.decode().partition("job:")[2] for key in _sample_keys(queue)]
-        ids = [id for id in ids if re.fullmatch(r"[\w-]+", id, re.A)][:_MAX_SAMPLED]
+        names = [key.decode().partition("job:")[2] for key in _sample_keys(queue)]
+        # Other names, as "<id>:results", are keys that a job has beside its record.
+        ids = [name for name in names if re.fullmatch(r"[\w-]+", name, re.A)]
+        ids = ids[:_MAX_SAMPLED]
         # LPOS looks through the queue for each id, which must not hold up the server.
-        most = _MAX_LOOKED_THROUGH // (1 + queue.count)
-        ids = ids[:most]
+        max_ids = _MAX_LOOKED_THROUGH // (1 + queue.count)
+        ids = ids[:max_ids]
         lost = _unlisted(queue, _unlisted(queue, ids))  # twice: a job may be on its way
         if lost:
-            text = f"{len(lost)} of {len(ids)} records of {queue.name} are in no "
+            text = f"{len(lost)} of {len(ids)} records of {queue.name}"
+            text += f" are in no container, as {lost[0]}"
             remedy = f"{_PROGRAM} job {lost[0]}, and requeue or delete it"
-            yield _Trouble(f"{text}container, as {lost[0]}", remedy)
+            yield _Trouble(text, remedy)
 
 
 def _sample_keys(queue: Queue) -> list[bytes]:
@@ -19217,8 +19226,9 @@ def _sizes(connection: Any, queues: Sequence[Queue]) -> Iterator[str]:
             return
         records = 0
         for key, size in zip(keys, sizes, strict=True):
-            parts = key.removeprefix(f"{queue.prefix}job:".encode())
-            if size and b":" not in parts:
+            name = key.removeprefix(f"{queue.prefix}job:".encode())
+            is_record = b":" not in name  # else "<id>:results", say
+            if size and is_record:
                 records += 1
         if records:
             total = sum(filter(None, sizes)) / records * sum(counts)
