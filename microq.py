@@ -7577,8 +7577,7 @@ def job(
         if (queue if isinstance(queue, _BaseQueue) else make_queue).awaits:
             func.adelay = delay
         else:
-            func.delay = delay
-            func.enqueue = delay
+            func.delay = func.enqueue = delay
         return func
 
     return decorate
@@ -10827,8 +10826,7 @@ class _Supervisor:
         self.must_save_cron = True  # at the start, and if the server lost the entries
         self.reaps_orphans = self.forking and _inherits_orphans()
         self.companion = first.worker.companion
-        # The process of the program beside which it works; 0: it is the program.
-        self.program_pid = 0
+        self.program_pid = 0  # of the program beside which it works, else 0
         self.reloader = _Reloader() if first.worker.reload else None
         self.must_reload = False  # once the current jobs have ended
 
