@@ -7474,10 +7474,14 @@ def _check_arguments(
 ) -> None:
     """Raise TypeError if a function can't be called so; it would fail in the worker.
 
-    That depends on the shape of a call only, so each shape is checked once.  A function
-    that does not tell its parameters is let pass."""
+    That depends on the shape of a call only, so each shape is checked once.  What does
+    not tell its own parameters is let pass: a proxy passes for a function that it is
+    not, and a signature that was set may leave some out."""
     shape = (func, len(args), *kwargs)
     if shape in _checked_shapes:
+        return
+    is_proxy = type(func) is not func.__class__
+    if is_proxy or hasattr(func, "__signature__"):
         return
     try:
         # Not those of a function that this one wraps: it may pass arguments of its own.

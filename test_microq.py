@@ -5423,6 +5423,41 @@ def test_a_wrapper_that_passes_arguments_of_its_own_is_called_as_it_is(queue):
     assert job.return_value() == ("session", 1)
 
 
+class FunctionProxy:
+    """Passes for the function that it calls with an argument of its own."""
+
+    def __init__(self, func):
+        self.func = func
+
+    __class__ = property(lambda self: type(self.func))
+
+    def __getattr__(self, name):
+        return getattr(self.func, name)
+
+    def __call__(self, *args):
+        return self.func("session", *args)
+
+
+@FunctionProxy
+def takes_a_session_by_proxy(session, a):
+    return session, a
+
+
+@wrapped_with_a_session
+def has_another_signature(session, a):
+    return session, a
+
+
+has_another_signature.__signature__ = inspect.Signature()
+
+
+@pytest.mark.parametrize("func", [takes_a_session_by_proxy, has_another_signature])
+def test_a_function_that_tells_another_signature_is_not_checked(queue, func):
+    job = queue.enqueue(func, 1)
+    work(queue)
+    assert job.return_value() == ("session", 1)
+
+
 @pytest.mark.parametrize("func", [add, add_later])
 def test_a_queue_that_is_not_async_runs_jobs_inside_a_coroutine(redis, queue, func):
     """Of a program, and of a job, where the event loop is that of the worker."""
