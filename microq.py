@@ -14721,7 +14721,8 @@ class _Threads:
 
     def submit(self, run: _ConcurrentRun, call: Callable[[], None]) -> None:
         """Have a thread make a call, which must not raise."""
-        self._pending.append((run, call))
+        with self._lock:  # withdraw() looks at all of them
+            self._pending.append((run, call))
         self._wake_one()
 
     def has_pending(self) -> bool:
