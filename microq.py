@@ -10809,7 +10809,7 @@ class _Supervisor:
         self._set_connections(first)
         self.children: list[_Child] = []
         self.loop = loop
-        self._set_units()
+        self._set_loops()
         # Times here are those of time.monotonic().
         self.finished = False  # all workers have ended
         self.cold_shutdown = False  # what runs is given up, not finished
@@ -10842,8 +10842,8 @@ class _Supervisor:
         self.connection = _Connection(client, timeout, self.queues[0].prefix)
         self.blocking_connection = _BlockingConnection(client, timeout, [self.inbox])
 
-    def _set_units(self) -> None:
-        """Make what runs the loops of the workers: children, or a loop here."""
+    def _set_loops(self) -> None:
+        """Make a child for the loop of each worker, or a loop here."""
         if self.forking:
             self.children = [
                 _Child(instance, self.wakeup, self.blocking_connection)
@@ -11186,7 +11186,7 @@ class _Supervisor:
         for job in instance.shared.current_jobs():
             if job.run_key in keys and job.run_key not in told:
                 told.add(job.run_key)
-                self.unit_of(instance).stop_job(job, KILL_GRACE, _CancelRequested)
+                self.loop_of(instance).stop_job(job, KILL_GRACE, _CancelRequested)
 
     def _on_suspension(self, ttl: int) -> None:
         """Have the workers pause or go on, by the PTTL of the key of suspend():
@@ -11362,8 +11362,8 @@ class _Supervisor:
         """Give up the jobs that run: they will run again."""
         self.cold_shutdown = True
         self.gave_up_at = min(self.gave_up_at, time.monotonic())
-        for unit in self._units():
-            unit.give_up()
+        for loop in self._loops():
+            loop.give_up()
         self.wakeup.set()
 
     def request_stop(self) -> None:
@@ -11399,13 +11399,13 @@ class _Supervisor:
         """Send a heartbeat with the next step."""
         self.last_heartbeat = 0.0
 
-    def unit_of(self, instance: _Instance) -> _Child | _Loop:
-        """Return what runs the loop of a worker."""
-        [unit] = [unit for unit in self._units() if unit.instance is instance]
-        return unit
+    def loop_of(self, instance: _Instance) -> _Child | _Loop:
+        """Return the loop of a worker, or the child that has it."""
+        [loop] = [each for each in self._loops() if each.instance is instance]
+        return loop
 
-    def _units(self) -> Sequence[_Child | _Loop]:
-        """Return what runs the loops of the workers."""
+    def _loops(self) -> Sequence[_Child | _Loop]:
+        """Return the loops of the workers, or the children that have them."""
         return [self.loop] if self.loop else self.children
 
     # The end
@@ -11422,8 +11422,8 @@ class _Supervisor:
         if self.companion:
             self.companion.end()
         commands = self._sign_off_commands()
-        for unit in self._units():
-            unit.close()
+        for loop in self._loops():
+            loop.close()
         try:
             _execute(self.connection, *commands)
         except redis_errors.RedisError as error:
@@ -11439,8 +11439,8 @@ class _Supervisor:
         names.  In that order: the sign-on of the next worker of a name counts the jobs
         that are still held by it as crashed."""
         commands: list[Command] = []
-        for unit in self._units():
-            commands += unit.sign_off_commands()
+        for loop in self._loops():
+            commands += loop.sign_off_commands()
         for queue in self._cron_queues():
             commands.append(("ZREM", f"{queue.prefix}schedulers", self.name))
         if not self.lost_name:  # else the commands there are for the other worker
@@ -11958,7 +11958,7 @@ def _handle_kill_horse(
     """Kill the child of a worker, unless it runs no job."""
     if instance.shared.holds_jobs():
         killed = Outcome(ResultType.FAILED, b"killed by a command", rerun="killed")
-        supervisor.unit_of(instance).kill_jobs(killed)
+        supervisor.loop_of(instance).kill_jobs(killed)
 
 
 def send_stop_job_command(
@@ -11998,7 +11998,7 @@ def _handle_stop_job(
         queue = instance.queues[job.queue_index]
         if (queue.name, job.job_id) == wanted:
             grace = float(details.get("grace", 0))
-            supervisor.unit_of(instance).stop_job(job, grace)
+            supervisor.loop_of(instance).stop_job(job, grace)
 
 
 def suspend(connection: Redis | None = None, ttl: int | None = None) -> None:
