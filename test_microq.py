@@ -5017,6 +5017,9 @@ def test_the_key_of_a_call_is_the_same_in_each_process(server):
     assert microq.key(add, (1,)) == microq.key(add, [1]) != microq.key(add, 1)
     with pytest.raises(TypeError, match="choose an id"):
         microq.key(add, object())
+    with pytest.raises(TypeError, match="choose an id"):
+        microq.key(add, slice(object()))  # in a part of it
+    assert microq.key(add, "<object at 0x7f00>")
 
 
 def test_job_that_expires_in_the_queue_is_dropped(redis, queue):
