@@ -2170,7 +2170,10 @@ class _ConnectionPool:
 
     def __init__(self, pool: Any) -> None:
         self._connection_class = pool.connection_class
-        self._options = pool.connection_kwargs
+        # The retries are made here: a connection that made them, too, would take their
+        # number squared, a minute by redis-py's defaults.
+        self._retry = pool.connection_class(**pool.connection_kwargs).retry
+        self._options = pool.connection_kwargs | {"retry": _NO_RETRIES}
         self._max_idle = pool.max_connections
         self._idle: list[Any] = []
 
@@ -2183,7 +2186,7 @@ class _ConnectionPool:
             # The server may have closed the connection while it was idle.  So this
             # attempt counts as none of those that the client's Retry allows.
             again = functools.partial(_send_and_receive, raw, commands)
-            replies: list[Any] = raw.retry.call_with_retry(again, lambda error: None)
+            replies: list[Any] = self._retry.call_with_retry(again, lambda error: None)
             return replies
         finally:
             self._release(raw)

@@ -3491,6 +3491,22 @@ def test_replies_that_are_cut_off_leave_nothing_to_receive(redis):
         assert microq._execute_one(connection, "ECHO", "a") == b"a"
 
 
+def test_the_retries_of_a_client_are_made_once():
+    """Not again by the connection for each of them, which took a minute."""
+    attempts = []
+
+    class Counted(redis_py.Connection):
+        def _connect(self):
+            attempts.append(self)
+            return super()._connect()
+
+    retry = redis_py.retry.Retry(redis_py.backoff.NoBackoff(), 3)
+    pool = redis_py.ConnectionPool(Counted, port=free_port(), retry=retry)
+    with pytest.raises(ServerUnavailable):
+        Queue(connection=redis_py.Redis(connection_pool=pool)).enqueue(add)
+    assert len(attempts) == 1 + 4
+
+
 # ---- 5. Transitions ------------------------------------------------------------------
 
 
@@ -19466,7 +19482,7 @@ def test_readme_dockerfile(redis, server, tmp_path):
     instructions = [line.split(" ", 1) for line in text.splitlines()]
     names = [name for name, _ in instructions]
     assert names[0] == "FROM" and names[-1] == "CMD"
-    assert set(names) <= {"FROM", "WORKDIR", "RUN", "COPY", "STOPSIGNAL", "CMD"}
+    assert set(names) <= {"FROM", "WORKDIR", "RUN", "COPY", "ENV", "USER", "CMD"}
     command = json.loads(instructions[-1][1])
     assert command[:3] == ["python", "-m", "microq"]
     status, out, error = microq_command(
