@@ -2003,6 +2003,14 @@ def lua_reads_of_jobs(redis):
     return redis.info("commandstats").get("cmdstat_hexists", {}).get("calls", 0)
 
 
+@pytest.fixture
+def own_server(tmp_path):
+    """A server for this test alone, which the test may freeze or stop."""
+    server = Server(tmp_path)
+    yield server
+    server.stop()
+
+
 def bytes_per_job(redis, make, count=2000):
     before = redis.info("memory")["used_memory"]
     make(count)
@@ -15588,14 +15596,6 @@ def frozen(server):
         server.process.send_signal(signal.SIGCONT)
 
 
-@pytest.fixture
-def own_server(tmp_path):
-    """A server for this test alone, which the test may freeze or stop."""
-    server = Server(tmp_path)
-    yield server
-    server.stop()
-
-
 @pytest.mark.parametrize("is_connected", [True, False], ids=["connected", "new"])
 def test_aclose_does_not_wait_for_cancelled_calls(own_server, is_connected):
     """Such as those that asyncio.timeout() has ended, since the server is frozen."""
@@ -19712,7 +19712,9 @@ def test_an_idle_worker_sends_at_most_one_command_per_second(server, redis, queu
         assert 1 <= len(seen) <= 8, seen
 
 
-def test_a_job_costs_redis_few_bytes(redis, queue):
+def test_a_job_costs_redis_few_bytes(own_server):
+    redis = redis_py.Redis.from_url(own_server.url)  # tables as small as they come
+    queue = Queue(connection=redis)
     datas = [Queue.prepare_data(nothing)] * 1000
     rounds = []
     for _ in range(4):  # in some of them the tables of the server grow
