@@ -5793,8 +5793,10 @@ class _BaseJob:
 
         A job that runs remains started until its worker has ended the run, which begins
         within a second, in the way of send_stop_job_command() with a grace of 5 s; then
-        it is canceled, however the run ended.  With stop=False it is canceled at once,
-        and the run goes on; its result is not recorded.  None of its callbacks follow.
+        it is canceled, however the run ended.  Where others run in the same process it
+        is not killed: if no exception reaches it, it stays started until it ends, or is
+        over its timeout.  With stop=False it is canceled at once, and the run goes on;
+        its result is not recorded.  None of its callbacks follow.
 
         Its dependents stay deferred, unless they are to be enqueued; it no longer
         depends on other jobs.  One round trip.  Raises InvalidJobOperation if it has
@@ -19181,8 +19183,9 @@ def _sample_keys(queue: Queue) -> list[bytes]:
     nodes would all have to be asked."""
     if isinstance(queue.connection, RedisCluster):
         return []
-    pattern = f"{queue.prefix}job:*".replace("[", "\\[").replace("?", "\\?")
-    reply = _ask(queue.connection, "SCAN", 0, "MATCH", pattern, "COUNT", 2000)
+    # The name of a queue may have any of what is special in a pattern.
+    prefix = re.sub(r"[][*?\\]", r"\\\g<0>", queue.prefix)
+    reply = _ask(queue.connection, "SCAN", 0, "MATCH", f"{prefix}job:*", "COUNT", 2000)
     return reply[1] if reply else []
 
 

@@ -17582,6 +17582,15 @@ def test_doctor_names_records_that_are_in_no_container(redis, queue):
     job.delete()
 
 
+def test_doctor_looks_at_the_keys_of_the_queues_that_it_names(redis):
+    """Though a name may have what is special in a pattern."""
+    queue = Queue(r"a*[b]\?", redis)
+    other = Queue(r"axxb\y", redis)
+    job = queue.enqueue(add)
+    other.enqueue(add)
+    assert microq._sample_keys(queue) == [job.key.encode()]
+
+
 def test_doctor_counts_failed_jobs_by_function(redis, queue):
     queue.enqueue(fail)
     queue.enqueue(fail)
