@@ -13179,9 +13179,9 @@ def arrive():
     pipe.incr("beside:arrived")
     pipe.incr("beside:present")
     pipe.hlen(job.queue.prefix + "started")
-    arrived, present, held = pipe.execute()
+    pipe.rpush("beside:order", job.id)
+    arrived, present, held, _ = pipe.execute()
     job.connection.rpush("beside:seen", f"{present} {held}")
-    job.connection.rpush("beside:order", job.id)
     return arrived
 
 
