@@ -1914,6 +1914,12 @@ class _NotifyingParser(_HiredisParser):
         return has_come
 
 
+def _make_raw(pool: Any, **options: Any) -> Any:
+    """Return a connection of redis-py, not connected yet, as a pool makes it, or a node
+    of a Cluster."""
+    return pool.connection_class(**pool.connection_kwargs | options)
+
+
 class _Connection:
     """One connection of our own, beside those in the pool of a client.
 
@@ -2028,14 +2034,13 @@ class _Connection:
         node: Any = self.client
         if _is_cluster(node):
             node = node.get_redis_connection(node.get_node_from_key(self.key))
-        pool = node.connection_pool
-        options = pool.connection_kwargs | {"retry": _NO_RETRIES}
+        options: dict[str, Any] = {"retry": _NO_RETRIES}
         if self.timeout is not None:
             options["socket_timeout"] = self.timeout
             options["socket_connect_timeout"] = self.timeout
         if self.on_data is not None:
             options["parser_class"] = functools.partial(_NotifyingParser, self.on_data)
-        return pool.connection_class(**options)
+        return _make_raw(node.connection_pool, **options)
 
 
 @dataclass
@@ -2172,7 +2177,7 @@ class _ConnectionPool:
         self._connection_class = pool.connection_class
         # The retries are made here: a connection that made them, too, would take their
         # number squared, a minute by redis-py's defaults.
-        self._retry = pool.connection_class(**pool.connection_kwargs).retry
+        self._retry = _make_raw(pool).retry
         self._options = pool.connection_kwargs | {"retry": _NO_RETRIES}
         self._max_idle = pool.max_connections
         self._idle: list[Any] = []
@@ -5777,11 +5782,7 @@ class _BaseJob:
     def _logs(self) -> Steps[list[tuple[datetime, str]]]:
         """Return the last 100 lines as (time, text), oldest first.  One round trip."""
         [reply] = yield [("ZRANGE", f"{self.key}:log", 0, -1, "WITHSCORES")]
-        lines = []
-        for entry, at in _scored_members(reply):
-            text = entry.partition(b" ")[2].decode(errors="replace")
-            lines.append((_from_timestamp(at), text))
-        return lines
+        return [(_from_timestamp(at), text) for at, text in _log_lines(reply)]
 
     # Transitions.
 
@@ -5988,15 +5989,19 @@ class Job(_BaseJob):
         return jobs[0] if jobs else None
 
 
+def _run_key(queue_index: int, job_id: str, token: str) -> str:
+    """Return what tells a run from all others of its worker: the runs of one claim have
+    the same token, and jobs of several queues may have the same id."""
+    return f"{queue_index} {job_id} {token}"
+
+
 @dataclass(slots=True)
 class _RunState:
     """What only the process that runs a job knows of the run.
 
     The thread that runs the job writes it, and other threads read it.
 
-    run_key     - "<number of the queue> <job id> <token>", which tells the run from all
-                  others of its worker: the runs of one claim have the same token, and
-                  jobs of several queues may have the same id
+    run_key     - tells the run from all others of its worker; see _run_key()
     started_at  - seconds since the epoch, by the server's clock
     call        - the deadline of the call that is under way, or of the last one, by
                   time.monotonic(); and a function that raises an exception of the given
@@ -6246,6 +6251,15 @@ def _scored_members(reply: Any) -> Iterator[tuple[bytes, float]]:
         reply = zip(reply[::2], reply[1::2], strict=True)
     for member, score in reply:
         yield member, float(score)
+
+
+def _log_lines(reply: Any) -> list[tuple[float, str]]:
+    """Return (time, text) of the lines of a job's log, by a reply with WITHSCORES."""
+    lines = []
+    for entry, at in _scored_members(reply):
+        text = entry.partition(b" ")[2].decode(errors="replace")
+        lines.append((at, text))
+    return lines
 
 
 def _truncated_repr(value: Any) -> str:
@@ -8230,7 +8244,7 @@ class _CurrentJob(NamedTuple):
     for its supervisor."""
 
     slot: _Slot
-    run_key: str  # see _RunState
+    run_key: str  # see _run_key()
     queue_index: int  # among the queues of the worker
     job_id: str
     token: str  # "<execution> <started_at>"
@@ -8255,7 +8269,7 @@ class _Slot(ctypes.Structure):
         ("state", ctypes.c_uint8),  # a number of _SlotState
         ("started_at", ctypes.c_double),
         ("kill_deadline", ctypes.c_double),  # its process is killed; infinity: never
-        ("_run_key", ctypes.c_char * 1000),  # see _RunState
+        ("_run_key", ctypes.c_char * 1000),  # see _run_key()
         # Written by the supervisor: `started_at` of the run that is to be stopped.
         ("stop_run", ctypes.c_double),
         ("stop_cancels", ctypes.c_bool),  # since the job is canceled
@@ -8971,7 +8985,7 @@ class _WorkLoop(_Loop):
         """Tell the supervisor that a job runs from now on, and when to kill it."""
         job = execution.job
         index = self.instance.prefixes.index(job.queue.prefix)
-        run_key = f"{index} {job.id} {execution.token}"
+        run_key = _run_key(index, job.id, execution.token)
         slot.fill(run_key, _kill_limit(job))
         started_at = slot.started_at + self.clock_offset  # the server's time
         execution.run_state = _RunState(run_key, started_at)
@@ -11183,7 +11197,7 @@ class _Supervisor:
         """End the runs of jobs that were canceled meanwhile.  Each heartbeat names them
         until they have ended; a run is told once."""
         keys = {
-            f"{instance.prefixes.index(prefix)} {job_id} {token}"  # see _RunState
+            _run_key(instance.prefixes.index(prefix), job_id, token)
             for prefix, job_id, token in canceled
         }
         told = self.told_to_end.setdefault(instance.name, set())
@@ -15790,12 +15804,6 @@ class _Wire(asyncio.Protocol):
             self._timer = self._loop.call_at(deadline, self._check_silence)
 
 
-def _make_raw(pool: Any, **options: Any) -> Any:
-    """Return a connection of redis-py, not connected yet, as a pool makes it, or a node
-    of a Cluster."""
-    return pool.connection_class(**pool.connection_kwargs | options)
-
-
 async def _ignore_error(error: Exception) -> None:
     """What redis-py's Retry wants to be done after a failure: nothing."""
 
@@ -17834,10 +17842,6 @@ def _read_relatives(site: _Site, job: _JobOutline) -> _Relatives:
         run = _RunOutline.parse(ended.decode(), int(length), payload)
         if run:
             runs.append(run)
-    texts = []
-    for entry, at in _scored_members(lines):
-        text = entry.partition(b" ")[2].decode(errors="replace")
-        texts.append((at, text))
     counts = replies[: len(sets)]
     dependents: list[Sequence[str]] = []
     for _, members in replies[len(sets) :]:
@@ -17847,7 +17851,7 @@ def _read_relatives(site: _Site, job: _JobOutline) -> _Relatives:
         now=_time_of(time_reply),
         older=runs,
         older_bytes=int(size),
-        log=texts,
+        log=_log_lines(lines),
         dependencies=_read_others(site, job.dependencies()),
         dependents=sorted(_read_others(site, dependents)),
         dependent_count=sum(counts),
@@ -17860,7 +17864,7 @@ def _read_others(site: _Site, names: Sequence[Sequence[str]]) -> list[_OtherJob]
     jobs: list[Job] = []
     for prefix, id in names[:100]:
         queue = Queue.from_queue_key(f"{prefix}queued", site.connection)
-        jobs.append(Job(id, queue))
+        jobs.append(Job.of_queue(id, queue))
     replies = _follow(site.connection, _where(jobs)) if jobs else []
     others = []
     for job, (container, _) in zip(jobs, replies, strict=True):
@@ -18135,7 +18139,7 @@ def _act(site: _Site, fields: dict[str, str]) -> str:
     job = _existing_job(site, fields)
     if action not in _CHANGES:
         raise _NotFound(f"there is no action {action}")
-    _CHANGES[action](Job(job.id, site.queue(job.queue)))
+    _CHANGES[action](Job.of_queue(job.id, site.queue(job.queue)))
     default = _href(job=job.id, queue=job.queue)
     if action == "delete":
         default = _href(queue=job.queue, state=job.status)
@@ -19606,11 +19610,8 @@ def _cmd_cron(options: argparse.Namespace) -> None:
 
 def _list_cron(options: argparse.Namespace) -> None:
     """Print the entries of cron that are stored, by name."""
-    queues = Queue.all(options.connection)
-    stored = _read_cron(options.connection, queues)
-    entries = [entry for each in stored for entry in each.load_all()]
     rows: list[Sequence[Any]] = []
-    for entry in sorted(entries, key=lambda entry: entry.name):
+    for entry in CronJob.all(options.connection):
         when = entry.cron or f"every {entry.interval:g} s"
         next_tick = _shown_time(entry.next_enqueue_time.timestamp())
         rows.append([entry.name, entry.queue_name, when, next_tick, entry.func_name])
