@@ -1631,6 +1631,21 @@ def end_process(process):
         return process.communicate(timeout=30)[1]
 
 
+@contextlib.contextmanager
+def processes(commands, cwd, environ):
+    """Run commands until the block ends, and end them then."""
+    with (cwd / "out.txt").open("w") as out:
+        running = [
+            subprocess.Popen(command, cwd=cwd, env=environ, stdout=out, stderr=out)
+            for command in commands
+        ]
+    try:
+        yield
+    finally:
+        for process in running:
+            end_process(process)
+
+
 def pids_of_run(path, count=1):
     """Wait for the `count`th run of sleep_and_record_pid(); return (pid, parent)."""
     path = Path(path)
@@ -9932,22 +9947,28 @@ def say_and_wait(path):
     wait_for_file(path)
 
 
-def test_a_child_that_gives_up_is_no_crash(server, redis, queue, permit, tmp_path):
-    """It was told to stop, and could not settle what had ended, for a lease.  What its
-    job has printed is written all the same."""
-    path, signing = tmp_path / "log", tmp_path / "signing"
-    code = f"""
+def code_of_late_sign_off(server, path):
+    """Return the code of a worker that waits for a file before it signs off; see
+    wait_for_file()."""
+    return f"""
 import redis, microq, test_microq
 sign_off = microq._Supervisor.sign_off
 
 def sign_off_late(self):
-    test_microq.wait_for_file({str(signing)!r})
+    test_microq.wait_for_file({str(path)!r})
     sign_off(self)
 
 microq._Supervisor.sign_off = sign_off_late
 connection = redis.Redis.from_url({jobs_url(server)!r})
 microq.Worker("default", lease=1, connection=connection).work()
 """
+
+
+def test_a_child_that_gives_up_is_no_crash(server, redis, queue, permit, tmp_path):
+    """It was told to stop, and could not settle what had ended, for a lease.  What its
+    job has printed is written all the same."""
+    path, signing = tmp_path / "log", tmp_path / "signing"
+    code = code_of_late_sign_off(server, signing)
     environ = os.environ | {"PYTHONUNBUFFERED": ""}
     worker = start_script(code, stderr=subprocess.PIPE, text=True, env=environ)
     try:
@@ -10002,18 +10023,7 @@ def test_a_death_that_was_not_reported_is_settled_at_the_sign_off(
 ):
     """Here the server takes commands again just then."""
     log, signing = tmp_path / "log", tmp_path / "signing"
-    code = f"""
-import redis, microq, test_microq
-sign_off = microq._Supervisor.sign_off
-
-def sign_off_late(self):
-    test_microq.wait_for_file({str(signing)!r})
-    sign_off(self)
-
-microq._Supervisor.sign_off = sign_off_late
-connection = redis.Redis.from_url({jobs_url(server)!r})
-microq.Worker("default", lease=1, connection=connection).work()
-"""
+    code = code_of_late_sign_off(server, signing)
     worker = start_script(code)
     try:
         job = queue.enqueue(sleep_and_record_pid, str(log))
@@ -16137,21 +16147,14 @@ def test_async_client_speaks_tls(redis, tmp_path):
 
 
 def test_the_web_application_of_the_readme(redis, server, tmp_path):
-    for name in ("reports", "app"):
-        [text] = re.findall(rf"```python\n(# {name}\.py.*?)```", README, re.S)
-        (tmp_path / f"{name}.py").write_text(text)
+    write_files_of_readme(tmp_path, "reports.py", "app.py")
     environ = clean_env() | {"MICROQ_URL": server.url, "PYTHONPATH": str(HERE)}
     port = free_port()
     commands = [
         [sys.executable, "-m", "uvicorn", "app:app", "--port", str(port)],
         command_line("worker", "reports"),
     ]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    processes = [
-        subprocess.Popen(command, cwd=tmp_path, env=environ, **quiet)
-        for command in commands
-    ]
-    try:
+    with processes(commands, tmp_path, environ):
         client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
 
         def started():
@@ -16172,9 +16175,6 @@ def test_the_web_application_of_the_readme(redis, server, tmp_path):
         progress = [event["progress"] for event in events]
         assert progress == sorted(progress) and len(progress) > 1
         client.close()
-    finally:
-        for process in processes:
-            end_process(process)
 
 
 def test_types_of_both_clients(tmp_path):
@@ -19014,7 +19014,9 @@ def recipe(monkeypatch):
     monkeypatch.setattr(Queue, "before_enqueue", [])
 
     def run(comment, **names):
-        [code] = re.findall(rf"```python\n(# {comment}.*?)```", README, re.S)
+        [code] = [
+            text for _, _, text in README_BLOCKS if text.startswith(f"# {comment}")
+        ]
         namespace = {
             "contextmanager": contextlib.contextmanager,
             **vars(microq),
@@ -19387,23 +19389,6 @@ def test_readme_command(line, redis, server, tmp_path):
     out += process.communicate(timeout=60)[0]
     statuses = {"doctor": (0, 1), "info": (0, -signal.SIGTERM)}
     assert process.returncode in statuses.get(arguments[0], (0,)), out
-
-
-@contextlib.contextmanager
-def processes(commands, cwd, environ):
-    """Run commands until the block ends, and end them by SIGTERM."""
-    with (cwd / "out.txt").open("w") as out:
-        running = [
-            subprocess.Popen(command, cwd=cwd, env=environ, stdout=out, stderr=out)
-            for command in commands
-        ]
-    try:
-        yield
-    finally:
-        for process in running:
-            process.terminate()
-        for process in running:
-            process.wait(timeout=30)
 
 
 @pytest.mark.parametrize(
