@@ -14895,9 +14895,16 @@ def take_memory_and_stay(megabytes):
     return pid
 
 
+def take_memory_when_another_is_here(megabytes):
+    connection = get_current_job().connection
+    wait_until(lambda: connection.get("beside:arrived"))
+    return take_memory_and_stay(megabytes)
+
+
 def test_a_child_of_twice_its_memory_is_killed_as_a_crash(queue, beside):
     used = microq._resident_memory(os.getpid()) // (1 << 20)
-    hungry = queue.enqueue(take_memory_and_stay, used + 200, max_crashes=0)
+    takes = take_memory_when_another_is_here
+    hungry = queue.enqueue(takes, used + 200, max_crashes=0)
     innocent = queue.enqueue(stay_in_the_first_run_async)
     work(Worker(queue, concurrency=2, max_memory=used + 50))
     assert hungry.is_failed
